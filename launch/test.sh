@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs mmdiff with its test tools into .venv and runs the tests:
+#
+#   bash launch/test.sh [PYTEST ARGUMENTS]
+#
+# for example `bash launch/test.sh tests/laws -k gaussian`; without arguments, the whole suite. Options: launch/environment.sh.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+environment "test${EXTRAS:+,$EXTRAS}"
+export JAX_PLATFORMS=cpu
+"$python" -m pytest "$@"

@@ -1,0 +1,302 @@
+"""The command line: `python -m mmdiff train | sample | eval`.
+
+Nothing here imports jax before it is needed, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+
+from mmdiff import __version__
+from mmdiff import config as configs
+from mmdiff.errors import UserError
+
+OVERRIDE = "--config."
+LARGEST_BATCH = 256  # samples drawn by one call of the network
+
+ABOUT = f"""\
+mmdiff {__version__}: multi-modal diffusion in JAX and Flax.
+
+A run is a config file (values plus a constructor) and a folder, its workdir.
+Every value of the config can be replaced on the command line, as in
+--config.train.steps=100."""
+
+TRAIN = """\
+Trains, and writes config.json, checkpoints, metrics.jsonl and TensorBoard
+events to the workdir. The same command continues a run that was stopped (by
+Ctrl-C, SIGTERM or a crash) as if it had not been; a finished run returns at
+once."""
+
+EVAL = """\
+Runs every evaluator of the config on the averaged (EMA) weights of the last
+checkpoint, prints the figures, and writes report.json (all figures) and
+report.html (figures and pictures) to the workdir."""
+
+SAMPLE = """\
+Draws samples with the averaged (EMA) weights of the last checkpoint, and writes
+samples.png and samples.npz.
+
+Each modality is drawn, unless it is given (--given NAME=VALUE holds its value)
+or absent (--absent NAME: it says nothing about the others). So one model draws
+both, images of a label, the label of an image, and images alone. Sample i
+depends on the seed and on i only, not on --number."""
+
+USE = "--config configs/digits_joint.py --workdir runs/digits_joint"
+EXAMPLES = {
+    "train": [f"train {USE}", f"train {USE} --config.train.steps=100"],
+    "eval": [f"eval {USE}"],
+    "sample": [
+        f"sample {USE} --number 64",
+        f"sample {USE} --given label=7 --guidance 1.5",
+        f"sample {USE} --given image=seven.png",
+        f"sample {USE} --absent label --seed 1",
+    ],
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorflow only writes events here: no start-up notes
+    try:
+        args = _arguments(sys.argv[1:] if argv is None else argv)
+        args.run(args)
+    except UserError as error:
+        print(f"mmdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mmdiff: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+# ---- Arguments ----
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help).")
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    # Overrides are taken out first: their names are the config's, not known here.
+    overrides = [arg.removeprefix(OVERRIDE).partition("=") for arg in argv if arg.startswith(OVERRIDE)]
+    for key, equals, _ in overrides:
+        if not equals:
+            raise UserError(f"{OVERRIDE}{key} has no value: write {OVERRIDE}{key}=VALUE, without a space.")
+    args = _parser().parse_args([arg for arg in argv if not arg.startswith(OVERRIDE)])
+    args.overrides = [(key, text) for key, _, text in overrides]
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = {"formatter_class": _format, "allow_abbrev": False}
+    parser = _Parser(prog="mmdiff", description=ABOUT, epilog=_examples(*EXAMPLES), **style)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="train | sample | eval")
+
+    def command(name, run, summary, about):
+        sub = commands.add_parser(name, help=summary, description=about, epilog=_examples(name), **style)
+        sub.set_defaults(run=run)
+        sub.add_argument("--config", required=True, metavar="FILE", help="the config file: configs/digits_joint.py")
+        sub.add_argument("--workdir", required=True, metavar="DIR", help="the folder of the run")
+        # Only shown: _arguments takes the overrides out before parsing.
+        sub.add_argument(f"{OVERRIDE}KEY=VALUE", action="store_true", help="replace a value of the config; repeatable")
+        sub.add_argument("--distributed", action="store_true", help="join the other processes of a multi-host run")
+        return sub
+
+    command("train", _train, "train, or continue a run", TRAIN)
+    sub = command("sample", _sample, "draw samples from a trained model", SAMPLE)
+    option = sub.add_argument
+    option("--number", type=_positive, metavar="N", help="samples to draw (default: what a given file holds, or 16)")
+    option("--given", action="append", default=[], metavar="NAME=VALUE", help="hold a modality at a value; repeatable")
+    option("--absent", action="append", default=[], metavar="NAME", help="leave a modality out; repeatable")
+    option("--steps", type=_positive, metavar="N", help="sampling steps (default: config.sample.steps)")
+    option("--guidance", type=float, metavar="W", help="guidance weight (default: config.sample.guidance)")
+    option("--seed", type=int, metavar="S", help="seed of the samples (default: config.seed)")
+    option("--out", metavar="DIR", help="where the samples are written (default: WORKDIR/samples)")
+    command("eval", _eval, "measure a trained model and write the report", EVAL)
+    return parser
+
+
+def _format(prog: str) -> argparse.HelpFormatter:
+    width = min(100, shutil.get_terminal_size().columns)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width)
+
+
+def _examples(*commands: str) -> str:
+    return "examples:\n" + "\n".join(f"  python -m mmdiff {line}" for name in commands for line in EXAMPLES[name])
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it must be an integer of 1 or more, not {text!r}")
+    return int(text)
+
+
+# ---- Commands ----
+
+
+def _train(args: argparse.Namespace) -> None:
+    config, module = configs.load(args.config, args.overrides)
+    _make_folder(args.workdir)
+    _start_jax(args)
+    from mmdiff.training import loop
+
+    loop.train(module.build(config), config, args.workdir)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    config, experiment = _open(args)
+    given, number = _given(experiment, args)
+    out = pathlib.Path(args.out or os.path.join(args.workdir, "samples"))
+    from mmdiff.training import checkpoints
+
+    params, step = checkpoints.restore_for_inference(experiment, config, args.workdir)
+    _make_folder(out)
+    absent = tuple(sorted(set(args.absent)))
+    steps = config.sample.steps if args.steps is None else args.steps
+    guidance = float(config.sample.guidance if args.guidance is None else args.guidance)
+    seed = config.seed if args.seed is None else args.seed
+    samples = _draw(experiment, params, given, number, steps=steps, guidance=guidance, absent=absent, seed=seed)
+    print(f"{number} samples of step {step} (seed {seed}, {steps} steps, guidance {guidance:g})")
+    for path in _write_samples(experiment, samples, out):
+        print(path)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    config, experiment = _open(args)
+    import jax
+
+    from mmdiff.evals import report
+    from mmdiff.training import checkpoints
+
+    params, step = checkpoints.restore_for_inference(experiment, config, args.workdir)
+    key = jax.random.key(config.seed)
+    findings = [evaluate(experiment, params, config, key, step) for evaluate in experiment.evaluators]
+    json_path, html_path = report.write(args.workdir, experiment, config, findings, step)
+    written = json.loads(json_path.read_text())
+    print(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
+    print(json_path)
+    print(html_path)
+
+
+# ---- Parts ----
+
+
+def _start_jax(args: argparse.Namespace) -> None:
+    """Sets what has to be set before the first computation."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "mmdiff", "jax"))
+    if args.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        number = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+        jax.distributed.initialize(**{name: int(os.environ[key]) for name, key in number.items() if key in os.environ})
+
+
+def _open(args: argparse.Namespace):
+    """-> (config, experiment) of a run that exists."""
+    config, module = configs.load(args.config, args.overrides)
+    if "://" not in args.workdir and not os.path.isdir(args.workdir):
+        command = f"mmdiff train --config {args.config} --workdir {args.workdir}"
+        raise UserError(f"there is no run in {args.workdir}: train it first, with {command}.")
+    _start_jax(args)
+    return config, module.build(config)
+
+
+def _given(experiment, args: argparse.Namespace):
+    """-> ({name: [number, ...]}, number). One value is repeated; several (7,7,3 or a file) set the number."""
+    import numpy as np
+
+    pairs = [text.partition("=") for text in args.given]
+    names = [name for name, _, _ in pairs]
+    for flag, name in [("--given", name) for name in names] + [("--absent", name) for name in args.absent]:
+        if name not in experiment.shape:
+            raise UserError(f"{flag} names an unknown modality {name!r}: this model has {', '.join(experiment.shape)}.")
+    for name, equals, _ in pairs:
+        if not equals:
+            raise UserError(f"--given {name} has no value: write --given {name}=VALUE.")
+        if names.count(name) > 1 or name in args.absent:
+            raise UserError(f"the modality {name} is set twice: use one --given or one --absent for it.")
+    parsed = {name: experiment.modalities[name].parse(value) for name, _, value in pairs}
+    counts = {name: len(array) for name, array in parsed.items() if len(array) > 1}
+    number = args.number or max(counts.values(), default=16)
+    for name, count in counts.items():
+        if count != number:
+            raise UserError(f"--given {name} holds {count} examples, not {number}: leave --number out or use {count}.")
+    return {name: np.broadcast_to(array, (number, *array.shape[1:])) for name, array in parsed.items()}, number
+
+
+def _draw(experiment, params, given, number: int, *, steps: int, guidance: float, absent: tuple, seed: int) -> dict:
+    """Draws `number` samples in equal batches; the modalities that are absent are left out of the answer."""
+    import jax
+    import numpy as np
+
+    from mmdiff.evals.base import example_keys
+
+    batches = -(-number // LARGEST_BATCH)
+    size = -(-number // batches)
+    keys = example_keys(jax.random.key(seed), number)
+    draw = jax.jit(functools.partial(experiment.draw, steps=steps, guidance=guidance, absent=absent))
+    parts = []
+    for batch in range(batches):
+        rows = np.minimum(np.arange(size) + batch * size, number - 1)  # the last sample fills the last batch
+        held = {name: array[rows] for name, array in given.items()}
+        parts.append(jax.device_get(draw(params, keys[rows], held)))
+    return {name: np.concatenate([part[name] for part in parts])[:number] for name in parts[0] if name not in absent}
+
+
+def _write_samples(experiment, samples: Mapping, out: pathlib.Path) -> list[pathlib.Path]:
+    """Writes samples.npz and a grid of pictures, captioned with the modalities that are text; prints that text."""
+    import numpy as np
+
+    from mmdiff.evals.pictures import grid
+
+    shown = {name: experiment.modalities[name].show(array) for name, array in samples.items()}
+    texts = {name: value for name, value in shown.items() if not isinstance(value, np.ndarray)}
+    pictures = {name: value for name, value in shown.items() if isinstance(value, np.ndarray)}
+    for name, values in texts.items():
+        print(f"{name}: {' '.join(map(str, values))}")
+    captions = [" ".join(map(str, row)) for row in zip(*texts.values())]
+    paths = [out / "samples.npz"]
+    try:
+        np.savez(paths[0], **samples)
+        for name, images in pictures.items():
+            paths.append(out / ("samples.png" if len(pictures) == 1 else f"samples_{name}.png"))
+            grid(images, math.isqrt(len(images) - 1) + 1, captions or None).save(paths[-1])
+    except OSError as error:
+        raise UserError(f"cannot write {paths[-1]}: {error.strerror or error}.") from error
+    return paths
+
+
+def _table(figures: Mapping[str, object]) -> str:
+    """Names and values in two columns, fractions with four decimals."""
+    width = max(map(len, figures), default=0)
+    texts = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in figures.items()}
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in texts.items())
+
+
+def _make_folder(path: str | os.PathLike) -> None:
+    """Makes sure, before any work, that results can be written to `path`."""
+    if "://" in str(path):
+        return  # a bucket: the trainer says what to do about it
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}): choose a folder that you can write to.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""From a source to the batches of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mmdiff.data import order
+from mmdiff.data.sources import Source
+from mmdiff.errors import UserError
+
+
+def batches(
+    source: Source, seed: int, global_batch: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of every global batch from `start_step` on, without end.
+
+    With B = global_batch and P = process_count, process p owns the rows [p*B/P, (p+1)*B/P) of each batch; the parts of all
+    processes, one after the other, are the batch of a single process.
+
+    Yields:
+      The source's arrays [B/P, ...] and "index", uint32 [B/P]: the global position modulo 2**32, which is the same number for
+      an example on any number of hosts and never recurs within 4 billion examples (so it can name a random key).
+
+    Raises:
+      UserError: a batch that is not positive or that the processes do not divide.
+    """
+    if global_batch < 1 or global_batch % process_count:
+        raise UserError(
+            f"a global batch of {global_batch} cannot be split evenly over {process_count} process(es): "
+            f"choose a positive multiple of {process_count}."
+        )
+    local = global_batch // process_count
+    rows = slice(process_index * local, (process_index + 1) * local)
+
+    def generate(step):
+        while True:
+            positions = order.positions(step, global_batch)[rows]
+            batch = source.take(order.indices(seed, positions, len(source)))
+            yield {**batch, "index": (positions % 2**32).astype(np.uint32)}
+            step += 1
+
+    return generate(int(start_step))

@@ -1,0 +1,212 @@
+"""How a person writes a modality on the command line, and how they see it.
+
+A modality's `parse` turns text into examples, `check` refuses what would otherwise go wrong silently (JAX clamps an index that
+is out of range), and `show` makes pictures or words of arrays. All three work on a leading axis of n examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import zipfile
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmdiff.errors import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+# Samplers end a little outside the data's range: such values are clipped, whereas others are a different convention.
+OVERSHOOT = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Pictures: float32 [n, height, width, channels] in [-1, 1].
+
+    Attributes:
+      height, width, channels: the size; 1 channel is grey, 3 are red, green, blue.
+      levels: the number of equally spaced values a pixel takes in the data (17 for the digits), or None if they are continuous.
+      name: the modality's name, which is its key in an `.npz` file.
+    """
+
+    height: int
+    width: int
+    channels: int = 1
+    levels: int | None = None
+    name: str = "image"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one example."""
+        return self.height, self.width, self.channels
+
+    def parse(self, text: str) -> np.ndarray:
+        """The images in a file or folder: float32 [n, height, width, channels].
+
+        Reads PNG, JPEG and the like (grey and colour are converted into each other; 0..255 becomes -1..1), `.npy` and `.npz`
+        (the entry named like the modality, or else the only one; one image or several; floats in [-1, 1] or uint8 in 0..255),
+        and a folder of pictures in the order of their names. With `levels`, pixels go to the nearest one.
+
+        Raises:
+          UserError: a file that is missing, is no image, or has the wrong size or range.
+        """
+        path = pathlib.Path(text).expanduser()
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+            if not files:
+                raise UserError(f"the folder {path} holds no pictures ({', '.join(PICTURES)}).")
+            return np.concatenate([self.parse(str(file)) for file in files])
+        array = _load(path, self.name) if path.suffix.lower() in (".npy", ".npz") else self._picture(path)
+        return self.quantize(self._sized(array, path))
+
+    def check(self, array) -> np.ndarray:
+        """`array` as float32 [n, height, width, channels].
+
+        Raises:
+          UserError: a wrong shape, values that are not finite or outside [-1, 1].
+        """
+        array = np.asarray(array, np.float32)
+        if array.ndim != 4 or array.shape[1:] != self.shape:
+            raise UserError(f"{self.name}: images need the shape [n, {self._size}], got {list(array.shape)}.")
+        if not array.size or not np.isfinite(array).all() or np.abs(array).max() > 1:
+            raise UserError(f"{self.name}: pixels must be numbers in [-1, 1], got {_span(array)}.")
+        return array
+
+    def quantize(self, array) -> np.ndarray:
+        """Pixels clipped to [-1, 1] and, with `levels` = L, moved to the nearest of -1 + 2 i / (L - 1), i = 0..L-1."""
+        array = np.clip(np.asarray(array, np.float32), -1, 1)
+        if self.levels is None:
+            return array
+        steps = np.float32((self.levels - 1) / 2)
+        return np.rint((array + 1) * steps) / steps - 1
+
+    def show(self, array) -> np.ndarray:
+        """Pixels for the eye: uint8 [n, height, width, channels], from 0 for -1 to 255 for 1; not-a-number becomes 0."""
+        return np.rint((self.quantize(np.nan_to_num(np.asarray(array), nan=-1.0)) + 1) * 127.5).astype(np.uint8)
+
+    @property
+    def _size(self) -> str:
+        return f"{self.height}, {self.width}, {self.channels}"
+
+    def _picture(self, path: pathlib.Path) -> np.ndarray:
+        from PIL import Image
+
+        if not path.exists():
+            raise UserError(f"no such file: {path}.")
+        try:
+            with Image.open(path) as picture:
+                if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+                    picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
+                return np.asarray(picture.convert("L" if self.channels == 1 else "RGB"))
+        # Pillow has many ways to refuse a file: unknown kind, cut short, broken chunk, absurd size.
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} cannot be read as an image: give a PNG, JPEG, .npy or .npz file.") from error
+
+    def _sized(self, array: np.ndarray, path: pathlib.Path) -> np.ndarray:
+        """Any of [H, W], [n, H, W], [H, W, C], [n, H, W, C] as float32 [n, H, W, C] in [-1, 1]."""
+        shape = self.shape
+        shapes = [shape, shape[:2]] if self.channels == 1 else [shape]
+        if not any(array.shape[-len(s):] == s and array.ndim - len(s) in (0, 1) for s in shapes) or not array.size:
+            found = f"{array.shape[0]} x {array.shape[1]} pixels" if path.suffix.lower() in PICTURES else f"{list(array.shape)}"
+            raise UserError(
+                f"{path} has the size {found}, but the model needs {self.height} x {self.width} pixels "
+                f"(height x width) with {self.channels} channel(s)."
+            )
+        if array.dtype == np.uint8:
+            return array.reshape(-1, *shape).astype(np.float32) / 127.5 - 1
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all() or np.abs(array).max() > 1 + OVERSHOOT:
+            raise UserError(f"{path} holds {_span(array)}: pixels must be floats in [-1, 1], or uint8 in 0..255.")
+        return array.reshape(-1, *shape).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """Classes: int32 [n] in 0..count-1, optionally with names.
+
+    Attributes:
+      count: the number of classes.
+      names: what to call them, or None for their numbers.
+      name: the modality's name, which is its key in an `.npz` file.
+    """
+
+    count: int
+    names: Sequence[str] | None = None
+    name: str = "label"
+
+    @property
+    def shape(self) -> tuple[()]:
+        """The shape of one example."""
+        return ()
+
+    def parse(self, text: str) -> np.ndarray:
+        """Labels int32 [n] from "7", "3,1,4", a class's name, or a `.npy`/`.npz` file.
+
+        Raises:
+          UserError: neither a name, nor a number in 0..count-1, nor such a file.
+        """
+        if pathlib.Path(text).suffix.lower() in (".npy", ".npz"):
+            return self.check(np.atleast_1d(_load(pathlib.Path(text).expanduser(), self.name)))
+        return np.array([self._number(word.strip()) for word in text.split(",")], np.int32)
+
+    def check(self, array) -> np.ndarray:
+        """`array` as int32 [n].
+
+        Raises:
+          UserError: a wrong shape, a type that is not integer, or a class outside 0..count-1.
+        """
+        array = np.asarray(array)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise UserError(f"{self.name}: labels must be integers of shape [n], got {array.dtype} {list(array.shape)}.")
+        wrong = array[(array < 0) | (array >= self.count)]
+        if wrong.size:
+            raise self._out_of_range(wrong[0])
+        return array.astype(np.int32)
+
+    def show(self, array) -> list[str]:
+        """A word for every label; "-" for an id that is no class (the mask of a label that was never drawn)."""
+        names = self.names or [str(number) for number in range(self.count)]
+        return [str(names[i]) if 0 <= i < self.count else "-" for i in np.asarray(array).astype(int)]
+
+    def _number(self, word: str) -> int:
+        if self.names is not None and word in self.names:
+            return list(self.names).index(word)
+        try:
+            number = int(word)
+        except ValueError:
+            raise self._out_of_range(repr(word)) from None
+        if not 0 <= number < self.count:
+            raise self._out_of_range(number)
+        return number
+
+    def _out_of_range(self, found) -> UserError:
+        named = f" or one of {', '.join(self.names)}" if self.names is not None else ""
+        return UserError(f"{self.name} {found} does not exist: labels are 0..{self.count - 1}{named}.")
+
+
+def _load(path: pathlib.Path, name: str) -> np.ndarray:
+    """The array in a `.npy` file, or the entry `name` (else the only one) of an `.npz` file. Never unpickles."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            keys = loaded.files
+            if name in keys or len(keys) == 1:
+                return loaded[name if name in keys else keys[0]]
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}.") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        raise UserError(f"{path} is not a NumPy file that can be read: save it with numpy.save or numpy.savez.") from error
+    raise UserError(f"{path} has no entry {name!r}: it holds {', '.join(keys) or 'nothing'}.")
+
+
+def _span(array: np.ndarray) -> str:
+    """What an array holds, in words."""
+    if not array.size:
+        return "nothing"
+    if array.dtype.kind not in "fiu":
+        return f"{array.dtype} values"
+    if not np.isfinite(array).all():
+        return "values that are not finite"
+    return f"{array.dtype} values from {array.min():g} to {array.max():g}"

@@ -1,0 +1,67 @@
+"""What an evaluator returns, and running a function over many examples in batches of one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One picture of a report: a Pillow image, or the text of an SVG, with the sentence that goes under it."""
+
+    image: Any
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What an evaluator `(experiment, params, config, key, step) -> Findings` found.
+
+    Attributes:
+      figures: the measured numbers by name.
+      notes: one sentence for each figure, which says what was measured, on how many examples.
+      pictures: by title.
+      settings: what the figures depend on: counts, steps, guidance, features, ...
+    """
+
+    figures: Mapping[str, float]
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    pictures: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def in_batches(function: Callable, params: Any, keys: jax.Array, given: Any, size: int) -> Any:
+    """`function(params, keys, given)` over many examples in batches of `size`, compiled once.
+
+    Args:
+      function: maps keys [size] and a pytree of arrays [size, ...] to such a pytree, every example on its own.
+      keys: one key per example, [n].
+      given: pytree of arrays [n, ...].
+
+    Returns the results as NumPy arrays [n, ...].
+    """
+    count = keys.shape[0]
+    size = min(size, count)
+    compiled = jax.jit(function)
+    parts = []
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)  # what the last batch lacks repeats the last example
+        parts.append(jax.device_get(compiled(params, keys[rows], jax.tree.map(lambda array: array[rows], given))))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+
+
+def example_keys(key: jax.Array, count: int) -> jax.Array:
+    """Keys [count], `fold_in(key, i)`: what is drawn for an example does not depend on the batch size."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(count, dtype=jnp.uint32))
+
+
+def say(message: str) -> None:
+    """A line for the person who waits; standard output is left to results."""
+    print(f"mmdiff eval: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,243 @@
+"""Everything that is measured of a joint model of small images and labels, with one setting of the sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmdiff.data.sources import whole
+from mmdiff.evals import classifiers, pictures
+from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
+from mmdiff.evals.base import Findings, Picture, example_keys, in_batches, say
+from mmdiff.evals.frechet import frechet_ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelAccuracy:
+    """Only `label_accuracy`: cheap enough to be run during training.
+
+    Attributes:
+      image, label: the names of the two modalities.
+      batch: examples in a network call.
+    """
+
+    image: str = "image"
+    label: str = "label"
+    batch: int = 250
+
+    def __call__(self, experiment, params, config, key, step) -> Findings:
+        test = whole(experiment.eval_data)
+        beliefs = read_labels(experiment, params, key, {self.image: test[self.image]}, self.label, self.batch)
+        return Findings(
+            figures={"label_accuracy": accuracy(beliefs.argmax(-1), test[self.label])},
+            notes={"label_accuracy": f"argmax of p(label | image) by one network call, {len(beliefs)} held-out images"},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class JointImageLabel:
+    """The figures and pictures of a joint image-label model.
+
+    One setting of steps and guidance, that of `config.sample`, serves every figure. The training set's labels are the condition
+    of the first samples, one each, so that those have its size and its class frequencies; if a class comes up less than
+    `per_class` times, more are drawn. From this one set of label-conditioned samples come
+
+    * `classification_accuracy_score` and `frechet_ratio`: as many samples as there are training images, with their labels;
+    * `conditional_agreement`: the first `per_class` of every class.
+
+    `joint_agreement` has samples of its own, `joint` of them. Before a classifier or the Fréchet distance sees a sample, its
+    pixels go to the nearest level of the data (`modalities[image].quantize`), where all real images are.
+
+    Attributes:
+      image, label: the names of the two modalities; the label has classes 0..classes-1.
+      classes: the number of classes.
+      per_class: label-conditioned samples of every class that count for `conditional_agreement`.
+      joint: joint samples.
+      draws: noisy copies of an image in the diffusion classifier, for each class.
+      batch: examples in a network call or a drawing.
+    """
+
+    image: str = "image"
+    label: str = "label"
+    classes: int = 10
+    per_class: int = 100
+    joint: int = 1000
+    draws: int = 16
+    batch: int = 250
+
+    def __call__(self, experiment, params, config, key, step) -> Findings:
+        steps, guidance = int(config.sample.steps), float(config.sample.guidance)
+        images, labels = (whole(experiment.train_data)[name] for name in (self.image, self.label))
+        test_images, test_labels = (whole(experiment.eval_data)[name] for name in (self.image, self.label))
+        quantize = experiment.modalities[self.image].quantize
+        read_key, loss_key, given_key, joint_key, bare_key = jax.random.split(key, 5)
+        draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
+        clock = _Clock()
+
+        clock.start("label_accuracy", f"reading the labels of {len(test_images)} images in one network call each")
+        read = read_labels(experiment, params, read_key, {self.image: test_images}, self.label, self.batch).argmax(-1)
+        clock.start("diffusion_classifier", f"the same by denoising losses, {self.draws} x {self.classes} calls each")
+        read_by_loss = self._losses(experiment, params, loss_key, test_images).argmin(-1)
+
+        asked = self._asked(labels)
+        clock.start("conditional_samples", f"drawing {len(asked)} label-conditioned samples")
+        drawn = quantize(draw(given_key, {self.label: asked}, len(asked))[self.image])
+        clock.start("joint_samples", f"drawing {self.joint} joint samples")
+        joint = draw(joint_key, {}, self.joint)
+        joint_images, joint_labels = quantize(joint[self.image]), joint[self.label]
+        clock.start("unconditional_samples", "drawing 100 unconditional images")
+        bare = quantize(draw(bare_key, {}, 100, absent=(self.label,))[self.image])
+
+        clock.start("classifiers", "training the independent classifier")
+        count = len(images)
+        balanced = np.concatenate([np.flatnonzero(asked == c)[: self.per_class] for c in range(self.classes)])
+        judge = classifiers.svm(images, labels)
+        judged, judged_joint = (classifiers.predict(judge, x) for x in (drawn[balanced], joint_images))
+        score = classifiers.classification_accuracy_score(drawn[:count], asked[:count], test_images, test_labels)
+        figures = {
+            "label_accuracy": accuracy(read, test_labels),
+            "label_accuracy_diffusion_classifier": accuracy(read_by_loss, test_labels),
+            "conditional_agreement": accuracy(judged, asked[balanced]),
+            "joint_agreement": accuracy(judged_joint, joint_labels),
+            "classification_accuracy_score": score,
+            "svm_real_accuracy": classifiers.agreement(judge, test_images, test_labels),
+            "frechet_ratio": frechet_ratio(drawn[:count], test_images, images),
+        }
+        clock.stop()
+
+        levels = experiment.modalities[self.image].levels
+        settings = {
+            "sample_steps": steps,
+            "guidance": guidance,
+            "test_images": len(test_images),
+            "diffusion_classifier_draws": self.draws,
+            "label_conditioned_samples": len(asked),
+            "conditional_agreement_samples": len(balanced),
+            "joint_agreement_samples": self.joint,
+            "classification_accuracy_score_samples": count,
+            "classifier": f"scikit-learn SVC(C={classifiers.C}, gamma={classifiers.GAMMA}), RBF kernel, pixels in [-1, 1]",
+            "frechet_features": "raw pixels",
+            "frechet_samples": {"generated": count, "train": count, "test": len(test_images)},
+            "generated_pixels": f"clipped and rounded to the data's {levels} levels" if levels else "clipped to [-1, 1]",
+            "evaluation_seconds": clock.seconds,
+        }
+        return Findings(
+            figures=figures,
+            notes=self._notes(len(test_images), len(balanced), count),
+            pictures=self._pictures(
+                experiment,
+                real=(test_images, test_labels, read),
+                given=(drawn, asked, balanced, judged),
+                joint=(joint_images, joint_labels, judged_joint),
+                bare=bare,
+                sampler=f"{steps} steps, guidance {guidance:g}",
+            ),
+            settings=settings,
+        )
+
+    def _losses(self, experiment, params, key, images) -> np.ndarray:
+        """The diffusion classifier's losses, [n, classes]."""
+
+        def losses(params, keys, given):
+            process, apply, shape = experiment.process, experiment.apply, experiment.shape
+            return denoising_losses(process, apply, params, keys, given, self.label, self.classes, shape, self.draws)
+
+        # A network call holds every class of each image.
+        size = max(1, self.batch // self.classes)
+        return in_batches(losses, params, example_keys(key, len(images)), {self.image: images}, size)
+
+    def _asked(self, labels: np.ndarray) -> np.ndarray:
+        """The labels to condition on: those of the training set, then what is missing to `per_class` of each class."""
+        missing = np.maximum(0, self.per_class - np.bincount(labels, minlength=self.classes))
+        return np.concatenate([labels, np.repeat(np.arange(self.classes), missing)]).astype(np.int32)
+
+    def _notes(self, test: int, balanced: int, count: int) -> Mapping[str, str]:
+        return {
+            "label_accuracy": "argmax of p(label | image): image at t = 0, label at t = 1, one network call; "
+            f"{test} held-out images",
+            "label_accuracy_diffusion_classifier": f"argmin over labels of the image's mean denoising loss at {self.draws} "
+            f"stratified times, with the same times and noise for every label; {test} held-out images",
+            "conditional_agreement": f"share of {balanced} label-conditioned samples, {self.per_class} of each class, to which "
+            "an SVM trained on the real training images gives that label",
+            "joint_agreement": f"share of {self.joint} joint samples to which the same SVM gives the label drawn with them",
+            "classification_accuracy_score": f"accuracy on the {test} held-out images of such an SVM trained on {count} "
+            "generated images only (label-conditioned, the training set's class frequencies)",
+            "svm_real_accuracy": f"the same for the {count} real training images: the ceiling of the score above",
+            "frechet_ratio": f"squared Fréchet distance (raw pixels, float64) of those {count} generated images to the {test} "
+            f"held-out ones, over that of the {count} training images to them: 1 is the limit",
+        }
+
+    def _pictures(self, experiment, *, real, given, joint, bare, sampler: str) -> Mapping[str, Picture]:
+        show, name = experiment.modalities[self.image].show, experiment.modalities[self.label].show
+        names = name(np.arange(self.classes))
+        (images, labels, read), (drawn, asked, balanced, judged) = real, given
+        joint_images, joint_labels, judged_joint = (array[:60] for array in joint)
+        ten = [np.concatenate([np.flatnonzero(x == c)[:10] for c in range(self.classes)]) for x in (asked, labels)]
+        result = {
+            "Label to image": Picture(
+                pictures.grid(show(drawn[ten[0]]), 10, rows=names), f"One class per row; {sampler}; the first of each class, none chosen."
+            ),
+            "Real images": Picture(pictures.grid(show(images[ten[1]]), 10, rows=names), "Held out, for comparison."),
+            "Joint samples": Picture(
+                pictures.grid(show(joint_images), 10, name(joint_labels), wrong=judged_joint != joint_labels),
+                f"Image and label drawn together; {sampler}. A label is red where the SVM sees another one.",
+            ),
+            "Unconditional images": Picture(pictures.grid(show(bare), 10), f"Drawn with the label held absent (t = 1); {sampler}."),
+            "Image to label": Picture(
+                pictures.matrix(confusion(read, labels, self.classes), names, "true label", "label read by the model"),
+                f"{len(labels)} held-out images, one network call each.",
+            ),
+            "Label to image, as the SVM sees it": Picture(
+                pictures.matrix(confusion(judged, asked[balanced], self.classes), names, "label given", "label seen by the SVM"),
+                f"{len(balanced)} label-conditioned samples.",
+            ),
+        }
+        wrong = np.flatnonzero(read != labels)
+        if wrong.size:
+            words = [f"{true} → {found}" for true, found in zip(name(labels[wrong[:30]]), name(read[wrong[:30]]))]
+            result["Misread images"] = Picture(
+                pictures.grid(show(images[wrong[:30]]), 10, words),
+                f"True label → label read by the model: {min(30, wrong.size)} of {wrong.size} mistake(s).",
+            )
+        return result
+
+
+def read_labels(experiment, params, key, given: Mapping[str, Any], label: str, batch: int) -> np.ndarray:
+    """p(label | given) [n, K] for all examples of `given`, by one network call each; example i's key is `fold_in(key, i)`."""
+
+    def read(params, keys, given):
+        return posterior(experiment.process, experiment.apply, params, keys, given, label, experiment.shape)
+
+    keys = example_keys(key, len(next(iter(given.values()))))
+    return in_batches(read, params, keys, given, batch)
+
+
+def draw_samples(
+    experiment, params, key, given, count: int, *, batch: int, steps: int, guidance: float, absent=()
+) -> dict[str, np.ndarray]:
+    """`count` draws of `experiment.draw`; example i's key is `fold_in(key, i)`."""
+    draw = functools.partial(experiment.draw, steps=steps, guidance=guidance, absent=tuple(absent))
+    return in_batches(draw, params, example_keys(key, count), given, batch)
+
+
+class _Clock:
+    """Says what happens, and keeps how many seconds each stage took."""
+
+    def __init__(self):
+        self.seconds, self._stage = {}, None
+
+    def start(self, stage: str, message: str) -> None:
+        self.stop()
+        say(message)
+        self._stage, self._since = stage, time.monotonic()
+
+    def stop(self) -> None:
+        if self._stage:
+            self.seconds[self._stage] = round(time.monotonic() - self._since, 1)
+            self._stage = None

@@ -1,0 +1,245 @@
+"""The two files an evaluation leaves in the run's folder: report.json for programs, report.html for people."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import html
+import importlib.metadata
+import io
+import json
+import math
+import os
+import pathlib
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from mmdiff.errors import UserError
+from mmdiff.evals import pictures
+from mmdiff.evals.base import Findings
+
+PACKAGES = ("mmdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "tensorflow-datasets")
+RUN = ("train_seconds", "images_per_second", "steps")  # what report.json takes over from the run's own run.json
+
+
+def write(workdir, experiment, config, findings: Sequence[Findings], step: int) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes `workdir/report.json` and `workdir/report.html`; returns their paths.
+
+    report.json is flat: every figure by name, then `train_seconds`, `images_per_second` and `steps` of the run (null if it left
+    no run.json), `step` of the measured weights, `seed`, and the dicts `settings` (counts, sampler, features), `versions`,
+    `device` and `config`. report.html is one self-contained page with the pictures and the curves of metrics.jsonl.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    workdir = pathlib.Path(workdir)
+    figures = {name: value for found in findings for name, value in found.figures.items()}
+    run = _run(workdir)
+    report = {
+        **{name: _number(value) for name, value in figures.items()},
+        **{name: run.get(name) for name in RUN},
+        "step": int(step),
+        "seed": int(config.seed),
+        "settings": {name: value for found in findings for name, value in found.settings.items()},
+        "versions": versions(),
+        "device": device(),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "config": json.loads(config.to_json_best_effort()),
+    }
+    paths = workdir / "report.json", workdir / "report.html"
+    try:
+        _replace(paths[0], json.dumps(report, indent=2, allow_nan=False) + "\n")
+        _replace(paths[1], _page(workdir, report, figures, findings))
+    except OSError as error:
+        raise UserError(f"cannot write the report to {workdir} ({error.strerror or error}): free space or choose another folder.") from error
+    return paths
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a figure may depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device() -> dict[str, Any]:
+    """What this process computes on: `kind`, `platform`, `count`, and the host's processor and its cores."""
+    devices = jax.devices()
+    return {
+        "kind": devices[0].device_kind,
+        "platform": devices[0].platform,
+        "count": len(devices),
+        "host": _processor(),
+        "host_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def read_metrics(path) -> dict[str, tuple[list[float], list[float]]]:
+    """The curves of a metrics.jsonl: name -> (steps, values). Of a step that was logged twice the later line counts.
+
+    Each line is an object with "step" and numbers. A line that is cut short (the run was killed while writing) is passed over.
+    """
+    curves: dict[str, dict[float, float]] = {}
+    for line in _lines(pathlib.Path(path)):
+        try:
+            record = json.loads(line)
+            step = float(record.pop("step"))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                curves.setdefault(name, {})[step] = float(value)
+    return {name: (list(points), list(points.values())) for name, points in curves.items()}
+
+
+# ---- The page ----
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #fbfbfa; --panel: #ffffff; --ink: #1f2328; --dim: #66707a; --line: #e3e5e8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #16181b; --panel: #1e2125; --ink: #e4e6e8; --dim: #98a1aa; --line: #33373c; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1080px; padding: 40px 20px 64px; background: var(--ground); color: var(--ink);
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 26px; font-weight: 650; margin: 0 0 4px; letter-spacing: -0.01em; }
+h2 { font-size: 17px; font-weight: 650; margin: 40px 0 12px; }
+p { margin: 0 0 12px; } .dim, figcaption { color: var(--dim); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 12px; margin-top: 24px; }
+.card, figure, .panel { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; }
+.card { padding: 12px 14px; } .card b { display: block; font-size: 24px; font-weight: 600; font-variant-numeric: tabular-nums; }
+.card span { color: var(--dim); font-size: 13px; overflow-wrap: anywhere; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 16px; align-items: start; }
+figure { margin: 0; padding: 16px; } figure h3 { font-size: 14px; font-weight: 600; margin: 0 0 10px; }
+figure img, figure svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figcaption { font-size: 13px; margin-top: 10px; }
+.panel { padding: 4px 16px; overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; } td { padding: 8px 14px 8px 0; border-top: 1px solid var(--line); vertical-align: top; }
+tr:first-child td { border-top: 0; } td:first-child { font-family: ui-monospace, monospace; font-size: 13px; white-space: nowrap; }
+td.value { font-variant-numeric: tabular-nums; font-weight: 600; } td:last-child { width: 99%; }
+details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; } pre { font-size: 12.5px; overflow-x: auto; }
+"""
+
+
+def _page(workdir: pathlib.Path, report: Mapping, figures: Mapping[str, float], findings: Sequence[Findings]) -> str:
+    notes = {name: note for found in findings for name, note in found.notes.items()}
+    shown = [(title, picture) for found in findings for title, picture in found.pictures.items()]
+    title = f"{workdir.resolve().name}: evaluation at step {report['step']:,}"
+    hardware = report["device"]
+    trained = [f"{report['train_seconds']:,.0f} s of training"] if _real(report["train_seconds"]) else []
+    trained += [f"{report['images_per_second']:,.0f} images per second"] if _real(report["images_per_second"]) else []
+    where = f"{hardware['count']} x {hardware['kind']} ({hardware['host']}, {hardware['host_cores']} cores)"
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="dim">{html.escape(" · ".join([*trained, where, "seed " + str(report["seed"]), report["time"]]))}</p>',
+        '<div class="cards">',
+        *(f'<div class="card"><b>{_digits(value)}</b><span>{html.escape(name.replace("_", " "))}</span></div>' for name, value in figures.items()),
+        "</div>",
+        "<h2>Pictures</h2>" if shown else "",
+        '<div class="grid">',
+        *(_figure(title, picture.image, picture.caption) for title, picture in shown),
+        "</div>",
+    ]
+    charts = list(_charts(workdir / "metrics.jsonl"))
+    if charts:
+        parts += ["<h2>Training</h2>", '<div class="grid">', *charts, "</div>"]
+    parts += [
+        "<h2>What the figures are</h2>",
+        _table([(name, _digits(value), notes.get(name, "")) for name, value in figures.items()]),
+        "<h2>How they were measured</h2>",
+        _table([(name, "", _words(value)) for name, value in report["settings"].items()]),
+        "<h2>Versions</h2>",
+        _table([(name, "", value) for name, value in report["versions"].items()]),
+        f"<details><summary>Config</summary><pre>{html.escape(json.dumps(report['config'], indent=2))}</pre></details>",
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _charts(path: pathlib.Path) -> Iterator[str]:
+    """One chart for each group of metrics, the part of a name before the first slash."""
+    groups: dict[str, dict] = {}
+    for name, curve in read_metrics(path).items():
+        groups.setdefault(name.partition("/")[0], {})[name] = curve
+    for group, curves in groups.items():
+        chart = pictures.lines(curves)
+        if chart:
+            yield _figure(group.replace("_", " "), chart, "")
+
+
+def _figure(title: str, image: Any, caption: str) -> str:
+    if not isinstance(image, str):
+        data = io.BytesIO()
+        image.save(data, "PNG", optimize=True)
+        source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+        # Two pixels of the picture to one of the page: sharp on every screen.
+        image = f'<img src="{source}" width="{image.width // 2}" alt="{html.escape(title)}">'
+    caption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f"<figure><h3>{html.escape(title)}</h3>{image}{caption}</figure>"
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> str:
+    cells = (
+        f"<tr><td>{html.escape(name)}</td>" + (f'<td class="value">{value}</td>' if value else "") + f"<td>{html.escape(text)}</td></tr>"
+        for name, value, text in rows
+    )
+    return f'<div class="panel"><table>{"".join(cells)}</table></div>'
+
+
+# ---- Parts ----
+
+
+def _run(workdir: pathlib.Path) -> Mapping[str, Any]:
+    try:
+        return json.loads((workdir / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _number(value) -> float | None:
+    """JSON has no NaN and no infinity: null."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _real(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _digits(value: float) -> str:
+    """Four decimals for shares and the like, four significant digits for the rest."""
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.4g}"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(item)}" for name, item in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,57 @@
+"""What a config's `build(config)` returns: every part of a run, already constructed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Params = Any
+Batch = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The parts of a run. The trainer, the sampler command and the evaluators read nothing else of the system they serve.
+
+    Attributes:
+      process: the corruption process (usually a `Joint`).
+      init: `key -> params`, the network's initialiser; pure, so that it can be jitted onto a mesh.
+      apply: `(params, net_x, net_t) -> out`.
+      loss: `(params, batch, key) -> (scalar, metrics)`.
+      optimizer: an `optax.GradientTransformation`.
+      train_data, eval_data: sources of examples (`len(source)`, `source.take(indices) -> {name: array}`).
+      shape: the shape of one example of every modality, `{"image": (8, 8, 1), "label": ()}`.
+      draw: `(params, keys, given, *, steps, guidance, absent=()) -> {name: array}`: a sampler that holds the modalities in
+        `given` at t = 0 and those in `absent` at t = 1. `steps` (int), `guidance` (float) and `absent` are static under jit.
+      modalities: how a person writes and sees each modality (`parse`, `check`, `show`), `{"image": Images(...), ...}`.
+      evaluators: callables `(experiment, params, config, key, step) -> Findings`, run by `mmdiff eval` in this order.
+      rules: the sharding table, `[(path regex, PartitionSpec | "fsdp"), ...]`; the first match wins.
+    """
+
+    process: Any
+    init: Callable[[jax.Array], Params]
+    apply: Callable[..., Any]
+    loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    optimizer: Any
+    train_data: Any
+    eval_data: Any
+    shape: Mapping[str, tuple[int, ...]]
+    draw: Callable[..., Mapping[str, jax.Array]]
+    modalities: Mapping[str, Any]
+    evaluators: Sequence[Callable[..., Any]] = ()
+    rules: Sequence[tuple[str, Any]] = ((".*", "fsdp"),)
+
+
+def initialiser(net: Any, process: Any, shape: Any) -> Callable[[jax.Array], Params]:
+    """`key -> params` of a linen network, shown one example as the process feeds it (a draw from the prior at t = 1)."""
+
+    def init(key):
+        xt = process.prior(jax.random.split(key, 1), shape)
+        t = {name: jnp.ones(1) for name in shape} if isinstance(shape, Mapping) else jnp.ones(1)
+        return net.init(key, *process.inputs(xt, t))
+
+    return init

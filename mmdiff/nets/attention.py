@@ -1,0 +1,36 @@
+"""One `attention`, several ways to compute it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+BACKENDS = ("reference", "xla", "cudnn")
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, backend: str | None = None) -> jax.Array:
+    r"""`softmax(q k^T / sqrt(d)) v`, softmax in float32.
+
+    Args:
+      q: queries [B, N, H, D]; k, v: keys and values [B, M, H, D].
+      mask: boolean, broadcastable to [B, H, N, M]; False hides a key. A row without any key gives a mean over all of them.
+      backend: "reference" (batched products over B*H; the fastest here on CPU), "xla" (`jax.nn.dot_product_attention`), "cudnn" (its
+        fused kernel: half precision on NVIDIA GPUs). None takes cudnn where it applies, else the reference.
+
+    Returns [B, N, H, D] in q's dtype.
+    """
+    if backend is None:
+        fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+        backend = "cudnn" if fused else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    if backend != "reference":
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    scores = jnp.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhnm,bhmd->bhnd", weights, v).swapaxes(1, 2)

@@ -1,0 +1,170 @@
+"""DiT: the diffusion transformer with adaLN-Zero (Peebles & Xie 2023), parameter for parameter."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmdiff.nets.attention import attention
+from mmdiff.nets.embed import Patches, TimeEmbed, xavier
+
+zeros = nn.initializers.zeros
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def modulate(x, shift, scale):
+    """`x (1 + scale) + shift` with one shift and scale per example, broadcast over its tokens."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def layer_norm(x):
+    """Without parameters, statistics in float32, result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    centred = x32 - mean
+    return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def stack(block, depth: int, scan: bool, remat: str):
+    """`depth` copies of a block `(carry, *constants) -> carry`, as a python loop or one scanned layer, each rematerialised by policy.
+
+    `block` is a linen class with its fields bound (`partial(Block, ...)`). Returns a function of `(carry, *constants)`.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"no remat policy {remat!r}; choose one of {', '.join(REMAT)}.")
+    kind, fields = block.func, block.keywords
+    if remat != "none":
+        kind = nn.remat(kind, policy=REMAT[remat], prevent_cse=not scan)
+    if not scan:
+
+        def loop(carry, *constants):
+            for i in range(depth):
+                carry = kind(**fields, name=f"block_{i}")(carry, *constants)
+            return carry
+
+        return loop
+
+    def scanned(carry, *constants):
+        def body(module, carry, _):
+            return module(carry, *constants), None
+
+        layers = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
+        return layers(kind(**fields, name="blocks"), carry, None)[0]
+
+    return scanned
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one qkv product; `qk_norm` normalises queries and keys per head (RMS, learned scale)."""
+
+    heads: int
+    qk_norm: bool = False
+    backend: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        b, n, h = x.shape
+        qkv = nn.Dense(3 * h, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+        q, k, v = (part.reshape(b, n, self.heads, h // self.heads) for part in jnp.split(qkv, 3, axis=-1))
+        if self.qk_norm:
+            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
+            k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
+        out = attention(q, k, v, backend=self.backend).reshape(b, n, h)
+        return nn.Dense(h, kernel_init=xavier, dtype=self.dtype, name="out")(out)
+
+
+class MLP(nn.Module):
+    """Dense, tanh-GELU, Dense."""
+
+    ratio: float = 4.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = nn.Dense(int(x.shape[-1] * self.ratio), kernel_init=xavier, dtype=self.dtype, name="in")(x)
+        return nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="out")(nn.gelu(hidden, approximate=True))
+
+
+class Block(nn.Module):
+    """A transformer block whose norms and residual gates are functions of the condition, the identity at initialisation."""
+
+    heads: int
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    backend: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, c):
+        parts = nn.Dense(6 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="adaln")(nn.silu(c))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(parts, 6, axis=-1)
+        attend = Attention(self.heads, self.qk_norm, self.backend, self.dtype, name="attention")
+        x = x + gate_a[:, None] * attend(modulate(layer_norm(x), shift_a, scale_a))
+        mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
+        return x + gate_m[:, None] * mlp(modulate(layer_norm(x), shift_m, scale_m))
+
+
+class DiT(nn.Module):
+    """Class-conditional DiT on images or latents.
+
+    `__call__(x, t, label)`: x [B, H, W, C] float, t [B] in [0, 1], label [B] int in 0 .. classes, where `classes` is the null row (a
+    `Given(null=classes)` or the mask of `absorbing(classes)`). Returns [B, H, W, C], or 2C channels with `learn_sigma`, in float32.
+
+    Attributes:
+      patches: the image's shape and patch size.
+      depth, width, heads: see `SIZES`; `dit("XL", 2)` builds the published ones.
+      scan: compile one layer and scan it. remat: "none", "dots" or "full". dtype: activations and products; parameters are float32.
+    """
+
+    patches: Patches
+    classes: int
+    depth: int
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    scan: bool = True
+    remat: str = "none"
+    backend: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, t, label):
+        h = self.patches.encode(x.astype(self.dtype), self.width, self.dtype, "image")
+        init = nn.initializers.normal(0.02)
+        c = TimeEmbed(self.width, self.dtype, name="time")(t)
+        c = c + nn.Embed(self.classes + 1, self.width, embedding_init=init, dtype=self.dtype, name="label")(label)
+        block = partial(Block, heads=self.heads, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, backend=self.backend, dtype=self.dtype)
+        h = stack(block, self.depth, self.scan, self.remat)(h, c)
+        shift, scale = jnp.split(nn.Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="adaln")(nn.silu(c)), 2, axis=-1)
+        return self.patches.decode(modulate(layer_norm(h), shift, scale), self.dtype, "image").astype(jnp.float32)
+
+
+def dit(size: str, patch: int, *, image: int = 32, channels: int = 4, classes: int = 1000, learn_sigma: bool = True, **options) -> DiT:
+    """The published DiT-`size`/`patch`: `dit("XL", 2)` works on 32x32x4 latents of 256-pixel images."""
+    if size not in SIZES:
+        raise ValueError(f"no DiT of size {size!r}; choose one of {', '.join(SIZES)}.")
+    depth, width, heads = SIZES[size]
+    patches = Patches(image, image, channels, patch, 2 * channels if learn_sigma else channels)
+    return DiT(patches, classes, depth, width, heads, **options)
+
+
+def as_joint(net: nn.Module, image: str = "image", label: str = "label"):
+    """A DiT as the network of a `Joint`: `apply(params, {image, label}, times) -> {image: out}`. The label's time is in its null row."""
+
+    def apply(params, x, t):
+        return {image: net.apply(params, x[image], t[image], x[label])}
+
+    return apply

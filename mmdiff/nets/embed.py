@@ -1,0 +1,146 @@
+"""Embeddings shared by the networks: time, positions, patches; and the modalities' ways in and out of a token stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+xavier = nn.initializers.xavier_uniform()
+
+
+def frequencies(t: jax.Array, size: int = 256, scale: float = 1000.0, max_period: float = 10000.0) -> jax.Array:
+    """Sinusoidal features [..., size] (cosines, then sines) of a time in [0, 1], counted in thousandths as DiT does."""
+    half = size // 2
+    rates = np.exp(-math.log(max_period) * np.arange(half) / half).astype(np.float32)
+    angles = scale * t[..., None].astype(jnp.float32) * rates
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimeEmbed(nn.Module):
+    """`Dense(silu(Dense(frequencies(t))))`: [...] -> [..., width]."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, t):
+        init = nn.initializers.normal(0.02)
+        h = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="in")(frequencies(t))
+        return nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="out")(nn.silu(h))
+
+
+def sincos_1d(size: int, positions: np.ndarray) -> np.ndarray:
+    rates = 1.0 / 10000 ** (np.arange(size // 2) / (size / 2.0))
+    angles = np.outer(positions.reshape(-1), rates)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_2d(size: int, height: int, width: int) -> np.ndarray:
+    """The fixed table of 2-d positions [height * width, size]: the first half of the features encodes the column, the second the row."""
+    rows, columns = np.meshgrid(np.arange(height, dtype=np.float64), np.arange(width, dtype=np.float64), indexing="ij")
+    return np.concatenate([sincos_1d(size // 2, columns), sincos_1d(size // 2, rows)], axis=1).astype(np.float32)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """[B, H, W, C] -> [B, H/p * W/p, p * p * C], patches in raster order."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(tokens: jax.Array, patch: int, height: int, width: int) -> jax.Array:
+    """The inverse of `patchify`: [B, N, p * p * C] -> [B, height, width, C]."""
+    b = tokens.shape[0]
+    x = tokens.reshape(b, height // patch, width // patch, patch, patch, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height, width, -1)
+
+
+# A modality's stream: `encode` makes tokens [B, N, width] of what the process feeds the network, `decode` makes the output.
+# Both are called inside a linen module, whose parameters they create under the modality's name.
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """Images [B, H, W, C], one token per patch, with fixed 2-d positions. `out_channels` (default C) may hold more, e.g. a sigma head."""
+
+    height: int
+    width: int
+    channels: int
+    patch: int
+    out_channels: int | None = None
+
+    def __post_init__(self):
+        if self.height % self.patch or self.width % self.patch:
+            raise ValueError(f"patches of {self.patch} do not tile an image of {self.height}x{self.width}.")
+
+    @property
+    def length(self) -> int:
+        return (self.height // self.patch) * (self.width // self.patch)
+
+    def encode(self, x, width, dtype, name):
+        tokens = nn.Dense(width, kernel_init=xavier, dtype=dtype, name=f"{name}_in")(patchify(x, self.patch))
+        return tokens + sincos_2d(width, self.height // self.patch, self.width // self.patch).astype(tokens.dtype)
+
+    def decode(self, h, dtype, name):
+        size = self.patch**2 * (self.out_channels or self.channels)
+        h = nn.Dense(size, kernel_init=nn.initializers.zeros, dtype=dtype, name=f"{name}_out")(h)
+        return unpatchify(h, self.patch, self.height, self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Integers [B, length] below `states`, with learned positions; outputs logits [B, length, classes]."""
+
+    length: int
+    states: int
+    classes: int
+
+    def encode(self, x, width, dtype, name):
+        init = nn.initializers.normal(0.02)
+        positions = nn.Embed(self.length, width, embedding_init=init, dtype=dtype, name=f"{name}_positions")(jnp.arange(self.length))
+        return nn.Embed(self.states, width, embedding_init=init, dtype=dtype, name=f"{name}_in")(x) + positions
+
+    def decode(self, h, dtype, name):
+        return nn.Dense(self.classes, kernel_init=nn.initializers.zeros, dtype=dtype, name=f"{name}_out")(h)
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """One integer [B] below `states` (the mask or null included), one token; outputs logits [B, classes]."""
+
+    states: int
+    classes: int
+    length = 1
+
+    def encode(self, x, width, dtype, name):
+        return nn.Embed(self.states, width, embedding_init=nn.initializers.normal(0.02), dtype=dtype, name=f"{name}_in")(x)[:, None]
+
+    def decode(self, h, dtype, name):
+        return nn.Dense(self.classes, kernel_init=nn.initializers.zeros, dtype=dtype, name=f"{name}_out")(h[:, 0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """Features [B, length, size], or [B, size] with length None: one token each, learned positions; outputs the same shape."""
+
+    size: int
+    count: int | None = None
+
+    @property
+    def length(self) -> int:
+        return self.count or 1
+
+    def encode(self, x, width, dtype, name):
+        tokens = nn.Dense(width, kernel_init=xavier, dtype=dtype, name=f"{name}_in")(x if self.count else x[:, None])
+        init = nn.initializers.normal(0.02)
+        return tokens + nn.Embed(self.length, width, embedding_init=init, dtype=dtype, name=f"{name}_positions")(jnp.arange(self.length))
+
+    def decode(self, h, dtype, name):
+        h = nn.Dense(self.size, kernel_init=nn.initializers.zeros, dtype=dtype, name=f"{name}_out")(h)
+        return h if self.count else h[:, 0]

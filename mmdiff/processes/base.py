@@ -1,0 +1,223 @@
+r"""What a process is, and the two that hold no mathematics: `Given` and `Joint`.
+
+A process turns clean data into noisy data and knows the way back. It never sees a network, a parameter or a mesh.
+Shapes: B examples; `t`, `s` are float32 [B] with 0 <= s <= t <= 1; `keys` are [B] typed PRNG keys, one per example, so that
+what happens to an example depends on nothing but its own key.
+
+Conditioning is time: a modality held at t = 0 is a condition (`corrupt` and `step` return it bit for bit, and its loss is
+zero), at t = 1 it is absent (a draw from the prior, or a null token).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class Noised:
+    """One corrupted batch: clean `x0`, noisy `xt`, its time `t` [B], and the `noise` that was used (None where there is none)."""
+
+    x0: Any
+    xt: Any
+    t: Any
+    noise: Any = None
+
+
+class Process:
+    """The interface. Every method is pure; `...` stands for the dimensions of one example.
+
+    The first six methods are the process; `kl`, `prior_kl` and `rate` serve the bounds on the likelihood.
+    """
+
+    learnt = True  # False for a condition, for which a network needs no output
+
+    def take(self, batch: Mapping[str, Array]) -> Any:
+        """The clean data of this process within a batch: the entry `x0`, or for a `Joint` one entry per modality."""
+        return batch["x0"]
+
+    def prior(self, keys: Array, shape: tuple[int, ...]) -> Array:
+        """A draw [B, *shape] at t = 1."""
+        raise NotImplementedError
+
+    def corrupt(self, keys: Array, x0: Array, t: Array) -> Noised:
+        """A draw from q(x_t | x_0). At t = 0 it is x_0 itself."""
+        raise NotImplementedError
+
+    def inputs(self, xt: Array, t: Array) -> tuple[Array, Array]:
+        """What the network is fed for (x_t, t)."""
+        return xt, t
+
+    def clean(self, out: Array, xt: Array, t: Array) -> Array:
+        """Network output -> belief about x_0: a mean (continuous) or probabilities [B, ..., K] (discrete)."""
+        raise NotImplementedError
+
+    def loss(self, out: Array, noised: Noised) -> Array:
+        """The process's plain training loss per example, [B]; zero where t = 0."""
+        raise NotImplementedError
+
+    def step(self, keys: Array, xt: Array, x0_hat: Array, t: Array, s: Array) -> Array:
+        """A draw from q(x_s | x_t, x_0 ~ x0_hat). For s = t it is x_t itself."""
+        raise NotImplementedError
+
+    def kl(self, noised: Noised, x0_hat: Array, s: Array) -> Array:
+        """KL(q(x_s | x_t, x_0) || q(x_s | x_t, x0_hat)) in nats, summed over the example: one term of the VLB, [B]."""
+        raise NotImplementedError
+
+    def prior_kl(self, x0: Array) -> Array:
+        """KL(q(x_1 | x_0) || prior) in nats, summed over the example, [B]."""
+        raise NotImplementedError
+
+    def rate(self, noised: Noised, x0_hat: Array) -> Array:
+        """The limit of `kl(noised, x0_hat, t - dt) / dt`: the continuous-time VLB's integrand, [B]."""
+        raise NotImplementedError
+
+
+def fold(keys: Array, data: int | str) -> Array:
+    """Independent keys [B] for a numbered or named purpose. Names are hashed (CRC-32), so adding one leaves the others alone."""
+    if isinstance(data, str):
+        data = zlib.crc32(data.encode())
+    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+
+
+def per_example(draw, keys: Array, *rest: Array) -> Array:
+    """`vmap` of a draw over examples."""
+    return jax.vmap(draw)(keys, *rest)
+
+
+def bcast(t: Array, x: Array) -> Array:
+    """Per-example (or per-token) values with trailing axes added until they broadcast against x."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def per_example_sum(x: Array) -> Array:
+    return x.reshape(x.shape[0], -1).sum(-1)
+
+
+def per_example_mean(x: Array) -> Array:
+    return x.reshape(x.shape[0], -1).mean(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(Process):
+    """An undiffused condition: present at any t < 1, replaced by `null` at t = 1. It is never learnt and never drawn.
+
+    `null` is the value of an absent condition: a scalar (a null class, a padding token, 0.0) or an array of one example's shape.
+    """
+
+    null: Any = 0
+    learnt = False
+
+    def _absent(self, shape, dtype):
+        return jnp.broadcast_to(jnp.asarray(self.null, dtype), shape)
+
+    def prior(self, keys, shape):
+        return self._absent((keys.shape[0], *shape), jnp.asarray(self.null).dtype)
+
+    def corrupt(self, keys, x0, t):
+        xt = jnp.where(bcast(t, x0) < 1, x0, self._absent(x0.shape, x0.dtype))
+        return Noised(x0=x0, xt=xt, t=t)
+
+    def clean(self, out, xt, t):
+        return xt
+
+    def loss(self, out, noised):
+        return jnp.zeros_like(noised.t)
+
+    def step(self, keys, xt, x0_hat, t, s):
+        return xt
+
+    def kl(self, noised, x0_hat, s):
+        return jnp.zeros_like(noised.t)
+
+    def prior_kl(self, x0):
+        return jnp.zeros(x0.shape[0], jnp.float32)
+
+    def rate(self, noised, x0_hat):
+        return jnp.zeros_like(noised.t)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Joint(Process):
+    """Several modalities side by side: every argument and result becomes a dict by modality name, `loss` too.
+
+    Each modality has its own time and draws from keys folded with its name. Entries of a dict that are not modalities of this
+    process are ignored (a batch may carry more than one loss needs); a missing one is an error that names it.
+
+        Joint(image=Gaussian(flow(), velocity), label=Categorical(absorbing(10), flow()))
+    """
+
+    parts: Mapping[str, Process]
+
+    def __init__(self, parts: Mapping[str, Process] | None = None, **named: Process):
+        parts = dict(parts or {}, **named)
+        if not parts:
+            raise ValueError("Joint needs at least one modality, as in Joint(image=Gaussian(...)).")
+        object.__setattr__(self, "parts", parts)
+
+    def __hash__(self):
+        return hash(tuple(self.parts.items()))
+
+    def _map(self, method: str, *trees, keys=None):
+        for tree in trees:
+            missing = [name for name in self.parts if name not in tree]
+            if missing:
+                raise KeyError(f"Joint.{method}: no {missing} among {sorted(tree)}; the modalities are {sorted(self.parts)}.")
+        results = {}
+        for name, part in self.parts.items():
+            lead = () if keys is None else (fold(keys, name),)
+            results[name] = getattr(part, method)(*lead, *(tree[name] for tree in trees))
+        return results
+
+    def take(self, batch):
+        missing = [name for name in self.parts if name not in batch]
+        if missing:
+            raise KeyError(f"the batch has no {missing}: it holds {sorted(batch)} and the process needs {sorted(self.parts)}.")
+        return {name: batch[name] for name in self.parts}
+
+    def prior(self, keys, shape):
+        return self._map("prior", shape, keys=keys)
+
+    def corrupt(self, keys, x0, t):
+        parts = self._map("corrupt", x0, t, keys=keys)
+        return Noised(*({name: getattr(noised, field) for name, noised in parts.items()} for field in ("x0", "xt", "t", "noise")))
+
+    def inputs(self, xt, t):
+        pairs = self._map("inputs", xt, t)
+        return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+
+    def clean(self, out, xt, t):
+        return self._map("clean", self._outputs(out), xt, t)
+
+    def loss(self, out, noised):
+        return self._map("loss", self._outputs(out), self.split(noised))
+
+    def step(self, keys, xt, x0_hat, t, s):
+        return self._map("step", xt, x0_hat, t, s, keys=keys)
+
+    def kl(self, noised, x0_hat, s):
+        return self._map("kl", self.split(noised), x0_hat, s)
+
+    def prior_kl(self, x0):
+        return self._map("prior_kl", x0)
+
+    def rate(self, noised, x0_hat):
+        return self._map("rate", self.split(noised), x0_hat)
+
+    def split(self, noised: Noised) -> dict[str, Noised]:
+        """A joint `Noised` as one `Noised` per modality."""
+        return {name: Noised(noised.x0[name], noised.xt[name], noised.t[name], noised.noise[name]) for name in self.parts}
+
+    def _outputs(self, out):
+        missing = [name for name, part in self.parts.items() if part.learnt and name not in out]
+        if missing:
+            raise KeyError(f"the network returned no output for {missing}, only for {sorted(out)}.")
+        return {name: out.get(name) for name in self.parts}

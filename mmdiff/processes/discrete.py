@@ -1,0 +1,281 @@
+r"""Discrete diffusion: a chain is a linear map and its transpose.
+
+    push(p, s, t)[y] = sum_x p[x] q(x_t = y | x_s = x)        moves a distribution forward
+    pull(f, s, t)[x] = sum_y q(x_t = y | x_s = x) f[y]        moves a likelihood back
+
+Everything else follows. Corruption draws from push. The reverse step, Bayes-exact for a belief p0 over x_0 (D3PM's mixture
+sum_k p0[k] q(x_s | x_t, x_0 = k)), is
+
+    q(x_s | x_t, p0) = pull(1[x_t], s, t) * push(p0 / pull(1[x_t], 0, t), 0, s).
+
+A belief gives no weight to what x_t has ruled out: that alone makes unmasked tokens of an absorbing chain stay as they are,
+their cross-entropy zero, and a token held at t = 0 known.
+
+Data are integers [B, ...] in 0 .. classes - 1; noisy data live in 0 .. states - 1, where states beyond the classes (a mask) are
+never data. Beliefs are float32 [B, ..., classes]. All mathematics is float32, at O(states) a token for `Categorical`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff import schedules
+from mmdiff.processes.base import Noised, Process, bcast, per_example, per_example_mean, per_example_sum
+
+TINY = 1e-30
+
+
+class Discrete(Process):
+    """What follows from `push` and `pull`. A subclass gives `classes`, `states`, `stationary` [states], `push` and `pull`.
+
+    `s` and `t` have shape [B] or any prefix of the data's shape (a time per token); `s = None` stands for time 0.
+    """
+
+    classes: int
+    states: int
+    stationary: np.ndarray
+
+    def push(self, p, s, t):
+        raise NotImplementedError
+
+    def pull(self, f, s, t):
+        raise NotImplementedError
+
+    @property
+    def mask(self) -> int:
+        """The id of the mask state."""
+        if self.states != self.classes + 1:
+            raise ValueError(f"a chain with {self.states} states over {self.classes} classes has no mask state.")
+        return self.classes
+
+    def prior(self, keys, shape):
+        return per_example(lambda key: _draw_fixed(key, self.stationary, shape), keys)
+
+    def corrupt(self, keys, x0, t):
+        marginal = self.push(jax.nn.one_hot(x0, self.states), None, t)
+        xt = per_example(_draw, keys, marginal)
+        return Noised(x0=x0, xt=jnp.where(bcast(t, x0) > 0, xt, x0), t=t)
+
+    def clean(self, out, xt, t):
+        return jnp.exp(self.log_belief(out, xt, t))
+
+    def log_belief(self, out, xt, t):
+        """log softmax of the logits [B, ..., classes] over the classes that x_t leaves possible; -inf for the others."""
+        possible = self._likelihood(xt, None, t)[..., : self.classes] > 0
+        # A finite stand-in for -inf inside the softmax keeps its gradient free of NaN.
+        logits = jnp.where(possible, out.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+        return jnp.where(possible, jax.nn.log_softmax(logits), -jnp.inf)
+
+    def loss(self, out, noised):
+        """Cross-entropy of the belief about x_0, averaged over one example's tokens."""
+        log_belief = self.log_belief(out, noised.xt, noised.t)
+        nll = -jnp.take_along_axis(log_belief, noised.x0[..., None], axis=-1)[..., 0]
+        return jnp.where(noised.t > 0, per_example_mean(nll), 0.0)
+
+    def posterior(self, xt, x0_hat, t, s):
+        """q(x_s | x_t, x_0 ~ x0_hat), probabilities [B, ..., states]."""
+        weights = self._likelihood(xt, s, t) * self._scaled(xt, x0_hat, t, s)
+        return weights / jnp.maximum(weights.sum(-1, keepdims=True), TINY)
+
+    def step(self, keys, xt, x0_hat, t, s):
+        xs = per_example(_draw, keys, self.posterior(xt, x0_hat, t, s))
+        return jnp.where(bcast(s, xt) < bcast(t, xt), xs, xt)
+
+    def kl(self, noised, x0_hat, s):
+        truth = jax.nn.one_hot(noised.x0, self.classes)
+        u = self._scaled(noised.xt, truth, noised.t, s)
+        u_hat = self._scaled(noised.xt, x0_hat, noised.t, s)
+        weights = self._likelihood(noised.xt, s, noised.t) * u
+        # Normalised by construction; the pull factor cancels within the logarithm.
+        ratio = jnp.log(jnp.maximum(u, TINY)) - jnp.log(jnp.maximum(u_hat, TINY))
+        each = jnp.where(weights > 0, weights * ratio, 0.0).sum(-1)
+        return jnp.where(s < noised.t, per_example_sum(each), 0.0)
+
+    def prior_kl(self, x0):
+        p = self.push(jax.nn.one_hot(x0, self.states), None, jnp.ones(x0.shape[0]))
+        ratio = jnp.log(jnp.maximum(p, TINY)) - jnp.log(jnp.maximum(jnp.asarray(self.stationary, jnp.float32), TINY))
+        return per_example_sum(jnp.where(p > 0, p * ratio, 0.0).sum(-1))
+
+    def _likelihood(self, xt, s, t):
+        """q(x_t | x_s = .) at the observed x_t, [B, ..., states]."""
+        return self.pull(jax.nn.one_hot(xt, self.states), s, t)
+
+    def _scaled(self, xt, x0_hat, t, s):
+        """push(p0 / pull(1[x_t], 0, t), 0, s)."""
+        likelihood = self._likelihood(xt, None, t)[..., : self.classes]
+        possible = likelihood > 0
+        ratio = jnp.where(possible, x0_hat / jnp.where(possible, likelihood, 1.0), 0.0)
+        extra = [(0, 0)] * (ratio.ndim - 1) + [(0, self.states - self.classes)]
+        return self.push(jnp.pad(ratio, extra), None, s)
+
+
+@dataclasses.dataclass(frozen=True)
+class Categorical(Discrete):
+    r"""A rank-one chain: with probability `a` a token keeps its state, otherwise it is redrawn from a fixed distribution,
+
+        q(x_t | x_s) = a_{t|s} 1[x_t = x_s] + (1 - a_{t|s}) pi[x_t],     a_{t|s} = a_t / a_s.
+
+    Absorbing (pi on a mask), uniform, and any mixture of both are choices of `pi`; see `absorbing`, `uniform`, `mixed`.
+
+    Attributes:
+      redraw: pi, one probability per state, as a tuple.
+      keep: a schedule with alpha + sigma = 1, read as (a, 1 - a).
+      classes: how many of the states are data; all of them by default.
+    """
+
+    redraw: tuple[float, ...]
+    keep: schedules.Schedule = dataclasses.field(default_factory=schedules.flow)
+    classes: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "redraw", tuple(float(p) for p in self.redraw))
+        object.__setattr__(self, "classes", self.classes or len(self.redraw))
+        if min(self.redraw) < 0 or abs(sum(self.redraw) - 1) > 1e-6:
+            raise ValueError(f"Categorical: the redraw probabilities must be >= 0 and sum to 1, they sum to {sum(self.redraw):.6g}.")
+        if not 1 <= self.classes <= len(self.redraw):
+            raise ValueError(f"Categorical: {self.classes} classes do not fit {len(self.redraw)} states.")
+
+    @property
+    def states(self):
+        return len(self.redraw)
+
+    @property
+    def stationary(self):
+        return np.asarray(self.redraw)
+
+    def push(self, p, s, t):
+        kept, redrawn = self._weights(s, t, p)
+        return kept * p + redrawn * p.sum(-1, keepdims=True) * jnp.asarray(self.redraw, jnp.float32)
+
+    def pull(self, f, s, t):
+        kept, redrawn = self._weights(s, t, f)
+        return kept * f + redrawn * (f * jnp.asarray(self.redraw, jnp.float32)).sum(-1, keepdims=True)
+
+    def _weights(self, s, t, like):
+        """`(a_{t|s}, 1 - a_{t|s})`; the second from the schedule's own complement, which keeps its digits at small t."""
+        a, b = (bcast(c, like) for c in self.keep(t))
+        if s is not None:
+            a_s, b_s = (bcast(c, like) for c in self.keep(s))
+            alive = a_s > 0
+            a = jnp.where(alive, a / jnp.where(alive, a_s, 1.0), 0.0)
+            b = jnp.where(alive, (b - b_s) / jnp.where(alive, a_s, 1.0), 1.0)
+        return a, b
+
+    def rate(self, noised, x0_hat):
+        r"""Continuous-time VLB integrand of the reverse jumps y != x_t (Campbell et al. 2022; for a mask it is MD4's weight times CE):
+
+            sum_y  r_hat(y) - r(y) + r(y) log(r(y) / r_hat(y)),      r(y) = -a'/a pi[x_t] q_t(y | x_0) / q_t(x_t | x_0).
+        """
+        # At t = 1 the two factors are infinity and zero; a hair before it they are their limit.
+        t = jnp.minimum(noised.t, 1.0 - 1e-6)
+        a, _ = self.keep(t)
+        da, _ = schedules.derivative(self.keep, t)
+        beta = bcast(-da / a, noised.xt) * jnp.take(jnp.asarray(self.redraw, jnp.float32), noised.xt)
+        truth = jax.nn.one_hot(noised.x0, self.classes)
+        other = 1.0 - jax.nn.one_hot(noised.xt, self.states)
+        u = other * self._scaled(noised.xt, truth, t, t)
+        u_hat = other * self._scaled(noised.xt, x0_hat, t, t)
+        ratio = jnp.log(jnp.maximum(u, TINY)) - jnp.log(jnp.maximum(u_hat, TINY))
+        each = (u_hat - u + jnp.where(u > 0, u * ratio, 0.0)).sum(-1)
+        return jnp.where(noised.t > 0, per_example_sum(beta * each), 0.0)
+
+
+def absorbing(classes: int, keep: schedules.Schedule | None = None) -> Categorical:
+    """Masked diffusion: tokens turn into a mask, state `classes` (D3PM absorbing, MD4, MDLM)."""
+    return Categorical((0.0,) * classes + (1.0,), keep or schedules.flow(), classes)
+
+
+def uniform(classes: int, keep: schedules.Schedule | None = None) -> Categorical:
+    """Tokens are redrawn uniformly from the classes (multinomial diffusion)."""
+    return Categorical((1.0 / classes,) * classes, keep or schedules.flow(), classes)
+
+
+def mixed(classes: int, mask: float, keep: schedules.Schedule | None = None) -> Categorical:
+    """A redraw hits the mask with probability `mask`, else a uniform class. Masks can be redrawn too: rank one, unlike VQ-Diffusion."""
+    if not 0 <= mask <= 1:
+        raise ValueError(f"mixed needs a mask probability in [0, 1], got {mask}.")
+    return Categorical(((1.0 - mask) / classes,) * classes + (mask,), keep or schedules.flow(), classes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Markov(Discrete):
+    """Any D3PM chain: row-stochastic matrices `steps` [T, S, S], the i-th taking time (i-1)/T to i/T. Times round to the nearest i/T.
+
+    A constant chain of T steps is `np.broadcast_to(Q, (T, S, S))`. Memory is O(T S^2), once, on the host and in the program: for
+    rank-one chains use `Categorical`, which needs none of it. `classes` counts the states that are data (default: all).
+    """
+
+    steps: np.ndarray
+    classes: int = 0
+
+    def __post_init__(self):
+        steps = np.asarray(self.steps, np.float64)
+        if steps.ndim != 3 or steps.shape[1] != steps.shape[2]:
+            raise ValueError(f"Markov needs matrices of shape [T, S, S], got {steps.shape}.")
+        if steps.min() < 0 or np.abs(steps.sum(-1) - 1).max() > 1e-6:
+            raise ValueError("Markov: every row of every matrix must be a probability distribution.")
+        total, products = np.eye(steps.shape[1]), [np.eye(steps.shape[1])]
+        for matrix in steps:
+            total = total @ matrix
+            products.append(total)
+        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "classes", self.classes or steps.shape[1])
+        object.__setattr__(self, "_products", np.stack(products))
+
+    @property
+    def states(self):
+        return self.steps.shape[1]
+
+    @property
+    def stationary(self):
+        return self._products[-1][: self.classes].mean(0)
+
+    def push(self, p, s, t):
+        if s is None:
+            return self._times(p, jnp.take(jnp.asarray(self._products, jnp.float32), self._index(t), axis=0))
+        low, high = self._index(s), self._index(t)
+
+        def body(i, p):
+            moved = p @ jnp.asarray(self.steps, jnp.float32)[i]
+            return jnp.where(bcast((low <= i) & (i < high), p), moved, p)
+
+        return jax.lax.fori_loop(low.min(), high.max(), body, p)
+
+    def pull(self, f, s, t):
+        if s is None:
+            return self._times(f, jnp.take(jnp.asarray(self._products, jnp.float32), self._index(t), axis=0).swapaxes(-1, -2))
+        low, high = self._index(s), self._index(t)
+
+        def body(n, f):
+            i = high.max() - 1 - n
+            moved = f @ jnp.asarray(self.steps, jnp.float32)[i].T
+            return jnp.where(bcast((low <= i) & (i < high), f), moved, f)
+
+        return jax.lax.fori_loop(0, high.max() - low.min(), body, f)
+
+    def rate(self, noised, x0_hat):
+        """A chain with T steps has no continuous time: T times the KL of its own last step."""
+        count = self.steps.shape[0]
+        return count * self.kl(noised, x0_hat, jnp.maximum(noised.t - 1.0 / count, 0.0))
+
+    def _index(self, t):
+        return jnp.clip(jnp.round(t * self.steps.shape[0]), 0, self.steps.shape[0]).astype(jnp.int32)
+
+    @staticmethod
+    def _times(p, matrix):
+        """p [B, ..., S] times one matrix per leading index of `matrix` [..., S, S]."""
+        matrix = matrix.reshape(matrix.shape[:-2] + (1,) * (p.ndim - matrix.ndim + 1) + matrix.shape[-2:])
+        return (p[..., None, :] @ matrix)[..., 0, :]
+
+
+def _draw(key, probabilities):
+    """A categorical draw over the last axis; zero probabilities are never drawn (Gumbel-max in log space)."""
+    return jax.random.categorical(key, jnp.where(probabilities > 0, jnp.log(jnp.maximum(probabilities, TINY)), -jnp.inf)).astype(jnp.int32)
+
+
+def _draw_fixed(key, probabilities, shape):
+    return _draw(key, jnp.broadcast_to(jnp.asarray(probabilities, jnp.float32), (*shape, len(probabilities))))

@@ -1,0 +1,162 @@
+r"""Gaussian diffusion, every parameterisation one row of a 2x2 system.
+
+    x_t = alpha x_0 + sigma eps         the corruption
+    out =     p x_0 +     q eps         what the network predicts
+
+Both hold at once, so the belief about x_0 is the solution of the system,
+
+    x0_hat = (q x_t - sigma out) / (q alpha - sigma p),
+
+and a parameterisation is the pair (p, q), a function of (schedule, t). A new one is one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mmdiff import schedules
+from mmdiff.processes.base import Noised, Process, bcast, per_example, per_example_mean, per_example_sum
+
+Predict = Callable[[schedules.Schedule, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def x0(schedule, t):
+    """out = x_0."""
+    return jnp.ones_like(t), jnp.zeros_like(t)
+
+
+def eps(schedule, t):
+    """out = eps. Says nothing about x_0 where alpha = 0: use it with schedules that keep some signal at t = 1."""
+    return jnp.zeros_like(t), jnp.ones_like(t)
+
+
+def v(schedule, t):
+    """out = alpha eps - sigma x_0 (Salimans & Ho 2022)."""
+    alpha, sigma = schedule(t)
+    return -sigma, alpha
+
+
+def velocity(schedule, t):
+    """out = dx_t/dt = alpha' x_0 + sigma' eps (flow matching; with `flow()` it is eps - x_0)."""
+    return schedules.derivative(schedule, t)
+
+
+def edm(data_std: float = 0.5) -> Predict:
+    """Karras' F: the network's output after `x0_hat = c_skip x + c_out F` (EDM, equation 7), for data of that deviation."""
+
+    def predict(schedule, t):
+        alpha, sigma = schedule(t)
+        norm = jnp.sqrt(sigma**2 + (alpha * data_std) ** 2)
+        return sigma / (data_std * norm), -alpha * data_std / norm
+
+    return predict
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(Process):
+    """`x_t = alpha(t) x_0 + sigma(t) eps` on arrays [B, ...] of float32.
+
+    Attributes:
+      schedule: `t -> (alpha, sigma)`.
+      predict: what the network's output means: `x0`, `eps`, `v`, `velocity`, `edm(data_std)`, or any `(schedule, t) -> (p, q)`.
+      eta: randomness of `step`: 0 is DDIM (deterministic), 1 the exact posterior (DDPM).
+      data_std: if given, the network is fed `x_t` scaled to unit variance for data of this standard deviation (EDM's c_in).
+
+    An output with twice the channels of x (a learned-sigma head) is read by its first half.
+    """
+
+    schedule: schedules.Schedule
+    predict: Predict = velocity
+    eta: float = 0.0
+    data_std: float | None = None
+
+    def prior(self, keys, shape):
+        noise = per_example(lambda key: jax.random.normal(key, shape), keys)
+        return noise * self.schedule(jnp.ones(()))[1]
+
+    def corrupt(self, keys, x0, t):
+        noise = per_example(lambda key: jax.random.normal(key, x0.shape[1:]), keys)
+        alpha, sigma = self._at(t, x0)
+        xt = jnp.where(bcast(t, x0) > 0, alpha * x0 + sigma * noise, x0)
+        return Noised(x0=x0, xt=xt, t=t, noise=noise)
+
+    def inputs(self, xt, t):
+        if self.data_std is None:
+            return xt, t
+        alpha, sigma = self._at(t, xt)
+        return xt / jnp.sqrt((alpha * self.data_std) ** 2 + sigma**2), t
+
+    def clean(self, out, xt, t):
+        alpha, sigma, p, q = (bcast(c, xt) for c in self._rows(t))
+        det = q * alpha - sigma * p
+        tiny = jnp.finfo(jnp.float32).eps
+        det = jnp.where(jnp.abs(det) < tiny, jnp.where(det < 0, -tiny, tiny), det)
+        solved = (q * xt - sigma * self._mean(out, xt)) / det
+        return jnp.where(bcast(t, xt) > 0, solved, xt)
+
+    def loss(self, out, noised):
+        """Mean squared error of the network's output against `p x_0 + q eps`, averaged over one example's dimensions."""
+        return jnp.where(noised.t > 0, per_example_mean(self.residual(out, noised) ** 2), 0.0)
+
+    def residual(self, out, noised):
+        """`out - (p x_0 + q eps)`: zero for a perfect network."""
+        _, _, p, q = (bcast(c, noised.x0) for c in self._rows(noised.t))
+        return self._mean(out, noised.x0) - (p * noised.x0 + q * noised.noise)
+
+    def eps_scale(self, t):
+        """The factor that turns `residual` into the error in eps, `alpha / |q alpha - sigma p|` [B]."""
+        alpha, sigma, p, q = self._rows(t)
+        return alpha / jnp.maximum(jnp.abs(q * alpha - sigma * p), jnp.finfo(jnp.float32).eps)
+
+    def step(self, keys, xt, x0_hat, t, s):
+        alpha, sigma = self._at(t, xt)
+        alpha_s, sigma_s = self._at(s, xt)
+        eps_hat = (xt - alpha * x0_hat) / jnp.where(sigma > 0, sigma, 1.0)
+        if self.eta == 0:
+            xs = alpha_s * x0_hat + sigma_s * eps_hat
+        else:
+            # Var q(x_s | x_t, x_0) = sigma_s^2 (1 - SNR_t / SNR_s).
+            ratio = (alpha * sigma_s / (jnp.where(sigma > 0, sigma, 1.0) * jnp.where(alpha_s > 0, alpha_s, 1.0))) ** 2
+            variance = self.eta**2 * sigma_s**2 * jnp.clip(1.0 - ratio, 0.0, 1.0)
+            noise = per_example(lambda key: jax.random.normal(key, xt.shape[1:]), keys)
+            direction = jnp.sqrt(jnp.maximum(sigma_s**2 - variance, 0.0))
+            xs = alpha_s * x0_hat + direction * eps_hat + jnp.sqrt(variance) * noise
+        return jnp.where(bcast(s < t, xt), xs, xt)
+
+    def kl(self, noised, x0_hat, s):
+        """`(SNR(s) - SNR(t)) / 2 |x_0 - x0_hat|^2` (VDM, equation 15); infinite at s = 0, where a decoder takes over."""
+        log_t, log_s = (schedules.log_snr(self.schedule, u) for u in (noised.t, s))
+        gap = -jnp.exp(log_s) * jnp.expm1(log_t - log_s)
+        return jnp.where(s < noised.t, 0.5 * gap * per_example_sum((noised.x0 - x0_hat) ** 2), 0.0)
+
+    def rate(self, noised, x0_hat):
+        """`-SNR'(t) / 2 |x_0 - x0_hat|^2` (VDM, equation 17)."""
+        t = self._inside(noised.t)
+        alpha, sigma = self.schedule(t)
+        d_alpha, d_sigma = schedules.derivative(self.schedule, t)
+        d_snr = 2.0 * alpha / sigma**2 * (d_alpha - alpha / sigma * d_sigma)
+        return jnp.where(noised.t > 0, -0.5 * d_snr * per_example_sum((noised.x0 - x0_hat) ** 2), 0.0)
+
+    def prior_kl(self, x0):
+        alpha, sigma = self.schedule(jnp.ones(()))
+        return 0.5 * (alpha / sigma) ** 2 * per_example_sum(x0**2)
+
+    def _rows(self, t):
+        t = self._inside(t)
+        return *self.schedule(t), *self.predict(self.schedule, t)
+
+    @staticmethod
+    def _inside(t):
+        # At t = 0 the answer is known and the coefficients may be infinite; any other time keeps NaN out of the gradients.
+        return jnp.where(t > 0, t, 0.5)
+
+    def _at(self, t, x):
+        return tuple(bcast(c, x) for c in self.schedule(t))
+
+    @staticmethod
+    def _mean(out, x):
+        return out[..., : x.shape[-1]].astype(jnp.float32) if x.ndim > 1 else out.astype(jnp.float32)

@@ -1,0 +1,282 @@
+r"""Sampling: a time grid scanned over `process.step`.
+
+Every method is the process's own step on an improved belief x0_hat, so a sampler is a list of **maps** on one `Move`:
+
+    DDIM                      Gaussian(..., eta=0) and no map
+    ancestral (DDPM, SDE)     Gaussian(..., eta=1) and no map; the discrete processes always draw
+    DPM-Solver++(2M)          dpmpp_2m(schedule)
+    Heun                      sample(..., heun=True)
+    clipping, thresholding    clip(-1, 1), threshold(0.995)
+    truncation                top_p(0.9), temperature(0.8)
+    confidence unmasking      confidence(process)
+
+Conditions are pinned at t = 0 (`given`), ignored modalities at t = 1 (`absent`). Strided sampling is a coarser grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mmdiff import schedules
+from mmdiff.processes.base import Process, bcast, fold
+
+
+@flax.struct.dataclass
+class Move:
+    """One step about to be taken: from (xt, t) to time s with the belief x0; `last_*` are the step before (last_t = t at first)."""
+
+    xt: Any
+    t: Any
+    s: Any
+    x0: Any
+    last_x0: Any
+    last_t: Any
+    keys: Any
+
+
+Map = Callable[[Move], Move]
+
+
+def uniform_grid(steps: int) -> jax.Array:
+    """`1, 1 - 1/N, ..., 0`: N steps."""
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least one step, got {steps}.")
+    return (steps - jnp.arange(steps + 1, dtype=jnp.float32)) / steps
+
+
+def sample(
+    process: Process,
+    apply: Callable,
+    params: Any,
+    keys: jax.Array,
+    grid: Any,
+    shape: Any,
+    given: Mapping[str, jax.Array] | None = None,
+    absent: Sequence[str] = (),
+    maps: Sequence[Map] = (),
+    heun: bool = False,
+) -> Any:
+    """Draws x_0 by walking the grid from t = 1 to t = 0.
+
+    Args:
+      process, apply, params: as in training; `apply` may be `guided(...)`.
+      keys: [B] typed keys, one per example. An example's draw depends on its own key alone.
+      grid: times [N + 1], decreasing from 1 to 0, or one such array per modality (of one length).
+      shape: the shape of one example, `(8, 8, 1)`, or one per modality.
+      given: modalities held at t = 0, [B, ...] each; returned bit for bit.
+      absent: modalities held at t = 1: the others are drawn without them.
+      maps: functions `Move -> Move`, applied in order at every step; `only(name, map)` applies one to a modality.
+      heun: average the beliefs at both ends of each step (second order, two network calls a step).
+
+    Returns x_0 with the structure of `shape`.
+    """
+    given = dict(given or {})
+    joint = isinstance(shape, Mapping)
+    if joint:
+        unknown = [name for name in (*given, *absent) if name not in shape]
+        if unknown:
+            raise KeyError(f"sample: no modality {unknown}; there are {sorted(shape)}.")
+    elif given or absent:
+        raise ValueError("sample: `given` and `absent` name modalities of a Joint; this process has only one.")
+    steps = (next(iter(grid.values())) if isinstance(grid, Mapping) else grid).shape[0] - 1
+    count = keys.shape[0]
+
+    def times(i):
+        def of(name=None):
+            value = (grid[name] if isinstance(grid, Mapping) else grid)[i]
+            value = 0.0 if name in given else 1.0 if name in absent else value
+            return jnp.full((count,), value, jnp.float32)
+
+        return {name: of(name) for name in shape} if joint else of()
+
+    def belief(xt, t):
+        return process.clean(apply(params, *process.inputs(xt, t)), xt, t)
+
+    xt = process.prior(fold(keys, "prior"), shape)
+    if joint:
+        xt = {name: jnp.asarray(given[name], xt[name].dtype) if name in given else xt[name] for name in shape}
+
+    def body(carry, i):
+        xt, last_x0, last_t = carry
+        t, s, step_keys = times(i), times(i + 1), fold_each(keys, i)
+        x0 = belief(xt, t)
+        # Before the first step there is no last one: maps see last_t = t and the same belief.
+        first = i == 0
+        last_x0 = jax.tree.map(lambda a, b: jnp.where(first, a, b), x0, last_x0)
+        last_t = jax.tree.map(lambda a, b: jnp.where(first, a, b), t, last_t)
+        move = Move(xt=xt, t=t, s=s, x0=x0, last_x0=last_x0, last_t=last_t, keys=fold(step_keys, "maps"))
+        for refine in maps:
+            move = refine(move)
+        xs = process.step(step_keys, xt, move.x0, t, move.s)
+        if heun:
+            x0_end = belief(xs, s)
+            average = jax.tree.map(lambda a, b: 0.5 * (a + b), move.x0, x0_end)
+            xs = process.step(step_keys, xt, average, t, move.s)
+        return (xs, x0, t), None
+
+    last = jax.eval_shape(belief, xt, times(0))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), last)
+    (x, _, _), _ = jax.lax.scan(body, (xt, zeros, times(0)), jnp.arange(steps))
+    return x
+
+
+def drawer(process: Process, apply: Callable, shape: Mapping[str, Any], drop: Mapping[str, Any], **options: Any) -> Callable:
+    """The sampler of an `Experiment`: `draw(params, keys, given, *, steps, guidance, absent=())` on a uniform grid.
+
+    `drop` says what guidance drops (see `guided`); `options` go to `sample` (maps, heun). With guidance 1 the network runs once a step.
+    """
+
+    def draw(params, keys, given, *, steps, guidance, absent=()):
+        # Guidance has nothing to compare where the condition is absent anyway.
+        present = {name: null for name, null in drop.items() if name not in absent}
+        network = guided(apply, guidance, present) if present and guidance != 1 else apply
+        return sample(process, network, params, keys, uniform_grid(steps), shape, given=given, absent=absent, **options)
+
+    return draw
+
+
+def fold_each(keys, i):
+    return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
+
+
+# ---------------------------------------------------------------------------------------------------------------- guidance
+
+
+def guided(apply: Callable, w: float | Callable, drop: Mapping[str, Any]) -> Callable:
+    """Classifier-free guidance on raw outputs: `out = u + w (c - u)`; w = 1 is plain conditional, 0 unconditional.
+
+    Linear in the output, hence right for eps, v, velocity and logits alike. The unconditional branch is the same batch with the
+    dropped modalities at t = 1; both branches run as one batch of 2B.
+
+    Args:
+      w: a number, or a function of the network's times (see `interval`).
+      drop: modality -> what the network is fed for it when absent: the mask of an absorbing chain, the null of a `Given`, ...
+    """
+
+    def apply_guided(params, x, t):
+        bare_x, bare_t = dict(x), dict(t)
+        for name, null in drop.items():
+            bare_x[name] = jnp.broadcast_to(jnp.asarray(null, x[name].dtype), x[name].shape)
+            bare_t[name] = jnp.ones_like(t[name])
+        both_x, both_t = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (x, t), (bare_x, bare_t))
+        out = apply(params, both_x, both_t)
+        scale = w(t) if callable(w) else w
+
+        def mix(o):
+            c, u = jnp.split(o, 2)
+            return u + (bcast(scale, c) if isinstance(scale, jax.Array) and scale.ndim else scale) * (c - u)
+
+        return {name: jnp.split(o, 2)[0] if name in drop else mix(o) for name, o in out.items()}
+
+    return apply_guided
+
+
+def autoguided(apply: Callable, w: float, weak: Any) -> Callable:
+    """Autoguidance: the second branch is the same network with worse parameters, `out = weak + w (good - weak)` (Karras et al. 2024)."""
+
+    def apply_guided(params, x, t):
+        return jax.tree.map(lambda good, bad: bad + w * (good - bad), apply(params, x, t), apply(weak, x, t))
+
+    return apply_guided
+
+
+def interval(w: float, low: float, high: float, of: str) -> Callable:
+    """Guidance `w` only while modality `of` has low < t <= high, 1 elsewhere (Kynkäänniemi et al. 2024)."""
+    return lambda t: jnp.where((t[of] > low) & (t[of] <= high), w, 1.0)
+
+
+# -------------------------------------------------------------------------------------------------------------------- maps
+
+
+def only(name: str, refine: Map) -> Map:
+    """Applies a map to one modality of a joint move."""
+
+    def apply(move: Move) -> Move:
+        part = refine(Move(*(getattr(move, f)[name] for f in ("xt", "t", "s", "x0", "last_x0", "last_t")), fold(move.keys, name)))
+        return move.replace(x0={**move.x0, name: part.x0}, s={**move.s, name: part.s})
+
+    return apply
+
+
+def clip(low: float, high: float) -> Map:
+    """Keeps the belief within the data's range."""
+    return lambda move: move.replace(x0=jnp.clip(move.x0, low, high))
+
+
+def threshold(quantile: float = 0.995, limit: float = 1.0) -> Map:
+    """Dynamic thresholding: rescale an example whose `quantile` of |x0| exceeds `limit` (Saharia et al. 2022)."""
+
+    def apply(move):
+        flat = jnp.abs(move.x0).reshape(move.x0.shape[0], -1)
+        bound = bcast(jnp.maximum(jnp.quantile(flat, quantile, axis=-1), limit), move.x0)
+        return move.replace(x0=jnp.clip(move.x0, -bound, bound) * (limit / bound))
+
+    return apply
+
+
+def dpmpp_2m(schedule: schedules.Schedule) -> Map:
+    """DPM-Solver++(2M): extrapolates the belief to the middle of the step, linearly in log-SNR (Lu et al. 2022).
+
+    The first step and the step to t = 0 are first order: there log-SNR is infinite. For `Gaussian(eta=0)`.
+    """
+
+    def apply(move):
+        now, end, last = (0.5 * schedules.log_snr(schedule, u) for u in (move.t, move.s, move.last_t))
+        ahead, behind = end - now, now - last
+        usable = jnp.isfinite(ahead) & jnp.isfinite(behind) & (behind > 0)
+        weight = jnp.where(usable, 0.5 * ahead / jnp.where(usable, behind, 1.0), 0.0)
+        return move.replace(x0=move.x0 + bcast(weight, move.x0) * (move.x0 - move.last_x0))
+
+    return apply
+
+
+def top_p(p: float) -> Map:
+    """Keeps the smallest set of classes whose probability reaches p (the best one always), renormalised."""
+
+    def apply(move):
+        order = jnp.sort(move.x0, axis=-1)[..., ::-1]
+        # The mass of strictly better classes decides: the first is always in.
+        kept = (jnp.cumsum(order, axis=-1) - order) < p
+        cut = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
+        probs = jnp.where(move.x0 >= cut, move.x0, 0.0)
+        return move.replace(x0=probs / probs.sum(-1, keepdims=True))
+
+    return apply
+
+
+def temperature(value: float) -> Map:
+    """Sharpens (value < 1) or flattens a belief: probabilities to the power 1 / value, renormalised."""
+
+    def apply(move):
+        powered = jnp.where(move.x0 > 0, move.x0 ** (1.0 / value), 0.0)
+        return move.replace(x0=powered / powered.sum(-1, keepdims=True))
+
+    return apply
+
+
+def confidence(process, noise: float = 0.0) -> Map:
+    """Unmasks the most certain tokens first instead of random ones, as many per step as the schedule asks for.
+
+    A chosen token moves to time 0, every other one stays at t: time may differ per token, so this too is a map on the move.
+    Certainty is log max_k x0[k], plus `noise` times Gumbel noise (MaskGIT's temperature; VQ-Diffusion's purity). For `absorbing`.
+    """
+
+    def apply(move):
+        count, size = move.xt.shape[0], max(1, move.xt.size // move.xt.shape[0])
+        sure = jnp.log(jnp.maximum(move.x0.max(-1), 1e-30)).reshape(count, size)
+        if noise:
+            sure = sure + noise * jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(move.keys)
+        sure = jnp.where(move.xt.reshape(count, size) == process.mask, sure, jnp.inf)
+        rank = jnp.argsort(jnp.argsort(-sure, axis=-1), axis=-1)
+        # process.keep gives the share still masked at s; at s = 0 it is 0 and everything is revealed.
+        masked = jnp.floor(process.keep(move.s)[1] * size + 1e-4)
+        reveal = rank < size - masked[:, None]
+        s = jnp.where(reveal, 0.0, move.t[:, None])
+        return move.replace(s=s.reshape(move.xt.shape))
+
+    return apply

@@ -1,0 +1,134 @@
+r"""Noise schedules: functions `t -> (alpha, sigma)`.
+
+A schedule says how much signal and how much noise is left at time t in [0, 1]:
+
+    x_t = alpha(t) x_0 + sigma(t) eps,        alpha(0) = 1, sigma(0) = 0.
+
+Continuous processes use the pair as it stands. Discrete ones read it as (probability to be kept, probability to be
+replaced), for which `alpha + sigma = 1` must hold: `flow` and `masked_cosine` do.
+
+Schedules work on arrays of any shape, are differentiable in t (`derivative`) and return float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Schedule = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def flow() -> Schedule:
+    """Straight lines, `(1 - t, t)`: rectified flow, flow matching; for discrete data the linear schedule of MD4."""
+
+    def schedule(t):
+        t = jnp.asarray(t, jnp.float32)
+        return 1.0 - t, t
+
+    return schedule
+
+
+def cosine() -> Schedule:
+    r"""Variance preserving, `(cos(pi t / 2), sin(pi t / 2))` (Nichol & Dhariwal 2021 without the offset).
+
+    alpha(1) is exactly 0, so the end of the chain is exactly the prior.
+    """
+
+    def schedule(t):
+        t = jnp.asarray(t, jnp.float32)
+        angle = t * (math.pi / 2)
+        # sin of the complement is exact at t = 1, where cos would leave -4e-8.
+        return jnp.sin((1.0 - t) * (math.pi / 2)), jnp.sin(angle)
+
+    return schedule
+
+
+def masked_cosine() -> Schedule:
+    """The mask schedule of MaskGIT for discrete data: `(1 - sin(pi t / 2), sin(pi t / 2))`; sums to one."""
+
+    def schedule(t):
+        t = jnp.asarray(t, jnp.float32)
+        # 1 - sin(a) = 2 sin^2((pi/2 - a) / 2) keeps its digits near t = 1.
+        return 2.0 * jnp.sin((1.0 - t) * (math.pi / 4)) ** 2, jnp.sin(t * (math.pi / 2))
+
+    return schedule
+
+
+def linear_beta(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Schedule:
+    r"""The DDPM table: `alpha_bar_i = prod_{j<=i} (1 - beta_j)`, beta linear from `beta_min` to `beta_max`.
+
+    Exact at t = i / steps (i = 0 .. steps, alpha_bar_0 = 1); between the nodes log alpha_bar is interpolated linearly.
+    The table is computed in float64. Source: Ho et al. 2020, section 4.
+    """
+    if steps < 1 or not 0 < beta_min <= beta_max < 1:
+        raise ValueError(f"linear_beta needs steps >= 1 and 0 < beta_min <= beta_max < 1, got {steps}, {beta_min}, {beta_max}.")
+    return table(np.concatenate([[0.0], np.cumsum(np.log1p(-np.linspace(beta_min, beta_max, steps)))]))
+
+
+def table(log_alpha_bar: np.ndarray) -> Schedule:
+    """A variance-preserving schedule from `log alpha_bar` at t = i / T, i = 0 .. T (decreasing from 0)."""
+    log_alpha_bar = np.asarray(log_alpha_bar, np.float64)
+    if log_alpha_bar.ndim != 1 or log_alpha_bar.size < 2 or log_alpha_bar[0] != 0 or np.any(np.diff(log_alpha_bar) >= 0):
+        raise ValueError("a schedule table is 1-d, starts at log alpha_bar = 0 and decreases strictly.")
+    steps = log_alpha_bar.size - 1
+    nodes = log_alpha_bar.astype(np.float32)
+    slopes = np.append(np.diff(log_alpha_bar), 0.0).astype(np.float32)
+
+    def schedule(t):
+        place = jnp.asarray(t, jnp.float32) * steps
+        # i / steps * steps may miss i by one ulp: snap, so that the nodes are exact.
+        nearest = jnp.round(place)
+        snapped = jax.lax.stop_gradient(jnp.where(jnp.abs(place - nearest) < 1e-6 * steps + 1e-5, nearest - place, 0.0)) + place
+        low = jax.lax.stop_gradient(jnp.clip(jnp.floor(snapped), 0, steps - 1)).astype(jnp.int32)
+        log_ab = jnp.take(nodes, low) + jnp.take(slopes, low) * (snapped - low)
+        return jnp.exp(0.5 * log_ab), jnp.sqrt(-jnp.expm1(log_ab))
+
+    return schedule
+
+
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
+    r"""Variance exploding with the grid of EDM: `alpha = 1`, `sigma(t) = (m + t (M - m))^rho`, `m, M = sigma_{min,max}^{1/rho}`.
+
+    sigma(0) is 0, not `sigma_min`: time 0 means clean. A uniform grid in t is Karras' grid in sigma.
+    Source: Karras et al. 2022, equation 5.
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+
+    def schedule(t):
+        t = jnp.asarray(t, jnp.float32)
+        sigma = (low + t * (high - low)) ** rho
+        return jnp.ones_like(t), jnp.where(t > 0, sigma, 0.0)
+
+    return schedule
+
+
+def shift(schedule: Schedule, factor: float) -> Schedule:
+    r"""Moves a schedule towards noise: `schedule(factor t / (1 + (factor - 1) t))`.
+
+    For `flow` this multiplies sigma / alpha by `factor` exactly, i.e. log-SNR is lowered by `2 log factor`
+    (Esser et al. 2024, section 5.3.2: more tokens need more noise).
+    """
+    if factor <= 0:
+        raise ValueError(f"shift needs factor > 0, got {factor}.")
+
+    def shifted(t):
+        t = jnp.asarray(t, jnp.float32)
+        return schedule(factor * t / (1.0 + (factor - 1.0) * t))
+
+    return shifted
+
+
+def log_snr(schedule: Schedule, t: jax.Array) -> jax.Array:
+    """`2 log(alpha / sigma)`: +inf at t = 0, -inf where alpha is 0."""
+    alpha, sigma = schedule(t)
+    return 2.0 * (jnp.log(alpha) - jnp.log(sigma))
+
+
+def derivative(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`(alpha', sigma')` at t, by forward differentiation."""
+    t = jnp.asarray(t, jnp.float32)
+    return jax.jvp(schedule, (t,), (jnp.ones_like(t),))[1]

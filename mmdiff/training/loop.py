@@ -1,0 +1,442 @@
+"""The training loop: `train(experiment, config, workdir)`, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import json
+import logging
+import math
+import os
+import pathlib
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from clu.metrics import Average
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mmdiff.data import loader
+from mmdiff.errors import UserError
+from mmdiff.experiment import Experiment
+from mmdiff.training import checkpoints, sharding
+from mmdiff.training.step import State, make_step
+
+log = logging.getLogger(__name__)
+
+# Steps that are handed to the device before the host waits for the first of them. Enough that the device never waits for
+# Python, few enough that a run that is told to stop has saved itself within a scheduler's grace period.
+IN_FLIGHT = 4
+TIMING = ("images_per_second", "train_seconds")  # the keys of a metrics line that two equal runs may differ in
+
+
+def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> State:
+    """Trains to config.train.steps, from the newest checkpoint in `workdir` if there is one, and returns the final state.
+
+    A run that was interrupted and continued gives, bit for bit, what it would have given uninterrupted: parameters, optimizer
+    state, average, order of the data and metrics (on the same kind of machine; on another mesh they agree to rounding).
+
+    It reads config.seed and, of config.train: steps, global_batch, microbatches, log_every, eval_every (0: never),
+    checkpoint_every, keep (the last k checkpoints), best (a metric such as "val/loss" whose lowest checkpoint is kept too, or
+    ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard.
+
+    It writes WORKDIR/config.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one before,
+    void steps left out, and `skipped`, their number so far; one line per evaluation: "val/..."), run.json and TensorBoard
+    events.
+
+    Raises:
+      UserError: the config, the mesh or the workdir does not fit, or a checkpoint cannot be written.
+      SystemExit: SIGTERM or SIGINT came; the state is saved, the status is 143 or 130 (128 + the signal), and the same command
+        continues. A second signal stops at once.
+    """
+    options = config.train
+    _check(options)
+    mesh = sharding.make_mesh(dict(options.mesh))
+    sharding.check_batch(options.global_batch, mesh, options.microbatches)
+    checkpoints.check_config(workdir, config)
+    if jax.process_index() == 0:
+        checkpoints.write_config(workdir, config)
+
+    # Everything the step needs to be compiled is known from shapes: no array exists yet.
+    step_fn = make_step(experiment.loss, experiment.optimizer, ema=options.ema, microbatches=options.microbatches)
+    abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules)
+    example = loader.batches(experiment.train_data, config.seed, 1)
+    shapes = {
+        name: jax.ShapeDtypeStruct((options.global_batch, *array.shape[1:]), array.dtype)
+        for name, array in next(example).items()
+    }
+    names = sorted(jax.eval_shape(step_fn, abstract, shapes)[1])
+    if options.best and options.best.removeprefix("val/") not in names:
+        raise UserError(f"config.train.best is {options.best!r}, but the metrics are {', '.join(f'val/{n}' for n in names)}.")
+    replicated = NamedSharding(mesh, PartitionSpec())
+    empty = jax.jit(lambda: {name: Average.empty() for name in names}, out_shardings=replicated)()
+
+    with contextlib.ExitStack() as stack:
+        saved = stack.enter_context(checkpoints.Checkpoints(workdir, keep=options.keep, best=options.best))
+        start = saved.latest() or 0
+        if start:
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), empty)
+            state, averages, meta = saved.restore(abstract, like)
+        else:
+            key = jax.random.key(config.seed)
+            state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules)
+            averages, meta = empty, {"train_seconds": 0.0, "compile_seconds": 0.0}
+        journal = stack.enter_context(Journal(workdir, options, start, meta["train_seconds"]))
+        if start >= options.steps:
+            journal.say(f"nothing to do: {workdir} is trained for {start} of {options.steps} steps")
+            return state
+
+        # Batches are read and placed in a thread; the first ones while the step compiles.
+        part, parts = sharding.process_rows(mesh, options.global_batch)
+        batches = loader.batches(experiment.train_data, config.seed, options.global_batch, start, part, parts)
+        stream = stack.enter_context(prefetch((sharding.place(batch, mesh) for batch in batches), options.prefetch))
+
+        began = time.perf_counter()
+        program = sharding.lower_step(step_fn, abstract, shapes, mesh).compile()
+        evaluate = make_evaluate(experiment, config, mesh)
+        accumulate = make_accumulate()
+        someone = make_someone(mesh)
+        compile_seconds = time.perf_counter() - began
+        meta["compile_seconds"] += compile_seconds
+        size = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+        journal.say(
+            f"{size:,} parameters on {_device()}, mesh {dict(mesh.shape)}; compiled in {compile_seconds:.1f} s; "
+            + (f"continuing from step {start}" if start else "starting")
+        )
+
+        stop = stack.enter_context(Signals())
+        in_flight = collections.deque()
+        stopping = False
+        journal.start_clock()
+
+        def finish(remaining: int) -> bool:
+            """Waits until at most `remaining` steps are in flight; true if some process was asked to stop before one."""
+            asked = False
+            while len(in_flight) > remaining:
+                done, sums, told = in_flight.popleft()
+                jax.block_until_ready(sums)
+                journal.finished(done, sums)
+                asked |= bool(told)
+            return asked
+
+        for step in range(start + 1, options.steps + 1):
+            state, metrics = program(state, next(stream))
+            averages = accumulate(averages, metrics, state.stats)
+            in_flight.append((step, averages, someone(stop.signal)))
+            if step % options.log_every == 0:
+                averages = empty
+
+            # The host waits for old steps only, so new ones are always queued; it is what bounds the memory of batches in
+            # flight, and by then the metrics of a log step are there: reading them stalls nothing.
+            last = step == options.steps
+            evaluating = options.eval_every and (step % options.eval_every == 0 or last)
+            saving = step % options.checkpoint_every == 0 or last
+            stopping = finish(0 if evaluating or saving else IN_FLIGHT)
+            # Processes must stop after the same step: they go by the flags that all of them have seen. One process just stops.
+            stopping |= jax.process_count() == 1 and stop.signal is not None
+            if stopping:
+                finish(0)
+
+            values = {}
+            if evaluating:
+                with journal.pause():
+                    values = evaluate(state.ema)
+                    journal.write(step, values)
+            if saving or stopping:
+                # Lines up to this step are on disk by now: a checkpoint never knows more than metrics.jsonl.
+                with journal.pause():
+                    meta |= {"position": step * options.global_batch, "train_seconds": journal.seconds(), "metrics": values}
+                    saved.save(state, averages, meta)
+            if step % options.log_every == 0:
+                saved.check()
+            if stopping and not last:
+                break
+
+        saved.wait()
+        journal.summary(step, meta)
+        if stopping and not last:
+            journal.say(f"{stop.name}: saved step {step}; the same command continues")
+            raise SystemExit(stop.status)
+        return state
+
+
+def prefetch(items: Iterator[Any], ahead: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
+    """A context whose value iterates over `items`, made in a thread, `ahead` of them before they are asked for."""
+
+    @contextlib.contextmanager
+    def context():
+        with ThreadPoolExecutor(1, "prefetch") as pool:
+            waiting = collections.deque(pool.submit(next, items) for _ in range(ahead))
+
+            def generate():
+                while True:
+                    waiting.append(pool.submit(next, items))
+                    yield waiting.popleft().result()  # an error in the thread comes up here
+
+            try:
+                yield generate()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    return context()
+
+
+def make_accumulate() -> Callable:
+    """`(averages, metrics, stats) -> averages`: running means on the device, without the steps that were void."""
+
+    def accumulate(averages, metrics, stats):
+        counted = (metrics["skipped"] == 0)[None]
+        averages = {name: mean.merge(Average.from_model_output(metrics[name], counted)) for name, mean in averages.items()}
+        skipped = stats["skipped"].astype(jnp.float32)
+        return averages | {"skipped": Average(total=skipped, count=jnp.ones((), jnp.int32))}
+
+    return jax.jit(accumulate)
+
+
+def make_evaluate(experiment: Experiment, config: ml_collections.ConfigDict, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    """`EMA params -> {"val/loss": ..., ...}`: the loss on all held-out data, with the same random numbers every time.
+
+    The data is taken in its own order in batches of the training size; the last one is filled up from the beginning.
+    """
+    size, source = config.train.global_batch, experiment.eval_data
+    part, parts = sharding.process_rows(mesh, size)
+
+    def score(params, batch):
+        value, metrics = experiment.loss(params, batch, jax.random.key(config.seed))
+        return {**metrics, "loss": value}
+
+    score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def evaluate(params):
+        results = []
+        for start in range(0, len(source), size):
+            positions = start + np.arange(part * size // parts, (part + 1) * size // parts)
+            batch = {**source.take(positions % len(source)), "index": positions.astype(np.uint32)}
+            results.append(score(params, sharding.place(batch, mesh)))
+        results = jax.device_get(results)
+        return {f"val/{name}": float(np.mean([result[name] for result in results])) for name in results[0]}
+
+    return evaluate
+
+
+def make_someone(mesh: Mesh) -> Callable[[int | None], Any]:
+    """`signal -> whether any process has one`: on the device, so that it is read with the step that it belongs to."""
+    if jax.process_count() == 1:
+        return lambda signal: signal is not None
+    spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def someone(signal):
+        mine = np.full(jax.local_device_count(), signal is not None, np.int32)
+        return largest(jax.make_array_from_process_local_data(spread, mine))
+
+    return someone
+
+
+class Signals:
+    """A context in which SIGTERM and the first Ctrl-C are noted, not obeyed.
+
+    Attributes:
+      signal: the signal that came; None until then.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.signal = number
+        self.__exit__()  # the next one is obeyed
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.signal).name if self.signal else "another process was stopped"
+
+    @property
+    def status(self) -> int:
+        return 128 + (self.signal or signal.SIGTERM)
+
+
+class Journal:
+    """What a run tells: metrics.jsonl, TensorBoard events, run.json and the progress on stderr; a context manager.
+
+    Only process 0 writes. On a terminal the progress is one line that renews itself; elsewhere it is a line per log step.
+
+    Args:
+      workdir: the run's folder.
+      options: config.train.
+      start: the step that the run continues from: later lines, of a run that went further than its last checkpoint, are dropped.
+      seconds: the training time up to there.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, options: ml_collections.ConfigDict, start: int, seconds: float):
+        self._workdir, self._options, self._start, self._before = pathlib.Path(workdir), options, start, seconds
+        self._writes = jax.process_index() == 0
+        self._terminal = sys.stderr.isatty()
+        self._events, self._file, self._loss = None, None, math.nan
+        self._began = self._printed = self._logged = time.perf_counter()
+        self._logged_step, self._paused = start, 0.0
+
+    def __enter__(self) -> Journal:
+        if self._writes:
+            path = self._workdir / "metrics.jsonl"
+            checkpoints.write_whole(path, "".join(_lines_until(path, self._start)))
+            self._file = path.open("a")
+            if self._options.tensorboard:
+                self._events = Events(self._workdir)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._writes:
+            self._file.close()
+            if self._events:
+                self._events.close()
+
+    def start_clock(self) -> None:
+        """Training time runs from here."""
+        self._began = self._printed = self._logged = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Training time so far, that of earlier runs included; compilation is not."""
+        return self._before + time.perf_counter() - self._began
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Time that does not count for images_per_second (it does count as training time)."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    def finished(self, step: int, sums: Mapping[str, Average]) -> None:
+        """The device has finished `step`, with these means so far."""
+        logs = step % self._options.log_every == 0 or step == self._options.steps
+        if logs and self._writes:
+            now = time.perf_counter()
+            rate = (step - self._logged_step) * self._options.global_batch / (now - self._logged - self._paused)
+            self._logged, self._logged_step, self._paused = now, step, 0.0
+            with np.errstate(invalid="ignore"):  # 0 / 0 if every step was void
+                values = {name: float(mean.compute()) for name, mean in jax.device_get(dict(sums)).items()}
+            values["skipped"] = int(values["skipped"])
+            self._loss = values["loss"]
+            self.write(step, {**values, "images_per_second": rate, "train_seconds": self.seconds()})
+        if logs or self._terminal and time.perf_counter() - self._printed > 0.5:
+            self._progress(step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, on disk when this returns; what is not finite is null."""
+        if not self._writes:
+            return
+        line = {name: value if math.isfinite(value) else None for name, value in sorted(values.items())}
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.flush()
+        if self._events:
+            self._events.write(step, values)
+
+    def summary(self, step: int, meta: Mapping[str, Any]) -> None:
+        """Writes run.json: what the run cost."""
+        seconds = self.seconds()
+        values = {
+            "steps": step,
+            "finished": step == self._options.steps,
+            "train_seconds": seconds,
+            "compile_seconds": meta["compile_seconds"],
+            "images_per_second": step * self._options.global_batch / seconds,
+            "global_batch": self._options.global_batch,
+            "device": _device(),
+        }
+        if self._writes:
+            checkpoints.write_whole(self._workdir / "run.json", json.dumps(values, indent=2) + "\n")
+
+    def say(self, text: str) -> None:
+        """A line on stderr."""
+        if self._writes:
+            print(f"\r\x1b[K{text}" if self._terminal else text, file=sys.stderr, flush=True)
+
+    def _progress(self, step: int) -> None:
+        self._printed = time.perf_counter()
+        per_step = (self._printed - self._began) / (step - self._start)
+        left = datetime.timedelta(seconds=round(per_step * (self._options.steps - step)))
+        loss = f"  loss {self._loss:.4f}" if math.isfinite(self._loss) else ""
+        text = f"step {step}/{self._options.steps}{loss}  {self._options.global_batch / per_step:.4g} images/s  ETA {left}"
+        if not self._terminal or step == self._options.steps:
+            self.say(text)
+        elif self._writes:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+class Events:
+    """TensorBoard events, written by a thread, because importing their writer takes as long as compiling a small model."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir, self._queue = workdir, queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="tensorboard")
+        self._thread.start()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._queue.put((step, dict(values)))
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+            from clu import metric_writers
+
+            writer = metric_writers.SummaryWriter(str(self._workdir))
+            while item := self._queue.get():
+                writer.write_scalars(*item)
+                writer.flush()
+            writer.close()
+        except Exception as error:  # curves are a comfort: a run does not die of them
+            log.warning("no TensorBoard events are written: %s: %s", type(error).__name__, error)
+
+
+def _lines_until(path: pathlib.Path, step: int) -> list[str]:
+    """The lines of metrics.jsonl up to `step`; a last line that a crash cut off is dropped."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.is_file() and step else []:
+        with contextlib.suppress(ValueError):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    return kept
+
+
+def _check(options: ml_collections.ConfigDict) -> None:
+    for name in ("steps", "log_every", "checkpoint_every", "keep", "microbatches"):
+        if options[name] < 1:
+            raise UserError(f"config.train.{name} must be 1 or more, not {options[name]}.")
+    for name in ("eval_every", "prefetch"):
+        if options[name] < 0:
+            raise UserError(f"config.train.{name} must be 0 or more, not {options[name]}.")
+    if not 0 <= options.ema < 1:
+        raise UserError(f"config.train.ema must be at least 0 and below 1, not {options.ema}.")
+    if options.best and (not options.eval_every or options.checkpoint_every % options.eval_every):
+        raise UserError(
+            f"config.train.best={options.best!r} needs an evaluation at every checkpoint: let config.train.eval_every "
+            f"({options.eval_every}) divide config.train.checkpoint_every ({options.checkpoint_every})."
+        )
+
+
+def _device() -> str:
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

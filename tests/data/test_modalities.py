@@ -1,0 +1,139 @@
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdiff.data.modalities import Images, Labels
+from mmdiff.errors import UserError
+
+IMAGES = Images(8, 8, 1, levels=17)
+COLOUR = Images(4, 6, 3)
+LABELS = Labels(10)
+
+
+def digit(seed=0):
+    return np.random.default_rng(seed).integers(0, 17, (8, 8, 1)) / np.float32(8) - 1
+
+
+def refusal(call, *args):
+    """The message of the UserError that a call raises: one line."""
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 300
+    return message
+
+
+@pytest.mark.parametrize("name", ["d.png", "d.bmp", "d.npy", "d.npz", "batch.npz", "uint8.npy", "rgb.png", "deep.png", "flat.npy"])
+def test_an_image_comes_back_exactly(name, tmp_path):
+    image, path = digit(), tmp_path / name
+    shown = IMAGES.show(image[None])[0]
+    if name in ("d.png", "d.bmp"):
+        Image.fromarray(shown[..., 0]).save(path)
+    elif name == "rgb.png":
+        Image.fromarray(np.repeat(shown, 3, -1)).save(path)
+    elif name == "deep.png":
+        Image.fromarray(shown[..., 0].astype(np.uint16) * 257).save(path)
+    elif name == "uint8.npy":
+        np.save(path, shown)
+    elif name == "batch.npz":
+        np.savez(path, image=image[None], label=np.array([3]))
+    elif name == "d.npz":
+        np.savez(path, image)
+    else:
+        np.save(path, image[..., 0] if name == "flat.npy" else image)
+    parsed = IMAGES.parse(str(path))
+    assert parsed.dtype == np.float32
+    np.testing.assert_allclose(parsed, image[None], atol=1e-6)
+    IMAGES.check(parsed)
+
+
+def test_jpeg_and_colour(tmp_path):
+    ramp = np.linspace(0, 255, 6).astype(np.uint8) * np.ones((4, 1), np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.jpg", quality=100)
+    parsed = COLOUR.parse(str(tmp_path / "ramp.jpg"))
+    assert parsed.shape == (1, 4, 6, 3)
+    np.testing.assert_allclose(parsed[0, 0, :, 0], np.linspace(-1, 1, 6), atol=0.05)
+
+
+def test_several_examples(tmp_path):
+    images = np.stack([digit(seed) for seed in range(3)])
+    np.savez(tmp_path / "samples.npz", image=images * 1.1, label=np.array([3, 1, 4]))  # what a sampler leaves: a little too far
+    np.testing.assert_allclose(IMAGES.parse(str(tmp_path / "samples.npz"))[images == 1], 1)
+    np.testing.assert_array_equal(LABELS.parse(str(tmp_path / "samples.npz")), [3, 1, 4])
+    for i, image in enumerate(IMAGES.show(images)):
+        Image.fromarray(image[..., 0]).save(tmp_path / f"{i}.png")
+    np.testing.assert_allclose(IMAGES.parse(str(tmp_path)), images, atol=1e-6)
+
+
+def test_files_that_are_no_image(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "pickle.npy").write_bytes(b"\x80\x04]\x94.")
+    (tmp_path / "zip.npz").write_bytes(b"PK\x03\x04 but no more")
+    for name in ("text.png", "cut.png"):
+        assert re.search(f"{name} cannot be read as an image", refusal(IMAGES.parse, str(tmp_path / name)))
+    for name in ("empty.npz", "pickle.npy", "zip.npz"):
+        assert re.search(f"{name} is not a NumPy file", refusal(IMAGES.parse, str(tmp_path / name)))
+    for name in ("gone.png", "gone.npz"):
+        assert "no such file" in refusal(IMAGES.parse, str(tmp_path / name))
+    (tmp_path / "folder").mkdir()
+    assert "holds no pictures" in refusal(IMAGES.parse, str(tmp_path / "folder"))
+
+
+def test_images_of_the_wrong_size_or_range(tmp_path):
+    Image.fromarray(np.zeros((28, 20), np.uint8)).save(tmp_path / "big.png")
+    message = refusal(IMAGES.parse, str(tmp_path / "big.png"))
+    assert "big.png" in message and "28 x 20" in message and "8 x 8" in message
+    np.save(tmp_path / "a.npy", np.zeros((2, 7, 8, 1)))
+    assert "[2, 7, 8, 1]" in refusal(IMAGES.parse, str(tmp_path / "a.npy"))
+    np.save(tmp_path / "a.npy", np.full((8, 8), 16.0))
+    assert "from 16 to 16" in refusal(IMAGES.parse, str(tmp_path / "a.npy"))
+    np.save(tmp_path / "a.npy", np.full((8, 8), np.nan))
+    assert "not finite" in refusal(IMAGES.parse, str(tmp_path / "a.npy"))
+    np.save(tmp_path / "a.npy", np.full((8, 8), "x"))
+    assert "<U1 values" in refusal(IMAGES.parse, str(tmp_path / "a.npy"))
+    np.savez(tmp_path / "two.npz", a=digit(), b=digit())
+    assert "no entry 'image': it holds a, b" in refusal(IMAGES.parse, str(tmp_path / "two.npz"))
+    np.save(tmp_path / "none.npy", np.zeros((0, 8, 8, 1)))
+    assert "none.npy" in refusal(IMAGES.parse, str(tmp_path / "none.npy"))
+
+
+@pytest.mark.parametrize("array", [np.zeros((8, 8, 1)), np.zeros((1, 8, 8, 3)), np.full((1, 8, 8, 1), 1.01), np.full((1, 8, 8, 1), np.nan)])
+def test_image_check(array):
+    assert refusal(IMAGES.check, array).startswith("image: ")
+
+
+def test_quantize_and_show():
+    image = digit()[None]
+    np.testing.assert_array_equal(IMAGES.quantize(image + np.float32(0.05)), IMAGES.quantize(image))
+    np.testing.assert_array_equal(IMAGES.quantize(image), image)
+    np.testing.assert_array_equal(COLOUR.quantize([-3.0, 0.123, 3.0]), np.float32([-1, 0.123, 1]))
+    np.testing.assert_array_equal(IMAGES.show([-1.0, 0.0, 1.0, np.nan]), [0, 128, 255, 0])
+    assert IMAGES.show(image).dtype == np.uint8 and IMAGES.show(image).shape == (1, 8, 8, 1)
+
+
+def test_labels():
+    np.testing.assert_array_equal(LABELS.parse("7"), [7])
+    np.testing.assert_array_equal(LABELS.parse("3, 1,4"), [3, 1, 4])
+    assert LABELS.parse("7").dtype == np.int32
+    named = Labels(3, ("cat", "dog", "3"))
+    np.testing.assert_array_equal(named.parse("dog,0,3"), [1, 0, 2])  # a name goes before a number
+    assert named.show(np.array([0, 1, 2, 3])) == ["cat", "dog", "3", "-"]
+    assert "one of cat, dog, 3" in refusal(named.parse, "bird")
+
+
+@pytest.mark.parametrize("text", ["10", "-1", "seven", "", "1,10", "1.5"])
+def test_a_label_that_does_not_exist(text):
+    assert "labels are 0..9" in refusal(LABELS.parse, text)
+
+
+def test_label_check():
+    np.testing.assert_array_equal(LABELS.check(np.array([0, 9], np.uint8)), [0, 9])
+    for wrong in ([10], [-1]):
+        assert "labels are 0..9" in refusal(LABELS.check, np.array(wrong))
+    for wrong in (np.array([1.0]), np.array(3), np.array([[3]])):
+        assert "integers of shape [n]" in refusal(LABELS.check, wrong)

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import scipy.linalg
+
+from mmdiff.data.sources import whole
+from mmdiff.evals import classifiers
+from mmdiff.evals.frechet import frechet_distance, frechet_ratio, moments, squared_distance
+
+
+def psd(seed, size=12, rank=12):
+    root = np.random.default_rng(seed).normal(size=(size, rank))
+    return root @ root.T
+
+
+def test_against_the_closed_form_for_commuting_covariances():
+    """tr (C_1^{1/2} - C_2^{1/2})^2 for diagonal ones, rotated."""
+    a, b = np.array([4.0, 1.0, 0.0]), np.array([1.0, 9.0, 4.0])
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    found = squared_distance(np.zeros(3), turn @ np.diag(a) @ turn.T, np.array([3.0, 0, 4.0]), turn @ np.diag(b) @ turn.T)
+    assert found == pytest.approx(25 + 1 + 4 + 4, rel=1e-12)
+
+
+def test_against_scipys_square_root():
+    first, second, mean = psd(0), psd(1), np.arange(12.0)
+    expected = mean @ mean + np.trace(first + second - 2 * scipy.linalg.sqrtm(first @ second).real)
+    assert squared_distance(mean, first, 0 * mean, second) == pytest.approx(expected, rel=1e-9)
+
+
+def test_singular_covariances():
+    """The distance of a matrix to itself is zero to the last digits, and subspaces that share nothing add their traces."""
+    low = psd(2, rank=3)
+    assert squared_distance(np.zeros(12), low, np.zeros(12), low) == pytest.approx(0, abs=1e-10 * np.trace(low))
+    left, right = np.diag([1.0, 2, 0, 0]), np.diag([0, 0, 3.0, 4])
+    assert squared_distance(np.zeros(4), left, np.zeros(4), right) == pytest.approx(10, rel=1e-12)
+
+
+def test_distance_of_samples_uses_float64_moments():
+    rng = np.random.default_rng(0)
+    shift = np.float32(4096)  # float32 moments would lose the variance next to the mean
+    x, y = (rng.normal(size=(500, 3)).astype(np.float32) + shift for _ in range(2))
+    mean, covariance = moments(x)
+    assert mean.dtype == covariance.dtype == np.float64
+    np.testing.assert_allclose(covariance, np.cov((x - shift).T.astype(np.float64)), rtol=1e-9)
+    assert 0 < frechet_distance(x, y) < 0.05
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_ratio_has_no_unit_and_takes_features():
+    rng = np.random.default_rng(0)
+    generated, test, train = (rng.normal(size=(300, 2, 2)) for _ in range(3))
+    ratio = frechet_ratio(generated, test, train)
+    assert frechet_ratio(5 * generated, 5 * test, 5 * train) == pytest.approx(ratio)
+    assert frechet_ratio(generated, test, train, lambda x: x[:, 0] * 5) == pytest.approx(frechet_ratio(generated[:, 0], test[:, 0], train[:, 0]))
+    assert frechet_ratio(train, test, train) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((1, 4)), np.zeros(4), np.full((5, 2), np.nan)])
+def test_moments_refuse(bad):
+    with pytest.raises(ValueError, match="moments"):
+        moments(bad)
+
+
+def test_the_classifier_is_as_good_as_stated(train, test):
+    train, test = whole(train), whole(test)
+    judge = classifiers.svm(train["image"], train["label"])
+    assert classifiers.agreement(judge, test["image"], test["label"]) == 0.99
+    score = classifiers.classification_accuracy_score(train["image"], train["label"], test["image"], test["label"])
+    assert score == 0.99  # for samples that are the training data
+
+
+def test_classification_accuracy_score_sees_mismatch_and_collapse(train, test):
+    train, test = whole(train), whole(test)
+    real = test["image"], test["label"]
+    wrong = classifiers.classification_accuracy_score(train["image"], (train["label"] + 1) % 10, *real)
+    assert wrong < 0.05
+    first = np.array([np.flatnonzero(train["label"] == c)[0] for c in range(10)])
+    collapsed = classifiers.classification_accuracy_score(train["image"][first[train["label"]]], train["label"], *real)
+    assert collapsed < 0.85
+    only_threes = classifiers.classification_accuracy_score(train["image"][:5], np.full(5, 3), *real)
+    assert only_threes == np.mean(test["label"] == 3)

@@ -1,0 +1,73 @@
+"""What survives a crash: everything. Runs are killed, cut off and refused space in processes of their own."""
+
+import json
+import random
+import signal
+
+import numpy as np
+import pytest
+
+from mmdiff.training.loop import TIMING
+
+# A batch takes 15 ms to read, so that a kill falls between any two instructions of a run and not mostly before or after it.
+LIVELY = {"train.steps": 60, "train.checkpoint_every": 5, "train.log_every": 4, "train.eval_every": 10, "train.delay": 0.015}
+
+
+def lines(workdir):
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+
+
+def assert_same_leaves(one, other):
+    one, other = np.load(one), np.load(other)
+    assert set(one.files) == set(other.files)
+    for name in one.files:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_five_kills_change_nothing(server, tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    [answer] = server.run({"workdir": str(whole), "overrides": LIVELY, "leaves": str(tmp_path / "whole.npz")})
+    assert answer["status"] == 0, answer["error"]
+
+    moments = random.Random(0)
+    job = {"workdir": str(torn), "overrides": LIVELY}
+    for attempt in range(5):
+        reached = 8 * attempt  # let it come some steps further each time, so that the kills spread over the run
+        [answer] = server.run({**job, "kill": [signal.SIGKILL, reached, moments.uniform(0, 0.4)]})
+        assert answer["status"] == -signal.SIGKILL, answer["error"]
+    [answer] = server.run({**job, "leaves": str(tmp_path / "torn.npz")})
+    assert answer["status"] == 0, answer["error"]
+
+    assert_same_leaves(tmp_path / "whole.npz", tmp_path / "torn.npz")
+    assert lines(torn) == lines(whole)
+    assert sorted(p.name for p in (torn / "checkpoints").iterdir()) == ["55", "60"]
+    meta = [json.loads((d / "checkpoints/60/meta/metadata").read_text()) for d in (whole, torn)]
+    assert meta[0]["position"] == meta[1]["position"] == 60 * 16
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(server, tmp_path):
+    workdir = tmp_path / "run"
+    job = {"workdir": str(workdir), "overrides": {"train.steps": 6, "model.width": 512}}
+    assert server.run(job)[0]["status"] == 0
+    job["overrides"]["train.steps"] = 18
+    [answer] = server.run({**job, "file_limit": 8192})
+    assert answer["status"] == 2, answer["error"]
+    assert "step 12" in answer["error"] and "File too large" in answer["error"] and "last good one is of step 6" in answer["error"]
+    assert "Traceback" not in (tmp_path / "run.error0.log").read_text()
+    assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["6"]
+    assert server.run(job)[0]["status"] == 0  # with room again, the same command continues
+    assert lines(workdir)[-1]["step"] == 18
+
+
+def test_sigterm_saves_and_the_same_command_continues(server, tmp_path):
+    job = {"workdir": str(tmp_path / "run"), "overrides": {**LIVELY, "train.checkpoint_every": 1000}}
+    [answer] = server.run({**job, "kill": [signal.SIGTERM, 12, 0.0]})
+    assert answer["status"] == 128 + signal.SIGTERM, answer["error"]
+    [stopped] = [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()]
+    assert 12 < stopped < 40 and f"SIGTERM: saved step {stopped}" in (tmp_path / "run.error0.log").read_text()
+    assert json.loads((tmp_path / "run/run.json").read_text())["finished"] is False
+    assert server.run(job)[0]["status"] == 0
+    assert f"continuing from step {stopped}" in (tmp_path / "run.error0.log").read_text()
