@@ -27,7 +27,7 @@ setup(
         "numpy>=2.0",
         "scikit-learn>=1.5",
         "matplotlib",
-        "pillow",
+        "pillow>=10.1",
         "tensorflow-datasets>=4.9.7",
         "array_record",  # what tfds.data_source reads
         "importlib_resources",  # imported by tensorflow-datasets, not declared by it

@@ -8,6 +8,7 @@ One set of weights draws pairs, draws images of a label, names images, and draws
 network at different times. Image: flow matching, velocity. Label: absorbing diffusion, x_0 cross-entropy.
 """
 
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -23,18 +24,24 @@ def get_config():
     return ConfigDict({
         "seed": 0,
         "model": {"width": 96, "depth": 4, "heads": 4, "patch": 2},
-        # Shares of the training times: both noisy; image given label; label given image; image without label.
-        "times": {"joint": 0.4, "image_given_label": 0.25, "label_given_image": 0.25, "image_alone": 0.1},
-        "label_weight": 0.1,
+        # Shares of the training times: both noisy; image given label; label given image; label given a noisy image, which keeps the
+        # classifier from learning 1,297 images by heart; image without label.
+        "times": {"joint": 0.4, "image_given_label": 0.25, "label_given_image": 0.1, "label_given_noisy": 0.15, "image_alone": 0.1},
+        "label_weight": 0.2,
         "train": {
-            "steps": 3000, "global_batch": 128, "microbatches": 1, "ema": 0.998,
-            "learning_rate": 2e-3, "warmup_steps": 100, "weight_decay": 0.01, "clip": 1.0,
+            "steps": 3200, "global_batch": 128, "microbatches": 1, "ema": 0.998,
+            "learning_rate": 2.5e-3, "warmup_steps": 100, "weight_decay": 0.7, "clip": 1.0,
             "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         },
-        "sample": {"steps": 50, "guidance": 1.5},
-        "eval": {"batch": 500},
+        "sample": {"steps": 25, "guidance": 1.25},
+        "eval": {"batch": 250},
     })
+
+
+def early(t):
+    """Joint samples settle their label in the first half of the walk, while the image is still mostly noise and can follow it."""
+    return jnp.maximum(2.0 * t - 1.0, 0.0)
 
 
 def build(config):
@@ -48,6 +55,7 @@ def build(config):
         (config.times.joint, times.joint(image=noisy, label=noisy)),
         (config.times.image_given_label, times.joint(image=noisy, label=given)),
         (config.times.label_given_image, times.joint(image=given, label=absent)),
+        (config.times.label_given_noisy, times.joint(image=times.uniform(0.0, 0.6), label=absent)),
         (config.times.image_alone, times.joint(image=noisy, label=absent)))
     terms = {
         "image": (1.0, losses.on("image", process.parts["image"].loss)),
@@ -67,7 +75,7 @@ def build(config):
         train_data=digits_source("train"),
         eval_data=digits_source("test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop={"label": process.parts["label"].mask}, heun=True),
+        draw=sampling.drawer(process, net.apply, shape, drop={"label": process.parts["label"].mask}, paths={"label": early}, heun=True),
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(10)},
         evaluators=(JointImageLabel(batch=config.eval.batch),),
     )

@@ -1,21 +1,29 @@
 #!/usr/bin/env bash
 # From nothing to a trained joint image-label diffusion model and its report:
 #
-#   bash launch/quickstart.sh [WORKDIR]
+#   bash launch/quickstart.sh [WORKDIR] [--config.KEY=VALUE ...]
 #
 # Installs mmdiff into .venv, trains configs/digits_joint.py into WORKDIR (default: runs/digits_joint), evaluates it, and prints the figures
 # and where the report is. Run again, it continues what was interrupted and repeats nothing that is done. Options: launch/environment.sh.
 set -euo pipefail
-start=$(pwd)
+start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-workdir=${1:-runs/digits_joint}
-[[ $# -eq 0 || $workdir == /* ]] || workdir=$start/$workdir
+workdir=runs/digits_joint
+if [[ ${1:---} != --* ]]; then
+    workdir=$1
+    shift
+    [[ $workdir == /* ]] || workdir=$start/$workdir
+fi
+run=(--config configs/digits_joint.py --workdir "$workdir")
+
 SECONDS=0
 environment "${EXTRAS:-}"
-echo "Installed after $SECONDS s"
-"$python" -m mmdiff train --config configs/digits_joint.py --workdir "$workdir"
-"$python" -m mmdiff eval --config configs/digits_joint.py --workdir "$workdir"
-echo "Done in $SECONDS s. Draw samples with:"
-echo "  $python -m mmdiff sample --config configs/digits_joint.py --workdir $workdir --given label=7"
+echo "Training into $workdir"
+"$python" -m mmdiff train "${run[@]}" "$@"
+echo "Evaluating"
+"$python" -m mmdiff eval "${run[@]}" --reuse "$@"
+echo
+echo "Done in $SECONDS s. To draw sevens:"
+echo "  $python -m mmdiff sample ${run[*]} --given label=7"

@@ -3,11 +3,13 @@
 #
 #   bash launch/test.sh [PYTEST ARGUMENTS]
 #
-# for example `bash launch/test.sh tests/laws -k gaussian`; without arguments, the whole suite. Options: launch/environment.sh.
+# for example `bash launch/test.sh tests/laws -k gaussian`, or `-n 0` for one process; without arguments, the whole suite.
+# Options: launch/environment.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
 environment "test${EXTRAS:+,$EXTRAS}"
 export JAX_PLATFORMS=cpu
-"$python" -m pytest "$@"
+# Most of the time goes into compiling, which uses one core: one process for each, and a file stays together for its fixtures.
+"$python" -m pytest -n logical --maxprocesses 8 --dist loadfile "$@"

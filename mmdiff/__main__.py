@@ -65,7 +65,9 @@ EXAMPLES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorflow only writes events here: no start-up notes
+    # TensorFlow only writes events here: its notes at start-up would be all that is seen of it.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         args = _arguments(sys.argv[1:] if argv is None else argv)
         args.run(args)
@@ -123,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--guidance", type=float, metavar="W", help="guidance weight (default: config.sample.guidance)")
     option("--seed", type=int, metavar="S", help="seed of the samples (default: config.seed)")
     option("--out", metavar="DIR", help="where the samples are written (default: WORKDIR/samples)")
-    command("eval", _eval, "measure a trained model and write the report", EVAL)
+    sub = command("eval", _eval, "measure a trained model and write the report", EVAL)
+    sub.add_argument("--reuse", action="store_true", help="print the report of this checkpoint and config if there is one")
     return parser
 
 
@@ -166,7 +169,7 @@ def _sample(args: argparse.Namespace) -> None:
     steps = config.sample.steps if args.steps is None else args.steps
     guidance = float(config.sample.guidance if args.guidance is None else args.guidance)
     seed = config.seed if args.seed is None else args.seed
-    samples = _draw(experiment, params, given, number, steps=steps, guidance=guidance, absent=absent, seed=seed)
+    samples = _draw(experiment, params, given, number, seed, absent, steps=steps, guidance=guidance)
     print(f"{number} samples of step {step} (seed {seed}, {steps} steps, guidance {guidance:g})")
     for path in _write_samples(experiment, samples, out):
         print(path)
@@ -180,9 +183,11 @@ def _eval(args: argparse.Namespace) -> None:
     from mmdiff.training import checkpoints
 
     params, step = checkpoints.restore_for_inference(experiment, config, args.workdir)
-    key = jax.random.key(config.seed)
-    findings = [evaluate(experiment, params, config, key, step) for evaluate in experiment.evaluators]
-    json_path, html_path = report.write(args.workdir, experiment, config, findings, step)
+    json_path, html_path = (pathlib.Path(args.workdir, name) for name in ("report.json", "report.html"))
+    if not (args.reuse and _is_report_of(json_path, config, step) and html_path.exists()):
+        key = jax.random.key(config.seed)
+        findings = [evaluate(experiment, params, config, key, step) for evaluate in experiment.evaluators]
+        json_path, html_path = report.write(args.workdir, experiment, config, findings, step)
     written = json.loads(json_path.read_text())
     print(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
     print(json_path)
@@ -200,8 +205,13 @@ def _start_jax(args: argparse.Namespace) -> None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "mmdiff", "jax"))
     if args.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        number = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        jax.distributed.initialize(**{name: int(os.environ[key]) for name, key in number.items() if key in os.environ})
+        numbers = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+        try:
+            given = {name: int(os.environ[key]) for name, key in numbers.items() if key in os.environ}
+            jax.distributed.initialize(**given)
+        except ValueError as error:
+            remedy = "where JAX does not know the cluster, set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
+            raise UserError(f"cannot join the other processes ({error}): {remedy}.") from error
 
 
 def _open(args: argparse.Namespace):
@@ -228,6 +238,8 @@ def _given(experiment, args: argparse.Namespace):
             raise UserError(f"--given {name} has no value: write --given {name}=VALUE.")
         if names.count(name) > 1 or name in args.absent:
             raise UserError(f"the modality {name} is set twice: use one --given or one --absent for it.")
+    if set(experiment.shape) <= {*names, *args.absent}:
+        raise UserError("no modality is left to draw: leave out one --given or --absent.")
     parsed = {name: experiment.modalities[name].parse(value) for name, _, value in pairs}
     counts = {name: len(array) for name, array in parsed.items() if len(array) > 1}
     number = args.number or max(counts.values(), default=16)
@@ -237,23 +249,17 @@ def _given(experiment, args: argparse.Namespace):
     return {name: np.broadcast_to(array, (number, *array.shape[1:])) for name, array in parsed.items()}, number
 
 
-def _draw(experiment, params, given, number: int, *, steps: int, guidance: float, absent: tuple, seed: int) -> dict:
+def _draw(experiment, params, given, number: int, seed: int, absent: tuple[str, ...], **options) -> dict:
     """Draws `number` samples in equal batches; the modalities that are absent are left out of the answer."""
     import jax
-    import numpy as np
 
-    from mmdiff.evals.base import example_keys
+    from mmdiff.evals.base import example_keys, in_batches
 
-    batches = -(-number // LARGEST_BATCH)
-    size = -(-number // batches)
     keys = example_keys(jax.random.key(seed), number)
-    draw = jax.jit(functools.partial(experiment.draw, steps=steps, guidance=guidance, absent=absent))
-    parts = []
-    for batch in range(batches):
-        rows = np.minimum(np.arange(size) + batch * size, number - 1)  # the last sample fills the last batch
-        held = {name: array[rows] for name, array in given.items()}
-        parts.append(jax.device_get(draw(params, keys[rows], held)))
-    return {name: np.concatenate([part[name] for part in parts])[:number] for name in parts[0] if name not in absent}
+    draw = functools.partial(experiment.draw, absent=absent, **options)
+    size = -(-number // -(-number // LARGEST_BATCH))
+    samples = in_batches(draw, params, keys, given, size)
+    return {name: array for name, array in samples.items() if name not in absent}
 
 
 def _write_samples(experiment, samples: Mapping, out: pathlib.Path) -> list[pathlib.Path]:
@@ -277,6 +283,14 @@ def _write_samples(experiment, samples: Mapping, out: pathlib.Path) -> list[path
     except OSError as error:
         raise UserError(f"cannot write {paths[-1]}: {error.strerror or error}.") from error
     return paths
+
+
+def _is_report_of(path: pathlib.Path, config, step: int) -> bool:
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return report.get("step") == step and report.get("config") == json.loads(configs.to_json(config))
 
 
 def _table(figures: Mapping[str, object]) -> str:

@@ -118,7 +118,9 @@ def mse(process, weight: Callable) -> Term:
 
     def term(out, noised):
         t = jnp.where(noised.t > 0, noised.t, 0.5)
-        scale = weight(process.schedule, t) * process.eps_scale(t) ** 2
+        to_eps = process.eps_scale(t) ** 2
+        # Where no signal is left a weight may be infinite, but x_t says nothing about eps - x_0 there: the product's limit is 0.
+        scale = jnp.where(to_eps > 0, weight(process.schedule, jnp.where(to_eps > 0, t, 0.5)) * to_eps, 0.0)
         return scale * process.loss(out, noised)
 
     return term
@@ -128,7 +130,8 @@ def vlb(process, steps: int | None = None) -> Term:
     """One Monte-Carlo term of the variational bound, in nats per dimension of the data.
 
     With `steps` = T it is `T KL(q(x_{t-1/T} | x_t, x_0) || p)` at t on the grid i/T (use `times.on_grid(T)`); without, the
-    continuous-time integrand. The constant prior term is left out.
+    continuous-time integrand. The constant prior term is left out, and so is a Gaussian's step to t = 0, which a decoder without
+    parameters takes.
     """
 
     def term(out, noised):
@@ -139,6 +142,7 @@ def vlb(process, steps: int | None = None) -> Term:
             # i/T - 1/T in float32 may miss (i-1)/T by an ulp: snap to the grid.
             s = jnp.maximum(jnp.round(noised.t * steps) - 1.0, 0.0) / steps
             nats = steps * process.kl(noised, x0_hat, s)
+            nats = jnp.where(jnp.isinf(nats), 0.0, nats)
         return nats / max(1, noised.x0.size // noised.x0.shape[0])
 
     return term

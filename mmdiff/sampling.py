@@ -81,9 +81,21 @@ def sample(
         unknown = [name for name in (*given, *absent) if name not in shape]
         if unknown:
             raise KeyError(f"sample: no modality {unknown}; there are {sorted(shape)}.")
+        twice = [name for name in given if name in absent]
+        if twice:
+            raise ValueError(f"sample: {twice} cannot be both given and absent.")
+        for name, value in given.items():
+            if jnp.shape(value) != (keys.shape[0], *shape[name]):
+                raise ValueError(
+                    f"sample: given {name!r} has shape {jnp.shape(value)}, but {keys.shape[0]} keys and examples of {shape[name]} "
+                    f"need {(keys.shape[0], *shape[name])}."
+                )
     elif given or absent:
         raise ValueError("sample: `given` and `absent` name modalities of a Joint; this process has only one.")
-    steps = (next(iter(grid.values())) if isinstance(grid, Mapping) else grid).shape[0] - 1
+    lengths = {len(g) for g in (grid.values() if isinstance(grid, Mapping) else [grid])}
+    if len(lengths) > 1:
+        raise ValueError(f"sample: grids of different lengths, {sorted(lengths)}; one step moves every modality.")
+    steps = lengths.pop() - 1
     count = keys.shape[0]
 
     def times(i):
@@ -99,7 +111,10 @@ def sample(
 
     xt = process.prior(fold(keys, "prior"), shape)
     if joint:
-        xt = {name: jnp.asarray(given[name], xt[name].dtype) if name in given else xt[name] for name in shape}
+        # A condition may be wider than the prior it replaces (features for the null 0 of a `Given`): never narrow it.
+        held = {name: jnp.asarray(value) for name, value in given.items()}
+        held = {name: value.astype(jnp.promote_types(value.dtype, xt[name].dtype)) for name, value in held.items()}
+        xt = {name: held.get(name, xt[name]) for name in shape}
 
     def body(carry, i):
         xt, last_x0, last_t = carry
@@ -125,17 +140,32 @@ def sample(
     return x
 
 
-def drawer(process: Process, apply: Callable, shape: Mapping[str, Any], drop: Mapping[str, Any], **options: Any) -> Callable:
-    """The sampler of an `Experiment`: `draw(params, keys, given, *, steps, guidance, absent=())` on a uniform grid.
+def drawer(
+    process: Process,
+    apply: Callable,
+    shape: Mapping[str, Any],
+    drop: Mapping[str, Any],
+    paths: Mapping[str, Callable] | None = None,
+    **options: Any,
+) -> Callable:
+    """The sampler of an `Experiment`: `draw(params, keys, given, *, steps, guidance, absent=())`.
 
-    `drop` says what guidance drops (see `guided`); `options` go to `sample` (maps, heun). With guidance 1 the network runs once a step.
+    Args:
+      process, apply, shape: as in `sample`.
+      drop: what guidance drops (see `guided`). With guidance 1 the network runs once a step.
+      paths: each modality's own time as a function of the walk's, [0, 1] -> [0, 1] with both ends fixed; the identity by default. A
+        model trained at independent times may be walked from (1, ..., 1) to (0, ..., 0) along any path.
+      options: go to `sample` (maps, heun).
     """
+    paths = {name: (paths or {}).get(name, lambda t: t) for name in shape}
 
     def draw(params, keys, given, *, steps, guidance, absent=()):
         # Guidance has nothing to compare where the condition is absent anyway.
         present = {name: null for name, null in drop.items() if name not in absent}
         network = guided(apply, guidance, present) if present and guidance != 1 else apply
-        return sample(process, network, params, keys, uniform_grid(steps), shape, given=given, absent=absent, **options)
+        walk = uniform_grid(steps)
+        grid = {name: path(walk) for name, path in paths.items()}
+        return sample(process, network, params, keys, grid, shape, given=given, absent=absent, **options)
 
     return draw
 
@@ -161,6 +191,8 @@ def guided(apply: Callable, w: float | Callable, drop: Mapping[str, Any]) -> Cal
     def apply_guided(params, x, t):
         bare_x, bare_t = dict(x), dict(t)
         for name, null in drop.items():
+            if name not in x:
+                raise KeyError(f"guided: no modality {name!r} to drop; there are {sorted(x)}.")
             bare_x[name] = jnp.broadcast_to(jnp.asarray(null, x[name].dtype), x[name].shape)
             bare_t[name] = jnp.ones_like(t[name])
         both_x, both_t = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (x, t), (bare_x, bare_t))
@@ -253,7 +285,8 @@ def temperature(value: float) -> Map:
     """Sharpens (value < 1) or flattens a belief: probabilities to the power 1 / value, renormalised."""
 
     def apply(move):
-        powered = jnp.where(move.x0 > 0, move.x0 ** (1.0 / value), 0.0)
+        relative = move.x0 / jnp.maximum(move.x0.max(-1, keepdims=True), 1e-30)  # the best class is 1: no underflow to 0 / 0
+        powered = jnp.where(relative > 0, relative ** (1.0 / value), 0.0)
         return move.replace(x0=powered / powered.sum(-1, keepdims=True))
 
     return apply

@@ -82,7 +82,9 @@ def table(log_alpha_bar: np.ndarray) -> Schedule:
         place = jnp.asarray(t, jnp.float32) * steps
         # i / steps * steps may miss i by one ulp: snap, so that the nodes are exact.
         nearest = jnp.round(place)
-        snapped = jax.lax.stop_gradient(jnp.where(jnp.abs(place - nearest) < 1e-6 * steps + 1e-5, nearest - place, 0.0)) + place
+        # Not to 0, which is hit exactly: just above it sigma must stay positive and its derivative finite.
+        close = (jnp.abs(place - nearest) < 1e-6 * steps + 1e-5) & (nearest > 0)
+        snapped = jax.lax.stop_gradient(jnp.where(close, nearest - place, 0.0)) + place
         low = jax.lax.stop_gradient(jnp.clip(jnp.floor(snapped), 0, steps - 1)).astype(jnp.int32)
         log_ab = jnp.take(nodes, low) + jnp.take(slopes, low) * (snapped - low)
         return jnp.exp(0.5 * log_ab), jnp.sqrt(-jnp.expm1(log_ab))
@@ -96,6 +98,8 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> 
     sigma(0) is 0, not `sigma_min`: time 0 means clean. A uniform grid in t is Karras' grid in sigma.
     Source: Karras et al. 2022, equation 5.
     """
+    if not 0 < sigma_min < sigma_max or rho <= 0:
+        raise ValueError(f"edm needs 0 < sigma_min < sigma_max and rho > 0, got {sigma_min}, {sigma_max}, {rho}.")
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
     def schedule(t):

@@ -35,6 +35,8 @@ def _named(key, name):
 
 def uniform(low: float = 0.0, high: float = 1.0) -> Times:
     """t ~ U(low, high], independently; never exactly `low`, so that t = 0 keeps its meaning of "given"."""
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"uniform times need 0 <= low < high <= 1, got {low} and {high}.")
 
     def times(key, index):
         u = jax.vmap(jax.random.uniform)(example_keys(key, index))
@@ -71,6 +73,8 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Times:
 
 def on_grid(steps: int) -> Times:
     """t uniform on 1/T, 2/T, ..., 1: the times of a chain with T steps."""
+    if steps < 1:
+        raise ValueError(f"on_grid needs at least one step, got {steps}.")
 
     def times(key, index):
         i = jax.vmap(lambda k: jax.random.randint(k, (), 1, steps + 1))(example_keys(key, index))
@@ -115,6 +119,8 @@ def mixture(*choices: tuple[float, Times]) -> Times:
         for i in range(len(choices) - 2, -1, -1):
             edge -= weights[i + 1]
             other = choices[i][1](jax.random.fold_in(key, i), index)
+            if jax.tree.structure(other) != jax.tree.structure(chosen):
+                raise ValueError("mixture: the rules give times for different modalities; each must name all of them.")
             chosen = jax.tree.map(lambda a, b, e=edge: jnp.where(u < e, a, b), other, chosen)
         return chosen
 

@@ -11,3 +11,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"mmdiff-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", 'slow: takes over ten seconds; leave them out with -m "not slow"')

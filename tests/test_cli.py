@@ -102,6 +102,19 @@ def test_eval_prints_the_figures_and_writes_the_report(workdir, capsys):
     assert "weight_norm" in json.dumps(report)
 
 
+def test_eval_measures_again_unless_told_to_reuse_a_report_of_the_same_weights_and_config(workdir, capsys):
+    run = ["eval", "--config", TINY, "--workdir", str(workdir)]
+    assert main(run) == 0
+    report, first = workdir / "report.json", capsys.readouterr().out
+    written = report.read_bytes()
+    assert main([*run, "--reuse"]) == 0
+    assert report.read_bytes() == written and capsys.readouterr().out == first
+    for argv in run, [*run, "--reuse", "--config.sample.guidance=2.0"]:
+        report.write_bytes(written.replace(b'"seen": 3.0', b'"seen": 4.0'))
+        assert main(argv) == 0
+        assert json.loads(report.read_text())["seen"] == 3
+
+
 # ---- What they say to mistakes ----
 
 
@@ -151,6 +164,7 @@ def test_a_mistake_in_the_arguments_is_one_sentence_and_leaves_nothing(capsys, t
         (["--given", "label=seven"], "labels are 0..9"),
         (["--given", "label=1", "--given", "label=2"], "the modality label is set twice"),
         (["--given", "label=1", "--absent", "label"], "the modality label is set twice"),
+        (["--given", "label=1", "--absent", "image"], "no modality is left to draw"),
         (["--given", "label=1,2,3", "--number", "2"], "holds 3 examples, not 2"),
         (["--given", "image=missing.png"], "no such file: missing.png"),
         (["--given", "image=large.png"], "9 x 8 pixels"),

@@ -24,11 +24,11 @@ def test_the_core_loads_neither_tensorflow_nor_orbax_and_works_from_any_folder(t
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import jax
-start = time.perf_counter()
+start = time.process_time()
 import mmdiff
 for name in {CORE!r}:
     __import__("mmdiff." + name)
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 heavy = {{"tensorflow", "tensorflow_datasets", "orbax", "sklearn", "matplotlib", "clu", "PIL"}} & set(sys.modules)
 assert not heavy, heavy
 print(seconds)
@@ -36,7 +36,7 @@ print(seconds)
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    # Two seconds on a free machine; the rest is for a busy one.
+    # Two seconds of processor time once Python has compiled the files; the first import is slower.
     assert float(run.stdout) < 10
 
 

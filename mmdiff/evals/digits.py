@@ -177,7 +177,7 @@ class JointImageLabel:
         show, name = experiment.modalities[self.image].show, experiment.modalities[self.label].show
         names = name(np.arange(self.classes))
         (images, labels, read), (drawn, asked, balanced, judged) = real, given
-        joint_images, joint_labels, judged_joint = (array[:60] for array in joint)
+        joint_images, joint_labels, judged_joint = (array[:70] for array in joint)
         ten = [np.concatenate([np.flatnonzero(x == c)[:10] for c in range(self.classes)]) for x in (asked, labels)]
         result = {
             "Label to image": Picture(
@@ -200,10 +200,10 @@ class JointImageLabel:
         }
         wrong = np.flatnonzero(read != labels)
         if wrong.size:
-            words = [f"{true} → {found}" for true, found in zip(name(labels[wrong[:30]]), name(read[wrong[:30]]))]
+            words = [f"{true} as {found}" for true, found in zip(name(labels[wrong[:30]]), name(read[wrong[:30]]))]
             result["Misread images"] = Picture(
                 pictures.grid(show(images[wrong[:30]]), 10, words),
-                f"True label → label read by the model: {min(30, wrong.size)} of {wrong.size} mistake(s).",
+                f"True label, then the label read by the model: {min(30, wrong.size)} of {wrong.size} mistake(s).",
             )
         return result
 

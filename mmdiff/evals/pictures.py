@@ -61,16 +61,14 @@ def matrix(counts: np.ndarray, names: Sequence[str], row: str, column: str) -> s
     size = cell * len(names)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     parts = []
-    for i in range(len(names)):
-        for j in range(len(names)):
-            x, y = margin + j * cell, margin + i * cell
-            if counts[i, j]:
-                # A single error must be seen: shading follows the root of the share.
-                fill, opacity = PALETTE[0] if i == j else PALETTE[1], 0.15 + 0.65 * math.sqrt(share[i, j])
-                parts.append(f'<rect x="{x}" y="{y}" width="{cell - 2}" height="{cell - 2}" rx="3" fill="{fill}" fill-opacity="{opacity:.2f}"/>')
-                parts.append(_text(x + cell / 2 - 1, y + cell / 2 + 4, str(counts[i, j])))
-            else:
-                parts.append(f'<rect x="{x}" y="{y}" width="{cell - 2}" height="{cell - 2}" rx="3" fill="currentColor" fill-opacity="0.04"/>')
+    for i, j in np.ndindex(counts.shape):
+        x, y = margin + j * cell, margin + i * cell
+        # A single error must be seen: shading follows the root of the share.
+        colour, opacity = PALETTE[0] if i == j else PALETTE[1], 0.15 + 0.65 * math.sqrt(share[i, j])
+        fill = f'fill="{colour}" fill-opacity="{opacity:.2f}"' if counts[i, j] else 'fill="currentColor" fill-opacity="0.04"'
+        parts.append(f'<rect x="{x}" y="{y}" width="{cell - 2}" height="{cell - 2}" rx="3" {fill}/>')
+        if counts[i, j]:
+            parts.append(_text(x + cell / 2 - 1, y + cell / 2 + 4, str(counts[i, j])))
     for i, name in enumerate(names):
         parts.append(_text(margin + i * cell + cell / 2 - 1, margin - 9, name, dim=True))
         parts.append(_text(margin - 12, margin + i * cell + cell / 2 + 4, name, dim=True))

@@ -54,7 +54,8 @@ def write(workdir, experiment, config, findings: Sequence[Findings], step: int) 
         _replace(paths[0], json.dumps(report, indent=2, allow_nan=False) + "\n")
         _replace(paths[1], _page(workdir, report, figures, findings))
     except OSError as error:
-        raise UserError(f"cannot write the report to {workdir} ({error.strerror or error}): free space or choose another folder.") from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write the report to {workdir} ({reason}): free some space or allow writing.") from error
     return paths
 
 
@@ -112,7 +113,7 @@ body { margin: 0 auto; max-width: 1080px; padding: 40px 20px 64px; background: v
 h1 { font-size: 26px; font-weight: 650; margin: 0 0 4px; letter-spacing: -0.01em; }
 h2 { font-size: 17px; font-weight: 650; margin: 40px 0 12px; }
 p { margin: 0 0 12px; } .dim, figcaption { color: var(--dim); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 12px; margin-top: 24px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 12px; margin-top: 24px; }
 .card, figure, .panel { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; }
 .card { padding: 12px 14px; } .card b { display: block; font-size: 24px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .card span { color: var(--dim); font-size: 13px; overflow-wrap: anywhere; }
@@ -140,7 +141,7 @@ def _page(workdir: pathlib.Path, report: Mapping, figures: Mapping[str, float], 
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="dim">{html.escape(" · ".join([*trained, where, "seed " + str(report["seed"]), report["time"]]))}</p>',
         '<div class="cards">',
-        *(f'<div class="card"><b>{_digits(value)}</b><span>{html.escape(name.replace("_", " "))}</span></div>' for name, value in figures.items()),
+        *(_card(name.replace("_", " "), value) for name, value in figures.items()),
         "</div>",
         "<h2>Pictures</h2>" if shown else "",
         '<div class="grid">',
@@ -164,11 +165,12 @@ def _page(workdir: pathlib.Path, report: Mapping, figures: Mapping[str, float], 
 
 
 def _charts(path: pathlib.Path) -> Iterator[str]:
-    """One chart for each group of metrics, the part of a name before the first slash."""
+    """One chart for each group of metrics: "loss", "loss/image" and the held-out "val/loss" are one group."""
     groups: dict[str, dict] = {}
     for name, curve in read_metrics(path).items():
-        groups.setdefault(name.partition("/")[0], {})[name] = curve
-    for group, curves in groups.items():
+        if name != "train_seconds" and any(curve[1]):  # what is always zero needs no picture
+            groups.setdefault(name.removeprefix("val/").partition("/")[0], {})[name] = curve
+    for group, curves in sorted(groups.items(), key=lambda item: item[0] != "loss"):  # the loss comes first
         chart = pictures.lines(curves)
         if chart:
             yield _figure(group.replace("_", " "), chart, "")
@@ -185,11 +187,15 @@ def _figure(title: str, image: Any, caption: str) -> str:
     return f"<figure><h3>{html.escape(title)}</h3>{image}{caption}</figure>"
 
 
+def _card(name: str, value: float) -> str:
+    return f'<div class="card"><b>{_digits(value)}</b><span>{html.escape(name)}</span></div>'
+
+
 def _table(rows: Sequence[tuple[str, str, str]]) -> str:
-    cells = (
-        f"<tr><td>{html.escape(name)}</td>" + (f'<td class="value">{value}</td>' if value else "") + f"<td>{html.escape(text)}</td></tr>"
-        for name, value, text in rows
-    )
+    cells = []
+    for name, value, text in rows:
+        middle = f'<td class="value">{value}</td>' if value else ""
+        cells.append(f"<tr><td>{html.escape(name)}</td>{middle}<td>{html.escape(text)}</td></tr>")
     return f'<div class="panel"><table>{"".join(cells)}</table></div>'
 
 

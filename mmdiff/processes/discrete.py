@@ -88,7 +88,7 @@ class Discrete(Process):
     def kl(self, noised, x0_hat, s):
         truth = jax.nn.one_hot(noised.x0, self.classes)
         u = self._scaled(noised.xt, truth, noised.t, s)
-        u_hat = self._scaled(noised.xt, x0_hat, noised.t, s)
+        u_hat = self._scaled(noised.xt, self._conditioned(noised.xt, x0_hat, noised.t), noised.t, s)
         weights = self._likelihood(noised.xt, s, noised.t) * u
         # Normalised by construction; the pull factor cancels within the logarithm.
         ratio = jnp.log(jnp.maximum(u, TINY)) - jnp.log(jnp.maximum(u_hat, TINY))
@@ -103,6 +103,11 @@ class Discrete(Process):
     def _likelihood(self, xt, s, t):
         """q(x_t | x_s = .) at the observed x_t, [B, ..., states]."""
         return self.pull(jax.nn.one_hot(xt, self.states), s, t)
+
+    def _conditioned(self, xt, x0_hat, t):
+        """A belief restricted to what x_t leaves possible, normalised; one from `clean` already is."""
+        x0_hat = jnp.where(self._likelihood(xt, None, t)[..., : self.classes] > 0, x0_hat, 0.0)
+        return x0_hat / jnp.maximum(x0_hat.sum(-1, keepdims=True), TINY)
 
     def _scaled(self, xt, x0_hat, t, s):
         """push(p0 / pull(1[x_t], 0, t), 0, s)."""
@@ -138,6 +143,10 @@ class Categorical(Discrete):
             raise ValueError(f"Categorical: the redraw probabilities must be >= 0 and sum to 1, they sum to {sum(self.redraw):.6g}.")
         if not 1 <= self.classes <= len(self.redraw):
             raise ValueError(f"Categorical: {self.classes} classes do not fit {len(self.redraw)} states.")
+        with jax.ensure_compile_time_eval():
+            alpha, sigma = self.keep(jnp.linspace(0.0, 1.0, 5))
+            if jnp.abs(alpha + sigma - 1).max() > 1e-5:
+                raise ValueError("Categorical needs a schedule with alpha + sigma = 1, such as flow() or masked_cosine().")
 
     @property
     def states(self):
@@ -162,7 +171,8 @@ class Categorical(Discrete):
             a_s, b_s = (bcast(c, like) for c in self.keep(s))
             alive = a_s > 0
             a = jnp.where(alive, a / jnp.where(alive, a_s, 1.0), 0.0)
-            b = jnp.where(alive, (b - b_s) / jnp.where(alive, a_s, 1.0), 1.0)
+            # Of two equal expressions the one that subtracts the smaller numbers.
+            b = jnp.where(alive, jnp.where(b < a_s, (b - b_s) / jnp.where(alive, a_s, 1.0), 1.0 - a), 1.0)
         return a, b
 
     def rate(self, noised, x0_hat):
@@ -177,10 +187,14 @@ class Categorical(Discrete):
         beta = bcast(-da / a, noised.xt) * jnp.take(jnp.asarray(self.redraw, jnp.float32), noised.xt)
         truth = jax.nn.one_hot(noised.x0, self.classes)
         other = 1.0 - jax.nn.one_hot(noised.xt, self.states)
-        u = other * self._scaled(noised.xt, truth, t, t)
-        u_hat = other * self._scaled(noised.xt, x0_hat, t, t)
+        x0_hat = self._conditioned(noised.xt, x0_hat, t)
+        u, u_hat, change = (other * self._scaled(noised.xt, p, t, t) for p in (truth, x0_hat, x0_hat - truth))
+        # Near t = 1 the rates of a uniform chain are large and nearly equal: d - log(1 + d) then keeps its digits.
+        d = jnp.where(u > 0, change / jnp.maximum(u, TINY), 0.0)
+        near = jnp.abs(d) < 0.5
         ratio = jnp.log(jnp.maximum(u, TINY)) - jnp.log(jnp.maximum(u_hat, TINY))
-        each = (u_hat - u + jnp.where(u > 0, u * ratio, 0.0)).sum(-1)
+        excess = d + jnp.where(near, -jnp.log1p(jnp.where(near, d, 0.0)), ratio)
+        each = jnp.where(u > 0, u * excess, u_hat).sum(-1)
         return jnp.where(noised.t > 0, per_example_sum(beta * each), 0.0)
 
 

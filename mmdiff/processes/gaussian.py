@@ -129,9 +129,12 @@ class Gaussian(Process):
 
     def kl(self, noised, x0_hat, s):
         """`(SNR(s) - SNR(t)) / 2 |x_0 - x0_hat|^2` (VDM, equation 15); infinite at s = 0, where a decoder takes over."""
-        log_t, log_s = (schedules.log_snr(self.schedule, u) for u in (noised.t, s))
+        # Where the answer is 0 or infinite, any other times keep NaN out of the gradients.
+        apart = (s < noised.t) & (s > 0)
+        log_t, log_s = (schedules.log_snr(self.schedule, jnp.where(apart, u, end)) for u, end in ((noised.t, 0.75), (s, 0.5)))
         gap = -jnp.exp(log_s) * jnp.expm1(log_t - log_s)
-        return jnp.where(s < noised.t, 0.5 * gap * per_example_sum((noised.x0 - x0_hat) ** 2), 0.0)
+        nats = jnp.where(apart, 0.5 * gap * per_example_sum((noised.x0 - x0_hat) ** 2), jnp.inf)
+        return jnp.where(s < noised.t, nats, 0.0)
 
     def rate(self, noised, x0_hat):
         """`-SNR'(t) / 2 |x_0 - x0_hat|^2` (VDM, equation 17)."""

@@ -142,6 +142,9 @@ class Checkpoints:
                 raise  # else the first error is the one to show
         finally:
             self._manager.close()
+            if jax.process_index() == 0:
+                for draft in self.folder.glob("*.*tmp*"):  # of a save that failed: a full disk has no room for it
+                    shutil.rmtree(draft, ignore_errors=True)
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint."""
@@ -181,11 +184,13 @@ class Checkpoints:
         """
         step = self.latest()
         tree, ema = _pack(state)
-        with _unfit(self.folder / str(step)):
+        tree = {"state": tree, "averages": averages}
+        _check_fit(self.folder / str(step), state=tree, ema=ema)
+        with _unreadable(self.folder / str(step)):
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore({"state": tree, "averages": averages}),
+                    state=ocp.args.StandardRestore(tree),
                     ema=ocp.args.StandardRestore(ema),
                     meta=ocp.args.JsonRestore(),
                 ),
@@ -220,9 +225,6 @@ class Checkpoints:
             reason = _os_reason(error)
             if reason is None:
                 raise
-            if jax.process_index() == 0:
-                for draft in self.folder.glob(f"{step}.*tmp*"):
-                    shutil.rmtree(draft, ignore_errors=True)  # a full disk has no room for half a checkpoint
             good = max(_intact(self.folder), default=None)
             last = "there is no earlier one" if good is None else f"the last good one is of step {good}"
             raise UserError(
@@ -275,7 +277,8 @@ def restore_for_inference(
     else:
         target = sharding.shardings(shapes, experiment.rules, mesh)
     ema = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=where), shapes, target)
-    with _unfit(folder / str(step)), ocp.StandardCheckpointer() as reader:
+    _check_fit(folder / str(step), ema=ema)
+    with _unreadable(folder / str(step)), ocp.StandardCheckpointer() as reader:
         return reader.restore(folder / str(step) / "ema", ema), step
 
 
@@ -357,15 +360,34 @@ def _unpack(tree: Mapping[str, Any], ema: Any) -> State:
     return State(**{**tree, "key": jax.random.wrap_key_data(tree["key"])}, ema=ema)
 
 
+def _check_fit(checkpoint: pathlib.Path, **items: Any) -> None:
+    """Raises UserError unless the saved arrays have the names and shapes of these trees."""
+    for item, tree in items.items():
+        with _unreadable(checkpoint):
+            saved = _shapes(ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree)
+        wanted = _shapes(tree)
+        for name in [*wanted, *saved]:
+            there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+            if there != here:
+                raise UserError(
+                    f"the checkpoint {checkpoint} is of another network, optimizer or loss: {item}/{name} is {there} there and "
+                    f"{here} here; go back to the code and config that wrote it, or use another workdir."
+                )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
 @contextlib.contextmanager
-def _unfit(checkpoint: pathlib.Path):
+def _unreadable(checkpoint: pathlib.Path):
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the checkpoint {checkpoint} could not be restored: it is of another network or optimizer, or its contents are "
-            f"corrupt ({reason})."
+            f"the checkpoint {checkpoint} cannot be read ({reason}): if it is corrupt, move it away to go on from the one before."
         ) from error
 
 

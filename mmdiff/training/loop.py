@@ -75,7 +75,8 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         name: jax.ShapeDtypeStruct((options.global_batch, *array.shape[1:]), array.dtype)
         for name, array in next(example).items()
     }
-    names = sorted(jax.eval_shape(step_fn, abstract, shapes)[1])
+    lowered = sharding.lower_step(step_fn, abstract, shapes, mesh)
+    names = sorted(lowered.out_info[1])
     if options.best and options.best.removeprefix("val/") not in names:
         raise UserError(f"config.train.best is {options.best!r}, but the metrics are {', '.join(f'val/{n}' for n in names)}.")
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -101,22 +102,19 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         batches = loader.batches(experiment.train_data, config.seed, options.global_batch, start, part, parts)
         stream = stack.enter_context(prefetch((sharding.place(batch, mesh) for batch in batches), options.prefetch))
 
+        size = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+        whence = f"continuing from step {start}" if start else "starting"
+        journal.say(f"{size:,} parameters on {_device()}, mesh {dict(mesh.shape)}: {whence}, compiling")
         began = time.perf_counter()
-        program = sharding.lower_step(step_fn, abstract, shapes, mesh).compile()
+        program = lowered.compile()
+        meta["compile_seconds"] += time.perf_counter() - began
+        journal.say(f"compiled in {time.perf_counter() - began:.1f} s")
         evaluate = make_evaluate(experiment, config, mesh)
         accumulate = make_accumulate()
         someone = make_someone(mesh)
-        compile_seconds = time.perf_counter() - began
-        meta["compile_seconds"] += compile_seconds
-        size = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
-        journal.say(
-            f"{size:,} parameters on {_device()}, mesh {dict(mesh.shape)}; compiled in {compile_seconds:.1f} s; "
-            + (f"continuing from step {start}" if start else "starting")
-        )
 
         stop = stack.enter_context(Signals())
         in_flight = collections.deque()
-        stopping = False
         journal.start_clock()
 
         def finish(remaining: int) -> bool:
@@ -298,16 +296,17 @@ class Journal:
 
     def __enter__(self) -> Journal:
         if self._writes:
-            path = self._workdir / "metrics.jsonl"
-            checkpoints.write_whole(path, "".join(_lines_until(path, self._start)))
-            self._file = path.open("a")
+            with self._writing("metrics.jsonl") as path:
+                checkpoints.write_whole(path, "".join(_lines_until(path, self._start)))
+                self._file = path.open("a")
             if self._options.tensorboard:
                 self._events = Events(self._workdir)
         return self
 
     def __exit__(self, *_) -> None:
         if self._writes:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which has been reported
+                self._file.close()
             if self._events:
                 self._events.close()
 
@@ -346,8 +345,9 @@ class Journal:
         if not self._writes:
             return
         line = {name: value if math.isfinite(value) else None for name, value in sorted(values.items())}
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        self._file.flush()
+        with self._writing("metrics.jsonl"):
+            self._file.write(json.dumps({"step": step, **line}) + "\n")
+            self._file.flush()
         if self._events:
             self._events.write(step, values)
 
@@ -364,12 +364,24 @@ class Journal:
             "device": _device(),
         }
         if self._writes:
-            checkpoints.write_whole(self._workdir / "run.json", json.dumps(values, indent=2) + "\n")
+            with self._writing("run.json") as path:
+                checkpoints.write_whole(path, json.dumps(values, indent=2) + "\n")
 
     def say(self, text: str) -> None:
         """A line on stderr."""
         if self._writes:
             print(f"\r\x1b[K{text}" if self._terminal else text, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str):
+        path = self._workdir / name
+        try:
+            yield path
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written ({error.strerror or error}): mend this and run the same command again; "
+                "it goes on from the last checkpoint."
+            ) from error
 
     def _progress(self, step: int) -> None:
         self._printed = time.perf_counter()
@@ -401,8 +413,10 @@ class Events:
     def _run(self) -> None:
         try:
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+            import tensorflow
             from clu import metric_writers
 
+            tensorflow.config.set_visible_devices([], "GPU")  # it would take their memory
             writer = metric_writers.SummaryWriter(str(self._workdir))
             while item := self._queue.get():
                 writer.write_scalars(*item)

@@ -96,9 +96,12 @@ def test_counts_are_stated(findings):
 
 
 def test_pictures(findings):
-    assert {"Label to image", "Real images", "Joint samples", "Unconditional images", "Image to label", "Misread images"} < set(findings.pictures)
-    for picture in findings.pictures.values():
-        assert picture.caption and (picture.image.startswith("<svg") if isinstance(picture.image, str) else min(picture.image.size) > 100)
+    images = {"Label to image", "Real images", "Joint samples", "Unconditional images", "Misread images"}
+    drawings = {"Image to label", "Label to image, as the SVM sees it"}
+    assert set(findings.pictures) == images | drawings
+    for title, picture in findings.pictures.items():
+        assert picture.caption
+        assert picture.image.startswith("<svg") if title in drawings else min(picture.image.size) > 100
 
 
 def test_wrong_digits_are_found_out(train, test):
@@ -121,7 +124,8 @@ def test_label_accuracy_alone(train, test, findings):
 
 
 def write_metrics(workdir):
-    lines = [json.dumps({"step": step, "loss/image": 1 / step, "loss/label": 0.5, "note": "x", "grad_norm": 1e-3 * step}) for step in range(10, 510, 10)]
+    values = {"loss/label": 0.5, "note": "x", "grad_norm": 0.1, "skipped": 0}
+    lines = [json.dumps({"step": step, "loss/image": 1 / step, **values}) for step in range(10, 510, 10)]
     lines += [json.dumps({"step": 500, "loss/image": 7.0}), "[1]", '{"step": 600, "loss/im']
     (workdir / "metrics.jsonl").write_text("\n".join(lines))
 
@@ -129,7 +133,8 @@ def write_metrics(workdir):
 def test_report(findings, tmp_path):
     write_metrics(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"train_seconds": 321.4, "images_per_second": 1000.0, "steps": 500, "more": 1}))
-    odd = Findings(figures={"odd": float("nan")}, pictures={"a <b>": Picture(pictures.matrix(np.eye(2, dtype=int), "ab", "x", "y"), "c & d")})
+    drawing = Picture(pictures.matrix(np.eye(2, dtype=int), "ab", "x", "y"), "c & d")
+    odd = Findings(figures={"odd": float("nan")}, pictures={"a <b>": drawing})
     json_path, html_path = report.write(tmp_path, None, config(), [findings, odd], 500)
     found = json.loads(json_path.read_text())
     assert FIGURES < set(found)
@@ -140,6 +145,7 @@ def test_report(findings, tmp_path):
     page = html_path.read_text()
     assert "http" not in page.replace("http://www.w3.org/2000/svg", ""), "the page must open offline"
     assert "a &lt;b&gt;" in page and "c &amp; d" in page
+    assert "skipped" not in page, "a chart of nothing but zeros"
     for text in ("Label to image", "data:image/png;base64,", "grad norm", "loss/image", "321 s of training"):
         assert text in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.html", "report.json", "run.json"]
@@ -156,13 +162,16 @@ def test_report_without_a_run(tmp_path):
 def test_metrics_survive_a_killed_run(tmp_path):
     write_metrics(tmp_path)
     curves = report.read_metrics(tmp_path / "metrics.jsonl")
-    assert set(curves) == {"loss/image", "loss/label", "grad_norm"}
+    assert set(curves) == {"loss/image", "loss/label", "grad_norm", "skipped"}
     steps, values = curves["loss/image"]
     assert steps == list(range(10, 510, 10)) and values[-1] == 7  # the later line of a step that was repeated counts
     assert report.read_metrics(tmp_path / "none") == {}
 
 
-@pytest.mark.parametrize("curve", [([1, 2], [3, 3]), ([5], [0.1]), (range(5000), np.linspace(1, 1e-5, 5000)), ([1, 2, 3], [-1, np.nan, 4]), ([1], [np.nan])])
+ODD = [([1, 2], [3, 3]), ([5], [0.1]), (range(5000), np.linspace(1, 1e-5, 5000)), ([1, 2, 3], [-1, np.nan, 4]), ([1], [np.nan])]
+
+
+@pytest.mark.parametrize("curve", ODD)
 def test_charts_of_odd_curves(curve):
     chart = pictures.lines({"loss": curve})
     assert "nan" not in chart and chart.count("<svg") == np.isfinite(np.asarray(curve[1])).any()

@@ -101,7 +101,7 @@ def _train(job):
     from mmdiff.errors import UserError
     from mmdiff.training import loop
 
-    os.dup2(os.open(_error(job).with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(os.open(str(_error(job)) + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
     jax.config.update("jax_num_cpu_devices", job.get("devices", 1))
     if "process" in job:

@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(server, tmp_path):
     [answer] = server.run({**job, "file_limit": 8192})
     assert answer["status"] == 2, answer["error"]
     assert "step 12" in answer["error"] and "File too large" in answer["error"] and "last good one is of step 6" in answer["error"]
-    assert "Traceback" not in (tmp_path / "run.error0.log").read_text()
+    assert "orbax" not in (tmp_path / "run.error0.log").read_text()  # the sentence is enough
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["6"]
     assert server.run(job)[0]["status"] == 0  # with room again, the same command continues
     assert lines(workdir)[-1]["step"] == 18

@@ -1,0 +1,217 @@
+r"""Variational bounds on -log p(x_0), in nats per example, for any process.
+
+Both bounds have the same three parts, taken along a **path** u -> t from the data (u = 0) to the prior (u = 1),
+
+    discrete time     prior_kl + sum_{i=1}^T KL(q(x_{u=(i-1)/T} | x_{u=i/T}, x_0) || p) + decoder
+    continuous time   prior_kl + int_0^1 rate(t(u)) t'(u) du                            + decoder
+
+The prior term is `process.prior_kl`, the middle one `process.kl` or `process.rate` at draws of x_t, and the decoder
+-log p(x_0 | x_{t(0)}) closes what the path leaves open (nothing where it starts at t = 0). The first is the likelihood bound of
+the sampler that takes these T steps, the second its limit. Both are unbiased estimates; average them over keys for less variance.
+
+For a `Joint` a path gives one time per modality. What it holds at t = 0 is a condition, what it holds at t = 1 is absent, and
+the bound is on -log p(moving modalities | conditions):
+
+    along(process, line())                                -log p(image, label), both at the same times
+    along(process, line(), pinned=["image"])              -log p(label | image)
+    along(process, geometric(), absent=["label"])         -log p(image)
+
+Sources: Ho et al. 2020, equation 5; Kingma et al. 2021 (VDM), equations 11 to 18; Austin et al. 2021 (D3PM); Shi et al. 2024 (MD4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmdiff.processes.base import Joint, Noised, Process, bcast, fold, per_example_sum
+from mmdiff.processes.gaussian import Gaussian
+
+Path = Callable[[jax.Array], Any]
+Decoder = Callable[[Process, Noised], jax.Array]
+
+
+def line(t_min: float = 0.0) -> Path:
+    """`t = t_min + u (1 - t_min)`. With t_min = 0 and T steps these are the times i/T; with t_min = 1/T and T - 1 steps so are they."""
+    _check_start(t_min, 0.0)
+    return lambda u: t_min + u * (1.0 - t_min)
+
+
+def geometric(t_min: float = 1e-3) -> Path:
+    """`t = t_min^(1 - u)`: even in log t, for Gaussians, whose rate goes as 1/t towards the data."""
+    _check_start(t_min, 1e-12)
+    return lambda u: jnp.exp((1.0 - u) * math.log(t_min))
+
+
+def along(process: Process, path: Path, pinned: Sequence[str] = (), absent: Sequence[str] = ()) -> Path:
+    """The path of a `Joint` whose modalities move together, save those `pinned` at t = 0 and those `absent` at t = 1."""
+    if not isinstance(process, Joint):
+        if pinned or absent:
+            raise ValueError("along: `pinned` and `absent` name modalities of a Joint; this process has only one.")
+        return path
+    unknown = [name for name in (*pinned, *absent) if name not in process.parts]
+    if unknown:
+        raise ValueError(f"along: no modality {', '.join(unknown)}; there are {', '.join(process.parts)}.")
+    if len({*pinned, *absent}) == len(process.parts):
+        raise ValueError("along: every modality is pinned or absent, so nothing is left to bound.")
+
+    def joint(u):
+        return {
+            name: jnp.zeros_like(u) if name in pinned else jnp.ones_like(u) if name in absent else path(u) for name in process.parts
+        }
+
+    return joint
+
+
+def discrete_time(
+    process: Process,
+    apply: Callable,
+    params: Any,
+    keys: jax.Array,
+    x0: Any,
+    path: Path,
+    steps: int,
+    decoders: Any = None,
+) -> Any:
+    """The bound of the chain with `steps` equal steps in u, from one draw of x_t at each: T + 1 network calls.
+
+    Args:
+      process, apply, params: as in sampling.
+      keys: [B], one per example.
+      x0: clean data, or a dict of them for a `Joint`.
+      path: u [B] -> t; see `along`.
+      steps: T.
+      decoders: -log p(x_0 | x_t) where the path begins, `(process, noised) -> [B]`; for a `Joint` a dict, by modality. By default a
+        discrete process takes one last step to t = 0, and a `Gaussian` has `density()`; use `levels(values)` for quantised data.
+
+    Returns nats [B], or a dict of them by modality: their sum is the bound, zero for what does not move.
+    """
+    if steps < 1:
+        raise ValueError(f"discrete_time needs at least one step, got {steps}.")
+    count = keys.shape[0]
+
+    def body(total, i):
+        t, s = (path(jnp.full(count, u, jnp.float32)) for u in (i / steps, (i - 1) / steps))
+        noised, x0_hat = _look(process, apply, params, _fold_in(keys, i), x0, t)
+        return jax.tree.map(jnp.add, total, process.kl(noised, x0_hat, s)), None
+
+    ends = _ends(process, apply, params, keys, x0, path, decoders)
+    return jax.lax.scan(body, ends, jnp.arange(1, steps + 1))[0]
+
+
+def continuous_time(
+    process: Process,
+    apply: Callable,
+    params: Any,
+    keys: jax.Array,
+    x0: Any,
+    path: Path,
+    draws: int,
+    decoders: Any = None,
+) -> Any:
+    """The bound of infinitely many steps, from stratified times `u_j = (j + U) / draws`, one U per example: draws + 1 network calls.
+
+    The arguments and the result are those of `discrete_time`. The path may be any increasing function of u: its slope is part of
+    the integrand. `Markov` chains have no continuous time; they get T times the KL of one step.
+    """
+    if draws < 1:
+        raise ValueError(f"continuous_time needs at least one draw, got {draws}.")
+    offset = jax.vmap(jax.random.uniform)(fold(keys, "time"))
+
+    def body(total, j):
+        u = (j + offset) / draws
+        t, slope = jax.jvp(path, (u,), (jnp.ones_like(u),))
+        noised, x0_hat = _look(process, apply, params, _fold_in(keys, j + 1), x0, t)
+        # What stands still has no rate, even where its own would be infinite.
+        return jax.tree.map(
+            lambda sum_, rate, v: sum_ + jnp.where(v > 0, rate * v, 0.0) / draws, total, process.rate(noised, x0_hat), slope
+        ), None
+
+    ends = _ends(process, apply, params, keys, x0, path, decoders)
+    return jax.lax.scan(body, ends, jnp.arange(draws))[0]
+
+
+def density() -> Decoder:
+    r"""For continuous data: `-log N(x_0; x_t / alpha, (sigma / alpha)^2)`, so the bound is on -log of a density, in nats.
+
+    By Bayes this is p(x_0 | x_t) under a prior that is flat over the width sigma: right for a small t.
+    """
+
+    def decoder(process, noised):
+        alpha, sigma = (bcast(c, noised.x0) for c in process.schedule(noised.t))
+        z = (noised.x0 * alpha - noised.xt) / sigma
+        return per_example_sum(0.5 * z**2 + 0.5 * math.log(2 * math.pi) + jnp.log(sigma) - jnp.log(alpha))
+
+    return decoder
+
+
+def levels(values: Sequence[float]) -> Decoder:
+    r"""For data on known levels v_1 .. v_L: `p(x_0 = v_i | x_t) = softmax_i(-(x_t - alpha v_i)^2 / (2 sigma^2))` (VDM, equation 36).
+
+    The bound is then on -log of a probability. A value between the levels counts as the nearest one.
+    """
+    values = jnp.asarray(values, jnp.float32)
+    if values.ndim != 1 or values.size < 2:
+        raise ValueError(f"levels needs at least two values in a row, got shape {values.shape}.")
+
+    def decoder(process, noised):
+        alpha, sigma = (bcast(c, noised.x0)[..., None] for c in process.schedule(noised.t))
+        log_p = jax.nn.log_softmax(-0.5 * ((noised.xt[..., None] - alpha * values) / sigma) ** 2)
+        nearest = jnp.argmin(jnp.abs(noised.x0[..., None] - values), axis=-1)
+        return -per_example_sum(jnp.take_along_axis(log_p, nearest[..., None], axis=-1)[..., 0])
+
+    return decoder
+
+
+def total(nats: Any) -> jax.Array:
+    """The sum over the modalities, [B]."""
+    return sum(nats.values()) if isinstance(nats, Mapping) else nats
+
+
+def bits_per_dim(nats: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Nats per example -> bits per dimension, for one example's `shape`: `nats / (log 2 * size)`."""
+    return nats / (math.log(2) * math.prod(shape))
+
+
+def _look(process, apply, params, keys, x0, t):
+    """A draw of x_t and the network's belief about it."""
+    noised = process.corrupt(keys, x0, t)
+    return noised, process.clean(apply(params, *process.inputs(noised.xt, noised.t)), noised.xt, noised.t)
+
+
+def _ends(process, apply, params, keys, x0, path, decoders):
+    """prior_kl + decoder, for what moves."""
+    start, end = (path(jnp.full(keys.shape[0], u, jnp.float32)) for u in (0.0, 1.0))
+    noised, x0_hat = _look(process, apply, params, _fold_in(keys, 0), x0, start)
+
+    def of(process, noised, x0_hat, prior, end, decoder):
+        if decoder is None and isinstance(process, Gaussian):
+            decoder = density()
+        last = decoder(process, noised) if decoder else process.kl(noised, x0_hat, jnp.zeros_like(noised.t))
+        if isinstance(process, Gaussian):  # without a decoder there is no bound: a path from t = 0 costs infinity
+            last = jnp.where(noised.t > 0, last, jnp.inf)
+        return jnp.where(end > noised.t, prior + last, 0.0)
+
+    if not isinstance(process, Joint):
+        return of(process, noised, x0_hat, process.prior_kl(x0), end, decoders)
+    decoders = dict(decoders or {})
+    unknown = [name for name in decoders if name not in process.parts]
+    if unknown:
+        raise ValueError(f"decoders: no modality {', '.join(unknown)}; there are {', '.join(process.parts)}.")
+    parts, prior = process.split(noised), process.prior_kl(x0)
+    return {
+        name: of(part, parts[name], x0_hat[name], prior[name], end[name], decoders.get(name)) for name, part in process.parts.items()
+    }
+
+
+def _fold_in(keys, i):
+    return jax.vmap(lambda key: jax.random.fold_in(key, i))(fold(keys, "noise"))
+
+
+def _check_start(t_min, low):
+    if not low <= t_min < 1:
+        raise ValueError(f"a path starts at {low:g} <= t_min < 1, got {t_min}.")

@@ -1,0 +1,91 @@
+"""Attention: every backend computes the same thing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmdiff.nets import attention
+from mmdiff.nets.attention import BACKENDS
+
+B, N, M, H, D = 2, 5, 7, 3, 8
+
+
+def inputs(dtype=jnp.float32, keys=M):
+    one, two, three = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(one, (B, N, H, D), dtype)
+    return q, jax.random.normal(two, (B, keys, H, D), dtype), jax.random.normal(three, (B, keys, H, D), dtype)
+
+
+def by_hand(q, k, v, mask=None):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(D)
+    if mask is not None:
+        scores = np.where(mask, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+MASKS = {
+    "none": None,
+    "keys": np.arange(M) < 4,
+    "per example": (np.arange(M) < np.asarray([[3], [6]]))[:, None, None],
+    "full": np.random.default_rng(0).random((B, H, N, M)) < 0.7,
+}
+
+
+def available(backend):
+    return backend != "cudnn" or jax.default_backend() == "gpu"
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+def test_backends_agree(backend, mask):
+    if not available(backend):
+        pytest.skip("cuDNN needs an NVIDIA GPU.")
+    dtype, tolerance = (jnp.bfloat16, 3e-2) if backend == "cudnn" else (jnp.float32, 2e-6)
+    q, k, v = inputs(dtype)
+    mask = MASKS[mask]
+    out = attention(q, k, v, None if mask is None else jnp.asarray(mask), backend=backend)
+    assert out.shape == q.shape and out.dtype == dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), by_hand(q, k, v, mask), atol=tolerance)
+
+
+def test_gradients_agree():
+    q, k, v = inputs()
+    mask = jnp.asarray(MASKS["full"])
+
+    def gradient(backend):
+        return jax.grad(lambda *x: (attention(*x, mask, backend=backend) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    one, two = gradient("reference"), gradient("xla")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_half_precision_keeps_its_softmax_in_float32(backend):
+    """Scores of hundreds, which bfloat16 would round to steps of one and more."""
+    q, k, v = inputs(jnp.bfloat16)
+    out = attention(10 * q, k, v, backend=backend)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float64), by_hand(10 * q, k, v), atol=4e-2)
+
+
+def test_a_hidden_key_has_no_influence():
+    q, k, v = inputs()
+    mask = jnp.asarray(MASKS["keys"])
+    out = attention(q, k, v, mask)
+    np.testing.assert_array_equal(out, attention(q, k.at[:, 4:].set(9.0), v.at[:, 4:].set(-9.0), mask))
+
+
+def test_a_row_without_keys_stays_finite():
+    q, k, v = inputs()
+    mask = jnp.ones((B, 1, N, M), bool).at[0, 0, 0].set(False)
+    out, gradient = jax.value_and_grad(lambda x: attention(x, k, v, mask, backend="reference").sum())(q)
+    assert np.isfinite(out) and np.isfinite(gradient).all()
+    np.testing.assert_allclose(attention(q, k, v, mask, backend="reference")[0, 0], v[0].mean(0), atol=1e-6)
+
+
+def test_unknown_backends_are_refused():
+    with pytest.raises(ValueError, match="no backend 'flash'; choose one of reference, xla, cudnn"):
+        attention(*inputs(), backend="flash")

@@ -1,0 +1,145 @@
+"""DiT: the published architecture, parameter for parameter, and switches that change nothing but the cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmdiff.nets import DiT, Patches, as_joint, dit
+
+SMALL = dict(patches=Patches(4, 4, 2, 2), classes=3, depth=3, width=16, heads=2)
+X = jax.random.normal(jax.random.key(0), (5, 4, 4, 2))
+T = jnp.linspace(0, 1, 5)
+LABEL = jnp.asarray([0, 1, 2, 3, 0])  # 3 is the null row
+
+
+def randomised(params, seed=7, scale=0.1):
+    """Away from the zero initialisation, under which a network returns zero whatever it computes."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [leaf + scale * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)])
+
+
+@pytest.fixture(scope="module")
+def params():
+    return randomised(DiT(**SMALL).init(jax.random.key(1), X, T, LABEL))
+
+
+@pytest.fixture(scope="module")
+def reference(params):
+    return jax.jit(DiT(**SMALL).apply)(params, X, T, LABEL)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def published(size, patch):
+    """Parameters of DiT for 1,000 classes + null and a learned sigma on 32x32x4 latents, by arithmetic."""
+    depth, h = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}[size]
+    patches = patch**2 * 4 * h + h
+    time = (256 * h + h) + (h * h + h)
+    labels = 1001 * h
+    block = (3 * h * h + 3 * h) + (h * h + h) + (4 * h * h + 4 * h) + (4 * h * h + h) + (6 * h * h + 6 * h)
+    final = (2 * h * h + 2 * h) + (patch**2 * 8 * h + patch**2 * 8)
+    return patches + time + labels + depth * block + final
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_parameter_counts(size, patch):
+    net = dit(size, patch)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    assert count(shapes) == published(size, patch)
+    known = {("S", 2): 32_865_056, ("B", 2): 130_315_808, ("XL", 2): 674_834_720}
+    assert count(shapes) == known.get((size, patch), count(shapes))
+
+
+def test_output_shapes():
+    def output(net, *shape):
+        run = lambda k: net.init_with_output(k, jnp.zeros(shape), jnp.zeros(2), jnp.zeros(2, jnp.int32))[0]  # noqa: E731
+        return jax.eval_shape(run, jax.random.key(0))
+
+    out = output(dit("S", 4), 2, 32, 32, 4)
+    assert out.shape == (2, 32, 32, 8) and out.dtype == jnp.float32
+    assert output(dit("S", 4, image=16, channels=3, classes=10, learn_sigma=False), 2, 16, 16, 3).shape == (2, 16, 16, 3)
+
+
+def test_starts_at_zero():
+    """adaLN-Zero: every block is the identity and the output is zero, but the gradient is not."""
+    net = DiT(**SMALL)
+    start = net.init(jax.random.key(1), X, T, LABEL)
+    assert not net.apply(start, X, T, LABEL).any()
+    gradient = jax.grad(lambda p: (net.apply(p, X, T, LABEL) - 1).mean() ** 2)(start)["params"]
+    assert gradient["image_out"]["bias"].any()
+
+
+def unstacked(params, depth=3):
+    """The scanned layers' weights as one entry a layer."""
+    inner = dict(params["params"])
+    blocks = inner.pop("blocks")
+    return {"params": inner | {f"block_{i}": jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(depth)}}
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_scan_and_remat_change_nothing(params, reference, scan, remat):
+    net = DiT(**SMALL, scan=scan, remat=remat)
+    weights = params if scan else unstacked(params)
+    np.testing.assert_allclose(jax.jit(net.apply)(weights, X, T, LABEL), reference, atol=2e-6)
+
+    def gradient(net, weights):
+        return jax.jit(jax.grad(lambda p: (net.apply(p, X, T, LABEL) ** 2).mean()))(weights)
+
+    plain = gradient(DiT(**SMALL), params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient(net, weights), plain if scan else unstacked(plain)
+    )
+
+
+def test_everything_that_is_given_matters(params, reference):
+    apply = jax.jit(DiT(**SMALL).apply)
+    for other in ((X + 1, T, LABEL), (X, T * 0.5 + 0.1, LABEL), (X, T, (LABEL + 1) % 4)):
+        assert float(jnp.abs(apply(params, *other) - reference).max(axis=(1, 2, 3)).min()) > 1e-4
+    # Examples do not see each other.
+    np.testing.assert_allclose(apply(params, X[::-1], T[::-1], LABEL[::-1])[::-1], reference, atol=2e-6)
+
+
+def test_qk_norm_and_backends(params, reference):
+    np.testing.assert_allclose(jax.jit(DiT(**SMALL, backend="xla").apply)(params, X, T, LABEL), reference, atol=5e-6)
+    normed = DiT(**SMALL, qk_norm=True)
+    weights = normed.init(jax.random.key(1), X, T, LABEL)
+    assert count(weights) == count(params) + 2 * 3 * 8  # a scale per head dimension, for queries and keys, in every layer
+    out = normed.apply(randomised(weights), X, T, LABEL)
+    assert np.isfinite(out).all()
+    # Whatever the size of queries and keys, the scores stay bounded: scaling the product changes nothing.
+    scaled = randomised(weights)
+    kernel = scaled["params"]["blocks"]["attention"]["qkv"]
+    kernel = {"kernel": kernel["kernel"].at[..., :32].multiply(100), "bias": kernel["bias"].at[..., :32].multiply(100)}
+    scaled["params"]["blocks"]["attention"]["qkv"] = kernel
+    np.testing.assert_allclose(normed.apply(scaled, X, T, LABEL), out, atol=1e-3)
+
+
+def test_bfloat16_activations_keep_float32_parameters(params, reference):
+    net = DiT(**SMALL, dtype=jnp.bfloat16)
+    start = net.init(jax.random.key(1), X, T, LABEL)
+    assert {leaf.dtype for leaf in jax.tree.leaves(start)} == {jnp.dtype("float32")}
+    out = jax.jit(net.apply)(params, X, T, LABEL)
+    assert out.dtype == jnp.float32
+    assert float(jnp.abs(out - reference).max() / jnp.abs(reference).max()) < 0.05
+
+
+def test_as_joint(params, reference):
+    apply = as_joint(DiT(**SMALL))
+    out = apply(params, {"image": X, "label": LABEL}, {"image": T, "label": jnp.zeros(5)})
+    assert set(out) == {"image"}
+    np.testing.assert_allclose(out["image"], reference, atol=2e-6)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="no DiT of size 'M'; choose one of S, B, L, XL"):
+        dit("M", 2)
+    with pytest.raises(ValueError, match="no remat policy 'some'; choose one of none, dots, full"):
+        DiT(**SMALL, remat="some").init(jax.random.key(0), X, T, LABEL)
+    with pytest.raises(ValueError, match="do not tile"):
+        dit("S", 3)

@@ -1,0 +1,161 @@
+"""Losses: weights and terms against their formulas, and how losses add."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmdiff import losses, processes, schedules, times
+from mmdiff.processes import Gaussian, Joint, Noised
+
+B = 8
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def noised_by(process, seed=0, t=None):
+    x0 = jax.random.normal(jax.random.key(seed), (B, 4))
+    return process.corrupt(keys(B, seed), x0, jnp.linspace(0.1, 0.9, B) if t is None else t)
+
+
+def batch(count=B):
+    return {
+        "image": jax.random.normal(jax.random.key(2), (count, 3)),
+        "label": jnp.arange(count, dtype=jnp.int32) % 4,
+        "index": jnp.arange(count, dtype=jnp.uint32),
+    }
+
+
+def network(params, x, t):
+    out = {}
+    if "image" in x:
+        out["image"] = params * x["image"] * t["image"][:, None]
+    if "label" in x:
+        out["label"] = params * jnp.cos(x["label"][:, None] + jnp.arange(4.0))
+    return out
+
+
+PROCESS = Joint(image=Gaussian(schedules.flow()), label=processes.absorbing(4))
+TIMES = times.joint(image=times.uniform(), label=times.uniform())
+
+
+def test_diffusion_is_the_mean_of_the_process_s_loss():
+    value, metrics = losses.diffusion(PROCESS, network, TIMES)(1.5, batch(), jax.random.key(0))
+    assert set(metrics) == {"loss/image", "loss/label"}
+    np.testing.assert_allclose(value, metrics["loss/image"] + metrics["loss/label"], rtol=1e-6)
+    # By hand, for a network that says nothing at one fixed time.
+    at = times.joint(image=times.constant(0.5), label=times.constant(1.0))
+    _, metrics = losses.diffusion(PROCESS, network, at)(0.0, batch(), jax.random.key(0))
+    np.testing.assert_allclose(metrics["loss/label"], np.log(4), rtol=1e-6)  # everything is masked: uniform over four
+    seen = []
+
+    def spy(out, noised):
+        seen.append(noised)
+        return PROCESS.loss(out, noised)["image"]
+
+    value, metrics = losses.diffusion(PROCESS, network, at, {"mine": (3.0, spy)})(0.0, batch(), jax.random.key(0))
+    expected = ((seen[0].noise["image"] - seen[0].x0["image"]) ** 2).mean()
+    np.testing.assert_allclose(metrics["loss/mine"], expected, rtol=1e-6)
+    np.testing.assert_allclose(value, 3 * expected, rtol=1e-6)
+
+
+def test_terms_are_named_and_weighted():
+    image = PROCESS.parts["image"]
+    terms = {"all": (2.0, PROCESS.loss), "again": (0.5, losses.on("image", image.loss))}
+    value, metrics = losses.diffusion(PROCESS, network, TIMES, terms)(1.5, batch(), jax.random.key(0))
+    assert set(metrics) == {"loss/all/image", "loss/all/label", "loss/again"}
+    assert metrics["loss/again"] == metrics["loss/all/image"]
+    np.testing.assert_allclose(
+        value, 2 * metrics["loss/all/image"] + 2 * metrics["loss/all/label"] + 0.5 * metrics["loss/again"], rtol=1e-6)
+
+
+def test_a_single_process_needs_no_joint():
+    process = Gaussian(schedules.flow())
+    loss = losses.diffusion(process, lambda params, x, t: params * x, times.uniform())
+    value, metrics = loss(0.5, {"x0": jnp.ones((B, 3)), "index": jnp.arange(B)}, jax.random.key(0))
+    assert set(metrics) == {"loss"} and metrics["loss"] == value
+
+
+def test_combine_adds_whole_losses():
+    one = losses.diffusion(Joint(image=PROCESS.parts["image"]), network, times.joint(image=times.uniform()))
+    two = losses.diffusion(Joint(label=PROCESS.parts["label"]), network, times.joint(label=times.uniform()))
+    both = losses.combine(draw=(1.0, one), name=(0.25, two))
+    value, metrics = both(1.5, batch(), jax.random.key(0))
+    assert set(metrics) == {"draw/loss", "draw/loss/image", "name/loss", "name/loss/label"}
+    np.testing.assert_allclose(value, metrics["draw/loss"] + 0.25 * metrics["name/loss"], rtol=1e-6)
+    # Each has its own key, by name: another loss beside it changes nothing.
+    alone = losses.combine(draw=(1.0, one))(1.5, batch(), jax.random.key(0))[1]
+    assert alone["draw/loss"] == metrics["draw/loss"]
+    gradient = jax.grad(lambda p: both(p, batch(), jax.random.key(0))[0])(1.5)
+    assert np.isfinite(gradient)
+
+
+def test_on_picks_one_modality():
+    noised = PROCESS.corrupt(keys(B), {k: batch()[k] for k in ("image", "label")}, {"image": jnp.full(B, 0.3), "label": jnp.full(B, 0.6)})
+    out = network(1.5, noised.xt, noised.t)
+    for name in ("image", "label"):
+        np.testing.assert_array_equal(losses.on(name, PROCESS.parts[name].loss)(out, noised), PROCESS.loss(out, noised)[name])
+    bare = Noised(noised.x0, noised.xt, noised.t)
+    np.testing.assert_array_equal(losses.on("label", PROCESS.parts["label"].loss)(out, bare), PROCESS.loss(out, noised)["label"])
+
+
+PREDICTS = {"x0": processes.x0, "eps": processes.eps, "v": processes.v, "velocity": processes.velocity, "edm": processes.edm(0.5)}
+WEIGHTS = {
+    "snr": (losses.snr(), lambda snr, slope: np.ones_like(snr)),
+    "min_snr": (losses.min_snr(5.0), lambda snr, slope: np.minimum(1, 5 / snr)),
+    "sigmoid": (losses.sigmoid(-1.0), lambda snr, slope: -slope / (1 + np.exp(1 + np.log(snr)))),
+}
+
+
+@pytest.mark.parametrize("predict", PREDICTS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_weighted_squared_error_is_the_same_for_all_parameterisations(weight, predict):
+    process = Gaussian(schedules.cosine(), PREDICTS[predict])
+    noised = noised_by(process)
+    x0_hat = noised.x0 + 0.3 * noised.noise
+    alpha, sigma = (np.asarray(c, np.float64) for c in process.schedule(noised.t))
+    p, q = process.predict(process.schedule, noised.t)
+    eps_hat = (noised.xt - alpha[:, None] * x0_hat) / sigma[:, None]
+    out = p[:, None] * x0_hat + q[:, None] * eps_hat
+    function, formula = WEIGHTS[weight]
+    t = np.asarray(noised.t, np.float64)
+    slope = -np.pi * (np.tan(np.pi * t / 2) + 1 / np.tan(np.pi * t / 2))  # of 2 log(cos / sin)
+    expected = formula((alpha / sigma) ** 2, slope) * np.asarray(((noised.noise - eps_hat) ** 2).mean(-1))
+    np.testing.assert_allclose(losses.mse(process, function)(out, noised), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_weights_are_finite_at_the_ends(weight):
+    for schedule in (schedules.flow(), schedules.cosine(), schedules.edm(), schedules.linear_beta()):
+        process = Gaussian(schedule)
+        noised = noised_by(process, t=jnp.asarray([0.0, 1e-6, 0.3, 0.5, 0.9, 0.999, 1.0, 1.0]))
+        values = losses.mse(process, WEIGHTS[weight][0])(jnp.zeros((B, 4)), noised)
+        assert np.isfinite(values).all() and values[0] == 0, values
+
+
+def test_vlb_terms():
+    process = processes.absorbing(4)
+    x0 = jnp.arange(24, dtype=jnp.int32).reshape(B, 3) % 4
+    noised = process.corrupt(keys(B), x0, (jnp.arange(B) + 1.0) / B)
+    out = jax.random.normal(jax.random.key(0), (B, 3, 4))
+    x0_hat = process.clean(out, noised.xt, noised.t)
+    np.testing.assert_allclose(losses.vlb(process)(out, noised), process.rate(noised, x0_hat) / 3, rtol=1e-6)
+    expected = B * process.kl(noised, x0_hat, jnp.arange(B) / B) / 3
+    np.testing.assert_allclose(losses.vlb(process, steps=B)(out, noised), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_step_of_a_gaussian_is_left_to_its_decoder():
+    process = Gaussian(schedules.cosine(), processes.eps)
+    noised = noised_by(process, t=(jnp.arange(B) + 1.0) / B)
+    term = losses.vlb(process, steps=B)
+    out = jnp.zeros((B, 4))
+    values, gradient = term(out, noised), jax.grad(lambda o: term(o, noised)[:-1].sum())(out)
+    assert np.isfinite(values[:-1]).all() and values[0] == 0 and (values[1:-1] > 0).all()
+    assert np.isfinite(gradient).all()
+
+
+def test_a_batch_without_a_modality_is_refused():
+    with pytest.raises(KeyError, match="label"):
+        losses.diffusion(PROCESS, network, TIMES)(1.0, {"image": jnp.ones((2, 3)), "index": jnp.arange(2)}, jax.random.key(0))

@@ -1,0 +1,267 @@
+"""Sampling: the walk over the grid, what is held, guidance, and the maps on a move."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmdiff import processes, sampling, schedules
+from mmdiff.processes import Gaussian, Joint
+
+PROCESS = Joint(image=Gaussian(schedules.flow()), label=processes.absorbing(4))
+SHAPE = {"image": (3,), "label": ()}
+GRID = sampling.uniform_grid(4)
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def network(params, x, t):
+    """Each output depends on everything."""
+    image, label = x["image"], jax.nn.one_hot(x["label"], 5)
+    mix = (image.sum(-1) + label @ jnp.arange(5.0) + t["image"] - t["label"])[:, None]
+    return {"image": params * jnp.sin(mix + jnp.arange(3.0)), "label": params * jnp.cos(mix + jnp.arange(4.0))}
+
+
+def move(x0, xt=None, t=0.5, s=0.25, count=None):
+    x0 = jnp.asarray(x0, jnp.float32)
+    full = lambda value: jnp.full(x0.shape[0], value)  # noqa: E731
+    xt = x0 if xt is None else jnp.asarray(xt)
+    return sampling.Move(xt=xt, t=full(t), s=full(s), x0=x0, last_x0=x0, last_t=full(t), keys=keys(x0.shape[0]))
+
+
+def test_uniform_grid():
+    np.testing.assert_array_equal(sampling.uniform_grid(4), [1, 0.75, 0.5, 0.25, 0])
+    assert float(sampling.uniform_grid(1000)[-1]) == 0 and sampling.uniform_grid(7).dtype == jnp.float32
+    with pytest.raises(ValueError, match="at least one step"):
+        sampling.uniform_grid(0)
+
+
+@pytest.mark.parametrize("heun", [False, True])
+def test_shapes_types_and_determinism(heun):
+    run = jax.jit(lambda k: sampling.sample(PROCESS, network, 1.0, k, GRID, SHAPE, heun=heun))
+    out = run(keys(6))
+    assert out["image"].shape == (6, 3) and out["image"].dtype == jnp.float32
+    assert out["label"].shape == (6,) and out["label"].dtype == jnp.int32
+    assert ((out["label"] >= 0) & (out["label"] < 4)).all()  # no mask is left
+    jax.tree.map(np.testing.assert_array_equal, out, run(keys(6)))
+    assert (out["image"] != run(keys(6, seed=1))["image"]).any()
+
+
+def test_a_leaf_process_needs_no_names():
+    process = Gaussian(schedules.flow(), processes.x0)
+    out = sampling.sample(process, lambda params, x, t: jnp.full_like(x, params), 0.7, keys(5), GRID, (2, 2))
+    np.testing.assert_allclose(out, np.full((5, 2, 2), 0.7), rtol=1e-6)  # a belief that never changes is reached
+    tokens = sampling.sample(processes.uniform(4), lambda p, x, t: 50 * jax.nn.one_hot(x * 0 + 2, 4), None, keys(5), GRID, (7,))
+    np.testing.assert_array_equal(tokens, np.full((5, 7), 2))
+
+
+def test_the_network_sees_the_grid_and_what_is_held():
+    seen = []
+
+    def spy(params, x, t):
+        jax.debug.callback(lambda t, label: seen.append((t["image"][0].item(), t["label"][0].item(), label[0].item())), t, x["label"])
+        return network(params, x, t)
+
+    label = jnp.asarray([3, 1])
+    out = sampling.sample(PROCESS, spy, 1.0, keys(2), GRID, SHAPE, given={"label": label})
+    jax.effects_barrier()
+    assert sorted(seen, reverse=True) == [(1.0, 0.0, 3), (0.75, 0.0, 3), (0.5, 0.0, 3), (0.25, 0.0, 3)]
+    np.testing.assert_array_equal(out["label"], label)
+    seen.clear()
+    out = sampling.sample(PROCESS, spy, 1.0, keys(2), GRID, SHAPE, absent=("label",))
+    jax.effects_barrier()
+    assert {entry[1:] for entry in seen} == {(1.0, 4)}
+    np.testing.assert_array_equal(out["label"], [4, 4])
+
+
+def test_given_images_come_back_bit_for_bit():
+    image = jax.random.normal(jax.random.key(3), (2, 3))
+    out = jax.jit(lambda x: sampling.sample(PROCESS, network, 1.0, keys(2), GRID, SHAPE, given={"image": x}, heun=True))(image)
+    np.testing.assert_array_equal(out["image"], image)
+
+
+def test_every_modality_may_have_its_own_grid():
+    """Label first, then the image: two-stage sampling is a pair of grids."""
+    grids = {"image": jnp.asarray([1.0, 1.0, 0.5, 0.0]), "label": jnp.asarray([1.0, 0.0, 0.0, 0.0])}
+    out = sampling.sample(PROCESS, network, 1.0, keys(4), grids, SHAPE)
+    first = sampling.sample(PROCESS, network, 1.0, keys(4), jnp.asarray([1.0, 0.0]), SHAPE, absent=("image",))
+    np.testing.assert_array_equal(out["label"], first["label"])
+
+
+def test_bad_arguments_are_refused():
+    def run(process=PROCESS, shape=SHAPE, count=2, grid=GRID, **options):
+        return sampling.sample(process, network, 1.0, keys(count), grid, shape, **options)
+
+    with pytest.raises(KeyError, match="no modality .*text"):
+        run(given={"text": jnp.zeros(2)})
+    with pytest.raises(KeyError, match="no modality .*text"):
+        run(absent=("text",))
+    with pytest.raises(ValueError, match="only one"):
+        run(Gaussian(schedules.flow()), (3,), given={"image": jnp.zeros((2, 3))})
+    with pytest.raises(ValueError, match=r"given 'label' has shape \(3,\), but 2 keys"):
+        run(given={"label": jnp.zeros(3, jnp.int32)})
+    with pytest.raises(ValueError, match=r"given 'image' has shape \(2, 4\)"):
+        run(given={"image": jnp.zeros((2, 4))})
+    with pytest.raises(ValueError, match="both given and absent"):
+        run(given={"label": jnp.zeros(2, jnp.int32)}, absent=("label",))
+    with pytest.raises(ValueError, match="grids of different lengths"):
+        run(grid={"image": GRID, "label": GRID[:3]})
+
+
+# ---------------------------------------------------------------------------------------------------------------- guidance
+
+
+def inputs(count=6):
+    x = {"image": jax.random.normal(jax.random.key(0), (count, 3)), "label": jnp.arange(count) % 4}
+    return x, {"image": jnp.linspace(0.1, 0.9, count), "label": jnp.zeros(count)}
+
+
+def test_guidance_is_linear_between_the_branches():
+    x, t = inputs()
+    conditional = network(1.0, x, t)
+    bare = network(1.0, {**x, "label": jnp.full(6, 4)}, {**t, "label": jnp.ones(6)})
+    for w, expected in ((1.0, conditional["image"]), (0.0, bare["image"]), (2.5, 2.5 * conditional["image"] - 1.5 * bare["image"])):
+        out = jax.jit(lambda x, t, w=w: sampling.guided(network, w, {"label": 4})(1.0, x, t))(x, t)
+        np.testing.assert_allclose(out["image"], expected, atol=1e-6)
+        np.testing.assert_allclose(out["label"], conditional["label"], atol=1e-6)  # what is dropped is not guided by itself
+    traced = jax.jit(lambda w: sampling.guided(network, w, {"label": 4})(1.0, x, t))(2.5)
+    np.testing.assert_allclose(traced["image"], 2.5 * conditional["image"] - 1.5 * bare["image"], atol=1e-5)
+
+
+def test_guided_sampling():
+    label = jnp.asarray([0, 1, 2, 3])
+
+    def draw(apply, **options):
+        return jax.jit(lambda k: sampling.sample(PROCESS, apply, 1.0, k, GRID, SHAPE, **options))(keys(4))
+
+    plain = draw(network, given={"label": label})
+    one = draw(sampling.guided(network, 1.0, {"label": 4}), given={"label": label})
+    np.testing.assert_allclose(one["image"], plain["image"], atol=1e-6)
+    unconditional = draw(network, absent=("label",))
+    nothing = draw(sampling.guided(network, 0.0, {"label": 4}), given={"label": label})
+    np.testing.assert_allclose(nothing["image"], unconditional["image"], atol=1e-6)
+    strong = draw(sampling.guided(network, 3.0, {"label": 4}), given={"label": label})
+    np.testing.assert_array_equal(strong["label"], label)
+    assert float(jnp.abs(strong["image"] - plain["image"]).max()) > 1e-3
+
+
+def test_interval_guidance():
+    x, t = inputs()
+    w = sampling.interval(3.0, 0.3, 0.7, of="image")
+    np.testing.assert_array_equal(w(t), np.where((np.asarray(t["image"]) > 0.3) & (np.asarray(t["image"]) <= 0.7), 3.0, 1.0))
+    out = sampling.guided(network, w, {"label": 4})(1.0, x, t)["image"]
+    full = sampling.guided(network, 3.0, {"label": 4})(1.0, x, t)["image"]
+    inside = np.asarray(w(t)) == 3.0
+    np.testing.assert_allclose(out[inside], full[inside], atol=1e-6)
+    np.testing.assert_allclose(out[~inside], network(1.0, x, t)["image"][~inside], atol=1e-6)
+
+
+def test_guidance_by_a_value_with_features():
+    """The dropped value may be an array of one example's shape, as the null of a `Given` may."""
+    def apply(params, x, t):
+        return {"image": x["image"] + x["features"].sum(-1, keepdims=True)}
+
+    x = {"image": jnp.zeros((2, 3)), "features": jnp.ones((2, 4))}
+    t = {"image": jnp.ones(2), "features": jnp.zeros(2)}
+    out = sampling.guided(apply, 2.0, {"features": np.asarray([1.0, 0, 0, 0])})(None, x, t)
+    np.testing.assert_allclose(out["image"], np.full((2, 3), 7.0))
+    with pytest.raises(KeyError, match="no modality .*text"):
+        sampling.guided(apply, 2.0, {"text": 0})(None, x, t)
+
+
+def test_autoguidance():
+    x, t = inputs()
+    for w, expected in ((1.0, network(1.0, x, t)), (0.0, network(0.5, x, t))):
+        out = sampling.autoguided(network, w, 0.5)(1.0, x, t)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), out, expected)
+
+
+# -------------------------------------------------------------------------------------------------------------------- maps
+
+
+def test_clip_and_threshold():
+    x0 = jnp.asarray([[0.5, -0.2, 0.1], [4.0, -2.0, 1.0]])
+    np.testing.assert_allclose(sampling.clip(-1, 1)(move(x0)).x0, [[0.5, -0.2, 0.1], [1, -1, 1]])
+    np.testing.assert_allclose(sampling.threshold(1.0)(move(x0)).x0, [[0.5, -0.2, 0.1], [1, -0.5, 0.25]], rtol=1e-6)
+    halfway = sampling.threshold(0.5)(move(x0)).x0  # the median of |x0| is 2: clip there, then scale
+    np.testing.assert_allclose(halfway[1], [1, -1, 0.5], rtol=1e-6)
+
+
+def test_top_p():
+    x0 = jnp.asarray([[0.5, 0.3, 0.15, 0.05], [0.05, 0.05, 0.0, 0.9], [0.25, 0.25, 0.25, 0.25]])
+    kept = sampling.top_p(0.7)(move(x0)).x0
+    np.testing.assert_allclose(kept[:2], [[0.625, 0.375, 0, 0], [0, 0, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(kept.sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(sampling.top_p(1.0)(move(x0)).x0, x0, atol=1e-6)
+    np.testing.assert_allclose(sampling.top_p(0.0)(move(x0)).x0[:2], [[1, 0, 0, 0], [0, 0, 0, 1]], atol=1e-6)
+
+
+def test_temperature():
+    x0 = jnp.asarray([[0.8, 0.2, 0.0]])
+    np.testing.assert_allclose(sampling.temperature(1.0)(move(x0)).x0, x0, atol=1e-6)
+    np.testing.assert_allclose(sampling.temperature(0.5)(move(x0)).x0, [[0.64 / 0.68, 0.04 / 0.68, 0]], rtol=1e-6)
+    cold = sampling.temperature(0.01)(move(jnp.asarray([[1e-3, 2e-3, 0.5e-3]]))).x0
+    np.testing.assert_allclose(cold, [[0, 1, 0]], atol=1e-6)  # no underflow to 0 / 0
+
+
+def test_maps_on_one_modality():
+    image, label = move([[2.0, 0.0]]), move([[0.6, 0.4]])
+    fields = ("xt", "t", "s", "x0", "last_x0", "last_t")
+    both = sampling.Move(*({"image": getattr(image, f), "label": getattr(label, f)} for f in fields), keys(1))
+    out = sampling.only("image", sampling.clip(-1, 1))(both)
+    np.testing.assert_array_equal(out.x0["image"], [[1, 0]])
+    np.testing.assert_array_equal(out.x0["label"], both.x0["label"])
+    joint = sampling.sample(PROCESS, network, 5.0, keys(8), GRID, SHAPE, maps=[sampling.only("image", sampling.clip(-0.1, 0.1))])
+    assert float(jnp.abs(joint["image"]).max()) <= 0.1 + 1e-6
+
+
+def test_multistep_extrapolates_in_log_snr():
+    schedule = schedules.flow()
+    now = sampling.Move(
+        xt=jnp.zeros((3, 1)), t=jnp.asarray([0.5, 1.0, 0.5]), s=jnp.asarray([0.25, 0.75, 0.0]), x0=jnp.full((3, 1), 2.0),
+        last_x0=jnp.ones((3, 1)), last_t=jnp.asarray([0.75, 1.0, 0.75]), keys=keys(3))
+    half = lambda t: 0.5 * float(schedules.log_snr(schedule, jnp.asarray(t)))  # noqa: E731
+    weight = 0.5 * (half(0.25) - half(0.5)) / (half(0.5) - half(0.75))
+    out = sampling.dpmpp_2m(schedule)(now).x0
+    np.testing.assert_allclose(out[:, 0], [2 + weight, 2, 2], rtol=1e-5)  # the first step and the last are of first order
+
+
+def test_confidence_unmasks_the_surest_first():
+    process = processes.absorbing(3)
+    sure = jnp.asarray([0.5, 0.9, 0.6, 0.99])
+    x0 = jnp.stack([sure, 1 - sure, 0 * sure], -1)[None]
+    out = sampling.confidence(process)(move(x0, xt=jnp.full((1, 4), 3), t=1.0, s=0.5))
+    np.testing.assert_array_equal(out.s, [[1.0, 0.0, 1.0, 0.0]])  # half of the tokens move to time 0, the others stay
+    partly = sampling.confidence(process)(move(x0, xt=jnp.asarray([[0, 3, 3, 3]]), t=0.75, s=0.5))
+    np.testing.assert_array_equal(partly.s, [[0.0, 0.75, 0.75, 0.0]])  # what is unmasked counts among the revealed
+    last = sampling.confidence(process)(move(x0, xt=jnp.full((1, 4), 3), t=0.25, s=0.0))
+    np.testing.assert_array_equal(last.s, np.zeros((1, 4)))
+
+
+@pytest.mark.parametrize("noise", [0.0, 2.0])
+def test_confidence_sampling_leaves_no_mask_and_keeps_what_it_drew(noise):
+    process = processes.absorbing(4, schedules.masked_cosine())
+
+    def tokens(params, x, t):
+        return jnp.cos(x[..., None] + jnp.arange(4.0) + jnp.arange(6.0)[:, None])
+
+    grid = sampling.uniform_grid(5)
+    run = jax.jit(lambda k: sampling.sample(process, tokens, None, k, grid, (6,), maps=[sampling.confidence(process, noise)]))
+    out = run(keys(50))
+    assert out.shape == (50, 6) and ((out >= 0) & (out < 4)).all()
+    assert len(np.unique(out, axis=0)) > 10
+
+
+def test_strided_sampling_is_a_coarser_grid():
+    """For a token whose law needs no network to be known, every stride draws the same law."""
+    process = processes.absorbing(3)
+    law = np.asarray([0.6, 0.3, 0.1])
+
+    def apply(params, x, t):
+        return jnp.broadcast_to(jnp.log(law), (*x.shape, 3))
+
+    for steps in (1, 3, 50):
+        out = sampling.sample(process, apply, None, keys(4000), sampling.uniform_grid(steps), (2,))
+        np.testing.assert_allclose(np.bincount(np.asarray(out).ravel()) / 8000, law, atol=0.025)

@@ -1,0 +1,183 @@
+"""The loop in this process, on a network that trains in a second."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from mmdiff.errors import UserError
+from mmdiff.training import checkpoints, loop, sharding
+
+
+@pytest.fixture
+def config(config):
+    config.train.steps = 12
+    config.train.mesh.data = 1
+    return config
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[:1]))
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_leaves(one, other):
+    jax.tree.map(np.testing.assert_array_equal, (one.params, one.opt, one.ema), (other.params, other.opt, other.ema))
+
+
+def test_a_run_leaves_its_files(config, tmp_path, capsys):
+    state = loop.train(toy.build(config), config, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "checkpoints", "metrics.jsonl", "run.json"}
+    assert [(row["step"], "val/loss" in row) for row in rows(tmp_path)] == [
+        (4, False), (8, False), (10, True), (12, False), (12, True)
+    ]  # fmt: skip
+    assert {"loss", "loss/x", "grad_norm", "param_norm", "skipped", "images_per_second", "train_seconds"} < set(rows(tmp_path)[0])
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["steps"] == 12 and run["finished"] and run["train_seconds"] > 0 and run["images_per_second"] > 0
+    text = capsys.readouterr().err
+    assert "256 parameters" in text and "step 12/12" in text and "images/s  ETA 0:00:00" in text and "\r" not in text
+
+    again = loop.train(toy.build(config), config, tmp_path)
+    same_leaves(state, again)
+    assert "nothing to do" in capsys.readouterr().err
+    ema, step = checkpoints.restore_for_inference(toy.build(config), config, tmp_path)
+    assert step == 12
+    jax.tree.map(np.testing.assert_array_equal, ema, state.ema)
+
+
+def test_means_are_over_the_interval_and_leave_void_steps_out(config, tmp_path):
+    config.train.update(log_every=4, eval_every=0, steps=8)
+    experiment = toy.build(config)
+    poisoned = experiment.train_data.arrays["x"].copy()
+    one, other = (experiment.train_data.take(row)["x"][0] for row in order_of(config, experiment, (17, 90)))
+    poisoned[(poisoned == one).all(1) | (poisoned == other).all(1)] = np.nan
+    object.__setattr__(experiment.train_data, "arrays", {"x": poisoned})
+    loop.train(experiment, config, tmp_path)
+    first, second = rows(tmp_path)
+    assert first["skipped"] >= 1 and second["skipped"] >= first["skipped"] + 1  # counted over the whole run
+    assert np.isfinite(first["loss"]) and np.isfinite(second["loss"])
+
+
+def order_of(config, experiment, positions):
+    from mmdiff.data import order
+
+    return [order.indices(config.seed, np.array([position]), len(experiment.train_data)) for position in positions]
+
+
+def test_an_interval_of_void_steps_is_null(config, tmp_path):
+    config.train.update(log_every=2, eval_every=0, steps=2)
+    experiment = toy.build(config)
+    object.__setattr__(experiment.train_data, "arrays", {"x": np.full((50, 4), np.nan, np.float32)})
+    loop.train(experiment, config, tmp_path)
+    [row] = rows(tmp_path)
+    assert row["loss"] is None and row["skipped"] == 2
+
+
+def test_an_interrupted_run_is_the_uninterrupted_one(config, tmp_path):
+    config.train.update(log_every=5, checkpoint_every=100)
+    whole = loop.train(toy.build(config), config, tmp_path / "whole")
+
+    experiment = toy.build(config)
+    take = type(experiment.train_data).take
+
+    class Pulled(type(experiment.train_data)):
+        calls = 0
+
+        def take(self, indices):
+            Pulled.calls += 1
+            if Pulled.calls == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return take(self, indices)
+
+    object.__setattr__(experiment, "train_data", Pulled(experiment.train_data.arrays))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        loop.train(experiment, config, tmp_path / "torn")
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    [at] = [int(p.name) for p in (tmp_path / "torn/checkpoints").iterdir()]
+    assert 0 < at < 12 and json.loads((tmp_path / "torn/run.json").read_text())["steps"] == at
+
+    # A run that was killed may have told more than it saved.
+    with (tmp_path / "torn/metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "loss": 1.0}\n{"step": 13, "lo')
+    same_leaves(whole, loop.train(toy.build(config), config, tmp_path / "torn"))
+    strip = [[{k: v for k, v in row.items() if k not in loop.TIMING} for row in rows(tmp_path / w)] for w in ("whole", "torn")]
+    assert strip[0] == strip[1]
+    seconds = [row["train_seconds"] for row in rows(tmp_path / "torn") if "train_seconds" in row]
+    assert seconds == sorted(seconds)  # cumulative over both runs
+
+
+def test_an_evaluation_repeats_itself(config):
+    experiment = toy.build(config)
+    mesh = sharding.make_mesh({"data": 1})
+    evaluate = loop.make_evaluate(experiment, config, mesh)
+    params = experiment.init(jax.random.key(0))
+    assert evaluate(params) == evaluate(params)
+    # 20 examples in batches of 16: two batches, the second filled up from the beginning.
+    x = experiment.eval_data.arrays["x"]
+    values = []
+    for index in (np.arange(16), np.arange(16, 32)):
+        batch = {"x": x[index % 20], "index": index.astype(np.uint32)}
+        values.append(float(jax.jit(toy.loss)(params, batch, jax.random.key(config.seed))[0]))
+    np.testing.assert_allclose(evaluate(params)["val/loss"], np.mean(values), rtol=1e-6)
+
+
+def test_prefetch_keeps_order_and_passes_errors_on():
+    def items():
+        yield from range(5)
+        raise OSError("the disk is gone")
+
+    for ahead in (0, 1, 3):
+        with loop.prefetch(items(), ahead) as stream:
+            assert [next(stream) for _ in range(5)] == list(range(5))
+            with pytest.raises(OSError, match="the disk is gone"):
+                next(stream)
+
+
+def test_another_config_is_refused_and_nothing_is_lost(config, tmp_path):
+    loop.train(toy.build(config), config, tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    config.model.width = 8
+    with pytest.raises(UserError, match=r"another config: model.width \(there 32, here 8\)"):
+        loop.train(toy.build(config), config, tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": 0}, "config.train.steps must be 1 or more, not 0"),
+        ({"log_every": 0}, "config.train.log_every"),
+        ({"prefetch": -1}, "config.train.prefetch must be 0 or more"),
+        ({"ema": 1.0}, "config.train.ema"),
+        ({"global_batch": 10, "microbatches": 4}, "does not divide the global batch 10.*global_batch=8"),
+        ({"best": "val/loss"}, r"eval_every \(10\) divide config.train.checkpoint_every \(6\)"),
+        ({"best": "val/fid", "eval_every": 6}, "'val/fid', but the metrics are"),
+    ],
+)
+def test_bad_options_are_refused(config, tmp_path, changes, message):
+    config.train.update(changes)
+    with pytest.raises(UserError, match=message):
+        loop.train(toy.build(config), config, tmp_path)
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_every_line(config, tmp_path):
+    config.train.tensorboard = True
+    loop.train(toy.build(config), config, tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    found = {tag for kind in tags.values() if isinstance(kind, list) for tag in kind}
+    assert {"loss", "val/loss", "images_per_second"} <= found
