@@ -273,7 +273,7 @@ def top_p(p: float) -> Map:
     def apply(move):
         order = jnp.sort(move.x0, axis=-1)[..., ::-1]
         # The mass of strictly better classes decides: the first is always in.
-        kept = (jnp.cumsum(order, axis=-1) - order) < p
+        kept = (jnp.cumsum(order, axis=-1) - order) < max(p, 1e-9)
         cut = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
         probs = jnp.where(move.x0 >= cut, move.x0, 0.0)
         return move.replace(x0=probs / probs.sum(-1, keepdims=True))

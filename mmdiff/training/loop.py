@@ -92,10 +92,11 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             key = jax.random.key(config.seed)
             state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules)
             averages, meta = empty, {"train_seconds": 0.0, "compile_seconds": 0.0}
-        journal = stack.enter_context(Journal(workdir, options, start, meta["train_seconds"]))
         if start >= options.steps:
-            journal.say(f"nothing to do: {workdir} is trained for {start} of {options.steps} steps")
+            if jax.process_index() == 0:
+                print(f"nothing to do: {workdir} is trained for {start} of {options.steps} steps", file=sys.stderr)
             return state
+        journal = stack.enter_context(Journal(workdir, options, start, meta["train_seconds"]))
 
         # Batches are read and placed in a thread; the first ones while the step compiles.
         part, parts = sharding.process_rows(mesh, options.global_batch)

@@ -14,8 +14,9 @@ def test_patchify_and_back(patch, height, width, channels):
     tokens = embed.patchify(x, patch)
     assert tokens.shape == (2, height * width // patch**2, patch * patch * channels)
     np.testing.assert_array_equal(embed.unpatchify(tokens, patch, height, width), x)
-    # Raster order: the second token is the patch to the right.
-    np.testing.assert_array_equal(tokens[:, 1].reshape(2, patch, patch, channels), x[:, *((slice(0, patch), slice(patch, 2 * patch)))])
+    # Raster order: the last token of the first row is the patch at its right end.
+    corner = tokens[:, width // patch - 1].reshape(2, patch, patch, channels)
+    np.testing.assert_array_equal(corner, x[:, :patch, width - patch :])
 
 
 def test_time_features():

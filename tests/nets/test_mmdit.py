@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filled import filled
 
 from mmdiff.nets import Label, MMDiT, Patches, Tokens, Vectors
 
@@ -26,7 +27,7 @@ X = {
 }
 T = {name: jnp.linspace(0.1, 0.9, B) + 0.01 * i for i, name in enumerate(STREAMS)}
 OUT = {"image": (B, 4, 4, 1), "label": (B, 4), "text": (B, 3, 5), "features": (B, 6), "frames": (B, 2, 4)}
-SETS = [("image",), ("label",), ("image", "label"), ("text", "features"), tuple(STREAMS)]
+SETS = [("label",), ("image", "label"), tuple(STREAMS)]
 
 
 def net_of(names=("image", "label"), **options):
@@ -37,15 +38,9 @@ def inputs(names=("image", "label")):
     return {name: X[name] for name in names}, {name: T[name] for name in names}
 
 
-def randomised(params, seed=7, scale=0.1):
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(tree, [leaf + scale * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)])
-
-
 @functools.cache
 def weights(names=("image", "label"), shared=False, qk_norm=False):
-    return randomised(jax.jit(net_of(names, shared=shared, qk_norm=qk_norm).init)(jax.random.key(1), *inputs(names)))
+    return filled(net_of(names, shared=shared, qk_norm=qk_norm), *inputs(names))
 
 
 @functools.cache
@@ -53,7 +48,7 @@ def reference(names=("image", "label"), shared=False):
     return jax.jit(net_of(names, shared=shared).apply)(weights(names, shared), *inputs(names))
 
 
-def close(a, b, atol=3e-6):
+def close(a, b, atol=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
@@ -66,20 +61,20 @@ def test_any_set_of_modalities(names, shared):
 
 
 def test_starts_at_zero():
-    net = net_of(tuple(STREAMS))
-    out = net.apply(net.init(jax.random.key(1), X, T), X, T)
+    net = net_of(tuple(STREAMS), depth=1)
+    out, params = jax.jit(lambda k: net.init_with_output(k, X, T))(jax.random.key(1))
     assert not any(value.any() for value in out.values())
+    assert params["params"]["image_in"]["kernel"].any()
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_order_of_the_dicts_does_not_matter(shared):
-    turned = ("label", "image")
-    close(reference(turned, shared), {name: reference(("image", "label"), shared)[name] for name in turned}, atol=0)
-    x, t = inputs()
-    out = jax.jit(net_of(shared=shared).apply)(weights(shared=shared), dict(reversed(x.items())), dict(reversed(t.items())))
-    close(out, reference(shared=shared), atol=0)
+    turned, plain = ("label", "image"), reference(shared=shared)
+    jax.tree.map(np.testing.assert_array_equal, weights(turned, shared), weights(shared=shared))
+    jax.tree.map(np.testing.assert_array_equal, reference(turned, shared), plain)
     # And what it was not built for is not looked at.
-    close(net_of(shared=shared).apply(weights(shared=shared), X, T), reference(shared=shared))
+    x, t = dict(reversed(X.items())), dict(reversed(T.items()))
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(net_of(shared=shared).apply)(weights(shared=shared), x, t), plain)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -91,16 +86,16 @@ def test_scan_is_the_loop(shared):
     close(jax.jit(net_of(shared=shared, scan=False).apply)(loop, *inputs()), reference(shared=shared))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize("scan", [False, True])
-def test_remat_changes_neither_value_nor_gradient(remat, scan):
+def test_remat_changes_neither_value_nor_gradient():
     x, t = inputs()
-    params = randomised(net_of(scan=scan).init(jax.random.key(1), x, t))
 
-    def value_and_grad(net):
-        return jax.jit(jax.value_and_grad(lambda p: sum((v**2).mean() for v in net.apply(p, x, t).values())))(params)
+    def value_and_grad(remat):
+        net = net_of(remat=remat)
+        return jax.jit(jax.value_and_grad(lambda p: sum((v**2).mean() for v in net.apply(p, x, t).values())))(weights())
 
-    close(value_and_grad(net_of(scan=scan, remat=remat)), value_and_grad(net_of(scan=scan)), atol=1e-5)
+    plain = value_and_grad("none")
+    for remat in ("dots", "full"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), value_and_grad(remat), plain)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -119,7 +114,7 @@ def test_every_time_and_value_reaches_every_output(shared):
 
 def test_examples_do_not_see_each_other():
     x, t = (jax.tree.map(lambda a: a[::-1], tree) for tree in inputs())
-    close(jax.tree.map(lambda a: a[::-1], net_of().apply(weights(), x, t)), reference())
+    close(jax.tree.map(lambda a: a[::-1], jax.jit(net_of().apply)(weights(), x, t)), reference())
 
 
 def test_shared_weights_are_fewer():
@@ -130,9 +125,9 @@ def test_shared_weights_are_fewer():
 
 
 def test_backends_and_qk_norm():
-    close(net_of(backend="xla").apply(weights(), *inputs()), reference(), atol=1e-5)
+    close(jax.jit(net_of(backend="xla").apply)(weights(), *inputs()), reference())
     normed = net_of(qk_norm=True)
-    out = normed.apply(weights(qk_norm=True), *inputs())
+    out = jax.jit(normed.apply)(weights(qk_norm=True), *inputs())
     assert all(np.isfinite(value).all() for value in out.values())
     assert {"q_norm", "k_norm"} <= set(weights(qk_norm=True)["params"]["blocks"])
 
