@@ -41,6 +41,7 @@ setup(
         "test": ["pytest>=8", "pytest-xdist", "ruff"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "cuda12": ["jax[cuda12]"],  # for older drivers
     },
     entry_points={"console_scripts": ["mmdiff = mmdiff.__main__:main"]},
 )

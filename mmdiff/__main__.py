@@ -14,6 +14,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 
 from mmdiff import __version__
@@ -22,6 +23,7 @@ from mmdiff.errors import UserError
 
 OVERRIDE = "--config."
 LARGEST_BATCH = 256  # samples drawn by one call of the network
+IN_USE = ("sample", "eval", "seed")  # the keys and sections of a config that sample and eval may set
 
 ABOUT = f"""\
 mmdiff {__version__}: multi-modal diffusion in JAX and Flax.
@@ -39,7 +41,8 @@ once."""
 EVAL = """\
 Runs every evaluator of the config on the averaged (EMA) weights of the last
 checkpoint, prints the figures, and writes report.json (all figures) and
-report.html (figures and pictures) to the workdir."""
+report.html (figures and pictures) to the workdir. The values of the config are
+the run's own, with config.sample, config.eval and config.seed open to change."""
 
 SAMPLE = """\
 Draws samples with the averaged (EMA) weights of the last checkpoint, and writes
@@ -48,7 +51,8 @@ samples.png and samples.npz.
 Each modality is drawn, unless it is given (--given NAME=VALUE holds its value)
 or absent (--absent NAME: it says nothing about the others). So one model draws
 both, images of a label, the label of an image, and images alone. Sample i
-depends on the seed and on i only, not on --number."""
+depends on the seed and on i only, not on --number. The values of the config are
+the run's own, with config.sample, config.eval and config.seed open to change."""
 
 USE = "--config configs/digits_joint.py --workdir runs/digits_joint"
 EXAMPLES = {
@@ -112,20 +116,25 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--workdir", required=True, metavar="DIR", help="the folder of the run")
         # Only shown: _arguments takes the overrides out before parsing.
         sub.add_argument(f"{OVERRIDE}KEY=VALUE", action="store_true", help="replace a value of the config; repeatable")
-        sub.add_argument("--distributed", action="store_true", help="join the other processes of a multi-host run")
         return sub
 
-    command("train", _train, "train, or continue a run", TRAIN)
+    def of_checkpoint(sub):
+        sub.add_argument("--step", type=_step, metavar="N|best", help="which checkpoint (default: the last); best: by config.train.best")
+
+    sub = command("train", _train, "train, or continue a run", TRAIN)
+    sub.add_argument("--distributed", action="store_true", help="join the other processes of a multi-host run")
     sub = command("sample", _sample, "draw samples from a trained model", SAMPLE)
     option = sub.add_argument
     option("--number", type=_positive, metavar="N", help="samples to draw (default: what a given file holds, or 16)")
     option("--given", action="append", default=[], metavar="NAME=VALUE", help="hold a modality at a value; repeatable")
     option("--absent", action="append", default=[], metavar="NAME", help="leave a modality out; repeatable")
     option("--steps", type=_positive, metavar="N", help="sampling steps (default: config.sample.steps)")
-    option("--guidance", type=float, metavar="W", help="guidance weight (default: config.sample.guidance)")
+    option("--guidance", type=_finite, metavar="W", help="guidance weight (default: config.sample.guidance)")
     option("--seed", type=int, metavar="S", help="seed of the samples (default: config.seed)")
+    of_checkpoint(sub)
     option("--out", metavar="DIR", help="where the samples are written (default: WORKDIR/samples)")
     sub = command("eval", _eval, "measure a trained model and write the report", EVAL)
+    of_checkpoint(sub)
     sub.add_argument("--reuse", action="store_true", help="print the report of this checkpoint and config if there is one")
     return parser
 
@@ -145,13 +154,29 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _step(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"it must be the step of a checkpoint or best, not {text!r}")
+    return text if text == "best" else int(text)
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"it must be a finite number, not {text!r}")
+    return value
+
+
 # ---- Commands ----
 
 
 def _train(args: argparse.Namespace) -> None:
     config, module = configs.load(args.config, args.overrides)
     _make_folder(args.workdir)
-    _start_jax(args)
+    _start_jax(distributed=args.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ)
     from mmdiff.training import loop
 
     loop.train(module.build(config), config, args.workdir)
@@ -163,7 +188,7 @@ def _sample(args: argparse.Namespace) -> None:
     out = pathlib.Path(args.out or os.path.join(args.workdir, "samples"))
     from mmdiff.training import checkpoints
 
-    params, step = checkpoints.restore_for_inference(experiment, config, args.workdir)
+    params, step = checkpoints.restore_for_inference(experiment, config, args.workdir, step=args.step)
     _make_folder(out)
     absent = tuple(sorted(set(args.absent)))
     steps = config.sample.steps if args.steps is None else args.steps
@@ -177,15 +202,13 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     config, experiment = _open(args)
-    import jax
-
     from mmdiff.evals import report
     from mmdiff.training import checkpoints
 
-    params, step = checkpoints.restore_for_inference(experiment, config, args.workdir)
+    params, step = checkpoints.restore_for_inference(experiment, config, args.workdir, step=args.step)
     json_path, html_path = (pathlib.Path(args.workdir, name) for name in ("report.json", "report.html"))
     if not (args.reuse and _is_report_of(json_path, config, step) and html_path.exists()):
-        key = jax.random.key(config.seed)
+        key = _key(config.seed, "eval")
         findings = [evaluate(experiment, params, config, key, step) for evaluate in experiment.evaluators]
         json_path, html_path = report.write(args.workdir, experiment, config, findings, step)
     written = json.loads(json_path.read_text())
@@ -197,14 +220,14 @@ def _eval(args: argparse.Namespace) -> None:
 # ---- Parts ----
 
 
-def _start_jax(args: argparse.Namespace) -> None:
+def _start_jax(distributed: bool = False) -> None:
     """Sets what has to be set before the first computation."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "mmdiff", "jax"))
-    if args.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ:
+    if distributed:
         numbers = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
         try:
             given = {name: int(os.environ[key]) for name, key in numbers.items() if key in os.environ}
@@ -215,13 +238,47 @@ def _start_jax(args: argparse.Namespace) -> None:
 
 
 def _open(args: argparse.Namespace):
-    """-> (config, experiment) of a run that exists."""
+    """-> (config, experiment) of a run that exists: its stored values, on which the overrides are put."""
     config, module = configs.load(args.config, args.overrides)
     if "://" not in args.workdir and not os.path.isdir(args.workdir):
         command = f"mmdiff train --config {args.config} --workdir {args.workdir}"
         raise UserError(f"there is no run in {args.workdir}: train it first, with {command}.")
-    _start_jax(args)
+    from mmdiff.training import checkpoints
+
+    asked = {key: configs.flatten(config)[key] for key, _ in args.overrides}
+    stored = configs.flatten(checkpoints.read_config(args.workdir))
+    for key, (old, new) in configs.difference({key: stored.get(key) for key in asked} if stored else asked, asked).items():
+        if not any(key == name or key.startswith(f"{name}.") for name in IN_USE):
+            free = ", ".join(f"config.{name}" for name in IN_USE)
+            raise UserError(f"config.{key} is {old!r} in the run in {args.workdir}, not {new!r}: only {free} can be set here.")
+    _put(config, stored)
+    _put(config, asked)
+    sample = config.get("sample", {})
+    if sample.get("steps", 1) < 1:
+        raise UserError(f"config.sample.steps must be 1 or more, not {sample.steps}.")
+    if not math.isfinite(sample.get("guidance", 0.0)):
+        raise UserError(f"config.sample.guidance must be a finite number, not {sample.guidance}.")
+    _start_jax()
     return config, module.build(config)
+
+
+def _put(config, values: Mapping[str, object]) -> None:
+    """Replaces the values of the dotted keys that the config has."""
+    known = configs.flatten(config)
+    with config.ignore_type():  # what was stored was valid for the run
+        for key, value in values.items():
+            if key in known:
+                *sections, name = key.split(".")
+                section = functools.reduce(lambda section, part: section[part], sections, config)
+                section[name] = tuple(value) if isinstance(known[key], tuple) and isinstance(value, list) else value
+
+
+def _key(seed: int, use: str):
+    """The random key of a command; neither training nor the other command has it."""
+    import jax
+    import numpy as np
+
+    return jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(use.encode())))
 
 
 def _given(experiment, args: argparse.Namespace):
@@ -251,11 +308,9 @@ def _given(experiment, args: argparse.Namespace):
 
 def _draw(experiment, params, given, number: int, seed: int, absent: tuple[str, ...], **options) -> dict:
     """Draws `number` samples in equal batches; the modalities that are absent are left out of the answer."""
-    import jax
-
     from mmdiff.evals.base import example_keys, in_batches
 
-    keys = example_keys(jax.random.key(seed), number)
+    keys = example_keys(_key(seed, "sample"), number)
     draw = functools.partial(experiment.draw, absent=absent, **options)
     size = -(-number // -(-number // LARGEST_BATCH))
     samples = in_batches(draw, params, keys, given, size)
@@ -263,11 +318,15 @@ def _draw(experiment, params, given, number: int, seed: int, absent: tuple[str, 
 
 
 def _write_samples(experiment, samples: Mapping, out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes samples.npz and a grid of pictures, captioned with the modalities that are text; prints that text."""
+    """Writes samples.npz and a grid of pictures, captioned with the modalities that are text; prints that text.
+
+    Both hold the same: pixels that are possible in the data, so that --given reads them back.
+    """
     import numpy as np
 
     from mmdiff.evals.pictures import grid
 
+    samples = {name: getattr(experiment.modalities[name], "quantize", np.asarray)(array) for name, array in samples.items()}
     shown = {name: experiment.modalities[name].show(array) for name, array in samples.items()}
     texts = {name: value for name, value in shown.items() if not isinstance(value, np.ndarray)}
     pictures = {name: value for name, value in shown.items() if isinstance(value, np.ndarray)}

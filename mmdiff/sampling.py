@@ -21,14 +21,20 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmdiff import schedules
-from mmdiff.processes.base import Process, bcast, fold
+from mmdiff.errors import UserError
+from mmdiff.processes.base import Process, bcast, concrete, fold
 
 
 @flax.struct.dataclass
 class Move:
-    """One step about to be taken: from (xt, t) to time s with the belief x0; `last_*` are the step before (last_t = t at first)."""
+    """One step about to be taken: from (xt, t) to time s with the belief x0.
+
+    `last_x0` and `last_t` are of the step before (last_t = t at first). What the next step will see as `last_x0` is `kept`: maps
+    that correct the belief (clipping, truncation) change both, by `corrected`; those that extrapolate it change x0 alone.
+    """
 
     xt: Any
     t: Any
@@ -36,7 +42,11 @@ class Move:
     x0: Any
     last_x0: Any
     last_t: Any
+    kept: Any
     keys: Any
+
+    def corrected(self, x0: Any) -> Move:
+        return self.replace(x0=x0, kept=x0)
 
 
 Map = Callable[[Move], Move]
@@ -45,7 +55,7 @@ Map = Callable[[Move], Move]
 def uniform_grid(steps: int) -> jax.Array:
     """`1, 1 - 1/N, ..., 0`: N steps."""
     if steps < 1:
-        raise ValueError(f"a sampler needs at least one step, got {steps}.")
+        raise UserError(f"a sampler needs at least one step, got {steps}.")
     return (steps - jnp.arange(steps + 1, dtype=jnp.float32)) / steps
 
 
@@ -81,6 +91,8 @@ def sample(
         unknown = [name for name in (*given, *absent) if name not in shape]
         if unknown:
             raise KeyError(f"sample: no modality {unknown}; there are {sorted(shape)}.")
+        # A condition that is not given is absent: it has no way of its own to walk.
+        absent = {*absent, *(name for name in process.conditions if name not in given)}
         twice = [name for name in given if name in absent]
         if twice:
             raise ValueError(f"sample: {twice} cannot be both given and absent.")
@@ -96,6 +108,9 @@ def sample(
     if len(lengths) > 1:
         raise ValueError(f"sample: grids of different lengths, {sorted(lengths)}; one step moves every modality.")
     steps = lengths.pop() - 1
+    for g in grid.values() if isinstance(grid, Mapping) else [grid]:
+        if concrete(g) and (np.asarray(g)[0] != 1 or np.asarray(g)[-1] != 0 or np.any(np.diff(np.asarray(g)) > 0)):
+            raise ValueError("sample: a grid runs from 1 down to 0; uniform_grid(steps) makes one.")
     count = keys.shape[0]
 
     def times(i):
@@ -109,22 +124,17 @@ def sample(
     def belief(xt, t):
         return process.clean(apply(params, *process.inputs(xt, t)), xt, t)
 
-    xt = process.prior(fold(keys, "prior"), shape)
-    if joint:
-        # A condition may be wider than the prior it replaces (features for the null 0 of a `Given`): never narrow it.
-        held = {name: jnp.asarray(value) for name, value in given.items()}
-        held = {name: value.astype(jnp.promote_types(value.dtype, xt[name].dtype)) for name, value in held.items()}
-        xt = {name: held.get(name, xt[name]) for name in shape}
+    xt = start(process, fold(keys, "prior"), shape, given)
 
     def body(carry, i):
         xt, last_x0, last_t = carry
-        t, s, step_keys = times(i), times(i + 1), fold_each(keys, i)
+        t, s, step_keys = times(i), times(i + 1), fold(keys, i)
         x0 = belief(xt, t)
         # Before the first step there is no last one: maps see last_t = t and the same belief.
         first = i == 0
         last_x0 = jax.tree.map(lambda a, b: jnp.where(first, a, b), x0, last_x0)
         last_t = jax.tree.map(lambda a, b: jnp.where(first, a, b), t, last_t)
-        move = Move(xt=xt, t=t, s=s, x0=x0, last_x0=last_x0, last_t=last_t, keys=fold(step_keys, "maps"))
+        move = Move(xt=xt, t=t, s=s, x0=x0, last_x0=last_x0, last_t=last_t, kept=x0, keys=fold(step_keys, "maps"))
         for refine in maps:
             move = refine(move)
         xs = process.step(step_keys, xt, move.x0, t, move.s)
@@ -132,12 +142,24 @@ def sample(
             x0_end = belief(xs, s)
             average = jax.tree.map(lambda a, b: 0.5 * (a + b), move.x0, x0_end)
             xs = process.step(step_keys, xt, average, t, move.s)
-        return (xs, x0, t), None
+        return (xs, move.kept, t), None
 
     last = jax.eval_shape(belief, xt, times(0))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), last)
     (x, _, _), _ = jax.lax.scan(body, (xt, zeros, times(0)), jnp.arange(steps))
     return x
+
+
+def start(process: Process, keys: jax.Array, shape: Any, given: Mapping[str, jax.Array]) -> Any:
+    """x at t = 1, a draw from the prior, with the modalities in `given` in place."""
+    xt = process.prior(keys, shape)
+    if not given:
+        return xt
+    process.check(given)
+    # A condition may be wider than the prior it replaces (features for the null 0 of a `Given`): never narrow it.
+    held = {name: jnp.asarray(value) for name, value in given.items()}
+    held = {name: value.astype(jnp.promote_types(value.dtype, xt[name].dtype)) for name, value in held.items()}
+    return {name: held.get(name, xt[name]) for name in shape}
 
 
 def drawer(
@@ -170,10 +192,6 @@ def drawer(
     return draw
 
 
-def fold_each(keys, i):
-    return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
-
-
 # ---------------------------------------------------------------------------------------------------------------- guidance
 
 
@@ -185,7 +203,8 @@ def guided(apply: Callable, w: float | Callable, drop: Mapping[str, Any]) -> Cal
 
     Args:
       w: a number, or a function of the network's times (see `interval`).
-      drop: modality -> what the network is fed for it when absent: the mask of an absorbing chain, the null of a `Given`, ...
+      drop: modality -> what the network is fed for it when absent: the mask of an absorbing chain, the null of a `Given`. A modality
+        whose prior is random has no such value: there the prior's draws at hand serve, as one fixed array [B, ...].
     """
 
     def apply_guided(params, x, t):
@@ -229,15 +248,16 @@ def only(name: str, refine: Map) -> Map:
     """Applies a map to one modality of a joint move."""
 
     def apply(move: Move) -> Move:
-        part = refine(Move(*(getattr(move, f)[name] for f in ("xt", "t", "s", "x0", "last_x0", "last_t")), fold(move.keys, name)))
-        return move.replace(x0={**move.x0, name: part.x0}, s={**move.s, name: part.s})
+        fields = ("xt", "t", "s", "x0", "last_x0", "last_t", "kept")
+        part = refine(Move(keys=fold(move.keys, name), **{field: getattr(move, field)[name] for field in fields}))
+        return move.replace(**{field: {**getattr(move, field), name: getattr(part, field)} for field in ("x0", "s", "kept")})
 
     return apply
 
 
 def clip(low: float, high: float) -> Map:
     """Keeps the belief within the data's range."""
-    return lambda move: move.replace(x0=jnp.clip(move.x0, low, high))
+    return lambda move: move.corrected(jnp.clip(move.x0, low, high))
 
 
 def threshold(quantile: float = 0.995, limit: float = 1.0) -> Map:
@@ -246,7 +266,7 @@ def threshold(quantile: float = 0.995, limit: float = 1.0) -> Map:
     def apply(move):
         flat = jnp.abs(move.x0).reshape(move.x0.shape[0], -1)
         bound = bcast(jnp.maximum(jnp.quantile(flat, quantile, axis=-1), limit), move.x0)
-        return move.replace(x0=jnp.clip(move.x0, -bound, bound) * (limit / bound))
+        return move.corrected(jnp.clip(move.x0, -bound, bound) * (limit / bound))
 
     return apply
 
@@ -276,7 +296,7 @@ def top_p(p: float) -> Map:
         kept = (jnp.cumsum(order, axis=-1) - order) < max(p, 1e-9)
         cut = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
         probs = jnp.where(move.x0 >= cut, move.x0, 0.0)
-        return move.replace(x0=probs / probs.sum(-1, keepdims=True))
+        return move.corrected(probs / probs.sum(-1, keepdims=True))
 
     return apply
 
@@ -287,7 +307,7 @@ def temperature(value: float) -> Map:
     def apply(move):
         relative = move.x0 / jnp.maximum(move.x0.max(-1, keepdims=True), 1e-30)  # the best class is 1: no underflow to 0 / 0
         powered = jnp.where(relative > 0, relative ** (1.0 / value), 0.0)
-        return move.replace(x0=powered / powered.sum(-1, keepdims=True))
+        return move.corrected(powered / powered.sum(-1, keepdims=True))
 
     return apply
 

@@ -19,9 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmdiff.errors import UserError
+
 Times = Callable[[jax.Array, jax.Array], Any]
 
-GOLDEN = 0.6180339887498949
+# Irrational steps, independent over the rationals: modalities that walk by different ones fill the square (Kronecker sequences).
+STEPS = (0.6180339887498949, 0.4142135623730951, 0.7320508075688772, 0.6457513110645906)
 
 
 def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
@@ -36,7 +39,7 @@ def _named(key, name):
 def uniform(low: float = 0.0, high: float = 1.0) -> Times:
     """t ~ U(low, high], independently; never exactly `low`, so that t = 0 keeps its meaning of "given"."""
     if not 0 <= low < high <= 1:
-        raise ValueError(f"uniform times need 0 <= low < high <= 1, got {low} and {high}.")
+        raise UserError(f"uniform times need 0 <= low < high <= 1, got {low} and {high}.")
 
     def times(key, index):
         u = jax.vmap(jax.random.uniform)(example_keys(key, index))
@@ -45,16 +48,19 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Times:
     return times
 
 
-def stratified() -> Times:
-    """Evenly spread over any run of consecutive positions: `t = frac(u + index * golden)`, u one draw per step.
+def stratified(walk: int = 0) -> Times:
+    """Evenly spread over any run of consecutive positions: `t = frac(u + index * step)`, u one draw per step.
 
-    A Weyl sequence has the low variance of antithetic or stratified times (VDM, appendix I.1) without knowing the batch.
+    A Kronecker sequence has the low variance of antithetic or stratified times (VDM, appendix I.1) without knowing the batch.
+    Modalities that are to be independent need different walks, 0 to 3: `joint(image=stratified(0), label=stratified(1))`.
     """
+    if walk not in range(len(STEPS)):
+        raise UserError(f"stratified has the walks 0 to {len(STEPS) - 1}, not {walk}.")
 
     def times(key, index):
-        # golden * 2^32 in wrapping integers is exact where floats would lose the index's low bits.
-        walk = index.astype(jnp.uint32) * jnp.uint32(round(GOLDEN * 2**32))
-        fraction = (walk >> 8).astype(jnp.float32) / 2**24
+        # step * 2^32 in wrapping integers is exact where floats would lose the index's low bits.
+        place = index.astype(jnp.uint32) * jnp.uint32(round(STEPS[walk] * 2**32))
+        fraction = (place >> 8).astype(jnp.float32) / 2**24
         t = jnp.mod(jax.random.uniform(key) + fraction, 1.0)
         return 1.0 - t
 
@@ -74,7 +80,7 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Times:
 def on_grid(steps: int) -> Times:
     """t uniform on 1/T, 2/T, ..., 1: the times of a chain with T steps."""
     if steps < 1:
-        raise ValueError(f"on_grid needs at least one step, got {steps}.")
+        raise UserError(f"on_grid needs at least one step, got {steps}.")
 
     def times(key, index):
         i = jax.vmap(lambda k: jax.random.randint(k, (), 1, steps + 1))(example_keys(key, index))
@@ -86,7 +92,7 @@ def on_grid(steps: int) -> Times:
 def constant(value: float) -> Times:
     """Pinned: 0 makes a modality a condition, 1 makes it absent."""
     if not 0 <= value <= 1:
-        raise ValueError(f"a time lies in [0, 1], got {value}.")
+        raise UserError(f"a time lies in [0, 1], got {value}.")
     return lambda key, index: jnp.full(index.shape, value, jnp.float32)
 
 
@@ -110,7 +116,7 @@ def mixture(*choices: tuple[float, Times]) -> Times:
     """Each example follows one of several rules, with the given weights: `mixture((0.5, a), (0.5, b))`."""
     weights = [weight for weight, _ in choices]
     if not weights or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"mixture: the weights must be >= 0 and sum to 1, got {weights}.")
+        raise UserError(f"mixture: the weights must be >= 0 and sum to 1, got {weights}.")
 
     def times(key, index):
         u = jax.vmap(jax.random.uniform)(example_keys(_named(key, "mixture"), index))
@@ -120,7 +126,7 @@ def mixture(*choices: tuple[float, Times]) -> Times:
             edge -= weights[i + 1]
             other = choices[i][1](jax.random.fold_in(key, i), index)
             if jax.tree.structure(other) != jax.tree.structure(chosen):
-                raise ValueError("mixture: the rules give times for different modalities; each must name all of them.")
+                raise UserError("mixture: the rules give times for different modalities; each must name all of them.")
             chosen = jax.tree.map(lambda a, b, e=edge: jnp.where(u < e, a, b), other, chosen)
         return chosen
 

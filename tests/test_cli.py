@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -115,6 +116,119 @@ def test_eval_measures_again_unless_told_to_reuse_a_report_of_the_same_weights_a
         assert json.loads(report.read_text())["seen"] == 3
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A finished run whose values are not those of the file; each checkpoint is kept, and knows its loss."""
+    path = tmp_path_factory.mktemp("runs") / "other"
+    values = {"seed": 5, "train.steps": 6, "train.keep": 9, "train.eval_every": 2, "train.best": "val/loss", "sample.steps": 3}
+    overrides = [f"--config.{key}={value}" for key, value in values.items()]
+    assert main(["train", "--config", TINY, "--workdir", str(path), *overrides]) == 0
+    return path
+
+
+def meta(workdir, step):
+    return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())
+
+
+def test_eval_and_sample_take_the_values_of_the_run(other, tmp_path, capsys):
+    evaluate = ["eval", "--config", TINY, "--workdir", str(other)]
+    assert main(evaluate) == 0
+    report = json.loads((other / "report.json").read_text())
+    assert report["config"] == json.loads((other / "config.json").read_text()) and report["seed"] == 5
+    written = (other / "report.json").read_bytes()
+    assert main([*evaluate, "--reuse"]) == 0 and (other / "report.json").read_bytes() == written
+    own = "--config.train.steps=6"  # may be repeated
+    assert main([*evaluate, own, "--config.sample.steps=4", "--config.seed=8"]) == 0
+    changed = json.loads((other / "report.json").read_text())
+    assert (changed["seed"], changed["config"]["sample"]["steps"]) == (8, 4)
+    capsys.readouterr()
+    sample(other, tmp_path, "--number", "2")
+    assert "2 samples of step 6 (seed 5, 3 steps, guidance 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["sample", "eval"])
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--config.train.steps=7", "config.train.steps is 6 in the run in"),
+        ("--config.train.ema=0.5", "only config.sample, config.eval, config.seed can be set here"),
+        ("--config.sample.steps=0", "config.sample.steps must be 1 or more, not 0"),
+        ("--config.sample.guidance=nan", "config.sample.guidance must be a finite number"),
+        ("--step=5", "no checkpoint of step 5"),
+        ("--step=last", "it must be the step of a checkpoint or best, not 'last'"),
+        ("--distributed", "unrecognized arguments: --distributed"),
+    ],
+)
+def test_eval_and_sample_refuse_what_does_not_fit_the_run(other, capsys, command, argument, words):
+    assert words in complaint(capsys, [command, "--config", TINY, "--workdir", other, argument])
+
+
+def test_a_config_file_that_changed_since_does_not_change_the_run(other, tmp_path):
+    text = pathlib.Path(TINY).read_text()
+    changed = tmp_path / "changed.py"
+    changed.write_text(text.replace('"guidance": 1.0', '"guidance": 2.0').replace('"prefetch": 1', '"prefetch": 2, "new": 3'))
+    assert main(["eval", "--config", str(changed), "--workdir", str(other)]) == 0
+    config = json.loads((other / "report.json").read_text())["config"]
+    assert config["train"].pop("new") == 3  # what the run did not know has the value of the file
+    assert config == json.loads((other / "config.json").read_text())
+
+
+def test_step_picks_the_checkpoint_and_the_report_has_its_cost(other, tmp_path, capsys):
+    losses = {step: meta(other, step)["metrics"]["val/loss"] for step in (2, 4, 6)}
+    best = min(losses, key=losses.get)
+    for asked, step in ("2", 2), ("best", best):
+        assert main(["eval", "--config", TINY, "--workdir", str(other), "--step", asked]) == 0
+        report, cost = json.loads((other / "report.json").read_text()), meta(other, step)
+        assert report["step"] == report["steps"] == step and report["train_seconds"] == cost["train_seconds"]
+        assert report["images_per_second"] == 8 * step / cost["train_seconds"]
+        sample(other, tmp_path, "--number", "2", "--step", asked)
+        assert f"2 samples of step {step} " in capsys.readouterr().out
+
+
+def test_the_cost_of_a_run_that_was_killed_after_its_last_checkpoint_is_known(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    argv = ["--config", TINY, "--workdir", str(tmp_path / "run")]
+    assert main(["train", *argv]) == main(["eval", *argv]) == 0
+    report, run = (json.loads(path.read_text()) for path in (tmp_path / "run" / "report.json", workdir / "run.json"))
+    for name in "steps", "train_seconds", "images_per_second":
+        assert report[name] == run[name]
+
+
+def test_one_process_evaluates_whatever_the_cluster_says(workdir, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("it waits for other processes"))
+    sample(workdir, tmp_path, "--number", "2")
+
+
+def test_samples_are_what_the_picture_shows_and_can_be_given(workdir, tmp_path, monkeypatch):
+    import mmdiff.__main__ as cli
+    from mmdiff.data.modalities import Images
+
+    drawn = np.random.default_rng(0).uniform(-1.6, 1.6, (4, 8, 8, 1)).astype(np.float32)  # a sampler may overshoot
+    monkeypatch.setattr(cli, "_draw", lambda *args, **options: {"image": drawn, "label": np.arange(4)})
+    arrays = sample(workdir, tmp_path / "out")
+    np.testing.assert_array_equal(arrays["image"], np.clip(drawn, -1, 1))
+    monkeypatch.undo()
+    again = sample(workdir, tmp_path / "again", "--given", f"image={tmp_path / 'out' / 'samples.npz'}")
+    np.testing.assert_array_equal(again["image"], arrays["image"])
+
+    levels = Images(8, 8, levels=17)
+    experiment = type("Experiment", (), {"modalities": {"image": levels}})
+    cli._write_samples(experiment, {"image": drawn}, tmp_path)
+    with np.load(tmp_path / "samples.npz") as written:
+        np.testing.assert_array_equal(written["image"], levels.quantize(drawn))
+
+
+def test_the_keys_of_the_commands_are_not_those_of_training():
+    import jax
+
+    from mmdiff.__main__ import _key
+
+    keys = [jax.random.key(3), *jax.random.split(jax.random.key(3)), _key(3, "eval"), _key(3, "sample"), _key(4, "eval")]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 6
+
+
 # ---- What they say to mistakes ----
 
 
@@ -143,6 +257,8 @@ def complaint(capsys, argv):
         (["train", "--config", TINY, "--workdir", "x", "--step=5"], "unrecognized arguments: --step=5"),
         (["sample", "--config", TINY, "--workdir", "x", "--number", "0"], "must be an integer of 1 or more, not '0'"),
         (["sample", "--config", TINY, "--workdir", "x", "--steps", "many"], "must be an integer of 1 or more"),
+        (["sample", "--config", TINY, "--workdir", "x", "--guidance", "inf"], "must be a finite number, not 'inf'"),
+        (["sample", "--config", TINY, "--workdir", "x", "--guidance", "much"], "must be a finite number, not 'much'"),
         (["sample", "--config", TINY, "--workdir", "x"], "there is no run in x: train it first, with mmdiff train"),
         (["eval", "--config", TINY, "--workdir", "x"], "there is no run in x"),
     ],

@@ -14,7 +14,7 @@ CONFIG = "configs/digits_joint.py"
 SMALL = [
     "--config.train.steps=300", "--config.train.global_batch=64", "--config.train.warmup_steps=30", "--config.train.ema=0.98",
     "--config.model.width=48", "--config.model.depth=2", "--config.train.log_every=50", "--config.train.eval_every=150",
-    "--config.train.tensorboard=false", "--config.sample.steps=6",
+    "--config.train.tensorboard=false", "--config.sample.steps=6", "--config.label_weight=1.0", "--config.train.weight_decay=0.01",
 ]  # fmt: skip
 
 

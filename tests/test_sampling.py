@@ -24,11 +24,11 @@ def network(params, x, t):
     return {"image": params * jnp.sin(mix + jnp.arange(3.0)), "label": params * jnp.cos(mix + jnp.arange(4.0))}
 
 
-def move(x0, xt=None, t=0.5, s=0.25, count=None):
+def move(x0, xt=None, t=0.5, s=0.25):
     x0 = jnp.asarray(x0, jnp.float32)
     full = lambda value: jnp.full(x0.shape[0], value)  # noqa: E731
     xt = x0 if xt is None else jnp.asarray(xt)
-    return sampling.Move(xt=xt, t=full(t), s=full(s), x0=x0, last_x0=x0, last_t=full(t), keys=keys(x0.shape[0]))
+    return sampling.Move(xt=xt, t=full(t), s=full(s), x0=x0, last_x0=x0, last_t=full(t), kept=x0, keys=keys(x0.shape[0]))
 
 
 def test_uniform_grid():
@@ -108,6 +108,9 @@ def test_bad_arguments_are_refused():
         run(given={"label": jnp.zeros(2, jnp.int32)}, absent=("label",))
     with pytest.raises(ValueError, match="grids of different lengths"):
         run(grid={"image": GRID, "label": GRID[:3]})
+    for grid in (GRID[1:], GRID[:-1], GRID[::-1], {"image": GRID, "label": jnp.asarray([1, 0.2, 0.5, 0.2, 0])}):
+        with pytest.raises(ValueError, match="from 1 down to 0"):
+            run(grid=grid)
 
 
 # ---------------------------------------------------------------------------------------------------------------- guidance
@@ -208,11 +211,12 @@ def test_temperature():
 
 def test_maps_on_one_modality():
     image, label = move([[2.0, 0.0]]), move([[0.6, 0.4]])
-    fields = ("xt", "t", "s", "x0", "last_x0", "last_t")
+    fields = ("xt", "t", "s", "x0", "last_x0", "last_t", "kept")
     both = sampling.Move(*({"image": getattr(image, f), "label": getattr(label, f)} for f in fields), keys(1))
     out = sampling.only("image", sampling.clip(-1, 1))(both)
-    np.testing.assert_array_equal(out.x0["image"], [[1, 0]])
-    np.testing.assert_array_equal(out.x0["label"], both.x0["label"])
+    for field in ("x0", "kept"):
+        np.testing.assert_array_equal(getattr(out, field)["image"], [[1, 0]])
+        np.testing.assert_array_equal(getattr(out, field)["label"], both.x0["label"])
     joint = sampling.sample(PROCESS, network, 5.0, keys(8), GRID, SHAPE, maps=[sampling.only("image", sampling.clip(-0.1, 0.1))])
     assert float(jnp.abs(joint["image"]).max()) <= 0.1 + 1e-6
 
@@ -221,11 +225,12 @@ def test_multistep_extrapolates_in_log_snr():
     schedule = schedules.flow()
     now = sampling.Move(
         xt=jnp.zeros((3, 1)), t=jnp.asarray([0.5, 1.0, 0.5]), s=jnp.asarray([0.25, 0.75, 0.0]), x0=jnp.full((3, 1), 2.0),
-        last_x0=jnp.ones((3, 1)), last_t=jnp.asarray([0.75, 1.0, 0.75]), keys=keys(3))
+        last_x0=jnp.ones((3, 1)), last_t=jnp.asarray([0.75, 1.0, 0.75]), kept=jnp.full((3, 1), 2.0), keys=keys(3))
     half = lambda t: 0.5 * float(schedules.log_snr(schedule, jnp.asarray(t)))  # noqa: E731
     weight = 0.5 * (half(0.25) - half(0.5)) / (half(0.5) - half(0.75))
-    out = sampling.dpmpp_2m(schedule)(now).x0
-    np.testing.assert_allclose(out[:, 0], [2 + weight, 2, 2], rtol=1e-5)  # the first step and the last are of first order
+    out = sampling.dpmpp_2m(schedule)(now)
+    np.testing.assert_allclose(out.x0[:, 0], [2 + weight, 2, 2], rtol=1e-5)  # the first step and the last are of first order
+    np.testing.assert_array_equal(out.kept, now.x0)  # the next step extrapolates from the belief, not from an extrapolation
 
 
 def test_confidence_unmasks_the_surest_first():

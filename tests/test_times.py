@@ -18,7 +18,7 @@ MIXTURE = times.mixture(
 RULES = {
     "uniform": times.uniform(),
     "part": times.uniform(0.25, 0.75),
-    "stratified": times.stratified(),
+    "stratified": times.stratified(2),
     "logit_normal": times.logit_normal(-0.5, 0.8),
     "on_grid": times.on_grid(10),
     "constant": times.constant(0.3),
@@ -71,6 +71,15 @@ def test_stratified_is_even_over_any_run():
         assert float(t.min()) > 0 and float(t.max()) <= 1
     steps = jnp.stack([rule(jax.random.key(seed), INDEX[:1])[0] for seed in range(200)])
     assert ks(steps, lambda x: x) < 2.2 / 200**0.5  # and each time alone is uniform over steps
+
+
+@pytest.mark.parametrize("one, two", [(i, j) for i in range(4) for j in range(i)])
+def test_two_walks_fill_the_square(one, two):
+    """Modalities that walk by different steps are as good as independent: no cell of a 16 x 16 grid is far from its share."""
+    t = times.joint(a=times.stratified(one), b=times.stratified(two))(KEY, INDEX)
+    counts, _, _ = np.histogram2d(t["a"], t["b"], bins=16, range=[[0, 1], [0, 1]])
+    assert np.abs(counts - COUNT / 256).max() < 16
+    assert abs(np.corrcoef(t["a"], t["b"])[0, 1]) < 0.01
 
 
 def test_logit_normal():
@@ -129,6 +138,8 @@ def test_bad_arguments_are_refused():
     for low, high in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.5)):
         with pytest.raises(ValueError, match="low < high"):
             times.uniform(low, high)
+    with pytest.raises(ValueError, match="walks 0 to 3"):
+        times.stratified(4)
     with pytest.raises(ValueError, match="at least one step"):
         times.on_grid(0)
     with pytest.raises(ValueError, match="different modalities"):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmdiff import sampling
 from mmdiff.processes.base import Joint, fold
 
 
@@ -37,8 +38,7 @@ def posterior(
 
     Returns process.clean's belief about the target: probabilities [B, ..., K] if it is categorical.
     """
-    xt = dict(process.prior(keys, shape))
-    xt |= {name: jnp.asarray(value, xt[name].dtype) for name, value in given.items()}
+    xt = sampling.start(process, keys, shape, given)
     t = {name: jnp.full(keys.shape[0], 0.0 if name in given else 1.0) for name in shape}
     return process.clean(apply(params, *process.inputs(xt, t)), xt, t)[target]
 

@@ -20,16 +20,16 @@ import jax
 from mmdiff.errors import UserError
 from mmdiff.evals import pictures
 from mmdiff.evals.base import Findings
+from mmdiff.training import checkpoints
 
 PACKAGES = ("mmdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "tensorflow-datasets")
-RUN = ("train_seconds", "images_per_second", "steps")  # what report.json takes over from the run's own run.json
 
 
 def write(workdir, experiment, config, findings: Sequence[Findings], step: int) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes `workdir/report.json` and `workdir/report.html`; returns their paths.
 
-    report.json is flat: every figure by name, then `train_seconds`, `images_per_second` and `steps` of the run (null if it left
-    no run.json), `step` of the measured weights, `seed`, and the dicts `settings` (counts, sampler, features), `versions`,
+    report.json is flat: every figure by name, then `train_seconds`, `images_per_second` and `steps` that the measured weights
+    took (null without their checkpoint), their `step`, `seed`, and the dicts `settings` (counts, sampler, features), `versions`,
     `device` and `config`. report.html is one self-contained page with the pictures and the curves of metrics.jsonl.
 
     Raises:
@@ -37,10 +37,9 @@ def write(workdir, experiment, config, findings: Sequence[Findings], step: int) 
     """
     workdir = pathlib.Path(workdir)
     figures = {name: value for found in findings for name, value in found.figures.items()}
-    run = _run(workdir)
     report = {
         **{name: _number(value) for name, value in figures.items()},
-        **{name: run.get(name) for name in RUN},
+        **_cost(workdir, int(step)),
         "step": int(step),
         "seed": int(config.seed),
         "settings": {name: value for found in findings for name, value in found.settings.items()},
@@ -202,11 +201,12 @@ def _table(rows: Sequence[tuple[str, str, str]]) -> str:
 # ---- Parts ----
 
 
-def _run(workdir: pathlib.Path) -> Mapping[str, Any]:
-    try:
-        return json.loads((workdir / "run.json").read_text())
-    except (OSError, ValueError):
-        return {}
+def _cost(workdir: pathlib.Path, step: int) -> dict[str, float | None]:
+    # Of the checkpoint itself: run.json is only written when a run ends.
+    meta = checkpoints.read_meta(workdir, step)
+    if not meta:
+        return {"train_seconds": None, "images_per_second": None, "steps": None}
+    return {**checkpoints.cost(meta), "steps": step}
 
 
 def _lines(path: pathlib.Path) -> list[str]:

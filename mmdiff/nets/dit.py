@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmdiff.errors import UserError
 from mmdiff.nets.attention import attention
 from mmdiff.nets.embed import Patches, TimeEmbed, xavier
 
@@ -21,6 +22,11 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def check_width(width: int, heads: int) -> None:
+    if width % heads or width % 4:
+        raise UserError(f"a width of {width} does not fit: {heads} heads must divide it, and so must 4 (for the positions).")
 
 
 def modulate(x, shift, scale):
@@ -42,7 +48,7 @@ def stack(block, depth: int, scan: bool, remat: str):
     `block` is a linen class with its fields bound (`partial(Block, ...)`). Returns a function of `(carry, *constants)`.
     """
     if remat not in REMAT:
-        raise ValueError(f"no remat policy {remat!r}; choose one of {', '.join(REMAT)}.")
+        raise UserError(f"no remat policy {remat!r}; choose one of {', '.join(REMAT)}.")
     kind, fields = block.func, block.keywords
     if remat != "none":
         kind = nn.remat(kind, policy=REMAT[remat], prevent_cse=not scan)
@@ -142,6 +148,7 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, label):
+        check_width(self.width, self.heads)
         h = self.patches.encode(x.astype(self.dtype), self.width, self.dtype, "image")
         init = nn.initializers.normal(0.02)
         c = TimeEmbed(self.width, self.dtype, name="time")(t)
@@ -155,7 +162,7 @@ class DiT(nn.Module):
 def dit(size: str, patch: int, *, image: int = 32, channels: int = 4, classes: int = 1000, learn_sigma: bool = True, **options) -> DiT:
     """The published DiT-`size`/`patch`: `dit("XL", 2)` works on 32x32x4 latents of 256-pixel images."""
     if size not in SIZES:
-        raise ValueError(f"no DiT of size {size!r}; choose one of {', '.join(SIZES)}.")
+        raise UserError(f"no DiT of size {size!r}; choose one of {', '.join(SIZES)}.")
     depth, width, heads = SIZES[size]
     patches = Patches(image, image, channels, patch, 2 * channels if learn_sigma else channels)
     return DiT(patches, classes, depth, width, heads, **options)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmdiff.errors import UserError
+
 xavier = nn.initializers.xavier_uniform()
 
 
@@ -77,7 +79,7 @@ class Patches:
 
     def __post_init__(self):
         if self.height % self.patch or self.width % self.patch:
-            raise ValueError(f"patches of {self.patch} do not tile an image of {self.height}x{self.width}.")
+            raise UserError(f"patches of {self.patch} do not tile an image of {self.height}x{self.width}.")
 
     @property
     def length(self) -> int:

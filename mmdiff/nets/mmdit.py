@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mmdiff.nets.attention import attention
-from mmdiff.nets.dit import MLP, layer_norm, modulate, stack, zeros
+from mmdiff.nets.dit import MLP, check_width, layer_norm, modulate, stack, zeros
 from mmdiff.nets.embed import TimeEmbed, xavier
 
 
@@ -105,6 +105,7 @@ class MMDiT(nn.Module):
 
     @nn.compact
     def __call__(self, x, t):
+        check_width(self.width, self.heads)
         names = sorted(self.modalities)  # the order in which jax flattens a dict
         missing = [name for name in names if name not in x or name not in t]
         if missing:

@@ -18,6 +18,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -43,6 +44,14 @@ class Process:
     def take(self, batch: Mapping[str, Array]) -> Any:
         """The clean data of this process within a batch: the entry `x0`, or for a `Joint` one entry per modality."""
         return batch["x0"]
+
+    def check(self, x0: Any) -> None:
+        """Raises ValueError for clean data that JAX would take silently for something else (a class id out of range). Arrays only."""
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The modalities that are never learnt, hence never drawn: unless given they are absent."""
+        return ()
 
     def prior(self, keys: Array, shape: tuple[int, ...]) -> Array:
         """A draw [B, *shape] at t = 1."""
@@ -88,6 +97,17 @@ def fold(keys: Array, data: int | str) -> Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
 
+def check_time(t: Array) -> None:
+    """Raises ValueError for times outside [0, 1], where they are known (not while tracing)."""
+    if concrete(t) and (np.any(np.asarray(t) < 0) or np.any(np.asarray(t) > 1) or np.any(np.isnan(np.asarray(t)))):
+        raise ValueError(f"times lie in [0, 1] (0 is clean, 1 is noise), got {np.asarray(t)}.")
+
+
+def concrete(x: Any) -> bool:
+    """Whether x has values: false for what jit, grad and vmap trace."""
+    return not isinstance(x, jax.core.Tracer)
+
+
 def per_example(draw, keys: Array, *rest: Array) -> Array:
     """`vmap` of a draw over examples."""
     return jax.vmap(draw)(keys, *rest)
@@ -123,6 +143,7 @@ class Given(Process):
         return self._absent((keys.shape[0], *shape), jnp.asarray(self.null).dtype)
 
     def corrupt(self, keys, x0, t):
+        check_time(t)
         xt = jnp.where(bcast(t, x0) < 1, x0, self._absent(x0.shape, x0.dtype))
         return Noised(x0=x0, xt=xt, t=t)
 
@@ -182,6 +203,18 @@ class Joint(Process):
         if missing:
             raise KeyError(f"the batch has no {missing}: it holds {sorted(batch)} and the process needs {sorted(self.parts)}.")
         return {name: batch[name] for name in self.parts}
+
+    def check(self, x0):
+        for name, part in self.parts.items():
+            if name in x0:
+                try:
+                    part.check(x0[name])
+                except ValueError as error:
+                    raise ValueError(f"modality {name!r}: {error}") from error
+
+    @property
+    def conditions(self):
+        return tuple(name for name, part in self.parts.items() if not part.learnt)
 
     def prior(self, keys, shape):
         return self._map("prior", shape, keys=keys)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff import schedules
-from mmdiff.processes.base import Noised, Process, bcast, per_example, per_example_mean, per_example_sum
+from mmdiff.processes.base import Noised, Process, bcast, check_time, concrete, per_example, per_example_mean, per_example_sum
 
 TINY = 1e-30
 
@@ -52,10 +52,22 @@ class Discrete(Process):
             raise ValueError(f"a chain with {self.states} states over {self.classes} classes has no mask state.")
         return self.classes
 
+    def check(self, x0):
+        if not concrete(x0):
+            return
+        values = np.asarray(x0)
+        if not np.issubdtype(values.dtype, np.integer):
+            raise ValueError(f"discrete data are integers in 0..{self.classes - 1}, got {values.dtype}.")
+        if values.size and (values.min() < 0 or values.max() >= self.classes):
+            wrong = values.max() if values.max() >= self.classes else values.min()
+            raise ValueError(f"class id {wrong} is out of range: this process has the classes 0..{self.classes - 1}.")
+
     def prior(self, keys, shape):
         return per_example(lambda key: _draw_fixed(key, self.stationary, shape), keys)
 
     def corrupt(self, keys, x0, t):
+        self.check(x0)
+        check_time(t)
         marginal = self.push(jax.nn.one_hot(x0, self.states), None, t)
         xt = per_example(_draw, keys, marginal)
         return Noised(x0=x0, xt=jnp.where(bcast(t, x0) > 0, xt, x0), t=t)

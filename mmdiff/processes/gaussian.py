@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff import schedules
-from mmdiff.processes.base import Noised, Process, bcast, per_example, per_example_mean, per_example_sum
+from mmdiff.processes.base import Noised, Process, bcast, check_time, per_example, per_example_mean, per_example_sum
 
 Predict = Callable[[schedules.Schedule, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -79,6 +79,7 @@ class Gaussian(Process):
         return noise * self.schedule(jnp.ones(()))[1]
 
     def corrupt(self, keys, x0, t):
+        check_time(t)
         noise = per_example(lambda key: jax.random.normal(key, x0.shape[1:]), keys)
         alpha, sigma = self._at(t, x0)
         xt = jnp.where(bcast(t, x0) > 0, alpha * x0 + sigma * noise, x0)

@@ -52,36 +52,52 @@ MANIFEST = "manifest.json"
 LATE = "_CHECKPOINT_METADATA"  # Orbax adds the time to this JSON file after the manifest is written
 
 
-def check_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict, may_differ=MAY_DIFFER) -> None:
-    """Raises UserError, naming each key with both values, if `workdir` holds checkpoints of another config.
-
-    Keys in `may_differ` (full keys or sections) are not compared. Without a checkpoint there is nothing to protect.
-    """
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The values of WORKDIR/config.json; {} if there is no such file. Raises UserError if it is not JSON."""
     path = pathlib.Path(workdir) / "config.json"
-    if not path.is_file() or not _steps(_folder(workdir)):
-        return
     try:
-        stored = json.loads(path.read_text())
+        return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): restore it, or use another workdir.") from error
-    differs = {
-        key: values
-        for key, values in configs.difference(stored, json.loads(configs.to_json(config))).items()
-        if not any(key == name or key.startswith(f"{name}.") for name in may_differ)
-    }
-    if differs:
-        listed = ", ".join(f"{key} (there {old!r}, here {new!r})" for key, (old, new) in differs.items())
+
+
+def check_config(
+    workdir: str | os.PathLike, config: ml_collections.ConfigDict, may_differ=MAY_DIFFER
+) -> dict[str, tuple[Any, Any]]:
+    """-> {key: (there, here)}: what differs from the run in `workdir`, and may.
+
+    Keys in `may_differ` (full keys or sections) may. Without a checkpoint there is nothing to protect: {}.
+
+    Raises:
+      UserError: `workdir` holds checkpoints of another config; it names each other key that differs, with both values.
+    """
+    if not _steps(_folder(workdir)) or not (stored := read_config(workdir)):
+        return {}
+    differs = configs.difference(stored, json.loads(configs.to_json(config)))
+    may = {key for key in differs if any(key == name or key.startswith(f"{name}.") for name in may_differ)}
+    if set(differs) - may:
+        listed = ", ".join(f"{key} (there {old!r}, here {new!r})" for key, (old, new) in differs.items() if key not in may)
         raise UserError(f"{workdir} holds a run of another config: {listed}; use that config or another workdir.")
+    return {key: values for key, values in differs.items() if key in may}
 
 
 def write_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
     """Writes WORKDIR/config.json, creating the folder. Raises UserError if that is not possible."""
     path = pathlib.Path(workdir) / "config.json"
-    try:
+    with _writing(workdir):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, configs.to_json(config))
-    except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be written ({error.strerror or error}): choose another.") from error
+
+
+def read_meta(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself: position, train_seconds, metrics, ...; {} if there is none of this step."""
+    checkpoint = _folder(workdir) / str(step)
+    return _meta(checkpoint) if checkpoint.is_dir() else {}
+
+
+def cost(meta: Mapping[str, Any]) -> dict[str, float]:
+    """`train_seconds` up to a checkpoint, evaluations and saves included, and the `images_per_second` that this makes."""
+    return {"train_seconds": meta["train_seconds"], "images_per_second": meta["position"] / meta["train_seconds"]}
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
@@ -104,7 +120,8 @@ class Checkpoints:
         self.folder = _folder(workdir)
         self._saving: int | None = None
         if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with _writing(workdir):
+                self.folder.mkdir(parents=True, exist_ok=True)
             _set_aside_damaged(self.folder)
         _barrier("mmdiff checkpoints")
 
@@ -261,8 +278,8 @@ def restore_for_inference(
     if not intact:
         raise UserError(f"there is no checkpoint in {workdir}: train first, or name the workdir of a run.")
     if step == "best":
-        metric = {step: _meta(folder / str(step))["metrics"].get(config.train.best) for step in intact}
-        metric = {step: value for step, value in metric.items() if value is not None}
+        metric = {step: _meta(folder / str(step))["metrics"].get(config.train.best, math.nan) for step in intact}
+        metric = {step: value for step, value in metric.items() if math.isfinite(value)}
         if not metric:
             raise UserError(f"no checkpoint in {workdir} records the metric {config.train.best!r} (config.train.best).")
         step = min(metric, key=metric.get)
@@ -378,6 +395,14 @@ def _check_fit(checkpoint: pathlib.Path, **items: Any) -> None:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def _writing(workdir: str | os.PathLike):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the workdir {workdir} cannot be written ({error.strerror or error}): choose another.") from error
 
 
 @contextlib.contextmanager

@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 # Steps that are handed to the device before the host waits for the first of them. Enough that the device never waits for
 # Python, few enough that a run that is told to stop has saved itself within a scheduler's grace period.
 IN_FLIGHT = 4
+OPTIONS = (  # what is read of config.train
+    "steps", "global_batch", "microbatches", "log_every", "eval_every", "checkpoint_every", "keep", "best", "ema", "mesh",
+    "prefetch", "tensorboard",
+)  # fmt: skip
 TIMING = ("images_per_second", "train_seconds")  # the keys of a metrics line that two equal runs may differ in
 
 
@@ -63,9 +67,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
     _check(options)
     mesh = sharding.make_mesh(dict(options.mesh))
     sharding.check_batch(options.global_batch, mesh, options.microbatches)
-    checkpoints.check_config(workdir, config)
-    if jax.process_index() == 0:
-        checkpoints.write_config(workdir, config)
+    changed = checkpoints.check_config(workdir, config)
 
     # Everything the step needs to be compiled is known from shapes: no array exists yet.
     step_fn = make_step(experiment.loss, experiment.optimizer, ema=options.ema, microbatches=options.microbatches)
@@ -96,7 +98,12 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             if jax.process_index() == 0:
                 print(f"nothing to do: {workdir} is trained for {start} of {options.steps} steps", file=sys.stderr)
             return state
+        if jax.process_index() == 0:
+            checkpoints.write_config(workdir, config)
         journal = stack.enter_context(Journal(workdir, options, start, meta["train_seconds"]))
+        if start and changed:
+            listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            journal.say(f"continuing with other values: {listed}")
 
         # Batches are read and placed in a thread; the first ones while the step compiles.
         part, parts = sharding.process_rows(mesh, options.global_batch)
@@ -353,14 +360,12 @@ class Journal:
             self._events.write(step, values)
 
     def summary(self, step: int, meta: Mapping[str, Any]) -> None:
-        """Writes run.json: what the run cost."""
-        seconds = self.seconds()
+        """Writes run.json: what the run cost, up to the checkpoint with this meta."""
         values = {
             "steps": step,
             "finished": step == self._options.steps,
-            "train_seconds": seconds,
+            **checkpoints.cost(meta),
             "compile_seconds": meta["compile_seconds"],
-            "images_per_second": step * self._options.global_batch / seconds,
             "global_batch": self._options.global_batch,
             "device": _device(),
         }
@@ -438,6 +443,9 @@ def _lines_until(path: pathlib.Path, step: int) -> list[str]:
 
 
 def _check(options: ml_collections.ConfigDict) -> None:
+    missing = [name for name in OPTIONS if name not in options]
+    if missing:
+        raise UserError(f"the config lacks {', '.join(f'config.train.{name}' for name in missing)}: add them to its file.")
     for name in ("steps", "log_every", "checkpoint_every", "keep", "microbatches"):
         if options[name] < 1:
             raise UserError(f"config.train.{name} must be 1 or more, not {options[name]}.")

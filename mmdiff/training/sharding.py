@@ -96,6 +96,12 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh, *, min_size: int = FSDP_MIN_S
 
 def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules) -> State:
     """The shapes, types and shardings of the state, without any arrays: what checkpoints are restored onto."""
+    named = {axis for _, rule in rules if isinstance(rule, PartitionSpec) for axis in jax.tree.leaves(tuple(rule))}
+    if mesh.shape["tensor"] > 1 and "tensor" not in named:
+        raise UserError(
+            f"the mesh has tensor={mesh.shape['tensor']}, but no sharding rule of this experiment names the tensor axis, so its devices "
+            "would all do the same: set config.train.mesh.tensor=1, or add rules."
+        )
     state = jax.eval_shape(lambda: init_state(init, optimizer, jax.random.key(0)))
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, rules, mesh)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from mmdiff import schedules
@@ -132,23 +133,24 @@ def write_metrics(workdir):
 
 def test_report(findings, tmp_path):
     write_metrics(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps({"train_seconds": 321.4, "images_per_second": 1000.0, "steps": 500, "more": 1}))
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(tmp_path / "checkpoints/500/meta", {"train_seconds": 321.5, "position": 643000, "metrics": {}})
     drawing = Picture(pictures.matrix(np.eye(2, dtype=int), "ab", "x", "y"), "c & d")
     odd = Findings(figures={"odd": float("nan")}, pictures={"a <b>": drawing})
     json_path, html_path = report.write(tmp_path, None, config(), [findings, odd], 500)
     found = json.loads(json_path.read_text())
     assert FIGURES < set(found)
     assert found["frechet_ratio"] == findings.figures["frechet_ratio"] and found["odd"] is None
-    assert (found["train_seconds"], found["images_per_second"], found["steps"], found["step"], found["seed"]) == (321.4, 1000, 500, 500, 3)
+    assert (found["train_seconds"], found["images_per_second"], found["steps"], found["step"], found["seed"]) == (321.5, 2000, 500, 500, 3)
     assert found["config"]["sample"]["guidance"] == 1.5
     assert found["versions"]["jax"] == jax.__version__ and found["device"]["platform"] == jax.default_backend()
     page = html_path.read_text()
     assert "http" not in page.replace("http://www.w3.org/2000/svg", ""), "the page must open offline"
     assert "a &lt;b&gt;" in page and "c &amp; d" in page
     assert "skipped" not in page, "a chart of nothing but zeros"
-    for text in ("Label to image", "data:image/png;base64,", "grad norm", "loss/image", "321 s of training"):
+    for text in ("Label to image", "data:image/png;base64,", "grad norm", "loss/image", "322 s of training"):
         assert text in page
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.html", "report.json", "run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl", "report.html", "report.json"]
 
 
 def test_report_without_a_run(tmp_path):

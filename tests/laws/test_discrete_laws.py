@@ -54,7 +54,7 @@ def random_beliefs(process, count, sparse=True):
 def test_push_and_pull_are_the_matrix_and_its_transpose(name):
     process = DISCRETE[name]
     eye = jnp.broadcast_to(jnp.eye(process.states), (len(PAIRS), process.states, process.states))
-    s, t = (jnp.asarray(column, jnp.float32) for column in zip(*PAIRS))
+    s, t = np.asarray(PAIRS, np.float32).T
     pushed, pulled = jitted(name, "push")(eye, s, t), jitted(name, "pull")(eye, s, t)
     expected = np.stack([dense(name, *pair) for pair in PAIRS])
     np.testing.assert_allclose(pushed, expected, atol=2e-6)
@@ -71,13 +71,12 @@ def test_push_and_pull_are_adjoint(name):
     """<push p, f> = <p, pull f>, with one time per example or per token."""
     process = DISCRETE[name]
     rng = np.random.default_rng(0)
-    p, f = (jnp.asarray(rng.uniform(size=(4, 3, process.states)), jnp.float32) for _ in range(2))
-    per_token = rng.integers(0, STEPS + 1, (2, 4, 3)) / STEPS
-    for s, t in ((per_token.min(0), per_token.max(0)), (np.asarray([0, 0.25, 0.5, 0.5]), np.asarray([0.125, 1, 0.75, 0.5]))):
-        s, t = jnp.asarray(s, jnp.float32), jnp.asarray(t, jnp.float32)
+    p, f = rng.uniform(size=(2, len(PAIRS), process.states, process.states)).astype(np.float32)
+    per_token = np.sort(rng.integers(0, STEPS + 1, (2, len(PAIRS), process.states)), axis=0) / np.float32(STEPS)
+    for s, t in (per_token.astype(np.float32), np.asarray(PAIRS, np.float32).T):
         for start in (s, None):
-            left = (jitted(name, "push")(p, start, t) * f).sum(-1)
-            right = (p * jitted(name, "pull")(f, start, t)).sum(-1)
+            left = (np.asarray(jitted(name, "push")(p, start, t)) * f).sum(-1)
+            right = (p * np.asarray(jitted(name, "pull")(f, start, t))).sum(-1)
             np.testing.assert_allclose(left, right, rtol=1e-5)
 
 
@@ -85,8 +84,8 @@ def test_push_and_pull_are_adjoint(name):
 def test_chapman_kolmogorov(name):
     process = DISCRETE[name]
     rng = np.random.default_rng(0)
-    r, s, t = (jnp.asarray(c, jnp.float32) / STEPS for c in np.sort(rng.integers(0, STEPS + 1, (3, 6)), axis=0))
-    p, f = (jnp.asarray(rng.dirichlet(np.ones(process.states), 6), jnp.float32) for _ in range(2))
+    r, s, t = (np.sort(rng.integers(0, STEPS + 1, (3, len(PAIRS))), axis=0) / STEPS).astype(np.float32)
+    p, f = rng.dirichlet(np.ones(process.states), (2, len(PAIRS), process.states)).astype(np.float32)
     push, pull = jitted(name, "push"), jitted(name, "pull")
     np.testing.assert_allclose(push(push(p, r, s), s, t), push(p, r, t), atol=1e-6)
     np.testing.assert_allclose(push(push(p, None, s), s, t), push(p, None, t), atol=1e-6)
@@ -206,26 +205,24 @@ def test_losses_and_gradients_are_finite_at_every_time(name):
     process = DISCRETE[name]
     t = jnp.asarray([0.0, 1e-6, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0], jnp.float32)
     x0 = jnp.asarray(np.arange(16).reshape(8, 2) % process.classes)
-    noised = process.corrupt(keys(8), x0, t)
+    noised = jitted(name, "corrupt")(keys(8), x0, t)
     s = jnp.maximum(jnp.round(t * STEPS) - 1, 0) / STEPS * (t > 1e-5)
 
-    @jax.jit
     def losses(out):
         x0_hat = process.clean(out, noised.xt, t)
-        values = process.loss(out, noised), process.kl(noised, x0_hat, s), process.rate(noised, x0_hat)
-        return jnp.stack(values), x0_hat
+        values = jnp.stack([process.loss(out, noised), process.kl(noised, x0_hat, s), process.rate(noised, x0_hat)])
+        return values.sum(), (values, x0_hat)
 
-    jacobian = jax.jit(jax.jacrev(lambda out: losses(out)[0].sum(1)))
+    value_and_grad = jax.jit(jax.value_and_grad(losses, has_aux=True))
     for out in (jnp.zeros((8, 2, process.classes)), 50 * jax.random.normal(jax.random.key(0), (8, 2, process.classes))):
-        values, x0_hat = losses(out)
-        gradient = jacobian(out)
+        (_, (values, x0_hat)), gradient = value_and_grad(out)
         assert np.isfinite(values).all() and np.isfinite(gradient).all() and np.isfinite(x0_hat).all()
         np.testing.assert_allclose(x0_hat.sum(-1), 1, atol=1e-5)
-        assert not gradient[:, 0].any() and not values[:, 0].any()
+        assert not gradient[0].any() and not values[:, 0].any()
         assert (values >= -1e-4).all()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
 def test_half_precision_logits_are_read_in_float32(name):
     process = DISCRETE[name]
     x0, t = jnp.asarray([0, 1, 2, 3]), jnp.asarray([0.25, 0.5, 0.75, 1.0])

@@ -112,16 +112,16 @@ def test_order_and_micro_batches_do_not_matter(label):
     assert abs(float(loss(PARAMS, whole, jax.random.key(8))[0] - value)) > 1e-4  # but the key does
 
 
-@pytest.mark.parametrize("label", ["absorbing", "uniform"])
-def test_float32_loss_under_a_bfloat16_network(label):
-    process = Joint(image=Gaussian(schedules.flow()), label={"absorbing": processes.absorbing, "uniform": processes.uniform}[label](4))
+def test_float32_loss_under_a_bfloat16_network():
+    process = Joint(image=Gaussian(schedules.flow()), label=processes.absorbing(4))
     streams = {"image": nets.Patches(4, 4, 1, 2), "label": nets.Label(5, 4)}
     half, full = (nets.MMDiT(streams, depth=2, width=32, heads=2, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
     data = {
         "image": jax.random.normal(jax.random.key(0), (8, 4, 4, 1)), "label": jnp.arange(8, dtype=jnp.int32) % 4, "index": jnp.arange(8),
     }
     at = {"image": jnp.ones(8), "label": jnp.ones(8)}
-    params = jax.tree.map(lambda a: a + 0.05 * jax.random.normal(jax.random.key(3), a.shape), full.init(jax.random.key(1), data, at))
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(full.init, jax.random.key(1), data, at)
+    params = jax.tree.map(lambda a: rng.normal(scale=0.2, size=a.shape).astype(a.dtype), shapes)
 
     def run(net):
         loss = losses.diffusion(process, net.apply, MIXTURE)

@@ -240,7 +240,8 @@ def test_a_run_continues_with_its_own_config_only(tmp_path):
     config = toy.get_config()
     config.train.update(steps=99, log_every=1, microbatches=2, keep=9, mesh={"data": 1, "fsdp": 1, "tensor": 1})
     config.sample.steps = 77
-    check_config(tmp_path, config)
+    changed = check_config(tmp_path, config)
+    assert changed["train.steps"] == (40, 99) and changed["sample.steps"] == (2, 77) and len(changed) == 6
     (tmp_path / "config.json").write_text('{"seed":')
     with pytest.raises(UserError, match="config.json is not valid JSON"):
         check_config(tmp_path, config)
@@ -275,5 +276,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file/run", pathlib.Path("/proc/run")):
         with pytest.raises(UserError, match=f"the workdir {workdir} cannot be written .*choose another"):
             write_config(workdir, toy.get_config())
+        with pytest.raises(UserError, match=f"the workdir {workdir} cannot be written .*choose another"):
+            Checkpoints(workdir, keep=1)
     with pytest.raises(UserError, match="gs://bucket/run is not a folder"):
         Checkpoints("gs://bucket/run", keep=1)

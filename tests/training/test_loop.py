@@ -43,6 +43,9 @@ def test_a_run_leaves_its_files(config, tmp_path, capsys):
     assert {"loss", "loss/x", "grad_norm", "param_norm", "skipped", "images_per_second", "train_seconds"} < set(rows(tmp_path)[0])
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["steps"] == 12 and run["finished"] and run["train_seconds"] > 0 and run["images_per_second"] > 0
+    meta = checkpoints.read_meta(tmp_path, 12)
+    assert checkpoints.cost(meta) == {name: run[name] for name in ("train_seconds", "images_per_second")}
+    assert run["images_per_second"] == 12 * 16 / run["train_seconds"]
     text = capsys.readouterr().err
     assert "256 parameters" in text and "step 12/12" in text and "images/s  ETA 0:00:00" in text and "\r" not in text
 
@@ -150,6 +153,36 @@ def test_another_config_is_refused_and_nothing_is_lost(config, tmp_path):
     with pytest.raises(UserError, match=r"another config: model.width \(there 32, here 8\)"):
         loop.train(toy.build(config), config, tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_what_differs_when_a_run_continues_is_said(config, tmp_path, capsys):
+    loop.train(toy.build(config), config, tmp_path)
+    assert "other values" not in capsys.readouterr().err
+    config.train.update(steps=14, microbatches=2)
+    loop.train(toy.build(config), config, tmp_path)
+    assert "continuing with other values: train.microbatches 1 -> 2, train.steps 12 -> 14\n" in capsys.readouterr().err
+    assert checkpoints.read_config(tmp_path) == config.to_dict()
+
+
+def test_the_config_of_a_run_changes_only_when_it_continues(config, tmp_path):
+    loop.train(toy.build(config), config, tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    config.train.update(steps=8, log_every=2)
+    loop.train(toy.build(config), config, tmp_path)  # nothing to do
+    config.train.update(steps=20, best="val/fid", eval_every=6)
+    with pytest.raises(UserError, match="the metrics are"):
+        loop.train(toy.build(config), config, tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    with pytest.raises(UserError, match="the metrics are"):
+        loop.train(toy.build(config), config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_options_are_listed(config, tmp_path):
+    with config.unlocked():
+        del config.train.keep, config.train.prefetch
+    with pytest.raises(UserError, match="lacks config.train.keep, config.train.prefetch: add them"):
+        loop.train(toy.build(config), config, tmp_path)
 
 
 @pytest.mark.parametrize(
