@@ -6,6 +6,10 @@
 
 One set of weights draws pairs, draws images of a label, names images, and draws images without labels: the four are the same
 network at different times. Image: flow matching, velocity. Label: absorbing diffusion, x_0 cross-entropy.
+
+Measured (seed 0, 500 held-out digits, EMA weights, two CPU cores): label accuracy 0.994, conditional agreement 0.989, joint agreement
+0.971, classification accuracy score 0.964, Fréchet ratio 1.69. Cost: 0.74M parameters, six and a half minutes of training, one of
+evaluation.
 """
 
 import jax.numpy as jnp
@@ -34,7 +38,7 @@ def get_config():
             "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         },
-        "sample": {"steps": 25, "guidance": 1.25},
+        "sample": {"steps": 25, "guidance": 1.2},
         "eval": {"batch": 250},
     })
 

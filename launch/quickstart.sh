@@ -23,7 +23,7 @@ environment "${EXTRAS:-}"
 echo "Training into $workdir"
 "$python" -m mmdiff train "${run[@]}" "$@"
 echo "Evaluating"
-"$python" -m mmdiff eval "${run[@]}" --reuse "$@"
+"$python" -m mmdiff eval "${run[@]}" --reuse  # with the config that the run has stored
 echo
 echo "Done in $SECONDS s. To draw sevens:"
 echo "  $python -m mmdiff sample ${run[*]} --given label=7"

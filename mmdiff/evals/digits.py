@@ -19,28 +19,6 @@ from mmdiff.evals.frechet import frechet_ratio
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelAccuracy:
-    """Only `label_accuracy`: cheap enough to be run during training.
-
-    Attributes:
-      image, label: the names of the two modalities.
-      batch: examples in a network call.
-    """
-
-    image: str = "image"
-    label: str = "label"
-    batch: int = 250
-
-    def __call__(self, experiment, params, config, key, step) -> Findings:
-        test = whole(experiment.eval_data)
-        beliefs = read_labels(experiment, params, key, {self.image: test[self.image]}, self.label, self.batch)
-        return Findings(
-            figures={"label_accuracy": accuracy(beliefs.argmax(-1), test[self.label])},
-            notes={"label_accuracy": f"argmax of p(label | image) by one network call, {len(beliefs)} held-out images"},
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class JointImageLabel:
     """The figures and pictures of a joint image-label model.
 

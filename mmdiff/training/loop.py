@@ -108,7 +108,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         # Batches are read and placed in a thread; the first ones while the step compiles.
         part, parts = sharding.process_rows(mesh, options.global_batch)
         batches = loader.batches(experiment.train_data, config.seed, options.global_batch, start, part, parts)
-        stream = stack.enter_context(prefetch((sharding.place(batch, mesh) for batch in batches), options.prefetch))
+        stream = stack.enter_context(prefetch((sharding.place(checked(experiment, batch), mesh) for batch in batches), options.prefetch))
 
         size = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
         whence = f"continuing from step {start}" if start else "starting"
@@ -174,6 +174,15 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             journal.say(f"{stop.name}: saved step {step}; the same command continues")
             raise SystemExit(stop.status)
         return state
+
+
+def checked(experiment: Experiment, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The batch, unless its data would be silently taken for something else (a class id out of range): then UserError."""
+    try:
+        experiment.process.check(batch)
+    except ValueError as error:
+        raise UserError(f"the training data does not fit the process: {error}") from error
+    return batch
 
 
 def prefetch(items: Iterator[Any], ahead: int) -> contextlib.AbstractContextManager[Iterator[Any]]:

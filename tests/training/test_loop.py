@@ -214,3 +214,17 @@ def test_tensorboard_gets_every_line(config, tmp_path):
     tags = events.Tags()
     found = {tag for kind in tags.values() if isinstance(kind, list) for tag in kind}
     assert {"loss", "val/loss", "images_per_second"} <= found
+
+
+def test_data_that_the_process_cannot_hold_are_refused():
+    import types
+
+    from mmdiff.processes import Gaussian, Joint, absorbing
+    from mmdiff.schedules import flow
+
+    process = Joint(image=Gaussian(flow()), label=absorbing(10))
+    batch = {"image": np.zeros((2, 4), np.float32), "label": np.array([3, 12]), "index": np.arange(2, dtype=np.uint32)}
+    with pytest.raises(UserError, match="the training data does not fit the process: modality 'label': class id 12 is out of range"):
+        loop.checked(types.SimpleNamespace(process=process), batch)
+    fine = batch | {"label": np.array([3, 9])}
+    assert loop.checked(types.SimpleNamespace(process=process), fine) is fine

@@ -79,9 +79,10 @@ def build(config):
     import functools
 
     from mmdiff.experiment import Experiment
+    from mmdiff.processes import Process
 
     return Experiment(
-        process=None,
+        process=Process(),  # the loop asks it for nothing but a check of the data
         init=functools.partial(init, width=config.model.width),
         apply=None,
         loss=loss,
