@@ -15,7 +15,7 @@ from mmdiff.data.sources import whole
 from mmdiff.errors import UserError
 from mmdiff.evals import pictures, report
 from mmdiff.evals.base import Findings, Picture
-from mmdiff.evals.digits import JointImageLabel, LabelAccuracy
+from mmdiff.evals.digits import JointImageLabel
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
 
 FIGURES = {
@@ -116,12 +116,6 @@ def test_wrong_digits_are_found_out(train, test):
 def test_rare_classes_are_topped_up():
     asked = JointImageLabel(per_class=3, classes=3)._asked(np.array([0, 0, 2, 0, 0]))
     np.testing.assert_array_equal(asked, [0, 0, 2, 0, 0, 1, 1, 1, 2, 2])
-
-
-def test_label_accuracy_alone(train, test, findings):
-    made, means = experiment(train, test)
-    alone = LabelAccuracy(batch=77)(made, means, config(), jax.random.key(1), 0)
-    assert alone.figures == {"label_accuracy": findings.figures["label_accuracy"]}
 
 
 def write_metrics(workdir):

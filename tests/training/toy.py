@@ -78,6 +78,8 @@ def data(count, seed, delay=0.0):
 def build(config):
     import functools
 
+    from jax.sharding import PartitionSpec
+
     from mmdiff.experiment import Experiment
     from mmdiff.processes import Process
 
@@ -92,4 +94,6 @@ def build(config):
         shape={"x": (4,)},
         draw=None,
         modalities={},
+        # The wide dimension of both kernels, over whatever axis there is.
+        rules=(("first/kernel", PartitionSpec(None, ("fsdp", "tensor"))), ("second/kernel", PartitionSpec(("fsdp", "tensor")))),
     )
