@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmdiff.training.sharding import TRANSFORMER, Rules
+
 Params = Any
 Batch = Mapping[str, jax.Array]
 
@@ -23,13 +25,14 @@ class Experiment:
       apply: `(params, net_x, net_t) -> out`.
       loss: `(params, batch, key) -> (scalar, metrics)`.
       optimizer: an `optax.GradientTransformation`.
-      train_data, eval_data: sources of examples (`len(source)`, `source.take(indices) -> {name: array}`).
+      train_data, eval_data: `() -> source`, called by what reads the data; a source has `len(source)` and
+        `source.take(indices) -> {name: array}`.
       shape: the shape of one example of every modality, `{"image": (8, 8, 1), "label": ()}`.
       draw: `(params, keys, given, *, steps, guidance, absent=()) -> {name: array}`: a sampler that holds the modalities in
         `given` at t = 0 and those in `absent` at t = 1. `steps` (int), `guidance` (float) and `absent` are static under jit.
       modalities: how a person writes and sees each modality (`parse`, `check`, `show`), `{"image": Images(...), ...}`.
       evaluators: callables `(experiment, params, config, key, step) -> Findings`, run by `mmdiff eval` in this order.
-      rules: the sharding table, `[(path regex, PartitionSpec | "fsdp"), ...]`; the first match wins.
+      rules: the sharding table (see `training.sharding`); the first match wins.
     """
 
     process: Any
@@ -37,13 +40,13 @@ class Experiment:
     apply: Callable[..., Any]
     loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     optimizer: Any
-    train_data: Any
-    eval_data: Any
+    train_data: Callable[[], Any]
+    eval_data: Callable[[], Any]
     shape: Mapping[str, tuple[int, ...]]
     draw: Callable[..., Mapping[str, jax.Array]]
     modalities: Mapping[str, Any]
     evaluators: Sequence[Callable[..., Any]] = ()
-    rules: Sequence[tuple[str, Any]] = ((".*", "fsdp"),)
+    rules: Rules = TRANSFORMER
 
 
 def initialiser(net: Any, process: Any, shape: Any) -> Callable[[jax.Array], Params]:

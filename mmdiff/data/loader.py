@@ -1,8 +1,12 @@
-"""From a source to the batches of this process."""
+"""From a source to the batches of this process, ahead of time."""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -42,3 +46,24 @@ def batches(
             step += 1
 
     return generate(int(start_step))
+
+
+def prefetch(items: Iterator[Any], ahead: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
+    """A context whose value iterates over `items`, made in a thread, `ahead` of them before they are asked for."""
+
+    @contextlib.contextmanager
+    def context():
+        with ThreadPoolExecutor(1, "prefetch") as pool:
+            waiting = collections.deque(pool.submit(next, items) for _ in range(ahead))
+
+            def generate():
+                while True:
+                    waiting.append(pool.submit(next, items))
+                    yield waiting.popleft().result()  # an error in the thread comes up here
+
+            try:
+                yield generate()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    return context()

@@ -1,8 +1,8 @@
 """Networks: pure functions of (parameters, inputs, times) that know no process."""
 
 from mmdiff.nets.attention import attention
-from mmdiff.nets.dit import DiT, as_joint, dit
+from mmdiff.nets.dit import DiT, as_joint, dit, sizes
 from mmdiff.nets.embed import Label, Patches, Tokens, Vectors
 from mmdiff.nets.mmdit import MMDiT
 
-__all__ = ["DiT", "Label", "MMDiT", "Patches", "Tokens", "Vectors", "as_joint", "attention", "dit"]
+__all__ = ["DiT", "Label", "MMDiT", "Patches", "Tokens", "Vectors", "as_joint", "attention", "dit", "sizes"]

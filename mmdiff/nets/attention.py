@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
 BACKENDS = ("reference", "xla", "cudnn")
+
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """What is traced inside is meant for `platform` ("cpu", "gpu", "tpu"), which may not be the one that is here."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def platform() -> str:
+    """The platform that is being compiled for: that of `compiling_for`, else the default one."""
+    return _target.get() or jax.default_backend()
+
+
+def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[B, N, 3 H D] -> q, k, v [B, N, H, D]. The features are ordered by head first, so that a split of them is a split of heads."""
+    b, n, size = qkv.shape
+    qkv = qkv.reshape(b, n, heads, 3, size // (3 * heads))
+    return qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, backend: str | None = None) -> jax.Array:
@@ -20,7 +48,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     Returns [B, N, H, D] in q's dtype.
     """
     if backend is None:
-        fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+        fused = platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
         backend = "cudnn" if fused else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"attention: no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
-from mmdiff.nets.attention import attention
+from mmdiff.nets.attention import attention, split_heads
 from mmdiff.nets.embed import Patches, TimeEmbed, xavier
 
 zeros = nn.initializers.zeros
@@ -21,7 +21,15 @@ REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
+
+
+def sizes(size: str) -> tuple[int, int, int]:
+    """(depth, width, heads) of the published sizes: "S", "B", "L" or "XL"."""
+    if size not in SIZES:
+        raise UserError(f"no DiT of size {size!r}; choose one of {', '.join(SIZES)}.")
+    return SIZES[size]
 
 
 def check_width(width: int, heads: int) -> None:
@@ -83,7 +91,7 @@ class Attention(nn.Module):
     def __call__(self, x):
         b, n, h = x.shape
         qkv = nn.Dense(3 * h, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
-        q, k, v = (part.reshape(b, n, self.heads, h // self.heads) for part in jnp.split(qkv, 3, axis=-1))
+        q, k, v = split_heads(qkv, self.heads)
         if self.qk_norm:
             q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
@@ -131,7 +139,8 @@ class DiT(nn.Module):
     Attributes:
       patches: the image's shape and patch size.
       depth, width, heads: see `SIZES`; `dit("XL", 2)` builds the published ones.
-      scan: compile one layer and scan it. remat: "none", "dots" or "full". dtype: activations and products; parameters are float32.
+      scan: compile one layer and scan it. remat: what the backward pass finds stored: "none" (no rematerialisation:
+        everything), "dots" (products), "full" (each block's input) or "offload" (products, in the host's memory: TPU and GPU). dtype: activations and products; parameters are float32.
     """
 
     patches: Patches
@@ -161,9 +170,7 @@ class DiT(nn.Module):
 
 def dit(size: str, patch: int, *, image: int = 32, channels: int = 4, classes: int = 1000, learn_sigma: bool = True, **options) -> DiT:
     """The published DiT-`size`/`patch`: `dit("XL", 2)` works on 32x32x4 latents of 256-pixel images."""
-    if size not in SIZES:
-        raise UserError(f"no DiT of size {size!r}; choose one of {', '.join(SIZES)}.")
-    depth, width, heads = SIZES[size]
+    depth, width, heads = sizes(size)
     patches = Patches(image, image, channels, patch, 2 * channels if learn_sigma else channels)
     return DiT(patches, classes, depth, width, heads, **options)
 

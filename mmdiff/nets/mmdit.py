@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mmdiff.nets.attention import attention
+from mmdiff.nets.attention import attention, split_heads
 from mmdiff.nets.dit import MLP, check_width, layer_norm, modulate, stack, zeros
 from mmdiff.nets.embed import TimeEmbed, xavier
 
@@ -65,7 +65,7 @@ class JointBlock(nn.Module):
         x = jnp.concatenate([streams[name] for name in names], axis=1)
         b, n, _ = x.shape
         qkv = dense(3 * width, "qkv")(by_stream(modulate, layer_norm(x), shift_a, scale_a))
-        q, k, v = (part.reshape(b, n, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1))
+        q, k, v = split_heads(qkv, self.heads)
         if self.qk_norm:
             q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)

@@ -1,9 +1,17 @@
-"""Where arrays live: a mesh with the axes data, fsdp and tensor, and one table of rules from paths to shardings.
+"""Where arrays live: a mesh, and one table of rules from paths to shardings.
 
-The batch is split over data and fsdp. Parameters, optimizer state and their running average follow the table, which is applied
-once, from outside: no network, loss or process knows of it.
+The axes of the mesh:
 
-    rules = [(r"mlp/.*kernel", PartitionSpec(None, "tensor")), (".*", "fsdp")]
+    slices   TPU slices that a data-centre network joins; each holds all parameters and takes its share of the batch
+    data     the same within a slice
+    fsdp     shares of the batch; parameters, optimizer state and average are split too, and gathered layer by layer
+    seq      shares of every example: rows of images, tokens of sequences (for long token streams)
+    tensor   shares of every layer: attention heads and MLP width
+
+Parameters, optimizer state and their running average follow the table, which is applied once, from outside: no network, loss or
+process knows of it.
+
+    rules = [(r"mlp/in/", {"tensor": -1}), (r"head/kernel", PartitionSpec(None, "fsdp")), (".*", "fsdp")]
 """
 
 from __future__ import annotations
@@ -18,17 +26,29 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmdiff.errors import UserError
+from mmdiff.nets.attention import compiling_for
 from mmdiff.training.step import State, Step, init_state
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = PartitionSpec(("data", "fsdp"))  # how the leading dimension of every batch array is split
+AXES = ("slices", "data", "fsdp", "seq", "tensor")
+ROWS = PartitionSpec(("slices", "data", "fsdp"))  # how the leading dimension of every batch array is split
 FSDP_MIN_SIZE = 2**14  # arrays of fewer elements stay whole: gathering them costs more than they weigh
 
-Rules = Sequence[tuple[str, PartitionSpec | str]]
+Rules = Sequence[tuple[str, PartitionSpec | str | Mapping[str, int | None]]]
+
+# The transformers of `mmdiff.nets`: each device of the tensor axis computes some heads and some of the MLP's hidden units, so a
+# block ends in two sums over the axis. The modulations, per example and not per token, are split by what they read.
+TRANSFORMER: Rules = (
+    (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(qkv|mlp/in)/kernel$", {"tensor": -1}),
+    (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(qkv|mlp/in)/bias$", {"tensor": -1, "fsdp": None}),
+    (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(out|mlp/out|adaln)/kernel$", {"tensor": -2}),
+    (".*", "fsdp"),
+)
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `axes`, {"data": -1, "fsdp": 1, "tensor": 1}; one size may be -1: what the others leave.
+    """The mesh of `axes`, {"data": -1, "fsdp": 4}; one size may be -1: what the others leave.
+
+    Neighbours in the last axes are neighbours in the machine: tensor parallelism talks most, slices least.
 
     Args:
       axes: the size of each axis; an axis that is left out has size 1.
@@ -55,7 +75,10 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
             f"the sizes must multiply to {len(devices)} (config.train.mesh.data=-1 takes what the others leave)."
         )
     # Auto: the compiler places every intermediate. Networks are written for one device and say nothing of sharding.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    groups = _slices(devices, sizes["slices"])
+    inner = [jax.make_mesh((1, *list(sizes.values())[1:]), AXES, axis_types=kinds, devices=group) for group in groups]
+    return Mesh(np.concatenate([mesh.devices for mesh in inner]), AXES, axis_types=kinds)
 
 
 def specs(tree: Any, rules: Rules, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE) -> Any:
@@ -64,25 +87,30 @@ def specs(tree: Any, rules: Rules, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE)
     A path reads "params/params/blocks/mlp/kernel"; the optimizer's and the average's paths contain the parameters' own
     ("opt/0/mu/params/blocks/mlp/kernel"), so one rule, found by `re.search`, serves all three. The first match wins; a leaf
     without a match is replicated. "fsdp" splits the largest dimension that the fsdp axis divides (the last of equals), and
-    leaves arrays below `min_size` elements whole.
+    leaves arrays below `min_size` elements whole. {"tensor": -1} splits the last dimension over the tensor axis (so it holds for
+    one layer and for a stack of them) and one of the others as "fsdp" does, unless the rule names fsdp too (None: nowhere).
 
     Args:
       tree: a pytree of arrays or of their shapes.
-      rules: pairs of a regular expression and a PartitionSpec or "fsdp".
+      rules: pairs of a regular expression and a PartitionSpec, "fsdp", or a mapping from mesh axes to dimensions.
       mesh: the mesh that the specs are for.
       min_size: the smallest array that "fsdp" splits.
 
     Raises:
-      UserError: a rule that is neither, or a PartitionSpec that does not fit an array; it names the path.
+      UserError: a rule that is none of these, or one that does not fit an array; it names the path.
     """
 
     def spec(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         rule = next((rule for pattern, rule in rules if re.search(pattern, name)), PartitionSpec())
         if rule == "fsdp":
-            return _fsdp(leaf.shape, mesh.shape["fsdp"], min_size)
+            rule = {}
+        if isinstance(rule, Mapping):
+            rule = _split(name, leaf.shape, rule, mesh, min_size)
         if not isinstance(rule, PartitionSpec):
-            raise UserError(f"the sharding rule of {name} must be a PartitionSpec or 'fsdp', not {rule!r}.")
+            raise UserError(
+                f"the sharding rule of {name} must be a PartitionSpec, 'fsdp' or a dict such as {{'tensor': -1}}, not {rule!r}."
+            )
         _check(name, leaf.shape, rule, mesh)
         return rule
 
@@ -96,7 +124,7 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh, *, min_size: int = FSDP_MIN_S
 
 def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules) -> State:
     """The shapes, types and shardings of the state, without any arrays: what checkpoints are restored onto."""
-    named = {axis for _, rule in rules if isinstance(rule, PartitionSpec) for axis in jax.tree.leaves(tuple(rule))}
+    named = {axis for _, rule in rules if rule != "fsdp" for axis in jax.tree.leaves(tuple(rule))}
     if mesh.shape["tensor"] > 1 and "tensor" not in named:
         raise UserError(
             f"the mesh has tensor={mesh.shape['tensor']}, but no sharding rule of this experiment names the tensor axis, so its devices "
@@ -118,7 +146,7 @@ def lower_step(step: Step, state: State, batch: Mapping[str, Any], mesh: Mesh) -
     """The step, lowered for the mesh: `.compile()` gives the program `(state, batch) -> (state, metrics)`.
 
     The state keeps its sharding and its memory (it is donated: the old state is gone after the call); the batch is split over
-    data and fsdp; metrics are replicated.
+    slices, data and fsdp, and then over seq; metrics are replicated.
 
     Args:
       step: from `make_step`.
@@ -127,28 +155,31 @@ def lower_step(step: Step, state: State, batch: Mapping[str, Any], mesh: Mesh) -
       mesh: where it will run; its devices may be descriptions only.
     """
     target = jax.tree.map(lambda x: x.sharding, state)
+    parts = {name: NamedSharding(mesh, _sequence(array.shape, mesh)) for name, array in batch.items()}
     jitted = jax.jit(
-        step,
+        lambda state, batch: step(state, jax.lax.with_sharding_constraint(batch, parts)),
         in_shardings=(target, NamedSharding(mesh, ROWS)),
         out_shardings=(target, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    return jitted.lower(state, batch)
+    with compiling_for(mesh.devices.flat[0].platform):
+        return jitted.lower(state, batch)
 
 
 def check_batch(global_batch: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Raises UserError, with the nearest batch that works, unless micro-batches and the mesh divide the global batch."""
-    unit = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches
+    shares = {name: mesh.shape[name] for name in ROWS[0]}
+    unit = math.prod(shares.values()) * microbatches
     if global_batch < 1 or global_batch % unit:
         nearest = max(1, round(global_batch / unit)) * unit
         raise UserError(
-            f"the mesh does not divide the global batch {global_batch}: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x "
-            f"{microbatches} micro-batch(es) need a multiple of {unit}; the nearest is config.train.global_batch={nearest}."
+            f"the mesh does not divide the global batch {global_batch}: {_text(shares)} and {microbatches} micro-batch(es) "
+            f"need a multiple of {unit}; the nearest is config.train.global_batch={nearest}."
         )
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch from the rows of each process (those that `process_rows` names), split over data and fsdp."""
+    """The global batch from the rows of each process (those that `process_rows` names), split over slices, data and fsdp."""
     sharding = NamedSharding(mesh, ROWS)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
@@ -156,7 +187,7 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def process_rows(mesh: Mesh, global_batch: int) -> tuple[int, int]:
     """(p, P): this process feeds part p of the P equal parts of every global batch.
 
-    P is the number of processes, except where the tensor axis spans several of them: these need the same rows.
+    P is the number of processes, except where the seq or tensor axis spans several of them: these need the same rows.
     """
     rows: dict[int, set] = {}
     for device, (index, *_) in NamedSharding(mesh, ROWS).devices_indices_map((global_batch,)).items():
@@ -166,17 +197,45 @@ def process_rows(mesh: Mesh, global_batch: int) -> tuple[int, int]:
     if sum(len(part) for part in parts) != len(set().union(*parts)):
         raise UserError(
             "the mesh gives two processes different but overlapping parts of the batch: "
-            "let the tensor axis divide, or be a multiple of, the devices of a process."
+            "let seq x tensor divide, or be a multiple of, the devices of a process."
         )
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
-def _fsdp(shape: tuple[int, ...], size: int, min_size: int) -> PartitionSpec:
-    divisible = [axis for axis, length in enumerate(shape) if length % size == 0]
-    if size == 1 or math.prod(shape) < min_size or not divisible:
-        return PartitionSpec()
-    axis = max(divisible, key=lambda axis: (shape[axis], axis))
-    return PartitionSpec(*[None] * axis, "fsdp")
+def _split(name: str, shape: tuple[int, ...], axes: Mapping[str, int | None], mesh: Mesh, min_size: int) -> PartitionSpec:
+    """The axes that are named at their dimensions, and fsdp, if it is not, on the largest of the others."""
+    entries: list[str | None] = [None] * len(shape)
+    for axis, dimension in axes.items():
+        if dimension is None:
+            continue
+        if not -len(shape) <= dimension < len(shape):
+            raise UserError(f"the sharding rule {dict(axes)} of {name} asks for dimension {dimension} of the shape {shape}.")
+        entries[dimension] = axis
+    size = mesh.shape["fsdp"]
+    free = [i for i, length in enumerate(shape) if entries[i] is None and length % size == 0]
+    if "fsdp" not in axes and size > 1 and math.prod(shape) >= min_size and free:
+        entries[max(free, key=lambda i: (shape[i], i))] = "fsdp"
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def _sequence(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """ROWS, and seq on the second dimension where it divides it: rows of an image, tokens of a sequence."""
+    spread = mesh.shape["seq"] > 1 and len(shape) > 1 and shape[1] % mesh.shape["seq"] == 0
+    return PartitionSpec(*ROWS, "seq") if spread else ROWS
+
+
+def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
+    """The devices of each slice: as a TPU tells, elsewhere equal runs of them in their order."""
+    if devices[0].platform == "tpu":
+        told = sorted({getattr(device, "slice_index", 0) for device in devices})
+        if len(told) != count and len(told) > 1:
+            raise UserError(f"the devices form {len(told)} slices, not {count}: set config.train.mesh.slices={len(told)}.")
+        if len(told) == count:
+            return [[device for device in devices if getattr(device, "slice_index", 0) == index] for index in told]
+    size = len(devices) // count
+    return [list(devices[i * size : (i + 1) * size]) for i in range(count)]
 
 
 def _check(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:

@@ -60,8 +60,8 @@ def experiment(train, test, wrong=0):
         process=Joint(image=Gaussian(schedules.flow(), velocity), label=absorbing(10)),
         apply=apply,
         draw=draw,
-        train_data=train,
-        eval_data=test,
+        train_data=lambda: train,
+        eval_data=lambda: test,
         shape={"image": (8, 8, 1), "label": ()},
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(10)},
     )

@@ -1,5 +1,6 @@
 """The loop in this process, on a network that trains in a second."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import toy
 
+from mmdiff.data import loader
+from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
 from mmdiff.training import checkpoints, loop, sharding
 
@@ -60,26 +63,26 @@ def test_a_run_leaves_its_files(config, tmp_path, capsys):
 def test_means_are_over_the_interval_and_leave_void_steps_out(config, tmp_path):
     config.train.update(log_every=4, eval_every=0, steps=8)
     experiment = toy.build(config)
-    poisoned = experiment.train_data.arrays["x"].copy()
-    one, other = (experiment.train_data.take(row)["x"][0] for row in order_of(config, experiment, (17, 90)))
+    source = experiment.train_data()
+    poisoned = source.arrays["x"].copy()
+    one, other = (source.take(row)["x"][0] for row in order_of(config, source, (17, 90)))
     poisoned[(poisoned == one).all(1) | (poisoned == other).all(1)] = np.nan
-    object.__setattr__(experiment.train_data, "arrays", {"x": poisoned})
-    loop.train(experiment, config, tmp_path)
+    loop.train(dataclasses.replace(experiment, train_data=lambda: ArraySource({"x": poisoned})), config, tmp_path)
     first, second = rows(tmp_path)
     assert first["skipped"] >= 1 and second["skipped"] >= first["skipped"] + 1  # counted over the whole run
     assert np.isfinite(first["loss"]) and np.isfinite(second["loss"])
 
 
-def order_of(config, experiment, positions):
+def order_of(config, source, positions):
     from mmdiff.data import order
 
-    return [order.indices(config.seed, np.array([position]), len(experiment.train_data)) for position in positions]
+    return [order.indices(config.seed, np.array([position]), len(source)) for position in positions]
 
 
 def test_an_interval_of_void_steps_is_null(config, tmp_path):
     config.train.update(log_every=2, eval_every=0, steps=2)
-    experiment = toy.build(config)
-    object.__setattr__(experiment.train_data, "arrays", {"x": np.full((50, 4), np.nan, np.float32)})
+    source = ArraySource({"x": np.full((50, 4), np.nan, np.float32)})
+    experiment = dataclasses.replace(toy.build(config), train_data=lambda: source)
     loop.train(experiment, config, tmp_path)
     [row] = rows(tmp_path)
     assert row["loss"] is None and row["skipped"] == 2
@@ -90,18 +93,18 @@ def test_an_interrupted_run_is_the_uninterrupted_one(config, tmp_path):
     whole = loop.train(toy.build(config), config, tmp_path / "whole")
 
     experiment = toy.build(config)
-    take = type(experiment.train_data).take
+    source = experiment.train_data()
 
-    class Pulled(type(experiment.train_data)):
+    class Pulled(ArraySource):
         calls = 0
 
         def take(self, indices):
             Pulled.calls += 1
             if Pulled.calls == 7:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return take(self, indices)
+            return super().take(indices)
 
-    object.__setattr__(experiment, "train_data", Pulled(experiment.train_data.arrays))
+    experiment = dataclasses.replace(experiment, train_data=lambda: Pulled(source.arrays))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         loop.train(experiment, config, tmp_path / "torn")
@@ -126,7 +129,7 @@ def test_an_evaluation_repeats_itself(config):
     params = experiment.init(jax.random.key(0))
     assert evaluate(params) == evaluate(params)
     # 20 examples in batches of 16: two batches, the second filled up from the beginning.
-    x = experiment.eval_data.arrays["x"]
+    x = experiment.eval_data().arrays["x"]
     values = []
     for index in (np.arange(16), np.arange(16, 32)):
         batch = {"x": x[index % 20], "index": index.astype(np.uint32)}
@@ -140,7 +143,7 @@ def test_prefetch_keeps_order_and_passes_errors_on():
         raise OSError("the disk is gone")
 
     for ahead in (0, 1, 3):
-        with loop.prefetch(items(), ahead) as stream:
+        with loader.prefetch(items(), ahead) as stream:
             assert [next(stream) for _ in range(5)] == list(range(5))
             with pytest.raises(OSError, match="the disk is gone"):
                 next(stream)

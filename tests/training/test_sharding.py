@@ -1,6 +1,7 @@
 """Meshes, rules and batches on eight simulated devices."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +18,18 @@ from mmdiff.training.step import make_step
 WIDTH = sharding.FSDP_MIN_SIZE // 4  # kernels of 4 x WIDTH are just large enough to be split
 TENSOR = [("first/kernel", P(None, "tensor")), ("second/kernel", P("tensor", None))]
 MESHES = {
-    "1": ((1, 1, 1), []),
-    "data 2": ((2, 1, 1), []),
-    "data 8": ((8, 1, 1), []),
-    "fsdp 8": ((1, 8, 1), [(".*", "fsdp")]),
-    "data 2 fsdp 2 tensor 2": ((2, 2, 2), [*TENSOR, (".*", "fsdp")]),
+    "1": ({}, []),
+    "data 2": ({"data": 2}, []),
+    "data 8": ({"data": 8}, []),
+    "fsdp 8": ({"fsdp": 8}, [(".*", "fsdp")]),
+    "data 2 fsdp 2 tensor 2": ({"data": 2, "fsdp": 2, "tensor": 2}, [*TENSOR, (".*", "fsdp")]),
+    "slices 2 fsdp 2 seq 2": ({"slices": 2, "fsdp": 2, "seq": 2}, [(".*", "fsdp")]),
 }
 
 
-def mesh_of(data=1, fsdp=1, tensor=1):
-    devices = jax.devices()[: data * fsdp * tensor]
-    return sharding.make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices)
+def mesh_of(data=1, fsdp=1, **others):
+    axes = {"data": data, "fsdp": fsdp, **others}
+    return sharding.make_mesh(axes, jax.devices()[: math.prod(axes.values())])
 
 
 def batch(step, size=32):
@@ -49,8 +51,8 @@ def reference():
 
 
 def trained(name, microbatches):
-    shape, rules = MESHES[name]
-    mesh, seen = mesh_of(*shape), []
+    axes, rules = MESHES[name]
+    mesh, seen = mesh_of(**axes), []
     state, program = setup(mesh, rules, microbatches)
     for i in range(4):
         state, metrics = program(state, sharding.place(batch(i), mesh))
@@ -60,7 +62,7 @@ def trained(name, microbatches):
 
 @pytest.mark.parametrize(
     "name, microbatches",
-    [("1", 4), ("data 2", 1), ("data 2", 4), ("data 8", 1), ("data 8", 4), ("fsdp 8", 1), ("data 2 fsdp 2 tensor 2", 4)],
+    [("1", 4), ("data 2", 1), ("data 2", 4), ("data 8", 1), ("data 8", 4), ("fsdp 8", 1), ("data 2 fsdp 2 tensor 2", 4), ("slices 2 fsdp 2 seq 2", 1)],
 )
 def test_loss_and_weights_do_not_depend_on_the_mesh(name, microbatches):
     arrays, metrics = trained(name, microbatches)
@@ -92,7 +94,7 @@ def test_state_is_made_in_place_and_donated():
 
 def test_specs_go_by_path_and_the_first_rule_wins():
     tree = {"mlp": {"kernel": jnp.zeros((8, 12)), "bias": jnp.zeros(12)}, "count": jnp.zeros((), jnp.int32)}
-    mesh = mesh_of(1, 4, 2)
+    mesh = mesh_of(1, 4, tensor=2)
     rules = [("mlp/kernel$", P("tensor", "fsdp")), ("kernel", P("tensor")), ("mlp", "fsdp")]
     found = sharding.specs({"params": tree, "opt": ({"mu": tree},)}, rules, mesh, min_size=1)
     one = {"mlp": {"kernel": P("tensor", "fsdp"), "bias": P("fsdp")}, "count": P()}
@@ -118,8 +120,9 @@ def test_fsdp_leaves_small_arrays_and_single_meshes_whole():
     [
         (P("fsdp"), r"splits a dimension of 6 in 4.*shape is \(6, 8\)"),
         (P(None, None, "fsdp"), "more dimensions"),
-        (P("model"), "names 'model': the mesh has data, fsdp, tensor"),
-        ("zero3", "must be a PartitionSpec or 'fsdp'"),
+        (P("model"), "names 'model': the mesh has slices, data, fsdp, seq, tensor"),
+        ("zero3", "must be a PartitionSpec, 'fsdp' or a dict"),
+        ({"tensor": -3}, "asks for dimension -3"),
     ],
 )
 def test_a_rule_that_does_not_fit_names_the_path(rule, message):
@@ -130,11 +133,11 @@ def test_a_rule_that_does_not_fit_names_the_path(rule, message):
 @pytest.mark.parametrize(
     "axes, message",
     [
-        ({"data": 3}, "data=3, fsdp=1, tensor=1 does not fit the 8 device"),
+        ({"data": 3}, "data=3, fsdp=1, seq=1, tensor=1 does not fit the 8 device"),
         ({"data": -1, "tensor": 3}, "does not fit the 8 device"),
         ({"data": -1, "fsdp": -1}, "at most one of them -1"),
         ({"data": 0}, "must be positive"),
-        ({"dta": 8}, "no axis 'dta': its axes are data, fsdp, tensor"),
+        ({"dta": 8}, "no axis 'dta': its axes are slices, data, fsdp, seq, tensor"),
     ],
 )
 def test_bad_meshes_are_refused(axes, message):
@@ -143,7 +146,7 @@ def test_bad_meshes_are_refused(axes, message):
 
 
 def test_one_axis_takes_what_is_left():
-    assert sharding.make_mesh({"data": -1, "fsdp": 2}).shape == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert sharding.make_mesh({"data": -1, "fsdp": 2}).shape == {"slices": 1, "data": 4, "fsdp": 2, "seq": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize("size, microbatches, nearest", [(100, 1, 96), (3, 1, 8), (20, 4, 32), (0, 1, 8)])
@@ -156,5 +159,5 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(size, microbatches, ne
 def test_one_process_feeds_the_whole_batch():
     assert sharding.process_rows(mesh_of(4, 2), 16) == (0, 1)
     placed = sharding.place(batch(0), mesh_of(4, 2))
-    assert placed["x"].sharding.spec == P(("data", "fsdp"))
+    assert placed["x"].sharding.spec == P(("slices", "data", "fsdp"))
     np.testing.assert_array_equal(placed["x"], batch(0)["x"])
