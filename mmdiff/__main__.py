@@ -1,4 +1,4 @@
-"""The command line: `python -m mmdiff train | sample | eval`.
+"""The command line: `python -m mmdiff train | sample | eval | bench | aot`.
 
 Nothing here imports jax before it is needed, so that help and mistakes answer at once.
 """
@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from mmdiff import __version__
 from mmdiff import config as configs
 from mmdiff.errors import UserError
+from mmdiff.training import distributed
 
 OVERRIDE = "--config."
 LARGEST_BATCH = 256  # samples drawn by one call of the network
@@ -44,6 +45,25 @@ checkpoint, prints the figures, and writes report.json (all figures) and
 report.html (figures and pictures) to the workdir. The values of the config are
 the run's own, with config.sample, config.eval and config.seed open to change."""
 
+AOT = """\
+Compiles the training step for TPUs that are not here, and prints what it needs
+of each chip: memory by kind, and whether it fits; FLOPs, what it sends and
+moves, and the least time of a step that these allow. If it does not fit, tries
+what needs less and prints the flags of the first that does. Nothing is run.
+Needs pip install 'mmdiff[tpu-aot]'."""
+
+BENCH = """\
+Times training on this machine, on random examples: seconds per step, images per
+second and chip, the share of the chip's speed that is used (MFU), what a step
+takes beyond the bare gradient and update, the wait for data, compile time and
+memory. The program is the one that train runs, and is fed in the same way.
+
+With --peer it takes turns with another program, and prints the ratio. That
+program must print a last line of JSON with its "seconds_per_step"; on a GPU the
+memory must suffice for both.
+
+Needs no data, and of Python packages only jax, flax, optax, chex and numpy."""
+
 SAMPLE = """\
 Draws samples with the averaged (EMA) weights of the last checkpoint, and writes
 samples.png and samples.npz.
@@ -57,6 +77,14 @@ the run's own, with config.sample, config.eval and config.seed open to change.""
 USE = "--config configs/digits_joint.py --workdir runs/digits_joint"
 EXAMPLES = {
     "train": [f"train {USE}", f"train {USE} --config.train.steps=100"],
+    "aot": [
+        "aot --config configs/imagenet256/dit_xl2.py --topology v5e:4x4 --config.train.mesh.fsdp=16",
+        "aot --config configs/imagenet256/dit_xl2.py --topology v5p:2x2x4 --slices 2 --json report.json",
+    ],
+    "bench": [
+        "bench --config configs/imagenet256/dit_xl2.py --config.model.size=S --config.train.global_batch=8",
+        "bench --config configs/imagenet256/dit_xl2.py --json bench.json --peer 'python their_step.py --batch 256'",
+    ],
     "eval": [f"eval {USE}"],
     "sample": [
         f"sample {USE} --number 64",
@@ -107,13 +135,14 @@ def _parser() -> argparse.ArgumentParser:
     style = {"formatter_class": _format, "allow_abbrev": False}
     parser = _Parser(prog="mmdiff", description=ABOUT, epilog=_examples(*EXAMPLES), **style)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="train | sample | eval")
+    commands = parser.add_subparsers(required=True, metavar="train | sample | eval | bench | aot")
 
-    def command(name, run, summary, about):
+    def command(name, run, summary, about, workdir=True):
         sub = commands.add_parser(name, help=summary, description=about, epilog=_examples(name), **style)
         sub.set_defaults(run=run)
         sub.add_argument("--config", required=True, metavar="FILE", help="the config file: configs/digits_joint.py")
-        sub.add_argument("--workdir", required=True, metavar="DIR", help="the folder of the run")
+        if workdir:
+            sub.add_argument("--workdir", required=True, metavar="DIR", help="the folder of the run")
         # Only shown: _arguments takes the overrides out before parsing.
         sub.add_argument(f"{OVERRIDE}KEY=VALUE", action="store_true", help="replace a value of the config; repeatable")
         return sub
@@ -121,8 +150,27 @@ def _parser() -> argparse.ArgumentParser:
     def of_checkpoint(sub):
         sub.add_argument("--step", type=_step, metavar="N|best", help="which checkpoint (default: the last); best: by config.train.best")
 
+    def of_processes(sub):
+        option = sub.add_argument
+        option("--distributed", action="store_true", help="join the other processes of the run (TPU slice, Slurm, Open MPI, Kubernetes)")
+        option("--coordinator", metavar="HOST:PORT", help="where the launcher is unknown: the address of process 0,")
+        option("--processes", metavar="N", help="how many processes there are,")
+        option("--process", metavar="I", help="and which one this is, from 0")
+
     sub = command("train", _train, "train, or continue a run", TRAIN)
-    sub.add_argument("--distributed", action="store_true", help="join the other processes of a multi-host run")
+    of_processes(sub)
+    sub = command("bench", _bench, "measure how fast training is here", BENCH, workdir=False)
+    option = sub.add_argument
+    option("--steps", type=_positive, default=5, metavar="N", help="timed steps in a round (default: 5)")
+    option("--rounds", type=_positive, default=5, metavar="N", help="rounds in which the programs take turns (default: 5)")
+    option("--peer", default="", metavar="COMMAND", help="another program to compare with, in quotes")
+    option("--json", metavar="FILE", help="write the figures to a file, too")
+    of_processes(sub)
+    sub = command("aot", _aot, "what a training step needs of TPUs that are not here", AOT, workdir=False)
+    option = sub.add_argument
+    option("--topology", required=True, metavar="KIND:SHAPE", help="the TPUs: v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:16x16, ...")
+    option("--slices", type=_positive, default=1, metavar="N", help="so many of them, joined by the data-centre network (default: 1)")
+    option("--json", metavar="FILE", help="write the report to a file, too")
     sub = command("sample", _sample, "draw samples from a trained model", SAMPLE)
     option = sub.add_argument
     option("--number", type=_positive, metavar="N", help="samples to draw (default: what a given file holds, or 16)")
@@ -175,14 +223,51 @@ def _finite(text: str) -> float:
 
 def _train(args: argparse.Namespace) -> None:
     config, module = configs.load(args.config, args.overrides)
+    where = distributed.address(args.coordinator, args.processes, args.process)
     _make_folder(args.workdir)
-    _start_jax(distributed=args.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ)
+    _start_jax()
+    if args.distributed or where:
+        distributed.start(**where)
     from mmdiff.training import loop
 
     loop.train(module.build(config), config, args.workdir)
 
 
+def _bench(args: argparse.Namespace) -> None:
+    config, module = configs.load(args.config, args.overrides)
+    where = distributed.address(args.coordinator, args.processes, args.process)
+    if args.peer:  # on a GPU jax would take three quarters of the memory at once
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if args.distributed or where:
+        distributed.start(**where)
+    import jax
+
+    from mmdiff.training import bench
+
+    jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
+    found = bench.measure(module.build(config), config, steps=args.steps, rounds=args.rounds, peer=args.peer)
+    if jax.process_index() == 0:
+        print(bench.table(found))
+        _write_json(args.json, found)
+
+
+def _aot(args: argparse.Namespace) -> None:
+    configs.load(args.config, args.overrides)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run: leave an accelerator that is here alone
+    from mmdiff.training import aot
+
+    def load(overrides):
+        config, module = configs.load(args.config, [*args.overrides, *overrides.items()])
+        return config, module.build(config)
+
+    found = aot.report(load, args.topology, args.slices)
+    print(aot.text(found))
+    _write_json(args.json, found)
+
+
 def _sample(args: argparse.Namespace) -> None:
+    if _is_spare():
+        return
     config, experiment = _open(args)
     given, number = _given(experiment, args)
     out = pathlib.Path(args.out or os.path.join(args.workdir, "samples"))
@@ -201,6 +286,8 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    if _is_spare():
+        return
     config, experiment = _open(args)
     from mmdiff.evals import report
     from mmdiff.training import checkpoints
@@ -220,21 +307,34 @@ def _eval(args: argparse.Namespace) -> None:
 # ---- Parts ----
 
 
-def _start_jax(distributed: bool = False) -> None:
+def _start_jax() -> None:
     """Sets what has to be set before the first computation."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "mmdiff", "jax"))
-    if distributed:
-        numbers = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        try:
-            given = {name: int(os.environ[key]) for name, key in numbers.items() if key in os.environ}
-            jax.distributed.initialize(**given)
-        except ValueError as error:
-            remedy = "where JAX does not know the cluster, set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
-            raise UserError(f"cannot join the other processes ({error}): {remedy}.") from error
+    _keep_memory()
+
+
+def _keep_memory() -> None:
+    """Tells glibc to keep freed memory: a step on a CPU takes the same gigabytes each time, and fresh pages cost up to a fifth of it."""
+    import ctypes
+    import platform
+
+    if platform.libc_ver()[0] == "glibc":
+        mmap_max, trim_threshold = -4, -1  # the numbers of <malloc.h>
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
+def _is_spare() -> bool:
+    """Whether a launcher has started this process beside another: one draws samples and evaluates."""
+    name, rank = distributed.rank()
+    if rank:
+        print(f"mmdiff: nothing to do in process {rank} ({name}): process 0 alone does this.", file=sys.stderr)
+    return rank > 0
 
 
 def _open(args: argparse.Namespace):
@@ -357,6 +457,14 @@ def _table(figures: Mapping[str, object]) -> str:
     width = max(map(len, figures), default=0)
     texts = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in figures.items()}
     return "\n".join(f"{name:<{width}}  {text}" for name, text in texts.items())
+
+
+def _write_json(path: str | None, found: Mapping[str, object]) -> None:
+    if path:
+        try:
+            pathlib.Path(path).write_text(json.dumps(found, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def _make_folder(path: str | os.PathLike) -> None:

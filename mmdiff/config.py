@@ -16,9 +16,14 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import ml_collections
-
 from mmdiff.errors import UserError
+
+try:
+    import ml_collections
+except ModuleNotFoundError:
+    from mmdiff import configdict as ml_collections
+
+    sys.modules["ml_collections"] = ml_collections  # config files import it by that name
 
 SECTIONS = (Mapping, ml_collections.ConfigDict)
 

@@ -146,3 +146,18 @@ def vlb(process, steps: int | None = None) -> Term:
         return nats / max(1, noised.x0.size // noised.x0.shape[0])
 
     return term
+
+
+def sigma_vlb(process, steps: int) -> Term:
+    """`vlb(process, steps)` of a `LearnedSigma` with the gradient of its mean stopped: it trains the variance and nothing else.
+
+    DiT, with 1,000 steps, adds it to the squared error of eps with the weight 1 / (1000 log 2): one step's KL in bits per dimension
+    (the hybrid loss of Nichol & Dhariwal 2021, equation 16).
+    """
+    bound = vlb(process, steps)
+
+    def term(out, noised):
+        mean, sigma = jnp.split(out, 2, axis=-1)
+        return bound(jnp.concatenate([jax.lax.stop_gradient(mean), sigma], -1), noised)
+
+    return term

@@ -1,7 +1,8 @@
 """How a person writes a modality on the command line, and how they see it.
 
 A modality's `parse` turns text into examples, `check` refuses what would otherwise go wrong silently (JAX clamps an index that
-is out of range), and `show` makes pictures or words of arrays. All three work on a leading axis of n examples.
+is out of range), `show` makes pictures or words of arrays, and `random` makes examples up, for where only their shape and type
+matter. All four work on a leading axis of n examples.
 """
 
 from __future__ import annotations
@@ -85,6 +86,10 @@ class Images:
         """Pixels for the eye: uint8 [n, height, width, channels], from 0 for -1 to 255 for 1; not-a-number becomes 0."""
         return np.rint((self.quantize(np.nan_to_num(np.asarray(array), nan=-1.0)) + 1) * 127.5).astype(np.uint8)
 
+    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Noise pictures: float32 [count, height, width, channels], uniform in [-1, 1] (on the levels, where there are some)."""
+        return self.quantize(rng.uniform(-1, 1, (count, *self.shape)))
+
     @property
     def _size(self) -> str:
         return f"{self.height}, {self.width}, {self.channels}"
@@ -118,6 +123,66 @@ class Images:
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all() or np.abs(array).max() > 1 + OVERSHOOT:
             raise UserError(f"{path} holds {_span(array)}: pixels must be floats in [-1, 1], or uint8 in 0..255.")
         return array.reshape(-1, *shape).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """An autoencoder's latents: float32 [n, height, width, channels] of about unit deviation.
+
+    Attributes:
+      height, width, channels: the size; 32, 32, 4 for 256-pixel images of the Stable Diffusion autoencoder.
+      scale: examples are the autoencoder's latents times this (0.18215 for that autoencoder); a decoder divides by it.
+      name: the modality's name, which is its key in an `.npz` file.
+    """
+
+    height: int
+    width: int
+    channels: int
+    scale: float = 0.18215
+    name: str = "image"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one example."""
+        return self.height, self.width, self.channels
+
+    def parse(self, text: str) -> np.ndarray:
+        """The latents in a `.npy` or `.npz` file, one example or several, already scaled: float32 [n, height, width, channels].
+
+        Raises:
+          UserError: a file that is missing or no NumPy file, or what `check` refuses.
+        """
+        path = pathlib.Path(text).expanduser()
+        if path.suffix.lower() not in (".npy", ".npz"):
+            raise UserError(f"{self.name}: latents come in .npy or .npz files, not {path}: encode the pictures first.")
+        array = _load(path, self.name)
+        return self.check(array[None] if array.ndim == 3 else array)
+
+    def check(self, array) -> np.ndarray:
+        """`array` as float32 [n, height, width, channels].
+
+        Raises:
+          UserError: a wrong shape or type, or values that are not finite.
+        """
+        array = np.asarray(array)
+        if array.ndim != 4 or array.shape[1:] != self.shape:
+            size = ", ".join(map(str, self.shape))
+            raise UserError(f"{self.name}: latents need the shape [n, {size}], got {list(array.shape)}.")
+        if not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise UserError(f"{self.name}: latents must be finite floats, got {_span(array)}.")
+        return array.astype(np.float32)
+
+    def show(self, array) -> np.ndarray:
+        """The first three channels (or the first) as colours, -3..3 becoming 0..255: uint8 [n, height, width, 3 or 1].
+
+        Not a decoded picture, but what it shows can be made out.
+        """
+        array = np.nan_to_num(np.asarray(array, np.float32))[..., : 3 if self.channels >= 3 else 1]
+        return np.rint((np.clip(array, -3, 3) + 3) * 42.5).astype(np.uint8)
+
+    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Standard normal: float32 [count, height, width, channels]."""
+        return rng.standard_normal((count, *self.shape), np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +232,10 @@ class Labels:
         """A word for every label; "-" for an id that is no class (the mask of a label that was never drawn)."""
         names = self.names or [str(number) for number in range(self.count)]
         return [str(names[i]) if 0 <= i < self.count else "-" for i in np.asarray(array).astype(int)]
+
+    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Classes with equal chances: int32 [count]."""
+        return rng.integers(self.count, size=count, dtype=np.int32)
 
     def _number(self, word: str) -> int:
         if self.names is not None and word in self.names:

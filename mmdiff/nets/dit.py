@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from mmdiff.errors import UserError
 from mmdiff.nets.attention import attention, split_heads
-from mmdiff.nets.embed import Patches, TimeEmbed, xavier
+from mmdiff.nets.embed import Dense, Patches, TimeEmbed, xavier
+from mmdiff.nets.target import one_cpu, placed
 
 zeros = nn.initializers.zeros
 
@@ -64,14 +65,16 @@ def stack(block, depth: int, scan: bool, remat: str):
 
         def loop(carry, *constants):
             for i in range(depth):
-                carry = kind(**fields, name=f"block_{i}")(carry, *constants)
+                # XLA's CPU compiler would fuse the sum of all later blocks' gradients into each earlier block.
+                carry = jax.lax.optimization_barrier(carry) if one_cpu() else carry
+                carry = kind(**fields, name=f"block_{i}")(*placed((carry, *constants)))
             return carry
 
         return loop
 
     def scanned(carry, *constants):
         def body(module, carry, _):
-            return module(carry, *constants), None
+            return module(*placed((carry, *constants))), None
 
         layers = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
         return layers(kind(**fields, name="blocks"), carry, None)[0]
@@ -90,13 +93,13 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x):
         b, n, h = x.shape
-        qkv = nn.Dense(3 * h, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * h, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
         q, k, v = split_heads(qkv, self.heads)
         if self.qk_norm:
             q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
         out = attention(q, k, v, backend=self.backend).reshape(b, n, h)
-        return nn.Dense(h, kernel_init=xavier, dtype=self.dtype, name="out")(out)
+        return Dense(h, kernel_init=xavier, dtype=self.dtype, name="out")(out)
 
 
 class MLP(nn.Module):
@@ -107,8 +110,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        hidden = nn.Dense(int(x.shape[-1] * self.ratio), kernel_init=xavier, dtype=self.dtype, name="in")(x)
-        return nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="out")(nn.gelu(hidden, approximate=True))
+        hidden = Dense(int(x.shape[-1] * self.ratio), kernel_init=xavier, dtype=self.dtype, name="in")(x)
+        return Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="out")(nn.gelu(hidden, approximate=True))
 
 
 class Block(nn.Module):
@@ -122,7 +125,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, c):
-        parts = nn.Dense(6 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="adaln")(nn.silu(c))
+        parts = Dense(6 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="adaln")(nn.silu(c))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(parts, 6, axis=-1)
         attend = Attention(self.heads, self.qk_norm, self.backend, self.dtype, name="attention")
         x = x + gate_a[:, None] * attend(modulate(layer_norm(x), shift_a, scale_a))
@@ -139,8 +142,10 @@ class DiT(nn.Module):
     Attributes:
       patches: the image's shape and patch size.
       depth, width, heads: see `SIZES`; `dit("XL", 2)` builds the published ones.
-      scan: compile one layer and scan it. remat: what the backward pass finds stored: "none" (no rematerialisation:
-        everything), "dots" (products), "full" (each block's input) or "offload" (products, in the host's memory: TPU and GPU). dtype: activations and products; parameters are float32.
+      scan: compile one layer and scan it.
+      remat: what the backward pass finds stored: "none" (no rematerialisation: everything), "dots" (products), "full" (each block's
+        input) or "offload" (products, in the host's memory: TPU and GPU).
+      dtype: activations and products; parameters are float32.
     """
 
     patches: Patches
@@ -164,7 +169,7 @@ class DiT(nn.Module):
         c = c + nn.Embed(self.classes + 1, self.width, embedding_init=init, dtype=self.dtype, name="label")(label)
         block = partial(Block, heads=self.heads, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, backend=self.backend, dtype=self.dtype)
         h = stack(block, self.depth, self.scan, self.remat)(h, c)
-        shift, scale = jnp.split(nn.Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="adaln")(nn.silu(c)), 2, axis=-1)
+        shift, scale = jnp.split(Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="adaln")(nn.silu(c)), 2, axis=-1)
         return self.patches.decode(modulate(layer_norm(h), shift, scale), self.dtype, "image").astype(jnp.float32)
 
 

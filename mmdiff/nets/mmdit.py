@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmdiff.nets.attention import attention, split_heads
 from mmdiff.nets.dit import MLP, check_width, layer_norm, modulate, stack, zeros
-from mmdiff.nets.embed import TimeEmbed, xavier
+from mmdiff.nets.embed import Dense, TimeEmbed, xavier
 
 
 class JointBlock(nn.Module):
@@ -41,9 +41,9 @@ class JointBlock(nn.Module):
         def dense(features, part, init=xavier):
             """A function of a dict of streams (or their modulations): one product if shared, else one each."""
             if self.shared:
-                layer = nn.Dense(features, kernel_init=init, dtype=self.dtype, name=part)
+                layer = Dense(features, kernel_init=init, dtype=self.dtype, name=part)
                 return lambda x: layer(x)
-            layers = {name: nn.Dense(features, kernel_init=init, dtype=self.dtype, name=scope(name, part)) for name in names}
+            layers = {name: Dense(features, kernel_init=init, dtype=self.dtype, name=scope(name, part)) for name in names}
             return lambda x: jnp.concatenate([layers[n](piece) for n, piece in zip(names, jnp.split(x, cuts, axis=1))], axis=1)
 
         def by_stream(function, x, *modulations):
@@ -52,9 +52,9 @@ class JointBlock(nn.Module):
             return jnp.concatenate([function(piece, *parts) for piece, *parts in zip(pieces, *modulations)], axis=1)
 
         parts = [[] for _ in range(6)]
-        adaln = nn.Dense(6 * width, kernel_init=zeros, dtype=self.dtype, name="adaln") if self.shared else None
+        adaln = Dense(6 * width, kernel_init=zeros, dtype=self.dtype, name="adaln") if self.shared else None
         for name in names:
-            layer = adaln or nn.Dense(6 * width, kernel_init=zeros, dtype=self.dtype, name=f"{name}_adaln")
+            layer = adaln or Dense(6 * width, kernel_init=zeros, dtype=self.dtype, name=f"{name}_adaln")
             for part, value in zip(parts, jnp.split(layer(nn.silu(conditions[name])), 6, axis=-1)):
                 part.append(value)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
@@ -124,7 +124,7 @@ class MMDiT(nn.Module):
         streams = stack(block, self.depth, self.scan, self.remat)(streams, conditions)
         out = {}
         for name in names:
-            layer = nn.Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name=f"{name}_adaln")
+            layer = Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name=f"{name}_adaln")
             shift, scale = jnp.split(layer(nn.silu(conditions[name])), 2, axis=-1)
             tokens = modulate(layer_norm(streams[name]), shift, scale)
             out[name] = self.modalities[name].decode(tokens, self.dtype, name).astype(jnp.float32)

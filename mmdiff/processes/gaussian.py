@@ -132,10 +132,8 @@ class Gaussian(Process):
         """`(SNR(s) - SNR(t)) / 2 |x_0 - x0_hat|^2` (VDM, equation 15); infinite at s = 0, where a decoder takes over."""
         # Where the answer is 0 or infinite, any other times keep NaN out of the gradients.
         apart = (s < noised.t) & (s > 0)
-        log_t, log_s = (schedules.log_snr(self.schedule, jnp.where(apart, u, end)) for u, end in ((noised.t, 0.75), (s, 0.5)))
-        gap = -jnp.exp(log_s) * jnp.expm1(log_t - log_s)
-        nats = jnp.where(apart, 0.5 * gap * per_example_sum((noised.x0 - x0_hat) ** 2), jnp.inf)
-        return jnp.where(s < noised.t, nats, 0.0)
+        nats = self._nats(noised.x0, x0_hat, jnp.where(apart, noised.t, 0.75), jnp.where(apart, s, 0.5))
+        return jnp.where(s < noised.t, jnp.where(apart, per_example_sum(nats), jnp.inf), 0.0)
 
     def rate(self, noised, x0_hat):
         """`-SNR'(t) / 2 |x_0 - x0_hat|^2` (VDM, equation 17)."""
@@ -148,6 +146,11 @@ class Gaussian(Process):
     def prior_kl(self, x0):
         alpha, sigma = self.schedule(jnp.ones(()))
         return 0.5 * (alpha / sigma) ** 2 * per_example_sum(x0**2)
+
+    def _nats(self, x0, x0_hat, t, s):
+        """`kl` of every dimension, for 0 < s < t."""
+        log_t, log_s = (schedules.log_snr(self.schedule, u) for u in (t, s))
+        return bcast(-0.5 * jnp.exp(log_s) * jnp.expm1(log_t - log_s), x0) * (x0 - x0_hat) ** 2
 
     def _rows(self, t):
         t = self._inside(t)
@@ -164,3 +167,50 @@ class Gaussian(Process):
     @staticmethod
     def _mean(out, x):
         return out[..., : x.shape[-1]].astype(jnp.float32) if x.ndim > 1 else out.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedSigma(Gaussian):
+    r"""A `Gaussian` that draws its steps with a variance that the network predicts (Nichol & Dhariwal 2021, section 3.1).
+
+    The output has twice the channels of x: what `predict` says, and v. With w = (v + 1) / 2, a step from t to s has the mean of the
+    posterior and the variance between beta~ (the posterior's, w = 0) and beta (w = 1) of the chain on the sampler's own grid,
+
+        Sigma = (1 - SNR_t / SNR_s) sigma_s^(2 (1 - w)) sigma_t^(2 w).
+
+    The belief about x_0 has twice the channels, too: x0_hat and w, which a step clips to [0, 1], since guidance may overshoot.
+    `loss` trains the first half of the output, `losses.sigma_vlb` the second. With `eta` 0 the process is DDIM and w is not used.
+    """
+
+    eta: float = 1.0
+
+    def clean(self, out, xt, t):
+        share = (out[..., xt.shape[-1] :].astype(jnp.float32) + 1) / 2
+        return jnp.concatenate([super().clean(out, xt, t), share], -1)
+
+    def step(self, keys, xt, x0_hat, t, s):
+        x0_hat, share = self._halves(x0_hat, xt)
+        xs = super().step(keys, xt, x0_hat, t, s)  # the mean, and noise of the variance beta~
+        moves = (s > 0) & (s < t)  # to s = 0 nothing is drawn
+        t, s = jnp.where(moves, t, 0.75), jnp.where(moves, s, 0.5)
+        sigma_s = self.schedule(s)[1]
+        log_t, log_s = (schedules.log_snr(self.schedule, u) for u in (t, s))
+        narrow = jnp.where(moves, self.eta * sigma_s * jnp.sqrt(-jnp.expm1(log_t - log_s)), 0.0)
+        noise = per_example(lambda key: jax.random.normal(key, xt.shape[1:]), keys)  # the same as in xs
+        return xs + bcast(narrow, xt) * jnp.expm1(0.5 * jnp.clip(share, 0.0, 1.0) * self._log_ratio(t, s, xt)) * noise
+
+    def rate(self, noised, x0_hat):
+        return super().rate(noised, self._halves(x0_hat, noised.x0)[0])
+
+    def _nats(self, x0, x0_hat, t, s):
+        x0_hat, share = self._halves(x0_hat, x0)
+        wider = share * self._log_ratio(t, s, x0)  # log (Sigma / beta~)
+        return 0.5 * (wider + jnp.expm1(-wider)) + jnp.exp(-wider) * super()._nats(x0, x0_hat, t, s)
+
+    def _log_ratio(self, t, s, x):
+        """log (beta / beta~)."""
+        return 2.0 * bcast(jnp.log(self.schedule(t)[1]) - jnp.log(self.schedule(s)[1]), x)
+
+    @staticmethod
+    def _halves(x0_hat, x):
+        return x0_hat[..., : x.shape[-1]], x0_hat[..., x.shape[-1] :]

@@ -35,7 +35,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from mmdiff import config as configs
 from mmdiff.errors import UserError
-from mmdiff.training import sharding
+from mmdiff.training import distributed, sharding
 from mmdiff.training.step import State
 
 log = logging.getLogger(__name__)
@@ -152,6 +152,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if distributed.lost(error):
+            return  # what goes on in the background waits for a process that is gone
         try:
             self.wait()
         except UserError:

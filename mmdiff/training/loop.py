@@ -10,13 +10,12 @@ import logging
 import math
 import os
 import pathlib
-import queue
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,14 +28,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mmdiff.data import loader
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
-from mmdiff.training import checkpoints, sharding
-from mmdiff.training.step import State, make_step
+from mmdiff.training import checkpoints, distributed, sharding
+from mmdiff.training.step import IN_FLIGHT, State, noise_scale_of, step_of
 
 log = logging.getLogger(__name__)
 
-# Steps that are handed to the device before the host waits for the first of them. Enough that the device never waits for
-# Python, few enough that a run that is told to stop has saved itself within a scheduler's grace period.
-IN_FLIGHT = 4
 OPTIONS = (  # what is read of config.train
     "steps", "global_batch", "microbatches", "log_every", "eval_every", "checkpoint_every", "keep", "best", "ema", "mesh",
     "prefetch", "tensorboard",
@@ -44,6 +40,7 @@ OPTIONS = (  # what is read of config.train
 TIMING = ("images_per_second", "train_seconds")  # the keys of a metrics line that two equal runs may differ in
 
 
+@distributed.together()
 def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> State:
     """Trains to config.train.steps, from the newest checkpoint in `workdir` if there is one, and returns the final state.
 
@@ -52,7 +49,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
 
     It reads config.seed and, of config.train: steps, global_batch, microbatches, log_every, eval_every (0: never),
     checkpoint_every, keep (the last k checkpoints), best (a metric such as "val/loss" whose lowest checkpoint is kept too, or
-    ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard.
+    ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard; if there, noise_scale and norm_groups (metrics, see `make_step`).
 
     It writes WORKDIR/config.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one before,
     void steps left out, and `skipped`, their number so far; one line per evaluation: "val/..."), run.json and TensorBoard
@@ -70,9 +67,11 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
     changed = checkpoints.check_config(workdir, config)
 
     # Everything the step needs to be compiled is known from shapes: no array exists yet.
-    step_fn = make_step(experiment.loss, experiment.optimizer, ema=options.ema, microbatches=options.microbatches)
+    step_fn = step_of(experiment, options)
     abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules)
-    example = loader.batches(experiment.train_data, config.seed, 1)
+    data = experiment.train_data()
+    part, parts = sharding.process_rows(mesh, options.global_batch)
+    example = loader.batches(data, config.seed, 1, part * options.global_batch // parts)  # its own first row: no process reads others'
     shapes = {
         name: jax.ShapeDtypeStruct((options.global_batch, *array.shape[1:]), array.dtype)
         for name, array in next(example).items()
@@ -106,9 +105,9 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             journal.say(f"continuing with other values: {listed}")
 
         # Batches are read and placed in a thread; the first ones while the step compiles.
-        part, parts = sharding.process_rows(mesh, options.global_batch)
-        batches = loader.batches(experiment.train_data, config.seed, options.global_batch, start, part, parts)
-        stream = stack.enter_context(prefetch((sharding.place(checked(experiment, batch), mesh) for batch in batches), options.prefetch))
+        batches = loader.batches(data, config.seed, options.global_batch, start, part, parts)
+        placed = (sharding.place(checked(experiment, batch), mesh) for batch in batches)
+        stream = stack.enter_context(loader.prefetch(placed, options.prefetch))
 
         size = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
         whence = f"continuing from step {start}" if start else "starting"
@@ -171,7 +170,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         saved.wait()
         journal.summary(step, meta)
         if stopping and not last:
-            journal.say(f"{stop.name}: saved step {step}; the same command continues")
+            journal.say(f"{stop.name}: saved step {step}{stop.after()}; the same command continues")
             raise SystemExit(stop.status)
         return state
 
@@ -183,27 +182,6 @@ def checked(experiment: Experiment, batch: Mapping[str, np.ndarray]) -> Mapping[
     except ValueError as error:
         raise UserError(f"the training data does not fit the process: {error}") from error
     return batch
-
-
-def prefetch(items: Iterator[Any], ahead: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
-    """A context whose value iterates over `items`, made in a thread, `ahead` of them before they are asked for."""
-
-    @contextlib.contextmanager
-    def context():
-        with ThreadPoolExecutor(1, "prefetch") as pool:
-            waiting = collections.deque(pool.submit(next, items) for _ in range(ahead))
-
-            def generate():
-                while True:
-                    waiting.append(pool.submit(next, items))
-                    yield waiting.popleft().result()  # an error in the thread comes up here
-
-            try:
-                yield generate()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    return context()
 
 
 def make_accumulate() -> Callable:
@@ -223,7 +201,7 @@ def make_evaluate(experiment: Experiment, config: ml_collections.ConfigDict, mes
 
     The data is taken in its own order in batches of the training size; the last one is filled up from the beginning.
     """
-    size, source = config.train.global_batch, experiment.eval_data
+    size, source = config.train.global_batch, experiment.eval_data()
     part, parts = sharding.process_rows(mesh, size)
 
     def score(params, batch):
@@ -267,6 +245,7 @@ class Signals:
 
     def __init__(self):
         self.signal: int | None = None
+        self._came = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self):
@@ -279,12 +258,16 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        self.signal = number
+        self.signal, self._came = number, time.perf_counter()
         self.__exit__()  # the next one is obeyed
 
     @property
     def name(self) -> str:
         return signal.Signals(self.signal).name if self.signal else "another process was stopped"
+
+    def after(self) -> str:
+        """How long ago that was, which a scheduler's grace period must allow for."""
+        return f" {time.perf_counter() - self._came:.1f} s after it came" if self.signal else ""
 
     @property
     def status(self) -> int:
@@ -317,7 +300,7 @@ class Journal:
                 checkpoints.write_whole(path, "".join(_lines_until(path, self._start)))
                 self._file = path.open("a")
             if self._options.tensorboard:
-                self._events = Events(self._workdir)
+                self._events = Events(self._workdir, self._start)
         return self
 
     def __exit__(self, *_) -> None:
@@ -352,6 +335,8 @@ class Journal:
             with np.errstate(invalid="ignore"):  # 0 / 0 if every step was void
                 values = {name: float(mean.compute()) for name, mean in jax.device_get(dict(sums)).items()}
             values["skipped"] = int(values["skipped"])
+            if "noise_scale/trace" in values:
+                values["noise_scale"] = noise_scale_of(values)  # of the means: a mean of ratios would be biased
             self._loss = values["loss"]
             self.write(step, {**values, "images_per_second": rate, "train_seconds": self.seconds()})
         if logs or self._terminal and time.perf_counter() - self._printed > 0.5:
@@ -411,33 +396,48 @@ class Journal:
 
 
 class Events:
-    """TensorBoard events, written by a thread, because importing their writer takes as long as compiling a small model."""
+    """TensorBoard events, without tensorflow, whose import takes longer than compiling a small model.
 
-    def __init__(self, workdir: pathlib.Path):
-        self._workdir, self._queue = workdir, queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="tensorboard")
-        self._thread.start()
+    The first event makes TensorBoard forget what the run told of later steps before, if it went further than its last checkpoint.
+
+    Args:
+      workdir: where the event file is made.
+      start: the step that the run continues from.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int):
+        self._records = None
+        with self._comfort():
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+
+            self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+            # They are read in the order of their names: the time comes first.
+            path = workdir / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+            self._records = RecordWriter(path.open("wb"))
+            self._add(file_version="brain.Event:2")
+            self._add(step=start + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._queue.put((step, dict(values)))
+        if self._records:
+            with self._comfort():
+                scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+                self._add(step=step, summary=self._summary(value=scalars))
 
     def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        if self._records:
+            self._records.close()
 
-    def _run(self) -> None:
+    def _add(self, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._records.flush()
+
+    @contextlib.contextmanager
+    def _comfort(self):
         try:
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-            import tensorflow
-            from clu import metric_writers
-
-            tensorflow.config.set_visible_devices([], "GPU")  # it would take their memory
-            writer = metric_writers.SummaryWriter(str(self._workdir))
-            while item := self._queue.get():
-                writer.write_scalars(*item)
-                writer.flush()
-            writer.close()
-        except Exception as error:  # curves are a comfort: a run does not die of them
+            yield
+        except (ImportError, OSError) as error:  # curves are a comfort: a run does not die of them
+            self._records = None
             log.warning("no TensorBoard events are written: %s: %s", type(error).__name__, error)
 
 

@@ -16,6 +16,7 @@ process knows of it.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmdiff.errors import UserError
-from mmdiff.nets.attention import compiling_for
+from mmdiff.nets.target import compiling_for
 from mmdiff.training.step import State, Step, init_state
 
 AXES = ("slices", "data", "fsdp", "seq", "tensor")
@@ -138,8 +139,13 @@ def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules) -> 
 
 def place_state(init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules) -> State:
     """`init_state` on the mesh: each device makes its own part, no host ever holds the whole."""
+    return lower_init(init, optimizer, key, mesh, rules).compile()(key)
+
+
+def lower_init(init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules) -> jax.stages.Lowered:
+    """`init_state`, lowered for the mesh: `.compile()` gives the program `key -> state`."""
     target = jax.tree.map(lambda x: x.sharding, abstract_state(init, optimizer, mesh, rules))
-    return jax.jit(lambda key: init_state(init, optimizer, key), out_shardings=target)(key)
+    return jax.jit(lambda key: init_state(init, optimizer, key), out_shardings=target).lower(key)
 
 
 def lower_step(step: Step, state: State, batch: Mapping[str, Any], mesh: Mesh) -> jax.stages.Lowered:
@@ -162,7 +168,7 @@ def lower_step(step: Step, state: State, batch: Mapping[str, Any], mesh: Mesh) -
         out_shardings=(target, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    with compiling_for(mesh.devices.flat[0].platform):
+    with compiling_for(mesh.devices.flat[0].platform, mesh.size, functools.partial(_place_activations, mesh=mesh)):
         return jitted.lower(state, batch)
 
 
@@ -224,6 +230,13 @@ def _sequence(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """ROWS, and seq on the second dimension where it divides it: rows of an image, tokens of a sequence."""
     spread = mesh.shape["seq"] > 1 and len(shape) > 1 and shape[1] % mesh.shape["seq"] == 0
     return PartitionSpec(*ROWS, "seq") if spread else ROWS
+
+
+def _place_activations(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """Activations stay where the rows of the batch are, and tokens [B, N, ...] over seq."""
+    if mesh.size == 1 or x.shape[0] % math.prod(mesh.shape[name] for name in ROWS[0]):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _sequence(x.shape, mesh) if x.ndim > 2 else ROWS))
 
 
 def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:

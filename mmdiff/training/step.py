@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -11,9 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from mmdiff.errors import UserError
+from mmdiff.nets.target import platform
 
 Metrics = Mapping[str, jax.Array]
 Step = Callable[["State", Mapping[str, jax.Array]], tuple["State", Metrics]]
+
+# Steps that are handed to the device before the host waits for the first of them. Enough that the device never waits for
+# Python, few enough that a run that is told to stop has saved itself within a scheduler's grace period.
+IN_FLIGHT = 4
 
 
 @flax.struct.dataclass
@@ -57,7 +63,15 @@ def init_state(init: Callable[[jax.Array], Any], optimizer: optax.GradientTransf
     )
 
 
-def make_step(loss: Callable, optimizer: optax.GradientTransformation, *, ema: float = 0.999, microbatches: int = 1) -> Step:
+def make_step(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: float = 0.999,
+    microbatches: int = 1,
+    noise_scale: bool = False,
+    norm_groups: Sequence[tuple[str, str]] = (),
+) -> Step:
     """Makes the step of a loss and an optimizer. The step is pure and not jitted: sharding is applied from outside.
 
     With g = (1/m) sum_j grad loss(params, batch_j, fold_in(key, step)) over m micro-batches, in float32:
@@ -72,15 +86,23 @@ def make_step(loss: Callable, optimizer: optax.GradientTransformation, *, ema: f
       optimizer: what turns gradients into updates, clipping and the learning rate's schedule included.
       ema: the decay that the average's warm-up ends at.
       microbatches: m; the batch is split in m, which costs time and saves memory.
+      noise_scale: adds the metrics "noise_scale/trace" and "noise_scale/grad_sq", whose averages `noise_scale_of` divides; m >= 2.
+      norm_groups: pairs of a name and a regular expression that adds "grad_norm/<name>" and "param_norm/<name>". A parameter
+        belongs to the first group whose expression is found in its path, or else to "other": the squares add up to the total's.
 
     Returns:
       A step whose metrics are the loss's own and "loss", "grad_norm" (before clipping), "param_norm" and "skipped" (0 or 1),
       float32 scalars.
     """
+    if noise_scale and microbatches < 2:
+        raise UserError("the gradient noise scale compares micro-batches: set config.train.microbatches to 2 or more.")
 
     def evaluate(params, batch, key):
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-        return _float32((value, metrics, grads))
+        value, metrics, grads = _float32((value, metrics, grads))
+        if noise_scale:
+            metrics = {**metrics, "noise_scale/part_sq": _squares(grads)}
+        return value, metrics, grads
 
     def accumulate(params, batch, key):
         if microbatches == 1:
@@ -98,22 +120,22 @@ def make_step(loss: Callable, optimizer: optax.GradientTransformation, *, ema: f
         key = jax.random.fold_in(state.key, state.step)
         value, metrics, grads = accumulate(state.params, batch, key)
         grad_norm = optax.tree.norm(grads)
+        if noise_scale:
+            metrics = _noise_moments(metrics, grad_norm**2, len(jax.tree.leaves(batch)[0]), microbatches)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)  # the norm is finite only if every gradient is
 
-        updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
-        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), state.ema, params)
+        def update(params, opt, average):
+            updates, opt = optimizer.update(grads, opt, params)
+            params = optax.apply_updates(params, updates)
+            decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+            return params, opt, jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), average, params)
 
-        # A select, not a branch: it fuses with the update, and the step stays one straight program on every device.
-        def keep(new, old):
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-
+        params, opt, average = _if(finite, update, state.params, state.opt, state.ema)
         state = state.replace(
             step=state.step + 1,
-            params=keep(params, state.params),
-            opt=keep(opt, state.opt),
-            ema=keep(average, state.ema),
+            params=params,
+            opt=opt,
+            ema=average,
             stats={"skipped": state.stats["skipped"] + ~finite},
         )
         return state, {
@@ -121,10 +143,69 @@ def make_step(loss: Callable, optimizer: optax.GradientTransformation, *, ema: f
             "loss": value,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(_float32(state.params)),
+            **_norms("grad_norm", grads, norm_groups),
+            **_norms("param_norm", state.params, norm_groups),
             "skipped": (~finite).astype(jnp.float32),
         }
 
     return step
+
+
+def step_of(experiment: Any, options: Mapping[str, Any]) -> Step:
+    """The step of an experiment as config.train asks for it: ema, microbatches and, if there, noise_scale and norm_groups."""
+    return make_step(
+        experiment.loss,
+        experiment.optimizer,
+        ema=options["ema"],
+        microbatches=options["microbatches"],
+        noise_scale=options.get("noise_scale", False),
+        norm_groups=options.get("norm_groups", ()),
+    )
+
+
+def noise_scale_of(metrics: Mapping[str, float]) -> float:
+    """The gradient noise scale in examples, `tr(Sigma) / |G|^2`, from "noise_scale/trace" and "noise_scale/grad_sq".
+
+    Sigma is the covariance of one example's gradient, G the true gradient: where the batch is well below their ratio, doubling it
+    nearly halves the steps. Both moments are unbiased, their ratio is not: average them over many steps *before* dividing. NaN if the
+    average of "grad_sq", which noise can make negative, is not positive. Source: McCandlish et al. 2018, appendix A.1.
+    """
+    trace, grad_sq = metrics["noise_scale/trace"], metrics["noise_scale/grad_sq"]
+    return trace / grad_sq if grad_sq > 0 else float("nan")
+
+
+def _if(wanted: jax.Array, update: Callable, *old: Any) -> Any:
+    """`update(*old)` if `wanted`, else `old`, bit for bit."""
+    if platform() == "cpu":
+        # The select would take as long as the update: this compiler stores what is selected from, having copied the old state.
+        return jax.lax.cond(wanted, update, lambda *old: old, *old)
+    # Accelerators fuse the select with the update, in place, in one straight program.
+    return jax.tree.map(lambda new, old: jnp.where(wanted, new, old), update(*old), old)
+
+
+def _noise_moments(metrics: dict, whole_sq: jax.Array, size: int, parts: int) -> dict:
+    """The moments from E|G_b|^2 = |G|^2 + tr(Sigma) / b, for the micro-batches (b = size / parts) and the batch (b = size)."""
+    part_sq, small = metrics.pop("noise_scale/part_sq"), size / parts
+    return {
+        **metrics,
+        "noise_scale/trace": (part_sq - whole_sq) / (1 / small - 1 / size),
+        "noise_scale/grad_sq": (size * whole_sq - small * part_sq) / (size - small),
+    }
+
+
+def _norms(kind: str, tree: Any, groups: Sequence[tuple[str, str]]) -> dict[str, jax.Array]:
+    members: dict[str, list] = {name: [] for name, _ in groups}
+    if not groups:
+        return {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = next((name for name, pattern in groups if re.search(pattern, path)), "other")
+        members.setdefault(name, []).append(leaf)
+    return {f"{kind}/{name}": jnp.sqrt(_squares(leaves)) for name, leaves in members.items()}
+
+
+def _squares(tree: Any) -> jax.Array:
+    return optax.tree.norm(_float32(tree), squared=True)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

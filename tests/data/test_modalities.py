@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdiff.data.modalities import Images, Labels
+from mmdiff.data.modalities import Images, Labels, Latents
+from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
 
 IMAGES = Images(8, 8, 1, levels=17)
 COLOUR = Images(4, 6, 3)
 LABELS = Labels(10)
+LATENTS = Latents(8, 6, 4)
 
 
 def digit(seed=0):
@@ -137,3 +139,49 @@ def test_label_check():
         assert "labels are 0..9" in refusal(LABELS.check, np.array(wrong))
     for wrong in (np.array([1.0]), np.array(3), np.array([[3]])):
         assert "integers of shape [n]" in refusal(LABELS.check, wrong)
+
+
+def test_latents(tmp_path):
+    latents = LATENTS.random(np.random.default_rng(0), 5)
+    np.savez(tmp_path / "samples.npz", image=latents, label=np.arange(5))
+    np.testing.assert_array_equal(LATENTS.parse(str(tmp_path / "samples.npz")), latents)
+    np.save(tmp_path / "one.npy", latents[0].astype(np.float16))
+    parsed = LATENTS.parse(str(tmp_path / "one.npy"))
+    assert parsed.shape == (1, 8, 6, 4) and parsed.dtype == np.float32
+    assert LATENTS.show(latents).shape == (5, 8, 6, 3) and Latents(8, 6, 2).show(latents[..., :2]).shape == (5, 8, 6, 1)
+    edges = LATENTS.show(np.float32([[[[-9, 0, 3, 0]]], [[[np.nan, 1, -3, 0]]]]))
+    np.testing.assert_array_equal(edges[:, 0, 0], [[0, 128, 255], [128, 170, 0]])
+    assert "encode the pictures first" in refusal(LATENTS.parse, "cat.png")
+    assert "no such file" in refusal(LATENTS.parse, str(tmp_path / "none.npy"))
+    assert "need the shape [n, 8, 6, 4], got [1, 6, 8, 4]" in refusal(LATENTS.check, np.zeros((1, 6, 8, 4), np.float32))
+    assert "not finite" in refusal(LATENTS.check, np.full((1, 8, 6, 4), np.inf, np.float32))
+    assert "uint8" in refusal(LATENTS.check, np.zeros((1, 8, 6, 4), np.uint8))
+
+
+@pytest.mark.parametrize("modality", [IMAGES, COLOUR, LABELS, LATENTS, Labels(3, ("a", "b", "c"))])
+def test_random_examples_are_examples(modality):
+    drawn, again = (modality.random(np.random.default_rng(1), 300) for _ in range(2))
+    checked = modality.check(drawn)  # shape and range
+    assert checked.dtype == drawn.dtype and drawn.shape == (300, *modality.shape)
+    np.testing.assert_array_equal(drawn, again)
+    if modality is LATENTS:
+        assert abs(drawn.mean()) < 0.01 and abs(drawn.std() - 1) < 0.01
+    elif isinstance(modality, Images):
+        np.testing.assert_array_equal(modality.quantize(drawn), drawn)
+    else:
+        np.testing.assert_array_equal(np.unique(drawn), np.arange(modality.count))
+
+
+def test_a_random_source_is_a_function_of_the_index():
+    source, other = (RandomSource({"image": LATENTS, "label": LABELS}, size=10**9) for _ in range(2))
+    taken = source.take(np.array([5, 999_999_999, 5]))
+    assert len(source) == 10**9 and {name: array.shape for name, array in taken.items()} == {"image": (3, 8, 6, 4), "label": (3,)}
+    np.testing.assert_array_equal(taken["image"][0], taken["image"][2])
+    assert np.abs(taken["image"][0] - taken["image"][1]).max() > 1
+    for name, array in other.take(np.array([999_999_999])).items():
+        np.testing.assert_array_equal(array[0], taken[name][1])
+    taken["image"][:] = 0  # the caller's own
+    assert source.take(np.array([5]))["image"].any()
+    for wrong in (-1, 10**9):
+        with pytest.raises(IndexError):
+            source.take(np.array([wrong]))

@@ -1,15 +1,24 @@
 """Training runs in processes of their own, cheaply: one server has jax imported and forks a child for every run.
 
 A job is a dict: workdir, overrides {"train.steps": 8}, devices (simulated), and, optionally,
-  process [index, count, port]   joins others through jax.distributed;
-  kill [signal, line, seconds]   sends the signal `seconds` after metrics.jsonl has reached that step;
+  process [index, count, port]   joins others;
+  constants {"JOIN_SECONDS": 2}  sets those of mmdiff.training.distributed;
+  kill [signal, when, seconds]   sends the signal `seconds` after the run has written of the step `when` in metrics.jsonl, or has
+                                 begun to write a checkpoint ("save"), or has started ("start"); what SIGSTOP stops is killed later;
   file_limit                     no file may grow beyond that many bytes;
-  leaves                         where to write every leaf of the final state (.npz).
-Its answer: status (exit status, negative for a signal), error (the UserError's message, or a traceback), seconds.
+  takes                          where to write which examples were read, a JSON list per read;
+  bad_read                       which read fails;
+  leaves                         where to write every leaf of the final state (.npz);
+  argv, env                      runs the command line instead, with these environment variables.
+Its answer: status (exit status, negative for a signal), error (the UserError's message, or a traceback), seconds (from the last
+signal that was sent, or from the start, to the end).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -27,7 +36,9 @@ class Server:
 
     def __enter__(self):
         path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        # Most of a run is compiling small programs.
+        quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **quick}
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
@@ -48,21 +59,26 @@ def serve():
     import ml_collections  # noqa: F401
     import toy  # noqa: F401
 
-    import mmdiff.training.loop  # noqa: F401  (what a child would otherwise spend seconds on)
+    import mmdiff.processes  # noqa: F401  (what a child would otherwise spend seconds on)
+    import mmdiff.training.loop  # noqa: F401
 
     for line in sys.stdin:
         jobs = json.loads(line)
+        before = [_marks(job) for job in jobs]
         children = [_fork(job) for job in jobs]
         began = time.perf_counter()
         answers = []
-        for job, child in zip(jobs, children):
+        for job, child, old in zip(jobs, children, before):
             if "kill" in job:
-                number, step, seconds = job["kill"]
-                while _step(job) < step and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                number, when, seconds = job["kill"]
+                while not _due(job, when, old) and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                     time.sleep(0.01)
                 time.sleep(seconds)
                 os.kill(child, number)
+                began = time.perf_counter()
         for job, child in zip(jobs, children):
+            if "kill" in job and job["kill"][0] == signal.SIGSTOP:
+                os.kill(child, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             error = _error(job)
             answers.append(
@@ -89,6 +105,7 @@ def _fork(job):
     except BaseException:
         _error(job).write_text(traceback.format_exc())
     finally:
+        sys.modules["jax"].distributed.shutdown()  # as at the exit of an ordinary process: it waits for the others
         sys.stderr.flush()
         os._exit(status)
 
@@ -98,24 +115,31 @@ def _train(job):
     import numpy as np
     import toy
 
+    from mmdiff.__main__ import main
     from mmdiff.errors import UserError
-    from mmdiff.training import loop
+    from mmdiff.training import distributed, loop
 
     os.dup2(os.open(str(_error(job)) + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
     jax.config.update("jax_num_cpu_devices", job.get("devices", 1))
+    for name, value in job.get("constants", {}).items():
+        setattr(distributed, name, value)
+    if "argv" in job:
+        os.environ.update(job.get("env", {}))
+        return main(job["argv"])
     if "process" in job:
         index, count, port = job["process"]
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+        distributed.start(coordinator=f"127.0.0.1:{port}", processes=count, process=index)
     config = toy.get_config()
     config.update_from_flattened_dict(job.get("overrides", {}))
     if "file_limit" in job:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], resource.RLIM_INFINITY))
+    experiment = toy.build(config)
+    experiment = dataclasses.replace(experiment, train_data=functools.partial(_watched, experiment.train_data(), job))
     try:
-        state = loop.train(toy.build(config), config, job["workdir"])
+        state = loop.train(experiment, config, job["workdir"])
     except UserError as error:
         _error(job).write_text(str(error))
         return 2
@@ -126,8 +150,38 @@ def _train(job):
     return 0
 
 
+def _watched(source, job):
+    """The source, which writes down what is read of it, and fails when it is told to."""
+    take, reads = source.take, itertools.count()
+
+    def watched(indices):
+        if next(reads) == job.get("bad_read"):
+            raise OSError("the disk is gone")
+        if "takes" in job:
+            with open(job["takes"], "a") as file:
+                file.write(json.dumps([int(index) for index in indices]) + "\n")
+        return take(indices)
+
+    object.__setattr__(source, "take", watched)
+    return source
+
+
 def _error(job):
-    return pathlib.Path(job["workdir"] + f".error{job.get('process', [0])[0]}")
+    return pathlib.Path(job["workdir"] + f".error{job.get('process', [job.get('name', 0)])[0]}")
+
+
+def _due(job, when, before):
+    drafts, inode = _marks(job)
+    if when == "save":
+        return drafts - before[0]
+    return when == "start" or inode != before[1] and _step(job) >= when
+
+
+def _marks(job):
+    """-> (the checkpoints that are being written or were when a run was killed, the inode of metrics.jsonl, which each run renews)."""
+    drafts = {path.name for path in pathlib.Path(job["workdir"], "checkpoints").glob("*tmp*")}
+    metrics = pathlib.Path(job["workdir"], "metrics.jsonl")
+    return drafts, metrics.stat().st_ino if metrics.exists() else None
 
 
 def _step(job):

@@ -1,26 +1,48 @@
-"""Two processes that talk through gloo: the same numbers as one, one set of files, and one decision to stop."""
+"""Processes that talk through gloo: they find each other, give the numbers of one, and stop, save and die together."""
 
 import json
+import pathlib
+import random
 import signal
 import socket
 
 import numpy as np
 import pytest
+import toy
+from test_resume import LIVELY, assert_same_leaves, lines
+
+from mmdiff.__main__ import main
+from mmdiff.data import order
+from mmdiff.training import distributed
 
 # The kernels are large enough to be split over fsdp.
 RUN = {"model.width": 4096, "train.steps": 18, "train.checkpoint_every": 6, "train.eval_every": 6}
+TOY = str(pathlib.Path(toy.__file__))
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def pair(workdir, **job):
-    """The two jobs of one run, with one device each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [{"workdir": str(workdir), "process": [index, 2, port], **job} for index in range(2)]
+    """The two jobs of one run, with one device each; the machine may stand still for a while without anybody being dead."""
+    shared = {"workdir": str(workdir), "constants": {"HEARTBEAT_SECONDS": 600}, **job}
+    port = free_port()
+    return [{**shared, "process": [index, 2, port]} for index in range(2)]
 
 
 def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def statuses(answers):
+    return [answer["status"] for answer in answers]
+
+
+def log_of(workdir, process):
+    return pathlib.Path(f"{workdir}.error{process}.log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -32,31 +54,210 @@ def alone(server, tmp_path_factory):
     return rows(folder / "run"), np.load(folder / "leaves.npz")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
-def test_two_processes_are_one_and_one_takes_over_from_them(axis, alone, server, tmp_path):
-    # data: each process feeds half the rows. fsdp: each holds half of every kernel, too. tensor: both feed the same rows.
-    mesh = {f"train.mesh.{name}": 2 if name == axis else 1 for name in ("data", "fsdp", "tensor")}
-    answers = server.run(*pair(tmp_path / "run", overrides={**RUN, **mesh, "train.steps": 12}))
-    assert [answer["status"] for answer in answers] == [0, 0], answers
-    [answer] = server.run({"workdir": str(tmp_path / "run"), "overrides": RUN, "leaves": str(tmp_path / "leaves.npz")})
-    assert answer["status"] == 0, answer
-
+def assert_same_run(alone, workdir, leaves):
     expected_rows, expected = alone
-    assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in expected_rows]
-    for row, wanted in zip(rows(tmp_path / "run"), expected_rows):
+    assert [row["step"] for row in rows(workdir)] == [row["step"] for row in expected_rows]
+    for row, wanted in zip(rows(workdir), expected_rows):
         name = "loss" if "loss" in row else "val/loss"
-        np.testing.assert_allclose(row[name], wanted[name], rtol=1e-6 if row["step"] == 4 else 1e-5)
-    found = np.load(tmp_path / "leaves.npz")
+        np.testing.assert_allclose(row[name], wanted[name], rtol=1e-6)
+    found = np.load(leaves)
     for name in expected.files:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+# ---- One run on one, two or other processes ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_two_processes_are_one_and_one_takes_over_from_them(axis, alone, server, tmp_path):
+    # fsdp: each process feeds half the rows and holds half of every kernel. tensor: both feed the same rows.
+    mesh = {f"train.mesh.{name}": 2 if name == axis else 1 for name in ("data", "fsdp", "tensor")}
+    answers = server.run(*pair(tmp_path / "run", overrides={**RUN, **mesh, "train.steps": 12}))
+    assert statuses(answers) == [0, 0], answers
+    [answer] = server.run({"workdir": str(tmp_path / "run"), "overrides": RUN, "leaves": str(tmp_path / "leaves.npz")})
+    assert answer["status"] == 0, answer
+    assert_same_run(alone, tmp_path / "run", tmp_path / "leaves.npz")
+
+
+@pytest.mark.slow
+def test_one_of_two_is_killed_and_one_and_then_two_go_on(alone, server, tmp_path):
+    workdir = tmp_path / "run"
+
+    def part(name, *jobs, **overrides):
+        overrides = {**RUN, "train.delay": 0.04, **overrides}
+        jobs = [job | {"overrides": overrides, "takes": str(tmp_path / f"{name}{i}")} for i, job in enumerate(jobs)]
+        return server.run(*jobs)
+
+    first, second = pair(workdir)
+    answers = part("killed", first, {**second, "kill": [signal.SIGKILL, 8, 0.0]})
+    assert statuses(answers) == [1, -signal.SIGKILL], answers
+    assert "mmdiff: error: another process of this run is gone" in log_of(workdir, 0) and answers[0]["seconds"] < 20
+    answers = part("one", {"workdir": str(workdir)}, **{"train.steps": 12})
+    assert statuses(answers) == [0], answers
+    first, second = pair(workdir)
+    answers = part("two", {**first, "leaves": str(tmp_path / "leaves.npz")}, second)
+    assert statuses(answers) == [0, 0], answers
+    assert_same_run(alone, workdir, tmp_path / "leaves.npz")
+
+    # Each process reads its rows of every batch, in the order of one process, and nothing else: a row to see the shapes, then batches.
+    for name, count, start, least in (("killed", 2, 0, 8), ("one", 1, 6, 6), ("two", 2, 12, 6)):
+        for process in range(count):
+            mine = slice(process * 16 // count, (process + 1) * 16 // count)
+            peek, *batches = [json.loads(line) for line in (tmp_path / f"{name}{process}").read_text().splitlines()]
+            assert peek == [indices(0)[mine][0]] and len(batches) >= least
+            for step, read in enumerate(batches, start):
+                assert read == indices(step)[mine], (name, process, step)
+
+
+def indices(step):
+    """The examples of the global batch of a step."""
+    return order.indices(toy.get_config().seed, order.positions(step, 16), len(toy.data(50, 0))).tolist()
+
+
+@pytest.mark.slow
+def test_eight_kills_of_two_processes_change_nothing(server, tmp_path):
+    steps = {**LIVELY, "train.steps": 48, "train.checkpoint_every": 4}
+    first, second = pair(tmp_path / "whole", overrides=steps)
+    answers = server.run({**first, "leaves": str(tmp_path / "whole.npz")}, second)
+    assert statuses(answers) == [0, 0], answers
+
+    moments = random.Random(0)
+    for attempt in range(8):
+        when = "save" if attempt % 2 else 4 * attempt
+        jobs = pair(tmp_path / "torn", overrides=steps, constants={"HEARTBEAT_SECONDS": 15})
+        victims = [[0], [1], [0, 1]][attempt % 3]
+        for victim in victims:
+            jobs[victim]["kill"] = [signal.SIGKILL, when, moments.uniform(0, 0.2)]
+        answers = server.run(*jobs)
+        assert 0 not in statuses(answers), answers
+    first, second = pair(tmp_path / "torn", overrides=steps)
+    answers = server.run({**first, "leaves": str(tmp_path / "torn.npz")}, second)
+    assert statuses(answers) == [0, 0], answers
+    assert_same_leaves(tmp_path / "whole.npz", tmp_path / "torn.npz")
+    assert lines(tmp_path / "torn") == lines(tmp_path / "whole")
+
+
+# ---- The end of one is the end of all ----
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(server, tmp_path):
     overrides = {"train.steps": 500, "train.checkpoint_every": 1000, "train.eval_every": 0, "train.delay": 0.01}
     first, second = pair(tmp_path / "run", overrides=overrides)
     answers = server.run(first, {**second, "kill": [signal.SIGTERM, 8, 0.0]})
-    assert [answer["status"] for answer in answers] == [128 + signal.SIGTERM] * 2, answers
+    assert statuses(answers) == [128 + signal.SIGTERM] * 2, answers
     [saved] = [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()]
     assert 8 < saved < 500
-    assert f"saved step {saved}" in (tmp_path / "run.error0.log").read_text()
+    assert f"saved step {saved}" in log_of(tmp_path / "run", 0)
+
+
+@pytest.mark.slow
+def test_a_process_that_falls_silent_counts_as_dead(server, tmp_path):
+    # It is stopped, as if its machine had lost its network: no connection breaks.
+    overrides = {"train.steps": 500, "train.delay": 0.01}
+    first, second = pair(tmp_path / "run", overrides=overrides, constants={"HEARTBEAT_SECONDS": 3})
+    answers = server.run(first, {**second, "kill": [signal.SIGSTOP, 8, 0.0]})
+    assert answers[0]["status"] == -signal.SIGABRT and answers[0]["seconds"] < 20, answers
+    assert "another task died" in log_of(tmp_path / "run", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_failure_of_one_process_ends_the_other(process, server, tmp_path):
+    jobs = pair(tmp_path / "run", overrides={"train.steps": 500, "train.delay": 0.01}, constants={"LEAVE_SECONDS": 1})
+    jobs[process]["bad_read"] = 20
+    answers = server.run(*jobs)
+    assert answers[process]["status"] in (1, 2) and "the disk is gone" in answers[process]["error"], answers
+    assert answers[1 - process]["status"] in (1, -signal.SIGABRT) and answers[1 - process]["seconds"] < 30, answers
+
+
+# ---- How they find each other ----
+
+
+def command(workdir, *flags):
+    return ["train", "--config", TOY, "--workdir", str(workdir), "--config.train.steps=2", *flags]
+
+
+def test_processes_find_each_other_through_slurm(server, tmp_path):
+    job = next(number for number in range(4096) if not in_use(61440 + number))  # JAX makes a port of the number of the job
+    env = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    found = server.run(*[
+        {"workdir": str(tmp_path / "run"), "name": i, "argv": command(tmp_path / "run", "--distributed"),
+         "env": {**env, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}
+        for i in range(2)
+    ])  # fmt: skip
+    assert statuses(found) == [0, 0], log_of(tmp_path / "run", 0)
+    assert json.loads((tmp_path / "run/run.json").read_text())["device"] == "2 x cpu"
+
+
+def test_processes_find_each_other_by_flags_and_by_variables(server, tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    by_flags = command(tmp_path / "run", "--distributed", "--coordinator", address, "--processes", "2", "--process", "0")
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    found = server.run(
+        {"workdir": str(tmp_path / "run"), "name": 0, "argv": by_flags},
+        {"workdir": str(tmp_path / "run"), "name": 1, "argv": command(tmp_path / "run"), "env": variables},
+    )
+    assert statuses(found) == [0, 0], log_of(tmp_path / "run", 0)
+    assert json.loads((tmp_path / "run/run.json").read_text())["device"] == "2 x cpu"
+
+
+def in_use(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
+def test_a_process_that_finds_no_other_says_so(server, tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    flags = ["--coordinator", address, "--processes", "2", "--process", "1"]
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        busy = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", "0"]
+        found = server.run(
+            {"workdir": str(tmp_path / "a"), "argv": command(tmp_path / "a", *flags), "constants": {"JOIN_SECONDS": 1}},
+            {"workdir": str(tmp_path / "b"), "argv": command(tmp_path / "b", *busy)},
+            {"workdir": str(tmp_path / "c"), "argv": command(tmp_path / "c", "--distributed")},
+        )
+    assert statuses(found) == [2, 2, 2]
+    said = [log_of(tmp_path / name, 0).splitlines()[-1] for name in "abc"]
+    assert said[0] == (
+        "mmdiff: error: the processes of this run did not find each other within 1 s: start all 2 of them, "
+        f"and let each reach process 0 at {address}."
+    )
+    assert said[1] == f"mmdiff: error: process 0 cannot serve at 127.0.0.1:{port} (Address already in use): name a free port."
+    assert "cannot join the other processes" in said[2] and "--coordinator HOST:PORT --processes N --process I" in said[2]
+
+
+@pytest.mark.parametrize(
+    "flags, variables, words",
+    [
+        (["--coordinator", "a:1"], {}, "--processes and --process is missing"),
+        (["--process", "0", "--processes", "2"], {"JAX_COORDINATOR_ADDRESS": "a:1"}, "--coordinator is missing"),
+        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], {}, "--process is 2, but --processes is 2: it must be 0 to 1"),
+        (["--coordinator", "a:1", "--processes", "0", "--process", "0"], {}, "--processes must be an integer of 1 or more, not '0'"),
+        (["--coordinator", "a", "--processes", "2", "--process", "0"], {}, "--coordinator must be the HOST:PORT of process 0, not 'a'"),
+        ([], {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID must be an integer of 0 or more, not 'one'"),
+        ([], {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "5"}, "JAX_PROCESS_ID is 5, but JAX_NUM_PROCESSES is 2"),
+    ],
+)
+def test_half_an_address_is_refused(flags, variables, words, monkeypatch, capsys, tmp_path):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(command(tmp_path / "run", *flags)) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_flags_go_before_variables_and_these_may_leave_some_to_be_found(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "there:2")
+    assert distributed.address() == {"coordinator": "there:2"}
+    assert distributed.address("here:1", "2", "0") == {"coordinator": "here:1", "processes": 2, "process": 0}
+
+
+@pytest.mark.parametrize("variable", distributed.RANKS)
+def test_only_the_first_process_samples_and_evaluates(variable, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "3")
+    for name in "sample", "eval":
+        assert main([name, "--config", "no such file", "--workdir", "no such folder"]) == 0
+        assert f"nothing to do in process 3 ({variable})" in capsys.readouterr().err

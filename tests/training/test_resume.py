@@ -27,25 +27,27 @@ def assert_same_leaves(one, other):
 
 
 @pytest.mark.slow
-def test_five_kills_change_nothing(server, tmp_path):
+def test_twelve_kills_change_nothing(server, tmp_path):
+    # A third of the kills come while a run starts, a third while a checkpoint is written.
+    steps = {**LIVELY, "train.steps": 80, "train.checkpoint_every": 4}
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    [answer] = server.run({"workdir": str(whole), "overrides": LIVELY, "leaves": str(tmp_path / "whole.npz")})
+    [answer] = server.run({"workdir": str(whole), "overrides": steps, "leaves": str(tmp_path / "whole.npz")})
     assert answer["status"] == 0, answer["error"]
 
     moments = random.Random(0)
-    job = {"workdir": str(torn), "overrides": LIVELY}
-    for attempt in range(5):
-        reached = 8 * attempt  # let it come some steps further each time, so that the kills spread over the run
-        [answer] = server.run({**job, "kill": [signal.SIGKILL, reached, moments.uniform(0, 0.4)]})
+    job = {"workdir": str(torn), "overrides": steps}
+    for attempt in range(12):
+        when = ["start", 5 * attempt, "save"][attempt % 3]
+        [answer] = server.run({**job, "kill": [signal.SIGKILL, when, moments.uniform(0, 1.5 if when == "start" else 0.2)]})
         assert answer["status"] == -signal.SIGKILL, answer["error"]
     [answer] = server.run({**job, "leaves": str(tmp_path / "torn.npz")})
     assert answer["status"] == 0, answer["error"]
 
     assert_same_leaves(tmp_path / "whole.npz", tmp_path / "torn.npz")
     assert lines(torn) == lines(whole)
-    assert sorted(p.name for p in (torn / "checkpoints").iterdir()) == ["55", "60"]
-    meta = [json.loads((d / "checkpoints/60/meta/metadata").read_text()) for d in (whole, torn)]
-    assert meta[0]["position"] == meta[1]["position"] == 60 * 16
+    assert sorted(p.name for p in (torn / "checkpoints").iterdir()) == ["76", "80"]
+    meta = [json.loads((d / "checkpoints/80/meta/metadata").read_text()) for d in (whole, torn)]
+    assert meta[0]["position"] == meta[1]["position"] == 80 * 16
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(server, tmp_path):

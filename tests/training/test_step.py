@@ -12,7 +12,8 @@ import pytest
 import toy
 
 from mmdiff.errors import UserError
-from mmdiff.training.step import init_state, make_step
+from mmdiff.nets.target import compiling_for
+from mmdiff.training.step import init_state, make_step, noise_scale_of, step_of
 
 
 def batch(step, size=16):
@@ -32,6 +33,10 @@ def run(steps=3, **options):
 
 def assert_same_bits(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def assert_close(one, other):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), one, other)
 
 
 def test_it_is_the_textbook_update():
@@ -70,12 +75,14 @@ def test_a_batch_that_does_not_split_is_refused():
         run(microbatches=3)
 
 
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
 @pytest.mark.parametrize("microbatches", [1, 4])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_non_finite_batch_is_void_and_counted(bad, microbatches):
+def test_a_non_finite_batch_is_void_and_counted(bad, microbatches, target):
     optimizer = toy.optimizer()
     step = jax.jit(make_step(toy.loss, optimizer, microbatches=microbatches))
-    before, _ = step(init_state(toy.init, optimizer, jax.random.key(0)), batch(0))
+    with compiling_for(target):
+        before, _ = step(init_state(toy.init, optimizer, jax.random.key(0)), batch(0))
     poisoned = batch(1)
     poisoned["x"][3, 2] = bad
     after, metrics = step(before, poisoned)
@@ -84,6 +91,18 @@ def test_a_non_finite_batch_is_void_and_counted(bad, microbatches):
     assert int(after.step) == 2  # the data moves on
     again, metrics = step(after, batch(2))
     assert int(again.stats["skipped"]) == 1 and metrics["skipped"] == 0 and np.isfinite(metrics["loss"])
+
+
+def test_a_step_is_a_branch_on_a_cpu_and_straight_elsewhere_and_the_same():
+    optimizer, results, programs = toy.optimizer(), {}, {}
+    state = init_state(toy.init, optimizer, jax.random.key(0))
+    for target in ("cpu", "gpu"):
+        with compiling_for(target):
+            compiled = jax.jit(make_step(toy.loss, optimizer)).lower(state, batch(0)).compile()
+        programs[target], results[target] = compiled.as_text(), compiled(state, batch(0))
+    assert " conditional(" in programs["cpu"] and " conditional(" not in programs["gpu"]
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, *(jax.tree.leaves((run.params, run.opt, run.ema, metrics)) for run, metrics in results.values()))
 
 
 def test_a_non_finite_gradient_of_a_finite_loss_is_void():
@@ -108,6 +127,69 @@ def test_sums_are_float32_under_bfloat16():
     after, metrics = make_step(loss, optimizer, microbatches=2)(state, {"x": jnp.zeros(4)})
     assert {x.dtype for x in metrics.values()} == {jnp.dtype("float32")}
     assert after.ema.dtype == jnp.float32 and after.params.dtype == jnp.bfloat16
+
+
+def quadratic(params, batch, key):
+    """One example's gradient is `params - x`: the mean of x sets the true gradient, its covariance the noise."""
+    return 0.5 * ((params - batch["x"]) ** 2).sum(-1).mean(), {}
+
+
+def test_the_noise_scale_of_a_quadratic():
+    """Data N(0, diag(1, 4, 9, 16)) seen from p: G = p and tr(Sigma) = 30, whatever the batch."""
+    optimizer, point, spread = optax.sgd(0.0), jnp.array([1.0, -2.0, 0.0, 1.0]), jnp.array([1.0, 2.0, 3.0, 4.0])
+    state = init_state(lambda key: point, optimizer, jax.random.key(0))
+    for size, parts in ((8, 2), (32, 4)):
+        step = make_step(quadratic, optimizer, microbatches=parts, noise_scale=True)
+
+        def moments(seed):
+            x = spread * jax.random.normal(jax.random.key(seed), (size, 4))
+            metrics = step(state, {"x": x})[1]
+            return metrics["noise_scale/trace"], metrics["noise_scale/grad_sq"]
+
+        trace, grad_sq = (np.asarray(values, np.float64) for values in jax.jit(jax.vmap(moments))(jnp.arange(20_000)))
+        for values, truth in ((trace, 30.0), (grad_sq, 6.0)):
+            assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values)), (size, parts, truth)
+        means = {"noise_scale/trace": trace.mean(), "noise_scale/grad_sq": grad_sq.mean()}
+        assert noise_scale_of(means) == pytest.approx(5.0, rel=0.1)
+
+
+def test_the_noise_scale_needs_micro_batches_and_a_gradient():
+    with pytest.raises(UserError, match="config.train.microbatches to 2 or more"):
+        make_step(quadratic, optax.sgd(0.1), noise_scale=True)
+    assert np.isnan(noise_scale_of({"noise_scale/trace": 3.0, "noise_scale/grad_sq": -0.1}))
+    (_, plain), (_, more) = run(microbatches=4), run(microbatches=4, noise_scale=True)
+    assert set(more[0]) - set(plain[0]) == {"noise_scale/trace", "noise_scale/grad_sq"}
+    for one, other in zip(plain, more):
+        assert_close(one, {name: other[name] for name in one})
+
+
+def test_norms_by_group_add_up():
+    groups = [("first", "first/"), ("kernels", "kernel$"), ("none", "bias")]
+    (_, plain), (_, seen) = run(), run(norm_groups=groups)
+    for one, other in zip(plain, seen):
+        assert_close(one, {name: other[name] for name in one})
+        for kind in ("grad_norm", "param_norm"):
+            parts = {name.split("/")[1]: float(value) for name, value in other.items() if name.startswith(f"{kind}/")}
+            assert set(parts) == {"first", "kernels", "none"} and parts["none"] == 0  # each parameter is in its first group
+            np.testing.assert_allclose(sum(value**2 for value in parts.values()), other[kind] ** 2, rtol=1e-5)
+            assert parts["first"] > 0 and parts["kernels"] > 0
+    _, (metrics, *_) = run(norm_groups=[("first", "first/")])
+    params = init_state(toy.init, toy.optimizer(), jax.random.key(0)).params["params"]
+    np.testing.assert_allclose(metrics["param_norm/other"], np.linalg.norm(params["second"]["kernel"]), rtol=1e-6)
+
+
+def test_the_step_that_a_config_asks_for():
+    import types
+
+    options = {"ema": 0.9, "microbatches": 2, "steps": 7}
+    optimizer = toy.optimizer()
+    experiment = types.SimpleNamespace(loss=toy.loss, optimizer=optimizer)
+    state = init_state(toy.init, optimizer, jax.random.key(0))
+    plain, asked = make_step(toy.loss, optimizer, ema=0.9, microbatches=2), step_of(experiment, options)
+    (one, metrics), (other, same) = jax.jit(plain)(state, batch(0)), jax.jit(asked)(state, batch(0))
+    assert_close((one.params, one.ema, dict(metrics)), (other.params, other.ema, dict(same)))
+    more = step_of(experiment, options | {"noise_scale": True, "norm_groups": (("first", "first"),)})
+    assert {"noise_scale/trace", "param_norm/first", "grad_norm/other"} <= set(jax.eval_shape(more, state, batch(0))[1])
 
 
 def test_the_core_of_training_loads_no_heavy_library():

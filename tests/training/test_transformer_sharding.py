@@ -114,7 +114,10 @@ def test_the_state_is_split_and_never_whole():
     optimizer = optax.adamw(1e-3)
     state = sharding.abstract_state(init, optimizer, mesh, sharding.TRANSFORMER)
     size = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.replace(key=None)))
-    placed = sharding.place_state(init, optimizer, jax.random.key(0), mesh, sharding.TRANSFORMER)
+    program = sharding.lower_init(init, optimizer, jax.random.key(0), mesh, sharding.TRANSFORMER).compile()
+    memory = program.memory_analysis()
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 2 * size / 8
+    placed = program(jax.random.key(0))
     for device in range(8):
         held = sum(x.addressable_shards[device].data.nbytes for x in jax.tree.leaves(placed.replace(key=None)))
         assert held < 1.1 * size / 8

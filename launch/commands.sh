@@ -1,0 +1,55 @@
+# shellcheck shell=bash
+# Sourced by the scripts that call a cluster's tools: `run COMMAND ...` runs a command, or prints it where the script was given --dry-run.
+
+dry=
+exec 3>&1 # where a dry run prints, also from within $(...)
+
+run() {
+    if [[ -n $dry ]]; then
+        quote "$@" >&3
+    else
+        "$@"
+    fi
+}
+
+# The words as one line that a shell reads as the same words.
+quote() {
+    local word line=
+    for word; do
+        if [[ -z $word || $word == *[!A-Za-z0-9_@%+=:,./-]* ]]; then
+            word="'${word//\'/\'\\\'\'}'"
+        fi
+        line+=" $word"
+    done
+    echo "${line# }"
+}
+
+refuse() {
+    echo "mmdiff: error: $*" >&2
+    exit 2
+}
+
+# The comment at the top of the script.
+usage() {
+    sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0"
+    exit 0
+}
+
+# value_of FLAG WORDS: the value of --flag VALUE or --flag=VALUE among the words; empty if it is not there.
+value_of() {
+    local flag=$1
+    shift
+    while (($#)); do
+        case $1 in
+            "$flag") echo "${2:-}"; return ;;
+            "$flag="*) echo "${1#*=}"; return ;;
+        esac
+        shift
+    done
+}
+
+# The arguments of `mmdiff train` have to say what is trained, and where to.
+check_train() {
+    [[ -n $(value_of --config "$@") ]] || refuse "--config is missing: say what is trained, as in --config configs/digits_joint.py."
+    [[ -n $(value_of --workdir "$@") ]] || refuse "--workdir is missing: name a folder that all hosts see, as in --workdir /mnt/runs/digits."
+}

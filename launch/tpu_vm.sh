@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU slice of any number of hosts, from your own machine, which needs the gcloud command:
+#
+#   NAME=dit ZONE=us-west4-a TYPE=v5litepod-16 bash launch/tpu_vm.sh [--dry-run] COMMAND [ARGUMENTS]
+#
+#   create [GCLOUD FLAGS]   asks for the slice and waits until it is there (flags such as --reserved, --service-account=..., --network=...)
+#   install                 copies this checkout to every host and installs it; again after a change
+#   run TRAIN ARGUMENTS     starts `python -m mmdiff train --distributed TRAIN ARGUMENTS` on every host; again, it continues the run
+#   tail                    follows the log of the first host until the run ends; Ctrl-C leaves the run alone
+#   stop                    sends SIGTERM to every host and waits: the run saves itself, and `run` continues it
+#   delete                  gives the slice back, with everything on its disks
+#   all TRAIN ARGUMENTS     create, install, run, tail
+#
+# NAME, ZONE, TYPE    the slice's name, place and kind: v4-32, v5litepod-16, v5p-32, v6e-16, ... (TYPE for create alone)
+# PROJECT             default: gcloud's own
+# RUNTIME             the image of the hosts; default: by TYPE
+# SPOT=1              a cheaper slice that may be taken away: `delete` and `all`, with the same arguments, then continue the run
+# BUCKET              a Cloud Storage bucket that every host mounts as /mnt/runs, for --workdir /mnt/runs/...; create it with
+#                     --uniform-bucket-level-access --enable-hierarchical-namespace: only there is a folder renamed at once, which
+#                     is what makes a checkpoint whole or absent
+#
+# The workdir must be one folder for all hosts, in the bucket or on a network file system; a slice of one host may use its disk.
+#
+# https://docs.cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources, https://docs.cloud.google.com/tpu/docs/runtimes
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/launch/commands.sh"
+
+words=()
+for word; do
+    case $word in
+        --dry-run) dry=1 ;;
+        --help | -h) usage ;;
+        *) words+=("$word") ;;
+    esac
+done
+set -- ${words[@]+"${words[@]}"} # an empty array is an unset variable to the bash of macOS
+command=${1:-}
+shift $(($# > 0))
+
+queued() { # queued VERB ARGUMENTS
+    local verb=$1
+    shift
+    run gcloud compute tpus queued-resources "$verb" "$NAME" "--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"} "$@"
+}
+
+host() { # host COMMAND ARGUMENTS: the part of launch/tpu_host.sh that runs there
+    echo "${BUCKET:+BUCKET=$(quote "$BUCKET") }bash mmdiff/launch/tpu_host.sh $(quote "$@")"
+}
+
+everywhere() {
+    queued ssh --node=all --worker=all "--command=$1"
+}
+
+create() {
+    local runtime=${RUNTIME:-} nodes=("--node-id=$NAME") state
+    if [[ -z $runtime ]]; then
+        case $TYPE in
+            v6e-*) runtime=v2-alpha-tpuv6e ;;
+            v5p-*) runtime=v2-alpha-tpuv5 ;;
+            v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+            v[234]-*) runtime=tpu-ubuntu2204-base ;;
+            *) refuse "TYPE=$TYPE has no known image: the types are v4-N, v5litepod-N, v5p-N and v6e-N; for another one set RUNTIME too." ;;
+        esac
+    fi
+    ((slices == 1)) || nodes=("--node-count=$slices" "--node-prefix=$NAME")
+    queued create "--accelerator-type=$TYPE" "--runtime-version=$runtime" "${nodes[@]}" ${SPOT:+--spot} "$@"
+    while true; do
+        state=$(queued describe "--format=value(state.state)") || state=unknown
+        [[ -z $dry && $state != ACTIVE ]] || return 0
+        echo "$NAME is $state" >&2
+        if [[ $state == FAILED || $state == SUSPEND* ]]; then
+            echo "mmdiff: error: there will be no $NAME: see why with gcloud's describe, then delete it." >&2
+            exit 1
+        fi
+        sleep 30
+    done
+}
+
+install() {
+    local packed=${XDG_CACHE_HOME:-$HOME/.cache}/mmdiff/checkout.tar.gz
+    run mkdir -p "$(dirname "$packed")"
+    run tar -czf "$packed" --exclude=__pycache__ -C "$root" LICENSE README.md setup.py pyproject.toml configs launch mmdiff
+    # Not `scp` and `ssh` of tpu-vm: these know one slice only.
+    run gcloud compute tpus queued-resources scp "$packed" "$NAME:" "--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"} --node=all --worker=all
+    everywhere "mkdir -p mmdiff && rm -rf mmdiff/configs mmdiff/launch mmdiff/mmdiff && tar -xzf checkout.tar.gz -C mmdiff && $(host install)"
+}
+
+train() {
+    local flags=
+    if ((slices > 1)); then
+        [[ -n $(value_of --config.train.mesh.slices "$@") ]] || set -- "$@" "--config.train.mesh.slices=$slices"
+        # Gradients of different slices are summed while the backward pass goes on: https://docs.jax.dev/en/latest/xla_flags.html
+        flags="LIBTPU_INIT_ARGS=$(quote "${LIBTPU_INIT_ARGS:---xla_tpu_enable_data_parallel_all_reduce_opt=true}") "
+    fi
+    everywhere "$flags$(host run "$@")"
+}
+
+case $command in
+    create | all) settings="NAME ZONE TYPE" ;;
+    install | run | tail | stop | delete) settings="NAME ZONE" ;;
+    "") refuse "no command: choose one of create, install, run, tail, stop, delete, all (see --help)." ;;
+    *) refuse "there is no command $command: choose one of create, install, run, tail, stop, delete, all (see --help)." ;;
+esac
+for setting in $settings; do
+    [[ -n ${!setting:-} ]] || refuse "$setting is not set: give it in front of the command, as in NAME=dit ZONE=us-west4-a TYPE=v5litepod-16."
+done
+slices=${SLICES:-1}
+if [[ $command == run || $command == all ]]; then # before a slice is paid for
+    check_train "$@"
+    [[ -z ${BUCKET:-} || $(value_of --workdir "$@") == /mnt/runs/* ]] ||
+        refuse "with BUCKET the workdir must be below /mnt/runs, where the bucket is, as in --workdir /mnt/runs/digits."
+fi
+
+case $command in
+    create) create "$@" ;;
+    install) install ;;
+    run) train "$@" ;;
+    stop) everywhere "$(host stop)" ;;
+    delete) queued delete --force --quiet ;;
+    all)
+        create
+        install
+        train "$@"
+        ;;
+esac
+if [[ $command == tail || $command == all ]]; then
+    queued ssh --node=0 --worker=0 "--command=$(host tail)"
+fi

@@ -1,0 +1,151 @@
+"""The processes of one run: how they find each other, and how they stop when one of them is lost.
+
+Every process runs the same command and sees the same workdir. Nothing here imports jax before it is needed, so that a mistake in a
+flag answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+from mmdiff.errors import UserError
+
+JOIN_SECONDS = 300  # how long a process waits for the others to start: those of a large job come minutes apart
+HEARTBEAT_SECONDS = 60  # a process that has been silent for so long is dead: a live one is heard every few seconds, even while it computes
+LEAVE_SECONDS = 30  # how long a process that failed waits for the others to fail as well
+
+ENVIRONMENT = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
+RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+# What an error says that comes of a process that is gone: of Gloo (CPU), NCCL (GPU) and the coordination service.
+LOST = re.compile(r"gloo|nccl|connection (reset|closed)|socket closed|heartbeat|barrier (failed|timed out)", re.IGNORECASE)
+
+
+def address(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> dict[str, str | int]:
+    """What flags, or else environment variables, say of the run: {"coordinator": "HOST:PORT", "processes": N, "process": I}.
+
+    Environment variables (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID) may leave some to be detected, flags not.
+
+    Raises:
+      UserError: one flag without the others, no HOST:PORT, no number, or a process that is not in 0..N-1.
+    """
+    found = {name: value for name, value in zip(ENVIRONMENT, (coordinator, processes, process)) if value is not None}
+    names = {name: f"--{name}" for name in ENVIRONMENT}
+    if found and len(found) < len(names):
+        missing = " and ".join(names[name] for name in names if name not in found)
+        raise UserError(f"--coordinator, --processes and --process go together: {missing} is missing.")
+    if not found:
+        names = ENVIRONMENT
+        found = {name: os.environ[key] for name, key in names.items() if os.environ.get(key)}
+    for name, least in (("processes", 1), ("process", 0)):
+        text = str(found.get(name, least))
+        if not text.isdecimal() or int(text) < least:
+            raise UserError(f"{names[name]} must be an integer of {least} or more, not {text!r}.")
+        if name in found:
+            found[name] = int(text)
+    if "coordinator" in found and not re.fullmatch(r".+:\d+", found["coordinator"]):
+        raise UserError(f"{names['coordinator']} must be the HOST:PORT of process 0, not {found['coordinator']!r}.")
+    if found.get("process", 0) >= found.get("processes", math.inf):
+        last = found["processes"] - 1
+        raise UserError(f"{names['process']} is {found['process']}, but {names['processes']} is {last + 1}: it must be 0 to {last}.")
+    return found
+
+
+def start(**where: str | int) -> None:
+    """Joins the other processes of the run. Call it before the first computation.
+
+    Args:
+      **where: the answer of `address`. What it leaves out is detected: from the metadata of a TPU slice, Slurm, Open MPI or an
+        indexed Job of Kubernetes. (Under Slurm and Open MPI JAX gives every process one GPU: start as many as there are.)
+
+    A run whose processes do not find each other within JOIN_SECONDS ends with a sentence and status 2.
+
+    Raises:
+      UserError: nothing is detected, or the port of process 0 is in use.
+    """
+    import jax
+
+    def give_up():
+        whom = f"all {where['processes']} of them" if "processes" in where else "all of them"
+        at = f" at {where['coordinator']}" if "coordinator" in where else ""
+        _say(f"the processes of this run did not find each other within {JOIN_SECONDS} s: start {whom}, and let each reach process 0{at}.")
+        os._exit(2)
+
+    if where.get("process") == 0 and "coordinator" in where:
+        _check_port(where["coordinator"])
+    # JAX aborts without a sentence when its own time is over, so it gets more.
+    timer = threading.Timer(JOIN_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            where.get("coordinator"),
+            where.get("processes"),
+            where.get("process"),
+            initialization_timeout=JOIN_SECONDS + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        remedy = "name them by --coordinator HOST:PORT --processes N --process I"
+        raise UserError(f"cannot join the other processes ({str(error).rstrip('.')}): {remedy}.") from error
+    finally:
+        timer.cancel()
+    # JAX has taken SIGTERM, to note it. Until the trainer asks for it there is nothing to save: it ends the process, as ever.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def rank() -> tuple[str, int]:
+    """-> (variable, I): the number of this process, as a variable of its launcher says; ("", 0) without one."""
+    return next(((key, int(os.environ[key])) for key in RANKS if os.environ.get(key, "").isdecimal()), ("", 0))
+
+
+def lost(error: BaseException | None) -> bool:
+    """Whether an error comes of another process that is gone."""
+    import jax
+
+    return jax.distributed.is_initialized() and isinstance(error, (RuntimeError, ValueError)) and LOST.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A context (and decorator) for what all processes do together: if one fails, it ends, and so do the others.
+
+    At the exit of a process JAX waits for all others, while these wait for its part of a sum: so a process that failed does not
+    wait for long. That another one is gone is known at once where its connections break (CPU), or if it was process 0, and
+    everywhere after HEARTBEAT_SECONDS.
+    """
+    import jax
+
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if lost(error):
+            reason = " ".join(str(error).split())
+            _say(f"another process of this run is gone ({reason}): see its log; the same command goes on from the last checkpoint.")
+            os._exit(1)
+        if jax.distributed.is_initialized():
+            timer = threading.Timer(LEAVE_SECONDS, os._exit, [2 if isinstance(error, UserError) else 1])
+            timer.daemon = True
+            timer.start()
+        raise
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises UserError if the port is in use (JAX may crash)."""
+    try:
+        with socket.create_server(("", int(coordinator.rpartition(":")[2]))):
+            pass
+    except OSError as error:
+        raise UserError(f"process 0 cannot serve at {coordinator} ({os.strerror(error.errno)}): name a free port.") from error
+
+
+def _say(text: str) -> None:
+    print(f"mmdiff: error: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,86 @@
+"""What large batches ask of an optimizer beyond optax's constructors: learning rates that follow the batch, and scanned layers.
+
+An optimizer is an ordinary constructor call in a config. With `rate` a number or a schedule:
+
+    optax.adamw(rate, weight_decay=0.0)
+    optax.lion(rate, b2=0.99, weight_decay=0.0)                                  # about a tenth of AdamW's rate
+    optax.contrib.muon(rate, consistent_rms=0.2, muon_weight_dimension_numbers=muon_dimensions)    # AdamW's rate
+    optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1e-4), trust_ratio(), optax.scale_by_learning_rate(rate))    # LAMB
+
+AdamW and Lion work on single weights. Muon and LAMB work on one matrix or vector, and a network with `scan=True` holds those of
+all its layers in one array [depth, ...]: `muon_dimensions` and `trust_ratio` make them do what they do to separate layers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmdiff.errors import UserError
+
+SCANNED = r"(^|/)blocks/"  # the path of what `nets.dit.stack` stacks
+LAYERS = r"(^|/)block(s|_\d+)/"  # scanned or not
+
+
+def scaled(rate: float, batch: int, base_batch: int, rule: str) -> float:
+    """The learning rate for `batch` examples, if `rate` is the one for `base_batch`.
+
+    With k = batch / base_batch: "none" leaves it, "linear" makes it k rate (SGD; Goyal et al. 2017, with warm-up), "sqrt" makes it
+    sqrt(k) rate (Adam and its kind; Malladi et al. 2022). Both hold while the batch is below the gradient's noise scale.
+
+    Raises:
+      UserError: another rule, or batches that are not positive.
+    """
+    if batch < 1 or base_batch < 1:
+        raise UserError(f"the learning rate cannot be scaled from a batch of {base_batch} to one of {batch}: both must be positive.")
+    factors = {"none": 1.0, "linear": batch / base_batch, "sqrt": math.sqrt(batch / base_batch)}
+    if rule not in factors:
+        raise UserError(f"config.train.scale_rule is {rule!r}: choose one of {', '.join(factors)}.")
+    return rate * factors[rule]
+
+
+def warmup(rate: float, steps: int) -> optax.Schedule:
+    """`rate min(1, (step + 1) / steps)`: a linear start, then constant; `steps` 0 is none. The first step moves already."""
+    return lambda step: rate * jnp.minimum(1.0, (step + 1) / max(steps, 1))
+
+
+def muon_dimensions(params: Any) -> Any:
+    """For `optax.contrib.muon`: the kernels of the transformer's layers, one matrix [in, out] each; all else goes to AdamW.
+
+    Embeddings, biases and the layers at the network's ends are AdamW's (Jordan et al. 2024). Leading dimensions, a scanned
+    network's depth, are a batch of matrices.
+    """
+
+    def dimensions(path, leaf):
+        if re.search(LAYERS + r".*kernel$", _name(path)) and leaf.ndim >= 2:
+            return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+        return None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def trust_ratio() -> optax.GradientTransformation:
+    """Scales every layer's update u by |w| / |u|, where neither is zero (LAMB, You et al. 2020): `optax.scale_by_trust_ratio` by layer.
+
+    A layer is one array, or one entry of an array [depth, ...] that a scanned network stacks.
+    """
+
+    def update(updates, state, params=None):
+        def scale(path, u, w):
+            axes = tuple(range(1 if re.search(SCANNED, _name(path)) else 0, u.ndim))
+            w_norm, u_norm = (jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axes, keepdims=True)) for x in (w, u))
+            both = (w_norm > 0) & (u_norm > 0)
+            return u * jnp.where(both, w_norm / jnp.where(both, u_norm, 1.0), 1.0)
+
+        return jax.tree_util.tree_map_with_path(scale, updates, params), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

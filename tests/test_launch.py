@@ -1,0 +1,369 @@
+"""The launch scripts print what they run and run what they print; the manifest is consistent; the notebook trains."""
+
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SLICE = {"NAME": "dit", "ZONE": "us-west4-a", "TYPE": "v5litepod-16"}
+RUN = ["--config", "configs/digits_joint.py", "--workdir", "/mnt/runs/it's here", "--config.train.steps=7"]
+TOOLS = ("gcloud", "sbatch", "srun", "scontrol", "tar", "mkdir", "bash", "sleep", "env")
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    """Stand-ins for the cluster's tools and for everything else that a script runs: each records its words, and does nothing."""
+    folder = tmp_path / "fakes"
+    folder.mkdir()
+    for tool in TOOLS:
+        path = folder / tool
+        path.write_text(
+            f"""#!{sys.executable}
+import json, os, sys
+with open({str(tmp_path / "calls.jsonl")!r}, "a") as file:
+    print(json.dumps([{tool!r}, *sys.argv[1:]]), file=file)
+if "describe" in sys.argv:
+    states = os.environ.get("STATES", "ACTIVE").split()
+    done = open({str(tmp_path / "calls.jsonl")!r}).read().count("describe")
+    print(states[min(done, len(states)) - 1])
+sys.exit(int(os.environ.get("STATUS_" + {tool!r}, 0)))
+"""
+        )
+        path.chmod(0o755)
+    return folder
+
+
+def launch(fakes, script, *words, **settings):
+    """-> (the finished script, the commands that it has called)."""
+    kept = {key: value for key, value in os.environ.items() if key in ("LANG", "TMPDIR")}
+    env = {**kept, "PATH": f"{fakes}:{os.environ['PATH']}", "HOME": str(fakes.parent), **settings}
+    bash = shutil.which("bash")
+    done = subprocess.run([bash, str(LAUNCH / script), *words], env=env, cwd=fakes.parent, capture_output=True, text=True, timeout=60)
+    calls = fakes.parent / "calls.jsonl"
+    called = [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+    calls.unlink(missing_ok=True)
+    return done, called
+
+
+def printed(done):
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def flags(command):
+    return dict(word.removeprefix("--").split("=", 1) for word in command if word.startswith("--") and "=" in word)
+
+
+def test_scripts_are_clean():
+    scripts = sorted(str(path.relative_to(ROOT)) for path in LAUNCH.glob("*.sh"))
+    assert len(scripts) >= 7
+    tool = shutil.which("shellcheck") or str(pathlib.Path(sys.executable).with_name("shellcheck"))
+    done = subprocess.run([tool, "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "multislice.sh", "slurm.sh"])
+def test_help(fakes, script):
+    for words in (["--help"], ["run", "-h"]):
+        done, called = launch(fakes, script, *words)
+        assert done.returncode == 0 and "--dry-run" in done.stdout and f"launch/{script}" in done.stdout and called == []
+        assert "set -euo" not in done.stdout and not any(line.startswith("#") for line in done.stdout.splitlines())
+
+
+# ---- TPU ----
+
+
+COMMANDS = [
+    ("tpu_vm.sh", ["create", "--reserved"], {"SPOT": "1"}),
+    ("tpu_vm.sh", ["install"], {"PROJECT": "my-project"}),
+    ("tpu_vm.sh", ["run", *RUN], {"BUCKET": "my-bucket"}),
+    ("tpu_vm.sh", ["tail"], {}),
+    ("tpu_vm.sh", ["stop"], {}),
+    ("tpu_vm.sh", ["delete"], {}),
+    ("tpu_vm.sh", ["all", *RUN], {}),
+    ("multislice.sh", ["all", *RUN], {"SLICES": "4"}),
+]
+
+
+@pytest.mark.parametrize(("script", "words", "settings"), COMMANDS)
+def test_a_dry_run_prints_what_a_run_calls(fakes, script, words, settings):
+    settings = {**SLICE, **settings}
+    for order in (["--dry-run", *words], [*words, "--dry-run"]):
+        done, called = launch(fakes, script, *order, **settings)
+        plan = printed(done)
+        assert called == [] and plan
+    done, called = launch(fakes, script, *words, **settings)
+    assert done.returncode == 0, done.stderr
+    assert called == plan
+
+
+def test_a_slice_from_nothing(fakes):
+    done, _ = launch(fakes, "tpu_vm.sh", "--dry-run", "all", *RUN, **SLICE, SPOT="1", BUCKET="my-bucket", PROJECT="p")
+    plan = printed(done)
+    assert [command[:1] if command[0] != "gcloud" else command[4:6] for command in plan] == [
+        ["create", "dit"], ["describe", "dit"], ["mkdir"], ["tar"], ["scp", plan[4][5]], ["ssh", "dit"], ["ssh", "dit"], ["ssh", "dit"],
+    ]  # fmt: skip
+    assert all(command[:4] == ["gcloud", "compute", "tpus", "queued-resources"] for command in plan if command[0] == "gcloud")
+    assert all({"zone": "us-west4-a", "project": "p"}.items() <= flags(command).items() for command in plan if command[0] == "gcloud")
+    create, _, _, pack, copy, install, run, tail = plan
+    assert {"accelerator-type": "v5litepod-16", "runtime-version": "v2-alpha-tpuv5-lite", "node-id": "dit"}.items() <= flags(create).items()
+    assert "--spot" in create and "dit:" in copy and pack[2] == copy[5]
+    for command in (copy, install, run):
+        assert {"node": "all", "worker": "all"}.items() <= flags(command).items()
+    assert {"node": "0", "worker": "0"}.items() <= flags(tail).items()
+    # What the hosts get is again read by a shell.
+    assert shlex.split(flags(run)["command"]) == ["BUCKET=my-bucket", "bash", "mmdiff/launch/tpu_host.sh", "run", *RUN]
+    assert flags(install)["command"].endswith("BUCKET=my-bucket bash mmdiff/launch/tpu_host.sh install")
+
+
+def test_several_slices(fakes):
+    plan = printed(launch(fakes, "multislice.sh", "--dry-run", "all", *RUN, **SLICE, SLICES="4")[0])
+    assert {"node-count": "4", "node-prefix": "dit"}.items() <= flags(plan[0]).items() and "node-id" not in flags(plan[0])
+    [run] = [shlex.split(flags(command)["command"]) for command in plan if " run " in flags(command).get("command", "")]
+    assert run[-1] == "--config.train.mesh.slices=4" and run[0].startswith("LIBTPU_INIT_ARGS=--xla_tpu_")
+    done, _ = launch(fakes, "multislice.sh", "--dry-run", "run", *RUN, "--config.train.mesh.slices=2", **SLICE, SLICES="4")
+    assert done.stdout.count("mesh.slices") == 1
+
+
+IMAGES = {"v4-32": "tpu-ubuntu2204-base", "v5litepod-16": "v2-alpha-tpuv5-lite", "v5p-32": "v2-alpha-tpuv5", "v6e-16": "v2-alpha-tpuv6e"}
+
+
+@pytest.mark.parametrize(("kind", "image"), IMAGES.items())
+def test_every_generation_has_its_image(fakes, kind, image):
+    plan = printed(launch(fakes, "tpu_vm.sh", "--dry-run", "create", **{**SLICE, "TYPE": kind})[0])
+    assert flags(plan[0])["runtime-version"] == image
+    plan = printed(launch(fakes, "tpu_vm.sh", "--dry-run", "create", **{**SLICE, "TYPE": "v9-1"}, RUNTIME="other")[0])
+    assert flags(plan[0])["runtime-version"] == "other"
+
+
+def test_create_waits(fakes):
+    done, called = launch(fakes, "tpu_vm.sh", "create", **SLICE, STATES="WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
+    assert done.returncode == 0 and [command[0] for command in called] == ["gcloud", "gcloud", "sleep", "gcloud", "sleep", "gcloud"]
+    done, called = launch(fakes, "tpu_vm.sh", "all", *RUN, **SLICE, STATES="PROVISIONING FAILED")
+    assert done.returncode == 1 and "FAILED" in done.stderr and called[-1][4] == "describe"
+
+
+MISTAKES = [
+    ("tpu_vm.sh", [], SLICE, "no command"),
+    ("tpu_vm.sh", ["fly"], SLICE, "fly"),
+    ("tpu_vm.sh", ["tail"], {"ZONE": "z"}, "NAME"),
+    ("tpu_vm.sh", ["stop"], {"NAME": "n"}, "ZONE"),
+    ("tpu_vm.sh", ["create"], {"NAME": "n", "ZONE": "z"}, "TYPE"),
+    ("tpu_vm.sh", ["create"], {**SLICE, "TYPE": "v9-1"}, "v5litepod"),
+    ("tpu_vm.sh", ["run", "--workdir", "/mnt/runs/a"], SLICE, "--config"),
+    ("tpu_vm.sh", ["all", "--config=c.py"], SLICE, "--workdir"),
+    ("tpu_vm.sh", ["run", "--config=c.py", "--workdir=/tmp/a"], {**SLICE, "BUCKET": "b"}, "/mnt/runs"),
+    ("multislice.sh", ["create"], SLICE, "SLICES"),
+    ("multislice.sh", ["create"], {**SLICE, "SLICES": "1"}, "SLICES"),
+    ("multislice.sh", ["create"], {**SLICE, "SLICES": "two"}, "SLICES"),
+    ("slurm.sh", ["--workdir", "/tmp/a"], {}, "--config"),
+    ("slurm.sh", ["--config", "c.py"], {}, "--workdir"),
+    ("slurm.sh", ["--config", "c.py", "--workdir", "a"], {"NODES": "many"}, "NODES"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "words", "settings", "culprit"), MISTAKES)
+def test_mistakes_are_one_sentence(fakes, script, words, settings, culprit):
+    for dry in ([], ["--dry-run"]):
+        done, called = launch(fakes, script, *words, *dry, **settings)
+        assert done.returncode == 2 and done.stdout == "" and called == []
+        assert re.fullmatch(r"mmdiff: error: .*\.\n", done.stderr) and culprit in done.stderr
+
+
+@pytest.fixture
+def host(tmp_path):
+    """A host's home folder with an installed checkout, whose Python tells its words, and saves itself on SIGTERM."""
+    checkout = tmp_path / "mmdiff"
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / "launch").symlink_to(LAUNCH)
+    shutil.copy(ROOT / "setup.py", checkout)
+    python = checkout / ".venv" / "bin" / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\necho \"$PWD $*\"\ntrap 'echo saved; exit 143' TERM\nfor i in $(seq 300); do sleep 0.1; done\n"
+    )
+    python.chmod(0o755)
+    (checkout / ".venv" / "mmdiff.stamp").write_text("extras: tpu\n" + (ROOT / "setup.py").read_text())
+
+    def call(*words):
+        # As sshd runs what `gcloud ssh --command` is given, and hangs up afterwards.
+        command = f"bash mmdiff/launch/tpu_host.sh {shlex.join(words)}"
+        return subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60, start_new_session=True)
+
+    yield call
+    call("stop")
+
+
+def test_a_host_runs_stops_and_continues(host, tmp_path):
+    log = tmp_path / "mmdiff.log"
+    assert host("stop").returncode == 0  # nothing is alive
+
+    done = host("run", *RUN)
+    assert done.returncode == 0, done.stderr
+    pid = int((tmp_path / "mmdiff.pid").read_text())
+    os.kill(pid, signal.SIGHUP)  # the connection is gone: the run is not
+    wait_for(lambda: log.exists() and log.read_text())
+    assert log.read_text() == f"{tmp_path / 'mmdiff'} -m mmdiff train --distributed {' '.join(RUN)}\n"
+
+    again = host("run", *RUN)
+    assert again.returncode == 1 and "stop it first" in again.stderr
+
+    assert host("stop").returncode == 0
+    assert log.read_text().endswith("saved\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert host("tail").stdout.endswith("saved\n")  # ends, as the run has
+
+    assert host("run", *RUN).returncode == 0
+    wait_for(lambda: log.read_text().count("--distributed") == 2)
+
+
+def wait_for(condition, seconds=20):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+# ---- Slurm ----
+
+
+def test_slurm_prints_what_it_runs(fakes, tmp_path):
+    settings = {"NODES": "2", "GPUS": "4", "VENV": "/shared/venv"}
+    plan = printed(launch(fakes, "slurm.sh", "--dry-run", *RUN, **settings)[0])
+    assert [command[0].rpartition("/")[2] for command in plan] == ["bash", "mkdir", "sbatch", "env", "scontrol"]
+    install, folder, submit, train, requeue = plan
+    assert "VENV=/shared/venv environment cuda" in install[-1]
+    wanted = {"nodes": "2", "ntasks-per-node": "4", "gpus-per-node": "4", "signal": "TERM@300", "output": f"{RUN[3]}/slurm-%j.log"}
+    assert wanted.items() <= flags(submit).items() and "--requeue" in submit and folder[-1] == RUN[3]
+    srun = train.index("srun")
+    assert train[-len(RUN) - 5 :] == ["/shared/venv/bin/python", "-m", "mmdiff", "train", "--distributed", *RUN]
+    assert "--kill-on-bad-exit=0" in train[srun:]
+
+    # Outside a job it installs (with the bash that runs it, which is no stand-in) and submits.
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "venv" / "mmdiff.stamp").write_text("extras: cuda\n" + (ROOT / "setup.py").read_text())
+    settings["VENV"] = str(tmp_path / "venv")
+    plan = printed(launch(fakes, "slurm.sh", "--dry-run", *RUN, **settings)[0])
+    done, called = launch(fakes, "slurm.sh", *RUN, **settings)
+    assert done.returncode == 0, done.stderr
+    assert called == plan[1:3]
+
+    # The job is the script again, with the same words and settings; in a job it trains.
+    [*_, wrapped] = plan[2]
+    words = shlex.split(wrapped.removeprefix("--wrap="))
+    assert words[:2] == ["exec", "env"] and words[-len(RUN) - 1 :] == [str(LAUNCH / "slurm.sh"), *RUN]
+    job = dict(word.split("=", 1) for word in words[2 : words.index("bash")])
+    done, called = launch(fakes, "slurm.sh", *RUN, **job, SLURM_JOB_ID="JOB", STATUS_env="143")
+    assert done.returncode == 143 and called == plan[3:]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 137])
+def test_slurm_requeues_after_a_saved_stop_only(fakes, status):
+    done, called = launch(fakes, "slurm.sh", *RUN, SLURM_JOB_ID="12", STATUS_env=str(status))
+    assert done.returncode == status and [command[0] for command in called] == ["env"]
+
+
+def test_slurm_does_not_requeue_what_is_cancelled(fakes):
+    # scancel signals the script as well as the processes.
+    (fakes / "env").write_text(f"#!{sys.executable}\nimport os, signal, sys\nos.kill(os.getppid(), signal.SIGTERM)\nsys.exit(143)\n")
+    done, called = launch(fakes, "slurm.sh", *RUN, SLURM_JOB_ID="12")
+    assert done.returncode == 143 and called == []
+
+
+@pytest.mark.slow
+def test_xla_knows_the_flags():
+    """XLA ends the process at a flag that it does not know; the builds for the CPU parse those for GPUs too."""
+    found = re.findall(r"--xla_gpu_\w+=\w+", (LAUNCH / "slurm.sh").read_text())
+    assert found
+    for flag, known in [(" ".join(found), True), ("--xla_gpu_no_such_flag=true", False)]:
+        env = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=env, capture_output=True, timeout=120)
+        assert (done.returncode == 0) == known, done.stderr
+
+
+# ---- GKE ----
+
+
+def test_manifest():
+    text = (LAUNCH / "gke.yaml").read_text()
+    spec = yaml.safe_load(text)
+    assert (spec["apiVersion"], spec["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert "alpha.jobset.sigs.k8s.io/exclusive-topology" in spec["metadata"]["annotations"]
+    [slices] = spec["spec"]["replicatedJobs"]
+    job = slices["template"]["spec"]
+    pod = job["template"]["spec"]
+    [container] = pod["containers"]
+
+    # One pod per host, and no host to spare.
+    selector = pod["nodeSelector"]
+    chips = math.prod(int(side) for side in selector["cloud.google.com/gke-tpu-topology"].split("x"))
+    per_host = container["resources"]["limits"]["google.com/tpu"]
+    assert selector["cloud.google.com/gke-tpu-accelerator"] in text.split("apiVersion")[0] and per_host == 4
+    assert job["parallelism"] == job["completions"] == chips // per_host > 1 and job["backoffLimit"] == 0
+    assert slices["replicas"] == 1
+
+    # A mistake of the user ends it; everything else starts it again.
+    [rule] = job["podFailurePolicy"]["rules"]
+    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy needs
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert spec["spec"]["failurePolicy"]["maxRestarts"] > 10 and pod["terminationGracePeriodSeconds"] >= 120
+
+    # The workdir is in the bucket.
+    [mount], [volume] = container["volumeMounts"], pod["volumes"]
+    assert mount["name"] == volume["name"] and volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true" and pod["serviceAccountName"]
+    env = {item["name"]: item["value"] for item in container["env"]}
+    arguments = shlex.split(env["ARGUMENTS"])
+    assert arguments[arguments.index("--workdir") + 1].startswith(mount["mountPath"] + "/")
+    assert (ROOT / arguments[arguments.index("--config") + 1]).exists()
+    script = container["args"][0]
+    assert set(re.findall(r"\$(\w+)", script)) == set(env) and "exec python -m mmdiff train --distributed" in script
+    assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+    assert sorted(set(re.findall(r"YOUR-\w+", text.partition("\napiVersion")[2]))) == ["YOUR-BUCKET", "YOUR-REPOSITORY"]
+
+
+# ---- Colab ----
+
+
+def test_notebook_is_committed_without_outputs():
+    import nbformat
+
+    notebook = nbformat.read(LAUNCH / "colab.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+
+
+@pytest.mark.slow
+def test_notebook_trains_and_shows(monkeypatch, tmp_path):
+    import nbclient
+    import nbformat
+
+    monkeypatch.setenv("STEPS", "30")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as there
+    notebook = nbformat.read(LAUNCH / "colab.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    probe = nbformat.v4.new_code_cell("import json; json.dumps([float(x) for x in history['loss']])")
+    notebook.cells.append(probe)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+    pictures = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code]
+    assert sum(pictures) >= 4  # data, curves, drawn digits, pairs
+    text = "".join(output.text for cell in code for output in cell.outputs if output.output_type == "stream")
+    assert "500 test digits are named right" in text
+    values = json.loads(eval(probe.outputs[-1].data["text/plain"]))
+    assert len(values) == 30 and sum(values[-5:]) < 0.9 * sum(values[:5])
