@@ -15,6 +15,8 @@ import time
 import pytest
 import yaml
 
+from mmdiff import config as configs
+
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SLICE = {"NAME": "dit", "ZONE": "us-west4-a", "TYPE": "v5litepod-16"}
@@ -135,6 +137,9 @@ def test_several_slices(fakes):
     assert run[-1] == "--config.train.mesh.slices=4" and run[0].startswith("LIBTPU_INIT_ARGS=--xla_tpu_")
     done, _ = launch(fakes, "multislice.sh", "--dry-run", "run", *RUN, "--config.train.mesh.slices=2", **SLICE, SLICES="4")
     assert done.stdout.count("mesh.slices") == 1
+    for path in sorted((ROOT / "configs").rglob("*.py")):
+        config, _ = configs.load(str(path), [("train.mesh.slices", "4")])  # every config has what is added
+        assert config.train.mesh.slices == 4
 
 
 IMAGES = {"v4-32": "tpu-ubuntu2204-base", "v5litepod-16": "v2-alpha-tpuv5-lite", "v5p-32": "v2-alpha-tpuv5", "v6e-16": "v2-alpha-tpuv6e"}
@@ -362,7 +367,7 @@ def test_notebook_trains_and_shows(monkeypatch, tmp_path):
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
 
     pictures = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code]
-    assert sum(pictures) >= 4  # data, curves, drawn digits, pairs
+    assert sum(pictures) == 5  # data, curves, drawn digits, named digits, pairs
     text = "".join(output.text for cell in code for output in cell.outputs if output.output_type == "stream")
     assert "500 test digits are named right" in text
     values = json.loads(eval(probe.outputs[-1].data["text/plain"]))

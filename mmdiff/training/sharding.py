@@ -212,7 +212,7 @@ def _split(name: str, shape: tuple[int, ...], axes: Mapping[str, int | None], me
     """The axes that are named at their dimensions, and fsdp, if it is not, on the largest of the others."""
     entries: list[str | None] = [None] * len(shape)
     for axis, dimension in axes.items():
-        if dimension is None:
+        if dimension is None or mesh.shape.get(axis) == 1:  # an axis of one device leaves its dimension to fsdp
             continue
         if not -len(shape) <= dimension < len(shape):
             raise UserError(f"the sharding rule {dict(axes)} of {name} asks for dimension {dimension} of the shape {shape}.")

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 import pathlib
 import shutil
 
@@ -15,6 +16,7 @@ from clu.metrics import Average
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mmdiff import nets
 from mmdiff.errors import UserError
 from mmdiff.training import checkpoints, sharding
 from mmdiff.training.checkpoints import Checkpoints, check_config, restore_for_inference, write_config
@@ -85,6 +87,37 @@ def test_eight_devices_then_one_then_four(tmp_path):
         state = state.replace(step=state.step + 1)
     assert state.params["params"]["first"]["kernel"].sharding.spec == P(None, "fsdp")
     assert averages["loss/x"].total == 2.5 and averages["loss/x"].count == 5
+
+
+@pytest.mark.slow
+def test_a_transformer_goes_from_two_slices_to_one_device_to_a_tensor_mesh(tmp_path):
+    net = nets.DiT(nets.Patches(16, 16, 2, 2), 10, depth=2, width=64, heads=4)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 16, 16, 2)), jnp.ones(1), jnp.zeros(1, jnp.int32))
+
+    def init(key):
+        blocks = jax.tree.map(lambda leaf: jnp.sin(jnp.arange(leaf.size) + leaf.ndim).reshape(leaf.shape), shapes["params"]["blocks"])
+        return {"params": {"blocks": blocks}}
+
+    def target(axes):
+        mesh = sharding.make_mesh(axes, jax.devices()[: math.prod(axes.values())])
+        return sharding.abstract_state(init, optimizer(), mesh, sharding.TRANSFORMER), mesh
+
+    def parts(state):
+        kernel = state.opt[1][0].mu["params"]["blocks"]["mlp"]["in"]["kernel"]
+        return kernel.size / kernel.addressable_shards[0].data.size
+
+    first, mesh = target({"slices": 2, "fsdp": 2, "tensor": 2})
+    state = sharding.place_state(init, optimizer(), jax.random.key(1), mesh, sharding.TRANSFORMER)
+    original = state = state.replace(opt=jax.jit(lambda opt: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), opt))(state.opt))
+    assert parts(state) == 4
+    for axes, split in (({"data": 1}, 1), ({"fsdp": 2, "tensor": 2}, 4)):
+        with Checkpoints(tmp_path, keep=1) as saved:
+            saved.save(state, {}, meta())
+        with Checkpoints(tmp_path, keep=1) as saved:
+            state, _, _ = saved.restore(target(axes)[0], {})
+        assert_same(original.replace(step=state.step), state)
+        assert parts(state) == split and state.ema["params"]["blocks"]["mlp"]["in"]["kernel"].sharding.mesh.shape == target(axes)[1].shape
+        state = state.replace(step=state.step + 1)
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path):

@@ -109,6 +109,17 @@ def test_fsdp_splits_the_largest_dimension_that_divides(shape, expected):
     assert sharding.specs({"w": jnp.zeros(shape)}, [(".*", "fsdp")], mesh_of(1, 4), min_size=1) == {"w": expected}
 
 
+def test_a_rule_by_axis_leaves_the_rest_to_fsdp():
+    rules = [("in/kernel", {"tensor": -1}), ("in/bias", {"tensor": -1, "fsdp": None}), (".*", "fsdp")]
+    tree = {"in": {"kernel": jnp.zeros((4, 32, 64)), "bias": jnp.zeros((4, 64))}}
+
+    def found(**axes):
+        return sharding.specs(tree, rules, mesh_of(**axes), min_size=1)["in"]
+
+    assert found(fsdp=4, tensor=2) == {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")}
+    assert found(fsdp=4) == {"kernel": P(None, None, "fsdp"), "bias": P()}  # no tensor axis: as if it were not named
+
+
 def test_fsdp_leaves_small_arrays_and_single_meshes_whole():
     rules, tree = [(".*", "fsdp")], {"w": jnp.zeros((8, 8))}
     assert sharding.specs(tree, rules, mesh_of(1, 4), min_size=65) == {"w": P()}
