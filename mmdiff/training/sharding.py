@@ -212,11 +212,12 @@ def _split(name: str, shape: tuple[int, ...], axes: Mapping[str, int | None], me
     """The axes that are named at their dimensions, and fsdp, if it is not, on the largest of the others."""
     entries: list[str | None] = [None] * len(shape)
     for axis, dimension in axes.items():
-        if dimension is None or mesh.shape.get(axis) == 1:  # an axis of one device leaves its dimension to fsdp
+        if dimension is None:
             continue
         if not -len(shape) <= dimension < len(shape):
             raise UserError(f"the sharding rule {dict(axes)} of {name} asks for dimension {dimension} of the shape {shape}.")
-        entries[dimension] = axis
+        if mesh.shape.get(axis) != 1:  # an axis of one device leaves its dimension to fsdp
+            entries[dimension] = axis
     size = mesh.shape["fsdp"]
     free = [i for i, length in enumerate(shape) if entries[i] is None and length % size == 0]
     if "fsdp" not in axes and size > 1 and math.prod(shape) >= min_size and free:
