@@ -85,7 +85,7 @@ def test_one_of_two_is_killed_and_one_and_then_two_go_on(alone, server, tmp_path
     workdir = tmp_path / "run"
 
     def part(name, *jobs, **overrides):
-        overrides = {**RUN, "train.delay": 0.04, **overrides}
+        overrides = {**RUN, "train.delay": 0.04, "train.checkpoint_every": 3, **overrides}
         jobs = [job | {"overrides": overrides, "takes": str(tmp_path / f"{name}{i}")} for i, job in enumerate(jobs)]
         return server.run(*jobs)
 
@@ -93,6 +93,8 @@ def test_one_of_two_is_killed_and_one_and_then_two_go_on(alone, server, tmp_path
     answers = part("killed", first, {**second, "kill": [signal.SIGKILL, 8, 0.0]})
     assert statuses(answers) == [1, -signal.SIGKILL], answers
     assert "mmdiff: error: another process of this run is gone" in log_of(workdir, 0) and answers[0]["seconds"] < 20
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+    assert saved in (3, 6)  # that of step 6 was on its way
     answers = part("one", {"workdir": str(workdir)}, **{"train.steps": 12})
     assert statuses(answers) == [0], answers
     first, second = pair(workdir)
@@ -101,7 +103,7 @@ def test_one_of_two_is_killed_and_one_and_then_two_go_on(alone, server, tmp_path
     assert_same_run(alone, workdir, tmp_path / "leaves.npz")
 
     # Each process reads its rows of every batch, in the order of one process, and nothing else: a row to see the shapes, then batches.
-    for name, count, start, least in (("killed", 2, 0, 8), ("one", 1, 6, 6), ("two", 2, 12, 6)):
+    for name, count, start, least in (("killed", 2, 0, 8), ("one", 1, saved, 12 - saved), ("two", 2, 12, 6)):
         for process in range(count):
             mine = slice(process * 16 // count, (process + 1) * 16 // count)
             peek, *batches = [json.loads(line) for line in (tmp_path / f"{name}{process}").read_text().splitlines()]

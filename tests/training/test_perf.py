@@ -150,6 +150,26 @@ def test_layers_of_a_scan_are_gathered_once_each():
     assert not hlo.Program(text).unknown_loops
 
 
+def test_a_network_split_by_fsdp_sends_weights_and_no_activations():
+    mesh, batch = sharding.make_mesh({"fsdp": 8}), 512
+    net = nets.DiT(nets.Patches(8, 8, 1, 2), 10, 2, 128, 4)
+
+    def loss(params, batch, key):
+        return (net.apply(params, batch["image"], batch["t"], batch["label"]) ** 2).mean(), {}
+
+    def init(key):
+        return net.init(key, jnp.zeros((1, 8, 8, 1)), jnp.ones(1), jnp.zeros(1, jnp.int32))
+
+    optimizer = optax.sgd(0.1)
+    state = sharding.abstract_state(init, optimizer, mesh, sharding.TRANSFORMER)
+    inputs = {"image": shape(batch, 8, 8, 1), "t": shape(batch), "label": shape(batch, dtype=jnp.int32)}
+    text = sharding.lower_step(make_step(loss, optimizer), state, inputs, mesh).compile().as_text()
+    total = sum(sent(text, mesh).values())
+    # Weights are gathered forward and backward, gradients summed. The labels' embeddings are all that there is of each example.
+    weights, activations = 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params)), 4 * batch * 16 * 128
+    assert total < 4 * weights * 7 / 8 + 4 * 4 * batch * 128 < activations * 7 / 8 * 2 * 2
+
+
 def test_the_same_axis_is_found_however_the_devices_are_ordered():
     devices = jax.devices()[:8]
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, devices[4:] + devices[:4])

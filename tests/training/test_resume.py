@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 
 import numpy as np
@@ -69,7 +70,9 @@ def test_sigterm_saves_and_the_same_command_continues(server, tmp_path):
     [answer] = server.run({**job, "kill": [signal.SIGTERM, 12, 0.0]})
     assert answer["status"] == 128 + signal.SIGTERM, answer["error"]
     [stopped] = [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()]
-    assert 12 < stopped < 40 and f"SIGTERM: saved step {stopped}" in (tmp_path / "run.error0.log").read_text()
+    assert 12 < stopped < 40
+    [seconds] = re.findall(rf"SIGTERM: saved step {stopped} (.*) s after it came", (tmp_path / "run.error0.log").read_text())
+    assert float(seconds) < 20
     assert json.loads((tmp_path / "run/run.json").read_text())["finished"] is False
     assert server.run(job)[0]["status"] == 0
     assert f"continuing from step {stopped}" in (tmp_path / "run.error0.log").read_text()
