@@ -65,7 +65,7 @@ def start(**where: str | int) -> None:
       **where: the answer of `address`. What it leaves out is detected: from the metadata of a TPU slice, Slurm, Open MPI or an
         indexed Job of Kubernetes. (Under Slurm and Open MPI JAX gives every process one GPU: start as many as there are.)
 
-    A run whose processes do not find each other within JOIN_SECONDS ends with a sentence and status 2.
+    A run whose processes do not find each other within JOIN_SECONDS ends with a sentence and status 1: started again, they may.
 
     Raises:
       UserError: nothing is detected, or the port of process 0 is in use.
@@ -76,7 +76,7 @@ def start(**where: str | int) -> None:
         whom = f"all {where['processes']} of them" if "processes" in where else "all of them"
         at = f" at {where['coordinator']}" if "coordinator" in where else ""
         _say(f"the processes of this run did not find each other within {JOIN_SECONDS} s: start {whom}, and let each reach process 0{at}.")
-        os._exit(2)
+        os._exit(1)
 
     if where.get("process") == 0 and "coordinator" in where:
         _check_port(where["coordinator"])
