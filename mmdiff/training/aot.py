@@ -168,7 +168,7 @@ def compile_step(
     mesh = sharding.make_mesh({**train.mesh, "slices": slices}, devices)
     sharding.check_batch(train.global_batch, mesh, train.microbatches)
     step = step_of(experiment, train)
-    state = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules)
+    state = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
     example = {**RandomSource(experiment.modalities).take([0]), "index": np.zeros(1, np.uint32)}
     batch = {name: jax.ShapeDtypeStruct((train.global_batch, *array.shape[1:]), array.dtype) for name, array in example.items()}
     flops = perf.model_flops(experiment.loss, state.params, batch, state.key), perf.flops(step, state, batch)
@@ -277,7 +277,7 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
             ("  images/s/chip", f"up to {found['images_per_second_per_chip']:.4g}"),
         ]
         rows += [("  note", f"{found['unknown_loops']} loop(s) of unknown length count once")] if found["unknown_loops"] else []
-    return [f"{name:<20}{value}" for name, value in rows]
+    return [f"{name:<22}{value}" for name, value in rows if value]  # of a step that does not fit, only the total is known
 
 
 def _gb(size: float) -> str:

@@ -89,10 +89,13 @@ def test_one_of_two_is_killed_and_one_and_then_two_go_on(alone, server, tmp_path
         jobs = [job | {"overrides": overrides, "takes": str(tmp_path / f"{name}{i}")} for i, job in enumerate(jobs)]
         return server.run(*jobs)
 
-    first, second = pair(workdir)
+    # The sums of the step break at once, and this process says so; one that waits for the other's part of a checkpoint is ended by JAX
+    # when the other's heartbeat has been missing for too long.
+    first, second = pair(workdir, constants={"HEARTBEAT_SECONDS": 15})
     answers = part("killed", first, {**second, "kill": [signal.SIGKILL, 8, 0.0]})
-    assert statuses(answers) == [1, -signal.SIGKILL], answers
-    assert "mmdiff: error: another process of this run is gone" in log_of(workdir, 0) and answers[0]["seconds"] < 20
+    assert answers[1]["status"] == -signal.SIGKILL and answers[0]["status"] in (1, -signal.SIGABRT), answers
+    assert answers[0]["seconds"] < 90
+    assert answers[0]["status"] != 1 or "mmdiff: error: another process of this run is gone" in log_of(workdir, 0)
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
     assert saved in (3, 6)  # that of step 6 was on its way
     answers = part("one", {"workdir": str(workdir)}, **{"train.steps": 12})
