@@ -7,9 +7,9 @@
 One set of weights draws pairs, draws images of a label, names images, and draws images without labels: the four are the same
 network at different times. Image: flow matching, velocity. Label: absorbing diffusion, x_0 cross-entropy.
 
-Measured (seed 0, 500 held-out digits, EMA weights, two CPU cores): label accuracy 0.994, conditional agreement 0.989, joint agreement
-0.971, classification accuracy score 0.964, Fréchet ratio 1.69. Cost: 0.74M parameters, six and a half minutes of training, one of
-evaluation.
+Measured (seed 0, 500 held-out digits, EMA weights, two CPU cores): label accuracy 0.988, conditional agreement 0.981, joint agreement
+0.956, classification accuracy score 0.962, Fréchet ratio 1.67; another run 0.994, 0.989, 0.971, 0.964, 1.69. Cost: 0.74M parameters, seven minutes
+of training, one of evaluation.
 """
 
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def get_config():
             "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
-        "sample": {"steps": 25, "guidance": 1.2},
+        "sample": {"steps": 25, "guidance": 1.17},
         "eval": {"batch": 250},
     })
 
