@@ -30,6 +30,7 @@ setup(
         "matplotlib",
         "pillow>=10.1",
         "tensorflow-datasets>=4.9.7",
+        "tokenizers>=0.20",  # captions
         "array_record",  # what tfds.data_source reads
         "importlib_resources",  # imported by tensorflow-datasets, not declared by it
         # clu.metric_writers imports both. tensorflow-cpu neither brings CUDA nor takes the accelerator from jax;

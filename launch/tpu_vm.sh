@@ -106,6 +106,7 @@ for setting in $settings; do
     [[ -n ${!setting:-} ]] || refuse "$setting is not set: give it in front of the command, as in NAME=dit ZONE=us-west4-a TYPE=v5litepod-16."
 done
 slices=${SLICES:-1}
+[[ $slices =~ ^[1-9][0-9]*$ ]] || refuse "SLICES=$slices: give a number of slices, 1 or more."
 if [[ $command == run || $command == all ]]; then # before a slice is paid for
     check_train "$@"
     [[ -z ${BUCKET:-} || $(value_of --workdir "$@") == /mnt/runs/* ]] ||

@@ -244,6 +244,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     from mmdiff.training import bench
 
+    _keep_memory()  # as train does
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
     found = bench.measure(module.build(config), config, steps=args.steps, rounds=args.rounds, peer=args.peer)
     if jax.process_index() == 0:
@@ -252,8 +253,8 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _aot(args: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run: leave an accelerator that is here alone; jax reads it when it is imported
     configs.load(args.config, args.overrides)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run: leave an accelerator that is here alone
     from mmdiff.training import aot
 
     def load(overrides):

@@ -11,10 +11,15 @@ r"""Losses: pure functions `(params, batch, key) -> (scalar, metrics)`, made fro
 
 A batch holds the modalities by name and `index` [B], the examples' global positions: each example's randomness is
 `fold_in(key, index)`, so the loss does not depend on the mesh, the number of hosts, the micro-batching or the batch's order.
+
+A loss with importance-sampled times (`times.importance`) has an attribute `stats`: `init() -> stats` and `update(stats, seen) -> stats`.
+It reads the statistics from batch["stats"] (without them they are those of `init`) and then returns what it saw as metrics["stats"],
+sums over the batch. `training.make_step` keeps them in its state.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,8 +28,10 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff import schedules
-from mmdiff.processes.base import Noised, Process, fold
-from mmdiff.times import Times, example_keys
+from mmdiff.errors import UserError
+from mmdiff.processes.base import Noised, Process, fold, per_example_mean
+from mmdiff.processes.discrete import LOG_FLOOR
+from mmdiff.times import Adaptive, Times, example_keys
 
 Loss = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 Term = Callable[[Any, Noised], Any]
@@ -33,55 +40,92 @@ Term = Callable[[Any, Noised], Any]
 def diffusion(process: Process, apply: Callable, times: Times, terms: Mapping[str, tuple[float, Term]] | None = None) -> Loss:
     """The loss of one noisy forward pass: `sum_k weight_k mean_b term_k(out, noised)[b]`.
 
+    With importance-sampled times the mean over b is weighted by 1 / (T p_t), so it estimates the same as with uniform ones.
+
     Args:
       process: what corrupts the data.
       apply: `(params, net_x, net_t) -> out`.
       times: `(key, index) -> t`.
-      terms: name -> (weight, term); a term may return [B], or a dict of [B] by modality. The process's own loss by default.
+      terms: name -> (weight, term); a term may return [B], or a dict of [B] by modality. The process's own loss by default. With
+        weight 0 a term is reported and nothing else.
 
     Returns a `Loss`; its metrics are "loss/<term>" and, for terms that return a dict, "loss/<modality>".
     """
     if terms is None:
         terms = {"": (1.0, process.loss)}
+    source = times.source if isinstance(times, Adaptive) else None
+    if source and source.term not in terms:
+        raise UserError(f"the times are importance-sampled by the term {source.term!r}, but the loss has the terms {sorted(terms)}.")
 
     def loss(params, batch, key):
-        index = batch["index"]
+        index, stats = batch["index"], batch.get("stats")
+        batch = {name: array for name, array in batch.items() if name != "stats"}
         keys = example_keys(key, index)
-        t = times(jax.random.fold_in(key, zlib.crc32(b"times")), index)
-        noised = process.corrupt(fold(keys, "corrupt"), process.take(batch), t)
+        times_key = jax.random.fold_in(key, zlib.crc32(b"times"))
+        if source:
+            t, importance, place = times.draw(times_key, index, source.init() if stats is None else stats)
+        else:
+            t = times(times_key, index)
+        noised = process.corrupt(fold(keys, "corrupt"), process.take(batch), t).replace(batch=batch, key=key)
         out = apply(params, *process.inputs(noised.xt, noised.t))
         total, metrics = jnp.zeros((), jnp.float32), {}
         for name, (weight, term) in terms.items():
             values = term(out, noised)
+            if source and stats is not None and name == source.term:
+                metrics["stats"] = source.observe(place, values)
             for part, value in values.items() if isinstance(values, Mapping) else (("", values),):
-                value = value.astype(jnp.float32).mean()
+                value = value.astype(jnp.float32)
+                value = (importance * value if source else value).mean()
                 metrics["/".join(["loss", *filter(None, (name, part))])] = value
-                total = total + weight * value
+                total = total + weight * value if weight else total  # 0 times a term could still be NaN, or change the last bit
         return total, metrics
 
+    if source:
+        loss.stats = source
     return loss
 
 
 def combine(**losses: tuple[float, Loss]) -> Loss:
     """`sum_i weight_i loss_i`, each with its own key and its metrics under its name: `combine(draw=(1.0, a), name=(0.1, b))`."""
 
+    sources = {name: part.stats for name, (_, part) in losses.items() if hasattr(part, "stats")}
+
     def loss(params, batch, key):
-        total, metrics = jnp.zeros((), jnp.float32), {}
+        stats = batch.get("stats", {})
+        batch = {name: array for name, array in batch.items() if name != "stats"}
+        total, metrics, seen = jnp.zeros((), jnp.float32), {}, {}
         for name, (weight, part) in losses.items():
-            value, extra = part(params, batch, jax.random.fold_in(key, zlib.crc32(name.encode())))
+            own = batch | ({"stats": stats[name]} if name in stats else {})
+            value, extra = part(params, own, jax.random.fold_in(key, zlib.crc32(name.encode())))
+            if name in stats:
+                seen[name] = extra.pop("stats")
             total = total + weight * value
             metrics |= {f"{name}/loss": value, **{f"{name}/{key}": item for key, item in extra.items()}}
-        return total, metrics
+        return total, metrics | ({"stats": seen} if seen else {})
 
+    if sources:
+        loss.stats = _Several(sources)
     return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Several:
+    """The statistics of several losses, by name."""
+
+    parts: Mapping[str, Any]
+
+    def init(self):
+        return {name: part.init() for name, part in self.parts.items()}
+
+    def update(self, stats, seen):
+        return {name: part.update(stats[name], seen[name]) for name, part in self.parts.items()}
 
 
 def on(name: str, term: Term) -> Term:
     """A term of one modality, applied within a joint pass."""
 
     def joint_term(out, noised):
-        pick = (None if tree is None else tree[name] for tree in (noised.x0, noised.xt, noised.t, noised.noise))
-        return term(out[name], Noised(*pick))
+        return term(out[name], noised.of(name))
 
     return joint_term
 
@@ -144,6 +188,37 @@ def vlb(process, steps: int | None = None) -> Term:
             nats = steps * process.kl(noised, x0_hat, s)
             nats = jnp.where(jnp.isinf(nats), 0.0, nats)
         return nats / max(1, noised.x0.size // noised.x0.shape[0])
+
+    return term
+
+
+def x0_ce(process) -> Term:
+    """Cross-entropy of the plain softmax, -log p(x_0 | x_t), at all positions, masked or not; in nats per dimension of the data.
+
+    Unlike `process.loss` it does not condition on x_t, so it has a value for any x_0 (a negative). No position costs more than 70
+    nats, and beyond them it has no gradient.
+    """
+
+    def term(out, noised):
+        if out.shape[-1] != process.classes:
+            raise ValueError(f"x0_ce needs logits of {process.classes} classes, got an output of shape {out.shape}.")
+        log_p = jax.nn.log_softmax(process.logits(out, noised.xt, noised.t))
+        nll = -jnp.take_along_axis(log_p, noised.x0[..., None], axis=-1)[..., 0]
+        return jnp.where(noised.t > 0, per_example_mean(jnp.minimum(nll, -LOG_FLOOR)), 0.0)
+
+    return term
+
+
+def auxiliary(process, steps: int, falling: bool = True) -> Term:
+    """VQ-Diffusion's auxiliary loss, `a(t) x0_ce` with a = 2 - i / T, or a = 1 + i / T if not `falling`, at t = (i + 1) / T.
+
+    `vlb(process, T)` counts all T steps and this one does not: a weight lambda of theirs, on one step's sum, is T lambda here.
+    """
+    plain = x0_ce(process)
+
+    def term(out, noised):
+        share = (jnp.round(noised.t * steps) - 1.0) / steps
+        return (2.0 - share if falling else 1.0 + share) * plain(out, noised)
 
     return term
 

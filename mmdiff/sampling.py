@@ -9,8 +9,9 @@ Every method is the process's own step on an improved belief x0_hat, so a sample
     clipping, thresholding    clip(-1, 1), threshold(0.995)
     truncation                top_p(0.9), temperature(0.8)
     confidence unmasking      confidence(process)
+    another rule's strides    released_stride(steps, skip)
 
-Conditions are pinned at t = 0 (`given`), ignored modalities at t = 1 (`absent`). Strided sampling is a coarser grid.
+Conditions are pinned at t = 0 (`given`), ignored modalities at t = 1 (`absent`). Exact strided sampling is a coarser grid.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mmdiff.processes.base import Process, bcast, concrete, fold
 
 @flax.struct.dataclass
 class Move:
-    """One step about to be taken: from (xt, t) to time s with the belief x0.
+    """One step about to be taken: from (xt, t) to time s with the belief x0. Maps may change x0, and t and s of the step's posterior.
 
     `last_x0` and `last_t` are of the step before (last_t = t at first). What the next step will see as `last_x0` is `kept`: maps
     that correct the belief (clipping, truncation) change both, by `corrected`; those that extrapolate it change x0 alone.
@@ -137,11 +138,11 @@ def sample(
         move = Move(xt=xt, t=t, s=s, x0=x0, last_x0=last_x0, last_t=last_t, kept=x0, keys=fold(step_keys, "maps"))
         for refine in maps:
             move = refine(move)
-        xs = process.step(step_keys, xt, move.x0, t, move.s)
+        xs = process.step(step_keys, xt, move.x0, move.t, move.s)
         if heun:
             x0_end = belief(xs, s)
             average = jax.tree.map(lambda a, b: 0.5 * (a + b), move.x0, x0_end)
-            xs = process.step(step_keys, xt, average, t, move.s)
+            xs = process.step(step_keys, xt, average, move.t, move.s)
         return (xs, move.kept, t), None
 
     last = jax.eval_shape(belief, xt, times(0))
@@ -250,7 +251,7 @@ def only(name: str, refine: Map) -> Map:
     def apply(move: Move) -> Move:
         fields = ("xt", "t", "s", "x0", "last_x0", "last_t", "kept")
         part = refine(Move(keys=fold(move.keys, name), **{field: getattr(move, field)[name] for field in fields}))
-        return move.replace(**{field: {**getattr(move, field), name: getattr(part, field)} for field in ("x0", "s", "kept")})
+        return move.replace(**{field: {**getattr(move, field), name: getattr(part, field)} for field in ("x0", "t", "s", "kept")})
 
     return apply
 
@@ -315,8 +316,9 @@ def temperature(value: float) -> Map:
 def confidence(process, noise: float = 0.0) -> Map:
     """Unmasks the most certain tokens first instead of random ones, as many per step as the schedule asks for.
 
-    A chosen token moves to time 0, every other one stays at t: time may differ per token, so this too is a map on the move.
-    Certainty is log max_k x0[k], plus `noise` times Gumbel noise (MaskGIT's temperature; VQ-Diffusion's purity). For `absorbing`.
+    A chosen token moves to time 0, every other masked one stays at t: time may differ per token, so this too is a map on the move.
+    Certainty is log max_k x0[k], plus `noise` times Gumbel noise (MaskGIT's temperature; VQ-Diffusion's purity). For `absorbing` and
+    `MaskReplace`, whose unmasked tokens take their ordinary step.
     """
 
     def apply(move):
@@ -324,12 +326,34 @@ def confidence(process, noise: float = 0.0) -> Map:
         sure = jnp.log(jnp.maximum(move.x0.max(-1), 1e-30)).reshape(count, size)
         if noise:
             sure = sure + noise * jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(move.keys)
-        sure = jnp.where(move.xt.reshape(count, size) == process.mask, sure, jnp.inf)
+        hidden = move.xt.reshape(count, size) == process.mask
+        sure = jnp.where(hidden, sure, jnp.inf)
         rank = jnp.argsort(jnp.argsort(-sure, axis=-1), axis=-1)
-        # process.keep gives the share still masked at s; at s = 0 it is 0 and everything is revealed.
-        masked = jnp.floor(process.keep(move.s)[1] * size + 1e-4)
+        # At s = 0 no share is masked: everything is revealed.
+        masked = jnp.floor(process.masked(move.s) * size + 1e-4)
         reveal = rank < size - masked[:, None]
-        s = jnp.where(reveal, 0.0, move.t[:, None])
+        s = jnp.where(hidden, jnp.where(reveal, 0.0, move.t[:, None]), move.s[:, None])
         return move.replace(s=s.reshape(move.xt.shape))
 
     return apply
+
+
+def released_stride(steps: int, skip: int) -> tuple[jax.Array, Map]:
+    """The strided walk of the released VQ-Diffusion and CDCD code, for comparison: a grid and its map, `sample(..., grid, maps=[stride])`.
+
+    The network is called at every (skip + 1)-th of T = `steps` times and at 1 / T, but a step takes the posterior of one step of the
+    chain, from s + 1/T to s (before the last call from t to t - 1/T). So masks stay longer than they should: with T = 100 and skip 9
+    the last call finds 66 % of them. The exact walk is a coarser grid.
+    """
+    if not 0 <= skip < steps:
+        raise UserError(f"released_stride needs 0 <= skip < steps, got skip {skip} of {steps} steps.")
+    calls = sorted({*range(steps, 0, -skip - 1), 1}, reverse=True)  # t T
+
+    def stride(move):
+        place = jnp.round(move.t * steps)
+        near = place <= skip + 1
+        t, s = jnp.where(near, move.t, move.s + 1.0 / steps), jnp.where(near, (place - 1.0) / steps, move.s)
+        moves = move.s < move.t
+        return move.replace(t=jnp.where(moves, t, move.t), s=jnp.where(moves, s, move.s))
+
+    return jnp.asarray([*calls, 0], jnp.float32) / steps, stride

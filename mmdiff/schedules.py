@@ -5,13 +5,15 @@ A schedule says how much signal and how much noise is left at time t in [0, 1]:
     x_t = alpha(t) x_0 + sigma(t) eps,        alpha(0) = 1, sigma(0) = 0.
 
 Continuous processes use the pair as it stands. Discrete ones read it as (probability to be kept, probability to be
-replaced), for which `alpha + sigma = 1` must hold: `flow` and `masked_cosine` do.
+replaced), for which `alpha + sigma = 1` must hold: `flow` and `masked_cosine` do. Mask-and-replace chains read three shares, from
+a `ReplaceTable`.
 
 Schedules work on arrays of any shape, are differentiable in t (`derivative`) and return float32.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -80,17 +82,84 @@ def table(log_alpha_bar: np.ndarray) -> Schedule:
     slopes = np.append(np.diff(log_alpha_bar), 0.0).astype(np.float32)
 
     def schedule(t):
-        place = jnp.asarray(t, jnp.float32) * steps
-        # i / steps * steps may miss i by one ulp: snap, so that the nodes are exact.
-        nearest = jnp.round(place)
-        # Not to 0, which is hit exactly: just above it sigma must stay positive and its derivative finite.
-        close = (jnp.abs(place - nearest) < 1e-6 * steps + 1e-5) & (nearest > 0)
-        snapped = jax.lax.stop_gradient(jnp.where(close, nearest - place, 0.0)) + place
-        low = jax.lax.stop_gradient(jnp.clip(jnp.floor(snapped), 0, steps - 1)).astype(jnp.int32)
-        log_ab = jnp.take(nodes, low) + jnp.take(slopes, low) * (snapped - low)
+        low, rest = _place(t, steps)
+        log_ab = jnp.take(nodes, low) + jnp.take(slopes, low) * rest
         return jnp.exp(0.5 * log_ab), jnp.sqrt(-jnp.expm1(log_ab))
 
     return schedule
+
+
+def _place(t, steps):
+    """(i, r): t lies between the nodes i / steps and (i + 1) / steps, the share r of the way (1 at the last node)."""
+    place = jnp.asarray(t, jnp.float32) * steps
+    # i / steps * steps may miss i by one ulp: snap, so that the nodes are exact.
+    nearest = jnp.round(place)
+    # Not to 0, which is hit exactly: just above it sigma must stay positive and its derivative finite.
+    close = (jnp.abs(place - nearest) < 1e-6 * steps + 1e-5) & (nearest > 0)
+    snapped = jax.lax.stop_gradient(jnp.where(close, nearest - place, 0.0)) + place
+    low = jax.lax.stop_gradient(jnp.clip(jnp.floor(snapped), 0, steps - 1)).astype(jnp.int32)
+    return low, snapped - low
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReplaceTable:
+    """`t -> (kept, replaced, masked)`: the shares of a mask-and-replace chain, which sum to one; linear between the nodes t = i / T.
+
+    A token is kept, or redrawn uniformly from the classes (perhaps as itself), or masked for good. All three are given, for each of
+    them may be too small to be the float32 complement of the others.
+
+    Attributes:
+      rows: float64 [T + 1, 3], the shares at t = i / T, (1, 0, 0) at first.
+    """
+
+    rows: np.ndarray
+
+    def __post_init__(self):
+        rows = np.asarray(self.rows, np.float64)
+        object.__setattr__(self, "rows", rows)
+        if rows.ndim != 2 or rows.shape[1] != 3 or len(rows) < 2 or not np.array_equal(rows[0], (1, 0, 0)):
+            raise ValueError(f"a table of (kept, replaced, masked) is [T + 1, 3] and starts with (1, 0, 0), not {rows.shape}.")
+        kept, replaced, masked = rows.T
+        if rows.min() < 0 or np.abs(rows.sum(1) - 1).max() > 1e-12:
+            raise ValueError("a table of (kept, replaced, masked): every row must be a probability distribution.")
+        back = np.diff(masked).min() < 0 or np.diff(kept).max() > 0
+        if back or (replaced[1:] * kept[:-1] - replaced[:-1] * kept[1:]).min() < -1e-12:
+            raise ValueError("a table of (kept, replaced, masked) is no chain: in some step a token would be unmasked or restored.")
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.rows) - 1
+
+    def __call__(self, t):
+        low, rest = _place(t, self.steps)
+        # Between neighbours as a mean of both: at the last node nothing is left of a difference's rounding.
+        low_rows, high_rows = (jnp.take(jnp.asarray(self.rows, jnp.float32), low + i, axis=0) for i in (0, 1))
+        shares = low_rows * (1.0 - rest)[..., None] + high_rows * rest[..., None]
+        return shares[..., 0], shares[..., 1], shares[..., 2]
+
+
+def mask_replace(steps: int, kept: tuple[float, float], masked: tuple[float, float]) -> ReplaceTable:
+    """A table with T = `steps` whose kept and masked shares run linearly from their first value, at t = 1 / T, to their last, at t = 1.
+
+    What is left, `1 - kept - masked`, is replaced. At t = 0 everything is kept.
+    """
+    if steps < 2:
+        raise ValueError(f"mask_replace needs at least two steps, got {steps}.")
+    kept, masked = (np.linspace(*ends, steps) for ends in (kept, masked))
+    rest = 1.0 - kept - masked
+    rest[np.abs(rest) < 1e-15] = 0.0
+    return ReplaceTable(np.concatenate([[[1.0, 0.0, 0.0]], np.stack([kept, rest, masked], 1)]))
+
+
+def vqd_released(steps: int) -> ReplaceTable:
+    """The schedule of the released VQ-Diffusion and CDCD code: kept 0.99999 to 9e-6, masked the reverse, replaced 1e-6 throughout."""
+    return mask_replace(steps, kept=(0.99999, 0.000009), masked=(0.000009, 0.99999))
+
+
+def vqd_paper(steps: int) -> ReplaceTable:
+    """The schedule of the VQ-Diffusion paper (Gu et al. 2022, section 4.1): masked 0 to 0.9 and replaced 0 to 0.1, linearly in t."""
+    return mask_replace(steps, kept=(1.0 - 1.0 / max(steps, 1), 0.0), masked=(0.9 / max(steps, 1), 0.9))
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:

@@ -8,13 +8,17 @@ mesh, the micro-batching or its place in the batch. A time is float32 [B], or a 
     joint(image=uniform(), label=constant(0.0))                      image given label
     mixture((0.9, joint(image=uniform(), label=constant(0.0))),      class-conditional training with label dropout
             (0.1, joint(image=uniform(), label=constant(1.0))))
+    joint(tokens=importance(100, "vlb"), label=constant(0.0))        most often where the loss is large
+
+Importance-sampled times need statistics of the training so far: they, and combinations with them, are `Adaptive`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,20 +100,119 @@ def constant(value: float) -> Times:
     return lambda key, index: jnp.full(index.shape, value, jnp.float32)
 
 
+class Drawn(NamedTuple):
+    """Times as an `Adaptive` rule draws them.
+
+    Attributes:
+      t: the times.
+      weight: [B], the factor `1 / (T p_t)` that makes a loss at t an unbiased estimate of its mean over all T times.
+      place: int32 [B], the index i of t = (i + 1) / T; -1 for an example whose time comes from a rule without statistics.
+    """
+
+    t: Any
+    weight: jax.Array
+    place: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance:
+    r"""The statistics of importance-sampled times: of every t = (i + 1) / T, i = 0 .. T - 1, the count n_i of its draws and
+
+        H_i <- 0.9 H_i + 0.1 mean l_i^2,        p_i ~ sqrt(H_i + 1e-10) + 1e-4,    p_0 ~ as p_1,
+
+    where l_i are a step's values of one term of the loss at that time: the mean is over the whole batch, whatever the devices or
+    micro-batches. Until every n_i exceeds 10, p is uniform. Source: Nichol & Dhariwal 2021, section 3.3; Gu et al. 2022's code.
+
+    Attributes:
+      steps: T.
+      term: the name of the term.
+    """
+
+    steps: int
+    term: str
+
+    def init(self) -> dict[str, jax.Array]:
+        return {"square": jnp.zeros(self.steps), "count": jnp.zeros(self.steps, jnp.int32)}
+
+    def density(self, stats) -> jax.Array:
+        """`T p` [T]: 1 where times are uniform."""
+        size = jnp.sqrt(stats["square"] + 1e-10) + 1e-4
+        size = size.at[0].set(size[1])
+        return jnp.where(stats["count"].min() > 10, self.steps * size / size.sum(), 1.0)
+
+    def observe(self, place: jax.Array, values: jax.Array) -> dict[str, jax.Array]:
+        """What a part of the batch adds to the sums that `update` takes."""
+        hits = jax.nn.one_hot(place, self.steps)
+        return {"square": jax.lax.stop_gradient(values) ** 2 @ hits, "count": hits.sum(0)}
+
+    def update(self, stats, seen) -> dict[str, jax.Array]:
+        mean = seen["square"] / jnp.maximum(seen["count"], 1.0)
+        square = jnp.where(seen["count"] > 0, 0.9 * stats["square"] + 0.1 * mean, stats["square"])
+        return {"square": square, "count": stats["count"] + seen["count"].astype(jnp.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive:
+    """Times that depend on statistics: `draw(key, index, stats) -> Drawn`. As `(key, index) -> t` they are those of a training's start."""
+
+    source: Importance
+    draw: Callable[[jax.Array, jax.Array, Any], Drawn]
+
+    def __call__(self, key, index):
+        return self.draw(key, index, self.source.init()).t
+
+
+def importance(steps: int, term: str) -> Adaptive:
+    """t on 1/T, 2/T, ..., 1 with probabilities in proportion to the typical size of the loss's term `term`; see `Importance`."""
+    if steps < 2:
+        raise UserError(f"importance needs at least two steps, got {steps}.")
+    source = Importance(steps, term)
+
+    def draw(key, index, stats):
+        density = source.density(stats)
+        place = jax.vmap(lambda k: jax.random.categorical(k, jnp.log(density)))(example_keys(key, index))
+        return Drawn((place + 1).astype(jnp.float32) / steps, 1.0 / density[place], place)
+
+    return Adaptive(source, draw)
+
+
+def _drawn(times, key, index, stats):
+    if isinstance(times, Adaptive):
+        return times.draw(key, index, stats)
+    return Drawn(times(key, index), jnp.ones(index.shape), jnp.full(index.shape, -1))
+
+
+def _combined(draw, parts):
+    """The times of a combination, adaptive if one of its parts is."""
+    sources = {part.source for part in parts if isinstance(part, Adaptive)}
+    if len(sources) > 1:
+        raise UserError("a loss has importance-sampled times of one kind only: give every part the same steps and term.")
+    return Adaptive(sources.pop(), draw) if sources else lambda key, index: draw(key, index, None).t
+
+
 def joint(**times: Times) -> Times:
-    """Independent times, one rule per modality."""
-    return lambda key, index: {name: rule(_named(key, name), index) for name, rule in times.items()}
+    """Independent times, one rule per modality; at most one of them is adaptive."""
+    adaptive = [name for name, rule in times.items() if isinstance(rule, Adaptive)]
+    if len(adaptive) > 1:
+        raise UserError(f"joint: only one modality's times can be importance-sampled on their own, not {adaptive}; see shared.")
+
+    def draw(key, index, stats):
+        parts = {name: _drawn(rule, _named(key, name), index, stats) for name, rule in times.items()}
+        deciding = parts[(adaptive or list(times))[0]]
+        return deciding._replace(t={name: part.t for name, part in parts.items()})
+
+    return _combined(draw, times.values())
 
 
 def shared(*names: str, times: Times | None = None) -> Times:
     """One time for all the named modalities; uniform by default."""
     rule = times or uniform()
 
-    def shared_times(key, index):
-        t = rule(key, index)
-        return {name: t for name in names}
+    def draw(key, index, stats):
+        one = _drawn(rule, key, index, stats)
+        return one._replace(t={name: one.t for name in names})
 
-    return shared_times
+    return _combined(draw, [rule])
 
 
 def mixture(*choices: tuple[float, Times]) -> Times:
@@ -118,16 +221,16 @@ def mixture(*choices: tuple[float, Times]) -> Times:
     if not weights or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
         raise UserError(f"mixture: the weights must be >= 0 and sum to 1, got {weights}.")
 
-    def times(key, index):
+    def draw(key, index, stats):
         u = jax.vmap(jax.random.uniform)(example_keys(_named(key, "mixture"), index))
-        chosen = choices[-1][1](jax.random.fold_in(key, len(choices) - 1), index)
+        chosen = _drawn(choices[-1][1], jax.random.fold_in(key, len(choices) - 1), index, stats)
         edge = sum(weights)
         for i in range(len(choices) - 2, -1, -1):
             edge -= weights[i + 1]
-            other = choices[i][1](jax.random.fold_in(key, i), index)
+            other = _drawn(choices[i][1], jax.random.fold_in(key, i), index, stats)
             if jax.tree.structure(other) != jax.tree.structure(chosen):
                 raise UserError("mixture: the rules give times for different modalities; each must name all of them.")
             chosen = jax.tree.map(lambda a, b, e=edge: jnp.where(u < e, a, b), other, chosen)
         return chosen
 
-    return times
+    return _combined(draw, [rule for _, rule in choices])

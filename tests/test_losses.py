@@ -146,6 +146,33 @@ def test_vlb_terms():
     np.testing.assert_allclose(losses.vlb(process, steps=B)(out, noised), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_x0_cross_entropy_counts_every_position_up_to_a_limit():
+    process = processes.absorbing(4)
+    x0 = jnp.arange(24, dtype=jnp.int32).reshape(B, 3) % 4
+    t = jnp.arange(B) / B
+    out = jax.random.normal(jax.random.key(0), (B, 3, 4))
+    nll = np.log(np.exp(out).sum(-1)) - np.take_along_axis(np.asarray(out), np.asarray(x0)[..., None], -1)[..., 0]
+    for xt in (x0, (x0 + 1) % 4, jnp.full((B, 3), 4)):  # known, contradicted and masked: all the same
+        values = losses.x0_ce(process)(out, Noised(x0, xt, t))
+        np.testing.assert_allclose(values, np.where(t > 0, nll.mean(-1), 0), rtol=1e-5)
+    certain = 100 * jax.nn.one_hot((x0 + 1) % 4, 4)
+    value, gradient = jax.value_and_grad(lambda out: losses.x0_ce(process)(out, Noised(x0, x0, t)).sum())(certain)
+    np.testing.assert_allclose(value, 70 * (B - 1))
+    assert not gradient.any()
+    with pytest.raises(ValueError, match="logits of 4 classes"):
+        losses.x0_ce(process)(jnp.zeros((B, 3, 5)), Noised(x0, x0, t))
+
+
+def test_the_auxiliary_loss_is_weighted_by_time():
+    """a(t) = 2 - i / T, or 1 + i / T, at t = (i + 1) / T."""
+    process, steps = processes.absorbing(4), 5
+    noised = Noised(jnp.zeros((5, 2), jnp.int32), jnp.full((5, 2), 4), (jnp.arange(5) + 1.0) / steps)
+    out = jax.random.normal(jax.random.key(0), (5, 2, 4))
+    plain = losses.x0_ce(process)(out, noised)
+    np.testing.assert_allclose(losses.auxiliary(process, steps)(out, noised) / plain, [2.0, 1.8, 1.6, 1.4, 1.2], rtol=1e-5)
+    np.testing.assert_allclose(losses.auxiliary(process, steps, falling=False)(out, noised) / plain, [1, 1.2, 1.4, 1.6, 1.8], rtol=1e-5)
+
+
 def test_the_last_step_of_a_gaussian_is_left_to_its_decoder():
     process = Gaussian(schedules.cosine(), processes.eps)
     noised = noised_by(process, t=(jnp.arange(B) + 1.0) / B)

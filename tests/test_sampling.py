@@ -240,7 +240,8 @@ def test_confidence_unmasks_the_surest_first():
     out = sampling.confidence(process)(move(x0, xt=jnp.full((1, 4), 3), t=1.0, s=0.5))
     np.testing.assert_array_equal(out.s, [[1.0, 0.0, 1.0, 0.0]])  # half of the tokens move to time 0, the others stay
     partly = sampling.confidence(process)(move(x0, xt=jnp.asarray([[0, 3, 3, 3]]), t=0.75, s=0.5))
-    np.testing.assert_array_equal(partly.s, [[0.0, 0.75, 0.75, 0.0]])  # what is unmasked counts among the revealed
+    # What is unmasked counts among the revealed and takes its ordinary step.
+    np.testing.assert_array_equal(partly.s, [[0.5, 0.75, 0.75, 0.0]])
     last = sampling.confidence(process)(move(x0, xt=jnp.full((1, 4), 3), t=0.25, s=0.0))
     np.testing.assert_array_equal(last.s, np.zeros((1, 4)))
 

@@ -25,6 +25,8 @@ RULES = {
     "joint": times.joint(image=times.uniform(), label=times.stratified()),
     "shared": times.shared("image", "label"),
     "mixture": MIXTURE,
+    "importance": times.importance(10, "vlb"),
+    "joint_importance": times.joint(tokens=times.importance(10, "vlb"), label=times.constant(0.0)),
 }
 
 

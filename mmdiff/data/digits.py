@@ -102,6 +102,16 @@ def digits_source(split: str, data_dir: str | os.PathLike | None = None) -> Arra
     return _load(split, pathlib.Path(data_dir).expanduser().absolute())
 
 
+def digits_tokens(split: str, data_dir: str | os.PathLike | None = None) -> ArraySource:
+    """The same digits as tokens: tokens int32 [n, 64], the values 0..16 in raster order, and label int32 [n].
+
+    The arguments and errors are those of `digits_source`.
+    """
+    arrays = digits_source(split, data_dir).arrays
+    tokens = np.rint((arrays["image"] + 1) * 8).astype(np.int32)
+    return ArraySource({"tokens": tokens.reshape(len(tokens), -1), "label": arrays["label"]})
+
+
 @functools.cache
 def _load(split: str, data_dir: pathlib.Path) -> ArraySource:
     version = data_dir / Digits.name / str(Digits.VERSION)

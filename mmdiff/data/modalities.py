@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mmdiff.data.text import Tokenizer
 from mmdiff.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -251,6 +252,185 @@ class Labels:
     def _out_of_range(self, found) -> UserError:
         named = f" or one of {', '.join(self.names)}" if self.names is not None else ""
         return UserError(f"{self.name} {found} does not exist: labels are 0..{self.count - 1}{named}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Rows of tokens: int32 [n, length] in 0..states-1.
+
+    Attributes:
+      length, states: tokens in an example, and values of a token.
+      name: the modality's name, which is its key in an `.npz` file.
+    """
+
+    length: int
+    states: int
+    name: str = "tokens"
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The shape of one example."""
+        return (self.length,)
+
+    def parse(self, text: str) -> np.ndarray:
+        """One sequence from "3 1 4 ..." (blanks or commas between), or those of a `.npy`/`.npz` file: int32 [n, length].
+
+        Raises:
+          UserError: words that are no numbers, or what `check` refuses.
+        """
+        if pathlib.Path(text).suffix.lower() in (".npy", ".npz"):
+            return self.check(np.atleast_2d(_load(pathlib.Path(text).expanduser(), self.name)))
+        try:
+            numbers = np.array([[int(word) for word in text.replace(",", " ").split()]], np.int64)
+        except (ValueError, OverflowError):
+            raise UserError(f"{self.name}: {text!r} is not a row of numbers like '3 1 4'.") from None
+        return self.check(numbers)
+
+    def check(self, array) -> np.ndarray:
+        """`array` as int32 [n, length].
+
+        Raises:
+          UserError: a wrong shape, a type that is not integer, or a token outside 0..states-1.
+        """
+        return _ids(array, self.shape, self.states, self.name)
+
+    def show(self, array) -> list[str]:
+        """The numbers in a row, for every sequence; "-" for an id that is no token (a mask)."""
+        return [" ".join(str(token) if 0 <= token < self.states else "-" for token in row) for row in np.asarray(array)]
+
+    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Tokens with equal chances: int32 [count, length]."""
+        return rng.integers(self.states, size=(count, *self.shape), dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenImages:
+    """Pictures as tokens: int32 [n, height * width] in raster order, in 0..states-1.
+
+    Attributes:
+      height, width, states: tokens in a column and in a row, and values of a token.
+      decode: tokens [n, height * width] -> pictures [n, H, W, C] in [-1, 1], as of a VQ autoencoder. By default a token is a pixel and
+        its values are grey levels: 0 is -1, states - 1 is 1.
+      name: the modality's name, which is its key in an `.npz` file.
+    """
+
+    height: int
+    width: int
+    states: int
+    decode: Callable[[np.ndarray], np.ndarray] | None = None
+    name: str = "tokens"
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The shape of one example."""
+        return (self.height * self.width,)
+
+    def parse(self, text: str) -> np.ndarray:
+        """The tokens in a `.npy`/`.npz` file, or (where tokens are pixels) of pictures as `Images` reads them: int32 [n, height * width].
+
+        Raises:
+          UserError: a file that is missing or is neither, or has the wrong size or range.
+        """
+        path = pathlib.Path(text).expanduser()
+        if path.suffix.lower() in (".npy", ".npz"):
+            array = _load(path, self.name)
+            if array.dtype.kind in "iu" and array.shape[-1:] == self.shape:
+                return self.check(np.atleast_2d(array))
+        if self.decode is not None:
+            raise UserError(f"{self.name}: give tokens in a .npy or .npz file, integers [n, {self.shape[0]}], not {path}.")
+        pixels = Images(self.height, self.width, 1, self.states, self.name).parse(text)
+        return np.rint((pixels + 1) * ((self.states - 1) / 2)).astype(np.int32).reshape(len(pixels), -1)
+
+    def check(self, array) -> np.ndarray:
+        """`array` as int32 [n, height * width].
+
+        Raises:
+          UserError: a wrong shape, a type that is not integer, or a token outside 0..states-1.
+        """
+        return _ids(array, self.shape, self.states, self.name)
+
+    def images(self, array) -> np.ndarray:
+        """Tokens -> pictures, float32 [n, H, W, C] in [-1, 1]. An id beyond the tokens (a mask) counts as the last of them."""
+        array = np.clip(np.asarray(array), 0, self.states - 1)
+        if self.decode is not None:
+            return np.clip(np.asarray(self.decode(array), np.float32), -1, 1)
+        levels = array.astype(np.float32) / np.float32((self.states - 1) / 2) - 1
+        return levels.reshape(-1, self.height, self.width, 1)
+
+    def show(self, array) -> np.ndarray:
+        """Pixels for the eye: uint8 [n, H, W, C], from 0 for -1 to 255 for 1."""
+        return np.rint((self.images(array) + 1) * 127.5).astype(np.uint8)
+
+    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Tokens with equal chances: int32 [count, height * width]."""
+        return rng.integers(self.states, size=(count, *self.shape), dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Sentences: int32 [n, tokenizer.length], the ids of a tokenizer; a row of padding is an absent text.
+
+    Attributes:
+      tokenizer: a `data.text.Tokenizer`.
+      name: the modality's name, which is its key in an `.npz` file.
+    """
+
+    tokenizer: Tokenizer
+    name: str = "text"
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The shape of one example."""
+        return (self.tokenizer.length,)
+
+    def parse(self, text: str) -> np.ndarray:
+        """A sentence, one per line of a `.txt` file, or the ids in a `.npy`/`.npz` file: int32 [n, length].
+
+        Raises:
+          UserError: no such file, no words, words that no training text has, or what `check` refuses.
+        """
+        path = pathlib.Path(text)
+        if path.suffix.lower() in (".npy", ".npz"):
+            return self.check(np.atleast_2d(_load(path.expanduser(), self.name)))
+        sentences = [text]
+        if path.suffix.lower() == ".txt":
+            try:
+                sentences = [line for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} cannot be read as text: {error}.") from error
+        if not "".join(sentences).strip():
+            raise UserError(f"{self.name}: there are no words in {text!r}; to leave the text out, use --absent {self.name}.")
+        for sentence in sentences:
+            unseen = self.tokenizer.unseen(sentence)
+            if unseen:
+                raise UserError(f"{self.name}: none of the training texts has {', '.join(map(repr, unseen))}, spelled and spaced as here.")
+        return self.tokenizer.encode(sentences)
+
+    def check(self, array) -> np.ndarray:
+        """`array` as int32 [n, length].
+
+        Raises:
+          UserError: a wrong shape, a type that is not integer, or an id that the tokenizer does not have.
+        """
+        return _ids(array, self.shape, self.tokenizer.size, self.name)
+
+    def show(self, array) -> list[str]:
+        """The sentences; "-" for an absent one."""
+        return [text or "-" for text in self.tokenizer.decode(array)]
+
+    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Ids with equal chances: int32 [count, length]."""
+        return rng.integers(self.tokenizer.size, size=(count, *self.shape), dtype=np.int32)
+
+
+def _ids(array, shape: tuple[int, ...], states: int, name: str) -> np.ndarray:
+    """`array` as int32 [n, *shape] with values in 0..states-1, or a UserError."""
+    array = np.asarray(array)
+    if array.ndim != 1 + len(shape) or array.shape[1:] != shape or array.dtype.kind not in "iu":
+        raise UserError(f"{name}: needs integers of shape [n, {', '.join(map(str, shape))}], got {array.dtype} {list(array.shape)}.")
+    if not array.size or array.min() < 0 or array.max() >= states:
+        raise UserError(f"{name}: ids are 0..{states - 1}, got {_span(array)}.")
+    return array.astype(np.int32)
 
 
 def _load(path: pathlib.Path, name: str) -> np.ndarray:

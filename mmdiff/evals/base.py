@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,3 +67,28 @@ def example_keys(key: jax.Array, count: int) -> jax.Array:
 def say(message: str) -> None:
     """A line for the person who waits; standard output is left to results."""
     print(f"mmdiff eval: {message}", file=sys.stderr, flush=True)
+
+
+def draw_samples(
+    experiment, params, key, given, count: int, *, batch: int, steps: int, guidance: float, absent=()
+) -> dict[str, np.ndarray]:
+    """`count` draws of `experiment.draw`; example i's key is `fold_in(key, i)`."""
+    draw = functools.partial(experiment.draw, steps=steps, guidance=guidance, absent=tuple(absent))
+    return in_batches(draw, params, example_keys(key, count), given, batch)
+
+
+class Clock:
+    """Says what happens, and keeps how many seconds each stage took."""
+
+    def __init__(self):
+        self.seconds, self._stage = {}, None
+
+    def start(self, stage: str, message: str) -> None:
+        self.stop()
+        say(message)
+        self._stage, self._since = stage, time.monotonic()
+
+    def stop(self) -> None:
+        if self._stage:
+            self.seconds[self._stage] = round(time.monotonic() - self._since, 1)
+            self._stage = None

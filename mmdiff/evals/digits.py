@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +11,9 @@ import jax
 import numpy as np
 
 from mmdiff.data.sources import whole
-from mmdiff.evals import classifiers, pictures
+from mmdiff.evals import classifiers, conditional, pictures
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
-from mmdiff.evals.base import Findings, Picture, example_keys, in_batches, say
-from mmdiff.evals.frechet import frechet_ratio
+from mmdiff.evals.base import Clock, Findings, Picture, draw_samples, example_keys, in_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +54,14 @@ class JointImageLabel:
         quantize = experiment.modalities[self.image].quantize
         read_key, loss_key, given_key, joint_key, bare_key = jax.random.split(key, 5)
         draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
-        clock = _Clock()
+        clock = Clock()
 
         clock.start("label_accuracy", f"reading the labels of {len(test_images)} images in one network call each")
         read = read_labels(experiment, params, read_key, {self.image: test_images}, self.label, self.batch).argmax(-1)
         clock.start("diffusion_classifier", f"the same by denoising losses, {self.draws} x {self.classes} calls each")
         read_by_loss = self._losses(experiment, params, loss_key, test_images).argmin(-1)
 
-        asked = self._asked(labels)
+        asked = conditional.labels_to_ask(labels, self.classes, self.per_class)
         clock.start("conditional_samples", f"drawing {len(asked)} label-conditioned samples")
         drawn = quantize(draw(given_key, {self.label: asked}, len(asked))[self.image])
         clock.start("joint_samples", f"drawing {self.joint} joint samples")
@@ -73,19 +71,13 @@ class JointImageLabel:
         bare = quantize(draw(bare_key, {}, 100, absent=(self.label,))[self.image])
 
         clock.start("classifiers", "training the independent classifier")
-        count = len(images)
-        balanced = np.concatenate([np.flatnonzero(asked == c)[: self.per_class] for c in range(self.classes)])
-        judge = classifiers.svm(images, labels)
-        judged, judged_joint = (classifiers.predict(judge, x) for x in (drawn[balanced], joint_images))
-        score = classifiers.classification_accuracy_score(drawn[:count], asked[:count], test_images, test_labels)
+        found = conditional.judge(drawn, asked, (images, labels), (test_images, test_labels), self.classes, self.per_class)
+        judged_joint = classifiers.predict(found.classifier, joint_images)
         figures = {
             "label_accuracy": accuracy(read, test_labels),
             "label_accuracy_diffusion_classifier": accuracy(read_by_loss, test_labels),
-            "conditional_agreement": accuracy(judged, asked[balanced]),
+            **found.figures,
             "joint_agreement": accuracy(judged_joint, joint_labels),
-            "classification_accuracy_score": score,
-            "svm_real_accuracy": classifiers.agreement(judge, test_images, test_labels),
-            "frechet_ratio": frechet_ratio(drawn[:count], test_images, images),
         }
         clock.stop()
 
@@ -95,23 +87,18 @@ class JointImageLabel:
             "guidance": guidance,
             "test_images": len(test_images),
             "diffusion_classifier_draws": self.draws,
-            "label_conditioned_samples": len(asked),
-            "conditional_agreement_samples": len(balanced),
             "joint_agreement_samples": self.joint,
-            "classification_accuracy_score_samples": count,
-            "classifier": f"scikit-learn SVC(C={classifiers.C}, gamma={classifiers.GAMMA}), RBF kernel, pixels in [-1, 1]",
-            "frechet_features": "raw pixels",
-            "frechet_samples": {"generated": count, "train": count, "test": len(test_images)},
+            **found.settings,
             "generated_pixels": f"clipped and rounded to the data's {levels} levels" if levels else "clipped to [-1, 1]",
             "evaluation_seconds": clock.seconds,
         }
         return Findings(
             figures=figures,
-            notes=self._notes(len(test_images), len(balanced), count),
+            notes={**self._notes(len(test_images)), **found.notes},
             pictures=self._pictures(
                 experiment,
                 real=(test_images, test_labels, read),
-                given=(drawn, asked, balanced, judged),
+                given=(drawn, asked, found),
                 joint=(joint_images, joint_labels, judged_joint),
                 bare=bare,
                 sampler=f"{steps} steps, guidance {guidance:g}",
@@ -130,38 +117,23 @@ class JointImageLabel:
         size = max(1, self.batch // self.classes)
         return in_batches(losses, params, example_keys(key, len(images)), {self.image: images}, size)
 
-    def _asked(self, labels: np.ndarray) -> np.ndarray:
-        """The labels to condition on: those of the training set, then what is missing to `per_class` of each class."""
-        missing = np.maximum(0, self.per_class - np.bincount(labels, minlength=self.classes))
-        return np.concatenate([labels, np.repeat(np.arange(self.classes), missing)]).astype(np.int32)
-
-    def _notes(self, test: int, balanced: int, count: int) -> Mapping[str, str]:
+    def _notes(self, test: int) -> Mapping[str, str]:
         return {
             "label_accuracy": "argmax of p(label | image): image at t = 0, label at t = 1, one network call; "
             f"{test} held-out images",
             "label_accuracy_diffusion_classifier": f"argmin over labels of the image's mean denoising loss at {self.draws} "
             f"stratified times, with the same times and noise for every label; {test} held-out images",
-            "conditional_agreement": f"share of {balanced} label-conditioned samples, {self.per_class} of each class, to which "
-            "an SVM trained on the real training images gives that label",
-            "joint_agreement": f"share of {self.joint} joint samples to which the same SVM gives the label drawn with them",
-            "classification_accuracy_score": f"accuracy on the {test} held-out images of such an SVM trained on {count} "
-            "generated images only (label-conditioned, the training set's class frequencies)",
-            "svm_real_accuracy": f"the same for the {count} real training images: the ceiling of the score above",
-            "frechet_ratio": f"squared Fréchet distance (raw pixels, float64) of those {count} generated images to the {test} "
-            f"held-out ones, over that of the {count} training images to them: 1 is the limit",
+            "joint_agreement": f"share of {self.joint} joint samples to which an SVM trained on the real training images gives the "
+            "label drawn with them",
         }
 
     def _pictures(self, experiment, *, real, given, joint, bare, sampler: str) -> Mapping[str, Picture]:
         show, name = experiment.modalities[self.image].show, experiment.modalities[self.label].show
         names = name(np.arange(self.classes))
-        (images, labels, read), (drawn, asked, balanced, judged) = real, given
+        (images, labels, read), (drawn, asked, found) = real, given
         joint_images, joint_labels, judged_joint = (array[:70] for array in joint)
-        ten = [np.concatenate([np.flatnonzero(x == c)[:10] for c in range(self.classes)]) for x in (asked, labels)]
         result = {
-            "Label to image": Picture(
-                pictures.grid(show(drawn[ten[0]]), 10, rows=names), f"One class per row; {sampler}; the first of each class, none chosen."
-            ),
-            "Real images": Picture(pictures.grid(show(images[ten[1]]), 10, rows=names), "Held out, for comparison."),
+            **conditional.pictures(show(drawn), asked, show(images), labels, names, found, sampler),
             "Joint samples": Picture(
                 pictures.grid(show(joint_images), 10, name(joint_labels), wrong=judged_joint != joint_labels),
                 f"Image and label drawn together; {sampler}. A label is red where the SVM sees another one.",
@@ -170,10 +142,6 @@ class JointImageLabel:
             "Image to label": Picture(
                 pictures.matrix(confusion(read, labels, self.classes), names, "true label", "label read by the model"),
                 f"{len(labels)} held-out images, one network call each.",
-            ),
-            "Label to image, as the SVM sees it": Picture(
-                pictures.matrix(confusion(judged, asked[balanced], self.classes), names, "label given", "label seen by the SVM"),
-                f"{len(balanced)} label-conditioned samples.",
             ),
         }
         wrong = np.flatnonzero(read != labels)
@@ -194,28 +162,3 @@ def read_labels(experiment, params, key, given: Mapping[str, Any], label: str, b
 
     keys = example_keys(key, len(next(iter(given.values()))))
     return in_batches(read, params, keys, given, batch)
-
-
-def draw_samples(
-    experiment, params, key, given, count: int, *, batch: int, steps: int, guidance: float, absent=()
-) -> dict[str, np.ndarray]:
-    """`count` draws of `experiment.draw`; example i's key is `fold_in(key, i)`."""
-    draw = functools.partial(experiment.draw, steps=steps, guidance=guidance, absent=tuple(absent))
-    return in_batches(draw, params, example_keys(key, count), given, batch)
-
-
-class _Clock:
-    """Says what happens, and keeps how many seconds each stage took."""
-
-    def __init__(self):
-        self.seconds, self._stage = {}, None
-
-    def start(self, stage: str, message: str) -> None:
-        self.stop()
-        say(message)
-        self._stage, self._since = stage, time.monotonic()
-
-    def stop(self) -> None:
-        if self._stage:
-            self.seconds[self._stage] = round(time.monotonic() - self._since, 1)
-            self._stage = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def grid(
 
     Args:
       columns: images in a row.
-      words: a word below each image.
+      words: a word below each image, or a sentence, which is broken into lines and takes wider images.
       rows: a word at the left of each row.
       wrong: which words to write in red.
       tile: the smallest width of an image, in pixels; sizes are meant for a screen with two pixels per unit.
@@ -37,9 +38,13 @@ def grid(
     from PIL import Image, ImageDraw, ImageFont
 
     images = np.asarray(images)
-    scale = max(1, -(-tile // images.shape[2]))
+    sentences = words is not None and max(map(len, words), default=0) > 16
+    scale = max(1, -(-max(tile, 200 if sentences else 0) // images.shape[2]))
     height, width = images.shape[1] * scale, images.shape[2] * scale
-    gap, below, left = 8, 30 if words is not None else 0, 44 if rows is not None else 0
+    if sentences:
+        words = [textwrap.fill(text, width // 13, break_long_words=False) for text in words]
+    text_lines = max((text.count("\n") + 1 for text in words), default=1) if words is not None else 0
+    gap, below, left = 8, 30 * text_lines, 44 if rows is not None else 0
     lines = -(-len(images) // columns)
     sheet = Image.new("RGBA", (left + columns * (width + gap) - gap, lines * (height + below + gap) - gap), (0, 0, 0, 0))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=24)
@@ -49,7 +54,7 @@ def grid(
         sheet.paste(picture.convert("RGBA").resize((width, height), Image.Resampling.NEAREST), (x, y))
         if words is not None:
             colour = RED if wrong is not None and wrong[i] else GREY
-            draw.text((x + width / 2, y + height + 2), words[i], fill=colour, font=font, anchor="ma")
+            draw.text((x + width / 2, y + height + 2), words[i], fill=colour, font=font, anchor="ma", align="center")
         if rows is not None and i % columns == 0:
             draw.text((left / 2 - 4, y + height / 2), rows[i // columns], fill=GREY, font=font, anchor="mm")
     return sheet

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mmdiff.nets.target import platform
+from mmdiff.nets.target import platform, split
 
 BACKENDS = ("reference", "xla", "cudnn")
 
@@ -24,12 +24,12 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
       q: queries [B, N, H, D]; k, v: keys and values [B, M, H, D].
       mask: boolean, broadcastable to [B, H, N, M]; False hides a key. A row without any key gives a mean over all of them.
       backend: "reference" (batched products over B*H; the fastest here on CPU), "xla" (`jax.nn.dot_product_attention`), "cudnn" (its
-        fused kernel: half precision on NVIDIA GPUs). None takes cudnn where it applies, else the reference.
+        fused kernel: half precision on NVIDIA GPUs, tokens not split over devices). None takes cudnn where it applies, else the reference.
 
     Returns [B, N, H, D] in q's dtype.
     """
     if backend is None:
-        fused = platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+        fused = platform() == "gpu" and split("seq") == 1 and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
         backend = "cudnn" if fused else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"attention: no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")

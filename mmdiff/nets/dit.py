@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mmdiff.errors import UserError
 from mmdiff.nets.attention import attention, split_heads
 from mmdiff.nets.embed import Dense, Patches, TimeEmbed, xavier
-from mmdiff.nets.target import one_cpu, placed
+from mmdiff.nets.target import one_cpu, placed, split
 
 zeros = nn.initializers.zeros
 
@@ -36,6 +36,8 @@ def sizes(size: str) -> tuple[int, int, int]:
 def check_width(width: int, heads: int) -> None:
     if width % heads or width % 4:
         raise UserError(f"a width of {width} does not fit: {heads} heads must divide it, and so must 4 (for the positions).")
+    if heads % split("tensor"):
+        raise UserError(f"{heads} heads do not split into {split('tensor')} parts: set config.train.mesh.tensor to a divisor.")
 
 
 def modulate(x, shift, scale):

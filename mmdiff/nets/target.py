@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 _target: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar("target", default=None)
+_axes: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("axes", default={})  # noqa: B039 (never changed)
 _place: contextvars.ContextVar[Callable] = contextvars.ContextVar("place", default=lambda x: x)
 
 
 @contextlib.contextmanager
-def compiling_for(platform: str, devices: int = 1, place: Callable[[jax.Array], jax.Array] = lambda x: x) -> Iterator[None]:
+def compiling_for(
+    platform: str, devices: int = 1, place: Callable[[jax.Array], jax.Array] = lambda x: x, axes: Mapping[str, int] | None = None
+) -> Iterator[None]:
     """What is traced inside is meant for so many devices of `platform` ("cpu", "gpu", "tpu"), which need not be here.
 
-    `place` spreads activations [B, ...] over them; see `placed`.
+    `place` spreads activations [B, ...] over them (see `placed`), `axes` says in how many each axis of the mesh splits (see `split`).
     """
-    tokens = _target.set((platform, devices)), _place.set(place)
+    tokens = [(var, var.set(value)) for var, value in ((_target, (platform, devices)), (_place, place), (_axes, axes or {}))]
     try:
         yield
     finally:
-        _target.reset(tokens[0])
-        _place.reset(tokens[1])
+        for var, token in tokens:
+            var.reset(token)
 
 
 def placed(tree: Any) -> Any:
@@ -34,6 +37,11 @@ def placed(tree: Any) -> Any:
     the activations as the weights are, and every device works on all examples.
     """
     return jax.tree.map(_place.get(), tree)
+
+
+def split(axis: str) -> int:
+    """In how many parts the mesh of `compiling_for` splits along an axis: "tensor" the heads, "seq" the tokens; 1 without one."""
+    return _axes.get().get(axis, 1)
 
 
 def platform() -> str:

@@ -25,12 +25,22 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class Noised:
-    """One corrupted batch: clean `x0`, noisy `xt`, its time `t` [B], and the `noise` that was used (None where there is none)."""
+    """One corrupted batch: clean `x0`, noisy `xt`, its time `t` [B], and the `noise` that was used (None where there is none).
+
+    Within a loss `batch` is the whole batch and `key` the step's key, for terms that look beyond their own example.
+    """
 
     x0: Any
     xt: Any
     t: Any
     noise: Any = None
+    batch: Any = None
+    key: Any = None
+
+    def of(self, name: str) -> Noised:
+        """One modality of a joint `Noised`."""
+        x0, xt, t, noise = (None if tree is None else tree[name] for tree in (self.x0, self.xt, self.t, self.noise))
+        return Noised(x0, xt, t, noise, self.batch, self.key)
 
 
 class Process:
@@ -60,6 +70,10 @@ class Process:
     def corrupt(self, keys: Array, x0: Array, t: Array) -> Noised:
         """A draw from q(x_t | x_0). At t = 0 it is x_0 itself."""
         raise NotImplementedError
+
+    def explain(self, noised: Noised, x0: Array) -> Noised:
+        """The same x_t as if it had come from another clean x0 (a negative): what depends on x_0 is replaced."""
+        return noised.replace(x0=x0)
 
     def inputs(self, xt: Array, t: Array) -> tuple[Array, Array]:
         """What the network is fed for (x_t, t)."""
@@ -223,6 +237,13 @@ class Joint(Process):
         parts = self._map("corrupt", x0, t, keys=keys)
         return Noised(*({name: getattr(noised, field) for name, noised in parts.items()} for field in ("x0", "xt", "t", "noise")))
 
+    def explain(self, noised, x0):
+        parts = {name: self.parts[name].explain(noised.of(name), value) for name, value in x0.items() if name in self.parts}
+        new = {field: dict(getattr(noised, field)) for field in ("x0", "noise")}
+        for name, part in parts.items():
+            new["x0"][name], new["noise"][name] = part.x0, part.noise
+        return noised.replace(**new)
+
     def inputs(self, xt, t):
         pairs = self._map("inputs", xt, t)
         return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
@@ -247,7 +268,7 @@ class Joint(Process):
 
     def split(self, noised: Noised) -> dict[str, Noised]:
         """A joint `Noised` as one `Noised` per modality."""
-        return {name: Noised(noised.x0[name], noised.xt[name], noised.t[name], noised.noise[name]) for name in self.parts}
+        return {name: noised.of(name) for name in self.parts}
 
     def _outputs(self, out):
         missing = [name for name, part in self.parts.items() if part.learnt and name not in out]

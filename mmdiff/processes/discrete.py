@@ -12,12 +12,13 @@ A belief gives no weight to what x_t has ruled out: that alone makes unmasked to
 their cross-entropy zero, and a token held at t = 0 known.
 
 Data are integers [B, ...] in 0 .. classes - 1; noisy data live in 0 .. states - 1, where states beyond the classes (a mask) are
-never data. Beliefs are float32 [B, ..., classes]. All mathematics is float32, at O(states) a token for `Categorical`.
+never data. Beliefs are float32 [B, ..., classes]. All mathematics is float32, at O(states) a token for `Categorical` and `MaskReplace`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from mmdiff import schedules
 from mmdiff.processes.base import Noised, Process, bcast, check_time, concrete, per_example, per_example_mean, per_example_sum
 
 TINY = 1e-30
+LOG_FLOOR = -70.0  # log-probabilities that are compared with data end here, and so do their gradients
 
 
 class Discrete(Process):
@@ -52,6 +54,10 @@ class Discrete(Process):
             raise ValueError(f"a chain with {self.states} states over {self.classes} classes has no mask state.")
         return self.classes
 
+    def masked(self, t):
+        """The share of tokens that are masked at t, on average over the classes."""
+        return self._likelihood(jnp.full(t.shape, self.mask), None, t)[..., : self.classes].mean(-1)
+
     def check(self, x0):
         if not concrete(x0):
             return
@@ -75,11 +81,15 @@ class Discrete(Process):
     def clean(self, out, xt, t):
         return jnp.exp(self.log_belief(out, xt, t))
 
+    def logits(self, out, xt, t):
+        """The network's output as logits of x_0 given x_t, float32."""
+        return out.astype(jnp.float32)
+
     def log_belief(self, out, xt, t):
         """log softmax of the logits [B, ..., classes] over the classes that x_t leaves possible; -inf for the others."""
         possible = self._likelihood(xt, None, t)[..., : self.classes] > 0
         # A finite stand-in for -inf inside the softmax keeps its gradient free of NaN.
-        logits = jnp.where(possible, out.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+        logits = jnp.where(possible, self.logits(out, xt, t), jnp.finfo(jnp.float32).min)
         return jnp.where(possible, jax.nn.log_softmax(logits), -jnp.inf)
 
     def loss(self, out, noised):
@@ -98,19 +108,23 @@ class Discrete(Process):
         return jnp.where(bcast(s, xt) < bcast(t, xt), xs, xt)
 
     def kl(self, noised, x0_hat, s):
-        truth = jax.nn.one_hot(noised.x0, self.classes)
-        u = self._scaled(noised.xt, truth, noised.t, s)
-        u_hat = self._scaled(noised.xt, self._conditioned(noised.xt, x0_hat, noised.t), noised.t, s)
-        weights = self._likelihood(noised.xt, s, noised.t) * u
-        # Normalised by construction; the pull factor cancels within the logarithm.
-        ratio = jnp.log(jnp.maximum(u, TINY)) - jnp.log(jnp.maximum(u_hat, TINY))
-        each = jnp.where(weights > 0, weights * ratio, 0.0).sum(-1)
+        """The log-probabilities of both laws end at -70: no token costs more. An x_0 that x_t has ruled out costs nothing."""
+        truth, x0_hat = jax.nn.one_hot(noised.x0, self.classes), self._conditioned(noised.xt, x0_hat, noised.t)
+        pulled = self._likelihood(noised.xt, s, noised.t)
+        # Normalised by construction.
+        q, p = (pulled * self._scaled(noised.xt, belief, noised.t, s) for belief in (truth, x0_hat))
+        log_q, log_p = (jnp.log(jnp.maximum(law, math.exp(LOG_FLOOR))) for law in (q, p))
+        each = jnp.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
         return jnp.where(s < noised.t, per_example_sum(each), 0.0)
 
     def prior_kl(self, x0):
         p = self.push(jax.nn.one_hot(x0, self.states), None, jnp.ones(x0.shape[0]))
         ratio = jnp.log(jnp.maximum(p, TINY)) - jnp.log(jnp.maximum(jnp.asarray(self.stationary, jnp.float32), TINY))
         return per_example_sum(jnp.where(p > 0, p * ratio, 0.0).sum(-1))
+
+    def _last_step(self, steps, noised, x0_hat):
+        """The `rate` of a chain with T steps, which has no continuous time: T times the KL of its own last step."""
+        return steps * self.kl(noised, x0_hat, jnp.maximum(noised.t - 1.0 / steps, 0.0))
 
     def _likelihood(self, xt, s, t):
         """q(x_t | x_s = .) at the observed x_t, [B, ..., states]."""
@@ -227,6 +241,78 @@ def mixed(classes: int, mask: float, keep: schedules.Schedule | None = None) -> 
     return Categorical(((1.0 - mask) / classes,) * classes + (mask,), keep or schedules.flow(), classes)
 
 
+@dataclasses.dataclass(frozen=True)
+class MaskReplace(Discrete):
+    r"""VQ-Diffusion's chain: a token is kept, replaced by a uniform class (perhaps its own) or masked; a mask stays for ever,
+
+        q(x_t | x_s) = A 1[x_t = x_s] + U / K   (x_t < K),    q(mask | x_s) = C,    q(mask | mask) = 1,
+        A = A_t / A_s,    1 - C = (1 - C_t) / (1 - C_s),    U = 1 - A - C.
+
+    Not of rank one, but its push and pull cost O(K) a token all the same. Source: Gu et al. 2022, equations 7 and 8.
+
+    Attributes:
+      classes: K; the mask is state K.
+      schedule: (A_t, U_t, C_t), such as `schedules.vqd_released(100)` or `schedules.vqd_paper(100)`.
+      evidence: whether to add what a token says of its own clean value, log q(x_t | x_0), to the network's logits, which are then of
+        x_0 given the *other* tokens: the network need not learn to copy what it sees. False is as published.
+    """
+
+    classes: int
+    schedule: schedules.ReplaceTable
+    evidence: bool = False
+
+    def __post_init__(self):
+        if self.classes < 1:
+            raise ValueError(f"MaskReplace needs at least one class, got {self.classes}.")
+        if not isinstance(self.schedule, schedules.ReplaceTable):
+            raise ValueError("MaskReplace needs a table of (kept, replaced, masked), such as schedules.vqd_released(steps).")
+
+    @property
+    def states(self):
+        return self.classes + 1
+
+    @property
+    def stationary(self):
+        """The law at t = 1 of what is not kept."""
+        _, replaced, masked = self.schedule.rows[-1]
+        return np.append(np.full(self.classes, replaced / self.classes), masked) / (replaced + masked)
+
+    def push(self, p, s, t):
+        kept, replaced, masked = self._weights(s, t, p)
+        tokens, mask = p[..., :-1], p[..., -1:]
+        total = tokens.sum(-1, keepdims=True)
+        return jnp.concatenate([kept * tokens + replaced / self.classes * total, mask + masked * total], -1)
+
+    def pull(self, f, s, t):
+        kept, replaced, masked = self._weights(s, t, f)
+        tokens, mask = f[..., :-1], f[..., -1:]
+        return jnp.concatenate([kept * tokens + replaced * tokens.mean(-1, keepdims=True) + masked * mask, mask], -1)
+
+    def logits(self, out, xt, t):
+        out = out.astype(jnp.float32)
+        if not self.evidence:
+            return out
+        return out + jnp.log(jnp.maximum(self._likelihood(xt, None, t)[..., : self.classes], TINY))
+
+    def rate(self, noised, x0_hat):
+        return self._last_step(self.schedule.steps, noised, x0_hat)
+
+    def _weights(self, s, t, like):
+        """A, U and C from s to t, each from what keeps its digits."""
+        kept, replaced, masked = (bcast(c, like) for c in self.schedule(t))
+        if s is None:
+            return kept, replaced, masked
+        kept_s, replaced_s, masked_s = (bcast(c, like) for c in self.schedule(s))
+        unmasked, unmasked_s = kept + replaced, kept_s + replaced_s
+        kept = jnp.where(kept_s > 0, kept / jnp.where(kept_s > 0, kept_s, 1.0), 0.0)
+        # Of two equal expressions the one that subtracts the smaller numbers.
+        masked = jnp.where(masked < unmasked_s, masked - masked_s, unmasked_s - unmasked)
+        replaced = replaced - kept * replaced_s
+        alive, safe = unmasked_s > 0, jnp.where(unmasked_s > 0, unmasked_s, 1.0)
+        replaced, masked = (jnp.maximum(c, 0.0) / safe for c in (replaced, masked))
+        return kept, jnp.where(alive, replaced, 0.0), jnp.where(alive, masked, 1.0)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Markov(Discrete):
     """Any D3PM chain: row-stochastic matrices `steps` [T, S, S], the i-th taking time (i-1)/T to i/T. Times round to the nearest i/T.
@@ -284,9 +370,7 @@ class Markov(Discrete):
         return jax.lax.fori_loop(0, high.max() - low.min(), body, f)
 
     def rate(self, noised, x0_hat):
-        """A chain with T steps has no continuous time: T times the KL of its own last step."""
-        count = self.steps.shape[0]
-        return count * self.kl(noised, x0_hat, jnp.maximum(noised.t - 1.0 / count, 0.0))
+        return self._last_step(self.steps.shape[0], noised, x0_hat)
 
     def _index(self, t):
         return jnp.clip(jnp.round(t * self.steps.shape[0]), 0, self.steps.shape[0]).astype(jnp.int32)

@@ -85,6 +85,11 @@ class Gaussian(Process):
         xt = jnp.where(bcast(t, x0) > 0, alpha * x0 + sigma * noise, x0)
         return Noised(x0=x0, xt=xt, t=t, noise=noise)
 
+    def explain(self, noised, x0):
+        alpha, sigma = self._at(noised.t, x0)
+        noise = jnp.where(sigma > 0, (noised.xt - alpha * x0) / jnp.where(sigma > 0, sigma, 1.0), noised.noise)
+        return noised.replace(x0=x0, noise=noise)
+
     def inputs(self, xt, t):
         if self.data_std is None:
             return xt, t

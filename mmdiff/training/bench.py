@@ -66,6 +66,8 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     """
     if peer:
         _words(peer)  # before anything is compiled
+        if jax.process_count() > 1:
+            raise UserError("every process would start the peer: give --peer to a run of one process.")
     train = config.train
     mesh = sharding.make_mesh(dict(train.mesh))
     sharding.check_batch(train.global_batch, mesh, train.microbatches)
@@ -76,7 +78,7 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     rows = {name: array[: len(array) // train.microbatches] for name, array in next(batches).items()}
     rows = sharding.place(rows, mesh)
 
-    abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules)
+    abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
     began = time.perf_counter()
     lowered = sharding.lower_step(step_of(experiment, train), abstract, batch, mesh)
     lowering_seconds = time.perf_counter() - began
@@ -84,7 +86,8 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     began = time.perf_counter()
     program = lowered.compile()
     compile_seconds = time.perf_counter() - began
-    state = sharding.place_state(experiment.init, experiment.optimizer, jax.random.key(config.seed), mesh, experiment.rules)
+    key = jax.random.key(config.seed)
+    state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
     waited = 0.0
 
     def stepping():

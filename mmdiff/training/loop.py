@@ -68,8 +68,9 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
 
     # Everything the step needs to be compiled is known from shapes: no array exists yet.
     step_fn = step_of(experiment, options)
-    abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules)
+    abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
     data = experiment.train_data()
+    evaluate = make_evaluate(experiment, config, mesh) if options.eval_every else None
     part, parts = sharding.process_rows(mesh, options.global_batch)
     example = loader.batches(data, config.seed, 1, part * options.global_batch // parts)  # its own first row: no process reads others'
     shapes = {
@@ -91,7 +92,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             state, averages, meta = saved.restore(abstract, like)
         else:
             key = jax.random.key(config.seed)
-            state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules)
+            state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
             averages, meta = empty, {"train_seconds": 0.0, "compile_seconds": 0.0}
         if start >= options.steps:
             if jax.process_index() == 0:
@@ -116,7 +117,6 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         program = lowered.compile()
         meta["compile_seconds"] += time.perf_counter() - began
         journal.say(f"compiled in {time.perf_counter() - began:.1f} s")
-        evaluate = make_evaluate(experiment, config, mesh)
         accumulate = make_accumulate()
         someone = make_someone(mesh)
 
@@ -215,7 +215,8 @@ def make_evaluate(experiment: Experiment, config: ml_collections.ConfigDict, mes
         for start in range(0, len(source), size):
             positions = start + np.arange(part * size // parts, (part + 1) * size // parts)
             batch = {**source.take(positions % len(source)), "index": positions.astype(np.uint32)}
-            results.append(score(params, sharding.place(batch, mesh)))
+            with sharding.target_of(mesh):
+                results.append(score(params, sharding.place(batch, mesh)))
         results = jax.device_get(results)
         return {f"val/{name}": float(np.mean([result[name] for result in results])) for name in results[0]}
 

@@ -16,6 +16,7 @@ process knows of it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -39,8 +40,8 @@ Rules = Sequence[tuple[str, PartitionSpec | str | Mapping[str, int | None]]]
 # The transformers of `mmdiff.nets`: each device of the tensor axis computes some heads and some of the MLP's hidden units, so a
 # block ends in two sums over the axis. The modulations, per example and not per token, are split by what they read.
 TRANSFORMER: Rules = (
-    (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(qkv|mlp/in)/kernel$", {"tensor": -1}),
-    (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(qkv|mlp/in)/bias$", {"tensor": -1, "fsdp": None}),
+    (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(q|kv|qkv|mlp/in)/kernel$", {"tensor": -1}),
+    (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(q|kv|qkv|mlp/in)/bias$", {"tensor": -1, "fsdp": None}),
     (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(out|mlp/out|adaln)/kernel$", {"tensor": -2}),
     (".*", "fsdp"),
 )
@@ -123,29 +124,33 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh, *, min_size: int = FSDP_MIN_S
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, rules, mesh, min_size=min_size))
 
 
-def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules) -> State:
-    """The shapes, types and shardings of the state, without any arrays: what checkpoints are restored onto."""
-    named = {axis for _, rule in rules if rule != "fsdp" for axis in jax.tree.leaves(tuple(rule))}
+def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules, loss: Callable | None = None) -> State:
+    """The shapes, types and shardings of the state, without any arrays: what checkpoints are restored onto. See `init_state`."""
+    named = {axis for _, rule in rules if isinstance(rule, (PartitionSpec, Mapping)) for axis in jax.tree.leaves(tuple(rule))}
     if mesh.shape["tensor"] > 1 and "tensor" not in named:
         raise UserError(
             f"the mesh has tensor={mesh.shape['tensor']}, but no sharding rule of this experiment names the tensor axis, so its devices "
             "would all do the same: set config.train.mesh.tensor=1, or add rules."
         )
-    state = jax.eval_shape(lambda: init_state(init, optimizer, jax.random.key(0)))
+    state = jax.eval_shape(lambda: init_state(init, optimizer, jax.random.key(0), loss))
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, rules, mesh)
     )
 
 
-def place_state(init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules) -> State:
+def place_state(
+    init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules, loss: Callable | None = None
+) -> State:
     """`init_state` on the mesh: each device makes its own part, no host ever holds the whole."""
-    return lower_init(init, optimizer, key, mesh, rules).compile()(key)
+    return lower_init(init, optimizer, key, mesh, rules, loss).compile()(key)
 
 
-def lower_init(init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules) -> jax.stages.Lowered:
+def lower_init(
+    init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules, loss: Callable | None = None
+) -> jax.stages.Lowered:
     """`init_state`, lowered for the mesh: `.compile()` gives the program `key -> state`."""
-    target = jax.tree.map(lambda x: x.sharding, abstract_state(init, optimizer, mesh, rules))
-    return jax.jit(lambda key: init_state(init, optimizer, key), out_shardings=target).lower(key)
+    target = jax.tree.map(lambda x: x.sharding, abstract_state(init, optimizer, mesh, rules, loss))
+    return jax.jit(lambda key: init_state(init, optimizer, key, loss), out_shardings=target).lower(key)
 
 
 def lower_step(step: Step, state: State, batch: Mapping[str, Any], mesh: Mesh) -> jax.stages.Lowered:
@@ -168,8 +173,14 @@ def lower_step(step: Step, state: State, batch: Mapping[str, Any], mesh: Mesh) -
         out_shardings=(target, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    with compiling_for(mesh.devices.flat[0].platform, mesh.size, functools.partial(_place_activations, mesh=mesh)):
+    with target_of(mesh):
         return jitted.lower(state, batch)
+
+
+def target_of(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """A context: networks that are traced inside are meant for the mesh (see `nets.target`)."""
+    place = functools.partial(_place_activations, mesh=mesh)
+    return compiling_for(mesh.devices.flat[0].platform, mesh.size, place, dict(mesh.shape))
 
 
 def check_batch(global_batch: int, mesh: Mesh, microbatches: int = 1) -> None:

@@ -32,7 +32,8 @@ class State:
       opt: the optimizer's state.
       ema: the running average of `params`, float32.
       key: a typed key that never changes: step i draws from fold_in(key, i).
-      stats: counters, {"skipped": int32 []}: the steps that a non-finite loss or gradient made void.
+      stats: {"skipped": int32 []}, the steps that a non-finite loss or gradient made void, and under "loss" the loss's own statistics,
+        if it has any (see `losses`).
     """
 
     step: jax.Array
@@ -40,16 +41,19 @@ class State:
     opt: Any
     ema: Any
     key: jax.Array
-    stats: dict[str, jax.Array]
+    stats: dict[str, Any]
 
 
-def init_state(init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+def init_state(
+    init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation, key: jax.Array, loss: Callable | None = None
+) -> State:
     """The state before the first step; pure, so that it can be jitted onto a mesh.
 
     Args:
       init: `key -> params`.
       optimizer: the gradient transformation whose state is initialised.
       key: a typed key; one half initialises the weights, the other drives the steps.
+      loss: the loss of the steps to come, whose statistics the state holds.
     """
     init_key, step_key = jax.random.split(key)
     params = init(init_key)
@@ -59,7 +63,7 @@ def init_state(init: Callable[[jax.Array], Any], optimizer: optax.GradientTransf
         opt=optimizer.init(params),
         ema=_float32(params),
         key=step_key,
-        stats={"skipped": jnp.zeros((), jnp.int32)},
+        stats={"skipped": jnp.zeros((), jnp.int32)} | ({"loss": loss.stats.init()} if hasattr(loss, "stats") else {}),
     )
 
 
@@ -78,11 +82,12 @@ def make_step(
 
         params' = params + optimizer(g),   ema' = d ema + (1 - d) params',   d = min(ema, (1 + step) / (10 + step)).
 
-    A non-finite loss or gradient norm leaves params, opt and ema as they were, bit for bit, and adds one to stats["skipped"].
+    A non-finite loss or gradient norm leaves params, opt, ema and the loss's statistics as they were, bit for bit, and adds one to
+    stats["skipped"].
 
     Args:
       loss: `(params, batch, key) -> (scalar, metrics)`, a mean over the batch. Every micro-batch gets the same key, so
-        examples must take their randomness from their index (as `losses.diffusion` does).
+        examples must take their randomness from their index (as `losses.diffusion` does). If it has statistics, see `losses`.
       optimizer: what turns gradients into updates, clipping and the learning rate's schedule included.
       ema: the decay that the average's warm-up ends at.
       microbatches: m; the batch is split in m, which costs time and saves memory.
@@ -96,47 +101,57 @@ def make_step(
     """
     if noise_scale and microbatches < 2:
         raise UserError("the gradient noise scale compares micro-batches: set config.train.microbatches to 2 or more.")
+    for name, pattern in norm_groups:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"config.train.norm_groups: {pattern!r}, the group {name!r}, is no regular expression ({error}).") from error
+    learns = hasattr(loss, "stats")
 
-    def evaluate(params, batch, key):
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+    def evaluate(params, batch, key, stats):
+        given = {**batch, "stats": stats} if learns else batch
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, given, key)
         value, metrics, grads = _float32((value, metrics, grads))
+        seen = metrics.pop("stats", {})
         if noise_scale:
             metrics = {**metrics, "noise_scale/part_sq": _squares(grads)}
-        return value, metrics, grads
+        return (value, metrics, grads), seen
 
-    def accumulate(params, batch, key):
+    def accumulate(params, batch, key, stats):
         if microbatches == 1:
-            return evaluate(params, batch, key)
+            return evaluate(params, batch, key, stats)
         parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
-        shapes = jax.eval_shape(evaluate, params, jax.tree.map(lambda x: x[0], parts), key)
+        shapes = jax.eval_shape(evaluate, params, jax.tree.map(lambda x: x[0], parts), key, stats)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, evaluate(params, part, key)), None
+            return jax.tree.map(jnp.add, total, evaluate(params, part, key, stats)), None
 
-        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)
-        return jax.tree.map(lambda x: x / microbatches, total)
+        (total, seen), _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)
+        return jax.tree.map(lambda x: x / microbatches, total), seen
 
     def step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
-        value, metrics, grads = accumulate(state.params, batch, key)
+        stats = state.stats["loss"] if learns else None
+        (value, metrics, grads), seen = accumulate(state.params, batch, key, stats)
         grad_norm = optax.tree.norm(grads)
         if noise_scale:
             metrics = _noise_moments(metrics, grad_norm**2, len(jax.tree.leaves(batch)[0]), microbatches)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)  # the norm is finite only if every gradient is
 
-        def update(params, opt, average):
+        def update(params, opt, average, stats):
             updates, opt = optimizer.update(grads, opt, params)
             params = optax.apply_updates(params, updates)
             decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
-            return params, opt, jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), average, params)
+            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), average, params)
+            return params, opt, average, loss.stats.update(stats, seen) if learns else None
 
-        params, opt, average = _if(finite, update, state.params, state.opt, state.ema)
+        params, opt, average, stats = _if(finite, update, state.params, state.opt, state.ema, stats)
         state = state.replace(
             step=state.step + 1,
             params=params,
             opt=opt,
             ema=average,
-            stats={"skipped": state.stats["skipped"] + ~finite},
+            stats={"skipped": state.stats["skipped"] + ~finite} | ({"loss": stats} if learns else {}),
         )
         return state, {
             **metrics,

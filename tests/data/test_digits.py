@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmdiff.data import digits
-from mmdiff.data.digits import digits_source, split_rows
+from mmdiff.data.digits import digits_source, digits_tokens, split_rows
 from mmdiff.errors import UserError
 
 READ = """
@@ -61,6 +61,15 @@ def test_contents_are_scikit_learns_digits(data_dir):
         assert arrays["image"].min() == -1 and arrays["image"].max() == 1
         np.testing.assert_array_equal((arrays["image"][..., 0] + 1) * 8, original.images[rows[split]])
         np.testing.assert_array_equal(arrays["label"], original.target[rows[split]])
+
+
+def test_tokens_are_the_pixels_in_raster_order(data_dir):
+    for split, size in digits.SIZES.items():
+        images, tokens = digits_source(split, data_dir).arrays, digits_tokens(split, data_dir).arrays
+        assert tokens["tokens"].shape == (size, 64) and tokens["tokens"].dtype == np.int32
+        assert set(np.unique(tokens["tokens"])) == set(range(digits.LEVELS))
+        np.testing.assert_array_equal(tokens["tokens"].reshape(size, 8, 8) / 8 - 1, images["image"][..., 0])
+        np.testing.assert_array_equal(tokens["label"], images["label"])
 
 
 def test_the_data_set_is_a_tfds_one_and_in_memory_after_the_first_read(data_dir):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdiff.data.modalities import Images, Labels, Latents
+from mmdiff.data.modalities import Images, Labels, Latents, Sequences, TokenImages
 from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
 
@@ -12,6 +12,8 @@ IMAGES = Images(8, 8, 1, levels=17)
 COLOUR = Images(4, 6, 3)
 LABELS = Labels(10)
 LATENTS = Latents(8, 6, 4)
+PIXELS = TokenImages(8, 8, 17)
+ROWS = Sequences(3, 5)
 
 
 def digit(seed=0):
@@ -158,7 +160,47 @@ def test_latents(tmp_path):
     assert "uint8" in refusal(LATENTS.check, np.zeros((1, 8, 6, 4), np.uint8))
 
 
-@pytest.mark.parametrize("modality", [IMAGES, COLOUR, LABELS, LATENTS, Labels(3, ("a", "b", "c"))])
+def test_token_images(tmp_path):
+    image = digit()
+    tokens = np.rint((image + 1) * 8).astype(np.int32).reshape(1, 64)
+    np.testing.assert_array_equal(PIXELS.images(tokens)[0], image)
+    np.testing.assert_array_equal(PIXELS.show(tokens), IMAGES.show(image[None]))
+    np.testing.assert_array_equal(PIXELS.show(np.full((1, 64), 17)), np.full((1, 8, 8, 1), 255))  # a mask
+    Image.fromarray(PIXELS.show(tokens)[0, ..., 0]).save(tmp_path / "d.png")
+    np.save(tmp_path / "tokens.npy", tokens[0])
+    np.save(tmp_path / "image.npy", image)
+    np.savez(tmp_path / "samples.npz", tokens=np.repeat(tokens, 3, 0), label=np.arange(3))
+    for name, count in {"d.png": 1, "tokens.npy": 1, "image.npy": 1, "samples.npz": 3}.items():
+        parsed = PIXELS.parse(str(tmp_path / name))
+        np.testing.assert_array_equal(parsed, np.repeat(tokens, count, 0))
+        assert parsed.dtype == np.int32
+
+
+def test_tokens_with_a_decoder(tmp_path):
+    codes = np.float32([[-1, 0, 1], [1, 1, -3]])
+    drawn = TokenImages(2, 3, 2, decode=lambda tokens: codes[tokens].reshape(-1, 2, 3, 3))
+    tokens = np.array([[0, 1, 1, 0, 0, 2]])
+    np.testing.assert_array_equal(drawn.images(tokens)[0, 0], [[-1, 0, 1], [1, 1, -1], [1, 1, -1]])
+    np.testing.assert_array_equal(drawn.show(tokens)[0, 1, 2], [255, 255, 0])
+    np.save(tmp_path / "a.npy", tokens % 2)
+    np.testing.assert_array_equal(drawn.parse(str(tmp_path / "a.npy")), tokens % 2)
+    assert "give tokens in a .npy" in refusal(drawn.parse, "cat.png")
+    assert "ids are 0..1" in refusal(drawn.check, tokens)
+
+
+def test_sequences(tmp_path):
+    np.testing.assert_array_equal(ROWS.parse("3, 1 4"), [[3, 1, 4]])
+    np.save(tmp_path / "a.npy", [[0, 1, 2], [3, 4, 4]])
+    np.testing.assert_array_equal(ROWS.parse(str(tmp_path / "a.npy")), [[0, 1, 2], [3, 4, 4]])
+    assert ROWS.show(np.array([[3, 1, 5]])) == ["3 1 -"]
+    assert "not a row of numbers" in refusal(ROWS.parse, "3 one 4") and "not a row of numbers" in refusal(ROWS.parse, f"1 2 {10**30}")
+    assert "[n, 3]" in refusal(ROWS.parse, "1 2") and "ids are 0..4" in refusal(ROWS.parse, "1 2 5")
+    for modality in (ROWS, PIXELS):
+        for wrong in (np.full((1, *modality.shape), -1), np.zeros((1, *modality.shape)), np.zeros(modality.shape, int)):
+            assert refusal(modality.check, wrong).startswith("tokens: ")
+
+
+@pytest.mark.parametrize("modality", [IMAGES, COLOUR, LABELS, LATENTS, Labels(3, ("a", "b", "c")), PIXELS, ROWS])
 def test_random_examples_are_examples(modality):
     drawn, again = (modality.random(np.random.default_rng(1), 300) for _ in range(2))
     checked = modality.check(drawn)  # shape and range
@@ -169,7 +211,7 @@ def test_random_examples_are_examples(modality):
     elif isinstance(modality, Images):
         np.testing.assert_array_equal(modality.quantize(drawn), drawn)
     else:
-        np.testing.assert_array_equal(np.unique(drawn), np.arange(modality.count))
+        np.testing.assert_array_equal(np.unique(drawn), np.arange(modality.count if isinstance(modality, Labels) else modality.states))
 
 
 def test_a_random_source_is_a_function_of_the_index():

@@ -15,6 +15,7 @@ from mmdiff.data.sources import whole
 from mmdiff.errors import UserError
 from mmdiff.evals import pictures, report
 from mmdiff.evals.base import Findings, Picture
+from mmdiff.evals.conditional import labels_to_ask
 from mmdiff.evals.digits import JointImageLabel
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
 
@@ -114,7 +115,7 @@ def test_wrong_digits_are_found_out(train, test):
 
 
 def test_rare_classes_are_topped_up():
-    asked = JointImageLabel(per_class=3, classes=3)._asked(np.array([0, 0, 2, 0, 0]))
+    asked = labels_to_ask(np.array([0, 0, 2, 0, 0]), classes=3, per_class=3)
     np.testing.assert_array_equal(asked, [0, 0, 2, 0, 0, 1, 1, 1, 2, 2])
 
 

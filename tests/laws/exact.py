@@ -87,10 +87,13 @@ DISCRETE = {
     "mixed": processes.mixed(CLASSES, 0.4),
     "rank_one": processes.Categorical((0.1, 0.2, 0.3, 0.4), schedules.masked_cosine()),
     "mask_and_replace": processes.Markov(mask_and_replace(), classes=CLASSES),
+    "vqd_released": processes.MaskReplace(CLASSES, schedules.vqd_released(STEPS)),
+    "vqd_paper": processes.MaskReplace(CLASSES, schedules.vqd_paper(STEPS)),
     "banded": processes.Markov(banded()),
     "markov": processes.Markov(_random_rows(STEPS, 5, 5), classes=CLASSES),
 }
 COSINE = ("absorbing_cosine", "rank_one")
+REMEMBER = ("markov", "vqd_released")  # their end still knows a little of the beginning: it is not their prior
 RANK_ONE = ("absorbing", "absorbing_cosine", "uniform", "mixed", "rank_one")
 
 
@@ -107,9 +110,23 @@ def dense(name, s, t):
         for i in range(round(s * STEPS), round(t * STEPS)):
             total = total @ process.steps[i]
         return total
+    if isinstance(process, processes.MaskReplace):
+        return dense_mask_replace(process, s, t)
     a_s, a_t = keep64(name, s), keep64(name, t)
     a = a_t / a_s if a_s > 0 else 0.0
     return a * np.eye(process.states) + (1 - a) * np.asarray(process.redraw)[None]
+
+
+def dense_mask_replace(process, s, t):
+    """The product of VQ-Diffusion's matrices Q_i, transposed, from its own recursions: i = s T + 1 .. t T."""
+    total, (kept, _, masked), size = np.eye(process.states), process.schedule.rows.T, process.classes
+    for i in range(round(s * process.schedule.steps) + 1, round(t * process.schedule.steps) + 1):
+        alpha, gamma = kept[i] / kept[i - 1], 1 - (1 - masked[i]) / (1 - masked[i - 1])
+        matrix = np.zeros_like(total)
+        matrix[:size, :size] = alpha * np.eye(size) + (1 - alpha - gamma) / size
+        matrix[:size, size], matrix[size, size] = gamma, 1
+        total = total @ matrix
+    return total
 
 
 def dense_posterior(name, xt, belief, t, s):

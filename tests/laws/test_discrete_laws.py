@@ -11,6 +11,7 @@ from exact import (
     COSINE,
     DISCRETE,
     RANK_ONE,
+    REMEMBER,
     STEPS,
     dense,
     dense_belief,
@@ -243,7 +244,7 @@ def test_the_exact_denoiser_draws_exactly_the_data(name, steps):
     process = DISCRETE[name]
     data = data_of(process)
     law = data @ dense(name, 0, 1.0)[: process.classes]  # the prior, or the true end of a chain that does not forget everything
-    if name != "markov":
+    if name not in REMEMBER:
         np.testing.assert_allclose(law, process.stationary, atol=1e-7)
     xt = jnp.arange(process.states)
     for i in range(steps, 0, -1):
@@ -285,7 +286,7 @@ def test_vlb_bounds_the_log_likelihood(name, steps):
         belief = dense_belief(name, data[::-1], xt, t)
         return np.zeros(process.classes) if belief is None else belief
 
-    if name == "markov":  # does not forget everything: its prior is not the marginal, the bound is not tight
+    if name in REMEMBER:  # the prior is not the marginal: the bound is not tight
         assert (bound(true_belief) @ data) > -(data * np.log(data)).sum()
         return
     np.testing.assert_allclose(bound(true_belief), -np.log(data), atol=2e-5)
@@ -329,7 +330,7 @@ def test_the_absorbing_rate_is_md4_s_weight_times_the_cross_entropy(name):
     assert got[-1] == 0
 
 
-@pytest.mark.parametrize("name", ["absorbing", "mask_and_replace"])
+@pytest.mark.parametrize("name", ["absorbing", "mask_and_replace", "vqd_paper"])
 def test_an_unmasked_token_stays(name):
     process = DISCRETE[name]
     wrong = jnp.tile(jnp.asarray([[0.01, 0.01, 0.49, 0.49]]), (5, 1))

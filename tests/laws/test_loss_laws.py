@@ -84,7 +84,7 @@ def test_label_terms_and_gradients_are_finite_at_the_ends_of_time(label):
     assert_finite_at_the_ends(Joint(image=Gaussian(schedules.flow()), label=DISCRETE[label]), "label", label_terms(DISCRETE[label]))
 
 
-@pytest.mark.parametrize("label", ["absorbing", "absorbing_cosine", "mask_and_replace"])
+@pytest.mark.parametrize("label", ["absorbing", "absorbing_cosine", "mask_and_replace", "vqd_released"])
 def test_an_absent_label_is_still_learnt(label):
     """t = 1 with a mask is where a classifier is trained: every term about the label has a gradient there."""
     process = Joint(image=Gaussian(schedules.flow()), label=DISCRETE[label])

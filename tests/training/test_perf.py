@@ -315,7 +315,8 @@ def test_traffic_of_simple_programs_is_what_they_read_and_write():
     [
         ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"),
         ("NVIDIA A100-SXM4-40GB", "A100 40GB"), ("NVIDIA A100-SXM4-80GB", "A100 80GB"), ("NVIDIA H100 80GB HBM3", "H100 SXM"),
-        ("NVIDIA H200", "H200"), ("NVIDIA B200", "B200"), ("NVIDIA L4", "L4"), ("Tesla T4", "T4"), ("NVIDIA L40S", None), ("cpu", None),
+        ("NVIDIA H200", "H200"), ("NVIDIA B200", "B200"), ("NVIDIA L4", "L4"), ("Tesla T4", "T4"), ("NVIDIA L40S", None),
+        ("NVIDIA GH200 480GB", None), ("NVIDIA H200 NVL", None), ("NVIDIA GB200", None), ("NVIDIA A100 80GB PCIe", None), ("cpu", None),
         ("NVIDIA H100 PCIe", None), ("TPU v5 something", None),
     ],
 )  # fmt: skip

@@ -1,0 +1,123 @@
+"""Does the contrast of CDCD help? Compares losses, numbers of steps and weights on data whose law is known, and on the digits.
+
+    python configs/cdcd/experiments.py --out runs/cdcd_experiments          # everything, about an hour on two cores
+    python configs/cdcd/experiments.py --out runs/cdcd_experiments --table  # the tables of what is done so far
+
+Every line of OUT/runs.jsonl is one training with its figures; those that are there are not repeated. Three parts, three seeds each:
+
+    steps    markov_class: vanilla, Step-Intra, Sample-Inter and both, for chains of T = 20 to 120 steps, as many network calls
+    weight   markov_class, T = 80: the weight of the contrast from a tenth to a thousand times the released one, and the bounded forms
+    digits   digits_class, T = 80: the four losses
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from mmdiff import config as configs
+from mmdiff.data.loader import batches
+from mmdiff.training.sharding import abstract_state, lower_step, make_mesh
+from mmdiff.training.step import init_state, step_of
+
+HERE = pathlib.Path(__file__).parent
+SEEDS = (0, 1, 2)
+LOSSES = {
+    "vanilla": {"loss.step_intra": "0.0", "loss.sample_inter": "0.0"},
+    "step-intra": {"loss.step_intra": "5e-5", "loss.sample_inter": "0.0"},
+    "sample-inter": {"loss.step_intra": "0.0", "loss.sample_inter": "5e-6"},
+    "both": {"loss.step_intra": "5e-5", "loss.sample_inter": "5e-6"},
+}
+MARKOV = {"model.width": "48", "model.depth": "2", "train.steps": "800", "train.global_batch": "64"}
+DIGITS = {"train.steps": "800"}
+FIGURES = {
+    "markov_class": ("correspondence", "nll", "bigram_distance", "order_gain"),
+    "digits_class": ("conditional_agreement", "classification_accuracy_score", "frechet_ratio", "bits_per_dim"),
+}
+
+
+def settings():
+    """-> (part, name of the setting, config, overrides), each to be run with every seed."""
+    for steps in (20, 40, 60, 80, 100, 120):
+        for name, loss in LOSSES.items():
+            yield "steps", f"{name}, T={steps}", "markov_class", {**MARKOV, **loss, "chain.steps": str(steps), "sample.steps": str(steps)}
+    for scale in (0.1, 10.0, 100.0, 1000.0):
+        for name, key, weight in (("step-intra", "loss.step_intra", 5e-5), ("sample-inter", "loss.sample_inter", 5e-6)):
+            yield "weight", f"{name}, linear, x{scale:g}", "markov_class", {**MARKOV, **LOSSES["vanilla"], key: str(weight * scale)}
+    for form in ("weighted", "infonce"):
+        for weight in ("0.001", "0.01", "0.1"):
+            for name, key in (("step-intra", "loss.step_intra"), ("sample-inter", "loss.sample_inter")):
+                overrides = {**MARKOV, **LOSSES["vanilla"], key: weight, "form": form}
+                yield "weight", f"{name}, {form}, weight {weight}", "markov_class", overrides
+    for name, loss in LOSSES.items():
+        yield "digits", name, "digits_class", {**DIGITS, **loss}
+
+
+def train(experiment, config):
+    """The averaged weights, and the seconds that they took."""
+    mesh = make_mesh({}, jax.devices()[:1])
+    data = batches(experiment.train_data(), config.seed, config.train.global_batch)
+    first = next(data)
+    state = abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
+    step = lower_step(step_of(experiment, config.train), state, shapes, mesh).compile()
+    state = jax.jit(lambda key: init_state(experiment.init, experiment.optimizer, key, experiment.loss))(jax.random.key(config.seed))
+    start = time.monotonic()
+    for _ in range(config.train.steps):
+        state, _ = step(state, first)
+        first = next(data)
+    return jax.block_until_ready(state.ema), time.monotonic() - start
+
+
+def run(config_name, overrides, seed):
+    config, module = configs.load(str(HERE / f"{config_name}.py"), [*overrides.items(), ("seed", str(seed))])
+    experiment = module.build(config)
+    params, seconds = train(experiment, config)
+    [evaluator] = experiment.evaluators
+    key = jax.random.key(1000 + seed)
+    if config_name == "markov_class":  # the bound takes longer than all else, and its law is known anyway
+        found = evaluator.samples(experiment, params, key, config.sample.steps, config.sample.guidance)
+    else:
+        found = evaluator(dataclasses.replace(experiment), params, config, key, config.train.steps)
+    return {name: round(float(found.figures[name]), 5) for name in FIGURES[config_name]}, seconds
+
+
+def table(rows):
+    """Mean and standard error over the seeds, as Markdown."""
+    for part in dict.fromkeys(row["part"] for row in rows):
+        chosen = [row for row in rows if row["part"] == part]
+        names = list(chosen[0]["figures"])
+        print(f"\n| {part} | seeds | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
+        for setting in dict.fromkeys(row["setting"] for row in chosen):
+            values = np.array([[row["figures"][name] for name in names] for row in chosen if row["setting"] == setting])
+            error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.full(len(names), np.nan)
+            cells = " | ".join(f"{mean:.4f} ± {e:.4f}" for mean, e in zip(values.mean(0), error))
+            print(f"| {setting} | {len(values)} | {cells} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
+    parser.add_argument("--parts", nargs="+", default=["steps", "weight", "digits"], help="which parts (default: all three)")
+    parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / "runs.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(row["part"], row["setting"], row["seed"]) for row in rows}
+    todo = [(seed, *each) for seed in SEEDS for each in settings() if each[0] in args.parts and (each[0], each[1], seed) not in done]
+    for number, (seed, part, setting, config_name, overrides) in enumerate([] if args.table else todo, 1):
+        figures, seconds = run(config_name, overrides, seed)
+        rows.append({"part": part, "setting": setting, "seed": seed, "figures": figures, "train_seconds": round(seconds, 1)})
+        with log.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print(f"{number}/{len(todo)} {part}: {setting}, seed {seed}: {figures} ({seconds:.0f} s of training)", flush=True)
+    table(rows)
+
+
+if __name__ == "__main__":
+    main()

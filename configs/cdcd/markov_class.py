@@ -1,0 +1,74 @@
+"""CDCD on sequences whose law is known: ten Markov chains of 16 states, 32 tokens, given the chain.
+
+    python -m mmdiff train  --config configs/cdcd/markov_class.py --workdir runs/markov_class
+    python -m mmdiff eval   --config configs/cdcd/markov_class.py --workdir runs/markov_class
+    python -m mmdiff sample --config configs/cdcd/markov_class.py --workdir runs/markov_class --given label=7
+
+The likelihood and the class of any sample are exact here, so the contrasts (config.loss) can be judged without a classifier of ours:
+configs/cdcd/experiments.py compares them.
+"""
+
+import optax
+from ml_collections import ConfigDict
+
+from mmdiff import contrastive, losses, nets, sampling, schedules, times
+from mmdiff.data.markov import chains, markov_source
+from mmdiff.data.modalities import Labels, Sequences
+from mmdiff.evals.markov import MarkovSequences
+from mmdiff.experiment import Experiment, initialiser
+from mmdiff.processes import Given, Joint, MaskReplace
+
+CLASSES, STATES, LENGTH = 10, 16, 32  # the null label is CLASSES
+
+
+def get_config():
+    return ConfigDict({
+        "seed": 0,
+        "model": {"width": 64, "depth": 3, "heads": 4, "mlp_ratio": 4.0},
+        "chain": {"steps": 80, "evidence": True},
+        "label_dropout": 0.1,
+        # The released weights; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
+        "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "sample_inter": 0.0, "count": 10},
+        "form": "linear",  # or weighted or infonce, of either contrast
+        "train": {
+            "steps": 2000, "global_batch": 128, "microbatches": 1, "ema": 0.998,
+            "learning_rate": 2e-3, "warmup_steps": 100, "weight_decay": 0.01, "clip": 1.0,
+            "log_every": 50, "eval_every": 250, "checkpoint_every": 250, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
+            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
+        },
+        "sample": {"steps": 80, "guidance": 1.0},
+        "eval": {"batch": 500},
+    })
+
+
+def build(config):
+    steps, model, train = config.chain.steps, config.model, config.train
+    tokens = MaskReplace(STATES, schedules.vqd_released(steps), config.chain.evidence)
+    process = Joint(tokens=tokens, label=Given(null=CLASSES))
+    net = nets.TokenTransformer(
+        classes=STATES, grid=(1, LENGTH), depth=model.depth, width=model.width, heads=model.heads, labels=CLASSES + 1,
+        mlp_ratio=model.mlp_ratio, scan=False)
+
+    noisy = times.importance(steps, "vlb")
+    when = times.mixture(
+        (1 - config.label_dropout, times.joint(tokens=noisy, label=times.constant(0.0))),
+        (config.label_dropout, times.joint(tokens=noisy, label=times.constant(1.0))))
+    terms = contrastive.cdcd(tokens, steps, form=getattr(contrastive, config.form)(), **config.loss)
+    terms = {name: (weight, losses.on("tokens", term)) for name, (weight, term) in terms.items()}
+
+    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
+    shape = {"tokens": (LENGTH,), "label": ()}
+    return Experiment(
+        process=process,
+        init=initialiser(net, process, shape),
+        apply=net.apply,
+        loss=losses.diffusion(process, net.apply, when, terms),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
+        train_data=lambda: markov_source("train"),
+        eval_data=lambda: markov_source("test"),
+        shape=shape,
+        draw=sampling.drawer(process, net.apply, shape, drop={"label": CLASSES}),
+        modalities={"tokens": Sequences(LENGTH, STATES), "label": Labels(CLASSES)},
+        evaluators=(MarkovSequences(chains(), bound_steps=steps, batch=config.eval.batch),),
+    )

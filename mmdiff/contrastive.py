@@ -1,0 +1,281 @@
+r"""Contrast: terms that keep a network from explaining its noisy input by data that do not belong to the condition.
+
+A **negative** z^j is such data. `contrast` takes any diffusion term (a step's KL, a cross-entropy, a squared error) and evaluates it
+on the same x_t and the same network output as if x_t had come from z^j,
+
+    s_0 = -term(out, noised),      s_j = -term(out, process.explain(noised, z^j)),      j = 1 .. N,
+
+so that N negatives cost no network call. A **form** makes one number of the scores: `linear` (CDCD's), `weighted` or `infonce`.
+
+    tokens = process.parts["tokens"]
+    losses.diffusion(process, net.apply, times, {
+        "vlb": (1.0, on("tokens", vlb(tokens, T))),
+        "step_intra": (5e-5, on("tokens", contrast(tokens, rising(vlb(tokens, T), T), intra()))),
+        "sample_inter": (T * 5e-6, on("tokens", contrast(tokens, rising(x0_ce(tokens), T), inter(by="label")))),
+    })
+
+Negatives are functions `noised (of one modality) -> z [N, B, ...]`, or `-> (z, valid [N, B])` where some do not exist. Those from the
+batch come from what of it a loss is given at a time, a micro-batch: there the loss does depend on how the batch is split.
+
+Source: Zhu et al. 2023 (CDCD), whose released code is `linear` on one forward pass; the paper lets negatives run their own chains
+(`own_chain`). Neither is a bound on the mutual information of data and condition: `infonce` is.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmdiff import losses
+from mmdiff.errors import UserError
+from mmdiff.losses import Loss, Term
+from mmdiff.processes.base import Noised, Process, fold
+from mmdiff.times import Times, example_keys
+
+Negatives = Callable[[Noised], Any]
+Form = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def contrast(process: Process, term: Term, negatives: Negatives, form: Form | None = None) -> Term:
+    """`form(term of x_0, terms of the negatives)`, [B], on the forward pass that all terms share.
+
+    Args:
+      process: the modality's, whose `explain` says what changes with x_0.
+      term: `vlb(process, T)` is CDCD's step mode, `x0_ce(process)` its sample mode (of one step, not of T: their weight times T is the
+        one here); any other will do. Of a `Gaussian`, take one that stays bounded, `mse(process, min_snr(5.0))`: at small t a negative
+        would have needed noise without limit.
+      negatives: `intra`, `inter`, `shifted`, `table` or a function of one's own.
+      form: `linear()` by default.
+    """
+    form = form or linear()
+
+    def contrasted(out, noised):
+        z, valid = _drawn(negatives, noised)
+        values = jax.vmap(lambda x0: term(out, process.explain(noised, x0)))(z)
+        return form(term(out, noised), values, valid)
+
+    return contrasted
+
+
+def cdcd(
+    process: Process,
+    steps: int,
+    *,
+    auxiliary: float = 5e-4,
+    falling: bool = True,
+    step_intra: float = 0.0,
+    sample_inter: float = 0.0,
+    count: int = 10,
+    chunks: int = 8,
+    others: Negatives | None = None,
+    form: Form | None = None,
+) -> dict[str, tuple[float, Term]]:
+    """CDCD's loss as terms for `losses.diffusion` (each through `on` in a joint pass): the chain's bound, the auxiliary and the contrasts.
+
+        L = vlb + T auxiliary a(t) CE + step_intra w(t) contrast(vlb, intra) + T sample_inter w(t) contrast(CE, inter),   w = 1 + (i - 1) / T
+
+    The released weights (auxiliary 5e-4, step_intra 5e-5, sample_inter 5e-6) are of one step of the chain and so are the arguments.
+    A contrast of weight 0 is left out.
+
+    Args:
+      process, steps: the discrete chain and its T.
+      falling: the auxiliary's a(t): from 2 to 1 (images), or from 1 to 2 (music).
+      count: negatives for every example; chunks: see `intra`.
+      others: negatives of other conditions; `inter(count)` by default.
+      form: of both contrasts; `linear()`, the released one, by default.
+    """
+    vlb, ce = losses.vlb(process, steps), losses.x0_ce(process)
+    terms = {"vlb": (1.0, vlb), "auxiliary": (steps * auxiliary, losses.auxiliary(process, steps, falling))}
+    if step_intra:
+        terms["step_intra"] = (step_intra, contrast(process, rising(vlb, steps), intra(chunks, count), form))
+    if sample_inter:
+        terms["sample_inter"] = (steps * sample_inter, contrast(process, rising(ce, steps), others or inter(count), form))
+    return terms
+
+
+def own_chain(
+    process: Process,
+    apply: Callable,
+    times: Times,
+    term: Term,
+    negatives: Negatives,
+    form: Form | None = None,
+    of: str | None = None,
+) -> Loss:
+    """The contrast of negatives that are corrupted by themselves: a `Loss` of N + 1 network calls, to be added with `combine`.
+
+    Each negative takes the place of the clean data, at the example's time and beside its conditions: the network sees z^j_t, and
+    `term` is evaluated on what it makes of it. The calls come one after the other and keep no activations: memory is one call's.
+
+    Args:
+      process, apply, times: as in `losses.diffusion`; importance-sampled times are drawn uniformly.
+      term: of the whole pass, `on("tokens", vlb(process.parts["tokens"], T))`.
+      negatives, form: as in `contrast`.
+      of: the modality of a `Joint` that the negatives are of.
+    """
+    form = form or linear()
+
+    def loss(params, batch, key):
+        index, x0 = batch["index"], process.take(batch)
+        keys = fold(example_keys(key, index), "corrupt")
+        t = times(jax.random.fold_in(key, zlib.crc32(b"times")), index)
+
+        def value(x0, keys):
+            noised = process.corrupt(keys, x0, t).replace(batch=batch, key=key)
+            return term(apply(params, *process.inputs(noised.xt, noised.t)), noised)
+
+        clean = Noised(x0=x0, xt=x0, t=t, batch=batch, key=key)
+        z, valid = _drawn(negatives, clean if of is None else clean.of(of))
+
+        def negative(j, z):
+            return value(z if of is None else {**x0, of: z}, fold(keys, j + 1))
+
+        negative = jax.checkpoint(negative, prevent_cse=False)
+        values = jax.lax.map(lambda item: negative(*item), (jnp.arange(len(z)), z))
+        return form(value(x0, keys), values, valid).mean(), {}
+
+    return loss
+
+
+def _drawn(negatives: Negatives, noised: Noised) -> tuple[jax.Array, jax.Array]:
+    """The negatives [N, B, ...] and which of them there are [N, B]."""
+    found = negatives(noised)
+    z, valid = found if isinstance(found, tuple) else (found, None)
+    if z.shape[1:] != noised.x0.shape:
+        raise UserError(f"negatives are [N, *x0.shape], here [N, {', '.join(map(str, noised.x0.shape))}], not {list(z.shape)}.")
+    return z, jnp.ones(z.shape[:2], bool) if valid is None else valid
+
+
+def rising(term: Term, steps: int) -> Term:
+    """`(1 + (i - 1) / T) term` at t = i / T: CDCD's weight of the contrast over time."""
+    return lambda out, noised: (1.0 + (jnp.round(noised.t * steps) - 1.0) / steps) * term(out, noised)
+
+
+# ------------------------------------------------------------------------------------------------------------------- forms
+# Functions `(positive [B], values [N, B], valid [N, B]) -> [B]` of the term's values, the negatives' scores with their sign turned.
+
+
+def linear() -> Form:
+    """`-1/N sum_j value_j`: less of it is a worse explanation of the negatives, however bad it already is.
+
+    Neither bounded nor a bound: keep its weight small. A clamp in the term is what ends it. An example with fewer negatives averages
+    over those it has, one without any counts nothing.
+    """
+
+    def form(positive, values, valid):
+        return -jnp.where(valid, values, 0.0).sum(0) / jnp.maximum(valid.sum(0), 1)
+
+    return form
+
+
+def weighted(temperature: float = 1.0) -> Form:
+    """`-sum_j w_j value_j` with the constants `w = softmax(s_0, .., s_N)`, `s = -value / temperature`.
+
+    `linear` with weights that vanish for negatives already explained badly: the negatives' part of the gradient of `temperature *
+    infonce(temperature)`.
+    """
+
+    def form(positive, values, valid):
+        w = jax.lax.stop_gradient(jax.nn.softmax(_scores(positive, values, valid, temperature), axis=0))[1:]
+        return -jnp.where(valid, w * values, 0.0).sum(0)
+
+    return form
+
+
+def infonce(temperature: float = 1.0) -> Form:
+    """`-s_0 + logsumexp(s_0, .., s_N)`, `s = -value / temperature`: at least 0, and log(N + 1) at equal scores.
+
+    With log density ratios for scores and negatives from the marginal, `log(N + 1)` minus its mean is a lower bound on the mutual
+    information (van den Oord et al. 2018). A term is per dimension: temperature 1 / (number of dimensions) makes scores of whole examples.
+    """
+
+    def form(positive, values, valid):
+        scores = _scores(positive, values, valid, temperature)
+        return jax.nn.logsumexp(scores, axis=0) - scores[0]
+
+    return form
+
+
+def _scores(positive, values, valid, temperature):
+    return jnp.concatenate([-positive[None], jnp.where(valid, -values, -jnp.inf)]) / temperature
+
+
+# --------------------------------------------------------------------------------------------------------------- negatives
+
+
+def intra(chunks: int = 8, count: int = 10, derange: bool = False) -> Negatives:
+    """The example itself in another order: `chunks` pieces of floor(L / chunks) along its first dimension, permuted.
+
+    One permutation per negative for all examples, new at every step; what the chunks leave over stays at the end. On average one
+    chunk stays in place; with `derange` none does (the permutation is one random cycle).
+    """
+    if chunks < 2:
+        raise UserError(f"intra permutes at least two chunks, not {chunks}.")
+
+    def negatives(noised):
+        x0, length = noised.x0, noised.x0.shape[1] if noised.x0.ndim > 1 else 1
+        if length < chunks:
+            raise UserError(f"intra: examples of length {length} cannot be cut into {chunks} chunks.")
+        order = jax.vmap(lambda key: jax.random.permutation(key, chunks))(_keys(noised, "intra", count))
+        if derange:
+            # In each row's cycle every chunk is followed by the next one of a random order.
+            order = jax.vmap(lambda row: jnp.zeros_like(row).at[row].set(jnp.roll(row, -1)))(order)
+        size = length // chunks
+        place = (order[..., None] * size + jnp.arange(size)).reshape(count, size * chunks)
+        tail = jnp.broadcast_to(jnp.arange(size * chunks, length), (count, length - size * chunks))
+        return jax.vmap(lambda row: x0[:, row])(jnp.concatenate([place, tail], axis=1))
+
+    return negatives
+
+
+def shifted(count: int) -> Negatives:
+    """The next `count` examples of the batch, whatever their condition: the batch rolled by 1 .. count."""
+
+    def negatives(noised):
+        if count >= len(noised.x0):
+            raise UserError(f"shifted: a batch of {len(noised.x0)} examples gives at most {len(noised.x0) - 1} negatives, not {count}.")
+        return jnp.stack([jnp.roll(noised.x0, -j, axis=0) for j in range(1, count + 1)])
+
+    return negatives
+
+
+def inter(count: int = 10, by: str = "label") -> Negatives:
+    """Different examples of the batch, drawn at random from those whose `batch[by]` is another, hence never the example itself.
+
+    Examples with fewer than `count` such partners have as many negatives as there are; in a batch of one class they have none. Who is
+    drawn depends on the examples' global positions, not on their order.
+    """
+
+    def negatives(noised):
+        condition, index = _entry(noised, by), _entry(noised, "index")
+        condition = condition.reshape(len(condition), -1)
+        other = (condition[:, None] != condition[None]).any(-1)
+        keys = example_keys(_keys(noised, "inter"), index)
+        draws = jax.vmap(lambda key: jax.vmap(jax.random.uniform)(example_keys(key, index)))(keys)
+        best, who = jax.lax.top_k(jnp.where(other, draws, -1.0), min(count, len(index)))
+        return jnp.moveaxis(noised.x0[who], 1, 0), best.T >= 0
+
+    return negatives
+
+
+def table(name: str) -> Negatives:
+    """Negatives that the data source gives beside every example, `batch[name]` [B, N, ...]."""
+    return lambda noised: jnp.moveaxis(_entry(noised, name), 1, 0)
+
+
+def _entry(noised, name):
+    if noised.batch is None or name not in noised.batch:
+        held = "nothing" if noised.batch is None else sorted(noised.batch)
+        raise KeyError(f"negatives need the batch's entry {name!r}: it holds {held}.")
+    return noised.batch[name]
+
+
+def _keys(noised, name, count=None):
+    if noised.key is None:
+        raise ValueError(f"{name} negatives are drawn with the step's key, which losses.diffusion sets: noised.key is None.")
+    key = jax.random.fold_in(noised.key, zlib.crc32(name.encode()))
+    return key if count is None else jax.random.split(key, count)

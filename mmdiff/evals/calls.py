@@ -1,0 +1,52 @@
+"""Quality against network calls: the figures of one evaluator at several numbers of steps, for one or more samplers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mmdiff.evals import pictures
+from mmdiff.evals.base import Findings, Picture, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """Repeats what an evaluator measures of samples, with the same keys for every setting.
+
+        Calls(ClassTokenImages(bound_steps=80), ["frechet_ratio"], steps=[80, 40, 20, 10], draws={"released": other})
+
+    Attributes:
+      evaluator: has `samples(experiment, params, key, steps, guidance) -> Findings`.
+      names: which of its figures; `x` becomes `x_at_40_steps`.
+      steps: the numbers of steps.
+      draws: other samplers by name, as `Experiment.draw`, beside the experiment's own: `x_released_at_40_steps`.
+    """
+
+    evaluator: Any
+    names: Sequence[str]
+    steps: Sequence[int]
+    draws: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, experiment, params, config, key, step) -> Findings:
+        guidance = float(config.sample.guidance)
+        figures, notes, first = {}, {}, None
+        curves = {name: {} for name in self.names}
+        for sampler, draw in {"": experiment.draw, **self.draws}.items():
+            for steps in self.steps:
+                say(f"comparing: {steps} steps{f' of the sampler {sampler}' if sampler else ''}")
+                other = dataclasses.replace(experiment, draw=draw)
+                found = self.evaluator.samples(other, params, key, int(steps), guidance)
+                first = first or found
+                for name in self.names:
+                    figure = "_".join(filter(None, (name, sampler, f"at_{steps}_steps")))
+                    figures[figure] = found.figures[name]
+                    notes[figure] = f"{steps} steps{f' of the sampler {sampler!r}' if sampler else ''}: {found.notes[name]}"
+                    x, y = curves[name].setdefault(sampler or "default", ([], []))
+                    x.append(steps)
+                    y.append(found.figures[name])
+        charts = {
+            f"{name.replace('_', ' ')} against steps": Picture(pictures.lines(curves[name]), f"Guidance {guidance:g}; {first.notes[name]}.")
+            for name in self.names
+        }
+        return Findings(figures, notes, charts, {"steps_compared": list(self.steps), "samplers_compared": ["default", *self.draws]})

@@ -1,0 +1,223 @@
+r"""Pictures as tokens: a small convolutional autoencoder with a codebook (VQ-VAE, van den Oord et al. 2017), and its loss.
+
+    z = encoder(image)      e = codes[argmin_k |z - codes_k|]      image_hat = decoder(z + sg(e - z))
+    loss = |image - image_hat|^2 + |sg(z) - e|^2 + beta |z - sg(e)|^2 + revival      (means; sg stops the gradient)
+
+z and the codes lie on the unit sphere of a small space (Yu et al. 2022, ViT-VQGAN): distances are bounded, so beta has no scale to follow.
+Nothing is drawn when encoding: the same picture has the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmdiff.errors import UserError
+from mmdiff.nets.embed import Dense, patchify, unpatchify
+
+GROUPS = 8  # of a GroupNorm
+
+
+class VQAutoencoder(nn.Module):
+    """Images [B, height, width, channels] in [-1, 1] <-> tokens int32 [B, L] in 0..codes-1, in raster order; L = product of `grid`.
+
+        ids = net.apply(params, images, method="encode")
+        images = net.apply(params, ids, method="decode")
+
+    `__call__(images)` returns the ids and the reconstruction.
+
+    Attributes:
+      height, width, channels: the size of an image.
+      codes, code_size: entries of the codebook and their dimension.
+      halvings: how often the encoder halves both sides: 1 makes a token of 2 x 2 pixels.
+      features: channels of the convolutions, a multiple of 8.
+      encoder_blocks, decoder_blocks: residual blocks at every size. The fewer in the encoder, the more a token says of its own place.
+    """
+
+    height: int
+    width: int
+    channels: int = 3
+    codes: int = 128
+    code_size: int = 8
+    halvings: int = 1
+    features: int = 64
+    encoder_blocks: int = 1
+    decoder_blocks: int = 2
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tokens in a column and in a row."""
+        return self.height >> self.halvings, self.width >> self.halvings
+
+    def setup(self):
+        factor = 2**self.halvings
+        if self.height % factor or self.width % factor or self.features % GROUPS:
+            raise UserError(
+                f"a tokenizer with {self.halvings} halvings and {self.features} features does not fit images of {self.height} x "
+                f"{self.width}: {factor} must divide both sides, and {GROUPS} the features."
+            )
+        self.encoder = Encoder(self.halvings, self.features, self.encoder_blocks, self.code_size)
+        self.codebook = self.param("codebook", nn.initializers.normal(0.1), (self.codes, self.code_size))
+        self.decoder = Decoder(self.halvings, self.features, self.decoder_blocks, self.channels)
+
+    def __call__(self, images):
+        ids = self.encode(images)
+        return ids, self.decode(ids)
+
+    def encode(self, images):
+        """The tokens of images: int32 [B, L]."""
+        z, codes = self.embed(images)
+        return nearest(z, codes).reshape(len(images), -1)
+
+    def decode(self, ids):
+        """The images of tokens [B, L], within [-1, 1]."""
+        e = _unit(self.codebook)[ids].reshape(len(ids), *self.grid, self.code_size)
+        return jnp.clip(self.render(e), -1, 1)
+
+    def embed(self, images):
+        """What is compared: the encoder's output [B, h, w, code_size] and the codes [codes, code_size], all of length 1."""
+        return _unit(self.encoder(images)), _unit(self.codebook)
+
+    def render(self, e):
+        """Codes in their places [B, h, w, code_size] -> images, not clipped: what the loss compares."""
+        return self.decoder(e)
+
+
+class Encoder(nn.Module):
+    """[B, H, W, C] -> [B, H / 2^halvings, W / 2^halvings, size]."""
+
+    halvings: int
+    features: int
+    blocks: int
+    size: int
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.halvings):
+            x = _image(Dense(self.features, name=f"down_{i}")(patchify(x, 2)), x.shape[1] // 2, x.shape[2] // 2)
+            for j in range(self.blocks):
+                x = Residual(name=f"block_{i}_{j}")(x)
+        return Dense(self.size, name="out")(_activate(x, "out_norm"))
+
+
+class Decoder(nn.Module):
+    """The way back: [B, h, w, size] -> [B, h 2^halvings, w 2^halvings, channels]."""
+
+    halvings: int
+    features: int
+    blocks: int
+    channels: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.features, (3, 3), name="in")(x)
+        for i in range(self.halvings):
+            for j in range(self.blocks):
+                x = Residual(name=f"block_{i}_{j}")(x)
+            last = i == self.halvings - 1
+            h = Dense(4 * (self.channels if last else self.features), name=f"up_{i}")(_activate(x, f"up_{i}_norm"))
+            x = unpatchify(h.reshape(len(h), -1, h.shape[-1]), 2, 2 * h.shape[1], 2 * h.shape[2])
+        return x
+
+
+class Residual(nn.Module):
+    """`x + conv(silu(norm(conv(silu(norm(x))))))`."""
+
+    @nn.compact
+    def __call__(self, x):
+        features = x.shape[-1]
+        h = nn.Conv(features, (3, 3), name="conv_0")(_activate(x, "norm_0"))
+        return x + nn.Conv(features, (3, 3), name="conv_1")(_activate(h, "norm_1"))
+
+
+def _activate(x, name):
+    return nn.silu(nn.GroupNorm(GROUPS, name=name)(x))
+
+
+def _image(tokens, height, width):
+    return tokens.reshape(len(tokens), height, width, -1)
+
+
+def _unit(x):
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-12)
+
+
+# --------------------------------------------------------------------------------------------------------------- the loss
+
+
+def nearest(z: jax.Array, codes: jax.Array) -> jax.Array:
+    """The code that is nearest to each z [..., d] of all `codes` [K, d]: int32 [...]; of equally near ones the first."""
+    return ((codes**2).sum(-1) - 2 * z @ codes.T).argmin(-1).astype(jnp.int32)
+
+
+def straight_through(z: jax.Array, e: jax.Array) -> jax.Array:
+    """`e`, whose gradient goes to z as if z had been passed on, and not to e."""
+    return z + jax.lax.stop_gradient(e - z)
+
+
+def revival(z: jax.Array, codes: jax.Array, ids: jax.Array, keys: jax.Array) -> jax.Array:
+    """Pulls every code that the batch does not use to an encoder output that is badly described: `mean_k dead_k |codes_k - z_k|^2`.
+
+    K outputs are drawn without replacement, with chances as their squared distances to their codes (the rule by which k-means++ takes
+    new centres); z_k is the one nearest to codes_k. So a code goes on to the same place until it is used there, and once it is, that
+    place is drawn less. No gradient goes to the encoder.
+
+    Args:
+      z: encoder outputs [B, N, d]; ids: their codes [B, N].
+      codes: [K, d].
+      keys: one for each example, [B], so that the order of the batch does not matter.
+    """
+    z, still = jax.lax.stop_gradient((z, codes))
+    error = ((z - still[ids]) ** 2).sum(-1)
+    # The largest of log weight + Gumbel noise are such draws.
+    score = jnp.log(error + 1e-12) + jax.vmap(lambda key: jax.random.gumbel(key, ids.shape[1:]))(keys)
+    drawn = z.reshape(-1, z.shape[-1])[jax.lax.top_k(score.reshape(-1), min(len(codes), score.size))[1]]
+    target = drawn[nearest(still, drawn)]
+    dead = jnp.zeros(len(codes)).at[ids.reshape(-1)].set(1.0) == 0
+    return jnp.where(dead, ((codes - target) ** 2).sum(-1), 0.0).mean()
+
+
+def usage(counts: Any) -> tuple[jax.Array, jax.Array]:
+    """(share, perplexity) of a codebook from how often each code came up, [K]: the share of codes in use, and exp(entropy) in 1..K."""
+    p = counts / counts.sum()
+    return (counts > 0).mean(), jnp.exp(-jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum())
+
+
+def vq_loss(net: VQAutoencoder, image: str = "image", commitment: float = 0.25, revive: float = 1.0):
+    """The `Loss` of a `VQAutoencoder`: `(params, batch, key) -> (scalar, metrics)`.
+
+    Args:
+      net: the network.
+      image: its entry in the batch.
+      commitment: beta, what moves the encoder to its codes.
+      revive: the weight of `revival`; 0 leaves unused codes alone.
+
+    Metrics: "loss/reconstruction" (squared error per channel of a pixel), "loss/codebook", "loss/commitment" (its value, too, before
+    beta), "loss/revival", and of the batch "codebook/usage" and "codebook/perplexity" (see `usage`).
+    """
+
+    def loss(params, batch: Mapping[str, jax.Array], key):
+        images = batch[image]
+        z, codes = net.apply(params, images, method="embed")
+        ids = nearest(z, codes)
+        e = codes[ids]
+        rendered = net.apply(params, straight_through(z, e), method="render")
+        stop = jax.lax.stop_gradient
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+        rows = z.reshape(len(z), -1, z.shape[-1]), codes, ids.reshape(len(z), -1), keys
+        parts = {
+            "reconstruction": (1.0, ((rendered - images) ** 2).mean()),
+            "codebook": (1.0, ((e - stop(z)) ** 2).sum(-1).mean()),
+            "commitment": (commitment, ((stop(e) - z) ** 2).sum(-1).mean()),
+            "revival": (revive, revival(*rows)),
+        }
+        total = sum(weight * value for weight, value in parts.values() if weight)
+        share, perplexity = usage(jnp.zeros(len(codes)).at[ids.reshape(-1)].add(1.0))
+        metrics = {f"loss/{name}": value for name, (_, value) in parts.items()}
+        return total, metrics | {"codebook/usage": share, "codebook/perplexity": perplexity}
+
+    return loss

@@ -1,0 +1,214 @@
+"""The transformer of CDCD and VQ-Diffusion: tokens with some of them masked or replaced in, logits of the clean ones out."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff.errors import UserError
+from mmdiff.nets.attention import attention, split_heads
+from mmdiff.nets.dit import check_width, layer_norm, modulate, stack
+from mmdiff.nets.embed import Dense, frequencies, patchify, unpatchify
+from mmdiff.nets.target import placed
+
+normal = nn.initializers.normal(0.02)
+# The uniform law of +-1 / sqrt(fan in), the default of the framework that the published convolutions were left to.
+conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+# The published sizes; K, L, depth, width and so on as the paper's configurations have them, conditions as features.
+CDCD = {
+    "aist": dict(classes=2048, grid=(1, 1033), depth=19, width=1024, heads=16, times=80, context=("dance",)),
+    "aist_2s": dict(classes=2048, grid=(1, 344), depth=19, width=1024, heads=16, times=80, context=("dance",)),
+    "tiktok": dict(classes=2048, grid=(1, 344), depth=19, width=1024, heads=16, times=100, context=("dance",)),
+    "coco": dict(classes=2887, grid=(32, 32), depth=18, width=192, heads=16, times=80, context=("text",), mlp_ratio=2, conv=True),
+    "imagenet": dict(
+        classes=974, grid=(16, 16), positions=(32, 32), depth=24, width=512, heads=16, times=80, labels=1000, mlp_ratio=4, conv=True),
+}  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Multi-head attention over x [B, N, W] itself, or over `context` [B, M, C]: [B, N, W], or [B, 1, W] where there is one key."""
+
+    heads: int
+    backend: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, context=None):
+        b, n, width = x.shape
+        dense = partial(Dense, kernel_init=normal, dtype=self.dtype)
+        if context is None:
+            q, k, v = split_heads(dense(3 * width, name="qkv")(x), self.heads)
+        else:
+            # Ordered by head first, as in `split_heads`.
+            q = dense(width, name="q")(x).reshape(b, n, self.heads, -1)
+            kv = dense(2 * width, name="kv")(context).reshape(b, context.shape[1], self.heads, 2, -1)
+            k, v = kv[..., 0, :], kv[..., 1, :]
+        # To one key all weight goes, whatever the query: its value, for all of them.
+        out = v if k.shape[1] == 1 else attention(q, k, v, backend=self.backend)
+        return dense(width, name="out")(out.reshape(b, -1, width))
+
+
+class MLP(nn.Module):
+    """Two products, or two 3x3 convolutions on the `grid` of the tokens, with `x sigmoid(1.702 x)` between them."""
+
+    ratio: float
+    grid: tuple[int, int] | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        shape = x.shape
+        layer = partial(Dense, kernel_init=normal, dtype=self.dtype)
+        if self.grid is not None:
+            layer = partial(nn.Conv, kernel_size=(3, 3), kernel_init=conv_init, dtype=self.dtype)
+            # As one vector per example, which no device holds a part of: convolutions of grids that are split by rows and by features
+            # come out wrong from XLA's partitioner (jax 0.10.2).
+            x = placed(x.reshape(len(x), -1)).reshape(len(x), *self.grid, -1)
+        hidden = layer(int(self.ratio * shape[-1]), name="in")(x)
+        out = layer(shape[-1], name="out")(hidden * nn.sigmoid(1.702 * hidden))
+        return out if self.grid is None else placed(out.reshape(len(x), -1)).reshape(shape)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where there is a context, and an MLP, each added to x after a norm of its own.
+
+    The attentions' norms are modulated by the time, the MLP's by the label: `LN(x) (1 + scale) + shift` with scale and shift from
+    `Dense(silu(e))`, e a row of a table that each norm has for itself, or sinusoidal features of a time that is no integer. Without
+    time or label it is a plain LayerNorm.
+    """
+
+    heads: int
+    times: int = 0
+    labels: int = 0
+    mlp_ratio: float = 4.0
+    grid: tuple[int, int] | None = None
+    backend: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, time=None, label=None, context=None):
+        attend = partial(Attention, self.heads, self.backend, self.dtype)
+        x = x + attend(name="attention")(self._norm(x, "attention", time, self.times))
+        if context is not None:
+            x = x + attend(name="cross")(self._norm(x, "cross", time, self.times), context)
+        return x + MLP(self.mlp_ratio, self.grid, self.dtype, name="mlp")(self._norm(x, "mlp", label, self.labels))
+
+    def _norm(self, x, name, which, rows):
+        if which is None:
+            return nn.LayerNorm(dtype=self.dtype, name=f"{name}_norm")(x)
+        width = x.shape[-1]
+        if jnp.issubdtype(which.dtype, jnp.integer):
+            e = nn.Embed(rows, width, embedding_init=normal, dtype=self.dtype, name=f"{name}_table")(which)
+        else:
+            e = frequencies(which, width, scale=4000.0).astype(self.dtype)
+        scale, shift = jnp.split(Dense(2 * width, kernel_init=normal, dtype=self.dtype, name=f"{name}_adaln")(nn.silu(e)), 2, axis=-1)
+        return modulate(layer_norm(x), shift, scale)
+
+
+class TokenTransformer(nn.Module):
+    """The denoiser of CDCD (Zhu et al. 2023, after Gu et al. 2022), parameter for parameter.
+
+    `__call__(x, t)`: dicts by modality, as a `Joint` feeds them. x["tokens"] int [B, L] in 0 .. classes, where `classes` is the mask,
+    in raster order of the grid; t["tokens"] [B]. Returns {"tokens": logits [B, L, classes]}, float32. Conditions have no time of their
+    own: an absent one is its null, a row of a table or an id of the text's like any other.
+
+    Attributes:
+      classes: K, the classes of a clean token.
+      grid: (rows, columns) of tokens; a sequence has one row.
+      labels: rows of the table for x["label"] [B], 0 for a network without labels. A `Given(null=C)` needs C + 1.
+      context: names of the conditions that cross-attention sees: with an `encoder` what it takes, without one a single array of
+        features [B, N, C].
+      encoder: a linen module `(*conditions) -> [B, N, C]`, such as `TextEncoder`; its parameters live in this network.
+      times: T, rows of the tables for the time, which row round(t T) - 1 stands for (so t in (0, 1]); 0 for sinusoidal features.
+      mlp_ratio, conv: the MLP's width, and whether it convolves over the grid.
+      positions: (rows, columns) of the position tables, the grid's by default. Tokens take its places in raster order from the first
+        on, so a table that is wider than the grid has no rows where the grid has (published for ImageNet: 32x32 for 16x16).
+      patch: tokens that go through the blocks as one, patch x patch of them: their embeddings are added up, each place having its own.
+      scan, remat, backend, dtype: as in `DiT`.
+    """
+
+    classes: int
+    grid: tuple[int, int]
+    depth: int
+    width: int
+    heads: int
+    labels: int = 0
+    context: tuple[str, ...] = ()
+    encoder: nn.Module | None = None
+    times: int = 0
+    mlp_ratio: float = 4.0
+    conv: bool = False
+    positions: tuple[int, int] | None = None
+    patch: int = 1
+    scan: bool = True
+    remat: str = "none"
+    backend: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, t):
+        check_width(self.width, self.heads)
+        cells = tuple(side // self.patch for side in self.grid)
+        count = cells[0] * cells[1]
+        table = self.positions or cells
+        if any(side % self.patch for side in self.grid):
+            raise UserError(f"patches of {self.patch}x{self.patch} do not tile a grid of {self.grid[0]}x{self.grid[1]} tokens.")
+        if table[0] * table[1] < count:
+            raise UserError(f"a position table of {table[0]}x{table[1]} is too small for {count} tokens.")
+        names = ["tokens", *(["label"] if self.labels else []), *self.context]
+        missing = [name for name in names if name not in x]
+        if missing:
+            raise KeyError(f"TokenTransformer: no input for {missing}; it was built for {names}.")
+        tokens, label, time, context = x["tokens"], None, t["tokens"], None
+        if tokens.shape[1:] != (self.grid[0] * self.grid[1],):
+            raise UserError(f"a grid of {self.grid[0]}x{self.grid[1]} needs {self.grid[0] * self.grid[1]} tokens, not {tokens.shape[1:]}.")
+        check_ids("tokens", tokens, self.classes + 1)
+        if self.labels:
+            label = x["label"]
+            check_ids("label", label, self.labels)
+        if self.times:
+            time = jnp.round(time * self.times).astype(jnp.int32) - 1
+            check_ids(f"the time, counted in steps of 1/{self.times} from the first,", time, self.times)
+            time = jnp.maximum(time, 0)  # under jit: of tokens that are given nothing is asked
+        if self.context:
+            context = self.encoder(*(x[name] for name in self.context)) if self.encoder else x[self.context[0]]
+            context = context.astype(self.dtype)
+
+        embed = partial(nn.Embed, features=self.width, embedding_init=normal, dtype=self.dtype)
+        states, group, place = self.classes + 1, self.patch**2, np.arange(count)
+        ids = patchify(tokens.reshape(-1, *self.grid, 1), self.patch) + states * np.arange(group)
+        h = embed(group * states, name="tokens_in")(ids).sum(-2)
+        h = h + embed(table[0], name="rows")(place // table[1]) + embed(table[1], name="columns")(place % table[1])
+        block = partial(
+            Block, heads=self.heads, times=self.times, labels=self.labels, mlp_ratio=self.mlp_ratio, grid=cells if self.conv else None,
+            backend=self.backend, dtype=self.dtype)  # fmt: skip
+        h = stack(block, self.depth, self.scan, self.remat)(h, time, label, context)
+        h = nn.LayerNorm(dtype=self.dtype, name="norm")(h)
+        out = Dense(group * self.classes, kernel_init=normal, dtype=self.dtype, name="tokens_out")(h).astype(jnp.float32)
+        return {"tokens": unpatchify(out, self.patch, *self.grid).reshape(*tokens.shape, self.classes)}
+
+
+def cdcd(size: str, **options) -> TokenTransformer:
+    """A published network: "aist" (6 s of music), "aist_2s", "tiktok", "coco" (CUB-200's too) or "imagenet"; `options` replace fields.
+
+    Conditions: "dance" [B, 1, 1024] of a motion encoder, "text" [B, 77, 512] of CLIP, both features unless an `encoder` makes them, and
+    one of 1,000 labels. For guidance on labels add a row for their null: `cdcd("imagenet", labels=1001)`.
+    """
+    if size not in CDCD:
+        raise UserError(f"no CDCD network {size!r}; choose one of {', '.join(CDCD)}.")
+    return TokenTransformer(**{**CDCD[size], **options})
+
+
+def check_ids(name: str, ids: jax.Array, count: int) -> None:
+    """Raises UserError for ids that a table of `count` rows does not have, where they are known (not while tracing)."""
+    if isinstance(ids, jax.core.Tracer):
+        return
+    ids = np.asarray(ids)
+    if ids.size and not 0 <= ids.min() <= ids.max() < count:
+        raise UserError(f"{name} must lie in 0..{count - 1}, got values from {ids.min()} to {ids.max()}.")
