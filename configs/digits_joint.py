@@ -8,8 +8,8 @@ One set of weights draws pairs, draws images of a label, names images, and draws
 network at different times. Image: flow matching, velocity. Label: absorbing diffusion, x_0 cross-entropy.
 
 Measured (seed 0, 500 held-out digits, EMA weights, two CPU cores): label accuracy 0.988, conditional agreement 0.981, joint agreement
-0.956, classification accuracy score 0.962, Fréchet ratio 1.67; another run 0.994, 0.989, 0.971, 0.964, 1.69. Cost: 0.74M parameters, seven minutes
-of training, one of evaluation.
+0.956, classification accuracy score 0.962, Fréchet ratio 1.67; another run 0.994, 0.989, 0.971, 0.964, 1.69. Cost: 0.74M parameters,
+seven minutes of training, one of evaluation.
 """
 
 import jax.numpy as jnp

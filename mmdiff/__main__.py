@@ -1,4 +1,4 @@
-"""The command line: `python -m mmdiff train | sample | eval | bench | aot`.
+"""The command line: `python -m mmdiff train | sample | eval | cache | bench | aot`.
 
 Nothing here imports jax before it is needed, so that help and mistakes answer at once.
 """
@@ -45,6 +45,12 @@ checkpoint, prints the figures, and writes report.json (all figures) and
 report.html (figures and pictures) to the workdir. The values of the config are
 the run's own, with config.sample, config.eval and config.seed open to change."""
 
+CACHE = """\
+Encodes every split of a tokenizer's data once, with the averaged (EMA) weights
+of the last checkpoint, and writes the tokens, the other arrays of the data and
+the weights, which decode tokens, to a folder. It is whole or absent; if the same
+cache is there, nothing is done. Configs that train on tokens name the folder."""
+
 AOT = """\
 Compiles the training step for TPUs that are not here, and prints what it needs
 of each chip: memory by kind, and whether it fits; FLOPs, what it sends and
@@ -75,6 +81,7 @@ depends on the seed and on i only, not on --number. The values of the config are
 the run's own, with config.sample, config.eval and config.seed open to change."""
 
 USE = "--config configs/digits_joint.py --workdir runs/digits_joint"
+TOKENIZER = "--config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer"
 EXAMPLES = {
     "train": [f"train {USE}", f"train {USE} --config.train.steps=100"],
     "aot": [
@@ -86,6 +93,7 @@ EXAMPLES = {
         "bench --config configs/imagenet256/dit_xl2.py --json bench.json --peer 'python their_step.py --batch 256'",
     ],
     "eval": [f"eval {USE}"],
+    "cache": [f"cache {TOKENIZER} --out runs/scenes_tokens", f"cache {TOKENIZER} --out runs/scenes_tokens --split train"],
     "sample": [
         f"sample {USE} --number 64",
         f"sample {USE} --given label=7 --guidance 1.5",
@@ -135,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     style = {"formatter_class": _format, "allow_abbrev": False}
     parser = _Parser(prog="mmdiff", description=ABOUT, epilog=_examples(*EXAMPLES), **style)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="train | sample | eval | bench | aot")
+    commands = parser.add_subparsers(required=True, metavar="train | sample | eval | cache | bench | aot")
 
     def command(name, run, summary, about, workdir=True):
         sub = commands.add_parser(name, help=summary, description=about, epilog=_examples(name), **style)
@@ -184,6 +192,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("eval", _eval, "measure a trained model and write the report", EVAL)
     of_checkpoint(sub)
     sub.add_argument("--reuse", action="store_true", help="print the report of this checkpoint and config if there is one")
+    sub = command("cache", _cache, "encode a data set with a trained tokenizer", CACHE)
+    option = sub.add_argument
+    option("--out", required=True, metavar="DIR", help="the folder of the cache")
+    option("--split", action="append", default=[], metavar="NAME", help="encode this split only; repeatable")
+    of_checkpoint(sub)
     return parser
 
 
@@ -303,6 +316,23 @@ def _eval(args: argparse.Namespace) -> None:
     print(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
     print(json_path)
     print(html_path)
+
+
+def _cache(args: argparse.Namespace) -> None:
+    if _is_spare():
+        return
+    config, experiment = _open(args)
+    if experiment.cache is None:
+        raise UserError(f"{args.config} trains no tokenizer, so there is nothing to cache: see configs/cdcd/scenes_tokenizer.py.")
+    from mmdiff.data import tokens
+    from mmdiff.training import checkpoints
+
+    params, step = checkpoints.restore_for_inference(experiment, config, args.workdir, step=args.step)
+    made_by = {"config": json.loads(configs.to_json(config)), "step": step}
+    written = tokens.write(args.out, experiment.cache, params, made_by, args.split)
+    counts = {split: arrays["tokens"][1][0] for split, arrays in tokens.read_meta(args.out)["splits"].items()}
+    listed = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    print(f"{'' if written else 'nothing to do: '}{args.out} holds the tokens of step {step} ({listed})")
 
 
 # ---- Parts ----

@@ -76,7 +76,9 @@ def cdcd(
 ) -> dict[str, tuple[float, Term]]:
     """CDCD's loss as terms for `losses.diffusion` (each through `on` in a joint pass): the chain's bound, the auxiliary and the contrasts.
 
-        L = vlb + T auxiliary a(t) CE + step_intra w(t) contrast(vlb, intra) + T sample_inter w(t) contrast(CE, inter),   w = 1 + (i - 1) / T
+        L = vlb + T auxiliary a(t) CE + step_intra w(t) contrast(vlb, intra) + T sample_inter w(t) contrast(CE, inter),
+
+    with w(t) = 1 + (i - 1) / T at t = i / T (`rising`).
 
     The released weights (auxiliary 5e-4, step_intra 5e-5, sample_inter 5e-6) are of one step of the chain and so are the arguments.
     A contrast of weight 0 is left out.

@@ -33,6 +33,7 @@ class Experiment:
       modalities: how a person writes and sees each modality (`parse`, `check`, `show`), `{"image": Images(...), ...}`.
       evaluators: callables `(experiment, params, config, key, step) -> Findings`, run by `mmdiff eval` in this order.
       rules: the sharding table (see `training.sharding`); the first match wins.
+      cache: of a tokenizer, what `mmdiff cache` encodes: a `data.tokens.Recipe`.
     """
 
     process: Any
@@ -47,6 +48,7 @@ class Experiment:
     modalities: Mapping[str, Any]
     evaluators: Sequence[Callable[..., Any]] = ()
     rules: Rules = TRANSFORMER
+    cache: Any = None
 
 
 def initialiser(net: Any, process: Any, shape: Any) -> Callable[[jax.Array], Params]:

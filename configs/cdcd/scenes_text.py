@@ -13,11 +13,11 @@ combinations of digit, colour and position never occurs in training, and is what
 
 import optax
 from ml_collections import ConfigDict
+from mmdiff.data.tokens import cached, decoder, token_source
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data import scenes
 from mmdiff.data.modalities import Texts, TokenImages
-from mmdiff.data.tokens import cached, decoder, token_source
 from mmdiff.evals.scenes import CaptionedScenes
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace

@@ -108,10 +108,11 @@ class Program:
         self._computations = dict(_parse(text))
         self._devices = math.prod(map(int, re.findall(r"(?:replica_count|num_partitions)=(\d+)", text.partition("\n")[0])))
         # The TPU compiler spreads a collective over fusions that compute something else: one starts it, the others repeat it.
+        # (Channels alone do not tell them: different collectives of a program may have the same number.)
         every = [(c, i) for c in self._computations.values() for i in c.values()]
-        started = {(name, _channel(c[name])) for c, i in every if i.opcode == "AsyncCollectiveStart" for name in i.operands}
-        channels = {channel for _, channel in started if channel}
-        self._repeats = {i.name for _, i in every if _channel(i) in channels and (i.name, _channel(i)) not in started}
+        started = [c[name] for c, i in every if i.opcode == "AsyncCollectiveStart" for name in i.operands]
+        names, marks = {i.name for i in started}, {_mark(i) for i in started if _channel(i)}
+        self._repeats = {i.name for _, i in every if _mark(i) in marks and i.name not in names}
         self.unknown_loops: list[str] = []
         self._runs = self._count_runs(next(reversed(self._computations)))
 
@@ -279,6 +280,11 @@ def _closed(text: str) -> str:
 def _channel(instruction: Instruction) -> str | None:
     found = re.search(r"channel_id=(\d+)", instruction.attributes)
     return found and found[1]
+
+
+def _mark(instruction: Instruction) -> tuple[str, str | None, int]:
+    """What a collective and its repeats have in common."""
+    return instruction.opcode, _channel(instruction), _size(instruction.shape)
 
 
 def _constant(computation: Computation, name: str) -> int | None:

@@ -7,6 +7,7 @@ import pytest
 
 from mmdiff.nets import attention
 from mmdiff.nets.attention import BACKENDS
+from mmdiff.nets.target import compiling_for
 
 B, N, M, H, D = 2, 5, 7, 3, 8
 
@@ -32,6 +33,16 @@ MASKS = {
     "per example": (np.arange(M) < np.asarray([[3], [6]]))[:, None, None],
     "full": np.random.default_rng(0).random((B, H, N, M)) < 0.7,
 }
+
+
+def test_tokens_that_are_split_over_devices_do_not_go_to_the_fused_kernel(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, mask, implementation: chosen.append(implementation) or q)
+    arrays = inputs(jnp.bfloat16)
+    for axes in ({}, {"seq": 2}):
+        with compiling_for("gpu", 2, axes=axes):
+            attention(*arrays)
+    assert chosen == ["cudnn"]
 
 
 def available(backend):

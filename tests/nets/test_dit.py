@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from filled import filled
 
+from mmdiff.errors import UserError
 from mmdiff.nets import DiT, Patches, as_joint, dit
+from mmdiff.nets.target import compiling_for
 
 SMALL = dict(patches=Patches(4, 4, 2, 2), classes=3, depth=3, width=16, heads=2)
 X = jax.random.normal(jax.random.key(0), (5, 4, 4, 2))
@@ -37,6 +39,15 @@ def published(size, patch):
     block = (3 * h * h + 3 * h) + (h * h + h) + (4 * h * h + 4 * h) + (4 * h * h + h) + (6 * h * h + 6 * h)
     final = (2 * h * h + 2 * h) + (patch**2 * 8 * h + patch**2 * 8)
     return patches + time + labels + depth * block + final
+
+
+def test_heads_that_the_tensor_axis_does_not_divide_are_refused():
+    net = dit("S", 8)
+    arguments = jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    with compiling_for("cpu", 4, axes={"tensor": 4}), pytest.raises(UserError, match="6 heads do not split into 4"):
+        jax.eval_shape(net.init, *arguments)
+    with compiling_for("cpu", 3, axes={"tensor": 3}):
+        jax.eval_shape(net.init, *arguments)
 
 
 @pytest.mark.parametrize("size", ["S", "B", "L", "XL"])

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 import toy
+from jax.sharding import Mesh
 
 from mmdiff.data import loader
 from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
+from mmdiff.nets import target
 from mmdiff.training import checkpoints, loop, sharding
 
 
@@ -135,6 +137,19 @@ def test_an_evaluation_repeats_itself(config):
         batch = {"x": x[index % 20], "index": index.astype(np.uint32)}
         values.append(float(jax.jit(toy.loss)(params, batch, jax.random.key(config.seed))[0]))
     np.testing.assert_allclose(evaluate(params)["val/loss"], np.mean(values), rtol=1e-6)
+
+
+def test_an_evaluation_is_meant_for_the_mesh_as_the_step_is(config):
+    experiment, seen = toy.build(config), []
+
+    def loss(params, batch, key):
+        seen.append((target.split("fsdp"), target.one_cpu()))
+        return toy.loss(params, batch, key)
+
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 2, 1, 1), sharding.AXES)
+    evaluate = loop.make_evaluate(dataclasses.replace(experiment, loss=loss), config, mesh)
+    evaluate(experiment.init(jax.random.key(0)))
+    assert seen == [(2, False)]
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():

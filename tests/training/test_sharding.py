@@ -62,7 +62,10 @@ def trained(name, microbatches):
 
 @pytest.mark.parametrize(
     "name, microbatches",
-    [("1", 4), ("data 2", 1), ("data 2", 4), ("data 8", 1), ("data 8", 4), ("fsdp 8", 1), ("data 2 fsdp 2 tensor 2", 4), ("slices 2 fsdp 2 seq 2", 1)],
+    [
+        ("1", 4), ("data 2", 1), ("data 2", 4), ("data 8", 1), ("data 8", 4), ("fsdp 8", 1), ("data 2 fsdp 2 tensor 2", 4),
+        ("slices 2 fsdp 2 seq 2", 1),
+    ],
 )
 def test_loss_and_weights_do_not_depend_on_the_mesh(name, microbatches):
     arrays, metrics = trained(name, microbatches)

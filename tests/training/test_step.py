@@ -199,3 +199,8 @@ def test_the_core_of_training_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_group_that_is_no_regular_expression_is_refused():
+    with pytest.raises(UserError, match=r"norm_groups: '\(', the group 'a'"):
+        make_step(lambda *_: None, optax.sgd(0.1), norm_groups=(("a", "("),))

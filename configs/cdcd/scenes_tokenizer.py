@@ -1,0 +1,72 @@
+"""The tokenizer of the digit scenes: 16x16 colour pictures as 8x8 tokens of 128 codes, by a VQ autoencoder.
+
+    python -m mmdiff train  --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer
+    python -m mmdiff eval   --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer
+    python -m mmdiff sample --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer --given image=scenes.npz
+    python -m mmdiff cache  --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer --out runs/scenes_tokens
+
+`sample` reconstructs the pictures of a file. `cache` encodes every scene once, for configs/cdcd/scenes_text.py.
+"""
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mmdiff.data.modalities import Images
+from mmdiff.data.scenes import COUNTS, Scenes
+from mmdiff.data.tokens import Recipe
+from mmdiff.errors import UserError
+from mmdiff.evals.scenes import ASKED, Judge
+from mmdiff.evals.tokenizer import Reconstructions
+from mmdiff.experiment import Experiment
+from mmdiff.nets.tokenizers import VQAutoencoder, vq_loss
+from mmdiff.processes import Given, Joint
+
+SIZE = 16
+
+
+def get_config():
+    return ConfigDict({
+        "seed": 0,
+        "model": {"codes": 128, "code_size": 8, "features": 48, "encoder_blocks": 1, "decoder_blocks": 2},
+        "loss": {"commitment": 0.25, "revive": 1.0},
+        "train": {
+            "steps": 4000, "global_batch": 64, "microbatches": 1, "ema": 0.995,
+            "learning_rate": 2e-3, "warmup_steps": 50, "weight_decay": 1e-4, "clip": 1.0,
+            "log_every": 50, "eval_every": 1000, "checkpoint_every": 1000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
+            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
+        },
+        "sample": {"steps": 1, "guidance": 1.0},
+    })
+
+
+def build(config):
+    train = config.train
+    net = VQAutoencoder(SIZE, SIZE, 3, **config.model)
+    splits = {split: lambda split=split: Scenes(split, SIZE) for split in COUNTS}
+
+    def init(key):
+        return net.init(key, jnp.zeros((1, SIZE, SIZE, 3)))
+
+    def draw(params, keys, given, *, steps, guidance, absent=()):
+        if "image" not in given:
+            raise UserError("a tokenizer draws nothing by itself: give it pictures, --given image=FILE.")
+        return {**given, "reconstruction": net.apply(params, given["image"])[1]}
+
+    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
+    pictures = {name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")}
+    return Experiment(
+        process=Joint(image=Given(0.0)),
+        init=init,
+        apply=lambda params, x, t: {"reconstruction": net.apply(params, x["image"])[1]},
+        loss=vq_loss(net, **config.loss),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
+        train_data=splits["train"],
+        eval_data=splits["test"],
+        shape={name: images.shape for name, images in pictures.items()},
+        draw=draw,
+        modalities=pictures,
+        evaluators=(Reconstructions(net, judge=lambda: Judge(SIZE), all_of=ASKED),),
+        cache=Recipe(net, splits),
+    )

@@ -1,0 +1,94 @@
+"""What is measured of a tokenizer: how much of a picture its tokens keep, and how many of its codes are in use."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from mmdiff.data.sources import whole
+from mmdiff.data.tokens import by_parts
+from mmdiff.evals import pictures
+from mmdiff.evals.base import Clock, Findings, Picture
+from mmdiff.evals.frechet import frechet_ratio
+from mmdiff.nets.tokenizers import VQAutoencoder, usage
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstructions:
+    """The figures and pictures of a `VQAutoencoder`, on the held-out pictures and as many training pictures.
+
+    Attributes:
+      net: the network.
+      judge: `() -> judge`, and `judge(images) -> {name: values [n]}` reads what the source says of its pictures (`evals.scenes.Judge`);
+        then it is measured whether the reconstructions still show it.
+      all_of: the names that must be right together for `reading_correctness`.
+      image: the pictures' entry in the source.
+    """
+
+    net: VQAutoencoder
+    judge: Callable[[], Callable[[np.ndarray], Mapping[str, np.ndarray]]] | None = None
+    all_of: tuple[str, ...] = ()
+    image: str = "image"
+
+    def __call__(self, experiment, params, config, key, step) -> Findings:
+        test = whole(experiment.eval_data())
+        real, train = test[self.image], experiment.train_data()
+        fresh = train.take(np.arange(min(len(real), len(train))))[self.image]
+        clock = Clock()
+        clock.start("reconstructions", f"encoding and decoding {len(real) + len(fresh)} pictures")
+        encode, decode = (jax.jit(lambda x, method=method: self.net.apply(params, x, method=method)) for method in ("encode", "decode"))
+        ids = by_parts(encode, real)
+        images, train_images = by_parts(decode, ids), by_parts(decode, by_parts(encode, fresh))
+        mse = float(((images - real) ** 2).mean())
+        share, perplexity = usage(np.bincount(ids.reshape(-1), minlength=self.net.codes))
+        figures = {
+            "reconstruction_mse": mse,
+            "reconstruction_psnr": 10 * math.log10(4 / mse),
+            "codebook_usage": float(share),
+            "codebook_perplexity": float(perplexity),
+            "frechet_ratio": frechet_ratio(train_images, real, fresh),
+        }
+        notes = {
+            "reconstruction_mse": f"squared error of a channel of a pixel, in [-1, 1]; {len(real)} held-out pictures",
+            "reconstruction_psnr": "the same in decibels: 10 log10(2^2 / mse)",
+            "codebook_usage": f"share of the {self.net.codes} codes that occur in the tokens of these pictures",
+            "codebook_perplexity": "exp(entropy) of the codes' frequencies in them, in nats: as many equally frequent codes say as much",
+            "frechet_ratio": f"squared Fréchet distance (raw pixels, float64) of {len(fresh)} reconstructed training pictures to the held-out "
+            "ones, over that of the pictures themselves: 1 if nothing is lost",
+        }
+        if self.judge is not None:
+            clock.start("judge", "reading what the reconstructions show")
+            judge = self.judge()
+            for kind, found in (("", judge(images)), ("_real", judge(real))):
+                right = {name: values == test[name] for name, values in found.items()}
+                figures[f"reading_correctness{kind}"] = float(np.logical_and.reduce([right[name] for name in self.all_of]).mean())
+                figures |= {f"{name}_correctness{kind}": float(values.mean()) for name, values in right.items()}
+                what = "pictures themselves" if kind else "reconstructions"
+                notes[f"reading_correctness{kind}"] = f"share of the {what} in which a judge trained on real ones reads the true " + (
+                    f"{', '.join(self.all_of)}, all of them"
+                )
+                notes |= {f"{name}_correctness{kind}": f"share of the {what} with the right {name}" for name in right}
+        clock.stop()
+        return Findings(
+            figures=figures,
+            notes=notes,
+            pictures={
+                "Reconstructions": Picture(
+                    self._sheet(real, images), "Held-out pictures, and below each what its tokens decode to; the first ones, none chosen."
+                )
+            },
+            settings={"held_out_pictures": len(real), "frechet_features": "raw pixels", "evaluation_seconds": clock.seconds},
+        )
+
+    @staticmethod
+    def _sheet(real: np.ndarray, images: np.ndarray, columns: int = 10, lines: int = 4):
+        """Rows of originals and of reconstructions in turn."""
+        count = len(real) // columns * columns if len(real) >= columns else 0
+        count = min(count, columns * lines) or len(real)
+        pairs = [part[:count].reshape(-1, min(columns, count), *part.shape[1:]) for part in (real, images)]
+        rows = np.stack(pairs, 1).reshape(-1, *real.shape[1:])
+        return pictures.grid(np.rint((rows + 1) * 127.5).astype(np.uint8), min(columns, count))
