@@ -31,12 +31,12 @@ def get_config():
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "sample_inter": 0.0, "count": 10},
         "form": "linear",  # or weighted or infonce, of either contrast
         "train": {
-            "steps": 3000, "global_batch": 128, "microbatches": 1, "ema": 0.998,
+            "steps": 1500, "global_batch": 128, "microbatches": 1, "ema": 0.998,
             "learning_rate": 2e-3, "warmup_steps": 100, "weight_decay": 0.5, "clip": 1.0,
             "log_every": 50, "eval_every": 250, "checkpoint_every": 250, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
-        "sample": {"steps": 80, "guidance": 1.0},
+        "sample": {"steps": 80, "guidance": 1.2},
         "eval": {"batch": 250},
     })
 

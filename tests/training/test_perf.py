@@ -207,7 +207,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {{
 
 
 # What the TPU compiler writes: a loop that says nothing of its length, an all-gather that fusions carry along, fast memory S(1),
-# tiles, and a sum over slices.
+# tiles, a sum over slices, and one that shares the all-gather's channel number.
 TPU = """HloModule m, is_scheduled=true, num_partitions=4
 
 FileNames
@@ -244,7 +244,7 @@ FileNames
   %two = s32[]{:T(128)} constant(2)
   %next = s32[]{:T(128)S(6)} add(%i, %two)
   %new = f32[8,72]{1,0:T(8,128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
-  %sum = f32[8,72]{1,0:T(8,128)S(1)} all-reduce(%new), channel_id=2, replica_groups=mesh['a'=2,'b'=2] {'b'}, to_apply=%add
+  %sum = f32[8,72]{1,0:T(8,128)S(1)} all-reduce(%new), channel_id=7, replica_groups=mesh['a'=2,'b'=2] {'b'}, to_apply=%add
   %updated = f32[6,8,72]{2,1,0:T(8,128)} fusion(%saved, %i, %sum), kind=kLoop, calls=%save
   ROOT %out = (s32[]{:T(128)}, f32[6,8,72]{2,1,0:T(8,128)}) tuple(%next, %updated)
 }
