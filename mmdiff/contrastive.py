@@ -10,8 +10,8 @@ so that N negatives cost no network call. A **form** makes one number of the sco
     tokens = process.parts["tokens"]
     losses.diffusion(process, net.apply, times, {
         "vlb": (1.0, on("tokens", vlb(tokens, T))),
-        "step_intra": (5e-5, on("tokens", contrast(tokens, rising(vlb(tokens, T), T), intra()))),
-        "sample_inter": (T * 5e-6, on("tokens", contrast(tokens, rising(x0_ce(tokens), T), inter(by="label")))),
+        "step_intra": (5e-5, on("tokens", rising(contrast(tokens, vlb(tokens, T), intra()), T))),
+        "sample_inter": (T * 5e-6, on("tokens", rising(contrast(tokens, x0_ce(tokens), inter(by="label")), T))),
     })
 
 Negatives are functions `noised (of one modality) -> z [N, B, ...]`, or `-> (z, valid [N, B])` where some do not exist. Those from the
@@ -78,10 +78,8 @@ def cdcd(
 
         L = vlb + T auxiliary a(t) CE + step_intra w(t) contrast(vlb, intra) + T sample_inter w(t) contrast(CE, inter),
 
-    with w(t) = 1 + (i - 1) / T at t = i / T (`rising`).
-
-    The released weights (auxiliary 5e-4, step_intra 5e-5, sample_inter 5e-6) are of one step of the chain and so are the arguments.
-    A contrast of weight 0 is left out.
+    with w(t) = 1 + (i - 1) / T at t = i / T (`rising`). The released weights (auxiliary 5e-4, step_intra 5e-5, sample_inter 5e-6) are
+    of one step of the chain and so are the arguments. A contrast of weight 0 is left out.
 
     Args:
       process, steps: the discrete chain and its T.
@@ -93,9 +91,9 @@ def cdcd(
     vlb, ce = losses.vlb(process, steps), losses.x0_ce(process)
     terms = {"vlb": (1.0, vlb), "auxiliary": (steps * auxiliary, losses.auxiliary(process, steps, falling))}
     if step_intra:
-        terms["step_intra"] = (step_intra, contrast(process, rising(vlb, steps), intra(chunks, count), form))
+        terms["step_intra"] = (step_intra, rising(contrast(process, vlb, intra(chunks, count), form), steps))
     if sample_inter:
-        terms["sample_inter"] = (steps * sample_inter, contrast(process, rising(ce, steps), others or inter(count), form))
+        terms["sample_inter"] = (steps * sample_inter, rising(contrast(process, ce, others or inter(count), form), steps))
     return terms
 
 
@@ -153,7 +151,7 @@ def _drawn(negatives: Negatives, noised: Noised) -> tuple[jax.Array, jax.Array]:
 
 
 def rising(term: Term, steps: int) -> Term:
-    """`(1 + (i - 1) / T) term` at t = i / T: CDCD's weight of the contrast over time."""
+    """`(1 + (i - 1) / T) term` at t = i / T: CDCD's weight of the contrast over time. Within one it would be the scores' temperature."""
     return lambda out, noised: (1.0 + (jnp.round(noised.t * steps) - 1.0) / steps) * term(out, noised)
 
 

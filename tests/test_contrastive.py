@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmdiff import losses, processes, schedules, times
-from mmdiff.contrastive import contrast, infonce, inter, intra, linear, own_chain, rising, shifted, table, weighted
+from mmdiff.contrastive import cdcd, contrast, infonce, inter, intra, linear, own_chain, rising, shifted, table, weighted
 from mmdiff.processes import Gaussian, Given, Joint, MaskReplace, Noised, absorbing
 
 T, K, L, B, N = 8, 5, 16, 6, 3
@@ -133,6 +133,20 @@ def test_the_reward_is_bounded_and_ends(mode):
     for depth, gain in ((60.0, True), (80.0, False)):
         far = -depth * jax.nn.one_hot(Z[0], K)
         assert (float(jnp.abs(gradient(one, MASKED, far)).max()) > 1e-6) == gain, depth
+
+
+def test_the_whole_of_the_released_loss():
+    terms = cdcd(TOKENS, T, step_intra=5e-5, sample_inter=5e-6, others=table("negatives"), chunks=4)
+    assert {name: weight for name, (weight, _) in terms.items()} == {
+        "vlb": 1.0, "auxiliary": T * 5e-4, "step_intra": 5e-5, "sample_inter": T * 5e-6}  # fmt: skip
+    share, found = np.arange(B) % T / T, {name: run(term) for name, (_, term) in terms.items()}
+    np.testing.assert_allclose(found["auxiliary"], (2 - share) * run(MODES["sample"]), rtol=1e-5)
+    np.testing.assert_allclose(found["sample_inter"], (1 + share) * run(contrast(TOKENS, MODES["sample"], table("negatives"))), rtol=1e-5)
+    np.testing.assert_allclose(found["step_intra"], (1 + share) * run(contrast(TOKENS, MODES["step"], intra(chunks=4))), rtol=1e-5)
+    assert set(cdcd(TOKENS, T)) == {"vlb", "auxiliary"}
+    # With another form the scores keep their temperature at all times.
+    term = cdcd(TOKENS, T, sample_inter=5e-6, others=table("negatives"), form=infonce())["sample_inter"][1]
+    np.testing.assert_allclose(run(term), (1 + share) * run(contrast(TOKENS, MODES["sample"], table("negatives"), infonce())), rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- the other forms

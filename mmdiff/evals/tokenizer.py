@@ -47,7 +47,7 @@ class Reconstructions:
         share, perplexity = usage(np.bincount(ids.reshape(-1), minlength=self.net.codes))
         figures = {
             "reconstruction_mse": mse,
-            "reconstruction_psnr": 10 * math.log10(4 / mse),
+            "reconstruction_psnr": 10 * math.log10(4 / max(mse, 1e-12)),
             "codebook_usage": float(share),
             "codebook_perplexity": float(perplexity),
             "frechet_ratio": frechet_ratio(train_images, real, fresh),
@@ -57,8 +57,8 @@ class Reconstructions:
             "reconstruction_psnr": "the same in decibels: 10 log10(2^2 / mse)",
             "codebook_usage": f"share of the {self.net.codes} codes that occur in the tokens of these pictures",
             "codebook_perplexity": "exp(entropy) of the codes' frequencies in them, in nats: as many equally frequent codes say as much",
-            "frechet_ratio": f"squared Fréchet distance (raw pixels, float64) of {len(fresh)} reconstructed training pictures to the held-out "
-            "ones, over that of the pictures themselves: 1 if nothing is lost",
+            "frechet_ratio": f"squared Fréchet distance (raw pixels, float64) of {len(fresh)} reconstructed training pictures to the "
+            "held-out ones, over that of the pictures themselves: 1 if nothing is lost",
         }
         if self.judge is not None:
             clock.start("judge", "reading what the reconstructions show")
@@ -87,8 +87,7 @@ class Reconstructions:
     @staticmethod
     def _sheet(real: np.ndarray, images: np.ndarray, columns: int = 10, lines: int = 4):
         """Rows of originals and of reconstructions in turn."""
-        count = len(real) // columns * columns if len(real) >= columns else 0
-        count = min(count, columns * lines) or len(real)
+        count = min(len(real), columns * lines) // columns * columns or len(real)
         pairs = [part[:count].reshape(-1, min(columns, count), *part.shape[1:]) for part in (real, images)]
         rows = np.stack(pairs, 1).reshape(-1, *real.shape[1:])
         return pictures.grid(np.rint((rows + 1) * 127.5).astype(np.uint8), min(columns, count))
