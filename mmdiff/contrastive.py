@@ -217,7 +217,8 @@ def intra(chunks: int = 8, count: int = 10, derange: bool = False) -> Negatives:
         raise UserError(f"intra permutes at least two chunks, not {chunks}.")
 
     def negatives(noised):
-        x0, length = noised.x0, noised.x0.shape[1] if noised.x0.ndim > 1 else 1
+        x0 = jnp.asarray(noised.x0)
+        length = x0.shape[1] if x0.ndim > 1 else 1
         if length < chunks:
             raise UserError(f"intra: examples of length {length} cannot be cut into {chunks} chunks.")
         order = jax.vmap(lambda key: jax.random.permutation(key, chunks))(_keys(noised, "intra", count))
@@ -257,7 +258,7 @@ def inter(count: int = 10, by: str = "label") -> Negatives:
         keys = example_keys(_keys(noised, "inter"), index)
         draws = jax.vmap(lambda key: jax.vmap(jax.random.uniform)(example_keys(key, index)))(keys)
         best, who = jax.lax.top_k(jnp.where(other, draws, -1.0), min(count, len(index)))
-        return jnp.moveaxis(noised.x0[who], 1, 0), best.T >= 0
+        return jnp.moveaxis(jnp.asarray(noised.x0)[who], 1, 0), best.T >= 0
 
     return negatives
 

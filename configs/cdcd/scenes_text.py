@@ -1,7 +1,7 @@
 """CDCD from text to image: digit scenes of 16x16 pixels as codes of a VQ autoencoder, given their captions.
 
     python -m mmdiff train  --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer
-    python -m mmdiff cache  --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer --out cache/scenes
+    python -m mmdiff cache  --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer --out runs/scenes_tokens
     python -m mmdiff train  --config configs/cdcd/scenes_text.py --workdir runs/scenes_text
     python -m mmdiff eval   --config configs/cdcd/scenes_text.py --workdir runs/scenes_text
     python -m mmdiff sample --config configs/cdcd/scenes_text.py --workdir runs/scenes_text \\
@@ -13,21 +13,23 @@ combinations of digit, colour and position never occurs in training, and is what
 
 import optax
 from ml_collections import ConfigDict
-from mmdiff.data.tokens import cached, decoder, token_source
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data import scenes
 from mmdiff.data.modalities import Texts, TokenImages
+from mmdiff.data.tokens import decoder, token_source
 from mmdiff.evals.scenes import CaptionedScenes
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
+
+GRID, CODES = (8, 8), 128  # of configs/cdcd/scenes_tokenizer.py
 
 
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"dir": "cache/scenes"},
-        "model": {"width": 160, "depth": 4, "heads": 4, "patch": 2, "mlp_ratio": 4.0},
+        "data": {"dir": "runs/scenes_tokens"},
+        "model": {"width": 128, "depth": 4, "heads": 4, "patch": 2, "mlp_ratio": 4.0},
         "text": {"width": 96, "depth": 1, "heads": 4, "freeze": False},
         "chain": {"steps": 80, "evidence": True},
         "text_dropout": 0.1,
@@ -35,7 +37,7 @@ def get_config():
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "sample_inter": 0.0, "count": 10},
         "form": "linear",  # or weighted or infonce, of either contrast
         "train": {
-            "steps": 3000, "global_batch": 128, "microbatches": 1, "ema": 0.998,
+            "steps": 1600, "global_batch": 128, "microbatches": 1, "ema": 0.998,
             "learning_rate": 1.5e-3, "warmup_steps": 200, "weight_decay": 0.05, "clip": 1.0,
             "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
@@ -47,24 +49,24 @@ def get_config():
 
 def build(config):
     steps, model, train = config.chain.steps, config.model, config.train
-    cache = cached(config.data.dir)
-    tokens = MaskReplace(cache.codes, schedules.vqd_released(steps), config.chain.evidence)
+    tokens = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
     process = Joint(tokens=tokens, text=Given(null=0))
     words = scenes.tokenizer()
     encoder = nets.TextEncoder(words.size, words.length, scan=False, **config.text)
     net = nets.TokenTransformer(
-        classes=cache.codes, grid=cache.grid, depth=model.depth, width=model.width, heads=model.heads, context=("text",),
+        classes=CODES, grid=GRID, depth=model.depth, width=model.width, heads=model.heads, context=("text",),
         encoder=encoder, mlp_ratio=model.mlp_ratio, patch=model.patch, scan=False)
 
     noisy = times.importance(steps, "vlb")
     when = times.mixture(
         (1 - config.text_dropout, times.joint(tokens=noisy, text=times.constant(0.0))),
         (config.text_dropout, times.joint(tokens=noisy, text=times.constant(1.0))))
-    terms = contrastive.cdcd(tokens, steps, form=getattr(contrastive, config.form)(), others=contrastive.inter(by="text"), **config.loss)
+    others, form = contrastive.inter(config.loss.count, by="text"), getattr(contrastive, config.form)()
+    terms = contrastive.cdcd(tokens, steps, others=others, form=form, **config.loss)
     terms = {name: (weight, losses.on("tokens", term)) for name, (weight, term) in terms.items()}
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"tokens": (cache.grid[0] * cache.grid[1],), "text": (words.length,)}
+    shape = {"tokens": (GRID[0] * GRID[1],), "text": (words.length,)}
     return Experiment(
         process=process,
         init=initialiser(net, process, shape),
@@ -76,6 +78,6 @@ def build(config):
         eval_data=lambda: token_source(config.data.dir, "test"),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop={"text": 0}),
-        modalities={"tokens": TokenImages(*cache.grid, cache.codes, decode=decoder(config.data.dir)), "text": Texts(words)},
+        modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(words)},
         evaluators=(CaptionedScenes(batch=config.eval.batch),),
     )

@@ -6,6 +6,11 @@
     python -m mmdiff cache  --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer --out runs/scenes_tokens
 
 `sample` reconstructs the pictures of a file. `cache` encodes every scene once, for configs/cdcd/scenes_text.py.
+
+Measured (seed 0, 2,000 test scenes, EMA weights): squared error 0.0044 (29.6 dB), every code in use, perplexity 47, Fréchet ratio 1.19. A
+judge of real scenes reads digit, colour and position right in 0.973 of the reconstructions and 0.991 of the scenes; all that is lost is
+digits. Cost: 131,604 parameters, 3,000 steps; 678 s of training on two CPU cores shared with other work (up to 1,100 images/s where they were
+free, at which it would take three minutes), eval 50 s, cache 15 s.
 """
 
 import jax.numpy as jnp
@@ -31,7 +36,7 @@ def get_config():
         "model": {"codes": 128, "code_size": 8, "features": 48, "encoder_blocks": 1, "decoder_blocks": 2},
         "loss": {"commitment": 0.25, "revive": 1.0},
         "train": {
-            "steps": 4000, "global_batch": 64, "microbatches": 1, "ema": 0.995,
+            "steps": 3000, "global_batch": 64, "microbatches": 1, "ema": 0.995,
             "learning_rate": 2e-3, "warmup_steps": 50, "weight_decay": 1e-4, "clip": 1.0,
             "log_every": 50, "eval_every": 1000, "checkpoint_every": 1000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},

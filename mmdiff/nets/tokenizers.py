@@ -98,7 +98,8 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x):
         for i in range(self.halvings):
-            x = _image(Dense(self.features, name=f"down_{i}")(patchify(x, 2)), x.shape[1] // 2, x.shape[2] // 2)
+            tokens = Dense(self.features, name=f"down_{i}")(patchify(x, 2))
+            x = tokens.reshape(len(x), x.shape[1] // 2, x.shape[2] // 2, -1)
             for j in range(self.blocks):
                 x = Residual(name=f"block_{i}_{j}")(x)
         return Dense(self.size, name="out")(_activate(x, "out_norm"))
@@ -136,10 +137,6 @@ class Residual(nn.Module):
 
 def _activate(x, name):
     return nn.silu(nn.GroupNorm(GROUPS, name=name)(x))
-
-
-def _image(tokens, height, width):
-    return tokens.reshape(len(tokens), height, width, -1)
 
 
 def _unit(x):
@@ -196,8 +193,8 @@ def vq_loss(net: VQAutoencoder, image: str = "image", commitment: float = 0.25, 
       commitment: beta, what moves the encoder to its codes.
       revive: the weight of `revival`; 0 leaves unused codes alone.
 
-    Metrics: "loss/reconstruction" (squared error per channel of a pixel), "loss/codebook", "loss/commitment" (its value, too, before
-    beta), "loss/revival", and of the batch "codebook/usage" and "codebook/perplexity" (see `usage`).
+    Metrics, all before their weights: "loss/reconstruction" (squared error per channel of a pixel), "loss/codebook" and "loss/commitment"
+    (the same number, with different gradients), "loss/revival"; and of the batch "codebook/usage" and "codebook/perplexity" (see `usage`).
     """
 
     def loss(params, batch: Mapping[str, jax.Array], key):

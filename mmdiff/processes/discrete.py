@@ -113,8 +113,7 @@ class Discrete(Process):
         pulled = self._likelihood(noised.xt, s, noised.t)
         # Normalised by construction.
         q, p = (pulled * self._scaled(noised.xt, belief, noised.t, s) for belief in (truth, x0_hat))
-        log_q, log_p = (jnp.log(jnp.maximum(law, math.exp(LOG_FLOOR))) for law in (q, p))
-        each = jnp.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
+        each = jnp.where(q > 0, q * (_floored_log(q) - _floored_log(p)), 0.0).sum(-1)
         return jnp.where(s < noised.t, per_example_sum(each), 0.0)
 
     def prior_kl(self, x0):
@@ -294,6 +293,35 @@ class MaskReplace(Discrete):
             return out
         return out + jnp.log(jnp.maximum(self._likelihood(xt, None, t)[..., : self.classes], TINY))
 
+    def kl(self, noised, x0_hat, s):
+        """As for any `Discrete`, but what x_0 says is counted at O(1) a token: an x_0 more, a negative, costs no sum over the classes."""
+        xt, z, t = noised.xt, noised.x0, noised.t
+        # The law by the belief, as a table; its sum over the classes stands for those that are neither x_0 nor x_t.
+        p = self._likelihood(xt, s, t) * self._scaled(xt, self._conditioned(xt, x0_hat, t), t, s)
+        log_p = _floored_log(p)
+        log_all, log_mask = log_p[..., :-1].sum(-1), log_p[..., -1]
+        log_z, log_x = (jnp.take_along_axis(log_p, place[..., None], axis=-1)[..., 0] for place in (z, xt))
+
+        whole, step, start = self._weights(None, t, xt), self._weights(s, t, xt), self._weights(None, s, xt)
+        masked, same = xt == self.mask, xt == z
+        u, u_t, u_s = (weights[1] / self.classes for weights in (step, whole, start))
+        seen = jnp.where(masked, whole[2], jnp.where(same, whole[0], 0.0) + u_t)  # q(x_t | x_0)
+
+        def law(back, forth):
+            return jnp.where(seen > 0, back * forth / jnp.where(seen > 0, seen, 1.0), 0.0)
+
+        apart = ~masked & ~same
+        at_z = law(jnp.where(masked, step[2], jnp.where(same, step[0], 0.0) + u), start[0] + u_s)
+        at_x = jnp.where(apart, law(step[0] + u, u_s), 0.0)
+        other = law(jnp.where(masked, step[2], u), u_s)
+        at_mask = jnp.where(masked, law(1.0, start[2]), 0.0)
+        others = self.classes - 1.0 - apart
+        rest = log_all - log_z - jnp.where(apart, log_x, 0.0)
+        each = other * (others * _floored_log(other) - rest)
+        for q, log_there in ((at_z, log_z), (at_x, log_x), (at_mask, log_mask)):
+            each = each + q * (_floored_log(q) - log_there)
+        return jnp.where(s < t, per_example_sum(each), 0.0)
+
     def rate(self, noised, x0_hat):
         return self._last_step(self.schedule.steps, noised, x0_hat)
 
@@ -380,6 +408,10 @@ class Markov(Discrete):
         """p [B, ..., S] times one matrix per leading index of `matrix` [..., S, S]."""
         matrix = matrix.reshape(matrix.shape[:-2] + (1,) * (p.ndim - matrix.ndim + 1) + matrix.shape[-2:])
         return (p[..., None, :] @ matrix)[..., 0, :]
+
+
+def _floored_log(p):
+    return jnp.log(jnp.maximum(p, math.exp(LOG_FLOOR)))
 
 
 def _draw(key, probabilities):

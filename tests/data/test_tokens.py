@@ -141,7 +141,7 @@ def test_an_interrupted_cache_leaves_nothing(tmp_path, params):
 
 
 def test_a_full_disk(tmp_path, params, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)

@@ -405,3 +405,24 @@ def test_bad_tables_and_chains_are_refused():
     with pytest.raises(ValueError, match=r"such as schedules.vqd_released\(steps\)"):
         MaskReplace(4, schedules.flow())
     assert MaskReplace(4, schedules.vqd_paper(4)).mask == 4
+
+
+@pytest.mark.parametrize("schedule", [schedules.vqd_released(8), schedules.vqd_paper(8)])
+def test_the_short_kl_is_the_sum_over_all_states(schedule):
+    """Masked tokens, tokens that kept x_0 and tokens that did not; the first step, one between, the last; and a longer stride."""
+    process, rng = MaskReplace(5, schedule), np.random.default_rng(0)
+    t = jnp.repeat(jnp.array([1, 3, 8, 8]) / 8.0, 36)
+    s = jnp.repeat(jnp.array([0, 2, 7, 2]) / 8.0, 36)
+    x0 = jnp.asarray(rng.integers(0, 5, (144, 6)))
+    xt = jnp.asarray(rng.integers(0, 6, (144, 6)))
+    xt = jnp.where(jnp.asarray(rng.random((144, 6)) < 0.3), x0, xt)
+    out = jnp.asarray(rng.normal(size=(144, 6, 5)) * 3, jnp.float32)
+    noised = Noised(x0=x0, xt=xt, t=t)
+
+    def value(kl):
+        return jax.value_and_grad(lambda out: (lambda nats: (nats.sum(), nats))(kl(noised, process.clean(out, xt, t), s)), has_aux=True)(out)
+
+    (_, short), gradient = value(process.kl)
+    (_, long), wanted = value(lambda *arguments: super(MaskReplace, process).kl(*arguments))
+    np.testing.assert_allclose(short, long, rtol=1e-4, atol=2e-4)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-3, atol=1e-4)

@@ -189,12 +189,13 @@ def test_usage_of_a_codebook():
 
 
 def test_it_learns_by_the_ordinary_step():
-    colours = jax.random.uniform(jax.random.key(8), (16, 1, 1, 3), minval=-1, maxval=1)
-    batch = {"image": jnp.broadcast_to(colours, (16, 8, 8, 3)), "index": jnp.arange(16, dtype=jnp.uint32)}
-    loss, optimizer = vq_loss(NET), optax.adam(5e-3)
+    palette = jnp.array([[-1.0, -1, -1], [1, 1, 1], [1, -1, -1], [-1, -1, 1]])
+    blocks = palette[jax.random.randint(jax.random.key(8), (32, 4, 4), 0, 4)]  # a token of 2 x 2 pixels has one of four colours
+    batch = {"image": blocks.repeat(2, 1).repeat(2, 2), "index": jnp.arange(32, dtype=jnp.uint32)}
+    loss, optimizer = vq_loss(NET), optax.adam(1e-2)
     state = jax.jit(lambda key: init_state(lambda key: NET.init(key, batch["image"]), optimizer, key, loss))(jax.random.key(9))
     step, errors = jax.jit(make_step(loss, optimizer, ema=0.9)), []
-    for _ in range(80):
+    for _ in range(150):
         state, metrics = step(state, batch)
         errors.append(float(metrics["loss/reconstruction"]))
-    assert errors[-1] < 0.15 * errors[0] and int(state.stats["skipped"]) == 0
+    assert errors[-1] < 0.1 * errors[0] and int(state.stats["skipped"]) == 0, errors[::10]
