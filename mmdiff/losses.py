@@ -193,7 +193,7 @@ def vlb(process, steps: int | None = None) -> Term:
 
 
 def x0_ce(process) -> Term:
-    """Cross-entropy of the plain softmax, -log p(x_0 | x_t), at all positions, masked or not; in nats per dimension of the data.
+    """Cross-entropy of the softmax of `process.logits`, -log p(x_0 | x_t), at all positions, masked or not; in nats per dimension.
 
     Unlike `process.loss` it does not condition on x_t, so it has a value for any x_0 (a negative). No position costs more than 70
     nats, and beyond them it has no gradient.

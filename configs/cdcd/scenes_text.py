@@ -9,6 +9,10 @@
 
 The captions go through a byte-level BPE tokenizer and a text encoder that is trained with the network; cross-attention reads it. One in ten
 combinations of digit, colour and position never occurs in training, and is what the figures are about.
+
+Measured (seed 0, 1,000 captions of held-out combinations, EMA weights, 40 steps, guidance 2): colour 0.999, background 1.000, size 0.999,
+position 0.980, but digit 0.242, so all three of digit, colour and position 0.239: it needs longer training. Fréchet ratio 1.77. Cost: 1.57M
+parameters, nine minutes on two CPU cores.
 """
 
 import optax

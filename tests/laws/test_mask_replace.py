@@ -426,3 +426,18 @@ def test_the_short_kl_is_the_sum_over_all_states(schedule):
     (_, long), wanted = value(lambda *arguments: super(MaskReplace, process).kl(*arguments))
     np.testing.assert_allclose(short, long, rtol=1e-4, atol=2e-4)
     np.testing.assert_allclose(gradient, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_evidence_is_bayes_rule_with_the_network_as_prior():
+    schedule = schedules.vqd_paper(8)
+    process, t = MaskReplace(4, schedule, evidence=True), jnp.full(5, 3 / 8)
+    xt = jnp.arange(5)[:, None]  # every class, and the mask
+    out = jnp.asarray(np.random.default_rng(0).normal(size=(5, 1, 4)), jnp.float32)
+    marginal = dense_mask_replace(process, 0, 3 / 8)[:4]  # q(x_t | x_0), rows x_0
+    prior = np.exp(out) / np.exp(out).sum(-1, keepdims=True)
+    wanted = prior * marginal[:, np.arange(5)].T[:, None]
+    np.testing.assert_allclose(process.clean(out, xt, t), wanted / wanted.sum(-1, keepdims=True), rtol=1e-5)
+    # The cross-entropy is that of the same belief, and the published form takes the logits as they are.
+    noised = Noised(x0=jnp.zeros((5, 1), jnp.int32), xt=xt, t=t)
+    np.testing.assert_allclose(losses.x0_ce(process)(out, noised), -np.log(process.clean(out, xt, t)[:, 0, 0]), rtol=1e-5)
+    np.testing.assert_allclose(MaskReplace(4, schedule).clean(out, xt, t), prior, rtol=1e-5)
