@@ -62,7 +62,7 @@ def test_a_contrast_of_weight_zero_is_left_out_and_forms_differ():
 
 
 def test_the_experiments_name_values_that_exist():
-    spec = importlib.util.spec_from_file_location("experiments", FOLDER / "experiments.py")
+    spec = importlib.util.spec_from_file_location("experiments", FOLDER.parents[1] / "launch/cdcd_experiments.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     every = list(module.settings())

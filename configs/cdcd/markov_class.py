@@ -5,7 +5,7 @@
     python -m mmdiff sample --config configs/cdcd/markov_class.py --workdir runs/markov_class --given label=7
 
 The likelihood and the class of any sample are exact here, so the contrasts (config.loss) can be judged without a classifier of ours:
-configs/cdcd/experiments.py compares them.
+launch/cdcd_experiments.py compares them.
 """
 
 import optax

@@ -420,7 +420,11 @@ def test_the_short_kl_is_the_sum_over_all_states(schedule):
     noised = Noised(x0=x0, xt=xt, t=t)
 
     def value(kl):
-        return jax.value_and_grad(lambda out: (lambda nats: (nats.sum(), nats))(kl(noised, process.clean(out, xt, t), s)), has_aux=True)(out)
+        def total(out):
+            nats = kl(noised, process.clean(out, xt, t), s)
+            return nats.sum(), nats
+
+        return jax.value_and_grad(total, has_aux=True)(out)
 
     (_, short), gradient = value(process.kl)
     (_, long), wanted = value(lambda *arguments: super(MaskReplace, process).kl(*arguments))

@@ -1,7 +1,7 @@
 """Does the contrast of CDCD help? Compares losses, numbers of steps and weights on data whose law is known, and on the digits.
 
-    python configs/cdcd/experiments.py --out runs/cdcd_experiments          # everything, about an hour on two cores
-    python configs/cdcd/experiments.py --out runs/cdcd_experiments --table  # the tables of what is done so far
+    python launch/cdcd_experiments.py --out runs/cdcd_experiments          # everything, about an hour on two cores
+    python launch/cdcd_experiments.py --out runs/cdcd_experiments --table  # the tables of what is done so far
 
 Every line of OUT/runs.jsonl is one training with its figures; those that are there are not repeated. Three parts, three seeds each:
 
@@ -24,7 +24,7 @@ from mmdiff.data.loader import batches
 from mmdiff.training.sharding import abstract_state, lower_step, make_mesh
 from mmdiff.training.step import init_state, step_of
 
-HERE = pathlib.Path(__file__).parent
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs/cdcd"
 SEEDS = (0, 1, 2)
 LOSSES = {
     "vanilla": {"loss.step_intra": "0.0", "loss.sample_inter": "0.0"},
@@ -74,7 +74,7 @@ def train(experiment, config):
 
 
 def run(config_name, overrides, seed):
-    config, module = configs.load(str(HERE / f"{config_name}.py"), [*overrides.items(), ("seed", str(seed))])
+    config, module = configs.load(str(CONFIGS / f"{config_name}.py"), [*overrides.items(), ("seed", str(seed))])
     experiment = module.build(config)
     params, seconds = train(experiment, config)
     [evaluator] = experiment.evaluators

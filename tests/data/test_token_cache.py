@@ -153,7 +153,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = sys.argv[2:]
 import jax
-import test_tokens as t
+import test_token_cache as t
 class Kills(t.ArraySource):
     def take(self, indices):
         if indices.min() > 0:
