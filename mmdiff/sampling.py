@@ -26,6 +26,7 @@ import numpy as np
 
 from mmdiff import schedules
 from mmdiff.errors import UserError
+from mmdiff.processes.aggregate import Aggregate
 from mmdiff.processes.base import Process, bcast, concrete, fold
 
 
@@ -160,7 +161,7 @@ def start(process: Process, keys: jax.Array, shape: Any, given: Mapping[str, jax
     # A condition may be wider than the prior it replaces (features for the null 0 of a `Given`): never narrow it.
     held = {name: jnp.asarray(value) for name, value in given.items()}
     held = {name: value.astype(jnp.promote_types(value.dtype, xt[name].dtype)) for name, value in held.items()}
-    return {name: held.get(name, xt[name]) for name in shape}
+    return process.begin({name: held.get(name, xt[name]) for name in shape}, tuple(held))
 
 
 def drawer(
@@ -169,6 +170,7 @@ def drawer(
     shape: Mapping[str, Any],
     drop: Mapping[str, Any],
     paths: Mapping[str, Callable] | None = None,
+    walk: Callable = lambda steps: (uniform_grid(steps), ()),
     **options: Any,
 ) -> Callable:
     """The sampler of an `Experiment`: `draw(params, keys, given, *, steps, guidance, absent=())`.
@@ -178,17 +180,19 @@ def drawer(
       drop: what guidance drops (see `guided`). With guidance 1 the network runs once a step.
       paths: each modality's own time as a function of the walk's, [0, 1] -> [0, 1] with both ends fixed; the identity by default. A
         model trained at independent times may be walked from (1, ..., 1) to (0, ..., 0) along any path.
+      walk: `steps -> (grid, maps)`, the times and what maps they need (see `released_stride`); uniform times by default.
       options: go to `sample` (maps, heun).
     """
+    maps = tuple(options.pop("maps", ()))
     paths = {name: (paths or {}).get(name, lambda t: t) for name in shape}
 
     def draw(params, keys, given, *, steps, guidance, absent=()):
         # Guidance has nothing to compare where the condition is absent anyway.
         present = {name: null for name, null in drop.items() if name not in absent}
-        network = guided(apply, guidance, present) if present and guidance != 1 else apply
-        walk = uniform_grid(steps)
-        grid = {name: path(walk) for name, path in paths.items()}
-        return sample(process, network, params, keys, grid, shape, given=given, absent=absent, **options)
+        network = guided(apply, guidance, present, process) if present and guidance != 1 else apply
+        times, strides = walk(steps)
+        grid = {name: path(times) for name, path in paths.items()}
+        return sample(process, network, params, keys, grid, shape, given=given, absent=absent, maps=(*maps, *strides), **options)
 
     return draw
 
@@ -196,7 +200,7 @@ def drawer(
 # ---------------------------------------------------------------------------------------------------------------- guidance
 
 
-def guided(apply: Callable, w: float | Callable, drop: Mapping[str, Any]) -> Callable:
+def guided(apply: Callable, w: float | Callable, drop: Mapping[str, Any], process: Process | None = None) -> Callable:
     """Classifier-free guidance on raw outputs: `out = u + w (c - u)`; w = 1 is plain conditional, 0 unconditional.
 
     Linear in the output, hence right for eps, v, velocity and logits alike. The unconditional branch is the same batch with the
@@ -206,6 +210,7 @@ def guided(apply: Callable, w: float | Callable, drop: Mapping[str, Any]) -> Cal
       w: a number, or a function of the network's times (see `interval`).
       drop: modality -> what the network is fed for it when absent: the mask of an absorbing chain, the null of a `Given`. A modality
         whose prior is random has no such value: there the prior's draws at hand serve, as one fixed array [B, ...].
+      process: an `Aggregate`, from whose mean the dropped modalities have to go, too.
     """
 
     def apply_guided(params, x, t):
@@ -215,6 +220,8 @@ def guided(apply: Callable, w: float | Callable, drop: Mapping[str, Any]) -> Cal
                 raise KeyError(f"guided: no modality {name!r} to drop; there are {sorted(x)}.")
             bare_x[name] = jnp.broadcast_to(jnp.asarray(null, x[name].dtype), x[name].shape)
             bare_t[name] = jnp.ones_like(t[name])
+        if process:
+            bare_x, bare_t = process.bare(x, t, bare_x, bare_t)
         both_x, both_t = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (x, t), (bare_x, bare_t))
         out = apply(params, both_x, both_t)
         scale = w(t) if callable(w) else w
@@ -224,6 +231,37 @@ def guided(apply: Callable, w: float | Callable, drop: Mapping[str, Any]) -> Cal
             return u + (bcast(scale, c) if isinstance(scale, jax.Array) and scale.ndim else scale) * (c - u)
 
         return {name: jnp.split(o, 2)[0] if name in drop else mix(o) for name, o in out.items()}
+
+    return apply_guided
+
+
+def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Callable:
+    r"""Known modalities for a network that was never shown them: the gradient of its own outputs for them guides the target.
+
+        E[eps | z_t, x] = E[eps | z_t] - scale sigma grad log p(x | z_t),
+
+    exact for scale 1 and an exact p; a larger one guides. The network is fed the null for what is known (t = 0) of the modalities that
+    `process` adds, at the target's time. Costs a backward pass through the network.
+
+        sample(process, head_guided(process, apply), params, keys, grid, shape, given={"label": labels})
+    """
+
+    def apply_guided(params, x, t):
+        time = jnp.clip(t[process.target], 2.0**-24, 1 - 2.0**-24)  # neither known nor absent
+        hidden_x, hidden_t, known, data = dict(x), dict(t), {}, {}
+        for name in process.heads:
+            known[name] = t[name] == 0
+            held = bcast(known[name], x[name])
+            hidden_x[name], hidden_t[name] = jnp.where(held, process.null(name, x[name]), x[name]), jnp.where(known[name], time, t[name])
+            data[name] = jnp.where(held, x[name], 0)
+
+        def log_p(z):
+            out = apply(params, {**hidden_x, process.target: z}, hidden_t)
+            nats = sum(jnp.where(known[name], process.nll(name, out[name], data[name]), 0.0) for name in known)
+            return -nats.sum(), out
+
+        score, out = jax.grad(log_p, has_aux=True)(x[process.target])
+        return {**out, process.target: process.told(out, {**data, process.target: x[process.target]}, t, scale * score)}
 
     return apply_guided
 
@@ -252,6 +290,33 @@ def only(name: str, refine: Map) -> Map:
         fields = ("xt", "t", "s", "x0", "last_x0", "last_t", "kept")
         part = refine(Move(keys=fold(move.keys, name), **{field: getattr(move, field)[name] for field in fields}))
         return move.replace(**{field: {**getattr(move, field), name: getattr(part, field)} for field in ("x0", "t", "s", "kept")})
+
+    return apply
+
+
+def following(process: Aggregate, name: str, refine: Map) -> Map:
+    """Applies a map to the belief about a modality that an `Aggregate` adds; the target's belief follows it, for the same eps_hat.
+
+    By default the belief as it stands, e.g. the mean of E under the probabilities, stands in for a hidden modality. `drawn()` puts a draw
+    in its place, which is right as well, and `top_p(0)` the best class, which is biased.
+    """
+
+    def apply(move: Move) -> Move:
+        part = only(name, refine)(move)
+        belief, kept = ({**tree, name: new[name]} for tree, new in ((move.x0, part.x0), (move.kept, part.kept)))
+        x0 = process.follow(move.x0, move.t, **{name: belief[name]})
+        kept[process.target] = x0[process.target]
+        return part.replace(x0=x0, kept=kept)
+
+    return apply
+
+
+def drawn() -> Map:
+    """Replaces probabilities by a class drawn from them."""
+
+    def apply(move):
+        classes = jax.vmap(jax.random.categorical)(move.keys, jnp.log(move.x0))
+        return move.corrected(jax.nn.one_hot(classes, move.x0.shape[-1]))
 
     return apply
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.digits import digits_tokens
 from mmdiff.data.modalities import Labels, TokenImages
+from mmdiff.evals.calls import Calls
 from mmdiff.evals.tokens import ClassTokenImages
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
@@ -42,7 +43,7 @@ def get_config():
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
         "sample": {"steps": 80, "guidance": 1.2},
-        "eval": {"batch": 250},
+        "eval": {"batch": 250, "calls": (80, 40, 20, 10)},  # network calls of the samplers that are compared
     })
 
 
@@ -63,6 +64,14 @@ def build(config):
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     shape = {"tokens": (64,), "label": ()}
+    drop = {"label": CLASSES}
+
+    def released(calls):
+        grid, stride = sampling.released_stride(steps, max(1, steps // calls) - 1)
+        return grid, [sampling.only("tokens", stride)]
+
+    figures = ClassTokenImages(bound_steps=steps, batch=config.eval.batch)
+    strided = {"released": sampling.drawer(process, net.apply, shape, drop, walk=released)}
     return Experiment(
         process=process,
         init=initialiser(net, process, shape),
@@ -73,7 +82,10 @@ def build(config):
         train_data=lambda: digits_tokens("train"),
         eval_data=lambda: digits_tokens("test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop={"label": CLASSES}),
+        draw=sampling.drawer(process, net.apply, shape, drop),
         modalities={"tokens": TokenImages(8, 8, LEVELS), "label": Labels(CLASSES)},
-        evaluators=(ClassTokenImages(bound_steps=steps, batch=config.eval.batch),),
+        evaluators=(
+            figures,
+            Calls(figures, ["conditional_agreement", "classification_accuracy_score", "frechet_ratio"], config.eval.calls, strided),
+        ),
     )

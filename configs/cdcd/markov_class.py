@@ -24,15 +24,15 @@ CLASSES, STATES, LENGTH = 10, 16, 32  # the null label is CLASSES
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "model": {"width": 64, "depth": 3, "heads": 4, "mlp_ratio": 4.0},
-        "chain": {"steps": 80, "evidence": True},
+        "model": {"width": 64, "depth": 3, "heads": 4, "mlp_ratio": 2.0, "conv": True},
+        "chain": {"steps": 80, "evidence": False},
         "label_dropout": 0.1,
         # The released weights; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "sample_inter": 0.0, "count": 10},
         "form": "linear",  # or weighted or infonce, of either contrast
         "train": {
             "steps": 2000, "global_batch": 128, "microbatches": 1, "ema": 0.998,
-            "learning_rate": 2e-3, "warmup_steps": 100, "weight_decay": 0.01, "clip": 1.0,
+            "learning_rate": 4e-3, "warmup_steps": 100, "weight_decay": 0.01, "clip": 1.0,
             "log_every": 50, "eval_every": 250, "checkpoint_every": 250, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
@@ -47,7 +47,7 @@ def build(config):
     process = Joint(tokens=tokens, label=Given(null=CLASSES))
     net = nets.TokenTransformer(
         classes=STATES, grid=(1, LENGTH), depth=model.depth, width=model.width, heads=model.heads, labels=CLASSES + 1,
-        mlp_ratio=model.mlp_ratio, scan=False)
+        mlp_ratio=model.mlp_ratio, conv=model.conv, scan=False)
 
     noisy = times.importance(steps, "vlb")
     when = times.mixture(

@@ -33,7 +33,7 @@ def get_config():
     return ConfigDict({
         "seed": 0,
         "data": {"dir": "runs/scenes_tokens"},
-        "model": {"width": 128, "depth": 4, "heads": 4, "patch": 2, "mlp_ratio": 4.0},
+        "model": {"width": 128, "depth": 4, "heads": 4, "patch": 2, "mlp_ratio": 4.0, "pooled": True},
         "text": {"width": 96, "depth": 1, "heads": 4, "freeze": False},
         "chain": {"steps": 80, "evidence": True},
         "text_dropout": 0.1,
@@ -59,7 +59,7 @@ def build(config):
     encoder = nets.TextEncoder(words.size, words.length, scan=False, **config.text)
     net = nets.TokenTransformer(
         classes=CODES, grid=GRID, depth=model.depth, width=model.width, heads=model.heads, context=("text",),
-        encoder=encoder, mlp_ratio=model.mlp_ratio, patch=model.patch, scan=False)
+        encoder=encoder, pooled=model.pooled, mlp_ratio=model.mlp_ratio, patch=model.patch, scan=False)
 
     noisy = times.importance(steps, "vlb")
     when = times.mixture(

@@ -55,7 +55,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two products, or two 3x3 convolutions on the `grid` of the tokens, with `x sigmoid(1.702 x)` between them."""
+    """Two products, or two 3x3 convolutions on the `grid` of the tokens (1x3 of a sequence), with `x sigmoid(1.702 x)` between them."""
 
     ratio: float
     grid: tuple[int, int] | None = None
@@ -66,7 +66,8 @@ class MLP(nn.Module):
         shape = x.shape
         layer = partial(Dense, kernel_init=normal, dtype=self.dtype)
         if self.grid is not None:
-            layer = partial(nn.Conv, kernel_size=(3, 3), kernel_init=conv_init, dtype=self.dtype)
+            kernel = tuple(min(3, 2 * side - 1) for side in self.grid)  # of a sequence the other two rows would see nothing
+            layer = partial(nn.Conv, kernel_size=kernel, kernel_init=conv_init, dtype=self.dtype)
             # As one vector per example, which no device holds a part of: convolutions of grids that are split by rows and by features
             # come out wrong from XLA's partitioner (jax 0.10.2).
             x = placed(x.reshape(len(x), -1)).reshape(len(x), *self.grid, -1)
@@ -79,8 +80,8 @@ class Block(nn.Module):
     """Self-attention, cross-attention where there is a context, and an MLP, each added to x after a norm of its own.
 
     The attentions' norms are modulated by the time, the MLP's by the label: `LN(x) (1 + scale) + shift` with scale and shift from
-    `Dense(silu(e))`, e a row of a table that each norm has for itself, or sinusoidal features of a time that is no integer. Without
-    time or label it is a plain LayerNorm.
+    `Dense(silu(e))`, e a row of a table that each norm has for itself, sinusoidal features of a time that is no integer, or the vector
+    itself where the label is one. Without time or label it is a plain LayerNorm.
     """
 
     heads: int
@@ -103,7 +104,9 @@ class Block(nn.Module):
         if which is None:
             return nn.LayerNorm(dtype=self.dtype, name=f"{name}_norm")(x)
         width = x.shape[-1]
-        if jnp.issubdtype(which.dtype, jnp.integer):
+        if which.ndim == 2:
+            e = which
+        elif jnp.issubdtype(which.dtype, jnp.integer):
             e = nn.Embed(rows, width, embedding_init=normal, dtype=self.dtype, name=f"{name}_table")(which)
         else:
             e = frequencies(which, width, scale=4000.0).astype(self.dtype)
@@ -125,6 +128,7 @@ class TokenTransformer(nn.Module):
       context: names of the conditions that cross-attention sees: with an `encoder` what it takes, without one a single array of
         features [B, N, C].
       encoder: a linen module `(*conditions) -> [B, N, C]`, such as `TextEncoder`; its parameters live in this network.
+      pooled: the mean of the context over its tokens modulates the MLPs' norms, where otherwise a label does. Not in the paper.
       times: T, rows of the tables for the time, which row round(t T) - 1 stands for (so t in (0, 1]); 0 for sinusoidal features.
       mlp_ratio, conv: the MLP's width, and whether it convolves over the grid.
       positions: (rows, columns) of the position tables, the grid's by default. Tokens take its places in raster order from the first
@@ -141,6 +145,7 @@ class TokenTransformer(nn.Module):
     labels: int = 0
     context: tuple[str, ...] = ()
     encoder: nn.Module | None = None
+    pooled: bool = False
     times: int = 0
     mlp_ratio: float = 4.0
     conv: bool = False
@@ -179,6 +184,10 @@ class TokenTransformer(nn.Module):
         if self.context:
             context = self.encoder(*(x[name] for name in self.context)) if self.encoder else x[self.context[0]]
             context = context.astype(self.dtype)
+        if self.pooled:
+            if context is None or self.labels:
+                raise UserError("pooled needs a context, and stands where labels would: give one or the other.")
+            label = context.mean(1)
 
         embed = partial(nn.Embed, features=self.width, embedding_init=normal, dtype=self.dtype)
         states, group, place = self.classes + 1, self.patch**2, np.arange(count)

@@ -225,7 +225,8 @@ def _update(experiment: Experiment) -> Step:
 
     def step(state, batch):
         (value, _), grads = jax.value_and_grad(experiment.loss, has_aux=True)(state.params, batch, state.key)
-        updates, opt = experiment.optimizer.update(grads, state.opt, state.params)
+        takes_value = optax.with_extra_args_support(experiment.optimizer)
+        updates, opt = takes_value.update(grads, state.opt, state.params, value=value)
         return state.replace(params=optax.apply_updates(state.params, updates), opt=opt), {"loss": value}
 
     return step

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,52 @@ def scaled(rate: float, batch: int, base_batch: int, rule: str) -> float:
 def warmup(rate: float, steps: int) -> optax.Schedule:
     """`rate min(1, (step + 1) / steps)`: a linear start, then constant; `steps` 0 is none. The first step moves already."""
     return lambda step: rate * jnp.minimum(1.0, (step + 1) / max(steps, 1))
+
+
+class Plateau(NamedTuple):
+    """What `plateau` keeps: updates done, the factor on the rate, the best loss and the updates since it was found."""
+
+    count: jax.Array
+    factor: jax.Array
+    best: jax.Array
+    waited: jax.Array
+
+
+def plateau(
+    rate: float, warmup_steps: int, patience: int, start: float = 3e-6, threshold: float = 0.1, floor: float = 1e-6
+) -> optax.GradientTransformationExtraArgs:
+    """The released VQ-Diffusion's and CDCD's learning rate; it stands last in a chain, `optax.scale_by_learning_rate` by another rule.
+
+    For `warmup_steps` updates it rises linearly from `start` to `rate`. From then on it is halved, down to `floor`, whenever `patience`
+    updates on end brought no batch whose loss is below `best - threshold |best|`, best being the lowest such loss so far. As a
+    single batch is seldom that lucky, that is about one halving every `patience` updates.
+
+    The step passes the loss as `value`. Rates are per update, whatever the batch. With losses below zero the released code calls
+    `best (1 - threshold)` an improvement, which is above best; here it is below, for either sign.
+    """
+
+    def init(params):
+        del params
+        return Plateau(jnp.zeros((), jnp.int32), jnp.ones(()), jnp.full((), jnp.inf), jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, *, value, **others):
+        del params, others
+        warm = state.count < warmup_steps
+        now = jnp.where(warm, start + (rate - start) * state.count / max(warmup_steps, 1), jnp.maximum(rate * state.factor, floor))
+        found = jnp.asarray(value, jnp.float32)
+        # inf - inf is no number: the first loss after the warm-up is the best.
+        better = ~warm & (jnp.isinf(state.best) | (found < state.best - threshold * jnp.abs(state.best)))
+        waited = jnp.where(warm | better, 0, state.waited + 1)
+        halve = waited > patience
+        state = Plateau(
+            count=state.count + 1,
+            factor=jnp.where(halve, 0.5, 1.0) * state.factor,
+            best=jnp.where(better, found, state.best),
+            waited=jnp.where(halve, 0, waited),
+        )
+        return jax.tree.map(lambda u: -now * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def muon_dimensions(params: Any) -> Any:

@@ -88,7 +88,7 @@ def make_step(
     Args:
       loss: `(params, batch, key) -> (scalar, metrics)`, a mean over the batch. Every micro-batch gets the same key, so
         examples must take their randomness from their index (as `losses.diffusion` does). If it has statistics, see `losses`.
-      optimizer: what turns gradients into updates, clipping and the learning rate's schedule included.
+      optimizer: what turns gradients into updates, clipping and the learning rate's schedule included. It may take the loss, `value`.
       ema: the decay that the average's warm-up ends at.
       microbatches: m; the batch is split in m, which costs time and saves memory.
       noise_scale: adds the metrics "noise_scale/trace" and "noise_scale/grad_sq", whose averages `noise_scale_of` divides; m >= 2.
@@ -107,6 +107,7 @@ def make_step(
         except re.error as error:
             raise UserError(f"config.train.norm_groups: {pattern!r}, the group {name!r}, is no regular expression ({error}).") from error
     learns = hasattr(loss, "stats")
+    takes_value = optax.with_extra_args_support(optimizer)  # the loss, for rates that follow it
 
     def evaluate(params, batch, key, stats):
         given = {**batch, "stats": stats} if learns else batch
@@ -139,7 +140,7 @@ def make_step(
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)  # the norm is finite only if every gradient is
 
         def update(params, opt, average, stats):
-            updates, opt = optimizer.update(grads, opt, params)
+            updates, opt = takes_value.update(grads, opt, params, value=value)
             params = optax.apply_updates(params, updates)
             decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), average, params)

@@ -11,7 +11,7 @@ import pytest
 from mmdiff import nets
 from mmdiff.errors import UserError
 from mmdiff.training import optim, sharding
-from mmdiff.training.step import make_step
+from mmdiff.training.step import init_state, make_step
 
 RATE = 0.01
 OPTIMIZERS = {
@@ -22,6 +22,43 @@ OPTIMIZERS = {
         optax.scale_by_adam(), optax.add_decayed_weights(0.1), optim.trust_ratio(), optax.scale_by_learning_rate(RATE)),
 }  # fmt: skip
 DEPTH = 2
+
+
+def rates(losses, **options):
+    """The rates that `plateau` takes for these losses."""
+    rule = optim.plateau(**{"rate": 1.0, "warmup_steps": 4, "patience": 3, "start": 0.2, "floor": 1e-6} | options)
+    update, state, found = jax.jit(lambda state, value: rule.update(jnp.ones(()), state, value=value)), rule.init(None), []
+    for value in losses:
+        step, state = update(state, value)
+        found.append(-float(step))
+    return found
+
+
+def test_plateau_warms_up_and_halves():
+    """Four rising rates; then the best loss is that of update 4, and after patience 3 without a tenth less, the fourth such halves."""
+    flat = [9.0] * 4 + [5.0] + [4.9, 4.6, 4.9, 4.9] + [4.4] + [4.4] * 4 + [4.4]
+    halved = [1.0] * 5 + [0.5] * 5 + [0.25]  # 4.4 < 0.9 * 5 is better: the wait begins anew
+    np.testing.assert_allclose(rates(flat), [0.2, 0.4, 0.6, 0.8, *halved], rtol=1e-6)
+    np.testing.assert_allclose(rates([1.0] * 40, floor=0.3)[-1], 0.3, rtol=1e-6)
+
+
+def test_plateau_of_losses_below_zero():
+    """Worse is worse there, too: -0.95 is no improvement on -1, -1.2 is."""
+    worse = rates([0.0] * 4 + [-1.0] + [-0.95] * 9)
+    assert worse[-1] < 0.5 + 1e-6
+    better = rates([0.0] * 4 + [-1.0, -0.95, -0.95, -0.95, -1.2, -1.2, -1.2, -1.2])
+    assert better[-1] == 1.0
+
+
+def test_the_step_gives_the_optimizer_its_loss():
+    def loss(params, batch, key):
+        return params["w"] ** 2, {}
+
+    chain = optax.chain(optax.clip_by_global_norm(0.5), optim.plateau(0.1, 0, 100))
+    step = jax.jit(make_step(loss, chain))
+    state = init_state(lambda key: {"w": jnp.asarray(3.0)}, chain, jax.random.key(0))
+    state, _ = step(state, {"index": jnp.arange(2, dtype=jnp.uint32)})
+    assert float(state.opt[1].best) == 9.0 and float(state.params["w"]) == pytest.approx(3 - 0.1 * 0.5)
 
 
 @pytest.mark.parametrize("rule, expected", [("none", 1e-4), ("linear", 16e-4), ("sqrt", 4e-4)])
