@@ -103,23 +103,38 @@ def settle(free, workers, out):
     jax.config.update("jax_compilation_cache_dir", os.path.join(out, "compiled"))
 
 
+def cells(values):
+    """Mean and standard error of the rows of `values` [n, figures]."""
+    error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.full(values.shape[1], np.nan)
+    return " | ".join(f"{mean:.4f} ± {e:.4f}" for mean, e in zip(values.mean(0), error))
+
+
+def differences(rows, name, names):
+    """What a loss changes: its figures minus those of vanilla, for every seed and T that both have, [n, figures]."""
+    found = {(row["setting"], row["seed"]): np.array([row["figures"][each] for each in names]) for row in rows}
+    pairs = [(setting, (setting[0].replace(name, "vanilla", 1), setting[1])) for setting in found if setting[0].split(",")[0] == name]
+    return np.array([found[one] - found[other] for one, other in pairs if other in found])
+
+
 def table(rows):
-    """Mean and standard error over the seeds, as Markdown."""
+    """Mean and standard error over the seeds, as Markdown; for the four losses also the differences of pairs."""
     for part in dict.fromkeys(row["part"] for row in rows):
         chosen = [row for row in rows if row["part"] == part]
         names = list(chosen[0]["figures"])
         print(f"\n| {part} | seeds | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
         for setting in dict.fromkeys(row["setting"] for row in chosen):
             values = np.array([[row["figures"][name] for name in names] for row in chosen if row["setting"] == setting])
-            error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.full(len(names), np.nan)
-            cells = " | ".join(f"{mean:.4f} ± {e:.4f}" for mean, e in zip(values.mean(0), error))
-            print(f"| {setting} | {len(values)} | {cells} |")
+            print(f"| {setting} | {len(values)} | {cells(values)} |")
+        for name in list(LOSSES)[1:]:
+            pairs = differences(chosen, name, names)
+            if len(pairs):
+                print(f"| {name} minus vanilla, same seed and T | {len(pairs)} | {cells(pairs)} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
-    parser.add_argument("--parts", nargs="+", default=["steps", "weight", "digits"], help="which parts (default: all three)")
+    parser.add_argument("--parts", nargs="+", default=["steps", "digits", "weight"], help="which parts (default: all three)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="trainings at a time (default: one a core)")
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
     args = parser.parse_args()
@@ -127,7 +142,8 @@ def main():
     log = args.out / "runs.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(row["part"], row["setting"], row["seed"]) for row in rows}
-    todo = [(seed, *each) for seed in SEEDS for each in settings() if each[0] in args.parts and (each[0], each[1], seed) not in done]
+    every = [(seed, *each) for part in args.parts for seed in SEEDS for each in settings() if each[0] == part]
+    todo = [each for each in every if (each[1], each[2], each[0]) not in done]
     if not args.table:
         context = multiprocessing.get_context("spawn")
         free = context.Queue()

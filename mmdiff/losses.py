@@ -130,6 +130,18 @@ def on(name: str, term: Term) -> Term:
     return joint_term
 
 
+def weighted(process, **weights: float) -> dict[str, tuple[float, Term]]:
+    """The process's own losses as `terms`, one per modality, with these weights, else 1: `weighted(process, label=0.1)`."""
+    unknown = [name for name in weights if name not in process.parts]
+    if unknown:
+        raise UserError(f"weighted: no modality {', '.join(unknown)}; there are {', '.join(process.parts)}.")
+
+    def of(name):
+        return lambda out, noised: process.loss(out, noised)[name]
+
+    return {name: (weights.get(name, 1.0), of(name)) for name, part in process.parts.items() if part.learnt}
+
+
 # Weights of the squared error in eps, functions of (schedule, t). Constant 1 is DDPM's simple loss.
 
 
@@ -171,7 +183,7 @@ def mse(process, weight: Callable) -> Term:
 
 
 def vlb(process, steps: int | None = None) -> Term:
-    """One Monte-Carlo term of the variational bound, in nats per dimension of the data.
+    """One Monte-Carlo term of the variational bound, in nats per dimension of the data; of a `Joint` a dict of them by modality.
 
     With `steps` = T it is `T KL(q(x_{t-1/T} | x_t, x_0) || p)` at t on the grid i/T (use `times.on_grid(T)`); without, the
     continuous-time integrand. The constant prior term is left out, and so is a Gaussian's step to t = 0, which a decoder without
@@ -184,10 +196,9 @@ def vlb(process, steps: int | None = None) -> Term:
             nats = process.rate(noised, x0_hat)
         else:
             # i/T - 1/T in float32 may miss (i-1)/T by an ulp: snap to the grid.
-            s = jnp.maximum(jnp.round(noised.t * steps) - 1.0, 0.0) / steps
-            nats = steps * process.kl(noised, x0_hat, s)
-            nats = jnp.where(jnp.isinf(nats), 0.0, nats)
-        return nats / max(1, noised.x0.size // noised.x0.shape[0])
+            s = jax.tree.map(lambda t: jnp.maximum(jnp.round(t * steps) - 1.0, 0.0) / steps, noised.t)
+            nats = jax.tree.map(lambda n: jnp.where(jnp.isinf(n), 0.0, steps * n), process.kl(noised, x0_hat, s))
+        return jax.tree.map(lambda n, x0: n / max(1, x0.size // x0.shape[0]), nats, noised.x0)
 
     return term
 

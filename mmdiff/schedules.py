@@ -61,6 +61,16 @@ def masked_cosine() -> Schedule:
     return schedule
 
 
+def at_once() -> Schedule:
+    """`(1, 0)` at t = 0 and `(0, 1)` at any later time: a chain that hides everything as soon as time starts, for discrete data."""
+
+    def schedule(t):
+        kept = (jnp.asarray(t, jnp.float32) == 0).astype(jnp.float32)
+        return kept, 1.0 - kept
+
+    return schedule
+
+
 def linear_beta(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Schedule:
     r"""The DDPM table: `alpha_bar_i = prod_{j<=i} (1 - beta_j)`, beta linear from `beta_min` to `beta_max`.
 

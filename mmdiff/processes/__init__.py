@@ -1,10 +1,11 @@
 """Corruption processes: how clean data become noisy, and the way back."""
 
+from mmdiff.processes.aggregate import Addend, Aggregate, Hidden
 from mmdiff.processes.base import Given, Joint, Noised, Process, fold
 from mmdiff.processes.discrete import Categorical, Discrete, Markov, MaskReplace, absorbing, mixed, uniform
 from mmdiff.processes.gaussian import Gaussian, LearnedSigma, edm, eps, v, velocity, x0
 
 __all__ = [
-    "Categorical", "Discrete", "Gaussian", "Given", "Joint", "LearnedSigma", "Markov", "MaskReplace", "Noised", "Process",
-    "absorbing", "edm", "eps", "fold", "mixed", "uniform", "v", "velocity", "x0",
+    "Addend", "Aggregate", "Categorical", "Discrete", "Gaussian", "Given", "Hidden", "Joint", "LearnedSigma", "Markov", "MaskReplace",
+    "Noised", "Process", "absorbing", "edm", "eps", "fold", "mixed", "uniform", "v", "velocity", "x0",
 ]

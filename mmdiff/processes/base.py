@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.struct
@@ -67,6 +67,10 @@ class Process:
         """A draw [B, *shape] at t = 1."""
         raise NotImplementedError
 
+    def begin(self, xt: Any, known: Collection[str]) -> Any:
+        """A draw of the prior in which the modalities `known` were replaced by their clean data, and what else this changes."""
+        return xt
+
     def corrupt(self, keys: Array, x0: Array, t: Array) -> Noised:
         """A draw from q(x_t | x_0). At t = 0 it is x_0 itself."""
         raise NotImplementedError
@@ -74,6 +78,10 @@ class Process:
     def explain(self, noised: Noised, x0: Array) -> Noised:
         """The same x_t as if it had come from another clean x0 (a negative): what depends on x_0 is replaced."""
         return noised.replace(x0=x0)
+
+    def bare(self, x: Any, t: Any, bare_x: Any, bare_t: Any) -> tuple[Any, Any]:
+        """What the network is fed once guidance has replaced modalities of its inputs (x, t) by absent ones: (bare_x, bare_t), and more."""
+        return bare_x, bare_t
 
     def inputs(self, xt: Array, t: Array) -> tuple[Array, Array]:
         """What the network is fed for (x_t, t)."""
