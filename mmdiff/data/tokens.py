@@ -4,6 +4,7 @@
     DIR/train/text.npy     ...: the other arrays of the source, as they are; its pictures are left out
     DIR/test/...
     DIR/weights.npz        the tokenizer's averaged (EMA) weights
+    DIR/words.json         of pictures with captions, the tokenizer of the captions: `text` is int32 [n, captions, length] in its ids
     DIR/cache.json         what made it: config, step, network, grid, codes, fingerprint of the weights; arrays of every split
 
 `write` makes the folder under another name and renames it when all is there, so DIR is whole or absent. A decoder needs DIR alone.
@@ -25,12 +26,14 @@ import flax
 import jax
 import numpy as np
 
-from mmdiff.data.sources import ArraySource, Source
+from mmdiff.data.sources import ArraySource, RandomSource, Source, check_range
+from mmdiff.data.text import Tokenizer, train
 from mmdiff.errors import UserError
 from mmdiff.nets.tokenizers import VQAutoencoder
 
-META, WEIGHTS = "cache.json", "weights.npz"
-PART = 250  # examples that are encoded or decoded at once
+META, WEIGHTS, WORDS = "cache.json", "weights.npz", "words.json"
+PART = 250  # examples that are encoded or decoded at once,
+PIXELS = 2**20  # if they have no more pixels than these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +44,13 @@ class Recipe:
       net: the tokenizer.
       splits: name -> `() -> source` of the pictures.
       image: their entry in the source.
+      words: `() -> tokenizer` of their captions, which goes into the cache.
     """
 
     net: VQAutoencoder
     splits: Mapping[str, Callable[[], Source]]
     image: str = "image"
+    words: Callable[[], Tokenizer] | None = None
 
 
 def write(folder: str | os.PathLike, recipe: Recipe, params: Any, made_by: Mapping[str, Any], splits: Sequence[str] = ()) -> bool:
@@ -89,7 +94,9 @@ def write(folder: str | os.PathLike, recipe: Recipe, params: Any, made_by: Mappi
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as own:
             draft = pathlib.Path(own) / "cache"
             for split in splits:
-                meta["splits"][split] = _write_split(draft / split, recipe.splits[split](), recipe.image, encode)
+                meta["splits"][split] = _write_split(draft / split, recipe.splits[split](), recipe.image, encode, part_of(recipe.net))
+            if recipe.words:
+                (draft / WORDS).write_text(json.dumps(dataclasses.asdict(recipe.words())) + "\n")
             np.savez(draft / WEIGHTS, **weights)
             (draft / META).write_text(json.dumps(meta, indent=1) + "\n")
             os.rename(draft, folder)
@@ -131,9 +138,111 @@ def decoder(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
     @functools.cache
     def decode():
         net, params = _network(folder)
-        return jax.jit(lambda ids: net.apply(params, ids, method="decode"))
+        return jax.jit(lambda ids: net.apply(params, ids, method="decode")), part_of(net)
 
-    return lambda tokens: by_parts(decode(), np.asarray(tokens))
+    def images(tokens):
+        function, part = decode()
+        return by_parts(function, np.asarray(tokens), part)
+
+    return images
+
+
+def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
+    """The examples that a config's `data` section names: {"source": "tokens", "dir": FOLDER} or {"source": "random"}.
+
+    Args:
+      data: the section; "random" makes examples up and needs no folder.
+      split: of the cache.
+      modalities: what the config expects: name -> `TokenImages`, `Labels`, `Texts`. Where a picture has several captions, an example is
+        a picture with one of them (see `Captioned`).
+
+    Raises:
+      UserError: another source, no folder, what `token_source` refuses, or a cache of another grid, codebook or without a modality.
+    """
+    if data.source == "random":
+        return RandomSource(modalities, 1_000_000 if split == "train" else 1024)
+    if data.source != "tokens":
+        raise UserError(f"config.data.source is {data.source!r}: choose tokens or random.")
+    if not data.dir:
+        raise UserError(
+            "config.data.dir is empty: name the folder of a token cache (the head of configs/cdcd/pictures_tokenizer.py says how to "
+            "write one), or try the config out on made-up tokens with config.data.source=random."
+        )
+    source, meta, tokens = token_source(data.dir, split), read_meta(data.dir), modalities["tokens"]
+    if [*meta["grid"], meta["codes"]] != [tokens.height, tokens.width, tokens.states]:
+        found = "{} x {} tokens".format(*meta["grid"])
+        raise UserError(
+            f"the token cache {data.dir} has pictures of {found} of {meta['codes']} codes, but the config needs "
+            f"{tokens.height} x {tokens.width} of {tokens.states}: choose the cache of another tokenizer."
+        )
+    missing = [name for name in modalities if name not in source.arrays]
+    if missing:
+        raise UserError(f"the token cache {data.dir} has no {missing[0]}: it holds {', '.join(source.arrays)}.")
+    source = ArraySource({name: source.arrays[name] for name in modalities})
+    return Captioned(source) if "text" in modalities and source.arrays["text"].ndim == 3 else source
+
+
+def open_words(data: Any, length: int) -> Tokenizer:
+    """The tokenizer of the captions in the cache that a config's `data` section names; a small one where it names none.
+
+    So a config can be built before its data are there (`open_tokens` asks for them), and on made-up data.
+
+    Raises:
+      UserError: no such cache, one without captions or of captions of another length.
+    """
+    if data.source == "random" or not data.dir:
+        return train(["a picture"], length)
+    read_meta(data.dir)
+    path = _path(data.dir) / WORDS
+    try:
+        stored = json.loads(path.read_text())
+        words = Tokenizer(stored["rules"], stored["length"], tuple(stored["seen"]))
+    except FileNotFoundError:
+        raise UserError(f"the token cache {data.dir} has no captions (no {WORDS}): choose one of pictures with captions.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}): copy it again, or write the cache anew.") from error
+    if words.length != length:
+        raise UserError(f"the captions in the token cache {data.dir} have {words.length} ids, but the config needs {length}.")
+    return words
+
+
+class Captioned:
+    """A `Source` of pictures with one caption each, from pictures with k: example `i` is picture `i // k` with its caption `i % k`.
+
+    An epoch so shows every caption once.
+
+    Args:
+      source: text int32 [n, k, length], and whatever else.
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._captions = source.take(np.zeros(1, np.int64))["text"].shape[1]
+
+    def __len__(self):
+        return len(self._source) * self._captions
+
+    def take(self, indices):
+        indices = np.asarray(indices, np.int64)
+        check_range(indices, len(self))
+        picture, caption = np.divmod(indices, self._captions)
+        found = self._source.take(picture)
+        return {**found, "text": found["text"][np.arange(len(indices)), caption]}
+
+
+class Some:
+    """A `Source` of `count` examples of another, evenly spread over it; all of them, if it has no more."""
+
+    def __init__(self, source: Source, count: int):
+        self._source, self._count = source, min(count, len(source))
+
+    def __len__(self):
+        return self._count
+
+    def take(self, indices):
+        indices = np.asarray(indices, np.int64)
+        check_range(indices, len(self))
+        return self._source.take(indices * len(self._source) // self._count)
 
 
 def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
@@ -146,26 +255,33 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
         return meta
     except (FileNotFoundError, NotADirectoryError):
         what = f"{folder} is no token cache" if folder.exists() else f"there is no token cache {folder}"
-        command = f"python -m mmdiff cache --config configs/cdcd/scenes_tokenizer.py --workdir RUN --out {folder}"
-        raise UserError(f"{what}: train a tokenizer and write one with {command}.") from None
+        command = f"python -m mmdiff cache --config TOKENIZER.py --workdir RUN --out {folder}"
+        raise UserError(
+            f"{what}: train a tokenizer (configs/cdcd/scenes_tokenizer.py, pictures_tokenizer.py) and write one with {command}."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / META} cannot be read ({error!r}): write the cache anew.") from error
 
 
-def by_parts(function: Callable[[np.ndarray], Any], array: np.ndarray) -> np.ndarray:
-    """`function` [n, ...] -> [n, ...] over `PART` examples at a time, always that many: it is compiled once."""
-    starts = range(0, max(len(array), 1), PART)
-    parts = [np.asarray(function(np.resize(array[i : i + PART], (PART, *array.shape[1:])))) for i in starts]
+def part_of(net: VQAutoencoder) -> int:
+    """How many pictures of a network are encoded or decoded at once."""
+    return min(PART, max(1, PIXELS // (net.height * net.width)))
+
+
+def by_parts(function: Callable[[np.ndarray], Any], array: np.ndarray, part: int) -> np.ndarray:
+    """`function` [n, ...] -> [n, ...] over `part` examples at a time, always that many: it is compiled once."""
+    starts = range(0, max(len(array), 1), part)
+    parts = [np.asarray(function(np.resize(array[i : i + part], (part, *array.shape[1:])))) for i in starts]
     return np.concatenate(parts)[: len(array)]
 
 
-def _write_split(folder: pathlib.Path, source: Source, image: str, encode: Callable) -> dict[str, Any]:
+def _write_split(folder: pathlib.Path, source: Source, image: str, encode: Callable, size: int) -> dict[str, Any]:
     """Encodes a source; -> {name: [dtype, shape]}."""
     folder.mkdir(parents=True)
     written: dict[str, np.ndarray] = {}
     for start in range(0, len(source), PART):
         part = dict(source.take(np.arange(start, min(start + PART, len(source)))))
-        part["tokens"] = by_parts(encode, part.pop(image))
+        part["tokens"] = by_parts(encode, part.pop(image), size)
         for name, array in part.items():
             if name not in written:
                 shape = (len(source), *array.shape[1:])
@@ -190,7 +306,8 @@ def _network(folder: str | os.PathLike) -> tuple[VQAutoencoder, Any]:
 
 
 def _fields(net: VQAutoencoder) -> dict[str, Any]:
-    return {field.name: getattr(net, field.name) for field in dataclasses.fields(net) if field.name not in ("parent", "name")}
+    fields = {field.name: getattr(net, field.name) for field in dataclasses.fields(net) if field.name not in ("parent", "name")}
+    return json.loads(json.dumps(fields))  # as they come back
 
 
 def _flat(params: Any) -> dict[str, np.ndarray]:

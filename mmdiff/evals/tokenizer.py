@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mmdiff.data.sources import whole
-from mmdiff.data.tokens import by_parts
+from mmdiff.data.tokens import by_parts, part_of
 from mmdiff.evals import pictures
 from mmdiff.evals.base import Clock, Findings, Picture
 from mmdiff.evals.frechet import frechet_ratio
@@ -27,12 +27,14 @@ class Reconstructions:
         then it is measured whether the reconstructions still show it.
       all_of: the names that must be right together for `reading_correctness`.
       image: the pictures' entry in the source.
+      pool: if above 0, the features of the Fréchet distance are the pictures shrunk to pool x pool; raw pixels would be too many.
     """
 
     net: VQAutoencoder
     judge: Callable[[], Callable[[np.ndarray], Mapping[str, np.ndarray]]] | None = None
     all_of: tuple[str, ...] = ()
     image: str = "image"
+    pool: int = 0
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
         test = whole(experiment.eval_data())
@@ -41,8 +43,9 @@ class Reconstructions:
         clock = Clock()
         clock.start("reconstructions", f"encoding and decoding {len(real) + len(fresh)} pictures")
         encode, decode = (jax.jit(lambda x, method=method: self.net.apply(params, x, method=method)) for method in ("encode", "decode"))
-        ids = by_parts(encode, real)
-        images, train_images = by_parts(decode, ids), by_parts(decode, by_parts(encode, fresh))
+        part, features = part_of(self.net), f"pictures of {self.pool} x {self.pool}" if self.pool else "raw pixels"
+        ids = by_parts(encode, real, part)
+        images, train_images = by_parts(decode, ids, part), by_parts(decode, by_parts(encode, fresh, part), part)
         mse = float(((images - real) ** 2).mean())
         share, perplexity = usage(np.bincount(ids.reshape(-1), minlength=self.net.codes))
         figures = {
@@ -50,14 +53,14 @@ class Reconstructions:
             "reconstruction_psnr": 10 * math.log10(4 / max(mse, 1e-12)),
             "codebook_usage": float(share),
             "codebook_perplexity": float(perplexity),
-            "frechet_ratio": frechet_ratio(train_images, real, fresh),
+            "frechet_ratio": frechet_ratio(train_images, real, fresh, self._pooled),
         }
         notes = {
             "reconstruction_mse": f"squared error of a channel of a pixel, in [-1, 1]; {len(real)} held-out pictures",
             "reconstruction_psnr": "the same in decibels: 10 log10(2^2 / mse)",
             "codebook_usage": f"share of the {self.net.codes} codes that occur in the tokens of these pictures",
             "codebook_perplexity": "exp(entropy) of the codes' frequencies in them, in nats: as many equally frequent codes say as much",
-            "frechet_ratio": f"squared Fréchet distance (raw pixels, float64) of {len(fresh)} reconstructed training pictures to the "
+            "frechet_ratio": f"squared Fréchet distance ({features}, float64) of {len(fresh)} reconstructed training pictures to the "
             "held-out ones, over that of the pictures themselves: 1 if nothing is lost",
         }
         if self.judge is not None:
@@ -81,8 +84,15 @@ class Reconstructions:
                     self._sheet(real, images), "Held-out pictures, and below each what its tokens decode to; the first ones, none chosen."
                 )
             },
-            settings={"held_out_pictures": len(real), "frechet_features": "raw pixels", "evaluation_seconds": clock.seconds},
+            settings={"held_out_pictures": len(real), "frechet_features": features, "evaluation_seconds": clock.seconds},
         )
+
+    def _pooled(self, images: np.ndarray) -> np.ndarray:
+        """[n, H, W, C] -> [n, d]."""
+        if self.pool:
+            n, height, width, channels = images.shape
+            images = images.reshape(n, self.pool, height // self.pool, self.pool, width // self.pool, channels).mean((2, 4))
+        return images.reshape(len(images), -1)
 
     @staticmethod
     def _sheet(real: np.ndarray, images: np.ndarray, columns: int = 10, lines: int = 4):

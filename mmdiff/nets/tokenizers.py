@@ -33,8 +33,9 @@ class VQAutoencoder(nn.Module):
     Attributes:
       height, width, channels: the size of an image.
       codes, code_size: entries of the codebook and their dimension.
-      halvings: how often the encoder halves both sides: 1 makes a token of 2 x 2 pixels.
+      halvings: how often the encoder halves both sides: 1 makes a token of 2 x 2 pixels, 4 one of 16 x 16.
       features: channels of the convolutions, a multiple of 8.
+      multipliers: what `features` is multiplied by after each halving, (1, 1, 2, 4); 1 everywhere by default.
       encoder_blocks, decoder_blocks: residual blocks at every size. The fewer in the encoder, the more a token says of its own place.
     """
 
@@ -47,6 +48,7 @@ class VQAutoencoder(nn.Module):
     features: int = 64
     encoder_blocks: int = 1
     decoder_blocks: int = 2
+    multipliers: tuple[int, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -60,9 +62,13 @@ class VQAutoencoder(nn.Module):
                 f"a tokenizer with {self.halvings} halvings and {self.features} features does not fit images of {self.height} x "
                 f"{self.width}: {factor} must divide both sides, and {GROUPS} the features."
             )
-        self.encoder = Encoder(self.halvings, self.features, self.encoder_blocks, self.code_size)
+        multipliers = tuple(self.multipliers) or (1,) * self.halvings
+        if len(multipliers) != self.halvings or min(multipliers, default=1) < 1:
+            raise UserError(f"a tokenizer with {self.halvings} halvings needs as many positive multipliers, not {multipliers}.")
+        widths = tuple(multiplier * self.features for multiplier in multipliers)
+        self.encoder = Encoder(widths, self.encoder_blocks, self.code_size)
         self.codebook = self.param("codebook", nn.initializers.normal(0.1), (self.codes, self.code_size))
-        self.decoder = Decoder(self.halvings, self.features, self.decoder_blocks, self.channels)
+        self.decoder = Decoder(widths[::-1], self.decoder_blocks, self.channels)
 
     def __call__(self, images):
         ids = self.encode(images)
@@ -88,17 +94,16 @@ class VQAutoencoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, H, W, C] -> [B, H / 2^halvings, W / 2^halvings, size]."""
+    """[B, H, W, C] -> [B, H / 2^n, W / 2^n, size], with `widths` channels after each of the n halvings."""
 
-    halvings: int
-    features: int
+    widths: tuple[int, ...]
     blocks: int
     size: int
 
     @nn.compact
     def __call__(self, x):
-        for i in range(self.halvings):
-            tokens = Dense(self.features, name=f"down_{i}")(patchify(x, 2))
+        for i, width in enumerate(self.widths):
+            tokens = Dense(width, name=f"down_{i}")(patchify(x, 2))
             x = tokens.reshape(len(x), x.shape[1] // 2, x.shape[2] // 2, -1)
             for j in range(self.blocks):
                 x = Residual(name=f"block_{i}_{j}")(x)
@@ -106,21 +111,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way back: [B, h, w, size] -> [B, h 2^halvings, w 2^halvings, channels]."""
+    """The way back: [B, h, w, size] -> [B, h 2^n, w 2^n, channels], with `widths` channels before each of the n doublings."""
 
-    halvings: int
-    features: int
+    widths: tuple[int, ...]
     blocks: int
     channels: int
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(self.features, (3, 3), name="in")(x)
-        for i in range(self.halvings):
+        x = nn.Conv(self.widths[0], (3, 3), name="in")(x)
+        for i, after in enumerate((*self.widths[1:], self.channels)):
             for j in range(self.blocks):
                 x = Residual(name=f"block_{i}_{j}")(x)
-            last = i == self.halvings - 1
-            h = Dense(4 * (self.channels if last else self.features), name=f"up_{i}")(_activate(x, f"up_{i}_norm"))
+            h = Dense(4 * after, name=f"up_{i}")(_activate(x, f"up_{i}_norm"))
             x = unpatchify(h.reshape(len(h), -1, h.shape[-1]), 2, 2 * h.shape[1], 2 * h.shape[2])
         return x
 

@@ -1,0 +1,91 @@
+"""The tokenizer of CDCD's pictures: 256x256 pixels as 16x16 tokens of 974 codes (ImageNet) or 32x32 of 2,887 (COCO, CUB-200).
+
+    SET="--config.data.name=coco_captions --config.data.dir=tfds"
+    python -m mmdiff train  --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer $SET
+    python -m mmdiff eval   --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer
+    python -m mmdiff sample --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer --given image=pictures.npz
+    python -m mmdiff cache  --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer --out tokens/coco
+
+config.data.name is imagenet2012, coco_captions, cub200 or folder (one's own pictures in classes, as 16x16 tokens); what config.data.dir
+then holds, and where to get it, says mmdiff/data/pictures.py. name=random makes pictures up and needs nothing.
+
+`cache` encodes every picture once, beside its label or the ids of its captions, for imagenet256_class.py, coco_text.py and
+cub200_text.py. The tokenizer of the captions is trained on those of the training pictures and lies in the cache.
+
+The paper's tokenizers are not ours: a VQGAN (ImageNet, one token for 16x16 pixels, 973 of 16,384 codes in use and one class for the
+rest) and a Gumbel VQGAN (OpenImages, 8x8 pixels, 2,886 of 8,192), with a perceptual and an adversarial loss. This one has their
+token grids and numbers of classes, is trained from nothing on the set itself by the squared error alone, and will blur what they draw
+sharply: do not compare Fréchet distances of its pictures with theirs. It has not been trained here.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mmdiff.data import pictures
+from mmdiff.data.modalities import Images
+from mmdiff.data.tokens import Recipe, Some
+from mmdiff.errors import UserError
+from mmdiff.evals.tokenizer import Reconstructions
+from mmdiff.experiment import Experiment
+from mmdiff.nets.tokenizers import VQAutoencoder, vq_loss
+from mmdiff.processes import Given, Joint
+
+SIZE = 256
+CLASS = {"codes": 974, "halvings": 4, "multipliers": (1, 1, 2, 4)}  # of configs/cdcd/imagenet256_class.py
+TEXT = {"codes": 2887, "halvings": 3, "multipliers": (1, 2, 4)}  # of configs/cdcd/coco_text.py and cub200_text.py
+
+
+def get_config():
+    return ConfigDict({
+        "seed": 0,
+        "data": {"name": "imagenet2012", "dir": ""},
+        "model": {"code_size": 8, "features": 64, "encoder_blocks": 2, "decoder_blocks": 2},
+        "loss": {"commitment": 0.25, "revive": 1.0},
+        "train": {
+            "steps": 200_000, "global_batch": 64, "microbatches": 1, "ema": 0.999,
+            "learning_rate": 3e-4, "warmup_steps": 1000, "weight_decay": 1e-4, "clip": 1.0,
+            "log_every": 100, "eval_every": 10_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
+            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
+        },
+        "sample": {"steps": 1, "guidance": 1.0},
+        "eval": {"pictures": 1000},  # held-out ones, evenly spread over all of them, and as many of training
+    })
+
+
+def build(config):
+    data, train = config.data, config.train
+    net = VQAutoencoder(SIZE, SIZE, 3, **(TEXT if data.name in pictures.CAPTIONS else CLASS), **config.model)
+    # Only `cache` needs the captions.
+    words = functools.cache(lambda: pictures.tokenizer(data.name, data.dir)) if data.name in pictures.CAPTIONS else None
+
+    def split(name, words=None):
+        return pictures.open_pictures(data, name, SIZE, words() if words else None)
+
+    def init(key):
+        return net.init(key, jnp.zeros((1, SIZE, SIZE, 3)))
+
+    def draw(params, keys, given, *, steps, guidance, absent=()):
+        if "image" not in given:
+            raise UserError("a tokenizer draws nothing by itself: give it pictures, --given image=FILE.")
+        return {**given, "reconstruction": net.apply(params, given["image"])[1]}
+
+    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
+    modalities = {name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")}
+    return Experiment(
+        process=Joint(image=Given(0.0)),
+        init=init,
+        apply=lambda params, x, t: {"reconstruction": net.apply(params, x["image"])[1]},
+        loss=vq_loss(net, **config.loss),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
+        train_data=lambda: split("train"),
+        eval_data=lambda: Some(split("val"), config.eval.pictures),
+        shape={name: images.shape for name, images in modalities.items()},
+        draw=draw,
+        modalities=modalities,
+        evaluators=(Reconstructions(net, pool=16),),
+        cache=Recipe(net, {name: functools.partial(split, name, words) for name in ("train", "val")}, words=words),
+    )

@@ -1,0 +1,256 @@
+"""Sets of pictures for a tokenizer to be trained on and to encode: ImageNet, COCO and CUB-200 with their labels or captions, or one's own.
+
+    imagenet2012     TFDS, prepared as array_record in the folder: label (1,000 classes)
+    coco_captions    TFDS, the same, "coco_captions/2014": 5 captions each (the few that have more lose the rest)
+    cub200           a folder: 10 captions each, and the label; the classes of the two splits differ (Reed et al. 2016)
+                         CUB_200_2011/images/CLASS/NAME.jpg            the official archive
+                         text_c10/CLASS/NAME.txt                       a caption on every line
+                         trainvalclasses.txt, testclasses.txt          a CLASS on every line: 150 and 50
+    folder           one's own: train/CLASS/NAME.jpg and val/CLASS/NAME.jpg (or another format): label, the classes in the order of names
+
+The splits are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 pictures; TFDS calls its parts val,
+restval and test), of CUB-200 the test classes.
+
+A picture's central square, shrunk or enlarged, is what is seen of it, in training as in evaluation. The released CDCD crops at random
+in training; here every picture is encoded once.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import os
+import pathlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+
+from mmdiff.data import text
+from mmdiff.data.modalities import PICTURES, Images
+from mmdiff.data.sources import RandomSource, Source, check_range
+from mmdiff.errors import UserError
+
+CAPTIONS = {"coco_captions": 5, "cub200": 10}  # of a picture
+SPLITS = {
+    "imagenet2012": {"train": "train", "val": "validation"},
+    "coco_captions": {"train": "train", "val": "val+restval+test"},
+    "cub200": {"train": "trainvalclasses.txt", "val": "testclasses.txt"},
+    "folder": {"train": "train", "val": "val"},
+}
+VOCABULARY = 49408  # CLIP's
+PREPARE = (
+    "python -c \"import tensorflow_datasets as tfds; tfds.builder('{}', data_dir='{}', file_format='array_record').download_and_prepare()\""
+)
+
+
+class Records(Protocol):
+    """Pictures as they are stored."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def get(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Of each "image", a file's path or content, and "label" (int) or "captions" (strings), or both."""
+
+
+class Pictures:
+    """A `Source` of one split of a set: image float32 [n, size, size, 3] in [-1, 1], and label int32 [n] where there are classes.
+
+    Args:
+      name, split: of the set, as above.
+      data_dir: its folder; of a TFDS set, where TFDS keeps data sets.
+      size: the side of a picture.
+      words: what encodes the captions; then text is int32 [n, captions, length]. A picture with fewer captions repeats its own.
+
+    Raises:
+      UserError: an unknown set or split, data that are not there, and what to do about it; from `take`, a damaged picture.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str | os.PathLike, size: int = 256, words: text.Tokenizer | None = None):
+        self._records, self._size, self._words = _records(name, split, data_dir), size, words
+        self._captions = CAPTIONS.get(name, 0)
+
+    def __len__(self):
+        return len(self._records)
+
+    def take(self, indices):
+        indices = np.asarray(indices, np.int64)
+        check_range(indices, len(self))
+        records = self._records.get(indices.tolist())
+        images = list(_threads().map(lambda record: _picture(record["image"], self._size), records))
+        found = {"image": np.stack(images) if images else np.zeros((0, self._size, self._size, 3), np.float32)}
+        if all("label" in record for record in records):
+            found["label"] = np.array([record["label"] for record in records], np.int32)
+        if self._words:
+            said = [itertools.islice(itertools.cycle(record["captions"]), self._captions) for record in records]
+            ids = self._words.encode(list(itertools.chain.from_iterable(said)))
+            found["text"] = ids.reshape(len(records), self._captions, self._words.length)
+        return found
+
+
+def open_pictures(data: Any, split: str, size: int, words: text.Tokenizer | None = None) -> Source:
+    """What a config's `data` section names: {"name": SET, "dir": FOLDER}, or made-up pictures by {"name": "random"}.
+
+    Raises:
+      UserError: no folder, or what `Pictures` refuses.
+    """
+    if data.name == "random":
+        return RandomSource({"image": Images(size, size, 3)}, 1_000_000 if split == "train" else 1024)
+    return Pictures(data.name, split, data.dir, size, words)
+
+
+def tokenizer(name: str, data_dir: str | os.PathLike, length: int = 77, size: int = VOCABULARY) -> text.Tokenizer:
+    """The tokenizer of a set's captions, trained on those of its training pictures, of at most `size` ids.
+
+    Raises:
+      UserError: a set without captions, or what `Pictures` refuses.
+    """
+    if name not in CAPTIONS:
+        raise UserError(f"the pictures of {name} have no captions: choose one of {', '.join(CAPTIONS)}.")
+    records = _records(name, "train", data_dir)
+    parts = (records.get(range(start, min(start + 1000, len(records)))) for start in range(0, len(records), 1000))
+    said = itertools.chain.from_iterable(record["captions"][: CAPTIONS[name]] for part in parts for record in part)
+    return text.train(said, length, size)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the sets
+
+
+def _records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
+    if name not in SPLITS:
+        raise UserError(f"there is no set of pictures {name!r}: set config.data.name to {', '.join(SPLITS)} or random.")
+    if split not in SPLITS[name]:
+        raise UserError(f"the set {name} has no split {split!r}: choose one of {', '.join(SPLITS[name])}.")
+    if not data_dir:
+        raise UserError(f"config.data.dir is empty: name the folder of the set {name} (mmdiff/data/pictures.py says what is in it).")
+    folder, part = pathlib.Path(data_dir).expanduser(), SPLITS[name][split]
+    if name == "cub200":
+        return _cub200(folder, part)
+    return _folder(folder, part) if name == "folder" else Tfds(name, part, folder)
+
+
+class Tfds:
+    """The `Records` of a TFDS data set that somebody has prepared as array_record. Neither its code nor TensorFlow is imported."""
+
+    def __init__(self, name: str, split: str, data_dir: pathlib.Path):
+        import tensorflow_datasets as tfds
+
+        full = {"coco_captions": "coco_captions/2014"}.get(name, name)
+        versions = [path.parent for path in (data_dir / full).glob("*/dataset_info.json")]
+        command = PREPARE.format(full, data_dir)
+        if not versions:
+            first = f"put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into {data_dir}/downloads/manual, then run "
+            what = {"imagenet2012": first}.get(name, "download and prepare it (some 40 GB) with ")
+            raise UserError(f"there is no TFDS data set {full} in {data_dir}: {what}{command}")
+        newest = max(versions, key=lambda path: [int(part) if part.isdecimal() else -1 for part in path.name.split(".")])
+        try:
+            builder = tfds.builder_from_directory(str(newest))
+            self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        except (NotImplementedError, ValueError, OSError) as error:
+            raise UserError(f"{newest} cannot be read ({str(error).splitlines()[0]}): prepare it anew, with {command}") from error
+
+    def __len__(self):
+        return len(self._source)
+
+    def get(self, indices):
+        examples = self._source.__getitems__(list(indices))
+        return [{"image": bytes(example["image"]), **_said(example)} for example in examples]
+
+
+def _said(example: dict[str, Any]) -> dict[str, Any]:
+    """What a TFDS example says of its picture."""
+    if "label" in example:
+        return {"label": int(example["label"])}
+    return {"captions": [caption.decode("utf-8", "replace") for caption in example["captions"]["text"]]}
+
+
+class Files:
+    """`Records` in memory, of pictures in files."""
+
+    def __init__(self, records: Sequence[dict[str, Any]]):
+        self._all = records
+
+    def __len__(self):
+        return len(self._all)
+
+    def get(self, indices):
+        return [self._all[i] for i in indices]
+
+
+def _cub200(folder: pathlib.Path, classes: str) -> Files:
+    images, texts, listed = folder / "CUB_200_2011/images", folder / "text_c10", folder / classes
+    for path, source in ((images, "the official archive CUB_200_2011.tgz"), (texts, "the captions"), (listed, "the list of classes")):
+        if not path.exists():
+            raise UserError(
+                f"{path} does not exist: unpack {source} into {folder}. CUB-200-2011 is published by Caltech (data.caltech.edu), captions "
+                "and lists by Reed et al. 2016 (github.com/reedscot/cvpr2016, cvpr2016_cub.tar.gz)."
+            )
+    numbers = {name: i for i, name in enumerate(_folders(images))}
+    records = []
+    for name in listed.read_text().split():
+        if name not in numbers:
+            raise UserError(f"{listed} names the class {name!r}, but {images} has no such folder.")
+        for path in _files(images / name):
+            said = texts / name / f"{path.stem}.txt"
+            try:
+                captions = [line.strip() for line in said.read_text("utf-8", "replace").splitlines() if line.strip()]
+            except OSError as error:
+                raise UserError(f"the captions {said} of {path} cannot be read ({error.strerror}): unpack them again.") from error
+            if not captions:
+                raise UserError(f"{said} holds no captions: unpack it again.")
+            records.append({"image": path, "label": numbers[name], "captions": captions})
+    return _some(records, f"pictures of the classes in {listed}")
+
+
+def _folder(folder: pathlib.Path, split: str) -> Files:
+    for part in dict.fromkeys(("train", split)):
+        if not (folder / part).is_dir():
+            raise UserError(f"there is no folder {folder / part}: pictures lie in {folder}/train/CLASS and {folder}/val/CLASS.")
+    numbers = {name: i for i, name in enumerate(_folders(folder / "train"))}
+    records = []
+    for name in _folders(folder / split):
+        if name not in numbers:
+            raise UserError(f"{folder / split} has a class {name!r}, but {folder / 'train'} has none of that name.")
+        records += [{"image": path, "label": numbers[name]} for path in _files(folder / split / name)]
+    return _some(records, f"pictures ({', '.join(PICTURES)}) in the folders of {folder / split}")
+
+
+def _some(records: Sequence[dict[str, Any]], what: str) -> Files:
+    if not records:
+        raise UserError(f"there are no {what}.")
+    return Files(records)
+
+
+def _folders(path: pathlib.Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(entry for entry in path.iterdir() if entry.suffix.lower() in PICTURES)
+
+
+# --------------------------------------------------------------------------------------------------------------- a picture
+
+
+def _picture(file: pathlib.Path | bytes, size: int) -> np.ndarray:
+    """The central square of a picture, resampled (bicubic, antialiased) to float32 [size, size, 3] in [-1, 1]."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
+            side = min(picture.size)
+            left, top = ((length - side) // 2 for length in picture.size)
+            square = picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        what = "a picture of the data set" if isinstance(file, bytes) else str(file)
+        raise UserError(f"{what} cannot be read as an image ({error}): the file is damaged, copy it again.") from error
+    return np.asarray(square, np.float32) / np.float32(127.5) - 1
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Pillow decodes outside of Python's lock."""
+    return ThreadPoolExecutor(min(32, os.cpu_count() or 1), "pictures")

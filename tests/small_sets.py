@@ -1,0 +1,99 @@
+"""Sets of pictures with a few examples, stored as the real ones are: TFDS's array records, and CUB-200's folders."""
+
+import contextlib
+import io
+import pathlib
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (40, 60, 200)}
+HEIGHT, WIDTH = 48, 80
+
+
+def picture(i, kind="JPEG"):
+    """A file's content: a square of one colour on grey, its place changing with i."""
+    pixels = np.full((HEIGHT, WIDTH, 3), 128, np.uint8)
+    pixels[8 : 8 + 4 * (i % 5) + 8, 20:60] = list(COLOURS.values())[i % 3]
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+def captions(i, count=5):
+    return [f"A {list(COLOURS)[i % 3]} square, seen {words}" for words in ("once", "twice", "again", "here", "there", "now")][:count]
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What the builders below share."""
+
+    FEATURES: dict = {}
+    COUNTS: dict = {}
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(self.FEATURES), disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        starts = np.cumsum([0, *self.COUNTS.values()])
+        return {split: self._generate_examples(int(start), count) for (split, count), start in zip(self.COUNTS.items(), starts)}
+
+    def _generate_examples(self, start, count):
+        for i in range(count):
+            yield i, self.example(start + i)
+
+
+class ImageNet(Tiny, skip_registration=True):
+    name = "imagenet2012"
+    VERSION = tfds.core.Version("5.1.0")
+    COUNTS = {"train": 6, "validation": 3}
+    FEATURES = {
+        "image": tfds.features.Image(encoding_format="jpeg"),
+        "label": tfds.features.ClassLabel(num_classes=1000),
+        "file_name": tfds.features.Text(),
+    }
+
+    def example(self, i):
+        return {"image": io.BytesIO(picture(i)), "label": 7 * i, "file_name": f"{i}.jpg"}
+
+
+class Coco(Tiny, skip_registration=True):
+    name = "coco_captions"
+    VERSION = tfds.core.Version("1.1.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="2014")]
+    COUNTS = {"train": 6, "val": 1, "restval": 2, "test": 1}
+    FEATURES = {
+        "image": tfds.features.Image(encoding_format="jpeg"),
+        "image/filename": tfds.features.Text(),
+        "image/id": np.int64,
+        "captions": tfds.features.Sequence({"text": np.str_, "id": np.int64}),
+        "objects": tfds.features.Sequence({"bbox": tfds.features.BBoxFeature(), "is_crowd": np.bool_}),
+    }
+
+    def example(self, i):
+        said = captions(i, 4 + i % 3)  # some have fewer than five, some more
+        objects = [{"bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0), "is_crowd": False}] * (i % 2)
+        said = [{"text": text, "id": 10 * i + j} for j, text in enumerate(said)]
+        return {"image": io.BytesIO(picture(i)), "image/filename": f"{i}.jpg", "image/id": i, "captions": said, "objects": objects}
+
+
+def prepare(builder, folder):
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder(data_dir=str(folder), file_format="array_record").download_and_prepare()
+
+
+def cub200(folder):
+    """Four classes, one of them for testing, with two pictures each and ten captions (a picture of the first class has two)."""
+    folder = pathlib.Path(folder)
+    names = ["001.Albatross", "002.Auklet", "003.Wren", "004.Wagtail"]
+    for i, name in enumerate(names):
+        for part in ("CUB_200_2011/images", "text_c10"):
+            (folder / part / name).mkdir(parents=True)
+        for j in range(2):
+            (folder / "CUB_200_2011/images" / name / f"bird_{j}.jpg").write_bytes(picture(2 * i + j))
+            lines = [f"{line}, take {k}" for k in range(2) for line in captions(2 * i + j)][: 2 if i + j == 0 else 10]
+            (folder / "text_c10" / name / f"bird_{j}.txt").write_text("\n".join(lines) + "\n")
+    (folder / "trainvalclasses.txt").write_text("\n".join([names[0], names[1], names[3]]) + "\n")
+    (folder / "testclasses.txt").write_text(names[2] + "\n")
+    return folder
