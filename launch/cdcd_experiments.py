@@ -6,9 +6,11 @@
 Every line of OUT/runs.jsonl is one training with its figures; those that are there are not repeated. Small trainings use one core best:
 as many run side by side as there are cores (--workers). Three parts, three seeds each:
 
-    steps    markov_class: vanilla, Step-Intra, Sample-Inter and both, for chains of T = 20 to 120 steps, as many network calls
+    markov   markov_class: vanilla, Step-Intra, Sample-Inter and both, for chains of T = 20 to 120 steps, as many network calls
     weight   markov_class, T = 80: the weight of the contrast up to a thousand times the released one, and the bounded forms
-    digits   digits_class, T = 80: the four losses, 600 steps of training
+    digits   digits_class: as markov, on the digits
+
+The networks and trainings are small: compare the losses with each other, not with the configs' own figures.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from mmdiff.training.step import init_state, step_of
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs/cdcd"
 SEEDS = (0, 1, 2)
-SAMPLES = 1000
+SAMPLES = 500
 LOSSES = {
     "vanilla": {"loss.step_intra": "0.0", "loss.sample_inter": "0.0"},
     "step-intra": {"loss.step_intra": "5e-5", "loss.sample_inter": "0.0"},
@@ -39,28 +41,29 @@ LOSSES = {
     "both": {"loss.step_intra": "5e-5", "loss.sample_inter": "5e-6"},
 }
 MARKOV = {"model.width": "48", "model.depth": "2", "train.steps": "1000", "train.global_batch": "64", "train.learning_rate": "6e-3"}
-DIGITS = {"train.steps": "600"}
-FIGURES = {
-    "markov_class": ("correspondence", "nll", "bigram_distance", "order_gain"),
-    "digits_class": ("conditional_agreement", "classification_accuracy_score", "frechet_ratio", "bits_per_dim"),
+DIGITS = {"model.width": "64", "model.depth": "2", "train.steps": "600", "train.global_batch": "64", "train.learning_rate": "4e-3"}
+SETS = {
+    "markov": ("markov_class", MARKOV, ("correspondence", "nll", "bigram_distance", "order_gain")),
+    "digits": ("digits_class", DIGITS, ("conditional_agreement", "classification_accuracy_score", "frechet_ratio")),
 }
+PARTS = ("markov", "weight", "digits")
 
 
 def settings():
-    """-> (part, name of the setting, config, overrides), each to be run with every seed."""
-    for steps in (20, 40, 60, 80, 100, 120):
-        for name, loss in LOSSES.items():
-            yield "steps", f"{name}, T={steps}", "markov_class", {**MARKOV, **loss, "chain.steps": str(steps), "sample.steps": str(steps)}
+    """-> (part, name of the setting, data, overrides), each to be run with every seed."""
+    for data, (_, small, _) in SETS.items():
+        for steps in (20, 40, 60, 80, 100, 120):
+            for name, loss in LOSSES.items():
+                yield data, f"{name}, T={steps}", data, {**small, **loss, "chain.steps": str(steps), "sample.steps": str(steps)}
     for scale in (10.0, 100.0, 1000.0):
         for name, key, weight in (("step-intra", "loss.step_intra", 5e-5), ("sample-inter", "loss.sample_inter", 5e-6)):
-            yield "weight", f"{name}, linear, x{scale:g}", "markov_class", {**MARKOV, **LOSSES["vanilla"], key: str(weight * scale)}
+            yield "weight", f"{name}, linear, x{scale:g}", "markov", {**MARKOV, **LOSSES["vanilla"], key: str(weight * scale)}
+    # Temperatures that make scores of whole sequences of 32 tokens: a step's KL times T = 80 per token, and a cross-entropy per token.
     for form in ("weighted", "infonce"):
-        for weight in ("0.01", "0.1"):
-            for name, key in (("step-intra", "loss.step_intra"), ("sample-inter", "loss.sample_inter")):
-                overrides = {**MARKOV, **LOSSES["vanilla"], key: weight, "form": form}
-                yield "weight", f"{name}, {form}, weight {weight}", "markov_class", overrides
-    for name, loss in LOSSES.items():
-        yield "digits", name, "digits_class", {**DIGITS, **loss}
+        for weight in ("0.001", "0.01"):
+            for name, key, temperature in (("step-intra", "loss.step_intra", 80 / 32), ("sample-inter", "loss.sample_inter", 1 / 32)):
+                overrides = {**MARKOV, **LOSSES["vanilla"], key: weight, "form": form, "temperature": str(temperature)}
+                yield "weight", f"{name}, {form}, weight {weight}", "markov", overrides
 
 
 def train(experiment, config):
@@ -79,27 +82,32 @@ def train(experiment, config):
     return jax.block_until_ready(state.ema), time.monotonic() - start
 
 
-def run(seed, part, setting, config_name, overrides):
-    config, module = configs.load(str(CONFIGS / f"{config_name}.py"), [*overrides.items(), ("seed", str(seed))])
+def run(seed, part, setting, data, overrides):
+    """One training and what its samples are like: a line of OUT/runs.jsonl."""
+    name, _, figures = SETS[data]
+    config, module = configs.load(str(CONFIGS / f"{name}.py"), [*overrides.items(), ("seed", str(seed))])
     experiment = module.build(config)
     params, seconds = train(experiment, config)
-    evaluator, key = experiment.evaluators[0], jax.random.key(1000 + seed)
-    if config_name == "markov_class":  # the bound takes longer than all else, and its law is known anyway
-        asked = ArraySource(experiment.eval_data().take(np.arange(SAMPLES)))
-        experiment = dataclasses.replace(experiment, eval_data=lambda: asked)
-        found = evaluator.samples(experiment, params, key, config.sample.steps, config.sample.guidance)
-    else:
-        found = evaluator(experiment, params, config, key, config.train.steps)
-    figures = {name: round(float(found.figures[name]), 5) for name in FIGURES[config_name]}
-    return {"part": part, "setting": setting, "seed": seed, "figures": figures, "train_seconds": round(seconds, 1)}
+    # As many samples as the sources that the evaluator is shown have examples; the bound on the likelihood would take longer than all else.
+    few = [ArraySource(source.take(np.arange(SAMPLES))) for source in (experiment.train_data(), experiment.eval_data())]
+    experiment = dataclasses.replace(experiment, train_data=lambda: few[0], eval_data=lambda: few[1])
+    found = experiment.evaluators[0].samples(
+        experiment, params, jax.random.key(1000 + seed), config.sample.steps, config.sample.guidance)
+    figures = {name: round(float(found.figures[name]), 5) for name in figures}
+    row = {"part": part, "setting": setting, "seed": seed, "overrides": overrides}
+    return {**row, "figures": figures, "train_seconds": round(seconds, 1)}
+
+
+def cores():
+    """The numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
 
 
 def settle(free, workers, out):
     """One worker: a core of its own, and compiled programs that the seeds share."""
-    core = free.get()
+    number = free.get()
     if hasattr(os, "sched_setaffinity") and workers > 1:
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[core % len(cores)]})
+        os.sched_setaffinity(0, {cores()[number % len(cores())]})
     jax.config.update("jax_compilation_cache_dir", os.path.join(out, "compiled"))
 
 
@@ -134,29 +142,33 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
-    parser.add_argument("--parts", nargs="+", default=["steps", "digits", "weight"], help="which parts (default: all three)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="trainings at a time (default: one a core)")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts (default: all three)")
+    parser.add_argument("--workers", type=int, default=len(cores()), metavar="N", help="trainings at a time (default: one a core)")
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "runs.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(row["part"], row["setting"], row["seed"]) for row in rows}
     every = [(seed, *each) for part in args.parts for seed in SEEDS for each in settings() if each[0] == part]
-    todo = [each for each in every if (each[1], each[2], each[0]) not in done]
-    if not args.table:
-        context = multiprocessing.get_context("spawn")
-        free = context.Queue()
-        for core in range(args.workers):
-            free.put(core)
-        with ProcessPoolExecutor(args.workers, context, settle, (free, args.workers, str(args.out))) as pool:
-            jobs = [pool.submit(run, *each) for each in todo]
-            for number, job in enumerate(as_completed(jobs), 1):
-                rows.append(job.result())
-                with log.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-                part, setting, seed, figures, seconds = rows[-1].values()
-                print(f"{number}/{len(todo)} {part}: {setting}, seed {seed}: {figures} ({seconds:.0f} s of training)", flush=True)
+    wanted = {(seed, part, setting): overrides for seed, part, setting, _, overrides in every}
+    rows = [row for row in rows if wanted.get((row["seed"], row["part"], row["setting"])) == row["overrides"]]  # not of other values
+    done = {(row["seed"], row["part"], row["setting"]) for row in rows}
+    todo = [] if args.table else [each for each in every if each[:3] not in done]
+    context = multiprocessing.get_context("spawn")
+    free = context.Queue()
+    for number in range(args.workers):
+        free.put(number)
+    pool = ProcessPoolExecutor(args.workers, context, settle, (free, args.workers, str(args.out)))
+    try:
+        jobs = [pool.submit(run, *each) for each in todo]
+        for number, job in enumerate(as_completed(jobs), 1):
+            row = job.result()
+            rows.append(row)
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{number}/{len(todo)} {row['part']}: {row['setting']}, seed {row['seed']}: {row['figures']}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
     table(rows)
 
 

@@ -11,14 +11,15 @@ so that N negatives cost no network call. A **form** makes one number of the sco
     losses.diffusion(process, net.apply, times, {
         "vlb": (1.0, on("tokens", vlb(tokens, T))),
         "step_intra": (5e-5, on("tokens", rising(contrast(tokens, vlb(tokens, T), intra()), T))),
-        "sample_inter": (T * 5e-6, on("tokens", rising(contrast(tokens, x0_ce(tokens), inter(by="label")), T))),
+        "sample_inter": (T * 5e-6, beside("label", on("tokens", rising(contrast(tokens, x0_ce(tokens), inter(by="label")), T)))),
     })
 
 Negatives are functions `noised (of one modality) -> z [N, B, ...]`, or `-> (z, valid [N, B])` where some do not exist. Those from the
 batch come from what of it a loss is given at a time, a micro-batch: there the loss does depend on how the batch is split.
 
 Source: Zhu et al. 2023 (CDCD), whose released code is `linear` on one forward pass; the paper lets negatives run their own chains
-(`own_chain`). Neither is a bound on the mutual information of data and condition: `infonce` is.
+(`own_chain`). `linear` is no bound on the mutual information of data and condition. `infonce` is one of its kind, but only for scores
+and negatives as its docstring has them: here the scores see x_t, too, which comes from the positive.
 """
 
 from __future__ import annotations
@@ -68,15 +69,19 @@ def cdcd(
     auxiliary: float = 5e-4,
     falling: bool = True,
     step_intra: float = 0.0,
+    step_inter: float = 0.0,
+    sample_intra: float = 0.0,
     sample_inter: float = 0.0,
     count: int = 10,
     chunks: int = 8,
     others: Negatives | None = None,
     form: Form | None = None,
+    of: str | None = None,
+    given: str | None = None,
 ) -> dict[str, tuple[float, Term]]:
-    """CDCD's loss as terms for `losses.diffusion` (each through `on` in a joint pass): the chain's bound, the auxiliary and the contrasts.
+    """CDCD's loss as terms for `losses.diffusion`: the chain's bound, the auxiliary and the contrasts, by mode and negatives,
 
-        L = vlb + T auxiliary a(t) CE + step_intra w(t) contrast(vlb, intra) + T sample_inter w(t) contrast(CE, inter),
+        L = vlb + T auxiliary a(t) CE + step_* w(t) contrast(vlb, *) + T sample_* w(t) contrast(CE, *),    * intra or inter,
 
     with w(t) = 1 + (i - 1) / T at t = i / T (`rising`). The released weights (auxiliary 5e-4, step_intra 5e-5, sample_inter 5e-6) are
     of one step of the chain and so are the arguments. A contrast of weight 0 is left out.
@@ -86,15 +91,29 @@ def cdcd(
       falling: the auxiliary's a(t): from 2 to 1 (images), or from 1 to 2 (music).
       count: negatives for every example; chunks: see `intra`.
       others: negatives of other conditions; `inter(count)` by default.
-      form: of both contrasts; `linear()`, the released one, by default.
+      form: of all contrasts; `linear()`, the released one, by default.
+      of: the modality's name, for a joint pass.
+      given: the condition's name there. Data of another condition are negatives only beside a condition: where it is dropped, for
+        guidance, they are data like any other, and the inter contrasts are 0.
     """
     vlb, ce = losses.vlb(process, steps), losses.x0_ce(process)
+    within, between = intra(chunks, count), others or inter(count)
     terms = {"vlb": (1.0, vlb), "auxiliary": (steps * auxiliary, losses.auxiliary(process, steps, falling))}
-    if step_intra:
-        terms["step_intra"] = (step_intra, rising(contrast(process, vlb, intra(chunks, count), form), steps))
-    if sample_inter:
-        terms["sample_inter"] = (steps * sample_inter, rising(contrast(process, ce, others or inter(count), form), steps))
-    return terms
+    for name, weight, term, negatives in (
+        ("step_intra", step_intra, vlb, within), ("step_inter", step_inter, vlb, between),
+        ("sample_intra", steps * sample_intra, ce, within), ("sample_inter", steps * sample_inter, ce, between),
+    ):  # fmt: skip
+        if weight:
+            terms[name] = (weight, rising(contrast(process, term, negatives, form), steps))
+    if of is None:
+        return terms
+    joint = {name: (weight, losses.on(of, term)) for name, (weight, term) in terms.items()}
+    return {name: (w, beside(given, term) if given and name.endswith("inter") else term) for name, (w, term) in joint.items()}
+
+
+def beside(name: str, term: Term) -> Term:
+    """A term of a joint pass where its condition `name` is there, 0 where it is absent (at t = 1)."""
+    return lambda out, noised: jnp.where(noised.t[name] < 1, term(out, noised), 0.0)
 
 
 def own_chain(
@@ -157,6 +176,14 @@ def rising(term: Term, steps: int) -> Term:
 
 # ------------------------------------------------------------------------------------------------------------------- forms
 # Functions `(positive [B], values [N, B], valid [N, B]) -> [B]` of the term's values, the negatives' scores with their sign turned.
+
+
+def form(name: str, temperature: float = 1.0) -> Form:
+    """The form of a config: "linear" (without a temperature), "weighted" or "infonce". Raises UserError for another name."""
+    forms = {"linear": linear, "weighted": lambda: weighted(temperature), "infonce": lambda: infonce(temperature)}
+    if name not in forms:
+        raise UserError(f"there is no form of contrast {name!r}: choose one of {', '.join(forms)}.")
+    return forms[name]()
 
 
 def linear() -> Form:

@@ -4,12 +4,14 @@ import importlib.util
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mmdiff import config as configs
 from mmdiff.data.loader import batches
 from mmdiff.data.sources import RandomSource
+from mmdiff.errors import UserError
 from mmdiff.training.step import init_state, make_step
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs/cdcd"
@@ -50,23 +52,82 @@ def test_a_config_trains_and_samples(name, condition):
     assert tokens.max() < experiment.process.parts["tokens"].classes  # no mask is left
 
 
-def test_a_contrast_of_weight_zero_is_left_out_and_forms_differ():
+def test_a_contrast_of_weight_zero_is_left_out_and_forms_are_read():
+    """infonce at equal scores is log(N + 1): a new network says the same of every token, whatever the negative."""
     values = {}
     for form in ("linear", "infonce"):
-        experiment, _ = build("markov_class", loss__step_intra="0.1", loss__count="2", form=form)
+        experiment, _ = build("markov_class", loss__step_intra="0.0", loss__sample_intra="0.1", loss__count="2", form=form)
         batch = next(batches(experiment.train_data(), 0, 8))
-        params = experiment.init(jax.random.key(0))
-        values[form], metrics = experiment.loss(params, batch, jax.random.key(1))
-        assert "loss/sample_inter" not in metrics
-    assert values["linear"] != values["infonce"]
+        params = jax.tree.map(jnp.zeros_like, experiment.init(jax.random.key(0)))
+        _, metrics = experiment.loss(params, batch, jax.random.key(1))
+        assert "loss/sample_inter" not in metrics and "loss/step_intra" not in metrics
+        values[form] = float(metrics["loss/sample_intra"])
+    assert values["linear"] < 0 and 1.0 * np.log(3) <= values["infonce"] <= 2.0 * np.log(3)  # times w(t) in [1, 2), over p_t
+    with pytest.raises(UserError, match="no form of contrast 'info_nce': choose one of linear, weighted, infonce"):
+        build("digits_class", form="info_nce")
 
 
-def test_the_experiments_name_values_that_exist():
+@pytest.mark.parametrize("name, condition", [("digits_class", "label"), ("scenes_text", "text")])
+def test_all_four_contrasts_and_none_between_examples_without_a_condition(name, condition):
+    weights = {f"loss__{each}": "1e-3" for each in ("step_intra", "step_inter", "sample_intra", "sample_inter")}
+    for dropout in ("0.0", "1.0"):
+        experiment, config = build(name, loss__count="2", **weights, **{f"{condition}_dropout": dropout})
+        _, metrics = experiment.loss(experiment.init(jax.random.key(0)), next(batches(source(name, experiment), 0, 16)), jax.random.key(1))
+        for each in ("step_intra", "step_inter", "sample_intra", "sample_inter"):
+            gone = dropout == "1.0" and each.endswith("inter")
+            assert (metrics[f"loss/{each}"] == 0) == gone, (each, dropout)
+
+
+@pytest.mark.parametrize("freeze", ["false", "true"])
+def test_a_frozen_text_encoder_keeps_its_weights(freeze):
+    experiment, _ = build("scenes_text", text__freeze=freeze, train__warmup_steps="0")
+    params = jax.tree.map(jnp.ones_like, experiment.init(jax.random.key(0)))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = experiment.optimizer.update(zeros, experiment.optimizer.init(params), params)
+    encoder, rest = updates["params"].pop("encoder"), updates["params"]
+    assert all(leaf.any() for leaf in jax.tree.leaves(rest))
+    assert any(leaf.any() for leaf in jax.tree.leaves(encoder)) == (freeze == "false")
+
+
+def test_the_released_walk_refuses_what_does_not_divide_its_chain():
+    experiment, _ = build("digits_class", chain__steps="8", eval__calls="(8, 3)")
+    draw = experiment.evaluators[1].draws["released"]
+    with pytest.raises(UserError, match="divisor of the chain's 8 steps, not 3"):
+        draw(None, jax.random.split(jax.random.key(0), 2), {}, steps=3, guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def experiments():
     spec = importlib.util.spec_from_file_location("experiments", FOLDER.parents[1] / "launch/cdcd_experiments.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    every = list(module.settings())
+    return module
+
+
+def test_the_experiments_name_values_that_exist(experiments):
+    every = list(experiments.settings())
     assert len({(part, name) for part, name, *_ in every}) == len(every)  # a finished run is known by its name
-    for _, _, name, overrides in every:
-        config, _ = configs.load(str(FOLDER / f"{name}.py"), list(overrides.items()))
+    assert {part for part, *_ in every} == set(experiments.PARTS)
+    for _, _, data, overrides in every:
+        config, _ = configs.load(str(FOLDER / f"{experiments.SETS[data][0]}.py"), list(overrides.items()))
         assert config.sample.steps <= config.chain.steps
+
+
+@pytest.mark.slow
+def test_an_experiment_runs(experiments, monkeypatch):
+    monkeypatch.setattr(experiments, "SAMPLES", 100)
+    small = {**experiments.MARKOV, **experiments.LOSSES["both"], "train.steps": "2", "chain.steps": "4", "sample.steps": "2"}
+    row = experiments.run(1, "markov", "both, T=4", "markov", small)
+    assert row["seed"] == 1 and row["overrides"] == small and row["setting"] == "both, T=4"
+    assert set(row["figures"]) == set(experiments.SETS["markov"][2]) and all(np.isfinite(value) for value in row["figures"].values())
+
+
+def test_the_tables_of_the_experiments(experiments, capsys):
+    def row(setting, seed, figure):
+        return {"part": "markov", "setting": setting, "seed": seed, "figures": {"nll": figure}}
+
+    rows = [row("vanilla, T=20", 0, 1.0), row("vanilla, T=20", 1, 2.0), row("both, T=20", 0, 1.5), row("both, T=20", 1, 2.7)]
+    experiments.table([*rows, row("both, T=40", 0, 9.0)])  # has no vanilla beside it
+    text = capsys.readouterr().out
+    assert "| vanilla, T=20 | 2 | 1.5000 ± 0.5000 |" in text and "| both, T=40 | 1 | 9.0000 ± nan |" in text
+    assert "| both minus vanilla, same seed and T | 2 | 0.6000 ± 0.1000 |" in text

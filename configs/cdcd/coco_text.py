@@ -13,25 +13,25 @@ own, frozen. config.text.freeze=true freezes it, as released; without CLIP's wei
 
 The recipe, as released: Step-Intra with ten negatives, importance-sampled times, auxiliary weight 5e-4; AdamW (0.9, 0.96) with decay
 4.5e-2 on every weight, gradients clipped at 0.5 from first to last; a rate of 2e-4, reached in 1,000 steps from 3e-6 and halved after
-60,000 without progress; batch 32 (4 on each of eight GPUs), 100 epochs of 414,000 captions. Their average takes 0.99 every 25 steps, ours
-the same 0.9996 every step. Sampling takes 80 steps and keeps the likeliest classes of total probability 0.85. Not theirs: captions are
-dropped for a tenth of the examples, so that config.sample.guidance can be above 1, and activations are bfloat16.
+60,000 without progress; batch 32 (released: 4 a GPU; eight GPUs are our guess), 100 epochs of 414,000 captions. Their average takes 0.99
+every 25 steps, ours the same 0.9996 every step. Sampling takes 80 steps and keeps the likeliest classes of total probability 0.85. Not
+theirs: captions are dropped for a tenth of the examples, so that config.sample.guidance can be above 1, and activations are bfloat16.
 config.loss.sample_inter=5e-6 with step_intra=0 is Sample-Inter, its negatives being others of the batch.
 
-Expected, from a paper and not measured here: FID 30.17 by 30,000 samples of VQ-Diffusion-S, the same without the contrast (Gu et al. 2022).
-This has not been trained here, and its cost is unknown.
+For orientation, from a paper: VQ-Diffusion-S, a network of this size without the contrast but with 100 steps, their tokenizer and CLIP,
+has FID 30.17 by 30,000 samples (Gu et al. 2022). This has not been trained here; its cost is unknown, and there is no evaluator: FID needs
+the weights of an Inception network, which do not come along.
 
 On 16 chips of v5e, by the ahead-of-time report: 99.0M parameters, 63.2M of them the text encoder, 6.8 GB a chip of 16.9 and a step of
 53 ms at least (compiled in two to three minutes).
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Texts, TokenImages
+from mmdiff.data.modalities import Labels, Texts, TokenImages
 from mmdiff.data.tokens import Some, decoder, open_tokens, open_words
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
@@ -44,14 +44,14 @@ VOCABULARY, LENGTH = 49408, 77  # CLIP's; a cache's tokenizer has at most as man
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"source": "tokens", "dir": ""},  # or random
+        "data": {"source": "tokens", "dir": "", "classes": 0},  # or random
         "model": {"width": 192, "depth": 18, "heads": 16, "dtype": "bfloat16", "remat": "none", "scan": True},
         "text": {"width": 512, "depth": 12, "heads": 8, "freeze": False},
         "chain": {"steps": 80, "evidence": False},
         "text_dropout": 0.1,
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
-        "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "sample_inter": 0.0, "count": 10},
-        "form": "linear",  # or weighted or infonce, of either contrast
+        "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
+        "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
         "train": {
             "steps": 1_294_000, "global_batch": 32, "microbatches": 1, "ema": 0.9996,
             "learning_rate": 2e-4, "warmup_steps": 1000, "patience": 60_000, "weight_decay": 4.5e-2, "clip": 0.5,
@@ -76,24 +76,22 @@ def build(config):
     when = times.mixture(
         (1 - config.text_dropout, times.joint(tokens=noisy, text=times.constant(0.0))),
         (config.text_dropout, times.joint(tokens=noisy, text=times.constant(1.0))))
-    others, form = contrastive.inter(config.loss.count, by="text"), getattr(contrastive, config.form)()
-    terms = contrastive.cdcd(tokens, steps, others=others, form=form, **config.loss)
-    terms = {name: (weight, losses.on("tokens", term)) for name, (weight, term) in terms.items()}
-
-    def learns(params):
-        """Which weights decay: a frozen encoder's stay as they are."""
-        frozen = "['encoder']" if config.text.freeze else "nothing"
-        return jax.tree_util.tree_map_with_path(lambda path, _: frozen not in jax.tree_util.keystr(path), params)
+    # Negatives of another condition: of another class where there are classes, else of another caption.
+    others = contrastive.inter(config.loss.count, by="label" if data.classes else "text")
+    form = contrastive.form(config.form, config.temperature)
+    terms = contrastive.cdcd(tokens, steps, of="tokens", given="text", others=others, form=form, **config.loss)
 
     optimizer = optax.chain(
         optax.clip_by_global_norm(train.clip),
         optax.scale_by_adam(b1=0.9, b2=0.96),
-        optax.add_decayed_weights(train.weight_decay, learns),
+        optax.add_decayed_weights(train.weight_decay, optim.all_but("/encoder/") if config.text.freeze else None),
         optim.plateau(train.learning_rate, train.warmup_steps, train.patience))
 
     decode = decoder(data.dir) if data.dir else None
     modalities = {"tokens": TokenImages(*GRID, CODES, decode=decode), "text": Texts(open_words(data, LENGTH))}
     shape = {name: modality.shape for name, modality in modalities.items()}
+    if data.classes:
+        modalities["label"] = Labels(data.classes)
     truncated = sampling.only("tokens", sampling.top_p(config.sample.truncation))
     return Experiment(
         process=process,

@@ -9,11 +9,11 @@
 
 8,855 pictures of 150 kinds for training, 2,933 of the other 50 for testing, ten captions each. Pictures, captions and network are as in
 coco_text.py, and so is what is ours and not the paper's. As released for this set: Sample-Inter (the negatives, theirs chosen once from
-other kinds of birds, are here other captions' pictures of the batch), a rate of 4.5e-4 halved after 25,000 steps without progress, batch
-48 (6 on each of eight GPUs), 400 epochs of one caption a picture.
+other kinds of birds, are here pictures of other kinds in the batch), a rate of 4.5e-4 halved after 25,000 steps without progress, batch
+48 (released: 6 a GPU; eight GPUs are our guess), 400 epochs of one caption a picture.
 
-Expected, from a paper and not measured here: FID 12.97 by 30,000 samples of VQ-Diffusion-S, the same without the contrast (Gu et al. 2022).
-This has not been trained here, and its cost is unknown.
+For orientation, from a paper: VQ-Diffusion-S, see coco_text.py, has FID 12.97 by 30,000 samples (Gu et al. 2022). This has not been
+trained here; its cost is unknown, and there is no evaluator.
 
 On 16 chips of v5e, by the ahead-of-time report: 99.0M parameters, 9.2 GB a chip of 16.9 and a step of 76 ms at least (compiled in two to
 six minutes).
@@ -28,6 +28,7 @@ __all__ = ["build", "get_config"]
 def get_config():
     config = coco()
     # The released weights, Sample-Inter. Step-Intra: --config.loss.step_intra=5e-5 --config.loss.sample_inter=0
+    config.data.classes = 200
     config.loss.update(step_intra=0.0, sample_inter=5e-6)
     config.train.update(steps=73_800, global_batch=48, learning_rate=4.5e-4, patience=25_000)
     return config

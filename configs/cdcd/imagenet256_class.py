@@ -12,13 +12,14 @@ grid of 16.
 
 The recipe, as released: Step-Intra with ten negatives, importance-sampled times, auxiliary weight 1e-3; AdamW (0.9, 0.96) with decay
 4.5e-2 on every weight, gradients clipped at 0.5 from first to last; a rate of 4.5e-4, reached in 5,000 steps from 3e-6 and halved after
-100,000 without progress; batch 192 (24 on each of eight GPUs), 100 epochs. Their average takes 0.99 every 25 steps, ours the same 0.9996
-every step. Sampling takes 80 steps and keeps the likeliest classes of total probability 0.86. Not theirs: labels are dropped for a tenth
-of the examples, so that config.sample.guidance can be above 1, and activations are bfloat16.
+100,000 without progress; batch 192 (released: 24 a GPU; eight GPUs are our guess), 100 epochs. Their average takes 0.99 every 25 steps,
+ours the same 0.9996 every step. Sampling takes 80 steps and keeps the likeliest classes of total probability 0.86. Not theirs: labels are
+dropped for a tenth of the examples, so that config.sample.guidance can be above 1, and activations are bfloat16.
 config.loss.sample_inter=5e-6 with step_intra=0 is Sample-Inter, its negatives being others of the batch.
 
-Expected, from a paper and not measured here: FID 11.89 of VQ-Diffusion, the same without the contrast (Gu et al. 2022; others who ran its
-code found about 20). This has not been trained here, and its cost is unknown.
+For orientation, from a paper: VQ-Diffusion, without the contrast but with 100 steps and their tokenizer, has FID 11.89 (Gu et al. 2022;
+others who ran its code found about 20). This has not been trained here; its cost is unknown, and there is no evaluator: FID needs the
+weights of an Inception network, which do not come along.
 
 On 16 chips of v5e, by the ahead-of-time report: 517.8M parameters, 15.9 GB a chip of 16.9 and a step of 60 ms at least (compiled in
 two minutes). config.train.mesh.data=1 with mesh.fsdp=16 splits the state, 8.3 GB of these.
@@ -46,8 +47,8 @@ def get_config():
         "chain": {"steps": 80, "evidence": False},
         "label_dropout": 0.1,
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
-        "loss": {"auxiliary": 1e-3, "step_intra": 5e-5, "sample_inter": 0.0, "count": 10},
-        "form": "linear",  # or weighted or infonce, of either contrast
+        "loss": {"auxiliary": 1e-3, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
+        "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
         "train": {
             "steps": 667_000, "global_batch": 192, "microbatches": 1, "ema": 0.9996,
             "learning_rate": 4.5e-4, "warmup_steps": 5000, "patience": 100_000, "weight_decay": 4.5e-2, "clip": 0.5,
@@ -69,8 +70,8 @@ def build(config):
     when = times.mixture(
         (1 - config.label_dropout, times.joint(tokens=noisy, label=times.constant(0.0))),
         (config.label_dropout, times.joint(tokens=noisy, label=times.constant(1.0))))
-    terms = contrastive.cdcd(tokens, steps, form=getattr(contrastive, config.form)(), **config.loss)
-    terms = {name: (weight, losses.on("tokens", term)) for name, (weight, term) in terms.items()}
+    form = contrastive.form(config.form, config.temperature)
+    terms = contrastive.cdcd(tokens, steps, of="tokens", given="label", form=form, **config.loss)
 
     optimizer = optax.chain(
         optax.clip_by_global_norm(train.clip),

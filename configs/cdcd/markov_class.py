@@ -28,8 +28,8 @@ def get_config():
         "chain": {"steps": 80, "evidence": False},
         "label_dropout": 0.1,
         # The released weights; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
-        "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "sample_inter": 0.0, "count": 10},
-        "form": "linear",  # or weighted or infonce, of either contrast
+        "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
+        "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
         "train": {
             "steps": 2000, "global_batch": 128, "microbatches": 1, "ema": 0.998,
             "learning_rate": 4e-3, "warmup_steps": 100, "weight_decay": 0.01, "clip": 1.0,
@@ -53,8 +53,8 @@ def build(config):
     when = times.mixture(
         (1 - config.label_dropout, times.joint(tokens=noisy, label=times.constant(0.0))),
         (config.label_dropout, times.joint(tokens=noisy, label=times.constant(1.0))))
-    terms = contrastive.cdcd(tokens, steps, form=getattr(contrastive, config.form)(), **config.loss)
-    terms = {name: (weight, losses.on("tokens", term)) for name, (weight, term) in terms.items()}
+    form = contrastive.form(config.form, config.temperature)
+    terms = contrastive.cdcd(tokens, steps, of="tokens", given="label", form=form, **config.loss)
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     shape = {"tokens": (LENGTH,), "label": ()}

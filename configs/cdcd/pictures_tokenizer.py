@@ -3,11 +3,12 @@
     SET="--config.data.name=coco_captions --config.data.dir=tfds"
     python -m mmdiff train  --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer $SET
     python -m mmdiff eval   --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer
-    python -m mmdiff sample --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer --given image=pictures.npz
+    python -m mmdiff sample --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer --given image=FOLDER
     python -m mmdiff cache  --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer --out tokens/coco
 
-config.data.name is imagenet2012, coco_captions, cub200 or folder (one's own pictures in classes, as 16x16 tokens); what config.data.dir
-then holds, and where to get it, says mmdiff/data/pictures.py. name=random makes pictures up and needs nothing.
+FOLDER holds pictures of 256x256 pixels. config.data.name is imagenet2012, coco_captions, cub200 or folder (one's own pictures in classes,
+as 16x16 tokens); what config.data.dir then holds, and where to get it, says mmdiff/data/pictures.py. name=random makes pictures up and
+needs nothing.
 
 `cache` encodes every picture once, beside its label or the ids of its captions, for imagenet256_class.py, coco_text.py and
 cub200_text.py. The tokenizer of the captions is trained on those of the training pictures and lies in the cache.

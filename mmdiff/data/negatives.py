@@ -37,7 +37,9 @@ class WithNegatives:
             found = f"{table.dtype} {list(table.shape)}"
             raise UserError(f"the table of negatives is integer [{len(self.source)}, N] for this source, not {found}.")
         if table.size and (table.min() < 0 or table.max() >= len(self.source)):
-            raise UserError(f"the table of negatives names example {table.max()}, and the source holds 0..{len(self.source) - 1}.")
+            bad = table.min() if table.min() < 0 else table.max()
+            raise UserError(f"the table of negatives names example {bad}, and the source holds 0..{len(self.source) - 1}.")
+        object.__setattr__(self, "partners", table)
 
     def __len__(self):
         return len(self.source)

@@ -178,6 +178,9 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
     missing = [name for name in modalities if name not in source.arrays]
     if missing:
         raise UserError(f"the token cache {data.dir} has no {missing[0]}: it holds {', '.join(source.arrays)}.")
+    for name in modalities:
+        if source.arrays[name].ndim == 1:
+            modalities[name].check(source.arrays[name])  # labels: small enough to be read whole
     source = ArraySource({name: source.arrays[name] for name in modalities})
     return Captioned(source) if "text" in modalities and source.arrays["text"].ndim == 3 else source
 

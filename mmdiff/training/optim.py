@@ -95,6 +95,11 @@ def plateau(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def all_but(pattern: str):
+    """A mask for weight decay: True for the weights whose path, "params/encoder/...", a regular expression does not find."""
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: not re.search(pattern, _name(path)), params)
+
+
 def muon_dimensions(params: Any) -> Any:
     """For `optax.contrib.muon`: the kernels of the transformer's layers, one matrix [in, out] each; all else goes to AdamW.
 
