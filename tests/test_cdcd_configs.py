@@ -31,6 +31,7 @@ def source(name, experiment):
     return RandomSource(experiment.modalities) if name == "scenes_text" else experiment.train_data()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, condition", [("digits_class", "label"), ("markov_class", "label"), ("scenes_text", "text")])
 def test_a_config_trains_and_samples(name, condition):
     experiment, config = build(name, loss__step_intra="5e-5", loss__sample_inter="5e-6", loss__count="2")

@@ -55,6 +55,7 @@ def loss_of(**terms):
 # --------------------------------------------------------------------------------------------------------- the linear form
 
 
+@pytest.mark.slow
 def test_without_weight_or_negatives_nothing_changes():
     def value_and_grad(**terms):
         loss = loss_of(**terms)
@@ -71,6 +72,7 @@ def test_without_weight_or_negatives_nothing_changes():
     assert not same(value_and_grad(**{mode: (1e-3, term) for mode, term in full.items()}), base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_negative_that_is_the_positive_takes_it_back(mode):
     same = lambda noised: jnp.stack([noised.x0] * N)  # noqa: E731
@@ -86,6 +88,7 @@ def test_the_weight_over_time():
     np.testing.assert_allclose(rising(lambda out, noised: jnp.ones(2), T)(None, noised), [1.0, 2 - 1 / T])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_value_and_gradient_are_those_of_each_negative(mode):
     term = MODES[mode]
@@ -98,6 +101,7 @@ def test_value_and_gradient_are_those_of_each_negative(mode):
     np.testing.assert_allclose(run(contrasted, turned), run(contrasted), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_small_step_makes_the_negative_less_likely(mode):
     negative = lambda noised: jnp.full((1, B, L), 2)  # noqa: E731
@@ -119,6 +123,7 @@ def test_sample_mode_is_the_divergence_from_a_one_hot():
     np.testing.assert_allclose(run(contrast(TOKENS, MODES["sample"], table("negatives"))), -full.mean(0), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_reward_is_bounded_and_ends(mode):
     contrasted, bound = contrast(TOKENS, rising(MODES[mode], T), table("negatives")), 2 * 70.01 * (T if mode == "step" else 1)
@@ -135,6 +140,7 @@ def test_the_reward_is_bounded_and_ends(mode):
         assert (float(jnp.abs(gradient(one, MASKED, far)).max()) > 1e-6) == gain, depth
 
 
+@pytest.mark.slow
 def test_the_whole_of_the_released_loss():
     terms = cdcd(TOKENS, T, step_intra=5e-5, sample_inter=5e-6, others=table("negatives"), chunks=4)
     assert {name: weight for name, (weight, _) in terms.items()} == {
@@ -157,6 +163,7 @@ def scores(seed=0, valid=None):
     return values[0], values[1:], jnp.ones((N, B), bool) if valid is None else valid
 
 
+@pytest.mark.slow
 def test_infonce_and_its_gradient():
     positive, values, valid = scores()
     for temperature in (1.0, 0.3):
@@ -200,6 +207,7 @@ def test_negatives_that_do_not_exist_count_nothing(form):
     assert np.isfinite(grad).all() and not np.asarray(grad)[~np.asarray(valid)].any()
 
 
+@pytest.mark.slow
 def test_infonce_bounds_the_mutual_information():
     rng = np.random.default_rng(0)
     joint = rng.uniform(0.02, 1, (4, 4)) + 3 * np.eye(4)
@@ -249,6 +257,7 @@ def test_own_chains_start_as_the_shared_one(t):
         assert float(jnp.abs(own[1] - shared[1]).max()) > 0.1
 
 
+@pytest.mark.slow
 def test_network_calls():
     calls = []
 
@@ -271,6 +280,7 @@ def test_network_calls():
     assert count(own_chain(PROCESS, counted, TIMES, term, table("negatives"), infonce(), of="tokens")) == N + 1
 
 
+@pytest.mark.slow
 def test_own_chains_learn_beside_the_base():
     loss = losses.combine(
         base=(1.0, loss_of()),
@@ -406,6 +416,7 @@ def test_mistakes_are_named():
 CONTINUOUS = [("mse", processes.eps), ("mse", processes.velocity), ("vlb", processes.velocity), ("vlb", processes.x0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, predict", CONTINUOUS)
 def test_the_continuous_counterpart(kind, predict):
     """A negative costs what it would if it were the clean image: its distance from the belief, in the term's weight."""

@@ -56,6 +56,7 @@ def test_wrong_sizes_and_rules():
             build(path, train__scale_rule="cube")
 
 
+@pytest.mark.slow
 def test_the_hybrid_loss_and_the_label_dropout(monkeypatch):
     """A network that predicts nothing has the squared error 1, and sees the null label in a tenth of the examples."""
     seen = []

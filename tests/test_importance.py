@@ -96,6 +96,7 @@ def test_draws_follow_the_probabilities_and_weights_undo_them():
     assert abs(drawn.mean() - values.mean()) < 4 * drawn.std() / len(drawn) ** 0.5
 
 
+@pytest.mark.slow
 def test_combinations_hand_on_weights_and_statistics():
     rule = times.importance(T, "vlb")
     mixed = times.mixture(
@@ -137,6 +138,7 @@ def measured():
     return jax.jit(loss_of())
 
 
+@pytest.mark.slow
 def test_the_loss_is_weighted_and_tells_what_the_named_term_was():
     params, data, p = init(KEY), batch(), probabilities(LEARNT)
     value, metrics = measured()(params, data | {"stats": LEARNT}, KEY)
@@ -153,6 +155,7 @@ def test_the_loss_is_weighted_and_tells_what_the_named_term_was():
     assert metrics["stats"]["count"].sum() == B
 
 
+@pytest.mark.slow
 def test_importance_sampling_changes_the_noise_and_not_the_mean():
     params, data = init(KEY), batch()
 
@@ -204,6 +207,7 @@ def trained(steps, **options):
     return jax.device_get(state.replace(key=jax.random.key_data(state.key))), jax.device_get(metrics)
 
 
+@pytest.mark.slow
 def test_the_state_learns_what_the_loss_was():
     """The first step, with the statistics from the loss itself; later every draw is counted and times are no longer uniform."""
     state = init_state(init, optax.adam(1e-2), KEY, loss_of())
@@ -218,6 +222,7 @@ def test_the_state_learns_what_the_loss_was():
     assert float(np.ptp(SOURCE.density(late.stats["loss"]))) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"microbatches": 4}, {"devices": 8}, {"devices": 2, "microbatches": 2}], ids=str)
 def test_statistics_are_those_of_the_global_batch(options):
     (one, metrics), (other, same) = trained(12), trained(12, **options)
@@ -236,6 +241,7 @@ def test_a_void_step_teaches_nothing():
     assert after["skipped"] == before["skipped"] + 1
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_is_bit_equal(tmp_path):
     """Through the training loop, from a step on at which times are drawn by the statistics."""
     data = ArraySource({"tokens": batch(0, 40)["tokens"], "label": batch(0, 40)["label"]})

@@ -135,6 +135,7 @@ def test_weights_are_finite_at_the_ends(weight):
         assert np.isfinite(values).all() and values[0] == 0, values
 
 
+@pytest.mark.slow
 def test_vlb_terms():
     process = processes.absorbing(4)
     x0 = jnp.arange(24, dtype=jnp.int32).reshape(B, 3) % 4

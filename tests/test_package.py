@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -18,6 +20,7 @@ def test_every_folder_of_the_package_is_installed():
 CORE = ["schedules", "times", "losses", "sampling", "processes", "nets.mmdit", "nets.dit", "experiment"]
 
 
+@pytest.mark.slow
 def test_the_core_loads_neither_tensorflow_nor_orbax_and_works_from_any_folder(tmp_path):
     # In a process of its own: this one has loaded much already.
     code = f"""

@@ -40,6 +40,7 @@ def test_first_example_trains_and_samples(namespaces):
     assert space["pairs"]["image"].shape == space["images"]["image"].shape == (4, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_ring_is_a_chain_and_trains_in_a_joint(namespaces):
     ring = find(namespaces, "Ring")(12)
     rng = np.random.default_rng(0)

@@ -30,6 +30,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_a_time_depends_on_key_and_index_alone(name):
     """A shuffled batch has shuffled times, a part of a batch a part of them; jit and another index type change nothing."""

@@ -49,6 +49,7 @@ def test_split_is_stratified_and_complete():
     assert np.abs(share).max() < 1
 
 
+@pytest.mark.slow
 def test_contents_are_scikit_learns_digits(data_dir):
     from sklearn.datasets import load_digits
 

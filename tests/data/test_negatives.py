@@ -41,6 +41,7 @@ def test_a_source_with_negatives():
         source.take([6])
 
 
+@pytest.mark.slow
 def test_the_contrast_takes_them():
     """The term's value is minus the mean of the negatives' cross-entropies, by hand."""
     tokens = np.random.default_rng(0).integers(0, 5, (4, 3)).astype(np.int32)

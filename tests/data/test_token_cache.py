@@ -165,6 +165,7 @@ t.tokens.write(sys.argv[1], t.Recipe(t.NET, {"test": t.RECIPE.splits["test"], "t
 """
 
 
+@pytest.mark.slow
 def test_a_killed_cache_is_no_cache_and_the_same_call_makes_it(tmp_path, params):
     here = pathlib.Path(__file__).resolve()
     run = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "cache", here.parents[2], here.parent], capture_output=True, text=True)

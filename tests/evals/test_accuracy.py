@@ -32,6 +32,7 @@ def data(count=50):
     return CENTRES[label] + 0.3 * jax.random.normal(key, (count, SIZE)), label, example_keys(jax.random.key(2), count)
 
 
+@pytest.mark.slow
 def test_posterior_is_bayes_rule():
     x, label, keys = data()
     found = posterior(PROCESS, apply, CENTRES, keys, {"x": x}, "label", SHAPE)

@@ -32,6 +32,7 @@ def test_the_judge_reads_real_scenes(judge, split):
     assert right["digit"] > 0.97 and min(right.values()) > 0.97
 
 
+@pytest.mark.slow
 def test_the_judge_on_a_larger_canvas():
     real = whole(Scenes("test", size=24, count=300))
     found = Judge(24)(real["image"])
@@ -78,6 +79,7 @@ def measure(**options):
     return CaptionedScenes(count=400, batch=100, **options)(experiment(), None, CONFIG, jax.random.key(0), 7)
 
 
+@pytest.mark.slow
 def test_right_pictures_get_full_marks():
     found = measure()
     figures = found.figures
@@ -105,6 +107,7 @@ def test_one_wrong_attribute_makes_a_picture_wrong(name):
     assert figures["prompt_correctness_real"] > 0.97
 
 
+@pytest.mark.slow
 def test_another_size_or_background_is_seen_but_allowed():
     def change(said):
         other = np.where(said["colour"] == 4, 5, 4)  # white, or black behind a white digit

@@ -77,6 +77,7 @@ def step_weights(weight, schedule, steps=STEPS):
 # ----------------------------------------------------------------------------------------------------------------- weights
 
 
+@pytest.mark.slow
 def test_stepwise_is_the_paper_s_recursion():
     """a_t = sqrt(alpha_t) (w_t + a_(t-1)), its closed form, and back to w, in float64."""
     with jax.enable_x64(True):
@@ -89,6 +90,7 @@ def test_stepwise_is_the_paper_s_recursion():
         np.testing.assert_allclose(step_weights(weight, schedule), W, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_card_and_the_moving_target_in_terms_of_w():
     with jax.enable_x64(True):
         schedule, bars = chain64(ALPHAS), np.append(1.0, np.cumprod(ALPHAS))
@@ -121,6 +123,7 @@ def test_weights_are_finite_and_smooth_and_start_at_zero(schedule):
         assert abs(found["moving"][0][-1]) < 1e-7  # the prior stays that of z alone
 
 
+@pytest.mark.slow
 def test_the_default_weights_leave_the_prior_alone():
     """Section 1.5's table: with linear_beta and RMS(z_0) = RMS(E) = 0.5, nats per dimension at t = 1."""
     schedule, one = schedules.linear_beta(), jnp.ones(())
@@ -265,6 +268,7 @@ def data(count=6):
     return {"image": jax.random.normal(jax.random.key(2), (count, 2)), "label": jnp.arange(count, dtype=jnp.int32) % 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero, own", [*((z, o) for z in ZEROS for o in TIMES), ("absent", "absent")])
 def test_without_a_sum_it_is_the_joint_bit_by_bit(zero, own):
     """Every method, with the same keys: DDPM, and DDPM with a head."""
@@ -444,6 +448,7 @@ def test_rate_is_the_limit_of_kl(weight, own):
             np.testing.assert_allclose(process.rate(noised, belief)["z"], limit, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_losses_of_the_heads():
     """One-hot KL = CE; soft labels: KL = CE - H; a Gaussian head of unit variance: KL = |.|^2 / 2; and which times count."""
     t = jnp.asarray([0.0, 0.3, 1.0])
@@ -564,6 +569,7 @@ def test_joint_sampling_has_the_law_of_the_pairs(weight, estimate):
         assert abs(abs(side.mean()) - 1.5) < 0.03 and abs(side.std() - 0.3) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", ["moving", "card"])
 def test_conditional_sampling(weight):
     """Asked for the rarer class: the X variant and the head's gradient never miss it; a known E(x) beside an unconditional eps does."""
@@ -593,6 +599,7 @@ def exact_three(predict, schedule, scaled=False):
     return Aggregate("image", process.added, image=chain, label=LABEL), fed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("predict, schedule, scaled", [
     ("eps", "linear_beta", False), ("eps", "linear_beta", True), ("v", "cosine", False), ("velocity", "flow", False),
     ("x0", "cosine", False)])
@@ -754,6 +761,7 @@ def test_losses_and_gradients_are_finite_at_all_times():
             assert (metrics["loss/image"] > 0) == (image > 0)
 
 
+@pytest.mark.slow
 def test_the_bound_on_pairs():
     """`likelihood` takes it as any joint: for the exact network the bound in continuous time is tight, on pairs and on z for a known x."""
     process, count = toy(), 3000

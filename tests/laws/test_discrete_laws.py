@@ -167,6 +167,7 @@ def test_corrupt_and_step_draw_what_push_and_posterior_say(name):
         np.testing.assert_allclose(np.bincount(xs, minlength=process.states) / count, expected, atol=0.015)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_prior_draws_and_prior_kl(name):
     process = DISCRETE[name]
@@ -182,6 +183,7 @@ def test_prior_draws_and_prior_kl(name):
     np.testing.assert_allclose(pairs[0], process.prior_kl(jnp.asarray([0]))[0] + process.prior_kl(jnp.asarray([1]))[0], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_pinned_at_zero_and_standing_still(name):
     process = DISCRETE[name]
@@ -355,6 +357,7 @@ def test_small_steps_keep_their_digits():
         np.testing.assert_allclose(got, (1 - a_t / a_s) * process.redraw[-1], rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_markov_equals_the_rank_one_chain_it_describes():
     chain = DISCRETE["mixed"]
     matrices = np.stack([dense("mixed", i / STEPS, (i + 1) / STEPS) for i in range(STEPS)])
@@ -367,6 +370,7 @@ def test_markov_equals_the_rank_one_chain_it_describes():
     np.testing.assert_array_equal(markov.corrupt(keys(len(t)), x0, t).xt, chain.corrupt(keys(len(t)), x0, t).xt)
 
 
+@pytest.mark.slow
 def test_a_markov_chain_s_rate_is_its_last_step():
     process = DISCRETE["banded"]
     x0, t = jnp.asarray([0, 1, 2]), jnp.asarray([0.25, 0.5, 0.125])

@@ -31,6 +31,7 @@ def joint(label="absorbing", **image):
     return Joint(image=Gaussian(schedules.cosine(), processes.v, **image), label=LABELS[label])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONES)
 def test_joint_of_one_is_the_one(name):
     """Every method, bit for bit, with keys folded by the modality's name."""
@@ -109,6 +110,7 @@ def test_a_pinned_modality_is_returned_and_obeyed(label):
         np.testing.assert_allclose(own.std(0), TOY.std, atol=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", LABELS)
 def test_a_pinned_image_is_classified_exactly(label):
     """Image at t = 0: one call at label time 1 is Bayes' p(label | image), and sampled labels follow it."""

@@ -31,6 +31,7 @@ def bounds(schedule, t, s):
     return beta * (sigma_s / sigma) ** 2, beta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear_beta", "flow", "edm"])
 def test_without_a_share_it_is_the_posterior(schedule):
     keys, noised, x0_hat, s = setting(SCHEDULES[schedule], 0.6, 0.55)
@@ -74,6 +75,7 @@ def test_kl_is_that_of_two_gaussians(schedule):
     np.testing.assert_allclose(LearnedSigma(SCHEDULES[schedule]).kl(noised, belief(x0_hat, share), end), expected, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_term_trains_the_variance_alone_and_to_the_exact_one():
     """Data N(0, c^2) has a known reverse process, a Gaussian: with the true mean the best Sigma is its variance."""
     schedule, steps, i, c = SCHEDULES["linear_beta"], 1000, 300, 0.5
@@ -101,6 +103,7 @@ def test_the_term_trains_the_variance_alone_and_to_the_exact_one():
     assert below < 0 < above and abs(slope) < 0.1 * min(-below, above)
 
 
+@pytest.mark.slow
 def test_the_hybrid_loss_is_finite_everywhere():
     process = LearnedSigma(SCHEDULES["linear_beta"], eps)
     t = jnp.arange(0, 1001, 50) / 1000

@@ -40,6 +40,7 @@ def test_discrete_time_is_tight_for_the_true_model(name):
         np.testing.assert_array_less(np.abs(got.mean(0) + np.log(DATA)), error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["absorbing", "uniform", "mixed"])
 def test_continuous_time_is_tight_for_the_true_model(name):
     process = DISCRETE[name]
@@ -58,6 +59,7 @@ def test_continuous_time_is_tight_for_the_true_model(name):
         np.testing.assert_array_less(np.abs(got.mean(0) + np.log(DATA)), error)
 
 
+@pytest.mark.slow
 def test_tokens_that_depend_on_each_other():
     """Two equal tokens: unmasking both in one step misses the dependence, so few steps cost more, infinitely many nothing."""
     process = processes.absorbing(2)
@@ -137,6 +139,7 @@ def log_normal(x, mean, std):
     return (-0.5 * ((x - mean) / std) ** 2 - math.log(std) - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", ["absorbing", "uniform"])
 def test_joint_conditional_and_marginal(chain):
     """All three likelihoods of a mixture from one network: log p(x, k), log p(x | k), log p(k | x), log p(x)."""
@@ -164,6 +167,7 @@ def test_joint_conditional_and_marginal(chain):
         assert abs(gap.mean()) < 4 * gap.std() / count**0.5 + 0.02, name
 
 
+@pytest.mark.slow
 def test_nothing_is_paid_for_what_is_held_in_discrete_time():
     process = Joint(image=Gaussian(schedules.flow(), processes.x0), label=processes.absorbing(3))
     network, x0 = TOY.joint_network(process), TOY.draw(jax.random.key(0), 8)
@@ -173,6 +177,7 @@ def test_nothing_is_paid_for_what_is_held_in_discrete_time():
     assert (nats["label"] >= 0).all() and (nats["label"] < 50).all()
 
 
+@pytest.mark.slow
 def test_a_gaussian_path_from_zero_has_no_bound():
     process = Gaussian(schedules.flow(), processes.x0)
     network = gaussian_network(process, 0.0, 1.0)

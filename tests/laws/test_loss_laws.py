@@ -73,17 +73,20 @@ def assert_finite_at_the_ends(process, name, terms):
             assert value == 0 and not any(metrics.values()) and not gradient[name].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule, predict", IMAGES)
 def test_image_terms_and_gradients_are_finite_at_the_ends_of_time(schedule, predict):
     image = Gaussian(SCHEDULES[schedule], PREDICTS[predict])
     assert_finite_at_the_ends(Joint(image=image, label=processes.absorbing(4)), "image", image_terms(image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", DISCRETE)
 def test_label_terms_and_gradients_are_finite_at_the_ends_of_time(label):
     assert_finite_at_the_ends(Joint(image=Gaussian(schedules.flow()), label=DISCRETE[label]), "label", label_terms(DISCRETE[label]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ["absorbing", "absorbing_cosine", "mask_and_replace", "vqd_released"])
 def test_an_absent_label_is_still_learnt(label):
     """t = 1 with a mask is where a classifier is trained: every term about the label has a gradient there."""
@@ -96,6 +99,7 @@ def test_an_absent_label_is_still_learnt(label):
         assert float(jnp.abs(jax.grad(lambda p, loss=loss: loss(p, batch(), jax.random.key(0))[0])(PARAMS)["label"]).max()) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", DISCRETE)
 def test_order_and_micro_batches_do_not_matter(label):
     process = Joint(image=Gaussian(schedules.cosine(), processes.v), label=DISCRETE[label])
@@ -112,6 +116,7 @@ def test_order_and_micro_batches_do_not_matter(label):
     assert abs(float(loss(PARAMS, whole, jax.random.key(8))[0] - value)) > 1e-4  # but the key does
 
 
+@pytest.mark.slow
 def test_float32_loss_under_a_bfloat16_network():
     process = Joint(image=Gaussian(schedules.flow()), label=processes.absorbing(4))
     streams = {"image": nets.Patches(4, 4, 1, 2), "label": nets.Label(5, 4)}

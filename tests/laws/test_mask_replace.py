@@ -162,6 +162,7 @@ def terms_of(process):
     }
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_values_and_gradients_are_finite_and_bounded_for_any_logits(name, dtype):
@@ -235,6 +236,7 @@ def test_a_masked_position_costs_its_share_of_the_cross_entropy():
     np.testing.assert_allclose(bound / T, omega * plain, rtol=5e-4)
 
 
+@pytest.mark.slow
 def test_the_whole_loss_is_the_published_one():
     """1/(B L) sum_b T (l_t + lambda a(t) l^x0_t), with the sums over positions from dense float64 matrices."""
     process, weight, count, length = PROCESSES["paper"], 5e-4, 16, 3
@@ -345,6 +347,7 @@ def test_a_released_stride_touches_one_modality_and_nothing_that_is_held():
             sampling.released_stride(8, skip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSES)
 def test_confidence_unmasks_as_many_as_the_schedule_says(name):
     process = MaskReplace(4, PRESETS[name](8))
@@ -371,6 +374,7 @@ def test_truncation_keeps_the_smallest_set_and_any_scale():
     np.testing.assert_array_equal(step(keys(30), xt, 0.125 * belief, t, s), step(keys(30), xt, belief, t, s))
 
 
+@pytest.mark.slow
 def test_generation_starts_from_masks_alone():
     """Nothing of the data can reach a draw: the first call sees masks, and tokens enter only as `given`, bit for bit."""
     process = Joint(tokens=MaskReplace(4, schedules.vqd_released(8)), label=Given(null=9))
@@ -407,6 +411,7 @@ def test_bad_tables_and_chains_are_refused():
     assert MaskReplace(4, schedules.vqd_paper(4)).mask == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [schedules.vqd_released(8), schedules.vqd_paper(8)])
 def test_the_short_kl_is_the_sum_over_all_states(schedule):
     """Masked tokens, tokens that kept x_0 and tokens that did not; the first step, one between, the last; and a longer stride."""

@@ -62,6 +62,7 @@ def test_backends_agree(backend, mask):
     np.testing.assert_allclose(np.asarray(out, np.float64), by_hand(q, k, v, mask), atol=tolerance)
 
 
+@pytest.mark.slow
 def test_gradients_agree():
     q, k, v = inputs()
     mask = jnp.asarray(MASKS["full"])

@@ -86,6 +86,7 @@ def test_scan_is_the_loop(shared):
     close(jax.jit(net_of(shared=shared, scan=False).apply)(loop, *inputs()), reference(shared=shared))
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_value_nor_gradient():
     x, t = inputs()
 
@@ -144,6 +145,7 @@ def test_bfloat16_activations_keep_float32_parameters(shared):
         assert float(jnp.abs(value - expected).max() / jnp.abs(expected).max()) < 0.05
 
 
+@pytest.mark.slow
 def test_a_missing_modality_is_named():
     x, t = inputs()
     with pytest.raises(KeyError, match="no input or time for .*label"):

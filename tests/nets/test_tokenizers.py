@@ -92,6 +92,7 @@ def test_straight_through_is_the_code_with_the_outputs_gradient():
     np.testing.assert_array_equal(to_e, jnp.zeros_like(e))
 
 
+@pytest.mark.slow
 def test_each_part_of_the_loss_trains_its_own_part_of_the_network():
     plain, committed, twice = gradient(0.0, 0.0), gradient(0.5, 0.0), gradient(1.0, 0.0)
     # Commitment moves the encoder alone, in proportion to its weight.
@@ -153,6 +154,7 @@ def test_every_code_finds_a_place(weight, all_used):
     assert (used >= 14 and error < 0.03) if all_used else (used <= 12 and error > 0.05), (used, error)
 
 
+@pytest.mark.slow
 def test_revival_pulls_to_what_is_badly_described():
     codes = jnp.array([[1.0, 0.0], [0.0, 1.0], [-0.6, -0.8]])
     z = jnp.tile(jnp.array([[1.0, 0.0]]), (40, 1)).at[17].set(jnp.array([0.0, -1.0])).reshape(4, 10, 2)
@@ -188,6 +190,7 @@ def test_usage_of_a_codebook():
     assert float(metrics["codebook/perplexity"]) == pytest.approx(float(perplexity), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_by_the_ordinary_step():
     palette = jnp.array([[-1.0, -1, -1], [1, 1, 1], [1, -1, -1], [-1, -1, 1]])
     blocks = palette[jax.random.randint(jax.random.key(8), (32, 4, 4), 0, 4)]  # a token of 2 x 2 pixels has one of four colours

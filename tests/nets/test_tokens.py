@@ -175,6 +175,7 @@ def test_positions_of_a_wider_table():
     assert np.asarray(grads["columns"]["embedding"]).any(-1).all()
 
 
+@pytest.mark.slow
 def test_one_condition_token_is_added_to_all_positions():
     layer = Attention(2)
     x, c = jax.random.normal(jax.random.key(0), (B, 7, 16)), jax.random.normal(jax.random.key(1), (B, 1, 6))
@@ -264,6 +265,7 @@ def test_patches_are_squares_of_the_grid():
 # ------------------------------------------------------------------------------------------------------------- text
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_unless_it_is_frozen():
     def gradient(freeze):
         net = net_of("text", encoder=TextEncoder(6, 3, 1, 8, 2, freeze=freeze))

@@ -127,6 +127,7 @@ def test_slices_talk_over_the_network(path):
     assert found["roofline"]["network"] == pytest.approx(network["bytes"] / 3.125e9)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_what_does_not_fit_is_told_with_a_remedy_that_does(path, monkeypatch):
     tried = []

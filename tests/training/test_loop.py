@@ -39,6 +39,7 @@ def same_leaves(one, other):
     jax.tree.map(np.testing.assert_array_equal, (one.params, one.opt, one.ema), (other.params, other.opt, other.ema))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_files(config, tmp_path, capsys):
     state = loop.train(toy.build(config), config, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "checkpoints", "metrics.jsonl", "run.json"}
@@ -90,6 +91,7 @@ def test_an_interval_of_void_steps_is_null(config, tmp_path):
     assert row["loss"] is None and row["skipped"] == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_the_uninterrupted_one(config, tmp_path):
     config.train.update(log_every=5, checkpoint_every=100)
     whole = loop.train(toy.build(config), config, tmp_path / "whole")

@@ -146,6 +146,7 @@ def test_eight_kills_of_two_processes_change_nothing(server, tmp_path):
 # ---- The end of one is the end of all ----
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_the_same_step(server, tmp_path):
     overrides = {"train.steps": 500, "train.checkpoint_every": 1000, "train.eval_every": 0, "train.delay": 0.01}
     first, second = pair(tmp_path / "run", overrides=overrides)
@@ -183,6 +184,7 @@ def command(workdir, *flags):
     return ["train", "--config", TOY, "--workdir", str(workdir), "--config.train.steps=2", *flags]
 
 
+@pytest.mark.slow
 def test_processes_find_each_other_through_slurm(server, tmp_path):
     job = next(number for number in range(4096) if not in_use(61440 + number))  # JAX makes a port of the number of the job
     env = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
@@ -195,6 +197,7 @@ def test_processes_find_each_other_through_slurm(server, tmp_path):
     assert json.loads((tmp_path / "run/run.json").read_text())["device"] == "2 x cpu"
 
 
+@pytest.mark.slow
 def test_processes_find_each_other_by_flags_and_by_variables(server, tmp_path):
     address = f"127.0.0.1:{free_port()}"
     by_flags = command(tmp_path / "run", "--distributed", "--coordinator", address, "--processes", "2", "--process", "0")

@@ -104,6 +104,7 @@ def unscanned(params):
     return {"params": params | {f"block_{i}": jax.tree.map(lambda x: x[i], blocks) for i in range(DEPTH)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_scanned_layers_are_updated_as_separate_ones(name):
     optimizer, params = OPTIMIZERS[name](), init(jax.random.key(0))

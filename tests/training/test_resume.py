@@ -51,6 +51,7 @@ def test_twelve_kills_change_nothing(server, tmp_path):
     assert meta[0]["position"] == meta[1]["position"] == 80 * 16
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(server, tmp_path):
     workdir = tmp_path / "run"
     job = {"workdir": str(workdir), "overrides": {"train.steps": 6, "model.width": 512}}
@@ -65,6 +66,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(server, tmp_path):
     assert lines(workdir)[-1]["step"] == 18
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(server, tmp_path):
     job = {"workdir": str(tmp_path / "run"), "overrides": {**LIVELY, "train.checkpoint_every": 1000}}
     [answer] = server.run({**job, "kill": [signal.SIGTERM, 12, 0.0]})

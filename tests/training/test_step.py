@@ -192,6 +192,7 @@ def test_the_step_that_a_config_asks_for():
     assert {"noise_scale/trace", "param_norm/first", "grad_norm/other"} <= set(jax.eval_shape(more, state, batch(0))[1])
 
 
+@pytest.mark.slow
 def test_the_core_of_training_loads_no_heavy_library():
     code = (
         "import sys, mmdiff.training.step, mmdiff.training.sharding\n"
