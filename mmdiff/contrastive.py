@@ -96,19 +96,22 @@ def cdcd(
       given: the condition's name there. Data of another condition are negatives only beside a condition: where it is dropped, for
         guidance, they are data like any other, and the inter contrasts are 0.
     """
+    if given and not of:
+        raise UserError(f"cdcd: the condition {given!r} is one of a joint pass: say the modality's name, too, of=...")
     vlb, ce = losses.vlb(process, steps), losses.x0_ce(process)
     within, between = intra(chunks, count), others or inter(count)
     terms = {"vlb": (1.0, vlb), "auxiliary": (steps * auxiliary, losses.auxiliary(process, steps, falling))}
+    if of:
+        terms = {name: (weight, losses.on(of, term)) for name, (weight, term) in terms.items()}
     for name, weight, term, negatives in (
         ("step_intra", step_intra, vlb, within), ("step_inter", step_inter, vlb, between),
         ("sample_intra", steps * sample_intra, ce, within), ("sample_inter", steps * sample_inter, ce, between),
     ):  # fmt: skip
         if weight:
-            terms[name] = (weight, rising(contrast(process, term, negatives, form), steps))
-    if of is None:
-        return terms
-    joint = {name: (weight, losses.on(of, term)) for name, (weight, term) in terms.items()}
-    return {name: (w, beside(given, term) if given and name.endswith("inter") else term) for name, (w, term) in joint.items()}
+            found = rising(contrast(process, term, negatives, form), steps)
+            found = losses.on(of, found) if of else found
+            terms[name] = (weight, beside(given, found) if given and negatives is between else found)
+    return terms
 
 
 def beside(name: str, term: Term) -> Term:
@@ -170,7 +173,7 @@ def _drawn(negatives: Negatives, noised: Noised) -> tuple[jax.Array, jax.Array]:
 
 
 def rising(term: Term, steps: int) -> Term:
-    """`(1 + (i - 1) / T) term` at t = i / T: CDCD's weight of the contrast over time. Within one it would be the scores' temperature."""
+    """`(1 + (i - 1) / T) term` at t = i / T: CDCD's weight of a contrast over time. Inside of it: the scores' temperature."""
     return lambda out, noised: (1.0 + (jnp.round(noised.t * steps) - 1.0) / steps) * term(out, noised)
 
 

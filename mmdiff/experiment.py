@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmdiff.errors import UserError
+from mmdiff.processes import Given, Joint
 from mmdiff.training.sharding import TRANSFORMER, Rules
 
 Params = Any
@@ -49,6 +51,33 @@ class Experiment:
     evaluators: Sequence[Callable[..., Any]] = ()
     rules: Rules = TRANSFORMER
     cache: Any = None
+
+
+def reconstructing(net: Any) -> dict[str, Any]:
+    """What the experiment of an image tokenizer has from its network alone, `Experiment(**reconstructing(net), loss=..., ...)`.
+
+    Nothing is diffused and nothing drawn: the image is a condition, and a sample is what its tokens decode to, "reconstruction".
+
+    Args:
+      net: a linen module `images -> (..., reconstructions, ...)`, the second entry, of `height`, `width` and `channels`.
+    """
+    size = (net.height, net.width, net.channels)
+
+    def reconstruct(params, images):
+        return {"reconstruction": net.apply(params, images)[1]}
+
+    def draw(params, keys, given, *, steps, guidance, absent=()):
+        if "image" not in given:
+            raise UserError("a tokenizer draws nothing by itself: give it pictures, --given image=FILE.")
+        return {**given, **reconstruct(params, given["image"])}
+
+    return {
+        "process": Joint(image=Given(0.0)),
+        "init": lambda key: net.init(key, jnp.zeros((1, *size))),
+        "apply": lambda params, x, t: reconstruct(params, x["image"]),
+        "shape": {"image": size, "reconstruction": size},
+        "draw": draw,
+    }
 
 
 def initialiser(net: Any, process: Any, shape: Any) -> Callable[[jax.Array], Params]:

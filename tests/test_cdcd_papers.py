@@ -92,7 +92,7 @@ def test_the_networks_and_settings_are_the_published_ones(name, parameters):
         assert round((parameters - count(params["params"]["encoder"])) / 1e6, 1) == 35.8
     assert config.chain.steps == 80 and config.loss.count == 10 and config.train.ema == pytest.approx(0.99 ** (1 / 25), abs=1e-5)
     found = [config.train[key] for key in ("learning_rate", "warmup_steps", "patience", "global_batch")]
-    found += [config.loss[key] for key in ("auxiliary", "step_intra", "sample_inter")] + [config.sample.truncation]
+    found += [config.loss[key] for key in ("auxiliary", "step_intra", "sample_inter")] + [config.sample.top_p]
     assert found == {
         "imagenet256_class": [4.5e-4, 5000, 100_000, 192, 1e-3, 5e-5, 0.0, 0.86],
         "coco_text": [2e-4, 1000, 60_000, 32, 5e-4, 5e-5, 0.0, 0.85],
@@ -116,7 +116,7 @@ def test_the_full_width_lowers(name):
 def test_a_step_and_a_sample_from_a_cache(name, caches, monkeypatch):
     monkeypatch.setattr(tokens, "PIXELS", 2 * 256**2)
     cache, condition = caches(name), "text" if name in TEXTS else "label"
-    experiment, _ = load(name, **underscored(small(name)), data__dir=cache, loss__count=2, train__warmup_steps=0, sample__truncation=1e-6)
+    experiment, _ = load(name, **underscored(small(name)), data__dir=cache, loss__count=2, train__warmup_steps=0, sample__top_p=1e-6)
     step = jax.jit(make_step(experiment.loss, experiment.optimizer))
     before = jax.jit(lambda key: init_state(experiment.init, experiment.optimizer, key, experiment.loss))(jax.random.key(0))
     after, metrics = step(before, next(batches(experiment.train_data(), 0, 2)))

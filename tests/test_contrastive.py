@@ -7,6 +7,7 @@ import pytest
 
 from mmdiff import losses, processes, schedules, times
 from mmdiff.contrastive import cdcd, contrast, infonce, inter, intra, linear, own_chain, rising, shifted, table, weighted
+from mmdiff.errors import UserError
 from mmdiff.processes import Gaussian, Given, Joint, MaskReplace, Noised, absorbing
 
 T, K, L, B, N = 8, 5, 16, 6, 3
@@ -150,6 +151,8 @@ def test_the_whole_of_the_released_loss():
     np.testing.assert_allclose(found["sample_inter"], (1 + share) * run(contrast(TOKENS, MODES["sample"], table("negatives"))), rtol=1e-5)
     np.testing.assert_allclose(found["step_intra"], (1 + share) * run(contrast(TOKENS, MODES["step"], intra(chunks=4))), rtol=1e-5)
     assert set(cdcd(TOKENS, T)) == {"vlb", "auxiliary"}
+    with pytest.raises(UserError, match="the condition 'label' is one of a joint pass"):
+        cdcd(TOKENS, T, given="label")
     # With another form the scores keep their temperature at all times.
     term = cdcd(TOKENS, T, sample_inter=5e-6, others=table("negatives"), form=infonce())["sample_inter"][1]
     np.testing.assert_allclose(run(term), (1 + share) * run(contrast(TOKENS, MODES["sample"], table("negatives"), infonce())), rtol=1e-5)

@@ -32,7 +32,8 @@ from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Labels, Texts, TokenImages
-from mmdiff.data.tokens import Some, decoder, open_tokens, open_words
+from mmdiff.data.sources import Some
+from mmdiff.data.tokens import decoder, open_tokens, open_words
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim
@@ -58,7 +59,7 @@ def get_config():
             "log_every": 100, "eval_every": 10_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
-        "sample": {"steps": 80, "guidance": 1.0, "truncation": 0.85},
+        "sample": {"steps": 80, "guidance": 1.0, "top_p": 0.85},
         "eval": {"examples": 2048},  # held-out ones whose loss is measured, evenly spread over all of them
     })
 
@@ -92,7 +93,7 @@ def build(config):
     shape = {name: modality.shape for name, modality in modalities.items()}
     if data.classes:
         modalities["label"] = Labels(data.classes)
-    truncated = sampling.only("tokens", sampling.top_p(config.sample.truncation))
+    truncated = sampling.only("tokens", sampling.top_p(config.sample.top_p))
     return Experiment(
         process=process,
         init=initialiser(net, process, shape),

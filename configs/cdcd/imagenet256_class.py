@@ -31,7 +31,8 @@ from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Labels, TokenImages
-from mmdiff.data.tokens import Some, decoder, open_tokens
+from mmdiff.data.sources import Some
+from mmdiff.data.tokens import decoder, open_tokens
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim
@@ -55,7 +56,7 @@ def get_config():
             "log_every": 100, "eval_every": 10_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
-        "sample": {"steps": 80, "guidance": 1.0, "truncation": 0.86},
+        "sample": {"steps": 80, "guidance": 1.0, "top_p": 0.86},
         "eval": {"examples": 2048},  # held-out ones whose loss is measured, evenly spread over all of them
     })
 
@@ -82,7 +83,7 @@ def build(config):
     decode = decoder(data.dir) if data.dir else None
     modalities = {"tokens": TokenImages(*GRID, CODES, decode=decode), "label": Labels(CLASSES)}
     shape = {name: modality.shape for name, modality in modalities.items()}
-    truncated = sampling.only("tokens", sampling.top_p(config.sample.truncation))
+    truncated = sampling.only("tokens", sampling.top_p(config.sample.top_p))
     return Experiment(
         process=process,
         init=initialiser(net, process, shape),

@@ -21,18 +21,16 @@ sharply: do not compare Fréchet distances of its pictures with theirs. It has n
 
 import functools
 
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from mmdiff.data import pictures
 from mmdiff.data.modalities import Images
-from mmdiff.data.tokens import Recipe, Some
-from mmdiff.errors import UserError
+from mmdiff.data.sources import Some
+from mmdiff.data.tokens import Recipe
 from mmdiff.evals.tokenizer import Reconstructions
-from mmdiff.experiment import Experiment
+from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.tokenizers import VQAutoencoder, vq_loss
-from mmdiff.processes import Given, Joint
 
 SIZE = 256
 CLASS = {"codes": 974, "halvings": 4, "multipliers": (1, 1, 2, 4)}  # of configs/cdcd/imagenet256_class.py
@@ -65,27 +63,15 @@ def build(config):
     def split(name, words=None):
         return pictures.open_pictures(data, name, SIZE, words() if words else None)
 
-    def init(key):
-        return net.init(key, jnp.zeros((1, SIZE, SIZE, 3)))
-
-    def draw(params, keys, given, *, steps, guidance, absent=()):
-        if "image" not in given:
-            raise UserError("a tokenizer draws nothing by itself: give it pictures, --given image=FILE.")
-        return {**given, "reconstruction": net.apply(params, given["image"])[1]}
-
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     modalities = {name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")}
     return Experiment(
-        process=Joint(image=Given(0.0)),
-        init=init,
-        apply=lambda params, x, t: {"reconstruction": net.apply(params, x["image"])[1]},
+        **reconstructing(net),
         loss=vq_loss(net, **config.loss),
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=lambda: split("train"),
         eval_data=lambda: Some(split("val"), config.eval.pictures),
-        shape={name: images.shape for name, images in modalities.items()},
-        draw=draw,
         modalities=modalities,
         evaluators=(Reconstructions(net, pool=16),),
         cache=Recipe(net, {name: functools.partial(split, name, words) for name in ("train", "val")}, words=words),

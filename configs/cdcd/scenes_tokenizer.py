@@ -14,19 +14,16 @@ digits. Cost: 131,604 parameters, 3,000 steps; 678 s of training on two CPU core
 its last 600 steps, a rate at which all of it takes three minutes), eval 50 s, cache 15 s.
 """
 
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from mmdiff.data.modalities import Images
 from mmdiff.data.scenes import COUNTS, Scenes
 from mmdiff.data.tokens import Recipe
-from mmdiff.errors import UserError
 from mmdiff.evals.scenes import ASKED, Judge
 from mmdiff.evals.tokenizer import Reconstructions
-from mmdiff.experiment import Experiment
+from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.tokenizers import VQAutoencoder, vq_loss
-from mmdiff.processes import Given, Joint
 
 SIZE = 16
 
@@ -51,27 +48,15 @@ def build(config):
     net = VQAutoencoder(SIZE, SIZE, 3, **config.model)
     splits = {split: lambda split=split: Scenes(split, SIZE) for split in COUNTS}
 
-    def init(key):
-        return net.init(key, jnp.zeros((1, SIZE, SIZE, 3)))
-
-    def draw(params, keys, given, *, steps, guidance, absent=()):
-        if "image" not in given:
-            raise UserError("a tokenizer draws nothing by itself: give it pictures, --given image=FILE.")
-        return {**given, "reconstruction": net.apply(params, given["image"])[1]}
-
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     pictures = {name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")}
     return Experiment(
-        process=Joint(image=Given(0.0)),
-        init=init,
-        apply=lambda params, x, t: {"reconstruction": net.apply(params, x["image"])[1]},
+        **reconstructing(net),
         loss=vq_loss(net, **config.loss),
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=splits["train"],
         eval_data=splits["test"],
-        shape={name: images.shape for name, images in pictures.items()},
-        draw=draw,
         modalities=pictures,
         evaluators=(Reconstructions(net, judge=lambda: Judge(SIZE), all_of=ASKED),),
         cache=Recipe(net, splits),

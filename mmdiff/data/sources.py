@@ -76,6 +76,21 @@ class RandomSource:
         return self._pool.take(indices % self.POOL)
 
 
+class Some:
+    """A `Source` of `count` examples of another, evenly spread over it; all of them, if it has no more."""
+
+    def __init__(self, source: Source, count: int):
+        self._source, self._count = source, min(count, len(source))
+
+    def __len__(self):
+        return self._count
+
+    def take(self, indices):
+        indices = np.asarray(indices, np.int64)
+        check_range(indices, len(self))
+        return self._source.take(indices * len(self._source) // self._count)
+
+
 def whole(source: Source) -> dict[str, np.ndarray]:
     """Every example of a source that fits in memory, in its own order."""
     return source.take(np.arange(len(source), dtype=np.int64))

@@ -82,7 +82,8 @@ def write(folder: str | os.PathLike, recipe: Recipe, params: Any, made_by: Mappi
     }
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = read_meta(folder)
-        if any(found[key] != meta[key] for key in ("net", "fingerprint")):
+        # An older cache lacks the fields that its network's class has got since.
+        if [_fields(VQAutoencoder(**found["net"])), found["fingerprint"]] != [meta["net"], meta["fingerprint"]]:
             raise UserError(f"{folder} holds the tokens of other weights (step {found.get('step')}): remove it, or write elsewhere.")
         missing = [split for split in splits if split not in found["splits"]]
         if missing:
@@ -231,21 +232,6 @@ class Captioned:
         picture, caption = np.divmod(indices, self._captions)
         found = self._source.take(picture)
         return {**found, "text": found["text"][np.arange(len(indices)), caption]}
-
-
-class Some:
-    """A `Source` of `count` examples of another, evenly spread over it; all of them, if it has no more."""
-
-    def __init__(self, source: Source, count: int):
-        self._source, self._count = source, min(count, len(source))
-
-    def __len__(self):
-        return self._count
-
-    def take(self, indices):
-        indices = np.asarray(indices, np.int64)
-        check_range(indices, len(self))
-        return self._source.take(indices * len(self._source) // self._count)
 
 
 def read_meta(folder: str | os.PathLike) -> dict[str, Any]:

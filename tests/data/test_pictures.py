@@ -14,8 +14,8 @@ from PIL import Image
 
 from mmdiff.data import pictures
 from mmdiff.data.pictures import Pictures, open_pictures
-from mmdiff.data.sources import ArraySource, whole
-from mmdiff.data.tokens import Captioned, Some
+from mmdiff.data.sources import ArraySource, Some, whole
+from mmdiff.data.tokens import Captioned
 from mmdiff.errors import UserError
 
 

@@ -1,5 +1,6 @@
 """The token cache: what goes in comes out, pictures come back from the folder alone, and half a cache is none."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -95,6 +96,16 @@ def test_the_same_cache_is_not_written_twice(cache, params):
     assert not tokens.write(cache, RECIPE, params, MADE_BY)
     assert not tokens.write(cache, RECIPE, params, MADE_BY, ["test"])
     assert files(cache) == before
+
+
+def test_a_cache_from_before_a_field_of_the_network_is_the_same(cache, params):
+    meta = json.loads((cache / "cache.json").read_text())
+    del meta["net"]["multipliers"]
+    (cache / "cache.json").write_text(json.dumps(meta))
+    assert not tokens.write(cache, RECIPE, params, MADE_BY)
+    meta["net"]["features"] += 8
+    (cache / "cache.json").write_text(json.dumps(meta))
+    assert "holds the tokens of other weights" in refusal(tokens.write, cache, RECIPE, params, MADE_BY)
 
 
 def test_some_splits(tmp_path, params):
