@@ -14,7 +14,8 @@ A batch holds the modalities by name and `index` [B], the examples' global posit
 
 A loss with importance-sampled times (`times.importance`) has an attribute `stats`: `init() -> stats` and `update(stats, seen) -> stats`.
 It reads the statistics from batch["stats"] (without them they are those of `init`) and then returns what it saw as metrics["stats"],
-sums over the batch. `training.make_step` keeps them in its state.
+sums over the batch. `training.make_step` keeps them in its state. A loss whose attribute `averaged` is true gets the averaged
+parameters as batch["ema"], for a process whose encoder is the network itself.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ Loss = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict
 Term = Callable[[Any, Noised], Any]
 
 
-def diffusion(process: Process, apply: Callable, times: Times, terms: Mapping[str, tuple[float, Term]] | None = None) -> Loss:
+def diffusion(
+    process: Process, apply: Callable, times: Times, terms: Mapping[str, tuple[float, Term]] | Callable | None = None
+) -> Loss:
     """The loss of one noisy forward pass: `sum_k weight_k mean_b term_k(out, noised)[b]`.
 
     With importance-sampled times the mean over b is weighted by 1 / (T p_t), so it estimates the same as with uniform ones.
@@ -47,29 +50,34 @@ def diffusion(process: Process, apply: Callable, times: Times, terms: Mapping[st
       apply: `(params, net_x, net_t) -> out`.
       times: `(key, index) -> t`.
       terms: name -> (weight, term); a term may return [B], or a dict of [B] by modality. The process's own loss by default. With
-        weight 0 a term is reported and nothing else.
+        weight 0 a term is reported and nothing else. Or a function that gives them, `process -> terms`, called with
+        `process.bound(params)`.
 
     Returns a `Loss`; its metrics are "loss/<term>" and, for terms that return a dict, "loss/<modality>".
     """
-    if terms is None:
-        terms = {"": (1.0, process.loss)}
+
+    def terms_of(process):
+        return {"": (1.0, process.loss)} if terms is None else terms(process) if callable(terms) else terms
+
     source = times.source if isinstance(times, Adaptive) else None
-    if source and source.term not in terms:
-        raise UserError(f"the times are importance-sampled by the term {source.term!r}, but the loss has the terms {sorted(terms)}.")
+    if source and source.term not in terms_of(process):
+        names = sorted(terms_of(process))
+        raise UserError(f"the times are importance-sampled by the term {source.term!r}, but the loss has the terms {names}.")
 
     def loss(params, batch, key):
         index, stats = batch["index"], batch.get("stats")
-        batch = {name: array for name, array in batch.items() if name != "stats"}
+        bound = process.bound(batch.get("ema", params))
+        batch = {name: array for name, array in batch.items() if name not in ("stats", "ema")}
         keys = example_keys(key, index)
         times_key = jax.random.fold_in(key, zlib.crc32(b"times"))
         if source:
             t, importance, place = times.draw(times_key, index, source.init() if stats is None else stats)
         else:
             t = times(times_key, index)
-        noised = process.corrupt(fold(keys, "corrupt"), process.take(batch), t).replace(batch=batch, key=key)
-        out = apply(params, *process.inputs(noised.xt, noised.t))
+        noised = bound.corrupt(fold(keys, "corrupt"), bound.take(batch), t).replace(batch=batch, key=key)
+        out = apply(params, *bound.inputs(noised.xt, noised.t))
         total, metrics = jnp.zeros((), jnp.float32), {}
-        for name, (weight, term) in terms.items():
+        for name, (weight, term) in terms_of(bound).items():
             values = term(out, noised)
             if source and stats is not None and name == source.term:
                 metrics["stats"] = source.observe(place, values)
@@ -82,7 +90,21 @@ def diffusion(process: Process, apply: Callable, times: Times, terms: Mapping[st
 
     if source:
         loss.stats = source
+    loss.averaged = getattr(process, "shared", False)
     return loss
+
+
+def prepared(loss: Loss, prepare: Callable) -> Loss:
+    """`loss` of a batch to which `prepare(batch, keys)` [B] adds entries, drawn anew at every step: masks, crops."""
+
+    def with_more(params, batch, key):
+        keys = fold(example_keys(key, batch["index"]), "prepare")
+        return loss(params, {**batch, **prepare(batch, keys)}, key)
+
+    with_more.averaged = getattr(loss, "averaged", False)
+    if hasattr(loss, "stats"):
+        with_more.stats = loss.stats
+    return with_more
 
 
 def combine(**losses: tuple[float, Loss]) -> Loss:
@@ -105,6 +127,7 @@ def combine(**losses: tuple[float, Loss]) -> Loss:
 
     if sources:
         loss.stats = _Several(sources)
+    loss.averaged = any(getattr(part, "averaged", False) for _, part in losses.values())
     return loss
 
 

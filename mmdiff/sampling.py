@@ -72,6 +72,7 @@ def sample(
     absent: Sequence[str] = (),
     maps: Sequence[Map] = (),
     heun: bool = False,
+    history: bool = False,
 ) -> Any:
     """Draws x_0 by walking the grid from t = 1 to t = 0.
 
@@ -84,10 +85,11 @@ def sample(
       absent: modalities held at t = 1: the others are drawn without them.
       maps: functions `Move -> Move`, applied in order at every step; `only(name, map)` applies one to a modality.
       heun: average the beliefs at both ends of each step (second order, two network calls a step).
+      history: return every state on the way, [N + 1, B, ...], from the prior's draw to x_0.
 
     Returns x_0 with the structure of `shape`.
     """
-    given = dict(given or {})
+    process, given = process.bound(params), dict(given or {})
     joint = isinstance(shape, Mapping)
     if joint:
         unknown = [name for name in (*given, *absent) if name not in shape]
@@ -144,12 +146,12 @@ def sample(
             x0_end = belief(xs, s)
             average = jax.tree.map(lambda a, b: 0.5 * (a + b), move.x0, x0_end)
             xs = process.step(step_keys, xt, average, move.t, move.s)
-        return (xs, move.kept, t), None
+        return (xs, move.kept, t), xt if history else None
 
     last = jax.eval_shape(belief, xt, times(0))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), last)
-    (x, _, _), _ = jax.lax.scan(body, (xt, zeros, times(0)), jnp.arange(steps))
-    return x
+    (x, _, _), states = jax.lax.scan(body, (xt, zeros, times(0)), jnp.arange(steps))
+    return jax.tree.map(lambda before, last: jnp.concatenate([before, last[None]]), states, x) if history else x
 
 
 def start(process: Process, keys: jax.Array, shape: Any, given: Mapping[str, jax.Array]) -> Any:
@@ -173,7 +175,7 @@ def drawer(
     walk: Callable = lambda steps: (uniform_grid(steps), ()),
     **options: Any,
 ) -> Callable:
-    """The sampler of an `Experiment`: `draw(params, keys, given, *, steps, guidance, absent=())`.
+    """The sampler of an `Experiment`: `draw(params, keys, given, *, steps, guidance, absent=(), history=False)`.
 
     Args:
       process, apply, shape: as in `sample`.
@@ -186,13 +188,14 @@ def drawer(
     maps = tuple(options.pop("maps", ()))
     paths = {name: (paths or {}).get(name, lambda t: t) for name in shape}
 
-    def draw(params, keys, given, *, steps, guidance, absent=()):
+    def draw(params, keys, given, *, steps, guidance, absent=(), history=False):
         # Guidance has nothing to compare where the condition is absent anyway.
         present = {name: null for name, null in drop.items() if name not in absent}
         network = guided(apply, guidance, present, process) if present and guidance != 1 else apply
         times, strides = walk(steps)
         grid = {name: path(times) for name, path in paths.items()}
-        return sample(process, network, params, keys, grid, shape, given=given, absent=absent, maps=(*maps, *strides), **options)
+        rest = {"maps": (*maps, *strides), "history": history, **options}
+        return sample(process, network, params, keys, grid, shape, given=given, absent=absent, **rest)
 
     return draw
 
@@ -221,7 +224,7 @@ def guided(apply: Callable, w: float | Callable, drop: Mapping[str, Any], proces
             bare_x[name] = jnp.broadcast_to(jnp.asarray(null, x[name].dtype), x[name].shape)
             bare_t[name] = jnp.ones_like(t[name])
         if process:
-            bare_x, bare_t = process.bare(x, t, bare_x, bare_t)
+            bare_x, bare_t = process.bound(params).bare(x, t, bare_x, bare_t)
         both_x, both_t = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (x, t), (bare_x, bare_t))
         out = apply(params, both_x, both_t)
         scale = w(t) if callable(w) else w
@@ -263,7 +266,7 @@ def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Call
             return -nats.sum(), out
 
         score, out = jax.grad(log_p, has_aux=True)(x[process.target])
-        return {**out, process.target: process.told(out, {**data, process.target: x[process.target]}, t, scale * score)}
+        return {**out, process.target: process.bound(params).told(out, {**data, process.target: x[process.target]}, t, scale * score)}
 
     return apply_guided
 

@@ -204,13 +204,14 @@ def joint(**times: Times) -> Times:
     return _combined(draw, times.values())
 
 
-def shared(*names: str, times: Times | None = None) -> Times:
-    """One time for all the named modalities; uniform by default."""
+def shared(*names: str, times: Times | None = None, **others: Times) -> Times:
+    """One time for all the named modalities, uniform by default; `others` have their own: `shared("image", "text", mask=constant(1.0))`."""
     rule = times or uniform()
 
     def draw(key, index, stats):
         one = _drawn(rule, key, index, stats)
-        return one._replace(t={name: one.t for name in names})
+        own = {name: other(_named(key, name), index) for name, other in others.items()}
+        return one._replace(t={name: one.t for name in names} | own)
 
     return _combined(draw, [rule])
 

@@ -187,6 +187,57 @@ class Latents:
 
 
 @dataclasses.dataclass(frozen=True)
+class Features:
+    """Vectors that a fixed network makes of something: float32 [n, size] of root mean square 1.
+
+    Attributes:
+      size: the numbers in a vector.
+      name: the modality's name, which is its key in an `.npz` file.
+    """
+
+    size: int
+    name: str = "representation"
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The shape of one example."""
+        return (self.size,)
+
+    def parse(self, text: str) -> np.ndarray:
+        """The vectors in a `.npy` or `.npz` file, one or several: float32 [n, size].
+
+        Raises:
+          UserError: a file that is missing or no NumPy file, or what `check` refuses.
+        """
+        path = pathlib.Path(text).expanduser()
+        if path.suffix.lower() not in (".npy", ".npz"):
+            raise UserError(f"{self.name}: vectors come in .npy or .npz files, not {path}.")
+        return self.check(np.atleast_2d(_load(path, self.name)))
+
+    def check(self, array) -> np.ndarray:
+        """`array` as float32 [n, size].
+
+        Raises:
+          UserError: a wrong shape or type, or values that are not finite.
+        """
+        array = np.asarray(array)
+        if array.ndim != 2 or array.shape[1:] != self.shape:
+            raise UserError(f"{self.name}: vectors need the shape [n, {self.size}], got {list(array.shape)}.")
+        if not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise UserError(f"{self.name}: vectors must be finite floats, got {_span(array)}.")
+        return array.astype(np.float32)
+
+    def show(self, array) -> np.ndarray:
+        """A row of grey pixels, -3..3 becoming 0..255: uint8 [n, 1, size, 1]."""
+        return Latents(1, self.size, 1).show(np.asarray(array)[:, None, :, None])
+
+    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Directions with equal chances: float32 [count, size]."""
+        array = rng.standard_normal((count, self.size), np.float32)
+        return array / np.sqrt((array**2).mean(1, keepdims=True))
+
+
+@dataclasses.dataclass(frozen=True)
 class Labels:
     """Classes: int32 [n] in 0..count-1, optionally with names.
 

@@ -22,7 +22,7 @@ import io
 import itertools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -41,6 +41,10 @@ SPLITS = {
     "folder": {"train": "train", "val": "val"},
 }
 VOCABULARY = 49408  # CLIP's
+BY_HAND = {  # what TFDS cannot download
+    "imagenet2012": "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org",
+    "cityscapes": "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com",
+}
 PREPARE = (
     "python -c \"import tensorflow_datasets as tfds; tfds.builder('{}', data_dir='{}', file_format='array_record').download_and_prepare()\""
 )
@@ -80,7 +84,7 @@ class Pictures:
         indices = np.asarray(indices, np.int64)
         check_range(indices, len(self))
         records = self._records.get(indices.tolist())
-        images = list(_threads().map(lambda record: _picture(record["image"], self._size), records))
+        images = list(threads().map(lambda record: decode(record["image"], lambda picture: square(picture, self._size)), records))
         found = {"image": np.stack(images) if images else np.zeros((0, self._size, self._size, 3), np.float32)}
         if all("label" in record for record in records):
             found["label"] = np.array([record["label"] for record in records], np.int32)
@@ -133,22 +137,26 @@ def _records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
 
 
 class Tfds:
-    """The `Records` of a TFDS data set that somebody has prepared as array_record. Neither its code nor TensorFlow is imported."""
+    """The `Records` of a TFDS data set that somebody has prepared as array_record. Neither its code nor TensorFlow is imported.
 
-    def __init__(self, name: str, split: str, data_dir: pathlib.Path):
+    `images` names the entries that are pictures, and that a record has as they are stored.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: pathlib.Path, images: Sequence[str] = ("image",)):
         import tensorflow_datasets as tfds
 
-        full = {"coco_captions": "coco_captions/2014"}.get(name, name)
+        full = {"coco_captions": "coco_captions/2014", "cityscapes": "cityscapes/semantic_segmentation"}.get(name, name)
         versions = [path.parent for path in (data_dir / full).glob("*/dataset_info.json")]
         command = PREPARE.format(full, data_dir)
         if not versions:
-            first = f"put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into {data_dir}/downloads/manual, then run "
-            what = {"imagenet2012": first}.get(name, "download and prepare it (some 40 GB) with ")
+            first = f"put {BY_HAND.get(name)} into {data_dir}/downloads/manual, then run "
+            what = first if name in BY_HAND else "download and prepare it (some 40 GB) with "
             raise UserError(f"there is no TFDS data set {full} in {data_dir}: {what}{command}")
+        self._images = images
         newest = max(versions, key=lambda path: [int(part) if part.isdecimal() else -1 for part in path.name.split(".")])
         try:
             builder = tfds.builder_from_directory(str(newest))
-            self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+            self._source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding() for image in images})
         except (NotImplementedError, ValueError, OSError) as error:
             raise UserError(f"{newest} cannot be read ({str(error).splitlines()[0]}): prepare it anew, with {command}") from error
 
@@ -157,14 +165,16 @@ class Tfds:
 
     def get(self, indices):
         examples = self._source.__getitems__(list(indices))
-        return [{"image": bytes(example["image"]), **_said(example)} for example in examples]
+        return [{image: bytes(example[image]) for image in self._images} | _said(example) for example in examples]
 
 
 def _said(example: dict[str, Any]) -> dict[str, Any]:
     """What a TFDS example says of its picture."""
     if "label" in example:
         return {"label": int(example["label"])}
-    return {"captions": [caption.decode("utf-8", "replace") for caption in example["captions"]["text"]]}
+    if "captions" in example:
+        return {"captions": [caption.decode("utf-8", "replace") for caption in example["captions"]["text"]]}
+    return {}
 
 
 class Files:
@@ -193,7 +203,7 @@ def _cub200(folder: pathlib.Path, classes: str) -> Files:
     for name in listed.read_text().split():
         if name not in numbers:
             raise UserError(f"{listed} names the class {name!r}, but {images} has no such folder.")
-        for path in _files(images / name):
+        for path in files(images / name):
             said = texts / name / f"{path.stem}.txt"
             try:
                 captions = [line.strip() for line in said.read_text("utf-8", "replace").splitlines() if line.strip()]
@@ -202,7 +212,7 @@ def _cub200(folder: pathlib.Path, classes: str) -> Files:
             if not captions:
                 raise UserError(f"{said} holds no captions: unpack it again.")
             records.append({"image": path, "label": numbers[name], "captions": captions})
-    return _some(records, f"pictures of the classes in {listed}")
+    return nonempty(records, f"pictures of the classes in {listed}")
 
 
 def _folder(folder: pathlib.Path, split: str) -> Files:
@@ -214,11 +224,12 @@ def _folder(folder: pathlib.Path, split: str) -> Files:
     for name in _folders(folder / split):
         if name not in numbers:
             raise UserError(f"{folder / split} has a class {name!r}, but {folder / 'train'} has none of that name.")
-        records += [{"image": path, "label": numbers[name]} for path in _files(folder / split / name)]
-    return _some(records, f"pictures ({', '.join(PICTURES)}) in the folders of {folder / split}")
+        records += [{"image": path, "label": numbers[name]} for path in files(folder / split / name)]
+    return nonempty(records, f"pictures ({', '.join(PICTURES)}) in the folders of {folder / split}")
 
 
-def _some(records: Sequence[dict[str, Any]], what: str) -> Files:
+def nonempty(records: Sequence[dict[str, Any]], what: str) -> Files:
+    """`Files` of records, or a UserError: there are none of `what`."""
     if not records:
         raise UserError(f"there are no {what}.")
     return Files(records)
@@ -228,29 +239,43 @@ def _folders(path: pathlib.Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir() if entry.is_dir())
 
 
-def _files(path: pathlib.Path) -> list[pathlib.Path]:
+def files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The pictures in a folder, in the order of their names."""
     return sorted(entry for entry in path.iterdir() if entry.suffix.lower() in PICTURES)
 
 
 # --------------------------------------------------------------------------------------------------------------- a picture
 
 
-def _picture(file: pathlib.Path | bytes, size: int) -> np.ndarray:
-    """The central square of a picture, resampled (bicubic, antialiased) to float32 [size, size, 3] in [-1, 1]."""
+def decode(file: pathlib.Path | bytes, see: Callable[[Any], Any]) -> np.ndarray:
+    """What `see` makes of a Pillow picture, values 0..255, as float32 in [-1, 1].
+
+    Raises:
+      UserError: a damaged file.
+    """
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
-            side = min(picture.size)
-            left, top = ((length - side) // 2 for length in picture.size)
-            square = picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+            return np.asarray(see(picture), np.float32) / np.float32(127.5) - 1
+    except UserError:
+        raise
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         what = "a picture of the data set" if isinstance(file, bytes) else str(file)
         raise UserError(f"{what} cannot be read as an image ({error}): the file is damaged, copy it again.") from error
-    return np.asarray(square, np.float32) / np.float32(127.5) - 1
+
+
+def square(picture: Any, size: int, ids: bool = False) -> Any:
+    """The central square of a Pillow picture, `size` pixels wide: in colour, resampled (bicubic, antialiased); or ids, the nearest."""
+    from PIL import Image
+
+    side = min(picture.size)
+    left, top = ((length - side) // 2 for length in picture.size)
+    how = Image.Resampling.NEAREST if ids else Image.Resampling.BICUBIC
+    return (picture if ids else picture.convert("RGB")).resize((size, size), how, (left, top, left + side, top + side))
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
+def threads() -> ThreadPoolExecutor:
     """Pillow decodes outside of Python's lock."""
     return ThreadPoolExecutor(min(32, os.cpu_count() or 1), "pictures")

@@ -79,24 +79,33 @@ class Scenes:
         indices = np.asarray(indices, np.int64)
         check_range(indices, len(self))
         scenes = {name: self._scenes[name][indices] for name in ATTRIBUTES}
-        pixels = render(self._ink[self._scenes["row"][indices]], scenes, self.size)
+        pixels = render(self.ink(indices), scenes, self.size)
         return {"image": pixels.astype(np.float32) / 127.5 - 1, "text": _texts()[tuple(scenes.values())], **scenes}
+
+    def ink(self, indices: np.ndarray) -> np.ndarray:
+        """The digits of scenes, [n, 8, 8] in [0, 1]."""
+        return self._ink[self._scenes["row"][indices]]
 
 
 def render(ink: np.ndarray, scenes: Mapping[str, np.ndarray], size: int) -> np.ndarray:
     """Pictures uint8 [n, size, size, 3] of digits `ink` [n, 8, 8] in [0, 1] with the attributes in `scenes` [n].
 
-    A pixel is `background + ink (colour - background)`, rounded; larger digits are interpolated linearly.
+    A pixel is `background + cover (colour - background)`, rounded.
     """
     palette = np.array(list(COLOURS.values()), np.float64)
-    cover = np.zeros((len(ink), size, size))
+    behind, front = (palette[scenes[name]][:, None, None] for name in ("background", "colour"))
+    return np.rint(behind + cover(ink, scenes, size)[..., None] * (front - behind)).astype(np.uint8)
+
+
+def cover(ink: np.ndarray, scenes: Mapping[str, np.ndarray], size: int) -> np.ndarray:
+    """How far the digit covers a pixel, [n, size, size] in [0, 1]: its ink at its place; larger digits are interpolated linearly."""
+    covered = np.zeros((len(ink), size, size))
     for number in range(len(SIZES)):
         for position in range(len(POSITIONS)):
             rows = np.flatnonzero((scenes["size"] == number) & (scenes["position"] == position))
             box, enlarge = footprint(size, number, position)
-            cover[rows, box[0], box[1]] = enlarge @ ink[rows] @ enlarge.T
-    behind, front = (palette[scenes[name]][:, None, None] for name in ("background", "colour"))
-    return np.rint(behind + cover[..., None] * (front - behind)).astype(np.uint8)
+            covered[rows, box[0], box[1]] = enlarge @ ink[rows] @ enlarge.T
+    return covered
 
 
 def footprint(size: int, number: int, position: int) -> tuple[tuple[slice, slice], np.ndarray]:

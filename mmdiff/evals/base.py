@@ -77,6 +77,17 @@ def draw_samples(
     return in_batches(draw, params, example_keys(key, count), given, batch)
 
 
+def states(experiment, params, key, given, name: str, *, steps: int, guidance: float, count: int = 10, rows: int = 6) -> np.ndarray:
+    """What `count` walks pass through on their way from noise to a sample of modality `name`: [rows * count, ...], row by row.
+
+    `given` holds at least `count` examples each, or nothing.
+    """
+    walk = jax.jit(functools.partial(experiment.draw, steps=steps, guidance=guidance, history=True))
+    passed = walk(params, example_keys(key, count), jax.tree.map(lambda array: jnp.asarray(array[:count]), dict(given)))[name]
+    picked = np.linspace(0, len(passed) - 1, rows).round().astype(int)
+    return np.concatenate(np.asarray(passed)[picked])
+
+
 class Clock:
     """Says what happens, and keeps how many seconds each stage took."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from mmdiff.data.sources import whole
 from mmdiff.evals import classifiers, conditional, pictures
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
-from mmdiff.evals.base import Clock, Findings, Picture, draw_samples, example_keys, in_batches
+from mmdiff.evals.base import Clock, Findings, Picture, draw_samples, example_keys, in_batches, states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,9 @@ class JointImageLabel:
         joint_images, joint_labels = quantize(joint[self.image]), joint[self.label]
         clock.start("unconditional_samples", "drawing 100 unconditional images")
         bare = quantize(draw(bare_key, {}, 100, absent=(self.label,))[self.image])
+        clock.start("chain", "keeping the states of ten walks")
+        each = {self.label: np.arange(10, dtype=np.int32) % self.classes}
+        chain = states(experiment, params, given_key, each, self.image, steps=steps, guidance=guidance)
 
         clock.start("classifiers", "training the independent classifier")
         found = conditional.judge(drawn, asked, (images, labels), (test_images, test_labels), self.classes, self.per_class)
@@ -101,6 +104,7 @@ class JointImageLabel:
                 given=(drawn, asked, found),
                 joint=(joint_images, joint_labels, judged_joint),
                 bare=bare,
+                chain=chain,
                 sampler=f"{steps} steps, guidance {guidance:g}",
             ),
             settings=settings,
@@ -127,7 +131,7 @@ class JointImageLabel:
             "label drawn with them",
         }
 
-    def _pictures(self, experiment, *, real, given, joint, bare, sampler: str) -> Mapping[str, Picture]:
+    def _pictures(self, experiment, *, real, given, joint, bare, chain, sampler: str) -> Mapping[str, Picture]:
         show, name = experiment.modalities[self.image].show, experiment.modalities[self.label].show
         names = name(np.arange(self.classes))
         (images, labels, read), (drawn, asked, found) = real, given
@@ -139,6 +143,8 @@ class JointImageLabel:
                 f"Image and label drawn together; {sampler}. A label is red where the SVM sees another one.",
             ),
             "Unconditional images": Picture(pictures.grid(show(bare), 10), f"Drawn with the label held absent (t = 1); {sampler}."),
+            "From noise to image": Picture(
+                pictures.grid(show(chain), 10), f"States of ten walks, a label each, from noise, above, to the image; {sampler}."),
             "Image to label": Picture(
                 pictures.matrix(confusion(read, labels, self.classes), names, "true label", "label read by the model"),
                 f"{len(labels)} held-out images, one network call each.",

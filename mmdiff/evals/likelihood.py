@@ -92,7 +92,7 @@ def discrete_time(
     """
     if steps < 1:
         raise ValueError(f"discrete_time needs at least one step, got {steps}.")
-    count = keys.shape[0]
+    process, count = process.bound(params), keys.shape[0]
 
     def body(total, i):
         t, s = (path(jnp.full(count, u, jnp.float32)) for u in (i / steps, (i - 1) / steps))
@@ -120,7 +120,7 @@ def continuous_time(
     """
     if draws < 1:
         raise ValueError(f"continuous_time needs at least one draw, got {draws}.")
-    offset = jax.vmap(jax.random.uniform)(fold(keys, "time"))
+    process, offset = process.bound(params), jax.vmap(jax.random.uniform)(fold(keys, "time"))
 
     def body(total, j):
         u = (j + offset) / draws

@@ -25,6 +25,7 @@ hidden x_i, from the network's output for it (its head), stands in for x_i: E_i 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -103,10 +104,13 @@ class Addend:
       encode: E, from what `clean` says of the modality (probabilities [B, ..., K] of a discrete one, else its array) to an array of the
         target's shape; a fixed function, through which no gradient passes.
       weight: a, as `(schedule, t) -> a(t)`; a(0) counts as 0.
+      shared: E is the network itself, `encode(params, x)`. It then has to be bound to parameters, which losses and samplers do: in
+        training to the averaged ones, which move slowly.
     """
 
-    encode: Callable[[jax.Array], jax.Array]
+    encode: Callable[..., jax.Array]
     weight: Weight
+    shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +201,20 @@ class Aggregate(Joint):
     def heads(self) -> tuple[str, ...]:
         """What is added and may be hidden, so that the network has to tell it."""
         return tuple(name for name in self.added if self.parts[name].learnt)
+
+    @property
+    def shared(self) -> bool:
+        """Whether an encoder is the network itself."""
+        return any(addend.shared for addend in self.added.values())
+
+    def bound(self, params):
+        if not self.shared:
+            return self
+
+        def of(addend):
+            return Addend(functools.partial(addend.encode, params), addend.weight) if addend.shared else addend
+
+        return Aggregate(self.target, {name: of(addend) for name, addend in self.added.items()}, self.parts)
 
     def begin(self, xt, known):
         if self.target in known:
@@ -357,6 +375,8 @@ class Aggregate(Joint):
         encoded = {}
         for name, addend in self.added.items():
             if name in beliefs:
+                if addend.shared:
+                    raise ValueError(f"Aggregate: the encoder of {name!r} is the network: use process.bound(params).")
                 encoded[name] = jax.lax.stop_gradient(addend.encode(self._as_belief(name, beliefs[name])))
                 if z is not None and encoded[name].shape != z.shape:
                     raise ValueError(

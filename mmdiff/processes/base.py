@@ -67,6 +67,10 @@ class Process:
         """A draw [B, *shape] at t = 1."""
         raise NotImplementedError
 
+    def bound(self, params: Any) -> Process:
+        """This process with whatever in it depends on the network's parameters; usually nothing does."""
+        return self
+
     def begin(self, xt: Any, known: Collection[str]) -> Any:
         """A draw of the prior in which the modalities `known` were replaced by their clean data, and what else this changes."""
         return xt

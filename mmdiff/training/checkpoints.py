@@ -272,19 +272,26 @@ def restore_for_inference(
     Raises:
       UserError: no checkpoint, another config, or a checkpoint that does not fit the network.
     """
-    folder = _folder(workdir)
     check_config(workdir, config, MAY_DIFFER_IN_USE)
+    return weights(experiment, workdir, step=step, metric=config.train.best, mesh=mesh)
+
+
+def weights(
+    experiment: Any, workdir: str | os.PathLike, *, step: int | str | None = None, metric: str = "", mesh: Mesh | None = None
+) -> tuple[Any, int]:
+    """`restore_for_inference` from a run of any config whose network is that of the experiment; `metric` decides which is "best"."""
+    folder = _folder(workdir)
     intact = _intact(folder)
     for damaged, problem in _damages(folder).items():
         log.warning("checkpoint %s is damaged (%s): it is not opened.", folder / str(damaged), problem)
     if not intact:
         raise UserError(f"there is no checkpoint in {workdir}: train first, or name the workdir of a run.")
     if step == "best":
-        metric = {step: _meta(folder / str(step))["metrics"].get(config.train.best, math.nan) for step in intact}
-        metric = {step: value for step, value in metric.items() if math.isfinite(value)}
-        if not metric:
-            raise UserError(f"no checkpoint in {workdir} records the metric {config.train.best!r} (config.train.best).")
-        step = min(metric, key=metric.get)
+        values = {step: _meta(folder / str(step))["metrics"].get(metric, math.nan) for step in intact}
+        values = {step: value for step, value in values.items() if math.isfinite(value)}
+        if not values:
+            raise UserError(f"no checkpoint in {workdir} records the metric {metric!r} (config.train.best).")
+        step = min(values, key=values.get)
     step = max(intact) if step is None else step
     if step not in intact:
         raise UserError(f"there is no checkpoint of step {step} in {workdir}: there are {', '.join(map(str, intact))}.")

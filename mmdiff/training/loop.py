@@ -93,6 +93,12 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         else:
             key = jax.random.key(config.seed)
             state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
+            if options.get("start"):  # fine-tuning
+                weights, _ = checkpoints.weights(experiment, options.start, mesh=mesh)
+                where = jax.tree.map(lambda x: x.sharding, (state.params, state.ema))
+                cast = jax.tree.map(lambda new, old: new.astype(old.dtype), weights, state.params)
+                params, ema = jax.jit(lambda *both: jax.tree.map(jnp.copy, both), out_shardings=where)(cast, weights)
+                state = state.replace(params=params, ema=ema)
             averages, meta = empty, {"train_seconds": 0.0, "compile_seconds": 0.0}
         if start >= options.steps:
             if jax.process_index() == 0:

@@ -106,11 +106,11 @@ def make_step(
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.train.norm_groups: {pattern!r}, the group {name!r}, is no regular expression ({error}).") from error
-    learns = hasattr(loss, "stats")
+    learns, averaged = hasattr(loss, "stats"), getattr(loss, "averaged", False)
     takes_value = optax.with_extra_args_support(optimizer)  # the loss, for rates that follow it
 
-    def evaluate(params, batch, key, stats):
-        given = {**batch, "stats": stats} if learns else batch
+    def evaluate(params, batch, key, stats, average):
+        given = batch | ({"stats": stats} if learns else {}) | ({"ema": average} if averaged else {})
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, given, key)
         value, metrics, grads = _float32((value, metrics, grads))
         seen = metrics.pop("stats", {})
@@ -118,14 +118,14 @@ def make_step(
             metrics = {**metrics, "noise_scale/part_sq": _squares(grads)}
         return (value, metrics, grads), seen
 
-    def accumulate(params, batch, key, stats):
+    def accumulate(params, batch, key, stats, average):
         if microbatches == 1:
-            return evaluate(params, batch, key, stats)
+            return evaluate(params, batch, key, stats, average)
         parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
-        shapes = jax.eval_shape(evaluate, params, jax.tree.map(lambda x: x[0], parts), key, stats)
+        shapes = jax.eval_shape(evaluate, params, jax.tree.map(lambda x: x[0], parts), key, stats, average)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, evaluate(params, part, key, stats)), None
+            return jax.tree.map(jnp.add, total, evaluate(params, part, key, stats, average)), None
 
         (total, seen), _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)
         return jax.tree.map(lambda x: x / microbatches, total), seen
@@ -133,7 +133,7 @@ def make_step(
     def step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
         stats = state.stats["loss"] if learns else None
-        (value, metrics, grads), seen = accumulate(state.params, batch, key, stats)
+        (value, metrics, grads), seen = accumulate(state.params, batch, key, stats, state.ema)
         grad_norm = optax.tree.norm(grads)
         if noise_scale:
             metrics = _noise_moments(metrics, grad_norm**2, len(jax.tree.leaves(batch)[0]), microbatches)

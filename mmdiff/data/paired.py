@@ -1,0 +1,170 @@
+"""Pairs of pictures of one scene, for MT-Diffusion's image transition (Chen et al. 2024, section 5.1): an image and another picture.
+
+Of the digit scenes (`PairedScenes`) the other picture is made here:
+
+    segmentation    what is where: background or one of ten digits, as colours
+    night           the same scene at night: a fixed linear map of every pixel's colour, which can be undone
+
+The paper's sets (`Pairs`) lie in a folder, with the splits "train" and "val":
+
+    cityscapes       segmentation: train/NAME.jpg, val/NAME.jpg (or another format), the photograph left, the segmentation right, both
+                     square, in one file, as published with pix2pix (Isola et al. 2017): 2,975 and 500
+    cityscapes_tfds  the same by TFDS ("cityscapes/semantic_segmentation"), prepared as array_record in the folder; the photographs are
+                     2048 x 1024 pixels, and their central square is what is seen, whereas pix2pix squeezes them
+    night2day        night: as cityscapes, the night left and the day, which is the image, right
+
+All pictures are float32 [n, size, size, 3] in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from mmdiff.data import pictures, scenes
+from mmdiff.data.modalities import PICTURES, Images
+from mmdiff.data.sources import RandomSource, Source, check_range
+from mmdiff.errors import UserError
+
+OTHER = {"cityscapes": "segmentation", "cityscapes_tfds": "segmentation", "night2day": "night"}  # the name of the other picture
+# The colours of the scenes' classes, background and digits 0 to 9: corners of the cube and middles of its faces, at least 180 apart.
+PALETTE = np.array(
+    [[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255], [255, 255, 255], [255, 128, 128],
+     [0, 128, 128], [128, 128, 255]], np.uint8)
+# The official colours of Cityscapes' ids 0 to 33; 255 is what its files have for id -1, a licence plate. The ids between do not occur.
+CITYSCAPES = np.zeros((256, 3), np.uint8)
+CITYSCAPES[5:34] = [
+    [111, 74, 0], [81, 0, 81], [128, 64, 128], [244, 35, 232], [250, 170, 160], [230, 150, 140], [70, 70, 70], [102, 102, 156],
+    [190, 153, 153], [180, 165, 180], [150, 100, 100], [150, 120, 90], [153, 153, 153], [153, 153, 153], [250, 170, 30], [220, 220, 0],
+    [107, 142, 35], [152, 251, 152], [70, 130, 180], [220, 20, 60], [255, 0, 0], [0, 0, 142], [0, 0, 70], [0, 60, 100], [0, 0, 90],
+    [0, 0, 110], [0, 80, 100], [0, 0, 230], [119, 11, 32]]
+CITYSCAPES[255] = 0, 0, 142
+# Night's red, green and blue of day's, all in 0..1: the channels change places, darker, and everything turns blue.
+DARKEN = np.array([[0.05, 0.4, 0.05], [0.05, 0.05, 0.45], [0.6, 0.1, 0.1]])
+GLOW = np.array([0.0, 0.0, 0.15])
+
+
+class PairedScenes:
+    """A `Source` of digit scenes with another picture of each: what `Scenes` gives, and `other`, like its image.
+
+    Args:
+      split, size, count: as of `Scenes`.
+      other: "segmentation" (a pixel is of the digit's class where the digit covers more than half of it) or "night".
+
+    Raises:
+      UserError: another `other`, or what `Scenes` refuses.
+    """
+
+    def __init__(self, split: str, other: str, size: int = 16, count: int | None = None):
+        if other not in OTHER.values():
+            raise UserError(f"the digit scenes have no picture {other!r} beside the image: choose segmentation or night.")
+        self._scenes, self._other = scenes.Scenes(split, size, count), other
+
+    def __len__(self):
+        return len(self._scenes)
+
+    def take(self, indices):
+        found = self._scenes.take(indices)
+        return {**found, self._other: night(found["image"]) if self._other == "night" else coloured(self._classes(indices, found))}
+
+    def _classes(self, indices, found):
+        inside = scenes.cover(self._scenes.ink(indices), found, self._scenes.size) > 0.5
+        return np.where(inside, found["digit"][:, None, None] + 1, 0)
+
+
+def coloured(classes: np.ndarray, palette: np.ndarray = PALETTE) -> np.ndarray:
+    """Maps of classes [..., height, width] as pictures [..., height, width, 3] in [-1, 1], by a palette [K, 3] in 0..255."""
+    return (palette / np.float32(127.5) - 1).astype(np.float32)[classes]
+
+
+def classes(pictures: np.ndarray, palette: np.ndarray = PALETTE) -> np.ndarray:
+    """Pictures [..., height, width, 3] as maps of classes, int32 [..., height, width]: the one whose colour is nearest."""
+    colours = coloured(np.arange(len(palette)), palette)
+    return np.argmin((colours**2).sum(-1) - 2 * np.asarray(pictures, np.float32) @ colours.T, -1).astype(np.int32)
+
+
+def night(day: np.ndarray) -> np.ndarray:
+    """Day's pictures [..., 3] in [-1, 1] at night: `DARKEN u + GLOW` of every pixel u in 0..1."""
+    return (2 * ((np.asarray(day, np.float64) + 1) / 2 @ DARKEN.T + GLOW) - 1).astype(np.float32)
+
+
+def day(night: np.ndarray) -> np.ndarray:
+    """The inverse of `night`; of what is no night it is outside [-1, 1]."""
+    return (2 * (((np.asarray(night, np.float64) + 1) / 2 - GLOW) @ np.linalg.inv(DARKEN).T) - 1).astype(np.float32)
+
+
+class Pairs:
+    """A `Source` of one split of a set of the paper: image and, under the name in `OTHER`, the other picture.
+
+    Args:
+      name, split: of the set, as above.
+      data_dir: its folder; of a TFDS set, where TFDS keeps data sets.
+      size: the side of a picture.
+
+    Raises:
+      UserError: an unknown set or split, data that are not there, and what to do about it; from `take`, a file that is damaged or no pair.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str | os.PathLike, size: int = 64):
+        if name not in OTHER:
+            raise UserError(f"there is no set of pairs {name!r}: set config.data.name to {', '.join(OTHER)} or random.")
+        if split not in ("train", "val"):
+            raise UserError(f"the set {name} has no split {split!r}: choose one of train, val.")
+        if not data_dir:
+            raise UserError(f"config.data.dir is empty: name the folder of the set {name} (mmdiff/data/paired.py says what is in it).")
+        folder = pathlib.Path(data_dir).expanduser()
+        self._name, self._size = name, size
+        if name == "cityscapes_tfds":
+            part = {"train": "train", "val": "validation"}[split]
+            self._records = pictures.Tfds("cityscapes", part, folder, ("image_left", "segmentation_label"))
+            return
+        if not (folder / split).is_dir():
+            raise UserError(
+                f"there is no folder {folder / split}: unpack pix2pix's {name}.tar.gz (efrosgans.eecs.berkeley.edu/pix2pix/datasets), "
+                "and name the folder in which its train and val are.")
+        records = [{"image": path} for path in pictures.files(folder / split)]
+        self._records = pictures.nonempty(records, f"pictures ({', '.join(PICTURES)}) in {folder / split}")
+
+    def __len__(self):
+        return len(self._records)
+
+    def take(self, indices):
+        indices = np.asarray(indices, np.int64)
+        check_range(indices, len(self))
+        found = list(pictures.threads().map(self._pair, self._records.get(indices.tolist())))
+        pairs = np.stack(found) if found else np.zeros((0, 2, self._size, self._size, 3), np.float32)
+        return {"image": pairs[:, 0], OTHER[self._name]: pairs[:, 1]}
+
+    def _pair(self, record):
+        """The image and the other picture, [2, size, size, 3]."""
+        if self._name == "cityscapes_tfds":
+            image = pictures.decode(record["image_left"], lambda picture: pictures.square(picture, self._size))
+            return np.stack([image, pictures.decode(record["segmentation_label"], self._labelled)])
+
+        def halves(picture):
+            width, height = picture.size
+            if width != 2 * height:
+                raise UserError(f"{record['image']} has {width} x {height} pixels: a pair is one file with two squares side by side.")
+            left, right = (picture.crop((start, 0, start + height, height)) for start in (0, height))
+            return np.stack([pictures.square(half, self._size) for half in (left, right)])
+
+        pair = pictures.decode(record["image"], halves)
+        return pair[::-1] if self._name == "night2day" else pair
+
+    def _labelled(self, picture):
+        return CITYSCAPES[np.asarray(pictures.square(picture, self._size, ids=True))]
+
+
+def open_pairs(data: Any, split: str, size: int) -> Source:
+    """What a config's `data` section names: {"name": SET, "dir": FOLDER}, or made-up pictures, all of them, by {"name": "random"}.
+
+    Raises:
+      UserError: no folder, or what `Pairs` refuses.
+    """
+    if data.name == "random":
+        names = ("image", *OTHER.values())
+        return RandomSource({name: Images(size, size, 3, name=name) for name in names}, 1_000_000 if split == "train" else 1024)
+    return Pairs(data.name, split, data.dir, size)

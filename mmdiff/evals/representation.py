@@ -1,0 +1,122 @@
+"""What an image model makes of representations: images drawn for one, with one and without, and representations read off images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff.data.sources import whole
+from mmdiff.evals import classifiers, pictures
+from mmdiff.evals.accuracy import accuracy, posterior
+from mmdiff.evals.base import Clock, Findings, Picture, draw_samples, example_keys, in_batches, states
+from mmdiff.evals.frechet import frechet_ratio
+
+NAME = "representation"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRepresentation:
+    """Figures and pictures of a joint model of images and the features of a fixed extractor.
+
+    As many images as there are training images, for each setting: `given`, the training images' own representations, with the guidance
+    of `config.sample`; `given_unguided`, without it; `joint`, drawn together with a representation; `absent`, without any. Of each:
+
+    * `frechet_ratio_...`, to the held-out images;
+    * `cosine_...`: of the representation (given or drawn) and the features of the image drawn;
+    * `class_agreement_...`: an SVM sees the class of the image that the given representation is of.
+
+    `cosine_read`: of the representation that the network reads off a held-out image, by one call, and its features.
+
+    Attributes:
+      features: images [n, H, W, C] -> [n, D].
+      batch: examples in a network call or a drawing.
+    """
+
+    features: Callable[[np.ndarray], np.ndarray]
+    batch: int = 250
+
+    def __call__(self, experiment, params, config, key, step) -> Findings:
+        steps, guidance = int(config.sample.steps), float(config.sample.guidance)
+        train, test = whole(experiment.train_data()), whole(experiment.eval_data())
+        modality = experiment.modalities["image"]
+        keys = jax.random.split(key, 6)
+        classifier = classifiers.svm(train["image"], train["label"])
+        real, count = {NAME: train[NAME]}, len(train["image"])
+        settings = {
+            "given": (real, guidance, ()), "given_unguided": (real, 1.0, ()), "joint": ({}, 1.0, ()), "absent": ({}, 1.0, (NAME,)),
+        }  # fmt: skip
+        clock, figures, shown = Clock(), {}, {}
+        for (name, (given, scale, absent)), own in zip(settings.items(), keys):
+            clock.start(name, f"drawing {count} images, representation {name.replace('_', ' ')}")
+            options = {"batch": self.batch, "steps": steps, "guidance": scale, "absent": absent}
+            drawn = draw_samples(experiment, params, own, given, count, **options)
+            shown[name] = images = modality.quantize(drawn["image"])
+            figures[f"frechet_ratio_{name}"] = frechet_ratio(images, test["image"], train["image"])
+            if not absent:
+                figures[f"cosine_{name}"] = float(cosine(drawn[NAME], self.features(images)).mean())
+            if given:
+                figures[f"class_agreement_{name}"] = accuracy(classifiers.predict(classifier, images), train["label"])
+        clock.start("read", f"reading the representations of {len(test['image'])} images")
+        read = self._read(experiment, params, keys[4], test["image"])
+        figures["cosine_read"] = float(cosine(read, test[NAME]).mean())
+        figures["cosine_same_class"], figures["cosine_any"] = pairs(test[NAME], test["label"])
+        clock.start("chain", "keeping the states of ten images")
+        chain = states(experiment, params, keys[5], {NAME: test[NAME]}, "image", steps=steps, guidance=guidance)
+        clock.stop()
+        show, sampler = modality.show, f"{steps} steps, guidance {guidance:g}"
+        rows = np.concatenate([train["image"][:10], *(shown[name][:10] for name in settings)])
+        return Findings(
+            figures=figures,
+            notes=self._notes(count, len(test["image"])),
+            pictures={
+                "Representation to image": Picture(
+                    pictures.grid(show(rows), 10, rows=list("abcde")),
+                    f"a: the real images whose representations are given to b ({sampler}) and c (without guidance); d: drawn together with "
+                    "a representation; e: without any."),
+                "From noise to image": Picture(
+                    pictures.grid(show(chain), 10),
+                    f"States of ten walks with held-out representations, from noise, above, to the image; {sampler}."),
+            },
+            settings={
+                "sample_steps": steps, "guidance": guidance, "samples": count, "test_images": len(test["image"]),
+                "evaluation_seconds": clock.seconds},
+        )  # fmt: skip
+
+    def _read(self, experiment, params, key, images):
+        def read(params, keys, given):
+            return posterior(experiment.process, experiment.apply, params, keys, given, NAME, experiment.shape)
+
+        return in_batches(read, params, example_keys(key, len(images)), {"image": jnp.asarray(images)}, self.batch)
+
+    def _notes(self, count, test):
+        ways = {
+            "given": "the training images' representations given, with guidance", "given_unguided": "the same without guidance",
+            "joint": "image and representation drawn together", "absent": "drawn without a representation",
+        }  # fmt: skip
+        notes = {}
+        for name, words in ways.items():
+            notes[f"frechet_ratio_{name}"] = (
+                f"squared Fréchet distance (raw pixels) of {count} images to {test} held-out ones, over the training images'; {words}")
+            notes[f"cosine_{name}"] = f"mean cosine of the representation and the features of the image drawn; {words}"
+            notes[f"class_agreement_{name}"] = f"an SVM sees the class of the image that the representation is of; {words}"
+        return notes | {
+            "cosine_read": "mean cosine of the representation read off a held-out image by one network call and its features",
+            "cosine_same_class": "the same of the features of two held-out images of one class",
+            "cosine_any": "the same of any two",
+        }
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of the rows of a and b, [n]."""
+    return (a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12)
+
+
+def pairs(features: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """The mean cosine of two different examples of one class, and of any two."""
+    unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    table, other = unit @ unit.T, ~np.eye(len(unit), dtype=bool)
+    return float(table[(labels[:, None] == labels) & other].mean()), float(table[other].mean())

@@ -1,0 +1,149 @@
+"""How well hidden patches of an image are drawn, beside fills that need no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from mmdiff.data import masks
+from mmdiff.data.sources import whole
+from mmdiff.evals import pictures
+from mmdiff.evals.base import Clock, Findings, Picture, draw_samples, example_keys, states
+from mmdiff.evals.frechet import frechet_ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Restoration:
+    """Figures and pictures of a model that draws an image whose patches are hidden.
+
+    Every image of `eval_data` is drawn `draws` times for each number of patches. On the hidden pixels:
+
+    * `hidden_error/M`: mean squared error of the mean of the draws, M patches; for `mean` (the training images' mean pixel) and
+      `linear` (linear regression of the hidden pixels on the seen ones) as well. `hidden_error_one/M`: of one draw;
+    * `seen_error/M`: of one draw on the seen pixels, as drawn. Copied from the input they have none, and so the figures below take them;
+    * `perceptual/M`: `distance` of one draw with the seen pixels copied in; for the fills and the masked image as well;
+    * `frechet_ratio`: images drawn from nothing, everything hidden; `frechet_ratio_absent`: without being told that it is.
+
+    Attributes:
+      size: of a patch. most: the most patches in training.
+      counts: the numbers of patches.
+      distance: images, images [n, H, W, C] -> [n], and what it is in a few `words`.
+    """
+
+    size: int
+    most: int
+    distance: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    words: str
+    counts: Sequence[int] = (5, 10, 15, 20)
+    draws: int = 8
+    batch: int = 250
+
+    def __call__(self, experiment, params, config, key, step) -> Findings:
+        steps, guidance = int(config.sample.steps), float(config.sample.guidance)
+        train, test = (whole(data())["image"] for data in (experiment.train_data, experiment.eval_data))
+        modality = experiment.modalities["image"]
+        draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
+        clock, figures, shown = Clock(), {}, {}
+        mask_key, *keys = jax.random.split(key, 4)
+        for count in self.counts:
+            clock.start(f"patches_{count}", f"drawing {len(test)} images with {count} hidden patches {self.draws} times")
+            mask = self._masks(jax.random.fold_in(mask_key, count), test, count)
+            masked = np.asarray(masks.hide(test, mask))
+            given = {name: np.repeat(array, self.draws, 0) for name, array in (("masked", masked), ("mask", mask))}
+            drawn = draw(jax.random.fold_in(keys[0], count), given, len(test) * self.draws)["image"]
+            drawn = modality.quantize(drawn).reshape(len(test), self.draws, *test.shape[1:])
+            first = drawn[:, 0]
+            fills = {"mean": np.broadcast_to(train.mean(0), test.shape), "linear": linear_fill(masked, mask, train)}
+            fills = {name: np.clip(np.where(mask > 0, fill, test), -1, 1) for name, fill in fills.items()}
+            copied = np.where(mask > 0, first, test)
+            figures |= {
+                f"hidden_error/{count}": error(drawn.mean(1), test, mask),
+                f"hidden_error_one/{count}": error(first, test, mask),
+                f"seen_error/{count}": error(first, test, 1 - mask),
+                f"perceptual/{count}": float(self.distance(copied, test).mean()),
+                f"perceptual_masked/{count}": float(self.distance(masked, test).mean()),
+            }
+            for name, fill in fills.items():
+                figures[f"hidden_error_{name}/{count}"] = error(fill, test, mask)
+                figures[f"perceptual_{name}/{count}"] = float(self.distance(fill, test).mean())
+            shown[count] = [test, masked, first, copied, fills["linear"]]
+        clock.start("from_nothing", f"drawing {len(train)} images with everything hidden, and {len(train)} without being told")
+        hidden = {"masked": np.zeros_like(train), "mask": np.ones_like(train[..., :1])}
+        whole_images = modality.quantize(draw(keys[1], hidden, len(train))["image"])
+        bare = modality.quantize(draw(keys[2], {}, len(train), absent=("masked", "mask"))["image"])
+        figures |= {"frechet_ratio": frechet_ratio(whole_images, test, train), "frechet_ratio_absent": frechet_ratio(bare, test, train)}
+        clock.start("chain", "keeping the states of ten images")
+        given = {"masked": masked, "mask": mask}
+        chain = states(experiment, params, keys[0], given, "image", steps=steps, guidance=guidance)
+        clock.stop()
+        sampler, show = f"{steps} steps, guidance {guidance:g}", modality.show
+        result = {
+            f"{count} hidden patches": Picture(
+                pictures.grid(show(np.concatenate([array[:10] for array in arrays])), 10, rows=list("abcde")),
+                f"a: real, held out; b: what the model is given; c: drawn, {sampler}; d: drawn, the seen pixels copied in; e: linear "
+                f"regression. Trained with at most {self.most} patches, or everything hidden.")
+            for count, arrays in shown.items()
+        } | {
+            "From noise to image": Picture(
+                pictures.grid(show(chain), 10),
+                f"States of ten walks with {self.counts[-1]} hidden patches, from noise, above, to the image; {sampler}."),
+            "Drawn from nothing": Picture(pictures.grid(show(whole_images[:50]), 10), f"Everything hidden; {sampler}; the first fifty."),
+        }  # fmt: skip
+        return Findings(figures=figures, notes=self._notes(len(test), len(train)), pictures=result, settings={
+            "sample_steps": steps, "guidance": guidance, "patch_size": self.size, "draws": self.draws, "test_images": len(test),
+            "perceptual_distance": self.words, "evaluation_seconds": clock.seconds})  # fmt: skip
+
+    def _masks(self, key, images, count):
+        height, width = images.shape[1:3]
+
+        def one(key):
+            return masks.patches(key, height, width, self.size, self.most, count)
+
+        return np.asarray(jax.jit(jax.vmap(one))(example_keys(key, len(images))))
+
+    def _notes(self, test, train):
+        of = f"{test} held-out images"
+        notes = {}
+        for count in self.counts:
+            notes |= {
+                f"hidden_error/{count}": f"mean squared error of the mean of {self.draws} draws on the pixels under {count} patches; {of}",
+                f"hidden_error_one/{count}": "the same of one draw, which a draw of the true law has twice as large",
+                f"hidden_error_mean/{count}": "the same of the training images' mean",
+                f"hidden_error_linear/{count}": "the same of linear regression of the hidden pixels on the seen ones",
+                f"seen_error/{count}": "mean squared error of one draw on the seen pixels, before they are copied in",
+                f"perceptual/{count}": f"perceptual distance of one draw to the real image, seen pixels copied in ({self.words})",
+                f"perceptual_masked/{count}": "the same of the masked image", f"perceptual_mean/{count}": "the same of the mean fill",
+                f"perceptual_linear/{count}": "the same of linear regression",
+            }  # fmt: skip
+        return notes | {
+            "frechet_ratio": f"squared Fréchet distance (raw pixels) of {train} images drawn with everything hidden to {of}, over that of "
+            "the training images",
+            "frechet_ratio_absent": "the same of images drawn with masked image and mask absent: plain DDPM",
+        }
+
+
+def error(images: np.ndarray, real: np.ndarray, where: np.ndarray) -> float:
+    """Mean squared error over the pixels with `where` = 1."""
+    return float((where * (images - real) ** 2).sum() / np.broadcast_to(where, real.shape).sum())
+
+
+def linear_fill(masked: np.ndarray, mask: np.ndarray, train: np.ndarray, ridge: float = 0.01) -> np.ndarray:
+    """Images [n, ...] whose hidden values are the linear regression on the seen ones that fits the training images best.
+
+    x_h = m_h + C_hs (C_ss + ridge)^-1 (x_s - m_s), with the training images' mean m and covariance C; the ridge, relative to the mean
+    variance, was chosen on the halves of the training digits; between 0.003 and 0.03 the error changes by less than one per cent.
+    """
+    flat = train.reshape(len(train), -1).astype(np.float64)
+    mean, covariance = flat.mean(0), np.cov(flat, rowvar=False)
+    covariance += ridge * np.trace(covariance) / len(mean) * np.eye(len(mean))
+    filled = masked.reshape(len(masked), -1).astype(np.float64)
+    for row, hidden in zip(filled, np.broadcast_to(mask, masked.shape).reshape(len(masked), -1) > 0):
+        seen = ~hidden
+        if hidden.any():
+            weights = np.linalg.solve(covariance[np.ix_(seen, seen)], row[seen] - mean[seen]) if seen.any() else np.zeros(0)
+            row[hidden] = mean[hidden] + covariance[np.ix_(hidden, seen)] @ weights
+    return filled.reshape(masked.shape).astype(np.float32)
