@@ -1,8 +1,12 @@
 """Settings that must stand before jax starts: CPU, eight simulated devices, and compiled programs kept between test runs."""
 
+import importlib
 import os
 import pathlib
+import sys
 import tempfile
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -11,6 +15,17 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"mmdiff-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
+
+
+@pytest.fixture(scope="session")
+def loaded_launch():
+    """`name -> module` of a program in launch/, which is no package: its folder is on the path, as when the program runs."""
+    sys.path.insert(0, str(LAUNCH))
+    yield importlib.import_module
+    sys.path.remove(str(LAUNCH))
 
 
 def pytest_configure(config):

@@ -1,6 +1,5 @@
 """The CDCD configs: each builds, learns from its data and samples in small; the experiments name values that exist."""
 
-import importlib.util
 import pathlib
 
 import jax
@@ -98,17 +97,13 @@ def test_the_released_walk_refuses_what_does_not_divide_its_chain():
 
 
 @pytest.fixture(scope="module")
-def experiments():
-    spec = importlib.util.spec_from_file_location("experiments", FOLDER.parents[1] / "launch/cdcd_experiments.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def experiments(loaded_launch):
+    return loaded_launch("cdcd_experiments")
 
 
 def test_the_experiments_name_values_that_exist(experiments):
     every = list(experiments.settings())
     assert len({(part, name) for part, name, *_ in every}) == len(every)  # a finished run is known by its name
-    assert {part for part, *_ in every} == set(experiments.PARTS)
     for _, _, data, overrides in every:
         config, _ = configs.load(str(FOLDER / f"{experiments.SETS[data][0]}.py"), list(overrides.items()))
         assert config.sample.steps <= config.chain.steps
@@ -118,17 +113,5 @@ def test_the_experiments_name_values_that_exist(experiments):
 def test_an_experiment_runs(experiments, monkeypatch):
     monkeypatch.setattr(experiments, "SAMPLES", 100)
     small = {**experiments.MARKOV, **experiments.LOSSES["both"], "train.steps": "2", "chain.steps": "4", "sample.steps": "2"}
-    row = experiments.run(1, "markov", "both, T=4", "markov", small)
-    assert row["seed"] == 1 and row["overrides"] == small and row["setting"] == "both, T=4"
-    assert set(row["figures"]) == set(experiments.SETS["markov"][2]) and all(np.isfinite(value) for value in row["figures"].values())
-
-
-def test_the_tables_of_the_experiments(experiments, capsys):
-    def row(setting, seed, figure):
-        return {"part": "markov", "setting": setting, "seed": seed, "figures": {"nll": figure}}
-
-    rows = [row("vanilla, T=20", 0, 1.0), row("vanilla, T=20", 1, 2.0), row("both, T=20", 0, 1.5), row("both, T=20", 1, 2.7)]
-    experiments.table([*rows, row("both, T=40", 0, 9.0)])  # has no vanilla beside it
-    text = capsys.readouterr().out
-    assert "| vanilla, T=20 | 2 | 1.5000 ± 0.5000 |" in text and "| both, T=40 | 1 | 9.0000 ± nan |" in text
-    assert "| both minus vanilla, same seed and T | 2 | 0.6000 ± 0.1000 |" in text
+    figures, seconds = experiments.run(1, "markov", small)
+    assert set(figures) == set(experiments.SETS["markov"][2]) and all(np.isfinite(value) for value in figures.values()) and seconds > 0

@@ -24,7 +24,8 @@ def get_config():
     return ConfigDict({
         "seed": 0,
         "model": {"width": 96, "depth": 4, "heads": 4, "patch": 2, "head": "middle"},  # or output: the paper's M and E
-        "kappa": 1.0, "encoder": "network",  # or mean: the classes' mean images
+        "kappa": 1.0, "power": 1.0,  # the mean carries kappa alpha(t) t^power E(label)
+        "encoder": "network",  # or mean: the classes' mean images
         # Shares of the training times: label hidden in the mean (U), known (X), absent (plain DDPM), absent beside a clean image.
         "times": {"hidden": 0.3, "known": 0.3, "absent": 0.3, "clean": 0.1},
         "label_weight": 0.1,
@@ -56,7 +57,7 @@ def build(config):
         depth=model.depth, width=model.width, heads=model.heads, scan=False)
     encode, shared = encoder(config, net)
     process = Aggregate(
-        "image", {"label": Addend(encode, moving_target(config.kappa), shared)},
+        "image", {"label": Addend(encode, moving_target(config.kappa, lambda t: t**config.power), shared)},
         image=Gaussian(schedules.flow(), velocity), label=absorbing(CLASSES, schedules.at_once()))
 
     noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)

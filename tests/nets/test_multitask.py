@@ -23,7 +23,7 @@ BESIDE = {
     "mask": Grid(PATCHES, head=False),
     "features": Vector(6),
 }
-OPTIONS = dict(depth=3, width=16, heads=2, scan=False)
+OPTIONS = dict(depth=2, width=16, heads=2, scan=False)
 
 
 def inputs(seed=0, b=B):
@@ -33,30 +33,37 @@ def inputs(seed=0, b=B):
     return x, {name: jnp.full(b, 0.3) for name in x}
 
 
+NET = MultiTaskDiT(PATCHES, BESIDE, **OPTIONS)
+
+
 @functools.cache
-def made(**options):
-    net = MultiTaskDiT(PATCHES, BESIDE, **{**OPTIONS, **options})
-    return net, filled(net, *inputs())
+def weights():
+    return filled(NET, *inputs())
+
+
+compiled = jax.jit(NET.apply)
+
+
+def run(x, t):
+    return compiled(weights(), x, t)
 
 
 def test_outputs_are_of_the_target_and_of_what_has_a_head():
-    net, params = made()
     x, t = inputs()
-    out = net.apply(params, x, t)
+    out = run(x, t)
     assert {name: value.shape for name, value in out.items()} == {
         "image": (B, *SHAPE), "label": (B, K), "other": (B, *SHAPE), "features": (B, 6)}  # fmt: skip
     assert all(value.dtype == jnp.float32 for value in out.values())
-    half = net.clone(dtype=jnp.bfloat16).apply(params, x, t)
+    half = jax.jit(NET.clone(dtype=jnp.bfloat16).apply)(weights(), x, t)
     assert all(value.dtype == jnp.float32 for value in half.values())
     np.testing.assert_allclose(half["image"], out["image"], atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("name", ["image", *BESIDE])
 def test_every_modality_is_seen_by_its_own_example_alone(name):
-    net, params = made()
     x, t = inputs()
-    out = net.apply(params, x, t)
-    moved = net.apply(params, {**x, name: x[name].at[0].set(inputs(1)[0][name][0] if name != "label" else 4)}, t)
+    out = run(x, t)
+    moved = run({**x, name: x[name].at[0].set(inputs(1)[0][name][0] if name != "label" else 4)}, t)
     for key in out:
         assert np.abs(moved[key][0] - out[key][0]).max() > 1e-4, key
         np.testing.assert_allclose(moved[key][1:], out[key][1:], atol=1e-5)
@@ -64,27 +71,22 @@ def test_every_modality_is_seen_by_its_own_example_alone(name):
 
 @pytest.mark.parametrize("name", BESIDE)
 def test_known_hidden_and_absent_are_told_apart_and_nothing_else(name):
-    net, params = made()
     x, t = inputs()
-    known, early, late, absent = (net.apply(params, x, {**t, name: jnp.full(B, time)})["image"] for time in (0.0, 0.1, 0.9, 1.0))
+    known, early, late, absent = (run(x, {**t, name: jnp.full(B, time)})["image"] for time in (0.0, 0.1, 0.9, 1.0))
     np.testing.assert_array_equal(early, late)
     assert min(np.abs(a - b).max() for a, b in [(known, early), (known, absent), (early, absent)]) > 1e-4
 
 
 def test_scanned_layers_are_the_same_network():
-    scanned, _ = made(scan=True)
-    x, t = inputs()
-    shapes = jax.eval_shape(scanned.init, jax.random.key(0), x, t)
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    assert count == sum(leaf.size for leaf in jax.tree.leaves(made()[1]))
+    shapes = jax.eval_shape(NET.clone(scan=True).init, jax.random.key(0), *inputs())
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == sum(leaf.size for leaf in jax.tree.leaves(weights()))
 
 
 def test_probabilities_enter_as_the_mean_of_the_classes():
-    net, params = made()
     x, t = inputs()
     x["label"] = jnp.asarray([0, 3, 4])
-    hard = net.apply(params, x, t)
-    soft = net.apply(params, {**x, "label": jax.nn.one_hot(x["label"], K)}, t)
+    hard = run(x, t)
+    soft = run({**x, "label": jax.nn.one_hot(x["label"], K)}, t)
     np.testing.assert_allclose(soft["image"], hard["image"], atol=1e-5)
 
 
@@ -93,7 +95,7 @@ def gradients(head):
     net = MultiTaskDiT(PATCHES, {"label": Classes(K + 1, K, head)}, **OPTIONS)
     x, t = ({name: tree[name] for name in ("image", "label")} for tree in inputs())
     params = filled(net, x, t)
-    grads = jax.grad(lambda p: (net.apply(p, x, t)["label"] ** 2).sum())(params)["params"]
+    grads = jax.jit(jax.grad(lambda p: (net.apply(p, x, t)["label"] ** 2).sum()))(params)["params"]
     return {name: sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(tree)) for name, tree in grads.items()}
 
 
@@ -106,20 +108,20 @@ def test_the_middle_s_head_reads_half_of_the_network_and_the_output_s_all_of_it(
 
 
 def test_what_is_missing_is_named():
-    net, params = made()
     x, t = inputs()
     with pytest.raises(KeyError, match="no input or time for \\['mask'\\]"):
-        net.apply(params, {name: value for name, value in x.items() if name != "mask"}, t)
+        NET.apply(weights(), {name: value for name, value in x.items() if name != "mask"}, t)
 
 
 # ------------------------------------------------------------------------------------------------ the network as the encoder
 
 PAIR = MultiTaskDiT(PATCHES, {"label": Classes(K + 1, K)}, **OPTIONS)
 PAIR_SHAPE = {"image": SHAPE, "label": ()}
+pair_apply = jax.jit(PAIR.apply)
 
 
 def aggregate(mixed=False):
-    encode = by_network(PAIR.apply, SHAPE, "label", K, rms=0.7, mixed=mixed)
+    encode = by_network(pair_apply, SHAPE, "label", K, rms=0.7, mixed=mixed)
     return Aggregate(
         "image", {"label": Addend(encode, moving_target(), shared=True)}, image=Gaussian(schedules.flow(), velocity),
         label=absorbing(K, schedules.at_once()))
@@ -137,13 +139,13 @@ def pairs(b=B, seed=0):
 
 
 def test_the_network_s_encoding_is_of_the_class_alone_and_as_large_as_said():
-    encode = by_network(PAIR.apply, SHAPE, "label", K, rms=0.7)
+    encode = by_network(pair_apply, SHAPE, "label", K, rms=0.7)
     table = encode(pair_params(), jnp.eye(K))
     np.testing.assert_allclose(jnp.sqrt((table**2).mean((1, 2, 3))), 0.7, rtol=1e-4)
     assert np.abs(table[0] - table[1]).max() > 0.1
     p = jax.nn.softmax(jax.random.normal(jax.random.key(3), (7, K)))
     np.testing.assert_allclose(encode(pair_params(), p), jnp.tensordot(p, table, 1), atol=1e-5)  # soft: the mean of E
-    mixed = by_network(PAIR.apply, SHAPE, "label", K, rms=0.7, mixed=True)
+    mixed = by_network(pair_apply, SHAPE, "label", K, rms=0.7, mixed=True)
     np.testing.assert_allclose(mixed(pair_params(), jnp.eye(K)), table, atol=1e-4)
 
 
@@ -153,32 +155,33 @@ def test_an_unbound_encoder_is_refused_and_a_bound_one_is_any_other():
     k = jax.random.split(jax.random.key(0), B)
     with pytest.raises(ValueError, match="the encoder of 'label' is the network: use process.bound"):
         process.corrupt(k, process.take(data), t)
-    table = by_network(PAIR.apply, SHAPE, "label", K, rms=0.7)(params, jnp.eye(K))
+    table = by_network(pair_apply, SHAPE, "label", K, rms=0.7)(params, jnp.eye(K))
     fixed = Aggregate("image", {"label": Addend(lambda p: jnp.tensordot(p, table, 1), moving_target())}, process.parts)
     one, other = (each.corrupt(k, each.take(data), t) for each in (process.bound(params), fixed))
     np.testing.assert_allclose(one.xt["image"], other.xt["image"], atol=1e-6)
     assert fixed.bound(params) is fixed
 
     shape, grid = PAIR_SHAPE, sampling.uniform_grid(3)
-    for given in ({}, {"label": jnp.asarray([0, 1, 2])}):
-        draws = [sampling.sample(each, PAIR.apply, params, k, grid, shape, given=given)["image"] for each in (process, fixed)]
-        np.testing.assert_allclose(*draws, atol=1e-4)
-    draw = [sampling.drawer(each, PAIR.apply, shape, {"label": K})(params, k, given, steps=3, guidance=2.0) for each in (process, fixed)]
+    draws = [sampling.sample(each, pair_apply, params, k, grid, shape)["image"] for each in (process, fixed)]
+    np.testing.assert_allclose(*draws, atol=1e-4)
+    given = {"label": jnp.asarray([0, 1, 2])}
+    draw = [sampling.drawer(each, pair_apply, shape, {"label": K})(params, k, given, steps=3, guidance=2.0) for each in (process, fixed)]
     np.testing.assert_allclose(draw[0]["image"], draw[1]["image"], atol=1e-4)
-    scores = [accuracy.denoising_losses(each, PAIR.apply, params, k, {"image": data["image"]}, "label", K, shape, 2)
+    scores = [accuracy.denoising_losses(each, pair_apply, params, k, {"image": data["image"]}, "label", K, shape, 2)
               for each in (process, fixed)]  # fmt: skip
     np.testing.assert_allclose(*scores, atol=1e-4)
 
 
 def loss_of(process):
-    return losses.diffusion(process, PAIR.apply, times.shared("image", "label"), functools.partial(losses.weighted, label=0.1))
+    return losses.diffusion(process, pair_apply, times.shared("image", "label"), functools.partial(losses.weighted, label=0.1))
 
 
 def test_no_gradient_passes_through_the_network_as_encoder():
     """The gradient is that of a fixed table, although the network made it."""
     process, params, batch = aggregate(), pair_params(), pairs()
     bound = process.bound(params)
-    grads = [jax.grad(lambda p, loss=loss: loss(p, batch, jax.random.key(1))[0])(params) for loss in (loss_of(process), loss_of(bound))]
+    both = (loss_of(process), loss_of(bound))
+    grads = [jax.jit(jax.grad(lambda p, loss=loss: loss(p, batch, jax.random.key(1))[0]))(params) for loss in both]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *grads)
 
 
@@ -192,7 +195,8 @@ def test_training_encodes_with_the_averaged_parameters(microbatches):
     key = jax.random.fold_in(state.key, 0)
     values = [float(jax.jit(step)(each, batch)[1]["loss"]) for each in (state, other)]
     assert abs(values[0] - values[1]) > 1e-5
-    expected = [float(loss(pair_params(), {**batch, "ema": each.ema}, key)[0]) for each in (state, other)]
+    whole = jax.jit(loss)
+    expected = [float(whole(pair_params(), {**batch, "ema": each.ema}, key)[0]) for each in (state, other)]
     np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 
@@ -214,7 +218,8 @@ def test_without_the_known_the_network_that_is_told_is_the_one_that_is_not():
     t = {name: jnp.full(B, 0.4 if name == "image" else 1.0) for name in shape}
     params = filled(net, x, t)
     noised = [process.corrupt(k, {**x, **other}, t) for other in ({}, {"masked": -x["masked"], "mask": 1 - x["mask"]})]
-    out = [net.apply(params, *process.inputs(each.xt, each.t)) for each in noised]
+    apply = jax.jit(net.apply)
+    out = [apply(params, *process.inputs(each.xt, each.t)) for each in noised]
     jax.tree.map(np.testing.assert_array_equal, *out)
     plain = process.chain.corrupt(fold(k, "image"), x["image"], t["image"])
     np.testing.assert_array_equal(noised[0].xt["image"], plain.xt)

@@ -1,0 +1,175 @@
+"""What does aggregation bring, and what does it cost the images? MT-Diffusion and its parts on the digits, three seeds each.
+
+    python launch/mtdiffusion_experiments.py --out runs/mtdiffusion_experiments          # everything, or what is missing of it
+    python launch/mtdiffusion_experiments.py --out runs/mtdiffusion_experiments --table  # the tables of what is done so far
+
+    label           digits_label: DDPM (A0), a head without aggregation (A1), aggregation without a head (A2), both (A3), beside a Joint
+                    with independent times; encoders, heads, modality drop, the weights kappa and lambda
+    masked          digits_masked: the plain conditional model (A4), the whole (A5), and each of its two parts alone
+    representation  digits_representation: with and without aggregation
+    transition      digits_transition: the plain conditional models of both directions, and the whole
+
+Cost: COST
+
+All networks of a part are equal, and so is what they are trained for; they and the trainings are small: compare the settings with each
+other, not with the configs' own figures.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import experiments
+import jax
+
+from mmdiff import config as configs
+from mmdiff import losses, sampling, times
+from mmdiff.data.sources import whole
+from mmdiff.evals import classifiers, conditional
+from mmdiff.evals.accuracy import accuracy, denoising_losses
+from mmdiff.evals.base import draw_samples, example_keys, in_batches
+from mmdiff.evals.digits import read_labels
+from mmdiff.evals.frechet import frechet_ratio
+from mmdiff.processes import Joint, absorbing
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs/mtdiffusion"
+SMALL = {
+    "model.width": "64", "model.depth": "2", "train.steps": "700", "train.global_batch": "64", "train.learning_rate": "3e-3",
+    "train.warmup_steps": "50", "train.ema": "0.99", "sample.steps": "10"}  # fmt: skip
+
+
+def shares(**times):
+    return {f"times.{name}": str(value) for name, value in times.items()}
+
+
+LABEL = {"encoder": "mean", "sample.guidance": "1.0"}
+DDPM = {"kappa": "0.0", "label_weight": "0.0", **shares(hidden=0, known=0.8, absent=0.2, clean=0)}
+LABELS = {
+    "DDPM": DDPM,
+    "head alone": {"kappa": "0.0"},
+    "aggregation alone": {"label_weight": "0.0", **shares(hidden=0.3, known=0.3, absent=0.4, clean=0)},
+    "aggregation and head": {},
+    "joint with independent times": {"kappa": "0.0"},
+    "no modality drop": shares(hidden=0.5, known=0.5, absent=0, clean=0),
+    "head on the output": {"model.head": "output"},
+    "encoder: network": {"encoder": "network"},
+    "kappa 0.25": {"kappa": "0.25"},
+    "kappa 2": {"kappa": "2.0"},
+    "lambda 0.01": {"label_weight": "0.01"},
+    "lambda 1": {"label_weight": "1.0"},
+}
+PLAIN = {"kappa": "0.0", "head_weight": "0.0"}
+BESIDE = {
+    "masked": {
+        "plain conditional": {**PLAIN, **shares(known=0.8, hidden=0, absent=0.2)},
+        "aggregation and head": {},
+        "head alone": {"kappa": "0.0"},
+        "aggregation alone": {"head_weight": "0.0", **shares(known=0.8, hidden=0, absent=0.2)},
+    },
+    "representation": {
+        "plain conditional": {**PLAIN, **shares(known=0.7, hidden=0, absent=0.3, clean=0)},
+        "head alone": {"kappa": "0.0"},
+        "aggregation and head": {},
+    },
+    "transition": {
+        "plain from the other to the image": {**PLAIN, **shares(known=0.9, hidden=0, absent=0.1, clean=0)},
+        "plain from the image to the other": {"kappa": "0.0", **shares(known=0, hidden=0, absent=0, clean=1)},
+        "aggregation and head": {},
+    },
+}
+FIGURES = {
+    "masked": (
+        "hidden_error/5", "hidden_error/20", "perceptual/5", "perceptual/20", "seen_error/5", "frechet_ratio", "frechet_ratio_absent"),
+    "representation": ("frechet_ratio_given", "cosine_given", "frechet_ratio_joint", "cosine_joint", "frechet_ratio_absent", "cosine_read"),
+    "transition": None,  # all
+}
+
+
+def settings():
+    """-> (part, name of the setting, data, overrides), each to be run with every seed."""
+    for name, overrides in LABELS.items():
+        data = {"DDPM": "ddpm", "joint with independent times": "joint", "aggregation and head": "estimates"}.get(name, "label")
+        yield "label", name, data, {**SMALL, **LABEL, **overrides}
+    for part, each in BESIDE.items():
+        for name, overrides in each.items():
+            yield part, name, part, {**SMALL, **overrides}
+
+
+def as_joint(experiment, config):
+    """The experiment with a `Joint` in the place of the `Aggregate`: the label walks by a time of its own, or a few are pinned."""
+    process = Joint(image=experiment.process.chain, label=absorbing(10))
+    noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
+    when = times.mixture(
+        (config.times.hidden, times.joint(image=noisy, label=noisy)),
+        (config.times.known, times.joint(image=noisy, label=known)),
+        (config.times.absent, times.joint(image=noisy, label=absent)),
+        (config.times.clean, times.joint(image=known, label=absent)))
+    return dataclasses.replace(
+        experiment, process=process,
+        loss=losses.diffusion(process, experiment.apply, when, losses.weighted(process, label=config.label_weight)),
+        draw=sampling.drawer(process, experiment.apply, experiment.shape, drop={"label": 10}, heun=True))
+
+
+def labels(experiment, params, config, key, data):
+    """What is measured of a model of images and labels."""
+    train, test = whole(experiment.train_data()), whole(experiment.eval_data())
+    keys = jax.random.split(key, 5)
+    quantize = experiment.modalities["image"].quantize
+    draw = functools.partial(draw_samples, experiment, params, batch=250, steps=config.sample.steps, guidance=config.sample.guidance)
+    asked = conditional.labels_to_ask(train["label"], 10, 100)
+    drawn = quantize(draw(keys[0], {"label": asked}, len(asked))["image"])
+    figures = dict(conditional.judge(
+        drawn, asked, (train["image"], train["label"]), (test["image"], test["label"]), 10, 100).figures)
+    del figures["svm_real_accuracy"]
+    count = len(train["image"])
+    bare = quantize(draw(keys[1], {}, count, absent=("label",))["image"])
+    figures["frechet_ratio_absent"] = frechet_ratio(bare, test["image"], train["image"])
+    if data == "ddpm":  # names an image by its denoising losses alone
+
+        def scores(params, keys, given):
+            process, apply, shape = experiment.process, experiment.apply, experiment.shape
+            return denoising_losses(process, apply, params, keys, given, "label", 10, shape, 16)
+
+        found = in_batches(scores, params, example_keys(keys[2], len(test["image"])), {"image": test["image"]}, 50)
+        return {**figures, "label_accuracy": accuracy(found.argmin(-1), test["label"])}
+    read = read_labels(experiment, params, keys[2], {"image": test["image"]}, "label", 250).argmax(-1)
+    figures["label_accuracy"] = accuracy(read, test["label"])
+    classifier = classifiers.svm(train["image"], train["label"])
+    for name, maps in {"": (), **estimates(experiment, data)}.items():
+        own = dataclasses.replace(experiment, draw=sampling.drawer(
+            experiment.process, experiment.apply, experiment.shape, drop={"label": 10}, heun=not maps, maps=maps)) if maps else experiment
+        joint = draw_samples(own, params, keys[3], {}, count, batch=250, steps=config.sample.steps, guidance=1.0)
+        images = quantize(joint["image"])
+        figures[f"joint_agreement{name}"] = accuracy(classifiers.predict(classifier, images), joint["label"])
+        figures[f"frechet_ratio_joint{name}"] = frechet_ratio(images, test["image"], train["image"])
+    return figures
+
+
+def estimates(experiment, data):
+    """What else may stand in for a label that is not known than the mean of E."""
+    if data != "estimates":
+        return {}
+    process = experiment.process
+    return {
+        "_drawn": (sampling.following(process, "label", sampling.drawn()),),
+        "_best": (sampling.following(process, "label", sampling.top_p(0.0)),),
+    }
+
+
+def run(seed, data, overrides):
+    """One training and what it is good for: (figures, seconds)."""
+    name = data if data in BESIDE else "label"
+    config, module = configs.load(str(CONFIGS / f"digits_{name}.py"), [*overrides.items(), ("seed", str(seed))])
+    experiment = module.build(config)
+    experiment = as_joint(experiment, config) if data == "joint" else experiment
+    params, seconds = experiments.train(experiment, config)
+    key = jax.random.key(1000 + seed)
+    if name == "label":
+        return labels(experiment, params, config, key, data), seconds
+    found = experiment.evaluators[0](experiment, params, config, key, config.train.steps).figures
+    return {name: found[name] for name in FIGURES[data] or found}, seconds
+
+
+if __name__ == "__main__":
+    bases = {"label": "head alone", "masked": "plain conditional", "representation": "plain conditional"}
+    experiments.main(__doc__, list(settings()), run, bases)
