@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
 import numpy as np
+import optax
 import pytest
 import toy
 from jax.sharding import Mesh
@@ -61,6 +63,24 @@ def test_a_run_leaves_its_files(config, tmp_path, capsys):
     ema, step = checkpoints.restore_for_inference(toy.build(config), config, tmp_path)
     assert step == 12
     jax.tree.map(np.testing.assert_array_equal, ema, state.ema)
+
+
+def test_fine_tuning_starts_from_another_run_s_averaged_weights(config, tmp_path):
+    config.train.update(steps=4, eval_every=0, checkpoint_every=4)
+    first = loop.train(toy.build(config), config, tmp_path / "first")
+    still = dataclasses.replace(toy.build(config), optimizer=optax.set_to_zero())
+    config.train.start = str(tmp_path / "first")
+    second = loop.train(still, config, tmp_path / "second")
+    assert int(second.step) == 4
+    jax.tree.map(np.testing.assert_array_equal, second.params, first.ema)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), second.ema, first.ema)
+    # Its own checkpoints come first: what it starts from is read once.
+    shutil.rmtree(tmp_path / "first")
+    config.train.steps = 8
+    again = loop.train(still, config, tmp_path / "second")
+    assert int(again.step) == 8
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        loop.train(still, config, tmp_path / "third")
 
 
 def test_means_are_over_the_interval_and_leave_void_steps_out(config, tmp_path):
