@@ -33,7 +33,7 @@ def get_config():
         "times": {"joint": 0.38, "image_given_label": 0.25, "label_given_image": 0.09, "label_given_noisy": 0.2, "image_alone": 0.08},
         "label_weight": 0.4,
         "train": {
-            "steps": 3200, "global_batch": 128, "microbatches": 1, "ema": 0.998,
+            "steps": 3200, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
             "learning_rate": 2.5e-3, "warmup_steps": 100, "weight_decay": 0.7, "clip": 1.0,
             "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},

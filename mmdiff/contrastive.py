@@ -163,6 +163,48 @@ def own_chain(
     return loss
 
 
+def match(process: Process, of: str, loss: str = "infonce") -> Term:
+    r"""Which clean vector is the denoised one's? CLIP's loss with the belief about x_0 in the place of the image's vector (DiffDis).
+
+        s_ij = scale cos(x0_hat_i, x_0j) + bias,
+        infonce:  -1/2 (log softmax_j s_ij + log softmax_j s_ji) at j = i       (symmetric: by rows and by columns)
+        siglip:   -sum_j log sigmoid(+-s_ij), + for j = i and for vectors equal to it      (Zhai et al. 2023)
+
+    All other examples are negatives: those of the global batch, on whatever devices they are, but with micro-batches those of the
+    micro-batch alone. No gradient reaches x_0. Equal vectors need no care in infonce: it has the gradient of the loss in which every
+    copy is right, and a floor of mean log(number of copies). Its value without any information is log B, which a scale of 1 hardly
+    lowers: hence the learned one.
+
+    Args:
+      process: of the modality, a `Gaussian` of vectors [B, D], whatever it predicts. Its own loss, `on(of, process.loss)`, is the
+        regression on the same vectors.
+      of: the modality's name in the joint pass. The network returns out["logit_scale"] and, for siglip, out["logit_bias"], [B] with
+        equal entries: its learned numbers.
+      loss: "infonce" or "siglip".
+    """
+    if loss not in ("infonce", "siglip"):
+        raise UserError(f"match: there is no loss {loss!r}; choose infonce or siglip.")
+
+    def term(out, noised):
+        part = noised.of(of)
+        belief, clean = unit(process.clean(out[of], part.xt, part.t)), jax.lax.stop_gradient(unit(part.x0))
+        scores = out["logit_scale"][:, None] * jnp.matmul(belief, clean.T, precision=jax.lax.Precision.HIGHEST)
+        if loss == "infonce":
+            right = jnp.diagonal(scores)
+            return 0.5 * (jax.nn.logsumexp(scores, axis=1) + jax.nn.logsumexp(scores, axis=0)) - right
+        scores = scores + out["logit_bias"][:, None]
+        same = jnp.matmul(clean, clean.T, precision=jax.lax.Precision.HIGHEST) > 1 - 1e-6
+        return -jax.nn.log_sigmoid(jnp.where(same, scores, -scores)).sum(1)
+
+    return term
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x / |x| along the last dimension, float32; 0 stays 0, and has gradients."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))
+
+
 def _drawn(negatives: Negatives, noised: Noised) -> tuple[jax.Array, jax.Array]:
     """The negatives [N, B, ...] and which of them there are [N, B]."""
     found = negatives(noised)

@@ -82,6 +82,25 @@ def linear_beta(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.0
     return table(np.concatenate([[0.0], np.cumsum(np.log1p(-np.linspace(beta_min, beta_max, steps)))]))
 
 
+def scaled_linear_beta(steps: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012) -> Schedule:
+    """Stable Diffusion's table: as `linear_beta`, with sqrt(beta) linear instead. alpha_bar(1) is 0.00466: some signal is left."""
+    if steps < 1 or not 0 < beta_min <= beta_max < 1:
+        raise ValueError(f"scaled_linear_beta needs steps >= 1 and 0 < beta_min <= beta_max < 1, got {steps}, {beta_min}, {beta_max}.")
+    betas = np.linspace(beta_min**0.5, beta_max**0.5, steps) ** 2
+    return table(np.concatenate([[0.0], np.cumsum(np.log1p(-betas))]))
+
+
+def cosine_beta(steps: int = 1000, largest: float = 0.999) -> Schedule:
+    r"""The table of Nichol & Dhariwal 2021, as `linear_beta`: alpha_bar from `cos^2((t + 0.008) / 1.008 pi / 2)`, no beta above `largest`.
+
+    Unlike `cosine` it keeps a little signal, alpha(1) = 4.9e-5: `eps` is of use with it.
+    """
+    if steps < 1 or not 0 < largest < 1:
+        raise ValueError(f"cosine_beta needs steps >= 1 and 0 < largest < 1, got {steps}, {largest}.")
+    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return table(np.concatenate([[0.0], np.cumsum(np.log(np.maximum(alpha_bar[1:] / alpha_bar[:-1], 1 - largest)))]))
+
+
 def table(log_alpha_bar: np.ndarray) -> Schedule:
     """A variance-preserving schedule from `log alpha_bar` at t = i / T, i = 0 .. T (decreasing from 0)."""
     log_alpha_bar = np.asarray(log_alpha_bar, np.float64)
@@ -204,6 +223,22 @@ def shift(schedule: Schedule, factor: float) -> Schedule:
         return schedule(factor * t / (1.0 + (factor - 1.0) * t))
 
     return shifted
+
+
+def scaled(schedule: Schedule, factor: float) -> Schedule:
+    r"""That of data scaled by `factor`, made variance preserving: `(factor alpha, sigma) / sqrt(factor^2 alpha^2 + sigma^2)`.
+
+    Log-SNR rises by `2 log factor` at every t, whatever the schedule; for `flow`, `shift(flow(), 1 / factor)` has the same log-SNR.
+    """
+    if factor <= 0:
+        raise ValueError(f"scaled needs factor > 0, got {factor}.")
+
+    def rescaled(t):
+        alpha, sigma = schedule(t)
+        norm = jnp.sqrt((factor * alpha) ** 2 + sigma**2)
+        return factor * alpha / norm, sigma / norm
+
+    return rescaled
 
 
 def log_snr(schedule: Schedule, t: jax.Array) -> jax.Array:

@@ -15,6 +15,13 @@ def linear_beta64(t, steps=1000):
     return np.exp(log_ab / 2), np.sqrt(-np.expm1(log_ab))
 
 
+def cosine_beta64(t, steps=1000):
+    ab = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    beta = np.minimum(1 - ab[1:] / ab[:-1], 0.999)
+    log_ab = np.interp(t * steps, np.arange(steps + 1), np.log(np.append(1, np.cumprod(1 - beta))))
+    return np.exp(log_ab / 2), np.sqrt(-np.expm1(log_ab))
+
+
 def edm64(t):
     low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
     return np.ones_like(t), np.where(t > 0, (low + t * (high - low)) ** 7, 0.0)
@@ -25,6 +32,7 @@ CASES = {
     "cosine": (schedules.cosine(), lambda t: (np.cos(np.pi * t / 2), np.sin(np.pi * t / 2))),
     "masked_cosine": (schedules.masked_cosine(), lambda t: (1 - np.sin(np.pi * t / 2), np.sin(np.pi * t / 2))),
     "linear_beta": (schedules.linear_beta(), linear_beta64),
+    "cosine_beta": (schedules.cosine_beta(), cosine_beta64),
     "edm": (schedules.edm(), edm64),
     "shifted": (schedules.shift(schedules.flow(), 3.0), lambda t: ((1 - t) / (1 + 2 * t), 3 * t / (1 + 2 * t))),
 }
@@ -78,7 +86,7 @@ def test_derivatives_are_finite_off_zero(name, t):
 
 
 def test_variance_is_preserved():
-    for name in ("cosine", "linear_beta"):
+    for name in ("cosine", "linear_beta", "cosine_beta"):
         alpha, sigma = CASES[name][0](jnp.asarray(T, jnp.float32))
         np.testing.assert_allclose(alpha**2 + sigma**2, 1, atol=1e-6)
 
@@ -106,8 +114,9 @@ def test_the_table_is_exact_on_its_nodes(steps):
 
 
 def test_published_values():
-    """DDPM's alpha_bar_1000 = 4.0e-5; EDM's ends."""
+    """DDPM's alpha_bar_1000 = 4.0e-5, improved DDPM's 2.4e-9; EDM's ends."""
     assert float(schedules.linear_beta()(1.0)[0] ** 2) == pytest.approx(4.036e-5, rel=1e-3)
+    assert float(schedules.cosine_beta()(1.0)[0] ** 2) == pytest.approx(2.43e-9, rel=1e-2)
     assert float(schedules.edm()(1.0)[1]) == pytest.approx(80.0, rel=1e-4)
     assert float(schedules.edm()(1e-7)[1]) == pytest.approx(0.002, rel=1e-4)
 
@@ -130,6 +139,9 @@ def test_bad_arguments_are_refused():
     for arguments in ({"steps": 0}, {"beta_min": 0.0}, {"beta_min": 0.1, "beta_max": 0.01}, {"beta_max": 1.0}):
         with pytest.raises(ValueError, match="linear_beta needs"):
             schedules.linear_beta(**arguments)
+    for arguments in ({"steps": 0}, {"largest": 0.0}, {"largest": 1.0}):
+        with pytest.raises(ValueError, match="cosine_beta needs"):
+            schedules.cosine_beta(**arguments)
     for log_alpha_bar in ([0.0], [[0.0, -1.0]], [-0.1, -1.0], [0.0, -1.0, -1.0]):
         with pytest.raises(ValueError, match="decreases strictly"):
             schedules.table(np.asarray(log_alpha_bar))

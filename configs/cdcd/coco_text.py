@@ -54,7 +54,7 @@ def get_config():
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
         "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
         "train": {
-            "steps": 1_294_000, "global_batch": 32, "microbatches": 1, "ema": 0.9996,
+            "steps": 1_294_000, "global_batch": 32, "microbatches": 1, "ema": 0.9996, "start": "",
             "learning_rate": 2e-4, "warmup_steps": 1000, "patience": 60_000, "weight_decay": 4.5e-2, "clip": 0.5,
             "log_every": 100, "eval_every": 10_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},

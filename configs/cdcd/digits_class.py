@@ -40,7 +40,7 @@ def get_config():
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
         "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
         "train": {
-            "steps": 1500, "global_batch": 128, "microbatches": 1, "ema": 0.998,
+            "steps": 1500, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
             "learning_rate": 2e-3, "warmup_steps": 100, "weight_decay": 0.5, "clip": 1.0,
             "log_every": 50, "eval_every": 250, "checkpoint_every": 250, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},

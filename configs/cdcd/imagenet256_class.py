@@ -51,7 +51,7 @@ def get_config():
         "loss": {"auxiliary": 1e-3, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
         "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
         "train": {
-            "steps": 667_000, "global_batch": 192, "microbatches": 1, "ema": 0.9996,
+            "steps": 667_000, "global_batch": 192, "microbatches": 1, "ema": 0.9996, "start": "",
             "learning_rate": 4.5e-4, "warmup_steps": 5000, "patience": 100_000, "weight_decay": 4.5e-2, "clip": 0.5,
             "log_every": 100, "eval_every": 10_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},

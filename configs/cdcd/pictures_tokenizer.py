@@ -44,7 +44,7 @@ def get_config():
         "model": {"code_size": 8, "features": 64, "encoder_blocks": 2, "decoder_blocks": 2},
         "loss": {"commitment": 0.25, "revive": 1.0},
         "train": {
-            "steps": 200_000, "global_batch": 64, "microbatches": 1, "ema": 0.999,
+            "steps": 200_000, "global_batch": 64, "microbatches": 1, "ema": 0.999, "start": "",
             "learning_rate": 3e-4, "warmup_steps": 1000, "weight_decay": 1e-4, "clip": 1.0,
             "log_every": 100, "eval_every": 10_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},

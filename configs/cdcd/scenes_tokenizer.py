@@ -34,7 +34,7 @@ def get_config():
         "model": {"codes": 128, "code_size": 8, "features": 48, "encoder_blocks": 1, "decoder_blocks": 2},
         "loss": {"commitment": 0.25, "revive": 1.0},
         "train": {
-            "steps": 3000, "global_batch": 64, "microbatches": 1, "ema": 0.995,
+            "steps": 3000, "global_batch": 64, "microbatches": 1, "ema": 0.995, "start": "",
             "learning_rate": 2e-3, "warmup_steps": 50, "weight_decay": 1e-4, "clip": 1.0,
             "log_every": 50, "eval_every": 1000, "checkpoint_every": 1000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},

@@ -43,7 +43,7 @@ def get_config():
         "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "none", "scan": True},
         "label_dropout": 0.1,
         "train": {
-            "steps": 400_000, "global_batch": 256, "microbatches": 1, "ema": 0.9999,
+            "steps": 400_000, "global_batch": 256, "microbatches": 1, "ema": 0.9999, "start": "",
             # The rate is for base_batch; scale_rule (none, linear, sqrt) makes it follow global_batch. Large batches want a warm-up.
             "learning_rate": 1e-4, "base_batch": 256, "scale_rule": "none", "warmup_steps": 0, "weight_decay": 0.0,
             # More metrics: the gradient noise scale (with microbatches >= 2), and norms by group, as in (("blocks", "blocks/"),).

@@ -37,7 +37,7 @@ def get_config():
         "times": {"joint": 0.2, "image_given_label": 0.5, "label_given_image": 0.05, "label_given_noisy": 0.15, "image_alone": 0.1},
         "label_weight": 0.1,
         "train": {
-            "steps": 400_000, "global_batch": 256, "microbatches": 1, "ema": 0.9999,
+            "steps": 400_000, "global_batch": 256, "microbatches": 1, "ema": 0.9999, "start": "",
             "learning_rate": 1e-4, "base_batch": 256, "scale_rule": "none", "warmup_steps": 1_000, "weight_decay": 0.0, "clip": 1.0,
             "noise_scale": False, "norm_groups": (),
             "log_every": 100, "eval_every": 50_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,

@@ -3,6 +3,15 @@
     python -m mmdiff train  --config configs/mtdiffusion/digits_label.py --workdir runs/digits_label
     python -m mmdiff eval   --config configs/mtdiffusion/digits_label.py --workdir runs/digits_label
     python -m mmdiff sample --config configs/mtdiffusion/digits_label.py --workdir runs/digits_label --given label=7
+
+Then the single tasks, each from those weights (the paper's M*; with config.model.head=output E*):
+
+    python -m mmdiff train --config configs/mtdiffusion/digits_label.py --workdir runs/digits_draw --config.task=draw \\
+        --config.train.start=runs/digits_label --config.train.steps=800 --config.train.learning_rate=1e-3
+    python -m mmdiff train --config configs/mtdiffusion/digits_label.py --workdir runs/digits_name --config.task=name \\
+        --config.train.start=runs/digits_label --config.train.steps=400 --config.train.learning_rate=5e-4
+
+Plain DDPM, on the same network, is --config.task=draw --config.kappa=0 from scratch.
 """
 
 import jax.numpy as jnp
@@ -18,6 +27,10 @@ from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Addend, Aggregate, Gaussian, absorbing, moving_target, template, velocity
 
 CLASSES, SHAPE = 10, (8, 8, 1)
+TASKS = {  # shares of the training times, as config.times
+    "draw": {"hidden": 0.0, "known": 0.85, "absent": 0.15, "clean": 0.0},
+    "name": {"hidden": 0.0, "known": 0.0, "absent": 0.6, "clean": 0.4},
+}
 
 
 def get_config():
@@ -29,6 +42,7 @@ def get_config():
         # Shares of the training times: label hidden in the mean (U), known (X), absent (plain DDPM), absent beside a clean image.
         "times": {"hidden": 0.3, "known": 0.3, "absent": 0.3, "clean": 0.1},
         "label_weight": 0.1,
+        "task": "both",  # or draw or name: a single one
         "train": {
             "steps": 3200, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
             "learning_rate": 2.5e-3, "warmup_steps": 100, "weight_decay": 0.7, "clip": 1.0,
@@ -60,19 +74,20 @@ def build(config):
         "image", {"label": Addend(encode, moving_target(config.kappa, lambda t: t**config.power), shared)},
         image=Gaussian(schedules.flow(), velocity), label=absorbing(CLASSES, schedules.at_once()))
 
-    noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
+    if config.task not in ("both", *TASKS):
+        raise UserError(f"config.task is {config.task!r}: choose one of both, {', '.join(TASKS)}.")
+    shares, noisy, known, absent = TASKS.get(config.task, config.times), times.uniform(), times.constant(0.0), times.constant(1.0)
     when = times.mixture(
-        (config.times.hidden, times.shared("image", "label")),
-        (config.times.known, times.joint(image=noisy, label=known)),
-        (config.times.absent, times.joint(image=noisy, label=absent)),
-        (config.times.clean, times.joint(image=known, label=absent)))
+        (shares["hidden"], times.shared("image", "label")),
+        (shares["known"], times.joint(image=noisy, label=known)),
+        (shares["absent"], times.joint(image=noisy, label=absent)),
+        (shares["clean"], times.joint(image=known, label=absent)))
 
-    def terms(process):
-        return {
-            "image": (1.0, losses.weighted(process)["image"][1]),
-            # Also where the label is absent, which is how an image is named.
-            "label": (config.label_weight, losses.on("label", process.parts["label"].loss)),
-        }
+    terms = {
+        "image": (0.0 if config.task == "name" else 1.0, losses.on("image", process.parts["image"].loss)),
+        # Also where the label is absent, which is how an image is named.
+        "label": (0.0 if config.task == "draw" else config.label_weight, losses.on("label", process.parts["label"].loss)),
+    }
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     shape = {"image": SHAPE, "label": ()}

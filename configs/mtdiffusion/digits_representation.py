@@ -29,7 +29,7 @@ def get_config():
         "times": {"known": 0.35, "hidden": 0.25, "absent": 0.3, "clean": 0.1},
         "head_weight": 0.1,
         "train": {
-            "steps": 3200, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
+            "steps": 2000, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
             "learning_rate": 2.5e-3, "warmup_steps": 100, "weight_decay": 0.7, "clip": 1.0,
             "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
@@ -56,7 +56,7 @@ def build(config):
         (config.times.absent, times.joint(image=noisy, representation=absent)),
         (config.times.clean, times.joint(image=known, representation=absent)))
     terms = {
-        "image": losses.weighted(process)["image"],
+        "image": (1.0, losses.on("image", process.parts["image"].loss)),
         # Also where it is absent, which is how it is read off an image.
         "representation": (config.head_weight, losses.on("representation", process.parts["representation"].loss)),
     }

@@ -76,9 +76,9 @@ def projection(size: int, shape: Sequence[int], scale: float) -> Callable[[jax.A
         raise ValueError(f"a projection of {size} numbers into the shape {tuple(shape)} would lose some: it holds {numbers}.")
     q, r = np.linalg.qr(np.random.Generator(np.random.Philox(0)).standard_normal((numbers, size)))
     q = q * np.sign(np.diag(r))  # of the two signs of a column the library's choice would decide
-    matrix = jnp.asarray(scale * math.sqrt(numbers / size) * q, jnp.float32)
+    matrix = jnp.asarray(scale * math.sqrt(numbers / size) * q.T, jnp.float32)
 
     def encode(representation):
-        return jnp.matmul(representation, matrix.T, precision=jax.lax.Precision.HIGHEST).reshape(-1, *shape)
+        return jnp.matmul(representation, matrix, precision=jax.lax.Precision.HIGHEST).reshape(-1, *shape)
 
     return encode

@@ -46,7 +46,7 @@ def write_latents(
     Args:
       folder, split: where; "train" and "val" are what the configs read.
       batches: dicts of arrays [n, ...] by modality, of any length n; latents already scaled.
-      modalities: name -> `Latents`, `Labels`: what checks the arrays. Floats are stored as float16, integers as int32.
+      modalities: name -> `Latents`, `Labels`, `Features`: what checks the arrays. Floats are stored as float16, integers as int32.
       shard: examples in a file. One shard is held in memory.
 
     Raises:

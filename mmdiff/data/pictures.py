@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mmdiff.data import text
-from mmdiff.data.modalities import PICTURES, Images
+from mmdiff.data.modalities import PICTURES, Images, Labels
 from mmdiff.data.sources import RandomSource, Source, check_range
 from mmdiff.errors import UserError
 
@@ -96,13 +96,13 @@ class Pictures:
 
 
 def open_pictures(data: Any, split: str, size: int, words: text.Tokenizer | None = None) -> Source:
-    """What a config's `data` section names: {"name": SET, "dir": FOLDER}, or made-up pictures by {"name": "random"}.
+    """What a config's `data` section names: {"name": SET, "dir": FOLDER}, or made-up pictures of 1,000 classes by {"name": "random"}.
 
     Raises:
       UserError: no folder, or what `Pictures` refuses.
     """
     if data.name == "random":
-        return RandomSource({"image": Images(size, size, 3)}, 1_000_000 if split == "train" else 1024)
+        return RandomSource({"image": Images(size, size, 3), "label": Labels(1000)}, 1_000_000 if split == "train" else 1024)
     return Pictures(data.name, split, data.dir, size, words)
 
 

@@ -71,7 +71,7 @@ class ImageRepresentation:
         rows = np.concatenate([train["image"][:10], *(shown[name][:10] for name in settings)])
         return Findings(
             figures=figures,
-            notes=self._notes(count, len(test["image"])),
+            notes={name: note for name, note in self._notes(count, len(test["image"])).items() if name in figures},
             pictures={
                 "Representation to image": Picture(
                     pictures.grid(show(rows), 10, rows=list("abcde")),

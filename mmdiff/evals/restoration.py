@@ -25,7 +25,8 @@ class Restoration:
     * `hidden_error/M`: mean squared error of the mean of the draws, M patches; for `mean` (the training images' mean pixel) and
       `linear` (linear regression of the hidden pixels on the seen ones) as well. `hidden_error_one/M`: of one draw;
     * `seen_error/M`: of one draw on the seen pixels, as drawn. Copied from the input they have none, and so the figures below take them;
-    * `perceptual/M`: `distance` of one draw with the seen pixels copied in; for the fills and the masked image as well;
+    * `perceptual/M`: `distance` of the mean of the draws with the seen pixels copied in, and `perceptual_one/M` of one draw; for the
+      fills and the masked image as well;
     * `frechet_ratio`: images drawn from nothing, everything hidden; `frechet_ratio_absent`: without being told that it is.
 
     Attributes:
@@ -64,7 +65,8 @@ class Restoration:
                 f"hidden_error/{count}": error(drawn.mean(1), test, mask),
                 f"hidden_error_one/{count}": error(first, test, mask),
                 f"seen_error/{count}": error(first, test, 1 - mask),
-                f"perceptual/{count}": float(self.distance(copied, test).mean()),
+                f"perceptual/{count}": float(self.distance(np.where(mask > 0, drawn.mean(1), test), test).mean()),
+                f"perceptual_one/{count}": float(self.distance(copied, test).mean()),
                 f"perceptual_masked/{count}": float(self.distance(masked, test).mean()),
             }
             for name, fill in fills.items():
@@ -111,11 +113,13 @@ class Restoration:
         for count in self.counts:
             notes |= {
                 f"hidden_error/{count}": f"mean squared error of the mean of {self.draws} draws on the pixels under {count} patches; {of}",
-                f"hidden_error_one/{count}": "the same of one draw, which a draw of the true law has twice as large",
+                f"hidden_error_one/{count}": f"the same of one draw; of the true law it is {2 / (1 + 1 / self.draws):.2f} times as large",
                 f"hidden_error_mean/{count}": "the same of the training images' mean",
                 f"hidden_error_linear/{count}": "the same of linear regression of the hidden pixels on the seen ones",
                 f"seen_error/{count}": "mean squared error of one draw on the seen pixels, before they are copied in",
-                f"perceptual/{count}": f"perceptual distance of one draw to the real image, seen pixels copied in ({self.words})",
+                f"perceptual/{count}": f"perceptual distance of the mean of {self.draws} draws to the real image, seen pixels copied in "
+                f"({self.words})",
+                f"perceptual_one/{count}": "the same of one draw",
                 f"perceptual_masked/{count}": "the same of the masked image", f"perceptual_mean/{count}": "the same of the mean fill",
                 f"perceptual_linear/{count}": "the same of linear regression",
             }  # fmt: skip

@@ -56,7 +56,7 @@ class CaptionedScenes:
             drawn = draw_samples(experiment, params, sample_key, {self.text: captioned["text"]}, self.count, **options)[self.drawn]
             images.append(np.clip(np.asarray(decode(drawn), np.float32), -1, 1))
         clock.start("judge", "reading what the samples show")
-        judge = _judge(self.size)
+        judge = trained_judge(self.size)
         right, right_seen, right_real = (
             {name: found[name] == said[name] for name in scenes.ATTRIBUTES}
             for found, said in zip(map(judge, (*images, held["image"])), (held, seen, held))
@@ -131,6 +131,12 @@ class Judge:
         digit = classifiers.predict(self._digit, 2 * digits - 1)
         return {"digit": digit, "colour": colour, "background": background, "size": size, "position": position}
 
+    def segments(self, images: np.ndarray) -> np.ndarray:
+        """The classes of the pixels, as in `data.paired`: digit + 1 where more than half is ink, else 0; int [n, size, size]."""
+        ink = self._read_colours(np.asarray(images))[2]
+        # The colours are rounded, which moves a half, and the scenes have many, by up to 0.005.
+        return np.where(ink > 0.505, self(images)["digit"][:, None, None] + 1, 0)
+
     def _read_colours(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Background [n], colour [n] and ink [n, size, size] in [0, 1]."""
         pixels = images.reshape(len(images), -1, 3).astype(np.float64)
@@ -152,7 +158,7 @@ class Judge:
         return size * len(scenes.POSITIONS) + position
 
 
-_judge = functools.cache(Judge)  # one serves every setting that is measured
+trained_judge = functools.cache(Judge)  # one serves every setting that is measured
 
 
 def _grid(images: np.ndarray, said: Mapping[str, np.ndarray], wrong: np.ndarray | None = None):

@@ -2,6 +2,7 @@
 
 from mmdiff.nets.attention import attention
 from mmdiff.nets.dit import DiT, as_joint, dit, sizes
+from mmdiff.nets.dual import DualStream, look, naming
 from mmdiff.nets.embed import Label, Patches, Tokens, Vectors
 from mmdiff.nets.mmdit import MMDiT
 from mmdiff.nets.multitask import Classes, Grid, MultiTaskDiT, Vector, by_network
@@ -9,6 +10,6 @@ from mmdiff.nets.text import TextEncoder
 from mmdiff.nets.tokens import TokenTransformer, cdcd
 
 __all__ = [
-    "Classes", "DiT", "Grid", "Label", "MMDiT", "MultiTaskDiT", "Patches", "TextEncoder", "TokenTransformer", "Tokens", "Vector", "Vectors",
-    "as_joint", "attention", "by_network", "cdcd", "dit", "sizes",
+    "Classes", "DiT", "DualStream", "Grid", "Label", "MMDiT", "MultiTaskDiT", "Patches", "TextEncoder", "TokenTransformer", "Tokens",
+    "Vector", "Vectors", "as_joint", "attention", "by_network", "cdcd", "dit", "look", "naming", "sizes",
 ]

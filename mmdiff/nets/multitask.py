@@ -65,7 +65,9 @@ class MultiTaskDiT(nn.Module):
         h = self.patches.encode(z.astype(self.dtype), self.width, self.dtype, self.target)
         c = TimeEmbed(self.width, self.dtype, name="time")(t[self.target])
         for name in names:
-            state = jnp.where(t[name] > 0, jnp.where(t[name] < 1, 1, 2), 0)
+            # A clean target carries nothing: what is hidden beside it is absent.
+            hidden = (t[name] < 1) & (t[self.target] > 0)
+            state = jnp.where(t[name] > 0, jnp.where(hidden, 1, 2), 0)
             c = c + nn.Embed(3, self.width, embedding_init=embedding, dtype=self.dtype, name=f"{name}_state")(state)
             h, c = self.beside[name].enter(h, c, x[name], self.dtype, name)
         options = dict(heads=self.heads, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, backend=self.backend, dtype=self.dtype)

@@ -49,7 +49,8 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
 
     It reads config.seed and, of config.train: steps, global_batch, microbatches, log_every, eval_every (0: never),
     checkpoint_every, keep (the last k checkpoints), best (a metric such as "val/loss" whose lowest checkpoint is kept too, or
-    ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard; if there, noise_scale and norm_groups (metrics, see `make_step`).
+    ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard; if there, noise_scale and norm_groups (metrics, see `make_step`)
+    and start (the workdir of a run of the same network, whose averaged weights this one begins with).
 
     It writes WORKDIR/config.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one before,
     void steps left out, and `skipped`, their number so far; one line per evaluation: "val/..."), run.json and TensorBoard

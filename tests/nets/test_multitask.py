@@ -74,6 +74,8 @@ def test_known_hidden_and_absent_are_told_apart_and_nothing_else(name):
     x, t = inputs()
     known, early, late, absent = (run(x, {**t, name: jnp.full(B, time)})["image"] for time in (0.0, 0.1, 0.9, 1.0))
     np.testing.assert_array_equal(early, late)
+    clean = [run(x, {**t, "image": jnp.zeros(B), name: jnp.full(B, time)})["image"] for time in (0.5, 1.0)]
+    np.testing.assert_array_equal(*clean)  # a clean image carries nothing
     assert min(np.abs(a - b).max() for a, b in [(known, early), (known, absent), (early, absent)]) > 1e-4
 
 

@@ -1,0 +1,100 @@
+"""MT-Diffusion on 32x32x4 latents of 256-pixel ImageNet and CLIP's vectors of 768: after Chen et al. 2024, section 5.4.
+
+    DATA="--config.data.dir=latents/imagenet256_clip"
+    python -m mmdiff train  --config configs/mtdiffusion/imagenet_representation.py --workdir runs/clip $DATA
+    python -m mmdiff sample --config configs/mtdiffusion/imagenet_representation.py --workdir runs/clip --given representation=A.npy
+    python -m mmdiff sample --config configs/mtdiffusion/imagenet_representation.py --workdir runs/clip --given image=B.npy --steps 1
+    python -m mmdiff aot    --config configs/mtdiffusion/imagenet_representation.py --topology v5e:4x4 --config.data.source=random
+
+Data: a latent cache, whose layout mmdiff/data/latents.py describes, with the latents of configs/imagenet256/dit_xl2.py and, beside each,
+the picture's vector of CLIP's image tower (ViT-L/14 or another of that size), times sqrt(768) over its length. Neither network comes along:
+
+    write_latents(folder, "train", batches, {"image": Latents(32, 32, 4), "representation": Features(768)})
+
+config.data.source=random makes up both and needs nothing. A.npy holds such vectors [n, 768], B.npy latents [n, 32, 32, 4]. Vectors of
+another length are config.data.vector numbers long: 512 of ViT-B.
+
+Of the paper: images with CLIP's representations in the space of Stable Diffusion's latents, 0.1 times the head's loss beside that of eps;
+it draws pictures of texts, shows no figures and prints no settings. Ours are the rest: a DiT-XL/2 from nothing and without texts, in the
+place of Stable Diffusion; the recipe of dit_xl2.py with fixed variances; as the encoder a fixed orthogonal projection into the latents'
+space, as large as they are; as the head an MLP on the network's middle, with the squared error; the weight of the vector in the mean,
+sqrt(alpha_bar) t; the shares of the times, those of digits_representation.py.
+
+This has not been trained here; its cost is unknown, and there is no evaluator: FID needs the weights of an Inception network, which do
+not come along. 680.3M parameters, whose state takes 10.9 GB: on chips of 16 GB split it, by config.train.mesh.data=1 and mesh.fsdp=16.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mmdiff import losses, nets, sampling, schedules, times
+from mmdiff.data.features import projection
+from mmdiff.data.latents import open_source
+from mmdiff.data.modalities import Features, Latents
+from mmdiff.experiment import Experiment, initialiser
+from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, eps, moving_target
+from mmdiff.training import optim
+
+STEPS = 1000  # of the chain
+
+
+def get_config():
+    return ConfigDict({
+        "seed": 0,
+        "data": {"source": "latents", "dir": "", "vector": 768},  # or random
+        "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "none", "scan": True},
+        "kappa": 1.0,
+        # Shares of the training times: representation known (X), hidden in the mean (U), absent (plain DDPM), absent beside an image.
+        "times": {"known": 0.35, "hidden": 0.25, "absent": 0.3, "clean": 0.1},
+        "head_weight": 0.1,
+        "train": {
+            "steps": 400_000, "global_batch": 256, "microbatches": 1, "ema": 0.9999, "start": "",
+            "learning_rate": 1e-4, "warmup_steps": 0, "weight_decay": 0.0,
+            "log_every": 100, "eval_every": 50_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
+            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
+        },
+        "sample": {"steps": 250, "guidance": 1.5},
+    })
+
+
+def build(config):
+    data, model, train = config.data, config.model, config.train
+    modalities = {"image": Latents(32, 32, 4), "representation": Features(data.vector)}
+    shape = {name: modality.shape for name, modality in modalities.items()}
+    depth, width, heads = nets.sizes(model.size)
+    net = nets.MultiTaskDiT(
+        nets.Patches(*shape["image"], model.patch), {"representation": nets.Vector(data.vector)},
+        depth=depth, width=width, heads=heads, scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
+    encode = projection(data.vector, shape["image"], 1.0)  # as large as the latents
+    process = Aggregate(
+        "image", {"representation": Addend(encode, moving_target(config.kappa))},
+        image=Gaussian(schedules.linear_beta(STEPS), eps, eta=1.0), representation=Hidden(0.0))
+
+    noisy, known, absent = times.on_grid(STEPS), times.constant(0.0), times.constant(1.0)
+    when = times.mixture(
+        (config.times.known, times.joint(image=noisy, representation=known)),
+        (config.times.hidden, times.shared("image", "representation", times=noisy)),
+        (config.times.absent, times.joint(image=noisy, representation=absent)),
+        (config.times.clean, times.joint(image=known, representation=absent)))
+    # Each by itself: the representation's also where it is absent, which is how it is read off an image.
+    terms = {
+        "image": (1.0, losses.on("image", process.parts["image"].loss)),
+        "representation": (config.head_weight, losses.on("representation", process.parts["representation"].loss)),
+    }
+
+    rate = optim.warmup(train.learning_rate, train.warmup_steps)
+    return Experiment(
+        process=process,
+        init=initialiser(net, process, shape),
+        apply=net.apply,
+        loss=losses.diffusion(process, net.apply, when, terms),
+        optimizer=optax.adamw(rate, weight_decay=train.weight_decay),
+        train_data=partial(open_source, data, "train", modalities),
+        eval_data=partial(open_source, data, "val", modalities),
+        shape=shape,
+        draw=sampling.drawer(process, net.apply, shape, drop={"representation": 0.0}),
+        modalities=modalities,
+    )

@@ -1,0 +1,125 @@
+r"""Alignment: a vector denoised beside an image against the vectors of candidate texts, and retrieval in both directions.
+
+    vectors = align(process, naming, params, keys, {"image": images}, shape, steps=10, seeds=4)      [n, D]
+    scores(vectors, class_vectors(encode, names, templates)).argmax(1)                               zero-shot classes
+    recalls(scores(vectors, captions), relevant)                                                     Recall@K both ways
+
+An image is denoised once, whatever the number of candidates. The walk starts from noise and never sees a candidate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff import sampling
+from mmdiff.contrastive import unit
+from mmdiff.errors import UserError
+from mmdiff.processes.base import Joint, fold
+
+
+def align(
+    process: Joint,
+    apply: Callable,
+    params: Any,
+    keys: jax.Array,
+    given: Mapping[str, jax.Array],
+    shape: Mapping[str, tuple[int, ...]],
+    *,
+    target: str = "query",
+    steps: int = 10,
+    seeds: int = 1,
+    guidance: float = 1.0,
+    drop: Mapping[str, Any] | None = None,
+) -> jax.Array:
+    """The unit vectors [n, D] that `target` is denoised to from pure noise beside `given`.
+
+    The belief is normalised at every step, after guidance and before the step uses it: a loss of cosines leaves its length free. Over
+    seeds the unit vectors are averaged, and the mean normalised: a mean of the answers, where one draw may be any of them.
+
+    Args:
+      process, apply, params, keys, given, shape: as in `sampling.sample`. Beside a cache (`nets.naming`) the process is that of the
+        target alone and nothing is given.
+      steps: network calls a seed. seeds: independent walks.
+      guidance, drop: as in `sampling.guided`: 1 is none, the paper's w is guidance - 1.
+    """
+    network = apply if guidance == 1 else sampling.guided(apply, guidance, drop or {})
+    grid, maps = sampling.uniform_grid(steps), [sampling.only(target, unit_belief())]
+
+    def walk(seed):
+        own = fold(keys, seed)
+        return unit(sampling.sample(process, network, params, own, grid, shape, given=given, maps=maps)[target])
+
+    return unit(jax.lax.map(walk, jnp.arange(seeds)).mean(0))
+
+
+def unit_belief() -> sampling.Map:
+    """A map that gives the belief about a vector length 1."""
+    return lambda move: move.corrected(unit(move.x0))
+
+
+def scores(vectors: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Cosines [n, m] of vectors [n, D] and candidates [m, D], in float64."""
+    vectors, candidates = (np.asarray(array, np.float64) for array in (vectors, candidates))
+    lengths = [np.maximum(np.linalg.norm(array, axis=-1, keepdims=True), 1e-12) for array in (vectors, candidates)]
+    return (vectors / lengths[0]) @ (candidates / lengths[1]).T
+
+
+def ensemble(vectors: np.ndarray) -> np.ndarray:
+    """[classes, wordings, D] -> [classes, D]: the mean of the unit vectors of one class' wordings, normalised."""
+    vectors = np.asarray(vectors, np.float64)
+    mean = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).mean(-2)
+    return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def class_vectors(encode: Callable, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+    """One unit vector per class [classes, D]: `encode(texts) -> [n, D]` of its name in every template ("a photo of a {}."), averaged."""
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        raise UserError(f"prompt templates hold the class' name as {{}}, 'a photo of a {{}}.', and there is at least one, not {wrong}.")
+    texts = [template.format(name) for name in names for template in templates]
+    return ensemble(np.asarray(encode(texts)).reshape(len(names), len(templates), -1))
+
+
+def mean_per_class(predicted: np.ndarray, true: np.ndarray) -> float:
+    """The mean over the classes of `true` of the share of each that is predicted."""
+    predicted, true = np.asarray(predicted), np.asarray(true)
+    return float(np.mean([np.mean(predicted[true == label] == label) for label in np.unique(true)]))
+
+
+def recall(scores: np.ndarray, relevant: np.ndarray, k: int) -> float:
+    """Recall@k: the share of rows with a relevant column among the k best; where scores are equal, its mean over their orders.
+
+    So a constant score has the recall of chance, and rows that are given the same candidate twice gain nothing by it.
+
+    Args:
+      scores: [n, m]. relevant: bool [n, m], at least one in every row.
+      k: at least 1.
+    """
+    scores, relevant = np.asarray(scores), np.asarray(relevant, bool)
+    if scores.shape != relevant.shape or scores.ndim != 2 or not relevant.any(1).all() or k < 1:
+        raise ValueError(f"recall needs k >= 1, scores and relevant of one shape, a relevant column in every row: {scores.shape}, k {k}.")
+    best = np.where(relevant, scores, -np.inf).max(1, keepdims=True)
+    above, tied = (scores > best).sum(1), (scores == best).sum(1)
+    right = ((scores == best) & relevant).sum(1)
+    # Of the places that the better ones leave, the chance that none falls to one of the right among the tied.
+    shares = [1.0 - _missed(max(k - a, 0), n, r) for a, n, r in zip(above.tolist(), tied.tolist(), right.tolist())]
+    return float(np.mean(shares))
+
+
+def _missed(places: int, tied: int, right: int) -> float:
+    return math.comb(tied - right, places) / math.comb(tied, places) if places < tied else 0.0
+
+
+def recalls(scores: np.ndarray, relevant: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Recall@K both ways, {"image_to_text_r1": ..., "text_to_image_r1": ...}: rows are images, columns texts.
+
+    An image may have several texts and a text several images: `relevant[i, j]` says which belong together.
+    """
+    both = {"image_to_text": (scores, relevant), "text_to_image": (np.asarray(scores).T, np.asarray(relevant).T)}
+    return {f"{name}_r{k}": recall(*pair, k) for name, pair in both.items() for k in ks}

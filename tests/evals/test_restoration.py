@@ -1,0 +1,103 @@
+"""The evaluator of hidden patches, with an oracle in the network's place: the truth has no error, and a fill is as good as the fill."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from mmdiff.data.modalities import Images
+from mmdiff.data.sources import ArraySource, whole
+from mmdiff.evals.restoration import Restoration, error, linear_fill
+
+COUNTS, DRAWS = (5, 15), 4
+
+
+def config():
+    return ml_collections.ConfigDict({"seed": 3, "sample": {"steps": 6, "guidance": 1.5}})
+
+
+def measured(train, test, fill):
+    """The findings of a model that draws `fill(images, train, keys)` where the true images, which it knows by heart, are `images`.
+
+    From nothing it draws training images.
+    """
+    train, test = (ArraySource({"image": whole(source)["image"][:count]}) for source, count in ((train, 300), (test, 120)))
+    known = {"train": jnp.asarray(train.arrays["image"]), "test": jnp.asarray(test.arrays["image"])}
+
+    def draw(known, keys, given, *, steps, guidance, absent=(), history=False):
+        assert (steps, guidance) == (6, 1.5)
+        any_row = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(known["train"])))(keys)
+        images = known["train"][any_row]
+        if given:
+            apart = jnp.where(given["mask"][:, None] > 0, 0, given["masked"][:, None] - known["test"])
+            drawn = fill(known["test"][(apart**2).sum((2, 3, 4)).argmin(1)], known["train"], keys)
+            images = jnp.where(given["mask"].all((1, 2, 3), keepdims=True), images, drawn)
+        assert given.keys() == ({"masked", "mask"} - set(absent))
+        return {"image": jnp.stack([images] * 7) if history else images}
+
+    experiment = types.SimpleNamespace(
+        draw=draw, train_data=lambda: train, eval_data=lambda: test, modalities={"image": Images(8, 8, 1)})
+    evaluate = Restoration(2, 10, lambda a, b: ((a - b) ** 2).mean((1, 2, 3)), "pixels", counts=COUNTS, draws=DRAWS)
+    return evaluate(experiment, known, config(), jax.random.key(0), 7)
+
+
+def test_the_truth_has_no_error(train, test):
+    found = measured(train, test, lambda images, train, keys: images)
+    figures = found.figures
+    assert set(figures) == set(found.notes)
+    for count in COUNTS:
+        assert figures[f"hidden_error/{count}"] < 1e-12 and figures[f"seen_error/{count}"] < 1e-12
+        assert figures[f"hidden_error_one/{count}"] < 1e-12 and figures[f"perceptual/{count}"] < 1e-12
+        assert 0.05 < figures[f"hidden_error_linear/{count}"] < figures[f"hidden_error_mean/{count}"] < 0.5
+        assert 0 < figures[f"perceptual_linear/{count}"] < figures[f"perceptual_mean/{count}"] < figures[f"perceptual_masked/{count}"]
+    assert figures["perceptual_masked/15"] > figures["perceptual_masked/5"]
+    assert 0 < figures["frechet_ratio"] < 2 and 0 < figures["frechet_ratio_absent"] < 2
+    json.dumps(found.settings)
+    assert found.settings["draws"] == DRAWS and len(found.pictures) == len(COUNTS) + 2
+    assert all(picture.caption and min(picture.image.size) > 100 for picture in found.pictures.values())
+
+
+def test_the_mean_is_as_good_as_the_mean_fill(train, test):
+    figures = measured(train, test, lambda images, train, keys: jnp.broadcast_to(train.mean(0), images.shape)).figures
+    for count in COUNTS:
+        for name in ("hidden_error", "hidden_error_one"):
+            assert figures[f"{name}/{count}"] == pytest.approx(figures[f"hidden_error_mean/{count}"], rel=1e-4)
+        assert figures[f"perceptual/{count}"] == pytest.approx(figures[f"perceptual_mean/{count}"], rel=1e-4)  # seen pixels are copied in
+        assert figures[f"seen_error/{count}"] > 0.1  # as drawn, they are not
+
+
+def test_noise_is_averaged_over_the_draws_and_no_more(train, test):
+    """The mean of n draws x + e has the error var / n, one of them var."""
+
+    def noisy(images, train, keys):
+        return images * 0.5 + 0.5 * jax.vmap(lambda key: jax.random.uniform(key, (8, 8, 1), minval=-1.0, maxval=1.0))(keys)
+
+    figures = measured(train, test, noisy).figures
+    for count in COUNTS:
+        one, mean = figures[f"hidden_error_one/{count}"], figures[f"hidden_error/{count}"]
+        assert one - mean == pytest.approx((1 - 1 / DRAWS) / 12, rel=0.1)
+        assert figures[f"seen_error/{count}"] > 0.1 and one > figures[f"hidden_error_linear/{count}"]
+
+
+def test_linear_fill_is_the_regression():
+    rng = np.random.default_rng(0)
+    few = rng.uniform(-0.5, 0.5, (400, 3))
+    images = (few @ rng.normal(size=(3, 16)) + 0.1).reshape(400, 4, 4, 1).astype(np.float32)  # three numbers decide all 16
+    mask = np.zeros((400, 4, 4, 1))
+    mask[:, :2] = 1
+    filled = linear_fill(np.where(mask > 0, 0, images), mask, images, ridge=1e-8)
+    np.testing.assert_allclose(filled, images, atol=1e-2)
+    np.testing.assert_array_equal(filled[:, 2:], images[:, 2:])
+    np.testing.assert_allclose(linear_fill(0 * images[:1], 0 * mask[:1] + 1, images)[0], images.mean(0), atol=1e-6)
+    np.testing.assert_array_equal(linear_fill(images, 0 * mask, images), images)
+
+
+def test_errors_count_where_they_are_asked_for():
+    real, where = np.zeros((2, 2, 2, 3)), np.zeros((2, 2, 2, 1))
+    drawn = real + 5
+    where[0, 0, 0], drawn[0, 0, 0] = 1, 2
+    assert error(drawn, real, where) == 4 and error(drawn, real, 1 - where) == 25
