@@ -5,7 +5,7 @@
 
     label       digits_label: DDPM (A0), a head without aggregation (A1), aggregation without a head (A2), both (A3), beside a Joint
                 with independent times; the other head, modality drop, the weights kappa and lambda
-    masked      digits_masked: the plain conditional model (A4), with aggregation, and the whole (A5)
+    masked      digits_masked: the plain conditional model (A4) and the whole (A5)
     transition  digits_transition: the plain conditional models of both directions, and the whole
 
 Cost: COST
@@ -58,8 +58,7 @@ PLAIN = {"kappa": "0.0", "head_weight": "0.0"}
 BESIDE = {
     "masked": {
         "plain conditional": {**PLAIN, **shares(known=0.8, hidden=0, absent=0.2)},
-        "aggregation alone": {"head_weight": "0.0", **shares(known=0.8, hidden=0, absent=0.2)},
-        "aggregation and head": {},
+        "aggregation and head": shares(known=0.7, hidden=0.1, absent=0.2),
     },
     "transition": {
         "plain from the other to the image": {**PLAIN, **shares(known=0.9, hidden=0, absent=0.1, clean=0)},
