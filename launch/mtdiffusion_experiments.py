@@ -8,7 +8,8 @@
     masked      digits_masked: the plain conditional model (A4) and the whole (A5)
     transition  digits_transition: the plain conditional models of both directions, and the whole
 
-Cost: COST
+Cost: 48 trainings of some 80 seconds on one quiet core, samples and figures included: half an hour on two, estimated from the first 15; it
+has not been run to its end.
 
 All networks of a part are equal, and so is what they are trained for; they and the trainings are small: compare the settings with each
 other, not with the configs' own figures.
@@ -54,6 +55,10 @@ LABELS = {
     "lambda 0.01": {"label_weight": "0.01"},
     "lambda 1": {"label_weight": "1.0"},
 }
+# What a setting is run as: without a head that tells labels, with another process, with other estimates of labels in sampling.
+DATA = {
+    "DDPM": "no head", "aggregation alone": "no head", "joint with independent times": "joint", "aggregation and head": "estimates",
+}  # fmt: skip
 PLAIN = {"kappa": "0.0", "head_weight": "0.0"}
 BESIDE = {
     "masked": {
@@ -77,7 +82,7 @@ FIGURES = {
 def settings():
     """-> (part, name of the setting, data, overrides), each to be run with every seed."""
     for name, overrides in LABELS.items():
-        data = {"DDPM": "ddpm", "joint with independent times": "joint", "aggregation and head": "estimates"}.get(name, "label")
+        data = DATA.get(name, "label")
         yield "label", name, data, {**SMALL, **LABEL, **overrides}
     for part, each in BESIDE.items():
         for name, overrides in each.items():
@@ -113,7 +118,7 @@ def labels(experiment, params, config, key, data):
     count = len(train["image"])
     bare = quantize(draw(keys[1], {}, count, absent=("label",))["image"])
     figures["frechet_ratio_absent"] = frechet_ratio(bare, test["image"], train["image"])
-    if data == "ddpm":  # names an image by its denoising losses alone
+    if data == "no head":  # names an image by its denoising losses alone
 
         def scores(params, keys, given):
             process, apply, shape = experiment.process, experiment.apply, experiment.shape

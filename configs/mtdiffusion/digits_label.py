@@ -12,6 +12,10 @@ Then the single tasks, each from those weights (the paper's M*; with config.mode
         --config.train.start=runs/digits_label --config.train.steps=400 --config.train.learning_rate=5e-4
 
 Plain DDPM, on the same network, is --config.task=draw --config.kappa=0 from scratch.
+
+Measured (seed 0, 500 held-out digits, EMA weights): both tasks: label accuracy 0.982, conditional agreement 0.955, classification accuracy
+score 0.960, Fréchet ratio 1.61, joint agreement 0.886; tuned to draw 0.983, 0.964 and 1.55 (agreement, score, ratio), to name 0.988; DDPM
+of 4,000 steps 0.989, 0.976 and 1.57. Cost: 0.74M parameters; 3,200 steps took 21 minutes on two CPU cores shared with other work.
 """
 
 import jax.numpy as jnp

@@ -4,6 +4,11 @@
     python -m mmdiff eval  --config configs/mtdiffusion/digits_transition.py --workdir runs/digits_transition
 
 With --config.pair=night in another workdir the other picture is the night.
+
+Measured (seed 0, 500 held-out scenes, EMA weights): mean IoU of the segmentation read off an image 0.108 (pairs that do not belong together
+0.085), of what an independent rule sees in images drawn for a segmentation 0.474 (in real images 0.963), in images drawn together with one
+0.115; Fréchet ratio 1.28, 2.11 and, alone, 2.18. So few steps do not suffice for the digits' classes. Cost: 0.75M parameters; 1,600 steps
+took 29 minutes on two CPU cores shared with other work.
 """
 
 import optax
