@@ -30,8 +30,9 @@ class Experiment:
       train_data, eval_data: `() -> source`, called by what reads the data; a source has `len(source)` and
         `source.take(indices) -> {name: array}`.
       shape: the shape of one example of every modality, `{"image": (8, 8, 1), "label": ()}`.
-      draw: `(params, keys, given, *, steps, guidance, absent=()) -> {name: array}`: a sampler that holds the modalities in
-        `given` at t = 0 and those in `absent` at t = 1. `steps` (int), `guidance` (float) and `absent` are static under jit.
+      draw: `(params, keys, given, *, steps, guidance, absent=(), history=False) -> {name: array}`: a sampler that holds the modalities
+        in `given` at t = 0 and those in `absent` at t = 1; with `history` it returns every state on the way, see `sampling.sample`.
+        `steps` (int), `guidance` (float), `absent` and `history` are static under jit.
       modalities: how a person writes and sees each modality (`parse`, `check`, `show`), `{"image": Images(...), ...}`.
       evaluators: callables `(experiment, params, config, key, step) -> Findings`, run by `mmdiff eval` in this order.
       rules: the sharding table (see `training.sharding`); the first match wins.

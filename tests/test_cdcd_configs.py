@@ -52,6 +52,7 @@ def test_a_config_trains_and_samples(name, condition):
     assert tokens.max() < experiment.process.parts["tokens"].classes  # no mask is left
 
 
+@pytest.mark.slow
 def test_a_contrast_of_weight_zero_is_left_out_and_forms_are_read():
     """infonce at equal scores is log(N + 1): a new network says the same of every token, whatever the negative."""
     values = {}
@@ -67,6 +68,7 @@ def test_a_contrast_of_weight_zero_is_left_out_and_forms_are_read():
         build("digits_class", form="info_nce")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, condition", [("digits_class", "label"), ("scenes_text", "text")])
 def test_all_four_contrasts_and_none_between_examples_without_a_condition(name, condition):
     weights = {f"loss__{each}": "1e-3" for each in ("step_intra", "step_inter", "sample_intra", "sample_inter")}
@@ -78,6 +80,7 @@ def test_all_four_contrasts_and_none_between_examples_without_a_condition(name, 
             assert (metrics[f"loss/{each}"] == 0) == gone, (each, dropout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", ["false", "true"])
 def test_a_frozen_text_encoder_keeps_its_weights(freeze):
     experiment, _ = build("scenes_text", text__freeze=freeze, train__warmup_steps="0")

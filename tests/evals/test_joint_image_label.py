@@ -48,14 +48,15 @@ def experiment(train, test, wrong=0):
         mean = means[jnp.minimum(x["label"], 9)]
         return {"image": (x["image"] - mean) / jnp.maximum(t["image"], 1e-3)[:, None, None, None], "label": -30 * distance}
 
-    def draw(means, keys, given, *, steps, guidance, absent=()):
+    def draw(means, keys, given, *, steps, guidance, absent=(), history=False):
         assert (steps, guidance) == (4, 1.5)
         label = given["label"] if "label" in given else jax.vmap(lambda key: jax.random.randint(key, (), 0, 10))(keys)
         kind = (label + wrong) % 10
         at = jax.vmap(lambda key, count: jax.random.randint(jax.random.fold_in(key, 1), (), 0, count))(keys, counts[kind])
         # A little noise stands for what a sampler leaves between the levels of the data.
         noise = jax.vmap(lambda key: jax.random.uniform(key, (8, 8, 1), minval=-0.06, maxval=0.06))(keys)
-        return {"image": images[starts[kind] + at] + noise, "label": jnp.full_like(label, 10) if "label" in absent else label}
+        drawn = {"image": images[starts[kind] + at] + noise, "label": jnp.full_like(label, 10) if "label" in absent else label}
+        return jax.tree.map(lambda array: jnp.stack([array] * (steps + 1)), drawn) if history else drawn
 
     made = types.SimpleNamespace(
         process=Joint(image=Gaussian(schedules.flow(), velocity), label=absorbing(10)),
@@ -98,7 +99,7 @@ def test_counts_are_stated(findings):
 
 
 def test_pictures(findings):
-    images = {"Label to image", "Real images", "Joint samples", "Unconditional images", "Misread images"}
+    images = {"Label to image", "Real images", "Joint samples", "Unconditional images", "Misread images", "From noise to image"}
     drawings = {"Image to label", "Label to image, as the SVM sees it"}
     assert set(findings.pictures) == images | drawings
     for title, picture in findings.pictures.items():

@@ -315,6 +315,7 @@ def test_rate_is_the_limit_of_the_kl(name):
         np.testing.assert_allclose(got[row], limit, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["absorbing", "absorbing_cosine"])
 def test_the_absorbing_rate_is_md4_s_weight_times_the_cross_entropy(name):
     """-alpha' / (1 - alpha) CE on masked tokens, nothing on others (MD4, equation 4); also at t = 1 itself."""

@@ -151,6 +151,7 @@ def test_the_network_s_encoding_is_of_the_class_alone_and_as_large_as_said():
     np.testing.assert_allclose(mixed(pair_params(), jnp.eye(K)), table, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_unbound_encoder_is_refused_and_a_bound_one_is_any_other():
     process, params = aggregate(), pair_params()
     data, t = pairs(), {name: jnp.full(B, 0.5) for name in PAIR_SHAPE}

@@ -184,6 +184,7 @@ def test_the_type_of_the_network_is_that_of_most_products():
     assert perf.main_type(jnp.sum, jnp.ones(3)) == jnp.float32
 
 
+@pytest.mark.slow
 def test_the_programs_beside_training_leave_nothing_out():
     def loss(params, batch, key):
         return ((batch["x"] @ params) ** 2).mean(), {}
