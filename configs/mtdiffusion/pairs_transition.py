@@ -17,7 +17,8 @@ settings; what is of ADM, on which it builds, and what is ours, says imagenet64_
 2,975 pairs of Cityscapes; one network for all three uses, by the shares of its times; 100,000 steps of 128. For 128 pixels
 config.data.size=128 with config.model.patch=8.
 
-This has not been trained here; its cost is unknown, and there is no evaluator. 130.8M parameters.
+This has not been trained here; its cost is unknown, and there is no evaluator. On 16 chips of v5e,
+by the ahead-of-time report: 130.8M parameters, 4.6 GB a chip of 16.9 and a step of 19 ms at least.
 """
 
 import jax.numpy as jnp
