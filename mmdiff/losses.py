@@ -90,7 +90,7 @@ def diffusion(
 
     if source:
         loss.stats = source
-    loss.averaged = getattr(process, "shared", False)
+    loss.averaged = process.shared
     return loss
 
 

@@ -300,7 +300,7 @@ def only(name: str, refine: Map) -> Map:
 
 
 def following(process: Aggregate, name: str, refine: Map) -> Map:
-    """Applies a map to the belief about a modality that an `Aggregate` adds; the target's belief follows it, for the same eps_hat.
+    """Applies a map to the belief about a modality that an `Aggregate` (bound) adds; the target's belief follows it, for the same eps_hat.
 
     By default the belief as it stands, e.g. the mean of E under the probabilities, stands in for a hidden modality. `drawn()` puts a draw
     in its place, which is right as well, and `top_p(0)` the best class, which is biased.

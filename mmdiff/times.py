@@ -206,7 +206,9 @@ def joint(**times: Times) -> Times:
 
 def shared(*names: str, times: Times | None = None, **others: Times) -> Times:
     """One time for all the named modalities, uniform by default; `others` have their own: `shared("image", "text", mask=constant(1.0))`."""
-    rule = times or uniform()
+    rule, adaptive = times or uniform(), [name for name, other in others.items() if isinstance(other, Adaptive)]
+    if adaptive:
+        raise UserError(f"shared: only the time that is shared can be importance-sampled, not those of {adaptive}.")
 
     def draw(key, index, stats):
         one = _drawn(rule, key, index, stats)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmdiff import times
+from mmdiff.errors import UserError
 
 COUNT = 8192
 INDEX = jnp.arange(COUNT, dtype=jnp.uint32)
@@ -105,6 +106,16 @@ def test_shared_times_are_one_and_joint_times_independent():
     assert abs(np.corrcoef(apart["a"], apart["b"])[0, 1]) < 4 / COUNT**0.5
     # What one modality gets does not depend on which others there are.
     np.testing.assert_array_equal(times.joint(b=times.uniform())(KEY, INDEX)["b"], apart["b"])
+
+
+def test_modalities_beside_a_shared_time_have_their_own():
+    t = times.shared("a", "b", times=times.uniform(), mask=times.constant(1.0), c=times.uniform())(KEY, INDEX)
+    np.testing.assert_array_equal(t["a"], t["b"])
+    assert (t["mask"] == 1).all()
+    assert abs(np.corrcoef(t["a"], t["c"])[0, 1]) < 4 / COUNT**0.5
+    with pytest.raises(UserError, match=r"only the time that is shared.*'c'"):
+        times.shared("a", c=times.importance(10, "vlb"))
+    assert isinstance(times.shared("a", "b", times=times.importance(10, "vlb")), times.Adaptive)
 
 
 def test_mixture_shares():

@@ -50,6 +50,7 @@ class Process:
     """
 
     learnt = True  # False for a condition, for which a network needs no output
+    shared = False  # True if a part of it is the network itself, so that it has to be `bound`
 
     def take(self, batch: Mapping[str, Array]) -> Any:
         """The clean data of this process within a batch: the entry `x0`, or for a `Joint` one entry per modality."""

@@ -22,6 +22,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -162,8 +163,7 @@ class Checkpoints:
         finally:
             self._manager.close()
             if jax.process_index() == 0:
-                for draft in self.folder.glob("*.*tmp*"):  # of a save that failed: a full disk has no room for it
-                    shutil.rmtree(draft, ignore_errors=True)
+                _remove_drafts(self.folder)
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint."""
@@ -350,6 +350,17 @@ def _damage(checkpoint: pathlib.Path) -> str | None:
         except ValueError:
             return f"{name} is cut off"
     return None
+
+
+def _remove_drafts(folder: pathlib.Path) -> None:
+    """Of a save that failed: a full disk has no room for them. Some of its threads may still write, so for a while it tries again."""
+    for _ in range(50):
+        drafts = list(folder.glob("*.*tmp*"))
+        if not drafts:
+            return
+        for draft in drafts:
+            shutil.rmtree(draft, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _set_aside_damaged(folder: pathlib.Path) -> None:

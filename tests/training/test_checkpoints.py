@@ -1,11 +1,14 @@
 """Checkpoints: exact, on any mesh, never half, never of another run."""
 
+import contextlib
 import functools
 import json
 import logging
 import math
 import pathlib
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -313,3 +316,20 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
             Checkpoints(workdir, keep=1)
     with pytest.raises(UserError, match="gs://bucket/run is not a folder"):
         Checkpoints("gs://bucket/run", keep=1)
+
+
+def test_what_a_failed_save_leaves_goes_though_its_threads_still_write(tmp_path):
+    draft = tmp_path / "checkpoints/12.orbax-checkpoint-tmp"
+
+    def keep_writing():
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            draft.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):
+                (draft / "part").write_text("more")
+
+    with Checkpoints(tmp_path, keep=1):
+        writer = threading.Thread(target=keep_writing)
+        writer.start()
+    writer.join()
+    assert not draft.exists()
