@@ -3,44 +3,46 @@
     python -m mmdiff train --config configs/mtdiffusion/digits_transition.py --workdir runs/digits_transition
     python -m mmdiff eval  --config configs/mtdiffusion/digits_transition.py --workdir runs/digits_transition
 
-With --config.pair=night in another workdir the other picture is the night.
+The segmentation is a map of classes, background and ten digits: known or hidden as a label is, a colour for each class in the image's mean,
+and a head of logits for each pixel. With --config.pair=night in another workdir the other picture is the night, an image of its own.
 
-Measured (seed 0, 500 held-out scenes, EMA weights): mean IoU of the segmentation read off an image 0.108 (pairs that do not belong together
-0.085), of what an independent rule sees in images drawn for a segmentation 0.474 (in real images 0.963), in images drawn together with one
-0.115; Fréchet ratio 1.28, 2.11 and, alone, 2.18. So few steps do not suffice for the digits' classes. Cost: 0.75M parameters; 1,600 steps
-took 29 minutes on two CPU cores shared with other work.
+Measured (seed 0, 500 held-out scenes, EMA weights): mean IoU of the segmentation read off an image 0.892 (pairs that do not belong together
+0.085), of what an independent rule sees in images drawn for a segmentation 0.651 (in real images 0.963), in images drawn together with one
+0.196: those maps are speckled, as all pixels' classes are drawn at once in the last step. Fréchet ratio 0.94, 1.36 and, alone, 1.31 (500
+images). Cost: 0.78M parameters; 25 minutes on two CPU cores shared with other work, 0.16 s a step on one.
 """
 
+import dataclasses
+
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Images
-from mmdiff.data.paired import PairedScenes
+from mmdiff.data.modalities import ClassMaps, Images
+from mmdiff.data.paired import PALETTE, PairedScenes
 from mmdiff.errors import UserError
 from mmdiff.evals.transition import ImageTransition
 from mmdiff.experiment import Experiment, initialiser
-from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, moving_target, velocity
+from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, absorbing, moving_target, template, velocity
 
 SIZE = 16
 SHAPE = (SIZE, SIZE, 3)
-# The root mean square of the images, 0.71, over that of the other pictures.
-SCALES = {"segmentation": 0.72, "night": 1.23}
 
 
 def get_config():
     return ConfigDict({
         "seed": 0,
         "pair": "segmentation",  # or night
-        "model": {"width": 96, "depth": 4, "heads": 4, "patch": 2},
+        "model": {"width": 96, "depth": 4, "heads": 4, "patch": 4},
         "kappa": 1.0,
         # Shares of the training times: other picture known (X), hidden in the mean (U), absent (plain DDPM), absent beside a clean image.
-        "times": {"known": 0.35, "hidden": 0.3, "absent": 0.2, "clean": 0.15},
-        "head_weight": 1.0,
+        "times": {"known": 0.3, "hidden": 0.3, "absent": 0.15, "clean": 0.25},
+        "head_weight": 2.0,
         "train": {
-            "steps": 1600, "global_batch": 64, "microbatches": 1, "ema": 0.998, "start": "",
-            "learning_rate": 2.5e-3, "warmup_steps": 100, "weight_decay": 0.1, "clip": 1.0,
-            "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
+            "steps": 9000, "global_batch": 64, "microbatches": 1, "ema": 0.998, "start": "",
+            "learning_rate": 4e-3, "warmup_steps": 100, "weight_decay": 0.1, "clip": 1.0,
+            "log_every": 100, "eval_every": 1500, "checkpoint_every": 1500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
         "sample": {"steps": 25, "guidance": 1.0},
@@ -48,16 +50,25 @@ def get_config():
     })
 
 
+def of_the_other(name, patches):
+    """The other picture's modality, process, encoder, and part of the network. Encoded, it is as large as the images (0.71)."""
+    if name == "segmentation":
+        classes = len(PALETTE)
+        encode = template(0.72 * (np.array(PALETTE) / 127.5 - 1))
+        part = nets.ClassGrid(dataclasses.replace(patches, channels=classes))
+        return ClassMaps(SIZE, SIZE, PALETTE), absorbing(classes, schedules.at_once()), encode, part
+    if name == "night":
+        return Images(*SHAPE, name="night"), Hidden(0.0), lambda x: 1.23 * x, nets.Grid(patches)
+    raise UserError(f"config.pair is {name!r}: choose segmentation or night.")
+
+
 def build(config):
     model, train, other = config.model, config.train, config.pair
-    if other not in SCALES:
-        raise UserError(f"config.pair is {other!r}: choose {' or '.join(SCALES)}.")
     patches = nets.Patches(*SHAPE, model.patch)
-    net = nets.MultiTaskDiT(
-        patches, {other: nets.Grid(patches)}, depth=model.depth, width=model.width, heads=model.heads, scan=False)
+    modality, hidden, encode, part = of_the_other(other, patches)
+    net = nets.MultiTaskDiT(patches, {other: part}, depth=model.depth, width=model.width, heads=model.heads, scan=False)
     process = Aggregate(
-        "image", {other: Addend(lambda x: SCALES[other] * x, moving_target(config.kappa))},
-        image=Gaussian(schedules.flow(), velocity), **{other: Hidden(0.0)})
+        "image", {other: Addend(encode, moving_target(config.kappa))}, image=Gaussian(schedules.flow(), velocity), **{other: hidden})
 
     noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
     when = times.mixture(
@@ -71,7 +82,8 @@ def build(config):
     }
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = dict.fromkeys(("image", other), SHAPE)
+    modalities = {"image": Images(*SHAPE), other: modality}
+    shape = {name: each.shape for name, each in modalities.items()}
     return Experiment(
         process=process,
         init=initialiser(net, process, shape),
@@ -82,7 +94,7 @@ def build(config):
         train_data=lambda: PairedScenes("train", other, SIZE),
         eval_data=lambda: PairedScenes("test", other, SIZE, config.eval.count),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop={other: 0.0}, heun=True),
-        modalities={name: Images(*SHAPE, name=name) for name in shape},
+        draw=sampling.drawer(process, net.apply, shape, drop={other: process.null(other, np.float32(0))}, heun=True),
+        modalities=modalities,
         evaluators=(ImageTransition(other, batch=config.eval.batch),),
     )

@@ -2,7 +2,7 @@
 
 Of the digit scenes (`PairedScenes`) the other picture is made here:
 
-    segmentation    what is where: background or one of ten digits, as colours
+    segmentation    what is where: a class for each pixel, 0 the background, 1 to 10 the digits; int32 [n, size, size]
     night           the same scene at night: a fixed linear map of every pixel's colour, which can be undone
 
 The paper's sets (`Pairs`) lie in a folder, with the splits "train" and "val":
@@ -13,7 +13,7 @@ The paper's sets (`Pairs`) lie in a folder, with the splits "train" and "val":
                      2048 x 1024 pixels, and their central square is what is seen, whereas pix2pix squeezes them
     night2day        night: as cityscapes, the night left and the day, which is the image, right
 
-All pictures are float32 [n, size, size, 3] in [-1, 1].
+All other pictures, segmentations of the paper's sets among them, are float32 [n, size, size, 3] in [-1, 1].
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from mmdiff.errors import UserError
 
 OTHER = {"cityscapes": "segmentation", "cityscapes_tfds": "segmentation", "night2day": "night"}  # the name of the other picture
 # The colours of the scenes' classes, background and digits 0 to 9: corners of the cube and middles of its faces, at least 180 apart.
-PALETTE = np.array(
-    [[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255], [255, 255, 255], [255, 128, 128],
-     [0, 128, 128], [128, 128, 255]], np.uint8)
+PALETTE = (
+    (0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255), (0, 255, 255), (255, 255, 255), (255, 128, 128),
+    (0, 128, 128), (128, 128, 255))  # fmt: skip
 # The official colours of Cityscapes' ids 0 to 33; 255 is what its files have for id -1, a licence plate. The ids between do not occur.
 CITYSCAPES = np.zeros((256, 3), np.uint8)
 CITYSCAPES[5:34] = [
@@ -48,7 +48,7 @@ GLOW = np.array([0.0, 0.0, 0.15])
 
 
 class PairedScenes:
-    """A `Source` of digit scenes with another picture of each: what `Scenes` gives, and `other`, like its image.
+    """A `Source` of digit scenes with another picture of each: what `Scenes` gives, and `other`.
 
     Args:
       split, size, count: as of `Scenes`.
@@ -68,22 +68,11 @@ class PairedScenes:
 
     def take(self, indices):
         found = self._scenes.take(indices)
-        return {**found, self._other: night(found["image"]) if self._other == "night" else coloured(self._classes(indices, found))}
+        return {**found, self._other: night(found["image"]) if self._other == "night" else self._classes(indices, found)}
 
     def _classes(self, indices, found):
         inside = scenes.cover(self._scenes.ink(indices), found, self._scenes.size) > 0.5
-        return np.where(inside, found["digit"][:, None, None] + 1, 0)
-
-
-def coloured(classes: np.ndarray, palette: np.ndarray = PALETTE) -> np.ndarray:
-    """Maps of classes [..., height, width] as pictures [..., height, width, 3] in [-1, 1], by a palette [K, 3] in 0..255."""
-    return (palette / np.float32(127.5) - 1).astype(np.float32)[classes]
-
-
-def classes(pictures: np.ndarray, palette: np.ndarray = PALETTE) -> np.ndarray:
-    """Pictures [..., height, width, 3] as maps of classes, int32 [..., height, width]: the one whose colour is nearest."""
-    colours = coloured(np.arange(len(palette)), palette)
-    return np.argmin((colours**2).sum(-1) - 2 * np.asarray(pictures, np.float32) @ colours.T, -1).astype(np.int32)
+        return np.where(inside, found["digit"][:, None, None] + 1, 0).astype(np.int32)
 
 
 def night(day: np.ndarray) -> np.ndarray:

@@ -27,15 +27,15 @@ RULES = {
 class ImageTransition:
     """Figures and pictures of a joint model of digit scenes and their segmentation, or their night (`data.paired`).
 
-    Over as many held-out pairs, and as many draws of each kind, as `eval_data` holds. Errors are mean squared errors.
+    Over as many held-out pairs, and as many draws of each kind, as `eval_data` holds.
 
-    * `error_read`: of the other picture that the network reads off an image in one call; `error_read_mean` (the training pictures'
-      mean) and `error_read_linear` (linear regression, pixel by pixel) without a network;
-    * night only, which determines the day: `error_given...`, the same of images drawn for their night;
-      `error_joint`, of the night drawn together with an image to that image's night;
-    * segmentation only: `miou_read`, of the picture read, to the true classes; `miou_given`, of what an independent rule sees in an
-      image drawn for a segmentation, to that segmentation; `miou_joint`, of both drawn together; `miou_rule`, the rule's on real images:
-      the ceiling of the last two;
+    * night, mean squared errors: `error_read`, of the night that the network reads off an image in one call; `error_read_mean` (the
+      training pictures' mean) and `error_read_linear` (linear regression, pixel by pixel) without a network; `error_given...`, the same
+      of images drawn for their night, which determines the day; `error_joint`, of the night drawn together with an image to that
+      image's night;
+    * segmentation, mean IoU: `miou_read`, of the likeliest classes that the network reads off an image in one call; `miou_given`, of
+      what an independent rule sees in an image drawn for a segmentation, to that segmentation; `miou_joint`, of both drawn together;
+      `miou_rule`, the rule's on real images: the ceiling of the last two;
     * `..._shuffled`: of pairs that do not belong together;
     * `frechet_ratio_given`, `_joint`, `_absent`: images drawn for another picture, with one, and without any.
 
@@ -56,7 +56,7 @@ class ImageTransition:
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
         clock = Clock()
         clock.start("read", f"reading the {other} of {count} images in one network call each")
-        read = _seen(experiment, other, self._read(experiment, params, read_key, test["image"]))
+        read = self._read(experiment, params, read_key, test["image"])
         drawn = {}
         settings = {"given": ({other: test[other]}, ()), "joint": ({}, ()), "absent": ({}, (other,))}
         for (name, (given, absent)), own in zip(settings.items(), keys):
@@ -68,10 +68,10 @@ class ImageTransition:
         real = {"given": train["image"], "joint": test["image"], "absent": test["image"]}
         unit = frechet_distance(train["image"], test["image"])
         figures = {f"frechet_ratio_{name}": frechet_distance(drawn[name]["image"], real[name]) / unit for name in drawn}
-        figures |= self._errors("read", other, "image", read, test, train)
         implied = {name: self._implied(pair["image"]) for name, pair in {**drawn, "test": test}.items() if name != "absent"}
         apart = np.roll(test[other], 1, 0)
         if other == "night":
+            figures |= self._errors("read", other, "image", read, test, train)
             figures |= self._errors("given", "image", other, drawn["given"]["image"], test, train)
             figures["error_joint"] = error(implied["joint"], drawn["joint"][other])
             figures["error_shuffled"] = error(implied["test"], apart)
@@ -80,7 +80,7 @@ class ImageTransition:
                 "read": (read, test[other]), "given": (implied["given"], test[other]), "joint": (implied["joint"], drawn["joint"][other]),
                 "rule": (implied["test"], test[other]), "shuffled": (test[other], apart),
             }  # fmt: skip
-            figures |= {f"miou_{name}": miou(*map(paired.classes, pair), len(paired.PALETTE)) for name, pair in pairs.items()}
+            figures |= {f"miou_{name}": miou(*pair, len(paired.PALETTE)) for name, pair in pairs.items()}
         clock.start("chain", "keeping the states of ten walks")
         walk = functools.partial(states, experiment, params, steps=steps, guidance=guidance)
         chains = {"given": walk(keys[0], {other: test[other]}, "image"), "joint": walk(keys[1], {}, "image")}
@@ -98,11 +98,12 @@ class ImageTransition:
         def read(params, keys, given):
             return posterior(experiment.process, experiment.apply, params, keys, given, self.other, experiment.shape)
 
-        return in_batches(read, params, example_keys(key, len(images)), {"image": jnp.asarray(images)}, self.batch)
+        found = in_batches(read, params, example_keys(key, len(images)), {"image": jnp.asarray(images)}, self.batch)
+        return _seen(experiment, self.other, found if self.other == "night" else found.argmax(-1))
 
     def _implied(self, images):
         """The other picture of images, by a rule that has nothing to do with the network."""
-        return paired.night(images) if self.other == "night" else paired.coloured(trained_judge(images.shape[1]).segments(images))
+        return paired.night(images) if self.other == "night" else trained_judge(images.shape[1]).segments(images)
 
     def _errors(self, way, target, source, found, test, train):
         """The errors of `target` pictures made from `source` pictures, by the network and without one."""
@@ -136,21 +137,24 @@ class ImageTransition:
         }
 
     def _pictures(self, experiment, test, read, drawn, implied, chains, sampler):
-        other, show = self.other, experiment.modalities["image"].show
+        other = self.other
+        show, show_other = (experiment.modalities[name].show for name in ("image", other))
         given, joint = drawn["given"]["image"], drawn["joint"]
 
-        def rows(*arrays):
-            return pictures.grid(show(np.concatenate([array[:10] for array in arrays])), 10, rows=list("abcd"[: len(arrays)]))
+        def rows(*shown):
+            return pictures.grid(np.concatenate([each[:10] for each in shown]), 10, rows=list("abcd"[: len(shown)]))
 
         rule = f"the {other} that b implies" if other == "night" else "what the independent rule sees in b"
         return {
             f"Image to {other}": Picture(
-                rows(test["image"], read, test[other]), "a: real, held out; b: read off a in one network call; c: the truth."),
+                rows(show(test["image"]), show_other(read), show_other(test[other])),
+                "a: real, held out; b: read off a in one network call; c: the truth."),
             f"{other.capitalize()} to image": Picture(
-                rows(test[other], given, implied["given"], test["image"]),
+                rows(show_other(test[other]), show(given), show_other(implied["given"]), show(test["image"])),
                 f"a: real, held out; b: drawn for a, {sampler}; c: {rule}; d: the image that a is of."),
             "Both drawn together": Picture(
-                rows(joint[other], joint["image"], implied["joint"]), f"a: {other}; b: image; c: {rule}; {sampler}."),
+                rows(show_other(joint[other]), show(joint["image"]), show_other(implied["joint"])),
+                f"a: {other}; b: image; c: {rule}; {sampler}."),
             "From noise to image": Picture(
                 pictures.grid(show(chains["given"]), 10),
                 f"States of ten walks with a held-out {other} given, from noise, above, to the image; {sampler}."),
@@ -162,7 +166,7 @@ class ImageTransition:
 
 
 def _seen(experiment, name, array):
-    return experiment.modalities[name].quantize(array)
+    return getattr(experiment.modalities[name], "quantize", np.asarray)(array)
 
 
 def error(images: np.ndarray, real: np.ndarray) -> float:

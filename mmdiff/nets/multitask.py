@@ -37,7 +37,7 @@ class MultiTaskDiT(nn.Module):
 
     Attributes:
       patches: of the target.
-      beside: name -> `Classes`, `Grid` or `Vector`.
+      beside: name -> `Classes`, `ClassGrid`, `Grid` or `Vector`.
       depth: blocks; heads that read the middle do so after half of them. scan, remat, dtype, backend, qk_norm: as in `DiT`.
     """
 
@@ -130,6 +130,18 @@ class Grid:
 
     def leave(self, seen, half, dtype, name):
         return leave(self.patches, seen.final, seen.condition, dtype, name) if self.head else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassGrid(Grid):
+    """A class for each pixel [B, H, W], or probabilities [B, H, W, K]: a `Grid` of K channels, one a class; out as logits [B, H, W, K].
+
+    The channels of `patches` are K; a pixel without a class (the mask of `absorbing(K)`) is zero in all of them.
+    """
+
+    def enter(self, h, c, x, dtype, name):
+        known = jax.nn.one_hot(x, self.patches.channels) if jnp.issubdtype(x.dtype, jnp.integer) else x
+        return super().enter(h, c, known, dtype, name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 
 from mmdiff.nets.target import compiling_for
@@ -98,14 +100,33 @@ def main_type(function: Callable, *args: Any) -> np.dtype:
 def model_flops(loss: Callable, *args: Any) -> int:
     """What a training step has to compute: 3 times the loss, whose gradient takes two products for each one of it.
 
-    The usual convention for MFU: rematerialisation, the optimizer and element-wise work do not count.
+    The usual convention for MFU: rematerialisation, the optimizer and element-wise work do not count. Nor do gradients that a loss
+    stops, as of an encoder that is the network itself.
     """
-    return 3 * flops(loss, *args)
+    leaves, structure = jax.tree.flatten(args)
+    moving = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    def both(leaves):
+        def scalar(moved):
+            placed = dict(zip(moving, moved))
+            out = loss(*jax.tree.unflatten(structure, [placed.get(i, leaf) for i, leaf in enumerate(leaves)]))
+            return out[0] if isinstance(out, tuple) else out
+
+        # The gradient takes the products of the derivative in one direction; that of the data counts, too, by the convention.
+        values = [leaves[i] for i in moving]
+        return jax.jvp(scalar, (values,), (values,))
+
+    jaxpr = _jaxpr(both, leaves)
+    return _flops(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]).total()  # without derivatives that end at a stop
+
+
+def _jaxpr(function: Callable, *args: Any) -> Jaxpr:
+    with compiling_for("cpu"):
+        return jax.make_jaxpr(function)(*args).jaxpr
 
 
 def _traced(function: Callable, *args: Any) -> Counter:
-    with compiling_for("cpu"):
-        return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+    return _flops(_jaxpr(function, *args))
 
 
 def _flops(jaxpr: Jaxpr) -> Counter:

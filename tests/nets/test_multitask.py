@@ -11,7 +11,7 @@ from filled import filled
 
 from mmdiff import losses, sampling, schedules, times
 from mmdiff.evals import accuracy
-from mmdiff.nets import Classes, Grid, MultiTaskDiT, Patches, Vector, by_network
+from mmdiff.nets import Classes, ClassGrid, Grid, MultiTaskDiT, Patches, Vector, by_network
 from mmdiff.processes import Addend, Aggregate, Gaussian, Given, Hidden, absorbing, fold, identity, moving_target, velocity
 from mmdiff.training.step import init_state, make_step
 
@@ -21,6 +21,7 @@ BESIDE = {
     "label": Classes(K + 1, K),
     "other": Grid(PATCHES),
     "mask": Grid(PATCHES, head=False),
+    "map": ClassGrid(Patches(4, 4, K, 2)),
     "features": Vector(6),
 }
 OPTIONS = dict(depth=2, width=16, heads=2, scan=False)
@@ -30,6 +31,7 @@ def inputs(seed=0, b=B):
     keys = jax.random.split(jax.random.key(seed), 4)
     images = {name: jax.random.normal(key, (b, *SHAPE)) for name, key in zip(("image", "other", "mask"), keys)}
     x = images | {"label": jnp.arange(b) % (K + 1), "features": jax.random.normal(keys[3], (b, 6))}
+    x["map"] = jax.random.randint(jax.random.fold_in(keys[3], 1), (b, 4, 4), 0, K + 1)
     return x, {name: jnp.full(b, 0.3) for name in x}
 
 
@@ -52,7 +54,7 @@ def test_outputs_are_of_the_target_and_of_what_has_a_head():
     x, t = inputs()
     out = run(x, t)
     assert {name: value.shape for name, value in out.items()} == {
-        "image": (B, *SHAPE), "label": (B, K), "other": (B, *SHAPE), "features": (B, 6)}  # fmt: skip
+        "image": (B, *SHAPE), "label": (B, K), "other": (B, *SHAPE), "map": (B, 4, 4, K), "features": (B, 6)}  # fmt: skip
     assert all(value.dtype == jnp.float32 for value in out.values())
     half = jax.jit(NET.clone(dtype=jnp.bfloat16).apply)(weights(), x, t)
     assert all(value.dtype == jnp.float32 for value in half.values())
@@ -86,10 +88,26 @@ def test_scanned_layers_are_the_same_network():
 
 def test_probabilities_enter_as_the_mean_of_the_classes():
     x, t = inputs()
-    x["label"] = jnp.asarray([0, 3, 4])
+    x |= {"label": jnp.asarray([0, 3, 4]), "map": x["map"] % K}
     hard = run(x, t)
     soft = run({**x, "label": jax.nn.one_hot(x["label"], K)}, t)
     np.testing.assert_allclose(soft["image"], hard["image"], atol=1e-5)
+    maps = run({**x, "map": jax.nn.one_hot(x["map"], K)}, t)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), maps, hard)
+
+
+def test_a_map_of_classes_enters_and_leaves_pixel_by_pixel():
+    """Without blocks between, the class of a pixel changes the logits of its own patch alone, and a mask is no class."""
+    net = MultiTaskDiT(PATCHES, {"map": ClassGrid(Patches(4, 4, K, 2))}, depth=0, width=32, heads=2, scan=False)
+    x, t = ({name: tree[name] for name in ("image", "map")} for tree in inputs())
+    x["map"] = jnp.full((B, 4, 4), K)
+    params = filled(net, x, t)
+    masked = net.apply(params, x, t)["map"]
+    moved = net.apply(params, {**x, "map": x["map"].at[1, 0, 3].set(2)}, t)["map"]
+    change = np.abs(moved - masked).max(-1)
+    assert change[1, :2, 2:].min() > 1e-3 and change[[0, 2]].max() == 0 and change[1, 2:].max() == change[1, :2, :2].max() == 0
+    none = net.apply(params, {**x, "map": jnp.zeros((B, 4, 4, K))}, t)["map"]
+    np.testing.assert_array_equal(none, masked)
 
 
 def gradients(head):

@@ -89,6 +89,16 @@ def test_mmdit_has_the_flops_of_its_formula():
     assert perf.flops(net.apply, params, x, t) == 2 * batch * (depth * layer + ends)
 
 
+def test_a_gradient_that_is_stopped_does_not_count():
+    def loss(params, batch, key):
+        encoded = jax.lax.stop_gradient(jnp.tanh(batch["x"] @ params) @ params.T)
+        return ((encoded @ params) ** 2).mean(), {}
+
+    product = 2 * 6 * 4 * 8
+    found = perf.model_flops(loss, shape(4, 8), {"x": shape(6, 4), "label": jax.ShapeDtypeStruct((6,), jnp.int32)}, jax.random.key(0))
+    assert found == (1 + 1 + 2) * product  # no gradient of the first two, and none by what the third reads
+
+
 def test_a_step_is_three_times_its_loss():
     def loss(params, batch, key):
         return ((jnp.tanh(batch["x"] @ params["first"]) @ params["second"]) ** 2).mean(), {}
