@@ -31,6 +31,8 @@ setup(
         "pillow>=10.1",
         "tensorflow-datasets>=4.9.7",
         "tokenizers>=0.20",  # captions
+        "librosa>=0.11",  # onsets and spectra
+        "soundfile>=0.13",  # files of sound
         "array_record",  # what tfds.data_source reads
         "importlib_resources",  # imported by tensorflow-datasets, not declared by it
         # clu.metric_writers imports both. tensorflow-cpu neither brings CUDA nor takes the accelerator from jax;

@@ -48,8 +48,9 @@ the run's own, with config.sample, config.eval and config.seed open to change.""
 CACHE = """\
 Encodes every split of a tokenizer's data once, with the averaged (EMA) weights
 of the last checkpoint, and writes the tokens, the other arrays of the data and
-the weights, which decode tokens, to a folder. It is whole or absent; if the same
-cache is there, nothing is done. Configs that train on tokens name the folder."""
+the weights, which decode tokens, to a folder. Of towers (CLIP's kind) it writes
+the weights. The folder is whole or absent; if the same cache is there, nothing
+is done. Configs that train on tokens, or on texts' vectors, name the folder."""
 
 AOT = """\
 Compiles the training step for TPUs that are not here, and prints what it needs
@@ -72,7 +73,7 @@ Needs no data, and of Python packages only jax, flax, optax, chex and numpy."""
 
 SAMPLE = """\
 Draws samples with the averaged (EMA) weights of the last checkpoint, and writes
-samples.png and samples.npz.
+samples.png and samples.npz, and of sounds a wav file each.
 
 Each modality is drawn, unless it is given (--given NAME=VALUE holds its value)
 or absent (--absent NAME: it says nothing about the others). So one model draws
@@ -323,16 +324,14 @@ def _cache(args: argparse.Namespace) -> None:
         return
     config, experiment = _open(args)
     if experiment.cache is None:
-        raise UserError(f"{args.config} trains no tokenizer, so there is nothing to cache: see configs/cdcd/scenes_tokenizer.py.")
-    from mmdiff.data import tokens
+        raise UserError(
+            f"{args.config} trains no tokenizer and no towers, so there is nothing to cache: see configs/cdcd/scenes_tokenizer.py.")
     from mmdiff.training import checkpoints
 
     params, step = checkpoints.restore_for_inference(experiment, config, args.workdir, step=args.step)
     made_by = {"config": json.loads(configs.to_json(config)), "step": step}
-    written = tokens.write(args.out, experiment.cache, params, made_by, args.split)
-    counts = {split: arrays["tokens"][1][0] for split, arrays in tokens.read_meta(args.out)["splits"].items()}
-    listed = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    print(f"{'' if written else 'nothing to do: '}{args.out} holds the tokens of step {step} ({listed})")
+    written = experiment.cache.write(args.out, params, made_by, args.split)
+    print(f"{'' if written else 'nothing to do: '}{args.out} holds {experiment.cache.holds(args.out, step)}")
 
 
 # ---- Parts ----
@@ -449,9 +448,9 @@ def _draw(experiment, params, given, number: int, seed: int, absent: tuple[str, 
 
 
 def _write_samples(experiment, samples: Mapping, out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes samples.npz and a grid of pictures, captioned with the modalities that are text; prints that text.
+    """Writes samples.npz, a grid of pictures, captioned with the modalities that are text, and files of sounds; prints that text.
 
-    Both hold the same: pixels that are possible in the data, so that --given reads them back.
+    All hold the same: pixels that are possible in the data, so that --given reads them back.
     """
     import numpy as np
 
@@ -470,6 +469,9 @@ def _write_samples(experiment, samples: Mapping, out: pathlib.Path) -> list[path
         for name, images in pictures.items():
             paths.append(out / ("samples.png" if len(pictures) == 1 else f"samples_{name}.png"))
             grid(images, math.isqrt(len(images) - 1) + 1, captions or None).save(paths[-1])
+        for name, array in samples.items():
+            if hasattr(experiment.modalities[name], "write"):
+                paths += experiment.modalities[name].write(array, out)
     except OSError as error:
         raise UserError(f"cannot write {paths[-1]}: {error.strerror or error}.") from error
     return paths

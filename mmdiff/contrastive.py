@@ -182,21 +182,42 @@ def match(process: Process, of: str, loss: str = "infonce") -> Term:
         equal entries: its learned numbers.
       loss: "infonce" or "siglip".
     """
-    if loss not in ("infonce", "siglip"):
-        raise UserError(f"match: there is no loss {loss!r}; choose infonce or siglip.")
+    contrasted = _matched(loss)
 
     def term(out, noised):
         part = noised.of(of)
-        belief, clean = unit(process.clean(out[of], part.xt, part.t)), jax.lax.stop_gradient(unit(part.x0))
-        scores = out["logit_scale"][:, None] * jnp.matmul(belief, clean.T, precision=jax.lax.Precision.HIGHEST)
+        return contrasted(process.clean(out[of], part.xt, part.t), part.x0, out)
+
+    return term
+
+
+def pair(one: str = "image_vector", other: str = "text_vector", loss: str = "infonce") -> Term:
+    """CLIP's loss of two towers: `match` with the network's output `one` for the belief and its output `other` for x_0.
+
+    A term of conditions alone (`Given`), whose network returns out[one], out[other] [B, D], out["logit_scale"] and
+    out["logit_bias"] [B]: `nets.TwoTowers`. Gradients reach both towers.
+    """
+    contrasted = _matched(loss, trained=True)
+    return lambda out, noised: contrasted(out[one], out[other], out)
+
+
+def _matched(loss: str, trained: bool = False) -> Callable:
+    """The loss of `match` as `(one [B, D], other [B, D], out) -> [B]`; where `other` is not `trained` no gradient reaches it."""
+    if loss not in ("infonce", "siglip"):
+        raise UserError(f"match: there is no loss {loss!r}; choose infonce or siglip.")
+
+    def values(one, other, out):
+        one, other = unit(one), unit(other)
+        other = other if trained else jax.lax.stop_gradient(other)
+        scores = out["logit_scale"][:, None] * jnp.matmul(one, other.T, precision=jax.lax.Precision.HIGHEST)
         if loss == "infonce":
             right = jnp.diagonal(scores)
             return 0.5 * (jax.nn.logsumexp(scores, axis=1) + jax.nn.logsumexp(scores, axis=0)) - right
         scores = scores + out["logit_bias"][:, None]
-        same = jnp.matmul(clean, clean.T, precision=jax.lax.Precision.HIGHEST) > 1 - 1e-6
+        same = jnp.matmul(other, other.T, precision=jax.lax.Precision.HIGHEST) > 1 - 1e-6
         return -jax.nn.log_sigmoid(jnp.where(same, scores, -scores)).sum(1)
 
-    return term
+    return values
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -54,29 +54,30 @@ class Experiment:
     cache: Any = None
 
 
-def reconstructing(net: Any) -> dict[str, Any]:
-    """What the experiment of an image tokenizer has from its network alone, `Experiment(**reconstructing(net), loss=..., ...)`.
+def reconstructing(net: Any, name: str = "image") -> dict[str, Any]:
+    """What the experiment of a tokenizer has from its network alone, `Experiment(**reconstructing(net), loss=..., ...)`.
 
-    Nothing is diffused and nothing drawn: the image is a condition, and a sample is what its tokens decode to, "reconstruction".
+    Nothing is diffused and nothing drawn: the image (or music) is a condition, and a sample is what its tokens decode to,
+    "reconstruction".
 
     Args:
-      net: a linen module `images -> (..., reconstructions, ...)`, the second entry, of `height`, `width` and `channels`.
+      net: a linen module `examples -> (..., reconstructions, ...)`, the second entry, of examples of its `shape`.
+      name: the modality.
     """
-    size = (net.height, net.width, net.channels)
 
-    def reconstruct(params, images):
-        return {"reconstruction": net.apply(params, images)[1]}
+    def reconstruct(params, examples):
+        return {"reconstruction": net.apply(params, examples)[1]}
 
     def draw(params, keys, given, *, steps, guidance, absent=()):
-        if "image" not in given:
-            raise UserError("a tokenizer draws nothing by itself: give it pictures, --given image=FILE.")
-        return {**given, **reconstruct(params, given["image"])}
+        if name not in given:
+            raise UserError(f"a tokenizer draws nothing by itself: give it something to encode, --given {name}=FILE.")
+        return {**given, **reconstruct(params, given[name])}
 
     return {
-        "process": Joint(image=Given(0.0)),
-        "init": lambda key: net.init(key, jnp.zeros((1, *size))),
-        "apply": lambda params, x, t: reconstruct(params, x["image"]),
-        "shape": {"image": size, "reconstruction": size},
+        "process": Joint(**{name: Given(0.0)}),
+        "init": lambda key: net.init(key, jnp.zeros((1, *net.shape))),
+        "apply": lambda params, x, t: reconstruct(params, x[name]),
+        "shape": {name: net.shape, "reconstruction": net.shape},
         "draw": draw,
     }
 

@@ -71,7 +71,7 @@ def test_mistakes(run, cache, capsys, tmp_path):
     assert "there is no run in" in refused("cache", "--config", CONFIG, "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "new"))
     other = str(pathlib.Path(__file__).parent / "tiny.py")
     assert "trains no tokenizer" in refused("cache", "--config", other, "--workdir", str(tmp_path), "--out", str(tmp_path / "new"))
-    assert "give it pictures, --given image=FILE" in refused("sample", *run, "--out", str(tmp_path))
+    assert "give it something to encode, --given image=FILE" in refused("sample", *run, "--out", str(tmp_path))
     assert not (tmp_path / "new").exists()
 
 

@@ -209,7 +209,7 @@ def test_mistakes(caches, tmp_path):
     cache = caches("imagenet256_class")
     with pytest.raises(UserError, match=r"has no captions \(no words.json\)"):
         load("coco_text", data__dir=cache)
-    with pytest.raises(UserError, match="has pictures of 32 x 32 tokens of 2887 codes, but the config needs 16 x 16 of 974"):
+    with pytest.raises(UserError, match="has 32 x 32 tokens of 2887 codes, but the config needs 16 x 16 of 974"):
         load("imagenet256_class", data__dir=caches("coco_text"))[0].train_data()
     with pytest.raises(UserError, match="there is no set of pictures 'imagenet'"):
         load("pictures_tokenizer", data__name="imagenet", data__dir=tmp_path)[0].train_data()

@@ -20,11 +20,13 @@ import tempfile
 import numpy as np
 import tensorflow_datasets as tfds
 
+from mmdiff.data import text
 from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
 
 LEVELS = 17  # values 0..16
 CLASSES = 10
+CAPTIONS = tuple(f"a handwritten {word}" for word in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"))
 SIZES = {"train": 1297, "test": 500}
 # SHA-256 of each split's images and labels (uint8, in order): a damaged copy, or other digits, are noticed at once.
 _FINGERPRINTS = {
@@ -156,3 +158,22 @@ def _read(split: str, data_dir: pathlib.Path) -> ArraySource:
     for array in arrays.values():
         array.flags.writeable = False  # one copy serves every caller
     return ArraySource(arrays)
+
+
+@functools.cache
+def caption_words() -> text.Tokenizer:
+    """The tokenizer of `captioned`'s ten captions."""
+    return text.train(CAPTIONS, 8)
+
+
+def captioned(source: ArraySource, vectors: np.ndarray) -> ArraySource:
+    """The examples of a source of digits with the ids of their `CAPTIONS`, "text" int32 [n, 8], and `vectors[label]`, "query" [n, D]."""
+    label = source.arrays["label"]
+    ids = caption_words().encode(CAPTIONS)
+    return ArraySource({**source.arrays, "text": ids[label], "query": np.asarray(vectors, np.float32)[label]})
+
+
+def random_prompts(size: int) -> np.ndarray:
+    """A fixed unit vector for each digit, [10, size]: random directions, nearly at right angles."""
+    vectors = np.random.Generator(np.random.Philox(0)).standard_normal((10, size))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)

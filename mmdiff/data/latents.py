@@ -198,7 +198,10 @@ def _path(folder: str | os.PathLike) -> pathlib.Path:
 def _stamp(modalities: Mapping[str, Any]) -> dict[str, dict]:
     """What a cache and a config must agree on: sizes, scale, the number of classes."""
     fields = {name: dataclasses.asdict(modality) for name, modality in modalities.items()}
-    return {name: {key: value for key, value in of.items() if key not in ("name", "names")} for name, of in fields.items()}
+    return {
+        name: {key: value for key, value in of.items() if key not in ("name", "names") and value is not None}
+        for name, of in fields.items()
+    }
 
 
 def _pack(array: np.ndarray, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Sets of pictures for a tokenizer to be trained on and to encode: ImageNet, COCO and CUB-200 with their labels or captions, or one's own.
+"""Sets of pictures with their labels or captions: ImageNet, COCO, CUB-200, the sets of zero-shot classification, or one's own.
 
     imagenet2012     TFDS, prepared as array_record in the folder: label (1,000 classes)
     coco_captions    TFDS, the same, "coco_captions/2014": 5 captions each (the few that have more lose the rest)
@@ -6,10 +6,17 @@
                          CUB_200_2011/images/CLASS/NAME.jpg            the official archive
                          text_c10/CLASS/NAME.txt                       a caption on every line
                          trainvalclasses.txt, testclasses.txt          a CLASS on every line: 150 and 50
+    fgvc_aircraft    a folder with the official archive, fgvc-aircraft-2013b/data: label (100 variants)
+    cifar10, cifar100, caltech101, dtd, eurosat, oxford_flowers102, food101, oxford_iiit_pet, cars196, sun397
+                     TFDS, the same: label; "eurosat/rgb", and of SUN397 "standard-part1-120k", the first of the published partitions
     folder           one's own: train/CLASS/NAME.jpg and val/CLASS/NAME.jpg (or another format): label, the classes in the order of names
+    captioned        one's own, or what img2dataset writes of CC3M: in train and val, each with a caption of its own,
+                         00000.tar, ...                    NAME.jpg beside NAME.txt, or a NAME.json with "caption" (WebDataset); or
+                         captions.tsv                      FILE, a tab and its caption on every line; or
+                         NAME.jpg, FOLDER/NAME.jpg, ...    beside NAME.txt, or a NAME.json with "caption"
 
 The splits are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 pictures; TFDS calls its parts val,
-restval and test), of CUB-200 the test classes.
+restval and test), of CUB-200 the test classes, of EuroSAT all (it is published without splits, and has no "train"), else the test set.
 
 A picture's central square, shrunk or enlarged, is what is seen of it, in training as in evaluation. The released CDCD crops at random
 in training; here every picture is encoded once.
@@ -17,14 +24,19 @@ in training; here every picture is encoded once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
+import json
 import os
 import pathlib
+import tarfile
+import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,12 +45,25 @@ from mmdiff.data.modalities import PICTURES, Images, Labels
 from mmdiff.data.sources import RandomSource, Source, check_range
 from mmdiff.errors import UserError
 
-CAPTIONS = {"coco_captions": 5, "cub200": 10}  # of a picture
+CAPTIONS = {"coco_captions": 5, "cub200": 10, "captioned": 1}  # of a picture
 SPLITS = {
     "imagenet2012": {"train": "train", "val": "validation"},
     "coco_captions": {"train": "train", "val": "val+restval+test"},
     "cub200": {"train": "trainvalclasses.txt", "val": "testclasses.txt"},
     "folder": {"train": "train", "val": "val"},
+    "captioned": {"train": "train", "val": "val"},
+    "eurosat": {"val": "train"},
+    "fgvc_aircraft": {"train": "trainval", "val": "test"},
+    "food101": {"train": "train", "val": "validation"},
+} | {
+    name: {"train": "train", "val": "test"}
+    for name in ("cifar10", "cifar100", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "cars196", "sun397")
+}
+BUILDERS = {  # of TFDS, where a set has several
+    "coco_captions": "coco_captions/2014",
+    "cityscapes": "cityscapes/semantic_segmentation",
+    "eurosat": "eurosat/rgb",
+    "sun397": "sun397/standard-part1-120k",
 }
 VOCABULARY = 49408  # CLIP's
 BY_HAND = {  # what TFDS cannot download
@@ -48,16 +73,23 @@ BY_HAND = {  # what TFDS cannot download
 PREPARE = (
     "python -c \"import tensorflow_datasets as tfds; tfds.builder('{}', data_dir='{}', file_format='array_record').download_and_prepare()\""
 )
+INDEX = "index.npz"
+
+
+class Absent(UserError):
+    """Data that are not there at all."""
 
 
 class Records(Protocol):
-    """Pictures as they are stored."""
+    """Pictures as they are stored. `names` are those of the classes, by label."""
+
+    names: Sequence[str]
 
     def __len__(self) -> int:
         """How many."""
 
     def get(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Of each "image", a file's path or content, and "label" (int) or "captions" (strings), or both."""
+        """Of each "image", a file's path or content or a `Member`, and "label" (int) or "captions" (strings), or both."""
 
 
 class Pictures:
@@ -69,13 +101,16 @@ class Pictures:
       size: the side of a picture.
       words: what encodes the captions; then text is int32 [n, captions, length]. A picture with fewer captions repeats its own.
 
+    Attributes:
+      names: of the classes, as they are stored, by label; none where there are no classes.
+
     Raises:
       UserError: an unknown set or split, data that are not there, and what to do about it; from `take`, a damaged picture.
     """
 
     def __init__(self, name: str, split: str, data_dir: str | os.PathLike, size: int = 256, words: text.Tokenizer | None = None):
         self._records, self._size, self._words = _records(name, split, data_dir), size, words
-        self._captions = CAPTIONS.get(name, 0)
+        self._captions, self.names = CAPTIONS.get(name, 0), tuple(self._records.names)
 
     def __len__(self):
         return len(self._records)
@@ -131,9 +166,8 @@ def _records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
     if not data_dir:
         raise UserError(f"config.data.dir is empty: name the folder of the set {name} (mmdiff/data/pictures.py says what is in it).")
     folder, part = pathlib.Path(data_dir).expanduser(), SPLITS[name][split]
-    if name == "cub200":
-        return _cub200(folder, part)
-    return _folder(folder, part) if name == "folder" else Tfds(name, part, folder)
+    folders = {"cub200": _cub200, "fgvc_aircraft": _aircraft, "folder": _folder, "captioned": _captioned}
+    return folders[name](folder, part) if name in folders else Tfds(name, part, folder)
 
 
 class Tfds:
@@ -145,20 +179,23 @@ class Tfds:
     def __init__(self, name: str, split: str, data_dir: pathlib.Path, images: Sequence[str] = ("image",)):
         import tensorflow_datasets as tfds
 
-        full = {"coco_captions": "coco_captions/2014", "cityscapes": "cityscapes/semantic_segmentation"}.get(name, name)
+        full = BUILDERS.get(name, name)
         versions = [path.parent for path in (data_dir / full).glob("*/dataset_info.json")]
         command = PREPARE.format(full, data_dir)
         if not versions:
             first = f"put {BY_HAND.get(name)} into {data_dir}/downloads/manual, then run "
-            what = first if name in BY_HAND else "download and prepare it (some 40 GB) with "
-            raise UserError(f"there is no TFDS data set {full} in {data_dir}: {what}{command}")
+            what = first if name in BY_HAND else "download and prepare it with "
+            raise Absent(f"there is no TFDS data set {full} in {data_dir}: {what}{command}")
         self._images = images
         newest = max(versions, key=lambda path: [int(part) if part.isdecimal() else -1 for part in path.name.split(".")])
         try:
             builder = tfds.builder_from_directory(str(newest))
-            self._source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding() for image in images})
+            features = dict(builder.info.features.items())
+            pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+            self._source = builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in pictures})
         except (NotImplementedError, ValueError, OSError) as error:
             raise UserError(f"{newest} cannot be read ({str(error).splitlines()[0]}): prepare it anew, with {command}") from error
+        self.names = features["label"].names if isinstance(features.get("label"), tfds.features.ClassLabel) else ()
 
     def __len__(self):
         return len(self._source)
@@ -180,8 +217,8 @@ def _said(example: dict[str, Any]) -> dict[str, Any]:
 class Files:
     """`Records` in memory, of pictures in files."""
 
-    def __init__(self, records: Sequence[dict[str, Any]]):
-        self._all = records
+    def __init__(self, records: Sequence[dict[str, Any]], names: Sequence[str] = ()):
+        self._all, self.names = records, names
 
     def __len__(self):
         return len(self._all)
@@ -212,7 +249,24 @@ def _cub200(folder: pathlib.Path, classes: str) -> Files:
             if not captions:
                 raise UserError(f"{said} holds no captions: unpack it again.")
             records.append({"image": path, "label": numbers[name], "captions": captions})
-    return nonempty(records, f"pictures of the classes in {listed}")
+    return nonempty(records, f"pictures of the classes in {listed}", list(numbers))
+
+
+def _aircraft(folder: pathlib.Path, split: str) -> Files:
+    data = folder / "fgvc-aircraft-2013b/data"
+    variants, listed = data / "variants.txt", data / f"images_variant_{split}.txt"
+    for path in (variants, listed):
+        if not path.exists():
+            source = "fgvc-aircraft-2013b.tar.gz (robots.ox.ac.uk/~vgg/data/fgvc-aircraft)"
+            raise Absent(f"{path} does not exist: unpack {source} into {folder}.")
+    numbers = {name: i for i, name in enumerate(variants.read_text().splitlines())}
+    records = []
+    for line in listed.read_text().splitlines():
+        number, _, name = line.partition(" ")
+        if name not in numbers:
+            raise UserError(f"{listed} names the variant {name!r}, but {variants} has none of that name.")
+        records.append({"image": data / f"images/{number}.jpg", "label": numbers[name]})
+    return nonempty(records, f"pictures in {listed}", list(numbers))
 
 
 def _folder(folder: pathlib.Path, split: str) -> Files:
@@ -225,14 +279,14 @@ def _folder(folder: pathlib.Path, split: str) -> Files:
         if name not in numbers:
             raise UserError(f"{folder / split} has a class {name!r}, but {folder / 'train'} has none of that name.")
         records += [{"image": path, "label": numbers[name]} for path in files(folder / split / name)]
-    return nonempty(records, f"pictures ({', '.join(PICTURES)}) in the folders of {folder / split}")
+    return nonempty(records, f"pictures ({', '.join(PICTURES)}) in the folders of {folder / split}", list(numbers))
 
 
-def nonempty(records: Sequence[dict[str, Any]], what: str) -> Files:
+def nonempty(records: Sequence[dict[str, Any]], what: str, names: Sequence[str] = ()) -> Files:
     """`Files` of records, or a UserError: there are none of `what`."""
     if not records:
         raise UserError(f"there are no {what}.")
-    return Files(records)
+    return Files(records, names)
 
 
 def _folders(path: pathlib.Path) -> list[str]:
@@ -244,10 +298,138 @@ def files(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(entry for entry in path.iterdir() if entry.suffix.lower() in PICTURES)
 
 
+# ------------------------------------------------------------------------------------------------------------ with captions
+
+
+def _captioned(folder: pathlib.Path, split: str) -> Records:
+    folder = folder / split
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: pictures with captions lie in {folder.parent}/train and {folder.parent}/val.")
+    shards, listed = sorted(folder.glob("*.tar")), folder / "captions.tsv"
+    if shards:
+        return Shards(shards)
+    records = []
+    if listed.exists():
+        for number, line in enumerate(listed.read_text("utf-8", "replace").splitlines(), 1):
+            name, tab, caption = line.partition("\t")
+            if not tab:
+                raise UserError(f"line {number} of {listed} has no tab: it is a picture's file, a tab and its caption.")
+            records.append({"image": folder / name, "captions": [caption.strip()]})
+        return nonempty(records, f"lines in {listed}")
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in PICTURES:
+            beside = {kind: path.with_suffix(f".{kind}") for kind in ("txt", "json")}
+            said = _caption(path, {kind: file.read_bytes for kind, file in beside.items() if file.exists()})
+            records.append({"image": path, "captions": [said]})
+    return nonempty(records, f"tar files and no pictures ({', '.join(PICTURES)}) in {folder}")
+
+
+def _caption(picture: Any, said: dict[str, Callable[[], bytes]]) -> str:
+    """A picture's caption, by what reads the "txt" or "json" beside it."""
+    try:
+        return (said["txt"]().decode("utf-8", "replace") if "txt" in said else str(json.loads(said["json"]())["caption"])).strip()
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f'{picture} has no caption: beside it belongs a .txt of its name, or a .json with "caption".') from error
+
+
+class Member(NamedTuple):
+    """A picture in a tar file: where its content starts, and how long it is."""
+
+    path: pathlib.Path
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """The content."""
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
+    def __str__(self):
+        name = b""
+        with contextlib.suppress(OSError):  # it stands in the block before the content
+            name = Member(self.path, self.start - tarfile.BLOCKSIZE, 100).read().rstrip(b"\0")
+        return f"{name.decode('utf-8', 'replace')} in {self.path}"
+
+
+class Shards:
+    """`Records` of pictures with captions in tar files of one folder, in their order.
+
+    What is where, and all captions, is kept beside them in index.npz: the first time every file is gone through, and again when one has
+    changed. A folder that cannot be written is gone through every time.
+    """
+
+    names = ()
+
+    def __init__(self, paths: Sequence[pathlib.Path]):
+        self._paths, kept = paths, paths[0].parent / INDEX
+        stats = [path.stat() for path in paths]
+        files = {
+            "shards": np.array([path.name for path in paths]),
+            "stamps": np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64),
+        }
+        index = {}
+        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(kept) as stored:
+            index = dict(stored)
+        if not all(np.array_equal(array, index.get(name)) for name, array in files.items()):
+            index = files | _index(paths)
+            with (
+                contextlib.suppress(OSError),
+                tempfile.TemporaryDirectory(dir=kept.parent, prefix=".index-", ignore_cleanup_errors=True) as own,
+            ):
+                np.savez(pathlib.Path(own) / INDEX, **index)
+                os.replace(pathlib.Path(own) / INDEX, kept)
+        self._members, self._ends, self._said = index["members"], index["ends"], index["captions"]
+
+    def __len__(self):
+        return len(self._members)
+
+    def get(self, indices):
+        found = []
+        for i in indices:
+            shard, start, size = self._members[i].tolist()
+            caption = self._said[self._ends[i - 1] if i else 0 : self._ends[i]].tobytes().decode()
+            found.append({"image": Member(self._paths[shard], start, size), "captions": [caption]})
+        return found
+
+
+def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
+    """"members" int64 [n, 3]: shard, start and size of every picture; "captions" uint8, one after the other; where they end, "ends" [n]."""
+    members, captions = [], []
+    for shard, path in enumerate(paths):
+        pictures, said, end = {}, {}, 0
+        try:
+            with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, kind = name.partition(".")
+                    if f".{kind.lower()}" in PICTURES:
+                        pictures[folder, stem] = member
+                    elif kind in ("txt", "json"):
+                        said.setdefault((folder, stem), {})[kind] = functools.partial(_content, tar, member)
+                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                file.seek(end)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what ends a tar file
+                    raise tarfile.ReadError(f"no end after {len(pictures)} pictures")
+                for name, member in pictures.items():
+                    members.append((shard, member.offset_data, member.size))
+                    captions.append(_caption(f"{member.name} in {path}", said.get(name, {})).encode())
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise UserError(f"{path} cannot be read as a tar file ({error}): it is damaged or compressed, copy it again.") from error
+    if not members:
+        raise UserError(f"there are no pictures ({', '.join(PICTURES)}) in the tar files of {paths[0].parent}.")
+    ends = np.cumsum([len(caption) for caption in captions], dtype=np.int64)
+    return {"members": np.array(members, np.int64), "ends": ends, "captions": np.frombuffer(b"".join(captions), np.uint8)}
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    return tar.extractfile(member).read()
+
+
 # --------------------------------------------------------------------------------------------------------------- a picture
 
 
-def decode(file: pathlib.Path | bytes, see: Callable[[Any], Any]) -> np.ndarray:
+def decode(file: pathlib.Path | bytes | Member, see: Callable[[Any], Any]) -> np.ndarray:
     """What `see` makes of a Pillow picture, values 0..255, as float32 in [-1, 1].
 
     Raises:
@@ -256,13 +438,14 @@ def decode(file: pathlib.Path | bytes, see: Callable[[Any], Any]) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
+        content = file.read() if isinstance(file, Member) else file
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as picture:
             return np.asarray(see(picture), np.float32) / np.float32(127.5) - 1
     except UserError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         what = "a picture of the data set" if isinstance(file, bytes) else str(file)
-        raise UserError(f"{what} cannot be read as an image ({error}): the file is damaged, copy it again.") from error
+        raise UserError(f"{what} cannot be read as an image ({error}): the file is missing or damaged, copy it again.") from error
 
 
 def square(picture: Any, size: int, ids: bool = False) -> Any:

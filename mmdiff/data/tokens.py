@@ -1,7 +1,7 @@
-"""A cache of tokens on disk: pictures that a trained tokenizer has encoded once, and what turns tokens into pictures again.
+"""A cache of tokens on disk: pictures or music that a trained tokenizer has encoded once, and what turns tokens into these again.
 
     DIR/train/tokens.npy   int32 [n, L], in raster order
-    DIR/train/text.npy     ...: the other arrays of the source, as they are; its pictures are left out
+    DIR/train/text.npy     ...: the other arrays of the source, as they are; its pictures (or music) are left out
     DIR/test/...
     DIR/weights.npz        the tokenizer's averaged (EMA) weights
     DIR/words.json         of pictures with captions, the tokenizer of the captions: `text` is int32 [n, captions, length] in its ids
@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -26,14 +27,17 @@ import flax
 import jax
 import numpy as np
 
+from mmdiff.data.modalities import TokenImages
 from mmdiff.data.sources import ArraySource, RandomSource, Source, check_range
 from mmdiff.data.text import Tokenizer, train
 from mmdiff.errors import UserError
-from mmdiff.nets.tokenizers import VQAutoencoder
+from mmdiff.nets.audio import AudioAutoencoder
+from mmdiff.nets.tokenizers import Autoencoder, VQAutoencoder
 
 META, WEIGHTS, WORDS = "cache.json", "weights.npz", "words.json"
 PART = 250  # examples that are encoded or decoded at once,
-PIXELS = 2**20  # if they have no more pixels than these
+PIXELS = 2**20  # if they have no more pixels (samples) than these
+NETWORKS = {network.__name__: network for network in (VQAutoencoder, AudioAutoencoder)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +48,24 @@ class Recipe:
       net: the tokenizer.
       splits: name -> `() -> source` of the pictures.
       image: their entry in the source.
+      tokens: what their tokens are called in the cache.
       words: `() -> tokenizer` of their captions, which goes into the cache.
     """
 
-    net: VQAutoencoder
+    net: Autoencoder
     splits: Mapping[str, Callable[[], Source]]
     image: str = "image"
+    tokens: str = "tokens"
     words: Callable[[], Tokenizer] | None = None
+
+    def write(self, folder: str | os.PathLike, params: Any, made_by: Mapping[str, Any], splits: Sequence[str] = ()) -> bool:
+        """As the function `write`."""
+        return write(folder, self, params, made_by, splits)
+
+    def holds(self, folder: str | os.PathLike, step: int) -> str:
+        """What is in a folder that was written, for people."""
+        counts = {split: arrays[self.tokens][1][0] for split, arrays in read_meta(folder)["splits"].items()}
+        return f"the tokens of step {step} ({', '.join(f'{split} {count:,}' for split, count in counts.items())})"
 
 
 def write(folder: str | os.PathLike, recipe: Recipe, params: Any, made_by: Mapping[str, Any], splits: Sequence[str] = ()) -> bool:
@@ -70,20 +85,22 @@ def write(folder: str | os.PathLike, recipe: Recipe, params: Any, made_by: Mappi
     unknown = [split for split in splits if split not in recipe.splits]
     if unknown:
         raise UserError(f"there is no split {unknown[0]!r} to cache: choose among {', '.join(recipe.splits)}.")
-    weights = _flat(params)
+    weights = flat(params)
     meta = {
         "format": 1,
         **made_by,
+        "network": type(recipe.net).__name__,
         "net": _fields(recipe.net),
+        "tokens": recipe.tokens,
         "grid": list(recipe.net.grid),
         "codes": recipe.net.codes,
-        "fingerprint": _fingerprint(weights),
+        "fingerprint": fingerprint(weights),
         "splits": {},
     }
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = read_meta(folder)
         # An older cache lacks the fields that its network's class has got since.
-        if [_fields(VQAutoencoder(**found["net"])), found["fingerprint"]] != [meta["net"], meta["fingerprint"]]:
+        if [_fields(_net(found)), found["fingerprint"]] != [meta["net"], meta["fingerprint"]]:
             raise UserError(f"{folder} holds the tokens of other weights (step {found.get('step')}): remove it, or write elsewhere.")
         missing = [split for split in splits if split not in found["splits"]]
         if missing:
@@ -95,7 +112,7 @@ def write(folder: str | os.PathLike, recipe: Recipe, params: Any, made_by: Mappi
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as own:
             draft = pathlib.Path(own) / "cache"
             for split in splits:
-                meta["splits"][split] = _write_split(draft / split, recipe.splits[split](), recipe.image, encode, part_of(recipe.net))
+                meta["splits"][split] = _write_split(draft / split, recipe, recipe.splits[split](), encode)
             if recipe.words:
                 (draft / WORDS).write_text(json.dumps(dataclasses.asdict(recipe.words())) + "\n")
             np.savez(draft / WEIGHTS, **weights)
@@ -128,7 +145,7 @@ def token_source(folder: str | os.PathLike, split: str) -> ArraySource:
 
 
 def decoder(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
-    """`tokens [n, L] -> pictures float32 [n, height, width, channels]` in [-1, 1], by the weights in the cache.
+    """`tokens [n, L] -> pictures (music) float32 [n, *shape]` in [-1, 1], by the weights in the cache.
 
     The folder is opened at the first call, so a config can name one that is not written yet.
 
@@ -154,8 +171,8 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
     Args:
       data: the section; "random" makes examples up and needs no folder.
       split: of the cache.
-      modalities: what the config expects: name -> `TokenImages`, `Labels`, `Texts`. Where a picture has several captions, an example is
-        a picture with one of them (see `Captioned`).
+      modalities: what the config expects: name -> `TokenImages`, `Sequences`, `Labels`, `Texts`. Where a picture has several captions,
+        an example is a picture with one of them (see `Captioned`).
 
     Raises:
       UserError: another source, no folder, what `token_source` refuses, or a cache of another grid, codebook or without a modality.
@@ -169,16 +186,18 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
             "config.data.dir is empty: name the folder of a token cache (the head of configs/cdcd/pictures_tokenizer.py says how to "
             "write one), or try the config out on made-up tokens with config.data.source=random."
         )
-    source, meta, tokens = token_source(data.dir, split), read_meta(data.dir), modalities["tokens"]
-    if [*meta["grid"], meta["codes"]] != [tokens.height, tokens.width, tokens.states]:
-        found = "{} x {} tokens".format(*meta["grid"])
-        raise UserError(
-            f"the token cache {data.dir} has pictures of {found} of {meta['codes']} codes, but the config needs "
-            f"{tokens.height} x {tokens.width} of {tokens.states}: choose the cache of another tokenizer."
-        )
+    source, meta = token_source(data.dir, split), read_meta(data.dir)
     missing = [name for name in modalities if name not in source.arrays]
     if missing:
         raise UserError(f"the token cache {data.dir} has no {missing[0]}: it holds {', '.join(source.arrays)}.")
+    tokens = modalities[meta.get("tokens", "tokens")]
+    grid = [tokens.height, tokens.width] if isinstance(tokens, TokenImages) else list(tokens.shape)
+    if [*meta["grid"], meta["codes"]] != [*grid, tokens.states]:
+        found, needed = (" x ".join(map(str, sides)) for sides in (meta["grid"], grid))
+        raise UserError(
+            f"the token cache {data.dir} has {found} tokens of {meta['codes']} codes, but the config needs "
+            f"{needed} of {tokens.states}: choose the cache of another tokenizer."
+        )
     for name in modalities:
         if source.arrays[name].ndim == 1:
             modalities[name].check(source.arrays[name])  # labels: small enough to be read whole
@@ -252,25 +271,25 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{folder / META} cannot be read ({error!r}): write the cache anew.") from error
 
 
-def part_of(net: VQAutoencoder) -> int:
-    """How many pictures of a network are encoded or decoded at once."""
-    return min(PART, max(1, PIXELS // (net.height * net.width)))
+def part_of(net: Autoencoder) -> int:
+    """How many examples of a network are encoded or decoded at once."""
+    return min(PART, max(1, PIXELS // math.prod(net.shape[:2])))
 
 
-def by_parts(function: Callable[[np.ndarray], Any], array: np.ndarray, part: int) -> np.ndarray:
-    """`function` [n, ...] -> [n, ...] over `part` examples at a time, always that many: it is compiled once."""
+def by_parts(function: Callable[[np.ndarray], Any], array: np.ndarray, part: int) -> Any:
+    """`function` [n, ...] -> pytree of [n, ...] over `part` examples at a time, always that many: it is compiled once."""
     starts = range(0, max(len(array), 1), part)
-    parts = [np.asarray(function(np.resize(array[i : i + part], (part, *array.shape[1:])))) for i in starts]
-    return np.concatenate(parts)[: len(array)]
+    parts = [jax.device_get(function(np.resize(array[i : i + part], (part, *array.shape[1:])))) for i in starts]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(array)], *parts)
 
 
-def _write_split(folder: pathlib.Path, source: Source, image: str, encode: Callable, size: int) -> dict[str, Any]:
+def _write_split(folder: pathlib.Path, recipe: Recipe, source: Source, encode: Callable) -> dict[str, Any]:
     """Encodes a source; -> {name: [dtype, shape]}."""
     folder.mkdir(parents=True)
     written: dict[str, np.ndarray] = {}
     for start in range(0, len(source), PART):
         part = dict(source.take(np.arange(start, min(start + PART, len(source)))))
-        part["tokens"] = by_parts(encode, part.pop(image), size)
+        part[recipe.tokens] = by_parts(encode, part.pop(recipe.image), part_of(recipe.net))
         for name, array in part.items():
             if name not in written:
                 shape = (len(source), *array.shape[1:])
@@ -281,29 +300,35 @@ def _write_split(folder: pathlib.Path, source: Source, image: str, encode: Calla
     return {name: [array.dtype.name, list(array.shape)] for name, array in written.items()}
 
 
-def _network(folder: str | os.PathLike) -> tuple[VQAutoencoder, Any]:
+def _network(folder: str | os.PathLike) -> tuple[Autoencoder, Any]:
     meta, path = read_meta(folder), _path(folder) / WEIGHTS
     try:
         with np.load(path) as stored:
             weights = dict(stored)
-        intact = _fingerprint(weights) == meta["fingerprint"]
+        intact = fingerprint(weights) == meta["fingerprint"]
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy it again, or write the cache anew.") from error
     if not intact:
         raise UserError(f"{path} is not what was written: copy it again, or write the cache anew.")
-    return VQAutoencoder(**meta["net"]), flax.traverse_util.unflatten_dict(weights, sep="/")
+    return _net(meta), flax.traverse_util.unflatten_dict(weights, sep="/")
 
 
-def _fields(net: VQAutoencoder) -> dict[str, Any]:
+def _net(meta: Mapping[str, Any]) -> Autoencoder:
+    """The network of a cache's values; one from before there were several kinds is of pictures."""
+    return NETWORKS[meta.get("network", "VQAutoencoder")](**meta["net"])
+
+
+def _fields(net: Autoencoder) -> dict[str, Any]:
     fields = {field.name: getattr(net, field.name) for field in dataclasses.fields(net) if field.name not in ("parent", "name")}
     return json.loads(json.dumps(fields))  # as they come back
 
 
-def _flat(params: Any) -> dict[str, np.ndarray]:
+def flat(params: Any) -> dict[str, np.ndarray]:
+    """Weights as NumPy arrays by path, "params/...": what `np.savez` takes."""
     return {name: np.asarray(array) for name, array in flax.traverse_util.flatten_dict(params, sep="/").items()}
 
 
-def _fingerprint(weights: Mapping[str, np.ndarray]) -> str:
+def fingerprint(weights: Mapping[str, np.ndarray]) -> str:
     """SHA-256 of all weights, by name."""
     found = hashlib.sha256()
     for name in sorted(weights):

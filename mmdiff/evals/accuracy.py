@@ -5,7 +5,7 @@ Both are generic: they know the names of the modalities and the interface of a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,37 +51,81 @@ def denoising_losses(
     keys: jax.Array,
     given: Mapping[str, jax.Array],
     target: str,
-    classes: int,
+    candidates: int | jax.Array,
     shape: Mapping[str, tuple[int, ...]],
     draws: int,
 ) -> jax.Array:
-    r"""The expected denoising loss of `given` under every class, for a diffusion classifier (Li et al. 2023, arXiv:2303.16203).
+    r"""The expected denoising loss of `given` under every candidate, for a diffusion classifier (Li et al. 2023, arXiv:2303.16203).
 
-        L[b, k] = mean_j sum_{m in given} loss_m(x0_m, t_j, noise_j | target = k at t = 0),     j = 0..draws-1
+        L[b, k] = mean_j sum_{m in given} loss_m(x0_m, t_j, noise_j | target = candidate k at t = 0),     j = 0..draws-1
 
-    with one time and one noise per (example, j), the same for all classes: their differences, which decide, have far less
+    with one time and one noise per (example, j), the same for all candidates: their differences, which decide, have far less
     variance than the losses. Times are stratified, t_j ~ U[j / draws, (j + 1) / draws]. Modalities that are neither given nor
     the target are absent (t = 1).
 
-    Returns float32 [B, classes]; the diffusion classifier answers argmin_k L[b, k]. It costs draws * classes network calls.
+    Args:
+      candidates: values of the target, [B, K, ...] each example's own, or the number of classes: the labels 0..K-1.
+
+    Returns float32 [B, K]; the diffusion classifier answers argmin_k L[b, k]. It costs draws * K network calls.
     """
     process, count = process.bound(params), keys.shape[0]
     blank = jax.tree.map(jnp.zeros_like, process.prior(keys, shape))
+    if isinstance(candidates, int):
+        candidates = jnp.broadcast_to(jnp.arange(candidates), (count, candidates))
 
     def losses(total, j):
         own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, j)
         time = (j + jax.vmap(jax.random.uniform)(fold(own, "time"))) / draws
         t = {name: time if name in given else jnp.full(count, 0.0 if name == target else 1.0) for name in shape}
 
-        def of_class(k):
-            x0 = {**blank, **given, target: jnp.full_like(blank[target], k)}
+        def of_candidate(value):
+            x0 = {**blank, **given, target: value}
             noised = process.corrupt(fold(own, "corrupt"), x0, t)
             loss = process.loss(apply(params, *process.inputs(noised.xt, noised.t)), noised)
             return sum(loss[name] for name in given)
 
-        return total + jax.vmap(of_class, out_axes=1)(jnp.arange(classes)), None
+        return total + jax.vmap(of_candidate, in_axes=1, out_axes=1)(candidates), None
 
-    return jax.lax.scan(losses, jnp.zeros((count, classes)), jnp.arange(draws))[0] / draws
+    zeros = jnp.zeros(candidates.shape[:2])
+    return jax.lax.scan(losses, zeros, jnp.arange(draws))[0] / draws
+
+
+def eliminated(
+    process: Joint,
+    apply: Callable,
+    params: Any,
+    keys: jax.Array,
+    given: Mapping[str, jax.Array],
+    target: str,
+    candidates: int | jax.Array,
+    shape: Mapping[str, tuple[int, ...]],
+    stages: Sequence[tuple[int, int]],
+) -> jax.Array:
+    """The diffusion classifier's answer by elimination (Li et al. 2023, algorithm 2): int [B], the place of the best candidate.
+
+    Every stage `(draws, keep)` adds so many draws to the mean loss of the candidates that are left and keeps the best; the last one
+    keeps 1. It costs the sum of draws * (candidates left) network calls, where `denoising_losses` costs all draws for all of them.
+
+    Args:
+      process, apply, params, keys, given, target, candidates, shape: as in `denoising_losses`.
+      stages: "keep" falls to 1.
+
+    Raises:
+      ValueError: stages that end with several candidates.
+    """
+    if not stages or stages[-1][1] != 1:
+        raise ValueError(f"eliminated: the last of the stages (draws, keep) keeps 1 candidate, not {[*stages][-1:]}.")
+    if isinstance(candidates, int):
+        candidates = jnp.broadcast_to(jnp.arange(candidates), (keys.shape[0], candidates))
+    left = jnp.broadcast_to(jnp.arange(candidates.shape[1]), candidates.shape[:2])
+    total = jnp.zeros(left.shape)
+    for number, (draws, keep) in enumerate(stages):
+        own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(fold(keys, "stage"), number)
+        values = jax.vmap(lambda rows, places: rows[places])(candidates, left)
+        total = total + draws * denoising_losses(process, apply, params, own, given, target, values, shape, draws)
+        best = jax.lax.top_k(-total, keep)[1]
+        left, total = (jnp.take_along_axis(array, best, axis=1) for array in (left, total))
+    return left[:, 0]
 
 
 def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:

@@ -16,10 +16,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One picture of a report: a Pillow image, or the text of an SVG, with the sentence that goes under it."""
+    """One picture of a report: a Pillow image, or the text of an SVG, with the sentence that goes under it.
+
+    `sounds` are players below it: name -> the bytes of a wav file.
+    """
 
     image: Any
     caption: str
+    sounds: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,6 +120,7 @@ p { margin: 0 0 12px; } .dim, figcaption { color: var(--dim); }
 figure { margin: 0; padding: 16px; } figure h3 { font-size: 14px; font-weight: 600; margin: 0 0 10px; }
 figure img, figure svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { font-size: 13px; margin-top: 10px; }
+label { display: flex; align-items: center; gap: 12px; font-size: 13px; margin-top: 8px; } audio { height: 32px; flex: 1; min-width: 0; }
 .panel { padding: 4px 16px; overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; } td { padding: 8px 14px 8px 0; border-top: 1px solid var(--line); vertical-align: top; }
 tr:first-child td { border-top: 0; } td:first-child { font-family: ui-monospace, monospace; font-size: 13px; white-space: nowrap; }
@@ -144,7 +145,7 @@ def _page(workdir: pathlib.Path, report: Mapping, figures: Mapping[str, float], 
         "</div>",
         "<h2>Pictures</h2>" if shown else "",
         '<div class="grid">',
-        *(_figure(title, picture.image, picture.caption) for title, picture in shown),
+        *(_figure(title, picture.image, picture.caption, picture.sounds) for title, picture in shown),
         "</div>",
     ]
     charts = list(_charts(workdir / "metrics.jsonl"))
@@ -175,15 +176,19 @@ def _charts(path: pathlib.Path) -> Iterator[str]:
             yield _figure(group.replace("_", " "), chart, "")
 
 
-def _figure(title: str, image: Any, caption: str) -> str:
+def _figure(title: str, image: Any, caption: str, sounds: Mapping[str, bytes] | None = None) -> str:
     if not isinstance(image, str):
         data = io.BytesIO()
         image.save(data, "PNG", optimize=True)
         source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
         # Two pixels of the picture to one of the page: sharp on every screen.
         image = f'<img src="{source}" width="{image.width // 2}" alt="{html.escape(title)}">'
+    players = "".join(
+        f'<label>{html.escape(name)}<audio controls src="data:audio/wav;base64,{base64.b64encode(sound).decode()}"></audio></label>'
+        for name, sound in (sounds or {}).items()
+    )
     caption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f"<figure><h3>{html.escape(title)}</h3>{image}{caption}</figure>"
+    return f"<figure><h3>{html.escape(title)}</h3>{image}{players}{caption}</figure>"
 
 
 def _card(name: str, value: float) -> str:

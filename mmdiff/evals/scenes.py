@@ -80,11 +80,11 @@ class CaptionedScenes:
         }
         shown = {
             "Caption to image": Picture(
-                _grid(images[0], held, ~_all(right)),
+                grid(images[0], held, ~_all(right)),
                 f"Captions of held-out combinations; {steps} steps, guidance {guidance:g}; the first ones, none chosen. A caption is red "
                 "where the judge finds another digit, colour or position.",
             ),
-            "Real scenes": Picture(_grid(test["image"], test), "Test scenes, for comparison."),
+            "Real scenes": Picture(grid(test["image"], test), "Test scenes, for comparison."),
         }
         settings = {
             "sample_steps": steps,
@@ -161,7 +161,8 @@ class Judge:
 trained_judge = functools.cache(Judge)  # one serves every setting that is measured
 
 
-def _grid(images: np.ndarray, said: Mapping[str, np.ndarray], wrong: np.ndarray | None = None):
+def grid(images: np.ndarray, said: Mapping[str, np.ndarray], wrong: np.ndarray | None = None):
+    """The first 20 scenes [n, size, size, 3] with the captions of what is `said` of them, `wrong` ones in red."""
     first = slice(20)
     captions = scenes.captions({name: said[name][first] for name in scenes.ATTRIBUTES})
     return pictures.grid(np.rint((images[first] + 1) * 127.5).astype(np.uint8), 5, captions, wrong=wrong)

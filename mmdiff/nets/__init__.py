@@ -5,11 +5,14 @@ from mmdiff.nets.dit import DiT, as_joint, dit, sizes
 from mmdiff.nets.dual import DualStream, look, naming
 from mmdiff.nets.embed import Label, Patches, Tokens, Vectors
 from mmdiff.nets.mmdit import MMDiT
-from mmdiff.nets.multitask import Classes, Grid, MultiTaskDiT, Vector, by_network
+from mmdiff.nets.motion import DanceEncoder, MotionEncoder
+from mmdiff.nets.multitask import Classes, ClassGrid, Grid, MultiTaskDiT, Vector, by_network
 from mmdiff.nets.text import TextEncoder
 from mmdiff.nets.tokens import TokenTransformer, cdcd
+from mmdiff.nets.towers import TwoTowers
 
 __all__ = [
-    "Classes", "DiT", "DualStream", "Grid", "Label", "MMDiT", "MultiTaskDiT", "Patches", "TextEncoder", "TokenTransformer", "Tokens",
-    "Vector", "Vectors", "as_joint", "attention", "by_network", "cdcd", "dit", "look", "naming", "sizes",
+    "ClassGrid", "Classes", "DanceEncoder", "DiT", "DualStream", "Grid", "Label", "MMDiT", "MotionEncoder", "MultiTaskDiT", "Patches",
+    "TextEncoder", "TokenTransformer", "Tokens", "TwoTowers", "Vector", "Vectors", "as_joint", "attention", "by_network", "cdcd", "dit",
+    "look", "naming", "sizes",
 ]

@@ -30,8 +30,7 @@ from mmdiff.nets.attention import attention, split_heads
 from mmdiff.nets.dit import MLP, REMAT, check_width, layer_norm, modulate, zeros
 from mmdiff.nets.embed import Dense, Patches, TimeEmbed, xavier
 from mmdiff.nets.target import one_cpu, placed
-
-MAX_LOGIT_SCALE = 100.0  # CLIP's
+from mmdiff.nets.towers import MAX_LOGIT_SCALE
 
 
 class DualBlock(nn.Module):
@@ -184,6 +183,7 @@ class DualStream(nn.Module):
       reinject: the noised query enters every block anew (the paper's), else the first.
       head_depth, head_width, head_heads: M blocks after the trunk over query and image, with weights of their own; width and heads are
         the trunk's where they are 0.
+      pooled: the mean of the caption's tokens modulates the image in drawing, beside its time (SD3's).
       captions: the caption has an output, for a process that diffuses it ("mmdit" alone).
       logits: scale and bias at first: CLIP's 1 / 0.07; SigLIP starts from (10, -10).
       mlp_ratio, qk_norm, scan, remat, backend, dtype: as in `DiT`.
@@ -202,6 +202,7 @@ class DualStream(nn.Module):
     head_depth: int = 6
     head_width: int = 0
     head_heads: int = 0
+    pooled: bool = False
     captions: bool = False
     logits: tuple[float, float] = (1 / 0.07, 0.0)
     mlp_ratio: float = 4.0
@@ -226,7 +227,7 @@ class DualStream(nn.Module):
         last = dict(heads=self.head_heads or self.heads, tie="all")
         head = layers(depth=self.head_depth, options=last | options, name="head")
 
-        streams, conditions, visible, context, entry = {}, {}, {}, None, None
+        streams, conditions, told, visible, context, entry = {}, {}, {}, {}, None, None
         if "image" in x:
             streams["image"] = self.patches.encode(x["image"].astype(self.dtype), width, self.dtype, "image")
             conditions["image"] = TimeEmbed(width, self.dtype, name="image_time")(t["image"])
@@ -240,6 +241,10 @@ class DualStream(nn.Module):
             if mmdit:
                 streams["text"] = context
                 conditions["text"] = TimeEmbed(width, self.dtype, name="text_time")(t["text"])
+            if self.pooled:
+                shown = visible["text"][..., None].astype(self.dtype)
+                mean = (context * shown).sum(1) / jnp.maximum(shown.sum(1), 1)
+                told = {"image": conditions["image"] + Dense(width, kernel_init=xavier, dtype=self.dtype, name="text_pooled")(mean)}
         if "name" in tasks:
             stamp = TimeEmbed(self.size, self.dtype, name="query_stamp")(t["query"])
             entry = (x["query"].astype(self.dtype) + stamp)[:, None]
@@ -253,7 +258,7 @@ class DualStream(nn.Module):
 
         def drawn(layers, streams):
             names = ("image", "text")
-            return layers(only(names, streams), only(names, conditions), only(("text",), visible), None, context)[0]
+            return layers(only(names, streams), only(names, conditions | told), only(("text",), visible), None, context)[0]
 
         def named(layers, streams, seen, names=("image", "query"), **options):
             hidden = only(("image",), visible) or {"image": seen["visible"]}
@@ -275,7 +280,8 @@ class DualStream(nn.Module):
         if "draw" in tasks:
             end = drawn(decoder, everything or drawn(trunk, streams))
             for name in ("image", "text") if self.captions else ("image",):
-                shift_scale = Dense(2 * width, kernel_init=zeros, dtype=self.dtype, name=f"{name}_adaln")(nn.silu(conditions[name]))
+                layer = Dense(2 * width, kernel_init=zeros, dtype=self.dtype, name=f"{name}_adaln")
+                shift_scale = layer(nn.silu((conditions | told)[name]))
                 tokens = modulate(layer_norm(end[name]), *jnp.split(shift_scale, 2, axis=-1))
                 out[name] = (self.patches if name == "image" else self.text).decode(tokens, self.dtype, name)
         if "name" in tasks:

@@ -66,18 +66,22 @@ def sincos_2d(size: int, height: int, width: int) -> np.ndarray:
     return np.concatenate([sincos_1d(size // 2, columns), sincos_1d(size // 2, rows)], axis=1).astype(np.float32)
 
 
-def patchify(x: jax.Array, patch: int) -> jax.Array:
-    """[B, H, W, C] -> [B, H/p * W/p, p * p * C], patches in raster order."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+def patchify(x: jax.Array, patch: int | tuple[int, int]) -> jax.Array:
+    """[B, H, W, C] -> [B, H/p * W/q, p * q * C], patches of p x q in raster order; q = p where `patch` is one number."""
+    (b, h, w, c), (p, q) = x.shape, _sides(patch)
+    x = x.reshape(b, h // p, p, w // q, q, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // p) * (w // q), p * q * c)
 
 
-def unpatchify(tokens: jax.Array, patch: int, height: int, width: int) -> jax.Array:
-    """The inverse of `patchify`: [B, N, p * p * C] -> [B, height, width, C]."""
-    b = tokens.shape[0]
-    x = tokens.reshape(b, height // patch, width // patch, patch, patch, -1)
+def unpatchify(tokens: jax.Array, patch: int | tuple[int, int], height: int, width: int) -> jax.Array:
+    """The inverse of `patchify`: [B, N, p * q * C] -> [B, height, width, C]."""
+    b, (p, q) = tokens.shape[0], _sides(patch)
+    x = tokens.reshape(b, height // p, width // q, p, q, -1)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height, width, -1)
+
+
+def _sides(patch: int | tuple[int, int]) -> tuple[int, int]:
+    return (patch, patch) if isinstance(patch, int) else patch
 
 
 # A modality's stream: `encode` makes tokens [B, N, width] of what the process feeds the network, `decode` makes the output.

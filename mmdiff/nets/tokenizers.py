@@ -9,7 +9,7 @@ Nothing is drawn when encoding: the same picture has the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,13 +22,41 @@ from mmdiff.nets.embed import Dense, patchify, unpatchify
 GROUPS = 8  # of a GroupNorm
 
 
-class VQAutoencoder(nn.Module):
+class Autoencoder(nn.Module):
+    """What tokenizers share. `setup` of a kind makes `encoder`, `codebook` [codes, code_size] and `decoder`; it has `grid` and `shape`.
+
+        ids = net.apply(params, x, method="encode")
+        x = net.apply(params, ids, method="decode")
+
+    x is [B, *shape] in [-1, 1], tokens are int32 [B, L] in 0..codes-1, in raster order; L = product of `grid`.
+    `__call__(x)` returns the ids and the reconstruction.
+    """
+
+    def __call__(self, x):
+        ids = self.encode(x)
+        return ids, self.decode(ids)
+
+    def encode(self, x):
+        """The tokens of examples: int32 [B, L]."""
+        z, codes = self.embed(x)
+        return nearest(z, codes).reshape(len(x), -1)
+
+    def decode(self, ids):
+        """The examples of tokens [B, L], within [-1, 1]."""
+        e = _unit(self.codebook)[ids].reshape(len(ids), -1, *self.grid[1:], self.code_size)
+        return jnp.clip(self.render(e), -1, 1)
+
+    def embed(self, x):
+        """What is compared: the encoder's output [B, *grid, code_size] and the codes [codes, code_size], all of length 1."""
+        return _unit(self.encoder(x)), _unit(self.codebook)
+
+    def render(self, e):
+        """Codes in their places [B, *grid, code_size] -> examples, not clipped: what the loss compares."""
+        return self.decoder(e)
+
+
+class VQAutoencoder(Autoencoder):
     """Images [B, height, width, channels] in [-1, 1] <-> tokens int32 [B, L] in 0..codes-1, in raster order; L = product of `grid`.
-
-        ids = net.apply(params, images, method="encode")
-        images = net.apply(params, ids, method="decode")
-
-    `__call__(images)` returns the ids and the reconstruction.
 
     Attributes:
       height, width, channels: the size of an image.
@@ -55,6 +83,11 @@ class VQAutoencoder(nn.Module):
         """Tokens in a column and in a row."""
         return self.height >> self.halvings, self.width >> self.halvings
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of an image."""
+        return self.height, self.width, self.channels
+
     def setup(self):
         factor = 2**self.halvings
         if self.height % factor or self.width % factor or self.features % GROUPS:
@@ -69,28 +102,6 @@ class VQAutoencoder(nn.Module):
         self.encoder = Encoder(widths, self.encoder_blocks, self.code_size)
         self.codebook = self.param("codebook", nn.initializers.normal(0.1), (self.codes, self.code_size))
         self.decoder = Decoder(widths[::-1], self.decoder_blocks, self.channels)
-
-    def __call__(self, images):
-        ids = self.encode(images)
-        return ids, self.decode(ids)
-
-    def encode(self, images):
-        """The tokens of images: int32 [B, L]."""
-        z, codes = self.embed(images)
-        return nearest(z, codes).reshape(len(images), -1)
-
-    def decode(self, ids):
-        """The images of tokens [B, L], within [-1, 1]."""
-        e = _unit(self.codebook)[ids].reshape(len(ids), *self.grid, self.code_size)
-        return jnp.clip(self.render(e), -1, 1)
-
-    def embed(self, images):
-        """What is compared: the encoder's output [B, h, w, code_size] and the codes [codes, code_size], all of length 1."""
-        return _unit(self.encoder(images)), _unit(self.codebook)
-
-    def render(self, e):
-        """Codes in their places [B, h, w, code_size] -> images, not clipped: what the loss compares."""
-        return self.decoder(e)
 
 
 class Encoder(nn.Module):
@@ -187,17 +198,24 @@ def usage(counts: Any) -> tuple[jax.Array, jax.Array]:
     return (counts > 0).mean(), jnp.exp(-jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum())
 
 
-def vq_loss(net: VQAutoencoder, image: str = "image", commitment: float = 0.25, revive: float = 1.0):
-    """The `Loss` of a `VQAutoencoder`: `(params, batch, key) -> (scalar, metrics)`.
+def squared_error(rendered: jax.Array, real: jax.Array) -> dict[str, tuple[float, jax.Array]]:
+    """The plain comparison of a `vq_loss`: the mean over everything."""
+    return {"reconstruction": (1.0, ((rendered - real) ** 2).mean())}
+
+
+def vq_loss(net: Autoencoder, image: str = "image", commitment: float = 0.25, revive: float = 1.0, compare: Callable = squared_error):
+    """The `Loss` of an `Autoencoder`: `(params, batch, key) -> (scalar, metrics)`.
 
     Args:
       net: the network.
       image: its entry in the batch.
       commitment: beta, what moves the encoder to its codes.
       revive: the weight of `revival`; 0 leaves unused codes alone.
+      compare: `(rendered, real) -> {name: (weight, scalar)}`, what is lost.
 
-    Metrics, all before their weights: "loss/reconstruction" (squared error per channel of a pixel), "loss/codebook" and "loss/commitment"
-    (the same number, with different gradients), "loss/revival"; and of the batch "codebook/usage" and "codebook/perplexity" (see `usage`).
+    Metrics, all before their weights: those of `compare` ("loss/reconstruction", squared error per channel of a pixel), "loss/codebook"
+    and "loss/commitment" (the same number, with different gradients), "loss/revival"; and of the batch "codebook/usage" and
+    "codebook/perplexity" (see `usage`).
     """
 
     def loss(params, batch: Mapping[str, jax.Array], key):
@@ -210,7 +228,7 @@ def vq_loss(net: VQAutoencoder, image: str = "image", commitment: float = 0.25, 
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
         rows = z.reshape(len(z), -1, z.shape[-1]), codes, ids.reshape(len(z), -1), keys
         parts = {
-            "reconstruction": (1.0, ((rendered - images) ** 2).mean()),
+            **compare(rendered, images),
             "codebook": (1.0, ((e - stop(z)) ** 2).sum(-1).mean()),
             "commitment": (commitment, ((stop(e) - z) ** 2).sum(-1).mean()),
             "revival": (revive, revival(*rows)),

@@ -118,8 +118,8 @@ class TokenTransformer(nn.Module):
     """The denoiser of CDCD (Zhu et al. 2023, after Gu et al. 2022), parameter for parameter.
 
     `__call__(x, t)`: dicts by modality, as a `Joint` feeds them. x["tokens"] int [B, L] in 0 .. classes, where `classes` is the mask,
-    in raster order of the grid; t["tokens"] [B]. Returns {"tokens": logits [B, L, classes]}, float32. Conditions have no time of their
-    own: an absent one is its null, a row of a table or an id of the text's like any other.
+    in raster order of the grid; t["tokens"] [B]. Returns {"tokens": logits [B, L, classes]}, float32; the name is `modality`. Conditions
+    have no time of their own: an absent one is its null, a row of a table or an id of the text's like any other.
 
     Attributes:
       classes: K, the classes of a clean token.
@@ -127,13 +127,19 @@ class TokenTransformer(nn.Module):
       labels: rows of the table for x["label"] [B], 0 for a network without labels. A `Given(null=C)` needs C + 1.
       context: names of the conditions that cross-attention sees: with an `encoder` what it takes, without one a single array of
         features [B, N, C].
-      encoder: a linen module `(*conditions) -> [B, N, C]`, such as `TextEncoder`; its parameters live in this network.
+      encoder: a linen module `(*conditions) -> [B, N, C]`, such as `TextEncoder` or `DanceEncoder`; its parameters live in this network.
       pooled: the mean of the context over its tokens modulates the MLPs' norms, where otherwise a label does. Not in the paper.
+      aligned: so many tokens of the context, its first, go through time with the sequence, from its first place to its last: interpolated,
+        they are also added to the places' embeddings (after a product). Not in the paper; attention has to find out what belongs together.
       times: T, rows of the tables for the time, which row round(t T) - 1 stands for (so t in (0, 1]); 0 for sinusoidal features.
       mlp_ratio, conv: the MLP's width, and whether it convolves over the grid.
       positions: (rows, columns) of the position tables, the grid's by default. Tokens take its places in raster order from the first
         on, so a table that is wider than the grid has no rows where the grid has (published for ImageNet: 32x32 for 16x16).
-      patch: tokens that go through the blocks as one, patch x patch of them: their embeddings are added up, each place having its own.
+      patch: tokens that go through the blocks as one, patch x patch of them, of a sequence `patch` in a row: their embeddings are added
+        up, each place having its own.
+      modality: what the tokens are called.
+      seconds: how long a sequence lasts that goes through time: its positions start as `time_features`, which an encoder can give its
+        context, too; 0 for random ones.
       scan, remat, backend, dtype: as in `DiT`.
     """
 
@@ -146,11 +152,14 @@ class TokenTransformer(nn.Module):
     context: tuple[str, ...] = ()
     encoder: nn.Module | None = None
     pooled: bool = False
+    aligned: int = 0
     times: int = 0
     mlp_ratio: float = 4.0
     conv: bool = False
     positions: tuple[int, int] | None = None
     patch: int = 1
+    modality: str = "tokens"
+    seconds: float = 0.0
     scan: bool = True
     remat: str = "none"
     backend: str | None = None
@@ -159,21 +168,22 @@ class TokenTransformer(nn.Module):
     @nn.compact
     def __call__(self, x, t):
         check_width(self.width, self.heads)
-        cells = tuple(side // self.patch for side in self.grid)
+        patch = (1 if self.grid[0] == 1 else self.patch, self.patch)
+        cells = (self.grid[0] // patch[0], self.grid[1] // patch[1])
         count = cells[0] * cells[1]
         table = self.positions or cells
-        if any(side % self.patch for side in self.grid):
-            raise UserError(f"patches of {self.patch}x{self.patch} do not tile a grid of {self.grid[0]}x{self.grid[1]} tokens.")
+        if any(side % part for side, part in zip(self.grid, patch)):
+            raise UserError(f"patches of {patch[0]}x{patch[1]} do not tile a grid of {self.grid[0]}x{self.grid[1]} tokens.")
         if table[0] * table[1] < count:
             raise UserError(f"a position table of {table[0]}x{table[1]} is too small for {count} tokens.")
-        names = ["tokens", *(["label"] if self.labels else []), *self.context]
+        names = [self.modality, *(["label"] if self.labels else []), *self.context]
         missing = [name for name in names if name not in x]
         if missing:
             raise KeyError(f"TokenTransformer: no input for {missing}; it was built for {names}.")
-        tokens, label, time, context = x["tokens"], None, t["tokens"], None
+        tokens, label, time, context = x[self.modality], None, t[self.modality], None
         if tokens.shape[1:] != (self.grid[0] * self.grid[1],):
             raise UserError(f"a grid of {self.grid[0]}x{self.grid[1]} needs {self.grid[0] * self.grid[1]} tokens, not {tokens.shape[1:]}.")
-        check_ids("tokens", tokens, self.classes + 1)
+        check_ids(self.modality, tokens, self.classes + 1)
         if self.labels:
             label = x["label"]
             check_ids("label", label, self.labels)
@@ -190,17 +200,31 @@ class TokenTransformer(nn.Module):
             label = context.mean(1)
 
         embed = partial(nn.Embed, features=self.width, embedding_init=normal, dtype=self.dtype)
-        states, group, place = self.classes + 1, self.patch**2, np.arange(count)
-        ids = patchify(tokens.reshape(-1, *self.grid, 1), self.patch) + states * np.arange(group)
+        states, group, place = self.classes + 1, patch[0] * patch[1], np.arange(count)
+        ids = patchify(tokens.reshape(-1, *self.grid, 1), patch) + states * np.arange(group)
         h = embed(group * states, name="tokens_in")(ids).sum(-2)
-        h = h + embed(table[0], name="rows")(place // table[1]) + embed(table[1], name="columns")(place % table[1])
+        columns = embed(table[1], embedding_init=partial(_as_times, self.seconds) if self.seconds else normal, name="columns")
+        h = h + embed(table[0], name="rows")(place // table[1]) + columns(place % table[1])
+        if self.aligned:
+            along = jax.image.resize(context[:, : self.aligned], (len(context), count, context.shape[-1]), "linear")
+            h = h + Dense(self.width, kernel_init=normal, dtype=self.dtype, name="aligned")(along)
         block = partial(
             Block, heads=self.heads, times=self.times, labels=self.labels, mlp_ratio=self.mlp_ratio, grid=cells if self.conv else None,
             backend=self.backend, dtype=self.dtype)  # fmt: skip
         h = stack(block, self.depth, self.scan, self.remat)(h, time, label, context)
         h = nn.LayerNorm(dtype=self.dtype, name="norm")(h)
         out = Dense(group * self.classes, kernel_init=normal, dtype=self.dtype, name="tokens_out")(h).astype(jnp.float32)
-        return {"tokens": unpatchify(out, self.patch, *self.grid).reshape(*tokens.shape, self.classes)}
+        return {self.modality: unpatchify(out, patch, *self.grid).reshape(*tokens.shape, self.classes)}
+
+
+def time_features(seconds: jax.Array, size: int) -> jax.Array:
+    """Sinusoidal features [..., size] of times [...], with periods from 0.1 s to 6 s."""
+    return frequencies(seconds, size, scale=60.0, max_period=60.0)
+
+
+def _as_times(seconds, key, shape, dtype=jnp.float32):
+    """An initialiser of position tables [n, size]: the features of n times in so many seconds, as large as `normal` makes them."""
+    return (0.02 * 2**0.5 * time_features(np.arange(shape[0]) * (seconds / shape[0]), shape[1])).astype(dtype)
 
 
 def cdcd(size: str, **options) -> TokenTransformer:

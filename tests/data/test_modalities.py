@@ -2,9 +2,12 @@ import re
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
-from mmdiff.data.modalities import Images, Labels, Latents, Sequences, TokenImages
+from mmdiff.data import aist
+from mmdiff.data.dance import PARENTS, DanceMusic
+from mmdiff.data.modalities import ClassMaps, Images, Labels, Latents, Motion, Sequences, TokenAudio, TokenImages, Waveforms
 from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
 
@@ -14,6 +17,9 @@ LABELS = Labels(10)
 LATENTS = Latents(8, 6, 4)
 PIXELS = TokenImages(8, 8, 17)
 ROWS = Sequences(3, 5)
+MOTION = Motion(90, 24, PARENTS)
+MUSIC = TokenAudio(10, 5)
+MAPS = ClassMaps(4, 6, ((0, 0, 0), (255, 0, 0), (0, 128, 255)))
 
 
 def digit(seed=0):
@@ -188,6 +194,27 @@ def test_tokens_with_a_decoder(tmp_path):
     assert "ids are 0..1" in refusal(drawn.check, tokens)
 
 
+def test_class_maps(tmp_path):
+    maps = MAPS.random(np.random.default_rng(0), 3)
+    shown = MAPS.show(maps)
+    assert shown.shape == (3, 4, 6, 3) and shown.dtype == np.uint8
+    for number, colour in enumerate(MAPS.palette):
+        np.testing.assert_array_equal((shown == colour).all(-1), maps == number)
+    np.testing.assert_array_equal(MAPS.show(np.full((1, 4, 6), 3)), np.full((1, 4, 6, 3), 128))  # a mask
+    noise = np.random.default_rng(1).integers(-60, 60, shown.shape)  # less than half of what is between two colours
+    for i, picture in enumerate(np.clip(shown.astype(int) + noise, 0, 255).astype(np.uint8)):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    np.save(tmp_path / "one.npy", maps[0])
+    np.savez(tmp_path / "samples.npz", image=np.zeros(3), segmentation=maps)
+    for name, count in {".": 3, "0.png": 1, "one.npy": 1, "samples.npz": 3}.items():
+        parsed = MAPS.parse(str(tmp_path / name))
+        np.testing.assert_array_equal(parsed, maps[:count])
+        assert parsed.dtype == np.int32
+    assert "[n, 4, 6]" in refusal(MAPS.check, maps[0]) and "ids are 0..2" in refusal(MAPS.check, maps + 1)
+    np.save(tmp_path / "one.npy", np.zeros((4, 6, 3)))
+    assert refusal(MAPS.parse, str(tmp_path / "one.npy")).startswith("segmentation: needs integers")
+
+
 def test_sequences(tmp_path):
     np.testing.assert_array_equal(ROWS.parse("3, 1 4"), [[3, 1, 4]])
     np.save(tmp_path / "a.npy", [[0, 1, 2], [3, 4, 4]])
@@ -200,7 +227,69 @@ def test_sequences(tmp_path):
             assert refusal(modality.check, wrong).startswith("tokens: ")
 
 
-@pytest.mark.parametrize("modality", [IMAGES, COLOUR, LABELS, LATENTS, Labels(3, ("a", "b", "c")), PIXELS, ROWS])
+def test_motion(tmp_path):
+    source = DanceMusic("test", count=3)
+    aist.write_motion(tmp_path / "dance.pkl", *source.poses(2))
+    parsed = MOTION.parse(str(tmp_path / "dance.pkl"))
+    dances = source.take(np.arange(3))["motion"][:, :90]
+    np.testing.assert_allclose(parsed[0], dances[2] - dances[2, :, 0].mean(0), atol=1e-5)
+    np.save(tmp_path / "one.npy", dances[1])
+    np.savez(tmp_path / "samples.npz", motion=dances, genre=np.arange(3))
+    np.testing.assert_array_equal(MOTION.parse(str(tmp_path / "one.npy")), dances[1:2])
+    np.testing.assert_array_equal(MOTION.parse(str(tmp_path / "samples.npz")), dances)
+    assert "120 frames of 24 joints, but the model needs 121" in refusal(Motion(121, 24).parse, str(tmp_path / "dance.pkl"))
+    assert "of 17" in refusal(Motion(90, 17).parse, str(tmp_path / "dance.pkl"))
+    assert "a motion file of AIST++ (.pkl)" in refusal(MOTION.parse, "dance.mp4")
+    assert "no such file" in refusal(MOTION.parse, str(tmp_path / "gone.pkl"))
+    for wrong in (dances[0], dances[:, :89], np.full_like(dances, np.nan), np.zeros(dances.shape, int)):
+        assert refusal(MOTION.check, wrong).startswith("motion: ")
+    assert MOTION.check(MOTION.random(np.random.default_rng(0), 4)).shape == (4, *MOTION.shape)
+
+
+def test_a_dancer_is_drawn_from_the_front():
+    still = np.zeros((1, 90, 24, 3))
+    still[..., 1:, 1] = 0.5  # one bone, from the centre upwards
+    still[..., 1:, 0] = 0.25
+    shown = Motion(90, 24, (-1, *[0] * 23)).show(still)
+    assert shown.shape == (1, 64, 384, 3) and shown.dtype == np.uint8
+    figures = shown.reshape(64, 6, 64, 3).transpose(1, 0, 2, 3).min(-1) < 200
+    rows, columns = np.nonzero(figures[0])
+    assert (figures == figures[0]).all()
+    np.testing.assert_allclose([rows.min(), rows.max(), columns.min(), columns.max()], [19, 32, 32, 38], atol=2)
+    assert (np.diff([columns[rows == row].mean() for row in range(rows.min(), rows.max())]) <= 0.5).all()  # leaning to the right
+    dots = Motion(90, 24).show(still)
+    assert 0 < (dots < 200).sum() < (shown < 200).sum()
+    assert (MOTION.show(np.full((1, 90, 24, 3), np.nan)) < 200).any()
+
+
+def test_music_as_tokens(tmp_path):
+    tokens = np.array([[0, 1, 2, 3, 4, 4, 3, 2, 1, 0]])
+    np.save(tmp_path / "a.npy", tokens[0])
+    np.testing.assert_array_equal(MUSIC.parse(str(tmp_path / "a.npy")), tokens)
+    np.testing.assert_array_equal(MUSIC.sounds(tokens).reshape(10, 128), np.repeat(tokens.T, 128, 1) / 2 - 1)
+    np.testing.assert_array_equal(MUSIC.sounds(np.full((1, 10), 5)), 1)  # masks
+    decoded = TokenAudio(10, 5, lambda ids: np.repeat(ids - 3.0, 200, axis=1))
+    assert decoded.sounds(tokens).shape == (1, 2000) and np.abs(decoded.sounds(tokens)).max() == 1
+    paths = MUSIC.write(np.repeat(tokens, 3, 0), tmp_path)
+    assert [path.name for path in paths] == ["music_0.wav", "music_1.wav", "music_2.wav"]
+    sound, rate = soundfile.read(paths[2])
+    assert rate == 22_050
+    np.testing.assert_allclose(sound, MUSIC.sounds(tokens)[0], atol=1e-4)
+    written = Waveforms(1280).write(MUSIC.sounds(tokens), tmp_path)
+    np.testing.assert_array_equal(soundfile.read(written[0])[0], sound)
+    assert "[n, 10]" in refusal(MUSIC.parse, "song.wav") and "ids are 0..4" in refusal(MUSIC.check, tokens + 1)
+
+
+@pytest.mark.slow
+def test_tokens_are_shown_as_the_music_that_they_are():
+    music = TokenAudio(10, 5, lambda ids: np.sin(np.arange(1, 3)[:, None] * np.arange(2000) * ids.mean() / 10))
+    tokens = np.array([[0, 1, 2, 3, 4, 4, 3, 2, 1, 0], [1] * 10])
+    shown = music.show(tokens)
+    np.testing.assert_array_equal(shown, Waveforms(2000).show(music.sounds(tokens)))
+    assert shown.shape == (2, 128, 8, 1) and shown[0].sum(-1).sum(-1).argmax() > shown[1].sum(-1).sum(-1).argmax()  # twice as high a tone
+
+
+@pytest.mark.parametrize("modality", [IMAGES, COLOUR, LABELS, LATENTS, Labels(3, ("a", "b", "c")), PIXELS, ROWS, MAPS, MUSIC])
 def test_random_examples_are_examples(modality):
     drawn, again = (modality.random(np.random.default_rng(1), 300) for _ in range(2))
     checked = modality.check(drawn)  # shape and range
@@ -211,7 +300,8 @@ def test_random_examples_are_examples(modality):
     elif isinstance(modality, Images):
         np.testing.assert_array_equal(modality.quantize(drawn), drawn)
     else:
-        np.testing.assert_array_equal(np.unique(drawn), np.arange(modality.count if isinstance(modality, Labels) else modality.states))
+        classes = modality.count if isinstance(modality, Labels) else len(MAPS.palette) if modality is MAPS else modality.states
+        np.testing.assert_array_equal(np.unique(drawn), np.arange(classes))
 
 
 def test_a_random_source_is_a_function_of_the_index():

@@ -1,10 +1,13 @@
 """Sets of pictures: what is stored comes out, cropped, sized and with its labels or captions; what is missing is named."""
 
+import gzip
 import io
+import json
 import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -159,3 +162,142 @@ def test_some_of_a_source():
     np.testing.assert_array_equal(whole(Some(source, 40))["x"], np.arange(10))
     with pytest.raises(IndexError):
         Some(source, 4).take(np.array([4]))
+
+
+# ----------------------------------------------------------------------------------------------------- pictures with captions
+
+
+def shard(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def said(i):
+    return f"a {list(small_sets.COLOURS)[i % 3]} square, the {i}th"
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """As img2dataset writes: two tar files of three pictures each, one caption in a .json alone, and what else lies there."""
+    folder = tmp_path / "cc3m"
+    (folder / "train").mkdir(parents=True)
+    for number in range(2):
+        files = {}
+        for i in range(3 * number, 3 * number + 3):
+            key = f"{i:09d}"
+            files[f"{key}.jpg"] = small_sets.picture(i)
+            if i != 4:
+                files[f"{key}.txt"] = said(i).encode()
+            files[f"{key}.json"] = json.dumps({"caption": said(i) if i == 4 else "not this one", "url": "..."}).encode()
+        shard(folder / f"train/{number:05d}.tar", {**files, "lost.txt": b"a caption without its picture"})
+        (folder / f"train/{number:05d}_stats.json").write_text("{}")
+    return folder
+
+
+def check(folder, count):
+    words = pictures.tokenizer("captioned", folder, 32, 400)
+    source = Pictures("captioned", "train", folder, 16, words)
+    assert len(source) == count
+    found = source.take(np.array([4, 0, 4, 1]))
+    assert found["text"].shape == (4, 1, 32) and found["image"].dtype == np.float32
+    assert words.decode(found["text"][:, 0]) == [said(4), said(0), said(4), said(1)]
+    for row, i in zip(found["image"], [4, 0, 4, 1]):
+        np.testing.assert_allclose(row, seen(i, 16), atol=0.01)
+    assert whole(Captioned(source))["text"].shape == (count, 32)
+
+
+def test_shards(shards):
+    check(shards, 6)
+
+
+def test_shards_are_gone_through_once(shards, monkeypatch):
+    first = whole(Pictures("captioned", "train", shards, 8))["image"]
+    assert (shards / "train/index.npz").exists() and len(list((shards / "train").iterdir())) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", None)
+        np.testing.assert_array_equal(whole(Pictures("captioned", "train", shards, 8))["image"], first)
+    shard(shards / "train/00001.tar", {"7.webp": small_sets.picture(7, "WEBP"), "7.txt": said(7).encode()})
+    assert len(Pictures("captioned", "train", shards, 8)) == 4  # one has changed
+    (shards / "train/index.npz").write_bytes(b"PK\x03\x04 and so on")
+    assert len(Pictures("captioned", "train", shards, 8)) == 4
+    shard(shards / "train/00002.tar", {"8.png": small_sets.picture(8, "PNG"), "8.txt": b""})
+    assert len(Pictures("captioned", "train", shards, 8)) == 5
+
+
+def test_shards_in_a_folder_that_cannot_be_written(shards, monkeypatch):
+    def full(*args, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert len(Pictures("captioned", "train", shards, 8)) == 6
+    assert not [path for path in (shards / "train").iterdir() if "index" in path.name]
+
+
+@pytest.mark.parametrize("listed", ["tsv", "txt"])
+def test_plain_folders_with_captions(tmp_path, listed):
+    (tmp_path / "train/00000").mkdir(parents=True)
+    for i in range(5):
+        (tmp_path / f"train/00000/{i}.jpg").write_bytes(small_sets.picture(i))
+        if listed == "txt":
+            content = json.dumps({"caption": said(i)}) if i == 1 else said(i) + "\n"
+            (tmp_path / f"train/00000/{i}.{'json' if i == 1 else 'txt'}").write_text(content)
+    if listed == "tsv":
+        (tmp_path / "train/captions.tsv").write_text("".join(f"00000/{i}.jpg\t{said(i)}\n" for i in range(5)))
+    found = whole(Pictures("captioned", "train", tmp_path, 16))["image"]
+    np.testing.assert_allclose(found, [seen(i, 16) for i in range(5)], atol=0.01)
+    words = pictures.tokenizer("captioned", tmp_path, 32, 400)
+    assert words.decode(whole(Captioned(Pictures("captioned", "train", tmp_path, 16, words)))["text"]) == [said(i) for i in range(5)]
+
+
+def test_damaged_pairs_are_named(shards, tmp_path):
+    train = shards / "train"
+    good = (train / "00000.tar").read_bytes()
+    with tarfile.open(train / "00000.tar") as tar:
+        third = tar.getmembers()[2].offset
+    for content in (good[:2000], good[:third], good[:third] + b"x" * 512 + good[third + 512 :], b"", gzip.compress(good)):
+        (train / "00000.tar").write_bytes(content)
+        assert f"{train / '00000.tar'} cannot be read as a tar file" in refused("captioned", "train", shards)
+    shard(train / "00000.tar", {"a.jpg": small_sets.picture(0)})
+    assert f"a.jpg in {train / '00000.tar'} has no caption" in refused("captioned", "train", shards)
+    shard(train / "00000.tar", {"a.jpg": small_sets.picture(0), "a.json": b"{"})
+    assert f"a.jpg in {train / '00000.tar'} has no caption" in refused("captioned", "train", shards)
+    shard(train / "00000.tar", {"a.jpg": small_sets.picture(0)[:300], "a.txt": b"a square"})
+    source = Pictures("captioned", "train", shards, 8)
+    with pytest.raises(UserError, match=r"a.jpg in .*00000.tar cannot be read as an image"):
+        source.take(np.array([0]))
+    (train / "00001.tar").unlink()
+    with pytest.raises(UserError, match=r"00001.tar cannot be read as an image \(.*No such file"):
+        source.take(np.array([1]))
+    shard(train / "00000.tar", {"a.txt": b"a square"})
+    assert "there are no pictures (.png, " in refused("captioned", "train", shards)
+
+    assert f"there is no folder {shards / 'val'}" in refused("captioned", "val", shards)
+    (tmp_path / "train").mkdir()
+    assert "there are no tar files and no pictures" in refused("captioned", "train", tmp_path)
+    (tmp_path / "train/a.jpg").write_bytes(small_sets.picture(0))
+    assert f"{tmp_path / 'train/a.jpg'} has no caption" in refused("captioned", "train", tmp_path)
+    (tmp_path / "train/captions.tsv").write_text("a.jpg\ta square\nb.jpg a circle\n")
+    assert f"line 2 of {tmp_path / 'train/captions.tsv'} has no tab" in refused("captioned", "train", tmp_path)
+    (tmp_path / "train/captions.tsv").write_text("b.jpg\ta square\n")
+    with pytest.raises(UserError, match=r"b.jpg cannot be read as an image \(.*No such file"):
+        Pictures("captioned", "train", tmp_path, 8).take(np.array([0]))
+
+
+def test_aircraft(tmp_path):
+    data = tmp_path / "fgvc-aircraft-2013b/data"
+    assert f"{data / 'variants.txt'} does not exist" in refused("fgvc_aircraft", "val", tmp_path)
+    (data / "images").mkdir(parents=True)
+    (data / "variants.txt").write_text("707-320\nF-16A/B\nHawk T1\n")
+    (data / "images_variant_test.txt").write_text("0000001 Hawk T1\n0000002 707-320\n")
+    for i in (1, 2):
+        (data / f"images/000000{i}.jpg").write_bytes(small_sets.picture(i))
+    source = Pictures("fgvc_aircraft", "val", tmp_path, 16)
+    assert source.names == ("707-320", "F-16A/B", "Hawk T1")
+    found = whole(source)
+    np.testing.assert_array_equal(found["label"], [2, 0])
+    np.testing.assert_allclose(found["image"][0], seen(1, 16), atol=0.01)
+    (data / "images_variant_test.txt").write_text("0000001 Concorde\n")
+    assert "names the variant 'Concorde'" in refused("fgvc_aircraft", "val", tmp_path)

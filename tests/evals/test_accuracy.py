@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmdiff import schedules
-from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
+from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, eliminated, posterior
 from mmdiff.evals.base import example_keys, in_batches
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, velocity
 
@@ -66,6 +66,30 @@ def test_all_classes_share_times_and_noise():
     found = denoising_losses(PROCESS, noisy, CENTRES, keys, {"x": x}, "label", CLASSES, SHAPE, 4)
     np.testing.assert_array_equal(found, found[:, :1] * np.ones(CLASSES))
     assert len(np.unique(found[:, 0])) == len(x)
+
+
+def test_elimination_finds_the_nearest_of_the_candidates_at_less_cost():
+    x, _, keys = data()
+    calls = []
+
+    def counted(centres, x, t):
+        jax.debug.callback(lambda label: calls.append(label), x["label"])  # a vmapped call: once for each candidate
+        return apply(centres, x, t)
+
+    def answer(candidates, stages, network=apply):
+        return eliminated(PROCESS, network, CENTRES, keys, {"x": x}, "label", candidates, SHAPE, stages)
+
+    distance = jnp.mean((x[:, None] - CENTRES) ** 2, -1)
+    np.testing.assert_array_equal(answer(CLASSES, [(2, 3), (4, 2), (8, 1)]), distance.argmin(-1))
+    # Each example has candidates of its own; the answer is a place among them.
+    own = jnp.argsort(jax.random.uniform(jax.random.key(0), (len(x), CLASSES)), -1)[:, :3]
+    expected = jnp.take_along_axis(distance, own, 1).argmin(-1)
+    np.testing.assert_array_equal(answer(own, [(2, 2), (2, 1)]), expected)
+    jax.block_until_ready(answer(CLASSES, [(2, 2), (3, 1)], counted))
+    jax.effects_barrier()
+    assert len(calls) == 2 * CLASSES + 3 * 2
+    with pytest.raises(ValueError, match="keeps 1 candidate"):
+        answer(CLASSES, [(2, 2)])
 
 
 def test_times_are_stratified():

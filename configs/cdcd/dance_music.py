@@ -1,0 +1,105 @@
+"""CDCD from dance to music: 2 s of a moving skeleton, and its genre, to 344 tokens of sound (configs/cdcd/music_tokenizer.py).
+
+    python -m mmdiff train  --config configs/cdcd/music_tokenizer.py --workdir runs/music_tokenizer
+    python -m mmdiff cache  --config configs/cdcd/music_tokenizer.py --workdir runs/music_tokenizer --out runs/music_tokens
+    python -m mmdiff train  --config configs/cdcd/dance_music.py --workdir runs/dance_music
+    python -m mmdiff eval   --config configs/cdcd/dance_music.py --workdir runs/dance_music
+    python -m mmdiff sample --config configs/cdcd/dance_music.py --workdir runs/dance_music --given motion=DANCE.pkl --given genre=house
+
+DANCE.pkl is a motion file as AIST++ has it; a wav file is written for each sample. Without a genre it is what the dance suggests.
+
+The dance goes through a small transformer that is trained with the network; cross-attention sees a token for every four frames, one for
+the genre, and their mean modulates the MLPs (config.model.pooled, not in the paper). config.dance.fused=true is the paper's condition, one
+token for all of it, and config.dance.freeze=true trains none of the encoder but what makes that token, as the released code.
+
+Measured: (FINAL RUN)
+"""
+
+import optax
+from ml_collections import ConfigDict
+
+from mmdiff import contrastive, losses, nets, sampling, schedules, times
+from mmdiff.data.dance import FPS, GENRES, PARENTS, DanceMusic
+from mmdiff.data.modalities import Labels, Motion, TokenAudio
+from mmdiff.data.tokens import decoder, open_tokens
+from mmdiff.evals.music import MusicForDances
+from mmdiff.evals.speed import Speed
+from mmdiff.experiment import Experiment, initialiser
+from mmdiff.processes import Given, Joint, MaskReplace
+from mmdiff.training import optim
+
+SECONDS, LENGTH, CODES = 2, 344, 512  # of configs/cdcd/music_tokenizer.py
+
+
+def get_config():
+    return ConfigDict({
+        "seed": 0,
+        "data": {"source": "tokens", "dir": "runs/music_tokens"},  # or random
+        "model": {"width": 128, "depth": 4, "heads": 4, "patch": 4, "mlp_ratio": 4.0, "pooled": True},
+        "dance": {"width": 128, "depth": 2, "heads": 4, "stride": 4, "fused": False, "freeze": False},
+        "chain": {"steps": 80, "evidence": True},
+        "dropout": {"both": 0.1, "motion": 0.05, "genre": 0.1},
+        # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
+        "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
+        "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
+        "train": {
+            "steps": 2000, "global_batch": 32, "microbatches": 1, "ema": 0.995, "start": "",
+            "learning_rate": 2e-3, "warmup_steps": 100, "weight_decay": 0.05, "clip": 1.0,
+            "log_every": 50, "eval_every": 500, "checkpoint_every": 250, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
+            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
+        },
+        "sample": {"steps": 40, "guidance": 1.5, "top_p": 0.86},  # truncated as released
+        "eval": {"clips": 200, "batch": 50},
+    })
+
+
+def build(config):
+    data, steps, model, train = config.data, config.chain.steps, config.model, config.train
+    music = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
+    process = Joint(music=music, motion=Given(0.0), genre=Given(null=len(GENRES)))
+    dance = dict(config.dance)
+    how = {name: dance.pop(name) for name in ("fused", "freeze")}
+    encoder = nets.DanceEncoder(nets.MotionEncoder(**dance, fps=FPS, scan=False), genres=len(GENRES) + 1, **how)
+    net = nets.TokenTransformer(
+        classes=CODES, grid=(1, LENGTH), modality="music", seconds=SECONDS, context=encoder.conditions, encoder=encoder, **model,
+        scan=False)
+
+    noisy, dropout = times.importance(steps, "vlb"), config.dropout
+    when = times.mixture(*(
+        (share, times.joint(music=noisy, motion=times.constant(motion), genre=times.constant(genre)))
+        for share, motion, genre in (
+            (1 - dropout.both - dropout.motion - dropout.genre, 0.0, 0.0),
+            (dropout.both, 1.0, 1.0), (dropout.motion, 1.0, 0.0), (dropout.genre, 0.0, 1.0))))
+    # Negatives of other clips are of other genres.
+    others, form = contrastive.inter(config.loss.count, by="genre"), contrastive.form(config.form, config.temperature)
+    terms = contrastive.cdcd(music, steps, of="music", given="motion", falling=False, others=others, form=form, **config.loss)
+
+    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
+    decays = optim.all_but(encoder.FROZEN) if how["freeze"] else None
+    decode = decoder(data.dir)
+    modalities = {
+        "music": TokenAudio(LENGTH, CODES, decode),
+        "motion": Motion(SECONDS * FPS, len(PARENTS), PARENTS),
+        "genre": Labels(len(GENRES), GENRES, name="genre"),
+    }
+    shape = {name: modality.shape for name, modality in modalities.items()}
+    truncation = sampling.only("music", sampling.top_p(config.sample.top_p))
+    return Experiment(
+        process=process,
+        init=initialiser(net, process, shape),
+        apply=net.apply,
+        loss=losses.diffusion(process, net.apply, when, terms),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay, mask=decays)),
+        train_data=lambda: open_tokens(data, "train", modalities),
+        eval_data=lambda: open_tokens(data, "test", modalities),
+        shape=shape,
+        draw=sampling.drawer(process, net.apply, shape, {"motion": 0.0, "genre": len(GENRES)}, maps=[truncation]),
+        modalities=modalities,
+        evaluators=(
+            MusicForDances(
+                decode, clips=lambda: DanceMusic("test"), training=lambda: DanceMusic("train"), genres=GENRES,
+                count=config.eval.clips, batch=config.eval.batch, parents=PARENTS),
+            Speed(given=("motion", "genre"), seconds=SECONDS, batch=config.eval.batch),
+        ),
+    )

@@ -1,0 +1,109 @@
+"""DiffDis on digit scenes of 16x16 pixels: one network draws scenes of captions, retrieves captions of scenes, and writes them.
+
+    python -m mmdiff train  --config configs/diffdis/scenes_towers.py --workdir runs/scenes_towers
+    python -m mmdiff cache  --config configs/diffdis/scenes_towers.py --workdir runs/scenes_towers --out runs/towers
+    python -m mmdiff train  --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes
+    python -m mmdiff eval   --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes
+    python -m mmdiff sample --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes \\
+        --given text="a small red seven on a blue background, top left"
+    python -m mmdiff sample --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes --given image=scene.png
+
+The query is the vector of the frozen text tower. The caption is a stream of ids, which masked diffusion fills in beside an image (not in
+the paper, whose captions are states of the tower and a condition alone: sd_scale.py). One in ten combinations of digit, colour and position
+never occurs in training.
+
+Measured (seed 0, 1,000 scenes of each split, EMA weights, ten steps from noise, 200 captions): digit, colour and place right for 0.980 of
+the test scenes and 0.996 of the held-out combinations (the towers themselves 0.977 and 0.999). Samples for held-out captions show the right
+digit in 0.501, all else in 1.000; Fréchet ratio 1.78; round trip 0.876; captions written without a mistake 0.160: for digits to be drawn
+and written so few steps do not suffice. Cost: 3.5M parameters, 37 minutes on two CPU cores shared with other work.
+"""
+
+from functools import partial
+
+import optax
+from ml_collections import ConfigDict
+
+from mmdiff import contrastive, losses, nets, sampling, schedules, times
+from mmdiff.data import scenes
+from mmdiff.data.modalities import Images, Texts
+from mmdiff.data.towers import Described, Towers
+from mmdiff.errors import UserError
+from mmdiff.evals.alignment import Aligner, SceneAlignment
+from mmdiff.experiment import Experiment, initialiser
+from mmdiff.processes import Gaussian, Joint, absorbing, velocity, x0
+from mmdiff.training import optim
+
+SIZE = 16
+SHAPE = (SIZE, SIZE, 3)
+
+
+def get_config():
+    return ConfigDict({
+        "seed": 0,
+        "data": {"towers": "runs/towers"},
+        "model": {
+            "width": 128, "depth": 4, "heads": 4, "patch": 4, "shared": 2, "head_depth": 1, "pooled": True,
+            "fusion": "mmdit", "two_way": False, "reinject": True},  # or shared: the paper's
+        "query": {"size": 64, "gamma": 0.5, "loss": "infonce", "weight": 0.2},  # or siglip, mse
+        "text_weight": 0.1,
+        # Shares of the times: drawing from a caption, without one, and writing it; in naming, of the image.
+        "times": {"draw": 0.72, "bare": 0.08, "write": 0.2, "clean": 0.6, "noisy": 0.3, "dropped": 0.1},
+        "tasks": "both",  # or draw or name: a single one
+        "train": {
+            "steps": 3000, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
+            "learning_rate": 2.5e-3, "warmup_steps": 100, "weight_decay": 0.1, "clip": 1.0,
+            "log_every": 50, "eval_every": 1000, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
+            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
+        },
+        "sample": {"steps": 25, "guidance": 2.0},
+        "eval": {"batch": 250},
+    })
+
+
+def build(config):
+    model, train, words, towers = config.model, config.train, scenes.tokenizer(), Towers(config.data.towers)
+    size = config.query.size
+    net = nets.DualStream(
+        nets.Patches(*SHAPE, model.patch), nets.Tokens(words.length, words.size + 1, words.size), size,
+        depth=model.depth, width=model.width, heads=model.heads, shared=model.shared, head_depth=model.head_depth,
+        fusion=model.fusion, two_way=model.two_way, reinject=model.reinject, pooled=model.pooled, captions=True,
+        logits=(10.0, -10.0) if config.query.loss == "siglip" else (1 / 0.07, 0.0), scan=False)
+    image = Gaussian(schedules.flow(), velocity)
+    text = absorbing(words.size)
+    query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0)
+    drawing, naming = Joint(image=image, text=text), Joint(image=image, query=query)
+    draw, name = (partial(net.apply, tasks=(task,)) for task in ("draw", "name"))
+
+    noisy, clean, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
+    captioned = times.mixture(
+        (config.times.draw, times.joint(image=noisy, text=clean)),
+        (config.times.bare, times.joint(image=noisy, text=absent)),
+        (config.times.write, times.joint(image=clean, text=noisy)))
+    named = times.joint(query=noisy, image=times.mixture(
+        (config.times.clean, clean), (config.times.noisy, times.uniform(0.0, 0.7)), (config.times.dropped, absent)))
+    match = losses.on("query", query.loss) if config.query.loss == "mse" else contrastive.match(query, "query", config.query.loss)
+    tasks = {
+        "draw": (1.0, losses.diffusion(drawing, draw, captioned, losses.weighted(drawing, text=config.text_weight))),
+        "name": (config.query.weight, losses.diffusion(naming, name, named, {config.query.loss: (1.0, match)})),
+    }
+    if config.tasks not in ("both", *tasks):
+        raise UserError(f"config.tasks is {config.tasks!r}: choose both, draw or name.")
+
+    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
+    shape = {"image": SHAPE, "text": (words.length,), "query": (size,)}
+    seen = {name: shape[name] for name in ("image", "text")}
+    return Experiment(
+        process=drawing,
+        init=initialiser(net, Joint(image=image, text=text, query=query), shape),
+        apply=draw,
+        loss=losses.combine(**(tasks if config.tasks == "both" else {config.tasks: tasks[config.tasks]})),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(train.clip),
+            optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay, mask=optim.all_but("logit_"))),
+        train_data=lambda: Described(scenes.Scenes("train", SIZE), towers, size),
+        eval_data=lambda: Described(scenes.Scenes("test", SIZE), towers, size),
+        shape=seen,
+        draw=sampling.drawer(drawing, draw, seen, drop={"text": words.size}, heun=True),
+        modalities={"image": Images(*SHAPE), "text": Texts(words)},
+        evaluators=(SceneAlignment(Aligner(net, query, size, SHAPE), towers, SIZE, batch=config.eval.batch),),
+    )

@@ -1,0 +1,74 @@
+"""Two towers for DiffDis on digit scenes: a text's and an image's, trained with CLIP's loss, then frozen. And a baseline of their own.
+
+    python -m mmdiff train --config configs/diffdis/scenes_towers.py --workdir runs/scenes_towers
+    python -m mmdiff eval  --config configs/diffdis/scenes_towers.py --workdir runs/scenes_towers
+    python -m mmdiff cache --config configs/diffdis/scenes_towers.py --workdir runs/scenes_towers --out runs/towers
+
+configs/diffdis/scenes.py reads the texts' vectors from runs/towers.
+
+Measured (seed 0, 1,000 scenes of each split, EMA weights): the nearest of 200 captions says the right digit, colour and place for 0.977 of
+the test scenes and 0.999 of the held-out combinations. Cost: 0.42M parameters, five minutes on two CPU cores shared with other work.
+"""
+
+import optax
+from ml_collections import ConfigDict
+
+from mmdiff import contrastive, losses, nets, times
+from mmdiff.data import scenes
+from mmdiff.data.modalities import Images, Texts
+from mmdiff.data.towers import Recipe
+from mmdiff.errors import UserError
+from mmdiff.evals.alignment import SceneTowers
+from mmdiff.experiment import Experiment, initialiser
+from mmdiff.processes import Given, Joint
+from mmdiff.training import optim
+
+SIZE = 16
+
+
+def get_config():
+    return ConfigDict({
+        "seed": 0,
+        "model": {"size": 64, "depth": 3, "width": 96, "text_depth": 1, "text_width": 64, "heads": 4, "patch": 4},
+        "loss": "infonce",  # or siglip
+        "train": {
+            "steps": 1200, "global_batch": 256, "microbatches": 1, "ema": 0.998, "start": "",
+            "learning_rate": 2e-3, "warmup_steps": 100, "weight_decay": 0.2, "clip": 1.0,
+            "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
+            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
+        },
+        "sample": {"steps": 1, "guidance": 1.0},
+        "eval": {"batch": 250},
+    })
+
+
+def build(config):
+    model, train, words = config.model, config.train, scenes.tokenizer()
+    net = nets.TwoTowers(
+        nets.Patches(SIZE, SIZE, 3, model.patch), words.size, words.length, model.size, model.depth, model.width,
+        model.text_depth, model.text_width, model.heads, logits=(10.0, -10.0) if config.loss == "siglip" else (1 / 0.07, 0.0), scan=False)
+    process = Joint(image=Given(0.0), text=Given(0))
+    known = times.joint(image=times.constant(0.0), text=times.constant(0.0))
+
+    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
+    shape = {"image": (SIZE, SIZE, 3), "text": (words.length,)}
+    return Experiment(
+        process=process,
+        init=initialiser(net, process, shape),
+        apply=net.apply,
+        loss=losses.diffusion(process, net.apply, known, {config.loss: (1.0, contrastive.pair(loss=config.loss))}),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(train.clip),
+            optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay, mask=optim.all_but("logit_"))),
+        train_data=lambda: scenes.Scenes("train", SIZE),
+        eval_data=lambda: scenes.Scenes("test", SIZE),
+        shape=shape,
+        draw=draws_nothing,
+        modalities={"image": Images(SIZE, SIZE, 3), "text": Texts(words)},
+        evaluators=(SceneTowers(net, size=SIZE),),
+        cache=Recipe(net, scenes.tokenizer),
+    )
+
+
+def draws_nothing(params, keys, given, *, steps, guidance, absent=(), history=False):
+    raise UserError("two towers draw nothing: they give configs/diffdis/scenes.py its texts' vectors (python -m mmdiff cache).")

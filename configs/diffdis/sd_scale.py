@@ -1,0 +1,121 @@
+"""DiffDis at the paper's scale (Huang et al. 2023) on a diffusion transformer: latents, 77 text tokens, a query of 768, CC3M.
+
+    DATA="--config.data.dir=latents/cc3m"
+    python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/generator $DATA --config.tasks=draw \\
+        --config.train.steps=500000 --config.train.learning_rate=1e-4
+    python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/diffdis $DATA --config.train.start=runs/generator
+    python -m mmdiff eval  --config configs/diffdis/sd_scale.py --workdir runs/diffdis
+    python -m mmdiff aot   --config configs/diffdis/sd_scale.py --topology v5e:4x4 --config.data.source=random \\
+        --config.train.mesh.data=1 --config.train.mesh.fsdp=16 --config.model.remat=full
+
+Data: a latent cache, whose layout mmdiff/data/latents.py describes, with the latents of the pictures and, beside each, what a frozen text
+tower makes of its caption: the tokens' states (zeros where there is padding), and the pooled vector at a length of 1:
+
+    write_latents(folder, "train", batches, {
+        "image": Latents(32, 32, 4), "text": Features(768, "text", 77), "query": Features(768, "query")})
+
+mmdiff.data.pictures reads CC3M-style folders and tar shards; neither the autoencoder nor the tower comes along. config.data.source=random
+makes all three up.
+
+Of the paper: the two losses on every batch, both with weight 1; the query rides in the image's self-attention with the image's weights,
+is put in anew at every block and has an MLP of its own (fusion="shared", two-way); a head of M = 6 blocks of width 768 with 12 heads; x_0
+of the query by InfoNCE over the global batch; the caption, or the image beside the query, left out for 10 % of the examples; AdamW with
+1e-5 for what the generator brings and 1e-4 for what is new, 1,000 steps of warm-up, weight decay 1e-4, averages of 0.9999, six epochs. Its
+batch was not stated, nor gamma, ours are 1,024 and 0.5. Ours, too: a DiT-XL/2 in the place of Stable Diffusion's U-Net, of whose 28 blocks
+half are shared, as its encoder is about half; a learned logit scale.
+
+This has not been trained here; its cost is unknown.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mmdiff import contrastive, losses, nets, sampling, schedules, times
+from mmdiff.data.latents import open_source
+from mmdiff.data.modalities import Features, Latents
+from mmdiff.errors import UserError
+from mmdiff.evals.alignment import Aligner, PairRetrieval
+from mmdiff.experiment import Experiment, initialiser
+from mmdiff.processes import Gaussian, Given, Joint, eps, x0
+from mmdiff.training import optim
+
+STEPS = 1000  # of the chain
+TOKENS, VECTOR = 77, 768  # of CLIP's text tower
+NEW = r"query|head|logit"  # the weights that a generator does not bring
+
+
+def get_config():
+    return ConfigDict({
+        "seed": 0,
+        "data": {"source": "latents", "dir": "", "size": 32},  # or random; 32 of 256 pixels
+        "model": {
+            "size": "XL", "patch": 2, "shared": 14, "head_depth": 6, "head_width": 768, "head_heads": 12, "fusion": "shared",
+            "two_way": True, "reinject": True, "dtype": "bfloat16", "remat": "none", "scan": True},
+        "query": {"gamma": 0.5, "loss": "infonce", "weight": 1.0},
+        "dropout": 0.1,
+        "tasks": "both",  # or draw or name: a single one
+        "train": {
+            "steps": 19_500, "global_batch": 1024, "microbatches": 1, "ema": 0.9999, "start": "",
+            "learning_rate": 1e-5, "new_learning_rate": 1e-4, "warmup_steps": 1000, "weight_decay": 1e-4,
+            "log_every": 100, "eval_every": 5_000, "checkpoint_every": 1_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
+            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
+        },
+        "sample": {"steps": 50, "guidance": 4.0},
+        "eval": {"batch": 100, "count": 1000},
+    })
+
+
+def build(config):
+    data, model, train = config.data, config.model, config.train
+    modalities = {
+        "image": Latents(data.size, data.size, 4), "text": Features(VECTOR, "text", TOKENS), "query": Features(VECTOR, "query")}
+    shape = {name: modality.shape for name, modality in modalities.items()}
+    depth, width, heads = nets.sizes(model.size)
+    net = nets.DualStream(
+        nets.Patches(*shape["image"], model.patch), nets.Vectors(VECTOR, TOKENS), VECTOR, depth=depth, width=width, heads=heads,
+        shared=model.shared, fusion=model.fusion, two_way=model.two_way, reinject=model.reinject,
+        head_depth=model.head_depth, head_width=model.head_width, head_heads=model.head_heads,
+        logits=(10.0, -10.0) if config.query.loss == "siglip" else (1 / 0.07, 0.0),
+        scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
+    noise = schedules.scaled_linear_beta(STEPS)
+    image, query = Gaussian(noise, eps), Gaussian(schedules.scaled(noise, config.query.gamma), x0)
+    drawing, naming = Joint(image=image, text=Given(0.0)), Joint(image=Given(0.0), query=query)
+    draw, name = (partial(net.apply, tasks=(task,)) for task in ("draw", "name"))
+
+    noisy = times.on_grid(STEPS)
+    dropped = times.mixture((1 - config.dropout, times.constant(0.0)), (config.dropout, times.constant(1.0)))
+    match = losses.on("query", query.loss) if config.query.loss == "mse" else contrastive.match(query, "query", config.query.loss)
+    tasks = {
+        "draw": (1.0, losses.diffusion(drawing, draw, times.joint(image=noisy, text=dropped))),
+        "name": (config.query.weight, losses.diffusion(
+            naming, name, times.joint(image=dropped, query=noisy), {config.query.loss: (1.0, match)})),
+    }
+    if config.tasks not in ("both", *tasks):
+        raise UserError(f"config.tasks is {config.tasks!r}: choose both, draw or name.")
+
+    seen = {name: shape[name] for name in ("image", "text")}
+    return Experiment(
+        process=drawing,
+        init=initialiser(net, Joint(image=image, text=Given(0.0), query=query), shape),
+        apply=draw,
+        loss=losses.combine(**(tasks if config.tasks == "both" else {config.tasks: tasks[config.tasks]})),
+        optimizer=optax.multi_transform(
+            {"kept": optax.adamw(optim.warmup(train.learning_rate, train.warmup_steps), weight_decay=train.weight_decay),
+             "new": optax.adamw(train.new_learning_rate, weight_decay=train.weight_decay, mask=optim.all_but("logit"))},
+            groups),
+        train_data=partial(open_source, data, "train", modalities),
+        eval_data=partial(open_source, data, "val", modalities),
+        shape=seen,
+        draw=sampling.drawer(drawing, draw, seen, drop={"text": 0.0}),
+        modalities={name: modalities[name] for name in seen},
+        evaluators=(PairRetrieval(Aligner(net, query, VECTOR, shape["image"]), config.eval.count, config.eval.batch),),
+    )
+
+
+def groups(params):
+    """The generator's weights are "kept", the others "new"."""
+    return jax.tree.map(lambda kept: "kept" if kept else "new", optim.all_but(NEW)(params))

@@ -1,0 +1,150 @@
+"""Do drawing and naming help each other? DiffDis on digit scenes against its two halves and a CLIP, three seeds each.
+
+    python -m mmdiff train --config configs/diffdis/scenes_towers.py --workdir runs/scenes_towers
+    python -m mmdiff cache --config configs/diffdis/scenes_towers.py --workdir runs/scenes_towers --out runs/towers
+    python launch/diffdis_experiments.py --out runs/diffdis_experiments          # everything, or what is missing of it
+    python launch/diffdis_experiments.py --out runs/diffdis_experiments --table  # the tables of what is done so far
+
+    tasks    two towers (CLIP), drawing alone, naming alone, both; naming without noise (a query of zeros: no diffusion); the image reading
+             the query (two-way); the paper's fusion; all of equal width, batch and steps
+    weight   of the naming loss beside the drawing loss, with the gradients' norms on the trunk that they share
+
+All are small and briefly trained: compare them with each other, not with the configs' own figures.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import experiments
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mmdiff import config as configs
+from mmdiff import contrastive, losses, times
+from mmdiff.contrastive import unit
+from mmdiff.data import scenes
+from mmdiff.data.sources import whole
+from mmdiff.evals.alignment import SPLITS, scene_retrieval, zero_shot
+from mmdiff.evals.base import draw_samples, example_keys, in_batches
+from mmdiff.evals.frechet import frechet_ratio
+from mmdiff.evals.scenes import trained_judge
+from mmdiff.processes import Given, Joint
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs/diffdis"
+COUNT = 1000  # scenes of each split
+TRAIN = {
+    "train.steps": "1500", "train.global_batch": "96", "train.learning_rate": "3e-3", "train.warmup_steps": "50", "train.ema": "0.995"}
+SMALL = {
+    **TRAIN, "model.width": "64", "sample.steps": "12", "times.draw": "0.9", "times.bare": "0.1", "times.write": "0.0"}  # fmt: skip
+BOTH = {"query.weight": "0.2"}
+TASKS = {
+    "two towers": {**TRAIN, "model.width": "64", "model.depth": "3"},
+    "drawing alone": {**SMALL, "tasks": "draw"},
+    "naming alone": {**SMALL, "tasks": "name"},
+    "both": {**SMALL, **BOTH},
+    "naming alone, without noise": {**SMALL, "tasks": "name"},
+    "both, two-way": {**SMALL, **BOTH, "model.two_way": "True"},
+}
+WEIGHTS = ("0.02", "1.0", "5.0")
+
+
+def settings():
+    """-> (part, name of the setting, what it is run as, overrides), each to be run with every seed."""
+    kinds = {"two towers": "towers", "drawing alone": "draw", "naming alone": "name", "naming alone, without noise": "without noise"}
+    for name, overrides in TASKS.items():
+        yield "tasks", name, kinds.get(name, "both"), overrides
+    for weight in WEIGHTS:
+        yield "weight", f"weight {weight}", "both", {**SMALL, "query.weight": weight}
+
+
+def named(vectors, towers, data):
+    """What the vectors of both splits' scenes find."""
+    figures = {}
+    for split in SPLITS:
+        suffix = "" if split == "test" else f"_{split}"
+        texts = towers.texts(data[split]["text"])[1]
+        figures[f"retrieval_r1{suffix}"] = scene_retrieval(vectors[split], texts, data[split])["r1"]
+        figures[f"digit_accuracy{suffix}"] = zero_shot(vectors[split], towers.encode, data[split], ("digit",))["digit"]
+    return figures
+
+
+def drawn(experiment, params, config, key, data):
+    """What scenes drawn of captions show, and how real they look."""
+    figures, judge = {}, trained_judge(16)
+    seen = whole(scenes.Scenes("train", 16, COUNT))
+    options = dict(batch=250, steps=config.sample.steps, guidance=config.sample.guidance)
+    for name, said, own in zip(("_held_out", ""), (data["held_out"], seen), jax.random.split(key)):
+        images = np.clip(draw_samples(experiment, params, own, {"text": said["text"]}, COUNT, **options)["image"], -1, 1)
+        found = judge(images)
+        figures[f"prompt_correctness{name}"] = np.logical_and.reduce([found[each] == said[each] for each in found]).mean()
+    return {**figures, "frechet_ratio": frechet_ratio(images, data["test"]["image"], seen["image"])}
+
+
+def silent(experiment, config):
+    """The experiment of naming by a query of zeros: the vector is told of the image in one call, and no noise goes in."""
+    aligner = experiment.evaluators[0].aligner
+    process = Joint(image=experiment.process.parts["image"], query=Given(0.0))
+    when = times.joint(query=times.constant(1.0), image=times.mixture(
+        (config.times.clean, times.constant(0.0)), (config.times.noisy, times.uniform(0.0, 0.7)),
+        (config.times.dropped, times.constant(1.0))))
+    apply = functools.partial(aligner.net.apply, tasks=("name",))
+    term = contrastive.match(aligner.query, "query")
+    loss = losses.combine(name=(1.0, losses.diffusion(process, apply, when, {"infonce": (1.0, term)})))
+
+    def vectors(params, keys, images):
+        x, t = {"image": images, "query": jnp.zeros((len(images), aligner.size))}, jnp.zeros(len(images))
+        return unit(apply(params, x, {"image": t, "query": t + 1})["query"])
+
+    return dataclasses.replace(experiment, loss=loss), vectors
+
+
+def norms(config, module, params, batch, key):
+    """The norms of both losses' gradients, unweighted, on the image's weights in the shared trunk."""
+    found = {}
+    for task in ("draw", "name"):
+        only, _ = configs.load(str(CONFIGS / "scenes.py"), [])
+        only.update(config)
+        with only.unlocked():
+            only.tasks, only.query.weight = task, 1.0
+        gradient = jax.jit(jax.grad(module.build(only).loss, has_aux=True))(params, batch, key)[0]
+        found[f"gradient_{task}"] = float(optax.global_norm(gradient["params"]["trunk"]))
+    return found
+
+
+def run(seed, data, overrides):
+    """One training and what it is good for: (figures, seconds)."""
+    name = "scenes_towers" if data == "towers" else "scenes"
+    config, module = configs.load(str(CONFIGS / f"{name}.py"), [*overrides.items(), ("seed", str(seed))])
+    experiment = module.build(config)
+    key = jax.random.key(1000 + seed)
+    if data == "towers":
+        params, seconds = experiments.train(experiment, config)
+        found = dataclasses.replace(experiment.evaluators[0], count=COUNT)(experiment, params, config, key, config.train.steps).figures
+        wanted = [f"{figure}{suffix}" for figure in ("retrieval_r1", "digit_accuracy") for suffix in ("", "_held_out")]
+        return {figure: found[figure] for figure in wanted}, seconds
+    towers, aligner = experiment.evaluators[0].towers, experiment.evaluators[0].aligner
+    scenes_of = {split: whole(scenes.Scenes(split, 16, COUNT)) for split in SPLITS}
+    if data == "without noise":
+        experiment, told = silent(experiment, config)
+    params, seconds = experiments.train(experiment, config)
+    figures = {}
+    if data == "without noise":
+        keys = example_keys(key, COUNT)
+        vectors = {split: in_batches(told, params, keys, each["image"], 250) for split, each in scenes_of.items()}
+        figures |= named(vectors, towers, scenes_of)
+    elif data != "draw":
+        vectors = {split: aligner(params, key, each["image"], steps=10) for split, each in scenes_of.items()}
+        figures |= named(vectors, towers, scenes_of)
+    if data in ("draw", "both"):
+        figures |= drawn(experiment, params, config, key, scenes_of)
+    if data == "both":
+        few = experiment.train_data().take(np.arange(256)) | {"index": np.arange(256, dtype=np.uint32)}
+        figures |= norms(config, module, params, few, key)
+    return figures, seconds
+
+
+if __name__ == "__main__":
+    experiments.main(__doc__, list(settings()), run, {"tasks": "both", "weight": "both"})

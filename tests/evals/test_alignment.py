@@ -1,0 +1,87 @@
+"""The read-outs of images and texts in one space: against exact answers, with and without the cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmdiff import nets, schedules
+from mmdiff.data import scenes
+from mmdiff.data.sources import whole
+from mmdiff.evals import alignment
+from mmdiff.evals.base import example_keys
+from mmdiff.processes import Gaussian, x0
+
+SHAPE, D, N = (4, 4, 1), 6, 5
+QUERY = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), 0.5), x0)
+
+
+@functools.cache
+def aligner(two_way=False):
+    net = nets.DualStream(
+        nets.Patches(*SHAPE, 2), nets.Tokens(3, 6, 6), D, depth=2, width=16, heads=2, shared=1, head_depth=1, two_way=two_way)
+    x = {"image": jnp.zeros((1, *SHAPE)), "text": jnp.ones((1, 3), jnp.int32), "query": jnp.zeros((1, D))}
+    params = net.init(jax.random.key(0), x, dict.fromkeys(x, jnp.ones(1)))
+    params = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), params)  # zeros would hide things
+    return alignment.Aligner(net, QUERY, D, SHAPE), params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_cache_changes_nothing(guidance):
+    align, params = aligner()
+    images = np.asarray(jax.random.normal(jax.random.key(1), (N, *SHAPE)))
+    plain, cached = (
+        align(params, jax.random.key(2), images, steps=3, seeds=2, guidance=guidance, cached=cached, batch=N) for cached in (False, True))
+    np.testing.assert_allclose(plain, cached, atol=2e-5)
+    np.testing.assert_allclose(np.linalg.norm(plain, axis=-1), 1, atol=1e-5)
+    assert np.abs(plain - align(params, jax.random.key(2), images[::-1], steps=3, seeds=2, guidance=guidance, batch=N)).max() > 1e-3
+
+
+def test_absent_images_do_not_count():
+    align, params = aligner()
+    keys = example_keys(jax.random.key(3), N)
+    bare = [jax.jit(align.function(2, cached=cached))(params, keys, {}) for cached in (False, True)]
+    np.testing.assert_allclose(*bare, atol=2e-5)
+    told = jax.jit(align.function(2))(params, keys, {"image": jnp.ones((N, *SHAPE))})
+    assert np.abs(bare[0] - told).max() > 1e-3
+
+
+def test_scene_retrieval_counts_what_captions_say(monkeypatch):
+    monkeypatch.setattr(alignment, "AMONG", 4)
+    said = {name: np.zeros(8, int) for name in scenes.ATTRIBUTES}
+    said["digit"], said["background"] = np.array([1, 2, 3, 3, 1, 2, 3, 4]), np.array([0, 0, 0, 1, 0, 0, 0, 0])
+    captions = np.eye(8)
+    right = alignment.scene_retrieval(captions, captions, said)
+    assert right["r1"] == right["image_to_text_r1"] == right["text_to_image_r1"] == 1
+    swapped = captions[[1, 0, 3, 2, 4, 5, 6, 7]]  # rows 2 and 3 differ in the background alone
+    found = alignment.scene_retrieval(swapped, captions, said)
+    assert found["r1"] == 6 / 8 and found["image_to_text_r1"] == 4 / 8 and found["image_to_text_r5"] == 1
+
+
+def test_zero_shot_knows_classes_by_the_mean_of_their_wordings():
+    data = whole(scenes.Scenes("test", count=60))
+
+    def encode(texts):
+        # Words count, the attribute's as much as the others: only the mean over wordings tells the classes apart.
+        words = sorted({word for values in scenes.ATTRIBUTES.values() for value in values for word in value.split()})
+        return np.array([[text.replace(",", "").split().count(word) for word in words] for text in texts], float)
+
+    vectors = encode(scenes.captions(data))
+    found = alignment.zero_shot(vectors, encode, data)
+    assert set(found) == {"digit", "colour", "position"}
+    assert found["digit"] == 1 and found["position"] == 1
+    shuffled = alignment.zero_shot(vectors, encode, {name: np.roll(array, 7) for name, array in data.items()})
+    assert shuffled["digit"] < 0.4
+    for wordings in alignment.prompts("digit", 5):
+        assert len(wordings) == 5
+    one, other = alignment.prompts("digit", 5)[:2]
+    assert [text.replace("zero", "one") for text in one] == other
+
+
+def test_costs_are_seconds_per_image():
+    ways = {name: (lambda p, k, g: g["x"] * p, {"x": jnp.ones((n, 2))}, n) for name, n in (("few", 2), ("many", 8))}
+    found = alignment.costs(jnp.ones(()), jax.random.key(0), ways, repeats=2)
+    assert set(found) == {"few", "many"} and all(value > 0 for value in found.values())

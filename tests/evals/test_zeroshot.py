@@ -1,0 +1,193 @@
+"""Zero-shot classification of tiny sets on disk by an encoder whose every answer is known."""
+
+import io
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import small_sets
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from mmdiff.errors import UserError
+from mmdiff.evals import retrieval, zeroshot
+from mmdiff.evals.zeroshot import TASKS, ZeroShot, class_names, plain
+
+LEVELS = 7  # grey levels of pictures, each of which stands for a class
+# True labels and what the pictures show: of class 0 five of six are right, of class 1 none, of class 2 both.
+TRUE, SHOWN = [0, 0, 0, 0, 0, 0, 1, 2, 2], [0, 0, 1, 0, 0, 0, 2, 2, 2]
+WORDS = ("an_apple", "redWine", "/t/tower/outdoor")
+NAMES = ("an apple", "red Wine", "tower outdoor")
+
+
+def grey(level):
+    stream = io.BytesIO()
+    Image.fromarray(np.full((24, 40, 3), 30 * level + 10, np.uint8)).save(stream, "PNG")
+    return io.BytesIO(stream.getvalue())
+
+
+class Greys(small_sets.Tiny, skip_registration=True):
+    VERSION = tfds.core.Version("3.0.2")
+    COUNTS = {"train": 1, "test": len(TRUE)}
+    LABELS = {"names": list(WORDS)}
+    MORE: dict = {}
+
+    def _info(self):
+        image = tfds.features.Image(encoding_format="png")
+        features = {"image": image, "label": tfds.features.ClassLabel(**self.LABELS), **self.MORE}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+
+    def example(self, i):
+        i = max(i - 1, 0) if "test" in self.COUNTS else i  # the first is for training
+        return {"image": grey(SHOWN[i]), "label": TRUE[i], **({"segmentation_mask": grey(0)} if self.MORE else {})}
+
+
+class Cifar(Greys, skip_registration=True):
+    name = "cifar10"
+
+
+class Pets(Greys, skip_registration=True):
+    name = "oxford_iiit_pet"
+    MORE = {"segmentation_mask": tfds.features.Image(shape=(None, None, 3))}  # another picture, which nobody reads
+
+
+class EuroSat(Greys, skip_registration=True):
+    name = "eurosat"
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="rgb")]
+    COUNTS = {"train": len(TRUE)}
+
+    def example(self, i):
+        return {"image": grey(TRUE[i]), "label": TRUE[i]}
+
+
+class ImageNet(Greys, skip_registration=True):
+    name = "imagenet2012"
+    COUNTS = {"validation": len(TRUE)}
+    LABELS = {"names": [f"n0000000{i}" for i in range(3)]}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    for builder in (Cifar, Pets, EuroSat, ImageNet):
+        small_sets.prepare(builder, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "tfds")
+
+
+def see(params, keys, given):
+    """The picture's grey level as a one-hot vector, of some length."""
+    level = np.rint(((np.asarray(given["image"]).mean((1, 2, 3)) + 1) * 127.5 - 10) / 30).astype(int)
+    return 3 * np.eye(LEVELS)[level]
+
+
+def read(params, texts):
+    """The class whose name is in the text."""
+    which = [next(i for i, name in enumerate(params) if name in text) for text in texts]
+    return 0.1 * np.eye(LEVELS)[which]
+
+
+def found(folder, names=NAMES, **options):
+    return ZeroShot(**{"see": see, "read": read, "data_dir": folder, "size": 8, "batch": 4, **options})(
+        None, names, None, jax.random.key(0), 0)
+
+
+def test_accuracies_are_those_of_the_known_answers(folder):
+    result = found(folder)
+    top1, per_class = 7 / 9, (5 / 6 + 0 + 1) / 3
+    expected = {
+        "cifar10_top1": top1, "cifar10_mean_per_class": per_class,
+        "oxford_iiit_pet_top1": top1, "oxford_iiit_pet_mean_per_class": per_class,
+        "eurosat_top1": 1.0, "eurosat_mean_per_class": 1.0,
+        "zero_shot": (top1 + per_class + 1) / 3,
+    }  # fmt: skip
+    assert result.figures == pytest.approx(expected) and set(result.notes) == set(expected)
+    assert "cifar10_top1, eurosat_top1, oxford_iiit_pet_mean_per_class" in result.notes["zero_shot"]
+    assert result.settings["zero_shot_pictures"] == {"cifar10": 9, "eurosat": 9, "oxford_iiit_pet": 9}
+    for batch in (1, 9, 100):
+        assert found(folder, batch=batch).figures == pytest.approx(expected)
+
+
+def test_sets_that_cannot_be_run_are_named(folder, tmp_path):
+    not_run = found(folder).settings["zero_shot_not_run"]
+    assert set(not_run) == set(TASKS) - {"cifar10", "eurosat", "oxford_iiit_pet"}
+    assert not_run["food101"] == not_run["fgvc_aircraft"] == "not on disk"
+    assert not_run["imagenet2012"] == f"names of classes are missing: write them into {folder / 'imagenet2012/classes.txt'}"
+    nothing = found(tmp_path / "none")
+    assert nothing.figures == {} and list(nothing.settings["zero_shot_not_run"]) == list(TASKS)
+
+
+def test_names_of_ones_own(folder):
+    (folder / "imagenet2012/classes.txt").write_text("an apple\nred Wine\ntower outdoor\n")
+    assert found(folder).figures["imagenet2012_top1"] == pytest.approx(7 / 9)
+    (folder / "cifar10/classes.txt").write_text("tower outdoor\nred Wine\nan apple\n")  # turned round
+    assert found(folder).figures["cifar10_top1"] == 0
+    (folder / "cifar10/classes.txt").write_text("tower outdoor\nred Wine\n")
+    with pytest.raises(UserError, match="classes.txt has 2 names for 3 classes"):
+        found(folder)
+
+
+def test_some_pictures_of_each(folder):
+    result = found(folder, count=3)  # 0, 3 and 6 of nine
+    assert result.settings["zero_shot_pictures"]["cifar10"] == 3
+    assert result.figures["cifar10_top1"] == pytest.approx(2 / 3) and result.figures["cifar10_mean_per_class"] == 0.5
+
+
+def test_a_set_that_cannot_be_read_is_an_error(folder):
+    info = folder / "cifar10/3.0.2/dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match="cifar10.* cannot be read .*prepare it anew"):
+        found(folder)
+
+
+def test_examples_have_keys_of_their_own(folder):
+    drawn = []
+
+    def noted(params, keys, given):
+        drawn.append(np.asarray(jax.random.key_data(keys)))
+        return see(params, keys, given)
+
+    found(folder, see=noted, batch=4)
+    in_fours = np.concatenate(drawn[:3])[:9]
+    drawn.clear()
+    found(folder, see=noted, batch=9)
+    np.testing.assert_array_equal(drawn[0], in_fours)
+    assert len(np.unique(in_fours, axis=0)) == 9
+
+
+def test_many_prompts_are_read_by_parts(monkeypatch):
+    names, calls = [f"class {i:03d}" for i in range(50)], []
+
+    def embed(params, texts):
+        calls.append(len(texts))
+        return np.asarray([[len(text), text.count("a"), int(text[-4:-1])] for text in texts], float)
+
+    monkeypatch.setattr(zeroshot, "TEXTS", 20)
+    templates = ("a photo of a {}.", "the {}.", "a {}.")
+    one = ZeroShot(see, embed, "", 8)._classes(None, names, templates)
+    assert max(calls) == 18 and sum(calls) == 150
+    np.testing.assert_allclose(one, retrieval.class_vectors(lambda texts: embed(None, texts), names, templates))
+
+
+def test_the_table():
+    assert len(TASKS) == 12
+    assert {name for name, task in TASKS.items() if task.per_class} == {
+        "caltech101", "fgvc_aircraft", "oxford_flowers102", "oxford_iiit_pet"}
+    for task in TASKS.values():
+        assert len(set(task.templates)) == len(task.templates) >= 1
+        assert all(template.count("{}") == 1 for template in task.templates)
+
+
+def test_names_in_plain_words(tmp_path):
+    names = {
+        "/a/airplane_cabin": "airplane cabin", "/b/bakery/shop": "bakery shop", "AnnualCrop": "Annual Crop", "apple_pie": "apple pie",
+        "AM General Hummer SUV 2000": "AM General Hummer SUV 2000", "F-16A/B": "F-16A/B", "hard-leaved pocket orchid":
+        "hard-leaved pocket orchid"}  # fmt: skip
+    assert {name: plain(name) for name in names} == names
+    assert class_names("cifar10", ["a_b", "n00000001"], tmp_path) == ["a b", "n00000001"]
+    assert class_names("imagenet2012", ["n00000000", "n00000001"], tmp_path) == []

@@ -1,0 +1,196 @@
+"""The DiffDis configs in small: each trains and is measured by the commands; the tasks do not see each other's text."""
+
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmdiff import __main__ as cli
+from mmdiff import config as configs
+from mmdiff.data.loader import batches
+from mmdiff.data.towers import Towers
+from mmdiff.errors import UserError
+from mmdiff.evals import report
+from mmdiff.evals.alignment import DigitAlignment, SceneAlignment, SceneTowers
+from mmdiff.nets.dit import SIZES
+from mmdiff.training.step import init_state, step_of
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs/diffdis"
+TRAIN = {
+    "train.steps": 3, "train.global_batch": 8, "train.warmup_steps": 1, "train.log_every": 1, "train.eval_every": 3,
+    "train.checkpoint_every": 3, "train.tensorboard": False}
+NET = {"model.width": 16, "model.depth": 2, "model.heads": 2, "model.shared": 1, "query.size": 8, "sample.steps": 2}
+TOWERS = {
+    "model.size": 8, "model.depth": 1, "model.width": 16, "model.text_depth": 1, "model.text_width": 16, "model.heads": 2,
+    "model.patch": 8}  # fmt: skip
+
+
+def load(name, **overrides):
+    values = [(key.replace("__", "."), str(value)) for key, value in overrides.items()]
+    config, module = configs.load(str(FOLDER / f"{name}.py"), values)
+    return module.build(config), config
+
+
+def options(name, workdir, values):
+    given = [f"--config.{key}={value}" for key, value in values.items()]
+    return ["--config", str(FOLDER / f"{name}.py"), "--workdir", str(workdir), *given]
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """A run of tiny towers, and their folder."""
+    folder = tmp_path_factory.mktemp("towers")
+    given = options("scenes_towers", folder / "run", {**TRAIN, **TOWERS})
+    assert cli.main(["train", *given]) == 0
+    assert cli.main(["cache", *given, "--out", str(folder / "towers")]) == 0
+    return folder
+
+
+def measured(monkeypatch, given, workdir):
+    found = []
+
+    def write(workdir, experiment, config, findings, step, real=report.write):
+        found.extend(findings)
+        return real(workdir, experiment, config, findings, step)
+
+    monkeypatch.setattr(report, "write", write)
+    assert cli.main(["eval", *given]) == 0
+    written = json.loads((workdir / "report.json").read_text())
+    for part in found:
+        assert part.figures and set(part.notes) <= set(part.figures)
+        assert all(written[figure] is not None for figure in part.figures)  # null is what is not finite
+    return found[0]
+
+
+def less(monkeypatch, kind, **fields):
+    """The evaluator in small: the defaults of its fields are others."""
+    real = kind.__init__
+
+    def init(self, *args, **named):
+        real(self, *args, **{**named, **fields})
+
+    monkeypatch.setattr(kind, "__init__", init)
+
+
+@pytest.mark.slow
+def test_towers_are_measured_and_kept(towers, monkeypatch, capsys):
+    less(monkeypatch, SceneTowers, count=200)
+    given = options("scenes_towers", towers / "run", {**TRAIN, **TOWERS})
+    found = measured(monkeypatch, given, towers / "run")
+    assert {"retrieval_r1", "retrieval_r1_held_out", "digit_accuracy"} <= set(found.figures)
+    capsys.readouterr()
+    assert cli.main(["cache", *given, "--out", str(towers / "towers")]) == 0
+    assert f"nothing to do: {towers / 'towers'} holds the towers of step 3" in capsys.readouterr().out
+    assert cli.main(["sample", *given]) == 2
+    assert "two towers draw nothing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_scenes_train_and_all_their_figures_are_there(towers, tmp_path, monkeypatch):
+    less(monkeypatch, SceneAlignment, count=200, choose=2)
+    given = options("scenes", tmp_path, {**TRAIN, **NET, "data.towers": towers / "towers"})
+    assert cli.main(["train", *given]) == 0
+    seen = {key for line in (tmp_path / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    assert {"draw/loss/image", "draw/loss/text", "name/loss/infonce", "val/loss"} <= seen
+    found = measured(monkeypatch, given, tmp_path)
+    assert {
+        "retrieval_r1", "retrieval_r1_held_out", "retrieval_r1_50", "retrieval_r1_1_of_8", "prompt_correctness", "round_trip",
+        "caption_correctness", "prompt_correctness_best_of_2", "towers_retrieval_r1"} <= set(found.figures)  # fmt: skip
+    assert {"Caption to image", "Image to caption"} <= set(found.pictures)
+
+
+@pytest.mark.slow
+def test_digits_train_and_all_their_figures_are_there(tmp_path, monkeypatch):
+    less(monkeypatch, DigitAlignment, slow=10, per_class=5, choose=2, stages=((1, 2), (1, 1)))
+    given = options("digits", tmp_path, {**TRAIN, **NET})
+    assert cli.main(["train", *given]) == 0
+    found = measured(monkeypatch, given, tmp_path)
+    assert {
+        "alignment_accuracy", "alignment_accuracy_1", "alignment_accuracy_50", "alignment_accuracy_dropped", "round_trip",
+        "alignment_accuracy_shuffled", "diffusion_classifier_accuracy", "conditional_agreement", "milliseconds_50_cached",
+        "best_of_2_agreement"} <= set(found.figures)  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", [
+    {}, {"fusion": "shared"}, {"two_way": "True"}], ids=["mmdit", "shared", "two-way"])
+def test_the_answer_depends_on_the_image_alone(overrides):
+    """Naming an image is the same whatever captions and vectors lie beside it: only the image is read."""
+    experiment, config = load(
+        "digits", **{key.replace(".", "__"): value for key, value in NET.items()},
+        **{f"model__{key}": value for key, value in overrides.items()})
+    params = experiment.init(jax.random.key(0))
+    aligner, data = experiment.evaluators[0].aligner, experiment.eval_data().take(np.arange(4))
+    vectors = aligner(params, jax.random.key(1), data["image"], steps=2)
+    assert vectors.shape == (4, config.query.size)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-5)
+    keys = jax.random.split(jax.random.key(2), 2)
+    texts = (jnp.asarray(data["text"][rows]) for rows in ([0, 1], [0, 2]))
+    one, other = (experiment.draw(params, keys, {"text": text}, steps=2, guidance=1.5)["image"] for text in texts)
+    np.testing.assert_array_equal(one[0], other[0])
+
+
+def test_scenes_say_what_they_lack(tmp_path):
+    experiment, _ = load("scenes", data__towers=tmp_path / "none", model__width=16)
+    with pytest.raises(UserError, match="there are no towers in .*scenes_towers.py"):
+        experiment.train_data()
+    with pytest.raises(UserError, match="choose infonce or siglip"):
+        load("scenes", query__loss="clip")
+    with pytest.raises(UserError, match="choose both, draw or name"):
+        load("scenes", tasks="paint")
+
+
+@pytest.mark.parametrize("loss", ["infonce", "siglip", "mse"])
+def test_the_losses_of_a_query(loss):
+    """A new network's query: InfoNCE near log B whatever the scale, and every loss has a gradient on the shared trunk."""
+    experiment, _ = load("digits", **{key.replace(".", "__"): value for key, value in NET.items()}, query__loss=loss)
+    batch = next(batches(experiment.train_data(), 0, 16))
+    params = experiment.init(jax.random.key(0))
+    (_, metrics), gradient = jax.value_and_grad(experiment.loss, has_aux=True)(params, batch, jax.random.key(1))
+    assert np.isfinite(float(metrics[f"name/loss/{loss}"]))
+    assert float(jnp.abs(gradient["params"]["query_out"]["kernel"]).max()) > 0
+    # The logits' scale and bias are learned by what uses them alone.
+    moved = {name: float(jnp.abs(gradient["params"][name])) > 0 for name in ("logit_scale", "logit_bias")}
+    assert moved == {"logit_scale": loss != "mse", "logit_bias": loss == "siglip"}
+
+
+def test_the_settings_of_the_paper():
+    experiment, config = load("sd_scale", data__source="random")
+    params = jax.eval_shape(experiment.init, jax.random.key(0))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == 1_254_083_730
+    assert params["params"]["head"]["blocks"]["qkv"]["kernel"].shape == (6, 768, 3 * 768)
+    assert experiment.shape == {"image": (32, 32, 4), "text": (77, 768)}
+    train = config.train
+    assert (train.learning_rate, train.new_learning_rate, train.warmup_steps) == (1e-5, 1e-4, 1000)
+    assert (train.weight_decay, train.ema) == (1e-4, 0.9999)
+    assert (config.query.weight, config.dropout) == (1.0, 0.1)
+
+
+
+@pytest.mark.slow
+def test_the_setting_of_the_paper_steps_in_small(monkeypatch):
+    """One step at reduced width: the generator's weights move at a tenth of the others' rate."""
+    monkeypatch.setitem(SIZES, "XS", (2, 32, 4))
+    experiment, config = load(
+        "sd_scale", data__source="random", model__size="XS", model__shared=1, model__head_width=16, model__head_heads=2,
+        model__head_depth=1, model__patch=16, model__dtype="float32", train__global_batch=4, train__warmup_steps=1)
+    batch = next(batches(experiment.train_data(), 0, 4))
+    state = init_state(experiment.init, experiment.optimizer, jax.random.key(0), experiment.loss)
+    after, metrics = jax.jit(step_of(experiment, config.train))(state, batch)
+    assert {"draw/loss/image", "name/loss/infonce"} <= set(metrics) and np.isfinite(float(metrics["loss"]))
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params["params"], after.params["params"])
+    assert moved["image_out"]["kernel"] == pytest.approx(1e-5, rel=0.05)  # AdamW's first step is the rate
+    assert moved["query_out"]["kernel"] == pytest.approx(1e-4, rel=0.05)
+    drawn = experiment.draw(
+        after.params, jax.random.split(jax.random.key(1), 2), {"text": jnp.asarray(batch["text"][:2])}, steps=2, guidance=2.0)
+    assert drawn["image"].shape == (2, 32, 32, 4) and bool(jnp.isfinite(drawn["image"]).all())
+
+
+def test_towers_of_other_sizes_are_refused(towers):
+    Towers(str(towers / "towers")).check(8)
+    experiment, _ = load("scenes", data__towers=towers / "towers", model__width=16)
+    with pytest.raises(UserError, match="vectors of 8"):
+        experiment.train_data()
