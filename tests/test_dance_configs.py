@@ -51,7 +51,7 @@ def count(tree):
     "name, overrides",
     [
         ("dance_music", {"loss__sample_inter": "5e-6", "model__patch": "43"}),
-        ("dance_music", {"dance__fused": "true", "dance__freeze": "true", "model__patch": "43"}),
+        ("dance_music", {"dance__fused": "true", "dance__freeze": "true", "model__aligned": "false", "model__patch": "43"}),
         ("aist_music", {"data__video": "true", "loss__sample_inter": "5e-6"}),
         ("tiktok_music", {"dance__fused": "false", "loss__sample_inter": "5e-6"}),
     ],

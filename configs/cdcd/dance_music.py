@@ -8,9 +8,12 @@
 
 DANCE.pkl is a motion file as AIST++ has it; a wav file is written for each sample. Without a genre it is what the dance suggests.
 
-The dance goes through a small transformer that is trained with the network; cross-attention sees a token for every four frames, one for
-the genre, and their mean modulates the MLPs (config.model.pooled, not in the paper). config.dance.fused=true is the paper's condition, one
-token for all of it, and config.dance.freeze=true trains none of the encoder but what makes that token, as the released code.
+The dance goes through a small transformer that is trained with the network, four frames a token. Cross-attention sees these tokens and
+one for the genre. Not in the paper: their mean modulates the MLPs (config.model.pooled), and the dance's tokens are added to the music
+at their time (config.model.aligned): told to say which 23 ms begin with a beat, a small network learns it so within 100 steps, while by
+attention alone it knew nothing after 250. The paper's condition, one token for all of it, is config.dance.fused=true with
+config.model.aligned=false; config.dance.freeze=true trains none of the encoder but what makes the tokens of its features, as the
+released code.
 
 Measured: (FINAL RUN)
 """
@@ -35,7 +38,7 @@ def get_config():
     return ConfigDict({
         "seed": 0,
         "data": {"source": "tokens", "dir": "runs/music_tokens"},  # or random
-        "model": {"width": 128, "depth": 4, "heads": 4, "patch": 4, "mlp_ratio": 4.0, "pooled": True},
+        "model": {"width": 128, "depth": 4, "heads": 4, "patch": 4, "mlp_ratio": 4.0, "pooled": True, "aligned": True},
         "dance": {"width": 128, "depth": 2, "heads": 4, "stride": 4, "fused": False, "freeze": False},
         "chain": {"steps": 80, "evidence": True},
         "dropout": {"both": 0.1, "motion": 0.05, "genre": 0.1},
@@ -57,7 +60,8 @@ def build(config):
     data, steps, model, train = config.data, config.chain.steps, config.model, config.train
     music = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
     process = Joint(music=music, motion=Given(0.0), genre=Given(null=len(GENRES)))
-    dance = dict(config.dance)
+    model, dance = dict(model), dict(config.dance)
+    model["aligned"] = SECONDS * FPS // dance["stride"] if model["aligned"] else 0
     how = {name: dance.pop(name) for name in ("fused", "freeze")}
     encoder = nets.DanceEncoder(nets.MotionEncoder(**dance, fps=FPS, scan=False), genres=len(GENRES) + 1, **how)
     net = nets.TokenTransformer(

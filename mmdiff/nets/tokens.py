@@ -206,6 +206,9 @@ class TokenTransformer(nn.Module):
         columns = embed(table[1], embedding_init=partial(_as_times, self.seconds) if self.seconds else normal, name="columns")
         h = h + embed(table[0], name="rows")(place // table[1]) + columns(place % table[1])
         if self.aligned:
+            if context is None or context.shape[1] < self.aligned:
+                found = 0 if context is None else context.shape[1]
+                raise UserError(f"{self.aligned} tokens of the context are to go through time with the sequence, and it has {found}.")
             along = jax.image.resize(context[:, : self.aligned], (len(context), count, context.shape[-1]), "linear")
             h = h + Dense(self.width, kernel_init=normal, dtype=self.dtype, name="aligned")(along)
         block = partial(

@@ -124,6 +124,30 @@ def test_positions_begin_as_the_features_of_their_time():
 
 
 @pytest.mark.slow
+def test_aligned_tokens_are_added_at_their_time():
+    net = transformer(aligned=8)
+    params = filled(net, X, TIMES)
+    # Nothing else is to carry the dance, and no place is to see another.
+    for part in ("attention", "cross", "mlp"):
+        params["params"]["block_0"][part]["out"] = jax.tree.map(np.zeros_like, params["params"]["block_0"][part]["out"])
+    x = X | {"music": 0 * X["music"]}
+
+    def out(motion):
+        return net.apply(params, x | {"motion": motion}, TIMES)["music"]
+
+    # Behind the encoder's blocks, so that a change of the dance stays where it is.
+    for part in ("attention", "mlp"):
+        motion = params["params"]["encoder"]["motion"]["block_0"]
+        motion[part]["out"] = jax.tree.map(np.zeros_like, motion[part]["out"])
+    for frame, cells in ((0, [0]), (15, [5])):
+        moved = X["motion"].at[:, frame].add(jax.random.normal(jax.random.key(5), X["motion"][:, 0].shape))
+        changed = np.abs(out(moved) - out(X["motion"])).max((0, 2)).reshape(6, 4).max(1) > 1e-4
+        np.testing.assert_array_equal(np.flatnonzero(changed), cells)
+    with pytest.raises(UserError, match="10 tokens of the context .* go through time with the sequence, and it has 1"):
+        transformer(aligned=10, encoder=dance(fused=True)).init(jax.random.key(0), X, TIMES)
+
+
+@pytest.mark.slow
 def test_the_dance_reaches_every_token_of_the_music():
     net = transformer()
     params = filled(net, X, TIMES)
