@@ -8,8 +8,8 @@
     masked      digits_masked: the plain conditional model (A4) and the whole (A5)
     transition  digits_transition: the plain conditional models of both directions, and the whole
 
-Cost: 45 trainings. One takes 40 to 90 seconds on a quiet core, as many again for samples and figures: some 50 minutes on two cores. Measured
-in pieces, beside other work.
+Cost: 45 trainings. One takes 40 to 90 seconds on a quiet core, as many again for samples and figures: some 50 minutes on two cores.
+Measured in pieces, beside other work.
 
 All networks of a part are equal, and so is what they are trained for; they and the trainings are small: compare the settings with each
 other, not with the configs' own figures.
