@@ -7,7 +7,7 @@
 
 Beat coverage, hit and strict F1 with their levels by chance, genre accuracy and Fréchet audio distance, of 200 held-out dances.
 
-Cost: (FINAL RUN)
+Cost: nine trainings, somewhat more than an hour on two cores, estimated: it has not been run yet.
 
 The trainings are short: compare the losses with each other, not with the config's own figures.
 """

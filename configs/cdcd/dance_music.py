@@ -15,7 +15,8 @@ attention alone it knew nothing after 250. The paper's condition, one token for 
 config.model.aligned=false; config.dance.freeze=true trains none of the encoder but what makes the tokens of its features, as the
 released code.
 
-Measured: (FINAL RUN)
+It has not been trained to its end: after 56 steps the cross-entropy of masked music was 4.57 nats a token (6.24 at first), 4.86 beside
+another dance of the genre. Guidance, steps and rate are guesses. Cost: 2.5M parameters; some half an hour on one CPU core, estimated.
 """
 
 import optax
