@@ -5,8 +5,8 @@
     python launch/diffdis_experiments.py --out runs/diffdis_experiments          # everything, or what is missing of it
     python launch/diffdis_experiments.py --out runs/diffdis_experiments --table  # the tables of what is done so far
 
-    tasks    two towers (CLIP), drawing alone, naming alone, both; naming without noise (a query of zeros: no diffusion); the image reading
-             the query (two-way); the paper's fusion; all of equal width, batch and steps
+    tasks    two towers (CLIP), drawing alone, naming alone, both; naming without noise (a query of zeros: no diffusion); both with the
+             image reading the query (two-way); all of equal width, batch and steps
     weight   of the naming loss beside the drawing loss, with the gradients' norms on the trunk that they share
 
 All are small and briefly trained: compare them with each other, not with the configs' own figures.
@@ -27,7 +27,7 @@ from mmdiff import contrastive, losses, times
 from mmdiff.contrastive import unit
 from mmdiff.data import scenes
 from mmdiff.data.sources import whole
-from mmdiff.evals.alignment import SPLITS, scene_retrieval, zero_shot
+from mmdiff.evals.alignment import SPLITS, held_out_retrieval, scene_retrieval, zero_shot
 from mmdiff.evals.base import draw_samples, example_keys, in_batches
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.evals.scenes import trained_judge
@@ -45,15 +45,15 @@ TASKS = {
     "drawing alone": {**SMALL, "tasks": "draw"},
     "naming alone": {**SMALL, "tasks": "name"},
     "both": {**SMALL, **BOTH},
-    "naming alone, without noise": {**SMALL, "tasks": "name"},
-    "both, two-way": {**SMALL, **BOTH, "model.two_way": "True"},
+    "naming without noise": {**SMALL, "tasks": "name"},
+    "both and two-way": {**SMALL, **BOTH, "model.two_way": "True"},
 }
-WEIGHTS = ("0.02", "1.0", "5.0")
+WEIGHTS = ("0.02", "0.2", "1.0", "5.0")
 
 
 def settings():
     """-> (part, name of the setting, what it is run as, overrides), each to be run with every seed."""
-    kinds = {"two towers": "towers", "drawing alone": "draw", "naming alone": "name", "naming alone, without noise": "without noise"}
+    kinds = {"two towers": "towers", "drawing alone": "draw", "naming alone": "name", "naming without noise": "without noise"}
     for name, overrides in TASKS.items():
         yield "tasks", name, kinds.get(name, "both"), overrides
     for weight in WEIGHTS:
@@ -65,8 +65,10 @@ def named(vectors, towers, data):
     figures = {}
     for split in SPLITS:
         suffix = "" if split == "test" else f"_{split}"
-        texts = towers.texts(data[split]["text"])[1]
-        figures[f"retrieval_r1{suffix}"] = scene_retrieval(vectors[split], texts, data[split])["r1"]
+        if split == "test":
+            figures["retrieval_r1"] = scene_retrieval(vectors[split], towers.texts(data[split]["text"])[1], data[split])["r1"]
+        else:
+            figures["retrieval_r1_held_out"] = held_out_retrieval(vectors[split], towers.encode, data[split])
         figures[f"digit_accuracy{suffix}"] = zero_shot(vectors[split], towers.encode, data[split], ("digit",))["digit"]
     return figures
 
@@ -91,8 +93,8 @@ def silent(experiment, config):
         (config.times.clean, times.constant(0.0)), (config.times.noisy, times.uniform(0.0, 0.7)),
         (config.times.dropped, times.constant(1.0))))
     apply = functools.partial(aligner.net.apply, tasks=("name",))
-    term = contrastive.match(aligner.query, "query")
-    loss = losses.combine(name=(1.0, losses.diffusion(process, apply, when, {"infonce": (1.0, term)})))
+    term = contrastive.match(aligner.query, "query", config.query.loss)
+    loss = losses.combine(name=(config.query.weight, losses.diffusion(process, apply, when, {config.query.loss: (1.0, term)})))
 
     def vectors(params, keys, images):
         x, t = {"image": images, "query": jnp.zeros((len(images), aligner.size))}, jnp.zeros(len(images))
@@ -110,7 +112,8 @@ def norms(config, module, params, batch, key):
         with only.unlocked():
             only.tasks, only.query.weight = task, 1.0
         gradient = jax.jit(jax.grad(module.build(only).loss, has_aux=True))(params, batch, key)[0]
-        found[f"gradient_{task}"] = float(optax.global_norm(gradient["params"]["trunk"]))
+        leaves = jax.tree_util.tree_leaves_with_path(gradient["params"]["trunk"])
+        found[f"gradient_{task}"] = float(optax.global_norm([leaf for path, leaf in leaves if "image_" in jax.tree_util.keystr(path)]))
     return found
 
 
@@ -147,4 +150,4 @@ def run(seed, data, overrides):
 
 
 if __name__ == "__main__":
-    experiments.main(__doc__, list(settings()), run, {"tasks": "both", "weight": "both"})
+    experiments.main(__doc__, list(settings()), run, {"tasks": "both", "weight": "weight 0.2"})

@@ -69,7 +69,8 @@ With --peer it takes turns with another program, and prints the ratio. That
 program must print a last line of JSON with its "seconds_per_step"; on a GPU the
 memory must suffice for both.
 
-Needs no data, and of Python packages only jax, flax, optax, chex and numpy."""
+Needs no data, and of Python packages only jax, flax, optax, chex, numpy and
+what the config imports."""
 
 SAMPLE = """\
 Draws samples with the averaged (EMA) weights of the last checkpoint, and writes

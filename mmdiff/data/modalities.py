@@ -637,6 +637,8 @@ class Motion:
         path = pathlib.Path(text).expanduser()
         if path.suffix.lower() in (".npy", ".npz"):
             array = _load(path, self.name)
+            if array.ndim == 2 and array.shape == (self.frames, 3 * self.joints):  # a released segment
+                array = array.reshape(self.shape)
             return self.check(array[None] if array.ndim == 3 else array)
         from mmdiff.data import aist, dance
 

@@ -187,10 +187,9 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
             "write one), or try the config out on made-up tokens with config.data.source=random."
         )
     source, meta = token_source(data.dir, split), read_meta(data.dir)
-    missing = [name for name in modalities if name not in source.arrays]
-    if missing:
-        raise UserError(f"the token cache {data.dir} has no {missing[0]}: it holds {', '.join(source.arrays)}.")
-    tokens = modalities[meta.get("tokens", "tokens")]
+    tokens = modalities.get(meta.get("tokens", "tokens"))
+    if tokens is None:
+        raise UserError(f"the token cache {data.dir} holds {meta['tokens']}, but the config needs {', '.join(modalities)}.")
     grid = [tokens.height, tokens.width] if isinstance(tokens, TokenImages) else list(tokens.shape)
     if [*meta["grid"], meta["codes"]] != [*grid, tokens.states]:
         found, needed = (" x ".join(map(str, sides)) for sides in (meta["grid"], grid))
@@ -198,6 +197,9 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
             f"the token cache {data.dir} has {found} tokens of {meta['codes']} codes, but the config needs "
             f"{needed} of {tokens.states}: choose the cache of another tokenizer."
         )
+    missing = [name for name in modalities if name not in source.arrays]
+    if missing:
+        raise UserError(f"the token cache {data.dir} has no {missing[0]}: it holds {', '.join(source.arrays)}.")
     for name in modalities:
         if source.arrays[name].ndim == 1:
             modalities[name].check(source.arrays[name])  # labels: small enough to be read whole

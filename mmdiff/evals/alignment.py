@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from mmdiff.data.towers import Towers
 from mmdiff.evals import classifiers, conditional, retrieval
 from mmdiff.evals import pictures as drawings
 from mmdiff.evals.accuracy import accuracy, confusion, eliminated
-from mmdiff.evals.base import Clock, Findings, Picture, draw_samples, example_keys, in_batches
+from mmdiff.evals.base import Clock, Findings, Picture, costs, draw_samples, example_keys, in_batches
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.evals.scenes import ASKED, grid, trained_judge
 from mmdiff.nets.dual import DualStream, look, naming
@@ -46,6 +45,25 @@ def scene_retrieval(vectors: np.ndarray, captions: np.ndarray, said: Mapping[str
         same = np.logical_and.reduce([one[name][:, None] == one[name] for name in scenes.ATTRIBUTES])
         found.append({"r1": float(right.mean()), **retrieval.recalls(scores, same)})
     return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+
+
+def held_out_retrieval(vectors: np.ndarray, encode: Any, said: Mapping[str, np.ndarray]) -> float:
+    """The share of scenes for which, among `AMONG` captions, the best says the right digit, colour and place: each with all ten digits.
+
+    Where a combination is held out, colour and place give the digit away (`data.scenes`): captions of held-out scenes alone would be no
+    test of it. So the candidates are the captions of a few scenes, `AMONG` / 10, with every digit in its place.
+
+    Args:
+      vectors: of the images [n, D]. encode: texts -> vectors [m, D]. said: the attributes of the scenes, [n] each.
+    """
+    digits, right = len(scenes.DIGITS), []
+    size = AMONG // digits
+    for start in range(0, len(vectors) - size + 1, size):
+        one = {name: said[name][start : start + size] for name in scenes.ATTRIBUTES}
+        all_digits = {name: np.repeat(column, digits) for name, column in one.items()} | {"digit": np.tile(np.arange(digits), size)}
+        best = retrieval.scores(vectors[start : start + size], encode(scenes.captions(all_digits))).argmax(1)
+        right.append(np.logical_and.reduce([all_digits[name][best] == one[name] for name in ASKED]))
+    return float(np.concatenate(right).mean())
 
 
 def prompts(attribute: str, wordings: int) -> list[list[str]]:
@@ -91,6 +109,7 @@ class Aligner:
         function = self.function(steps, seeds, guidance, not self.net.two_way if cached is None else cached)
         return in_batches(function, params, example_keys(key, count if images is None else len(images)), given, batch)
 
+    @functools.cache  # the same function for the same options, so that jax compiles it once
     def function(self, steps: int, seeds: int = 1, guidance: float = 1.0, cached: bool = False):
         """`(params, keys, given) -> vectors`, to be jitted; `cached` looks at the images once."""
         options = dict(steps=steps, seeds=seeds)
@@ -118,22 +137,6 @@ class Aligner:
 
 
 READINGS = {"1": (1, 1), "2": (2, 1), "5": (5, 1), "10": (10, 1), "50": (50, 1), "1_of_4": (1, 4), "1_of_8": (1, 8)}  # steps, seeds
-
-
-def costs(params, key, ways: Mapping[str, tuple[Any, Any, float]], repeats: int = 5) -> dict[str, float]:
-    """Seconds per image, the median of `repeats` calls in turn: name -> (function `(params, keys, given)`, given, images in it)."""
-    compiled = {}
-    for name, (function, given, count) in ways.items():
-        keys = example_keys(key, len(jax.tree.leaves(given)[0]))
-        compiled[name] = functools.partial(jax.jit(function), params, keys, given)
-        jax.block_until_ready(compiled[name]())
-    seconds = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, run in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[name].append((time.perf_counter() - start) / ways[name][2])
-    return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,25 +303,29 @@ class SceneAlignment:
         clock, figures = Clock(), {}
         align = functools.partial(self.aligner, params, batch=self.batch)
         data = {split: whole(scenes.Scenes(split, self.size, self.count)) for split in SPLITS}
-        captions = {split: self.towers.texts(data[split]["text"])[1] for split in SPLITS}
+        captions = self.towers.texts(data["test"]["text"])[1]
 
         clock.start("alignment", f"retrieving captions of {self.count} scenes of each split")
+        def found(split, vectors):
+            if split == "held_out":
+                return held_out_retrieval(vectors, self.towers.encode, data[split])
+            return scene_retrieval(vectors, captions, data[split])["r1"]
+
         for split in SPLITS:
             suffix = "" if split == "test" else f"_{split}"
             images, said = data[split]["image"], data[split]
             vectors = align(keys[0], images, steps=10)
-            found = scene_retrieval(vectors, captions[split], said)
-            figures[f"retrieval_r1{suffix}"] = found.pop("r1")
-            figures |= {f"{name}{suffix}": value for name, value in found.items()}
+            figures[f"retrieval_r1{suffix}"] = found(split, vectors)
             figures |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(vectors, self.towers.encode, said).items()}
-            figures[f"towers_retrieval_r1{suffix}"] = scene_retrieval(self.towers.images(images), captions[split], said)["r1"]
+            figures[f"towers_retrieval_r1{suffix}"] = found(split, self.towers.images(images))
             for name, (n, seeds) in READINGS.items():
-                found = scene_retrieval(align(keys[0], images, steps=n, seeds=seeds), captions[split], said)
-                figures[f"retrieval_r1_{name}{suffix}"] = found["r1"]
-            found = scene_retrieval(align(keys[0], images, steps=10, guidance=2.0), captions[split], said)
-            figures[f"retrieval_r1_guided{suffix}"] = found["r1"]
+                figures[f"retrieval_r1_{name}{suffix}"] = found(split, align(keys[0], images, steps=n, seeds=seeds))
+            figures[f"retrieval_r1_guided{suffix}"] = found(split, align(keys[0], images, steps=10, guidance=2.0))
+            if split == "test":
+                recalls = scene_retrieval(vectors, captions, said)
+                figures |= {name: value for name, value in recalls.items() if name != "r1"}
         bare = align(keys[1], None, count=self.count, steps=10)
-        figures["retrieval_r1_dropped"] = scene_retrieval(bare, captions["test"], data["test"])["r1"]
+        figures["retrieval_r1_dropped"] = found("test", bare)
 
         drawn, wanted = {}, {"held_out": data["held_out"], "seen": whole(scenes.Scenes("train", self.size, self.count))}
         draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps)
@@ -329,24 +336,24 @@ class SceneAlignment:
         right = {name: {each: judge(drawn[name])[each] == said[each] for each in scenes.ATTRIBUTES} for name, said in wanted.items()}
         figures["prompt_correctness"] = float(_all(right["held_out"]).mean())
         figures["prompt_correctness_seen"] = float(_all(right["seen"]).mean())
-        figures |= {f"{name}_correctness": float(found.mean()) for name, found in right["held_out"].items()}
+        figures |= {f"{name}_correctness": float(each.mean()) for name, each in right["held_out"].items()}
         real = judge(data["held_out"]["image"])
         figures["prompt_correctness_real"] = float(_all({name: real[name] == data["held_out"][name] for name in real}).mean())
         figures["frechet_ratio"] = frechet_ratio(drawn["seen"], data["test"]["image"], wanted["seen"]["image"])
         texts = self.towers.texts(wanted["seen"]["text"])[1]
         trip = scene_retrieval(align(keys[4], drawn["seen"], steps=10), texts, wanted["seen"])
         figures["round_trip"] = trip["r1"]
-        trip = scene_retrieval(align(keys[4], drawn["held_out"], steps=10), captions["held_out"], data["held_out"])
-        figures["round_trip_held_out"] = trip["r1"]
+        figures["round_trip_held_out"] = found("held_out", align(keys[4], drawn["held_out"], steps=10))
 
         clock.start("best", f"drawing {self.choose} of each held-out caption, and keeping what the alignment branch likes best")
         many = np.tile(data["held_out"]["text"], (self.choose, 1))
         images = np.clip(draw(keys[5], {"text": many}, len(many), guidance=1.0)["image"], -1, 1)
         vectors = align(keys[4], images, steps=1, seeds=4).reshape(self.choose, self.count, -1)
-        best = np.einsum("knd,nd->kn", vectors, captions["held_out"]).argmax(0) * self.count + np.arange(self.count)
+        asked = self.towers.texts(data["held_out"]["text"])[1]
+        best = np.einsum("knd,nd->kn", vectors, asked).argmax(0) * self.count + np.arange(self.count)
         for name, rows in (("prompt_correctness_unguided", slice(self.count)), (f"prompt_correctness_best_of_{self.choose}", best)):
-            found = judge(images[rows])
-            figures[name] = float(_all({each: found[each] == data["held_out"][each] for each in found}).mean())
+            seen = judge(images[rows])
+            figures[name] = float(_all({each: seen[each] == data["held_out"][each] for each in seen}).mean())
 
         written = {}
         for split in SPLITS if config.times.write else ():
@@ -374,7 +381,8 @@ class SceneAlignment:
         notes = {
             "retrieval_r1": f"share of {self.count} test scenes whose denoised vector (10 steps from noise) is nearest, among {AMONG} "
             f"captions, to one that says the right {', '.join(ASKED)}; _1, _2, ... other numbers of steps, _1_of_8 the mean of 8 seeds",
-            "retrieval_r1_held_out": "the same for scenes of held-out combinations among their captions",
+            "retrieval_r1_held_out": f"the same for scenes of held-out combinations, among the captions of {AMONG // 10} of them with all "
+            "ten digits each",
             "towers_retrieval_r1": "the same by the frozen image tower",
             "retrieval_r1_dropped": "the same without the image: chance",
             "prompt_correctness": f"share of {self.count} samples for captions of held-out combinations that show the right "
@@ -421,13 +429,16 @@ class SceneTowers:
         for split in SPLITS:
             data = whole(scenes.Scenes(split, self.size, self.count))
             images = in_batches(lambda p, k, x: see(p, x), params, keys, data["image"], self.batch)
-            texts = in_batches(lambda p, k, x: read(p, x)[1], params, keys, data["text"], self.batch)
             suffix = "" if split == "test" else f"_{split}"
-            found = scene_retrieval(images, texts, data)
-            figures[f"retrieval_r1{suffix}"] = found.pop("r1")
-            figures |= {f"{name}{suffix}": value for name, value in found.items()}
+            if split == "test":
+                texts = in_batches(lambda p, k, x: read(p, x)[1], params, keys, data["text"], self.batch)
+                found = scene_retrieval(images, texts, data)
+                figures |= {"retrieval_r1": found.pop("r1"), **found}
+            else:
+                figures["retrieval_r1_held_out"] = held_out_retrieval(images, encode, data)
             figures |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(images, encode, data).items()}
         clock.stop()
         notes["retrieval_r1"] = f"share of {self.count} test scenes whose nearest caption among {AMONG} says the right {', '.join(ASKED)}"
-        notes["retrieval_r1_held_out"] = "the same for scenes of held-out combinations, among their captions"
+        notes["retrieval_r1_held_out"] = (
+            f"the same for scenes of held-out combinations, among the captions of {AMONG // 10} of them with all ten digits each")
         return Findings(figures, notes, {}, {"candidates": AMONG, "evaluation_seconds": clock.seconds})

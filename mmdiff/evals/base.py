@@ -92,6 +92,22 @@ def states(experiment, params, key, given, name: str, *, steps: int, guidance: f
     return np.concatenate(np.asarray(passed)[picked])
 
 
+def costs(params, key, ways: Mapping[str, tuple[Any, Any, float]], repeats: int = 5) -> dict[str, float]:
+    """Seconds per image, the median of `repeats` calls in turn: name -> (function `(params, keys, given)`, given, images in it)."""
+    compiled = {}
+    for name, (function, given, count) in ways.items():
+        keys = example_keys(key, len(jax.tree.leaves(given)[0]))
+        compiled[name] = functools.partial(jax.jit(function), params, keys, given)
+        jax.block_until_ready(compiled[name]())
+    seconds = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, run in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append((time.perf_counter() - start) / ways[name][2])
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
 class Clock:
     """Says what happens, and keeps how many seconds each stage took."""
 

@@ -8,8 +8,7 @@ import functools
 import numpy as np
 
 from mmdiff.data.sources import Some, whole
-from mmdiff.evals.alignment import costs
-from mmdiff.evals.base import Findings, say
+from mmdiff.evals.base import Findings, costs, say
 
 
 @dataclasses.dataclass(frozen=True)

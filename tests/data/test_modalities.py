@@ -237,6 +237,8 @@ def test_motion(tmp_path):
     np.savez(tmp_path / "samples.npz", motion=dances, genre=np.arange(3))
     np.testing.assert_array_equal(MOTION.parse(str(tmp_path / "one.npy")), dances[1:2])
     np.testing.assert_array_equal(MOTION.parse(str(tmp_path / "samples.npz")), dances)
+    np.save(tmp_path / "segment.npy", dances[1].reshape(90, 72))  # as segments are released
+    np.testing.assert_array_equal(MOTION.parse(str(tmp_path / "segment.npy")), dances[1:2])
     assert "120 frames of 24 joints, but the model needs 121" in refusal(Motion(121, 24).parse, str(tmp_path / "dance.pkl"))
     assert "of 17" in refusal(Motion(90, 17).parse, str(tmp_path / "dance.pkl"))
     assert "a motion file of AIST++ (.pkl)" in refusal(MOTION.parse, "dance.mp4")

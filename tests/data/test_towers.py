@@ -156,7 +156,7 @@ class Counted:
     """Towers that note what they read."""
 
     def __init__(self, towers):
-        self.towers, self.read = towers, []
+        self.towers, self.read, self.check = towers, [], towers.check
 
     def texts(self, ids):
         self.read.append(ids)

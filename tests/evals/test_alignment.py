@@ -11,7 +11,7 @@ from mmdiff import nets, schedules
 from mmdiff.data import scenes
 from mmdiff.data.sources import whole
 from mmdiff.evals import alignment
-from mmdiff.evals.base import example_keys
+from mmdiff.evals.base import costs, example_keys
 from mmdiff.processes import Gaussian, x0
 
 SHAPE, D, N = (4, 4, 1), 6, 5
@@ -61,6 +61,27 @@ def test_scene_retrieval_counts_what_captions_say(monkeypatch):
     assert found["r1"] == 6 / 8 and found["image_to_text_r1"] == 4 / 8 and found["image_to_text_r5"] == 1
 
 
+def test_colour_and_place_do_not_give_held_out_digits_away():
+    """They do among held-out captions alone, where each digit has a colour and a place of its own."""
+    data = whole(scenes.Scenes("held_out", count=200))
+    words = {word: i for i, word in enumerate(word for name in ("digit", "colour", "position") for word in scenes.ATTRIBUTES[name])}
+
+    def encode(texts, blind=False):
+        # Backgrounds and sizes are left out, so that the first colour is the digit's.
+        found = np.zeros((len(texts), len(words)))
+        for row, text in zip(found, texts):
+            _, _, colour, digit, rest = text.split(" ", 4)
+            row[[words[colour], words[text.split(", ")[-1].replace("in the ", "")]]] = 1
+            row[words[digit]] = 0 if blind else 1
+        return found
+
+    captions = scenes.captions(data)
+    assert alignment.held_out_retrieval(encode(captions), encode, data) == 1
+    blind = encode(captions, blind=True)
+    assert alignment.scene_retrieval(blind, encode(captions), data)["r1"] > 0.95
+    assert alignment.held_out_retrieval(blind, encode, data) < 0.25
+
+
 def test_zero_shot_knows_classes_by_the_mean_of_their_wordings():
     data = whole(scenes.Scenes("test", count=60))
 
@@ -83,5 +104,5 @@ def test_zero_shot_knows_classes_by_the_mean_of_their_wordings():
 
 def test_costs_are_seconds_per_image():
     ways = {name: (lambda p, k, g: g["x"] * p, {"x": jnp.ones((n, 2))}, n) for name, n in (("few", 2), ("many", 8))}
-    found = alignment.costs(jnp.ones(()), jax.random.key(0), ways, repeats=2)
+    found = costs(jnp.ones(()), jax.random.key(0), ways, repeats=2)
     assert set(found) == {"few", "many"} and all(value > 0 for value in found.values())

@@ -321,15 +321,19 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
 def test_what_a_failed_save_leaves_goes_though_its_threads_still_write(tmp_path):
     draft = tmp_path / "checkpoints/12.orbax-checkpoint-tmp"
 
+    begun = threading.Event()
+
     def keep_writing():
         end = time.monotonic() + 0.5
         while time.monotonic() < end:
             draft.mkdir(parents=True, exist_ok=True)
+            begun.set()
             with contextlib.suppress(OSError):
                 (draft / "part").write_text("more")
 
     with Checkpoints(tmp_path, keep=1):
         writer = threading.Thread(target=keep_writing)
         writer.start()
+        begun.wait()
     writer.join()
     assert not draft.exists()
