@@ -12,4 +12,5 @@ source launch/environment.sh
 environment "test${EXTRAS:+,$EXTRAS}"
 export JAX_PLATFORMS=cpu
 # Most of the time goes into compiling, which uses one core: one process for each, and a file stays together for its fixtures.
-"$python" -m pytest -n logical --maxprocesses 8 --dist loadfile "$@"
+# A process that dies ends the run: without the limit pytest-xdist waits for the rest of its file for ever.
+"$python" -m pytest -n logical --maxprocesses 8 --max-worker-restart 0 --dist loadfile "$@"

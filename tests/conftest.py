@@ -1,5 +1,6 @@
 """Settings that must stand before jax starts: CPU, eight simulated devices, and compiled programs kept between test runs."""
 
+import gc
 import importlib
 import os
 import pathlib
@@ -26,6 +27,17 @@ def loaded_launch():
     sys.path.insert(0, str(LAUNCH))
     yield importlib.import_module
     sys.path.remove(str(LAUNCH))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_forgotten():
+    """Compiled programs go with their file: each is a few memory maps, and a process that kept those of two thousand tests would run out of
+    them (vm.max_map_count, 65,530 by default) and die of a segmentation fault."""
+    yield
+    import jax  # not before the settings above
+
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_configure(config):
