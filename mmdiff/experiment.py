@@ -37,6 +37,8 @@ class Experiment:
       evaluators: callables `(experiment, params, config, key, step) -> Findings`, run by `mmdiff eval` in this order.
       rules: the sharding table (see `training.sharding`); the first match wins.
       cache: of a tokenizer, what `mmdiff cache` encodes: a `data.tokens.Recipe`.
+      beside: frozen networks that the weights are of use beside alone (a tokenizer, towers): name -> `() -> fingerprint`, None where they
+        are not at hand. A run remembers them and is refused beside others.
     """
 
     process: Any
@@ -52,6 +54,7 @@ class Experiment:
     evaluators: Sequence[Callable[..., Any]] = ()
     rules: Rules = TRANSFORMER
     cache: Any = None
+    beside: Mapping[str, Callable[[], str | None]] = dataclasses.field(default_factory=dict)
 
 
 def reconstructing(net: Any, name: str = "image") -> dict[str, Any]:

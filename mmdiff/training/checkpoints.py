@@ -1,6 +1,7 @@
 """Checkpoints: the whole state of a run, written in the background, whole or not at all.
 
     WORKDIR/config.json                 the run's config
+    WORKDIR/beside.json                 fingerprints of the frozen networks that it is trained beside, if there are any
     WORKDIR/checkpoints/STEP/state      params, optimizer, key, counters, running sums of the metrics
     WORKDIR/checkpoints/STEP/ema        the averaged weights, on their own: all that inference opens
     WORKDIR/checkpoints/STEP/meta       JSON: position, train_seconds, metrics
@@ -55,11 +56,7 @@ LATE = "_CHECKPOINT_METADATA"  # Orbax adds the time to this JSON file after the
 
 def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     """The values of WORKDIR/config.json; {} if there is no such file. Raises UserError if it is not JSON."""
-    path = pathlib.Path(workdir) / "config.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): restore it, or use another workdir.") from error
+    return _read_json(pathlib.Path(workdir) / "config.json")
 
 
 def check_config(
@@ -88,6 +85,25 @@ def write_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
     with _writing(workdir):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, configs.to_json(config))
+
+
+def check_beside(workdir: str | os.PathLike, experiment: Any) -> None:
+    """Raises UserError if the run in `workdir` was trained beside other frozen networks than those at hand (`Experiment.beside`)."""
+    stored = _read_json(pathlib.Path(workdir) / "beside.json") if experiment.beside and _steps(_folder(workdir)) else {}
+    for name, fingerprint in experiment.beside.items():
+        here, there = fingerprint(), stored.get(name)
+        if here and there and here != there:
+            raise UserError(
+                f"{workdir} was trained beside {name} of fingerprint {there[:12]}, and at hand is {here[:12]}: bring the former back, or "
+                "train anew in another workdir.")
+
+
+def write_beside(workdir: str | os.PathLike, experiment: Any) -> None:
+    """Writes WORKDIR/beside.json, where there is something to say. Raises UserError if that is not possible."""
+    found = {name: here for name, fingerprint in experiment.beside.items() if (here := fingerprint())}
+    if found:
+        with _writing(workdir):
+            write_whole(pathlib.Path(workdir) / "beside.json", json.dumps(found, indent=1) + "\n")
 
 
 def read_meta(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
@@ -270,9 +286,10 @@ def restore_for_inference(
       mesh: spreads the weights over a mesh by experiment.rules; by default they go to one device.
 
     Raises:
-      UserError: no checkpoint, another config, or a checkpoint that does not fit the network.
+      UserError: no checkpoint, another config, other frozen networks beside it, or a checkpoint that does not fit the network.
     """
     check_config(workdir, config, MAY_DIFFER_IN_USE)
+    check_beside(workdir, experiment)
     return weights(experiment, workdir, step=step, metric=config.train.best, mesh=mesh)
 
 
@@ -306,6 +323,13 @@ def weights(
     _check_fit(folder / str(step), ema=ema)
     with _unreadable(folder / str(step)), ocp.StandardCheckpointer() as reader:
         return reader.restore(folder / str(step) / "ema", ema), step
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): restore it, or use another workdir.") from error
 
 
 def _folder(workdir: str | os.PathLike) -> pathlib.Path:

@@ -52,9 +52,8 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
     ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard; if there, noise_scale and norm_groups (metrics, see `make_step`)
     and start (the workdir of a run of the same network, whose averaged weights this one begins with).
 
-    It writes WORKDIR/config.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one before,
-    void steps left out, and `skipped`, their number so far; one line per evaluation: "val/..."), run.json and TensorBoard
-    events.
+    It writes WORKDIR/config.json, beside.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one
+    before, void steps left out, and `skipped`, their number so far; one line per evaluation: "val/..."), run.json and TensorBoard events.
 
     Raises:
       UserError: the config, the mesh or the workdir does not fit, or a checkpoint cannot be written.
@@ -66,6 +65,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
     mesh = sharding.make_mesh(dict(options.mesh))
     sharding.check_batch(options.global_batch, mesh, options.microbatches)
     changed = checkpoints.check_config(workdir, config)
+    checkpoints.check_beside(workdir, experiment)
 
     # Everything the step needs to be compiled is known from shapes: no array exists yet.
     step_fn = step_of(experiment, options)
@@ -107,6 +107,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             return state
         if jax.process_index() == 0:
             checkpoints.write_config(workdir, config)
+            checkpoints.write_beside(workdir, experiment)
         journal = stack.enter_context(Journal(workdir, options, start, meta["train_seconds"]))
         if start and changed:
             listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())

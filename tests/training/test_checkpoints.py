@@ -1,6 +1,7 @@
 """Checkpoints: exact, on any mesh, never half, never of another run."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -208,7 +209,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert steps(tmp_path) == [2, 4, 5]
 
     class Experiment:
-        init = staticmethod(INIT)
+        init, beside = staticmethod(INIT), {}
 
     config = toy.get_config()
     config.train.best = "val/loss"
@@ -281,6 +282,27 @@ def test_a_run_continues_with_its_own_config_only(tmp_path):
     (tmp_path / "config.json").write_text('{"seed":')
     with pytest.raises(UserError, match="config.json is not valid JSON"):
         check_config(tmp_path, config)
+
+
+def test_a_run_is_refused_beside_other_frozen_networks(tmp_path):
+    config = toy.get_config()
+    config.model.width = WIDTH
+    said = {"tokenizer": "a" * 64, "towers": None}  # the towers are not at hand
+    experiment = dataclasses.replace(toy.build(config), beside={name: functools.partial(said.get, name) for name in said})
+    checkpoints.check_beside(tmp_path, experiment)  # nothing is there yet
+    write_config(tmp_path, config)
+    save(tmp_path, 3)
+    checkpoints.check_beside(tmp_path, experiment)  # of before such things were noted
+    checkpoints.write_beside(tmp_path, experiment)
+    assert json.loads((tmp_path / "beside.json").read_text()) == {"tokenizer": "a" * 64}
+    restore_for_inference(experiment, config, tmp_path)
+    said["towers"] = "c" * 64  # which the run says nothing of
+    checkpoints.check_beside(tmp_path, experiment)
+    said["tokenizer"] = "b" * 64
+    with pytest.raises(UserError, match=r"beside tokenizer of fingerprint aaaaaaaaaaaa, and at hand is bbbbbbbbbbbb"):
+        restore_for_inference(experiment, config, tmp_path)
+    said["tokenizer"] = None
+    restore_for_inference(experiment, config, tmp_path)
 
 
 def test_a_network_that_changed_under_the_same_config_is_refused(tmp_path):
