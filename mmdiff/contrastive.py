@@ -201,6 +201,11 @@ def pair(one: str = "image_vector", other: str = "text_vector", loss: str = "inf
     return lambda out, noised: contrasted(out[one], out[other], out)
 
 
+def first_logits(loss: str) -> tuple[float, float]:
+    """What the learned scale and bias start from: CLIP's (1 / 0.07, 0), of "siglip" (10, -10)."""
+    return (10.0, -10.0) if loss == "siglip" else (1 / 0.07, 0.0)
+
+
 def _matched(loss: str, trained: bool = False) -> Callable:
     """The loss of `match` as `(one [B, D], other [B, D], out) -> [B]`; where `other` is not `trained` no gradient reaches it."""
     if loss not in ("infonce", "siglip"):

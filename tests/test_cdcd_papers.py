@@ -117,6 +117,7 @@ def test_a_step_and_a_sample_from_a_cache(name, caches, monkeypatch):
     monkeypatch.setattr(tokens, "PIXELS", 2 * 256**2)
     cache, condition = caches(name), "text" if name in TEXTS else "label"
     experiment, _ = load(name, **underscored(small(name)), data__dir=cache, loss__count=2, train__warmup_steps=0, sample__top_p=1e-6)
+    assert experiment.beside["tokenizer"]() == tokens.read_meta(cache)["fingerprint"]
     step = jax.jit(make_step(experiment.loss, experiment.optimizer))
     before = jax.jit(lambda key: init_state(experiment.init, experiment.optimizer, key, experiment.loss))(jax.random.key(0))
     after, metrics = step(before, next(batches(experiment.train_data(), 0, 2)))
@@ -200,6 +201,7 @@ def test_what_decays(name, freeze):
 def test_mistakes(caches, tmp_path):
     for name in NAMES:
         experiment, _ = load(name)  # without data: the doors are passed later
+        assert experiment.beside["tokenizer"]() is None
         with pytest.raises(UserError, match="config.data.dir is empty: name the folder of a token cache"):
             experiment.train_data()
         with pytest.raises(UserError, match="choose tokens or random"):

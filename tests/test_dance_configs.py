@@ -14,7 +14,7 @@ from mmdiff import config as configs
 from mmdiff.__main__ import main
 from mmdiff.data import aist, dance, tokens
 from mmdiff.data.loader import batches
-from mmdiff.data.sources import ArraySource
+from mmdiff.data.sources import ArraySource, whole
 from mmdiff.errors import UserError
 from mmdiff.evals.speed import Speed
 from mmdiff.nets.audio import AudioAutoencoder
@@ -75,6 +75,26 @@ def test_a_step_and_a_sample(name, overrides):
     draw = jax.jit(lambda params, keys, given: experiment.draw(params, keys, given, steps=2, guidance=1.5))
     drawn = draw(after.ema, jax.random.split(jax.random.key(1), 2), given)
     experiment.process.check({"music": drawn["music"], **given})  # no mask is left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPERS)
+def test_real_dances_are_measured_whose_beats_nobody_knows(name, monkeypatch):
+    def segments(folder, split, data, seconds):
+        assert (folder, f"{data}_music", seconds) == ("somewhere", name, 2)
+        found = whole(dance.DanceMusic("train" if split == "train" else "test", count=30))
+        return ArraySource({kind: found[kind] for kind in ("audio", *["genre"] * (data == "aist"))})
+
+    monkeypatch.setattr(aist, "Segments", segments)
+    assert load(name, data__source="random")[0].evaluators == ()
+    experiment, config = load(name, data__source="random", eval__clips="somewhere", eval__examples=6, eval__batch=6, sample__steps=1)
+    evaluator, = experiment.evaluators
+    clips, known = whole(evaluator.clips()), whole(experiment.eval_data())
+    asked = dataclasses.replace(experiment, eval_data=lambda: ArraySource(known | {kind: clips[kind] for kind in clips if kind in known}))
+    evaluator = dataclasses.replace(evaluator, decode=lambda tokens: clips["audio"][: len(tokens)])
+    params = jax.jit(experiment.init)(jax.random.key(0))
+    found = evaluator(asked, params, config, jax.random.key(1), 0)
+    assert found.figures["beat_f1"] == 1 and ("genre_accuracy" in found.figures) == (name == "aist_music")
 
 
 def test_the_settings_are_the_published_ones():

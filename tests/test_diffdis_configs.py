@@ -15,7 +15,9 @@ from mmdiff.data.loader import batches
 from mmdiff.data.towers import Towers
 from mmdiff.errors import UserError
 from mmdiff.evals import report
-from mmdiff.evals.alignment import DigitAlignment, SceneAlignment, SceneTowers
+from mmdiff.evals.alignment import DigitAlignment
+from mmdiff.evals.scene_alignment import SceneAlignment, SceneTowers
+from mmdiff.evals.scenes import CaptionedScenes
 from mmdiff.nets.dit import SIZES
 from mmdiff.training.step import init_state, step_of
 
@@ -99,8 +101,9 @@ def test_towers_are_measured_and_kept(towers, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_scenes_train_and_all_their_figures_are_there(towers, tmp_path, monkeypatch):
-    less(monkeypatch, SceneAlignment, count=200, choose=2)
+def test_scenes_train_and_all_their_figures_are_there(towers, tmp_path, monkeypatch, capsys):
+    less(monkeypatch, CaptionedScenes, count=200)
+    less(monkeypatch, SceneAlignment, choose=2)
     given = options("scenes", tmp_path, {**TRAIN, **NET, "data.towers": towers / "towers"})
     assert cli.main(["train", *given]) == 0
     seen = {key for line in (tmp_path / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
@@ -110,6 +113,12 @@ def test_scenes_train_and_all_their_figures_are_there(towers, tmp_path, monkeypa
         "retrieval_r1", "retrieval_r1_held_out", "retrieval_r1_50", "retrieval_r1_1_of_8", "prompt_correctness", "round_trip",
         "caption_correctness", "prompt_correctness_best_of_2", "towers_retrieval_r1"} <= set(found.figures)  # fmt: skip
     assert {"Caption to image", "Image to caption"} <= set(found.pictures)
+    noted = json.loads((tmp_path / "beside.json").read_text())
+    assert noted == {"towers": Towers(str(towers / "towers")).fingerprint()}
+    (tmp_path / "beside.json").write_text(json.dumps({"towers": "0" * 64}))
+    capsys.readouterr()
+    assert cli.main(["eval", *given]) == 2 and cli.main(["train", *given]) == 2
+    assert capsys.readouterr().err.count("was trained beside towers of fingerprint 000000000000") == 2
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ import pytest
 
 from mmdiff.__main__ import main
 from mmdiff.data import dance
-from mmdiff.data.modalities import Sequences, Waveforms
+from mmdiff.data.modalities import Sequences
+from mmdiff.data.sounds import Waveforms, wav
 from mmdiff.data.sources import whole
 from mmdiff.data.tokens import decoder, open_tokens, read_meta
 from mmdiff.errors import UserError
-from mmdiff.evals.music import wav
 
 CONFIG = "configs/cdcd/music_tokenizer.py"
 SMALL = [
@@ -61,7 +61,7 @@ def test_the_cache_holds_music_and_what_goes_with_it(cache):
 
 
 def test_sample_reconstructs_a_file(run, cache, tmp_path):
-    (tmp_path / "clip.wav").write_bytes(wav(dance.DanceMusic("test", count=1).take(np.zeros(1, int))["audio"][0]))
+    (tmp_path / "clip.wav").write_bytes(wav(dance.DanceMusic("test", count=1).take(np.zeros(1, int))["audio"][0], dance.RATE))
     assert main(["sample", *run, "--given", f"audio={tmp_path / 'clip.wav'}", "--number", "1", "--out", str(tmp_path)]) == 0
     with np.load(tmp_path / "samples.npz") as arrays:
         tokens = np.load(cache / "test" / "music.npy")[:1]

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Labels, Texts, TokenImages
 from mmdiff.data.sources import Some
-from mmdiff.data.tokens import decoder, open_tokens, open_words
+from mmdiff.data.tokens import decoder, maker, open_tokens, open_words
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim
@@ -105,4 +105,5 @@ def build(config):
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop={"text": 0}, maps=(truncated,)),
         modalities=modalities,
+        beside={"tokenizer": lambda: maker(data.dir)},
     )

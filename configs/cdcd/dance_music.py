@@ -24,8 +24,9 @@ from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.dance import FPS, GENRES, PARENTS, DanceMusic
-from mmdiff.data.modalities import Labels, Motion, TokenAudio
-from mmdiff.data.tokens import decoder, open_tokens
+from mmdiff.data.modalities import Labels
+from mmdiff.data.sounds import Motion, TokenAudio
+from mmdiff.data.tokens import decoder, maker, open_tokens
 from mmdiff.evals.music import MusicForDances
 from mmdiff.evals.speed import Speed
 from mmdiff.experiment import Experiment, initialiser
@@ -101,6 +102,7 @@ def build(config):
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, {"motion": 0.0, "genre": len(GENRES)}, maps=[truncation]),
         modalities=modalities,
+        beside={"tokenizer": lambda: maker(data.dir)},
         evaluators=(
             MusicForDances(
                 decode, clips=lambda: DanceMusic("test"), training=lambda: DanceMusic("train"), genres=GENRES,

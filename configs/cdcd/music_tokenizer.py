@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from mmdiff.data.aist import Segments
 from mmdiff.data.dance import COUNTS, GENRES, RATE, TICK, DanceMusic
-from mmdiff.data.modalities import Waveforms
+from mmdiff.data.sounds import Waveforms
 from mmdiff.data.tokens import Recipe
 from mmdiff.evals.music import MusicReconstructions
 from mmdiff.experiment import Experiment, reconstructing

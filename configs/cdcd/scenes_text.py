@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data import scenes
 from mmdiff.data.modalities import Texts, TokenImages
-from mmdiff.data.tokens import decoder, token_source
+from mmdiff.data.tokens import decoder, maker, token_source
 from mmdiff.evals.scenes import CaptionedScenes
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
@@ -89,5 +89,6 @@ def build(config):
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, {"text": 0}, maps=[truncation]),
         modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(words)},
+        beside={"tokenizer": lambda: maker(config.data.dir)},
         evaluators=(CaptionedScenes(batch=config.eval.batch),),
     )

@@ -4,6 +4,7 @@
     python -m mmdiff train  --config configs/cdcd/music_tokenizer.py --workdir runs/tiktok_tokenizer $SET
     python -m mmdiff cache  --config configs/cdcd/music_tokenizer.py --workdir runs/tiktok_tokenizer --out tokens/tiktok
     python -m mmdiff train  --config configs/cdcd/tiktok_music.py --workdir runs/tiktok_music --config.data.dir=tokens/tiktok
+    python -m mmdiff eval   --config configs/cdcd/tiktok_music.py --workdir runs/tiktok_music --config.eval.clips=tiktok
     python -m mmdiff sample --config configs/cdcd/tiktok_music.py --workdir runs/tiktok_music --given motion=SEGMENT.npy
     python -m mmdiff aot    --config configs/cdcd/tiktok_music.py --topology v5e:4x4 --config.data.source=random
 
@@ -11,7 +12,7 @@
 are other segments. Networks, conditions and recipe are those of aist_music.py, and so is what is ours and not the paper's. As released for
 this set: T = 100, Step-Intra at 5e-5, batch 96 (released: 12 a GPU; eight GPUs are our guess), 100 epochs.
 
-The paper's figures for it are not known to us. This has not been trained here; its cost is unknown, and there is no evaluator.
+The paper's figures for it are not known to us. This has not been trained here; its cost is unknown.
 """
 
 from aist_music import build

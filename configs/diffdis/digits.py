@@ -55,7 +55,7 @@ def build(config):
         nets.Patches(*SHAPE, model.patch), nets.Tokens(words.length, words.size, words.size), size,
         depth=model.depth, width=model.width, heads=model.heads, shared=model.shared, head_depth=model.head_depth,
         fusion=model.fusion, two_way=model.two_way, reinject=model.reinject,
-        logits=(10.0, -10.0) if config.query.loss == "siglip" else (1 / 0.07, 0.0), scan=False)
+        logits=contrastive.first_logits(config.query.loss), scan=False)
     image = Gaussian(schedules.flow(), velocity)
     query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0)
     drawing, naming = Joint(image=image, text=Given(0)), Joint(image=image, query=query)

@@ -22,6 +22,7 @@ suffice. Cost: 3.5M parameters, 37 minutes on two CPU cores shared with other wo
 from functools import partial
 
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
@@ -29,7 +30,9 @@ from mmdiff.data import scenes
 from mmdiff.data.modalities import Images, Texts
 from mmdiff.data.towers import Described, Towers
 from mmdiff.errors import UserError
-from mmdiff.evals.alignment import Aligner, SceneAlignment
+from mmdiff.evals.alignment import Aligner
+from mmdiff.evals.scene_alignment import SceneAlignment
+from mmdiff.evals.scenes import CaptionedScenes
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity, x0
 from mmdiff.training import optim
@@ -46,12 +49,12 @@ def get_config():
             "width": 128, "depth": 4, "heads": 4, "patch": 4, "shared": 2, "head_depth": 1, "pooled": True,
             "fusion": "mmdit", "two_way": False, "reinject": True},  # or shared: the paper's
         "query": {"size": 64, "gamma": 0.5, "loss": "infonce", "weight": 0.2},  # or siglip, mse
-        "text_weight": 0.1,
+        "text_weight": 0.5,
         # Shares of the times: drawing from a caption, without one, and writing it; in naming, of the image.
         "times": {"draw": 0.72, "bare": 0.08, "write": 0.2, "clean": 0.6, "noisy": 0.3, "dropped": 0.1},
         "tasks": "both",  # or draw or name: a single one
         "train": {
-            "steps": 3000, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
+            "steps": 5000, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
             "learning_rate": 2.5e-3, "warmup_steps": 100, "weight_decay": 0.1, "clip": 1.0,
             "log_every": 50, "eval_every": 1000, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
@@ -68,7 +71,7 @@ def build(config):
         nets.Patches(*SHAPE, model.patch), nets.Tokens(words.length, words.size + 1, words.size), size,
         depth=model.depth, width=model.width, heads=model.heads, shared=model.shared, head_depth=model.head_depth,
         fusion=model.fusion, two_way=model.two_way, reinject=model.reinject, pooled=model.pooled, captions=True,
-        logits=(10.0, -10.0) if config.query.loss == "siglip" else (1 / 0.07, 0.0), scan=False)
+        logits=contrastive.first_logits(config.query.loss), scan=False)
     image = Gaussian(schedules.flow(), velocity)
     text = absorbing(words.size)
     query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0)
@@ -93,6 +96,7 @@ def build(config):
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     shape = {"image": SHAPE, "text": (words.length,), "query": (size,)}
     seen = {name: shape[name] for name in ("image", "text")}
+    judged = CaptionedScenes("image", decode=lambda images: images, asked=tuple(scenes.ATTRIBUTES), batch=config.eval.batch)
     return Experiment(
         process=drawing,
         init=initialiser(net, Joint(image=image, text=text, query=query), shape),
@@ -100,11 +104,14 @@ def build(config):
         loss=losses.combine(**(tasks if config.tasks == "both" else {config.tasks: tasks[config.tasks]})),
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip),
-            optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay, mask=optim.all_but("logit_"))),
+            optax.contrib.muon(
+                rate, weight_decay=train.weight_decay, adam_b2=0.99, consistent_rms=0.2,
+                muon_weight_dimension_numbers=optim.muon_dimensions)),
         train_data=lambda: Described(scenes.Scenes("train", SIZE), towers, size),
         eval_data=lambda: Described(scenes.Scenes("test", SIZE), towers, size),
         shape=seen,
         draw=sampling.drawer(drawing, draw, seen, drop={"text": words.size}, heun=True),
         modalities={"image": Images(*SHAPE), "text": Texts(words)},
-        evaluators=(SceneAlignment(Aligner(net, query, size, SHAPE), towers, SIZE, batch=config.eval.batch),),
+        beside={"towers": towers.fingerprint},
+        evaluators=(SceneAlignment(Aligner(net, query, size, SHAPE), towers, judged),),
     )

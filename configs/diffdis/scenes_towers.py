@@ -19,7 +19,7 @@ from mmdiff.data import scenes
 from mmdiff.data.modalities import Images, Texts
 from mmdiff.data.towers import Recipe
 from mmdiff.errors import UserError
-from mmdiff.evals.alignment import SceneTowers
+from mmdiff.evals.scene_alignment import SceneTowers
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint
 from mmdiff.training import optim
@@ -47,7 +47,7 @@ def build(config):
     model, train, words = config.model, config.train, scenes.tokenizer()
     net = nets.TwoTowers(
         nets.Patches(SIZE, SIZE, 3, model.patch), words.size, words.length, model.size, model.depth, model.width,
-        model.text_depth, model.text_width, model.heads, logits=(10.0, -10.0) if config.loss == "siglip" else (1 / 0.07, 0.0), scan=False)
+        model.text_depth, model.text_width, model.heads, logits=contrastive.first_logits(config.loss), scan=False)
     process = Joint(image=Given(0.0), text=Given(0))
     known = times.joint(image=times.constant(0.0), text=times.constant(0.0))
 

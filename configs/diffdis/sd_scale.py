@@ -79,7 +79,7 @@ def build(config):
         nets.Patches(*shape["image"], model.patch), nets.Vectors(VECTOR, TOKENS), VECTOR, depth=depth, width=width, heads=heads,
         shared=model.shared, fusion=model.fusion, two_way=model.two_way, reinject=model.reinject,
         head_depth=model.head_depth, head_width=model.head_width, head_heads=model.head_heads,
-        logits=(10.0, -10.0) if config.query.loss == "siglip" else (1 / 0.07, 0.0),
+        logits=contrastive.first_logits(config.query.loss),
         scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
     noise = schedules.scaled_linear_beta(STEPS)
     image, query = Gaussian(noise, eps), Gaussian(schedules.scaled(noise, config.query.gamma), x0)

@@ -59,7 +59,7 @@ class Images:
             if not files:
                 raise UserError(f"the folder {path} holds no pictures ({', '.join(PICTURES)}).")
             return np.concatenate([self.parse(str(file)) for file in files])
-        array = _load(path, self.name) if path.suffix.lower() in (".npy", ".npz") else self._picture(path)
+        array = load(path, self.name) if path.suffix.lower() in (".npy", ".npz") else self._picture(path)
         return self.quantize(self._sized(array, path))
 
     def check(self, array) -> np.ndarray:
@@ -72,7 +72,7 @@ class Images:
         if array.ndim != 4 or array.shape[1:] != self.shape:
             raise UserError(f"{self.name}: images need the shape [n, {self._size}], got {list(array.shape)}.")
         if not array.size or not np.isfinite(array).all() or np.abs(array).max() > 1:
-            raise UserError(f"{self.name}: pixels must be numbers in [-1, 1], got {_span(array)}.")
+            raise UserError(f"{self.name}: pixels must be numbers in [-1, 1], got {span(array)}.")
         return array
 
     def quantize(self, array) -> np.ndarray:
@@ -122,7 +122,7 @@ class Images:
         if array.dtype == np.uint8:
             return array.reshape(-1, *shape).astype(np.float32) / 127.5 - 1
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all() or np.abs(array).max() > 1 + OVERSHOOT:
-            raise UserError(f"{path} holds {_span(array)}: pixels must be floats in [-1, 1], or uint8 in 0..255.")
+            raise UserError(f"{path} holds {span(array)}: pixels must be floats in [-1, 1], or uint8 in 0..255.")
         return array.reshape(-1, *shape).astype(np.float32)
 
 
@@ -156,7 +156,7 @@ class Latents:
         path = pathlib.Path(text).expanduser()
         if path.suffix.lower() not in (".npy", ".npz"):
             raise UserError(f"{self.name}: latents come in .npy or .npz files, not {path}: encode the pictures first.")
-        array = _load(path, self.name)
+        array = load(path, self.name)
         return self.check(array[None] if array.ndim == 3 else array)
 
     def check(self, array) -> np.ndarray:
@@ -170,7 +170,7 @@ class Latents:
             size = ", ".join(map(str, self.shape))
             raise UserError(f"{self.name}: latents need the shape [n, {size}], got {list(array.shape)}.")
         if not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise UserError(f"{self.name}: latents must be finite floats, got {_span(array)}.")
+            raise UserError(f"{self.name}: latents must be finite floats, got {span(array)}.")
         return array.astype(np.float32)
 
     def show(self, array) -> np.ndarray:
@@ -215,7 +215,7 @@ class Features:
         path = pathlib.Path(text).expanduser()
         if path.suffix.lower() not in (".npy", ".npz"):
             raise UserError(f"{self.name}: vectors come in .npy or .npz files, not {path}.")
-        array = _load(path, self.name)
+        array = load(path, self.name)
         return self.check(array[None] if array.ndim == len(self.shape) else array)
 
     def check(self, array) -> np.ndarray:
@@ -228,7 +228,7 @@ class Features:
         if array.ndim != len(self.shape) + 1 or array.shape[1:] != self.shape:
             raise UserError(f"{self.name}: vectors need the shape [n, {', '.join(map(str, self.shape))}], got {list(array.shape)}.")
         if not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise UserError(f"{self.name}: vectors must be finite floats, got {_span(array)}.")
+            raise UserError(f"{self.name}: vectors must be finite floats, got {span(array)}.")
         return array.astype(np.float32)
 
     def show(self, array) -> np.ndarray:
@@ -267,7 +267,7 @@ class Labels:
           UserError: neither a name, nor a number in 0..count-1, nor such a file.
         """
         if pathlib.Path(text).suffix.lower() in (".npy", ".npz"):
-            return self.check(np.atleast_1d(_load(pathlib.Path(text).expanduser(), self.name)))
+            return self.check(np.atleast_1d(load(pathlib.Path(text).expanduser(), self.name)))
         return np.array([self._number(word.strip()) for word in text.split(",")], np.int32)
 
     def check(self, array) -> np.ndarray:
@@ -334,7 +334,7 @@ class Sequences:
           UserError: words that are no numbers, or what `check` refuses.
         """
         if pathlib.Path(text).suffix.lower() in (".npy", ".npz"):
-            return self.check(np.atleast_2d(_load(pathlib.Path(text).expanduser(), self.name)))
+            return self.check(np.atleast_2d(load(pathlib.Path(text).expanduser(), self.name)))
         try:
             numbers = np.array([[int(word) for word in text.replace(",", " ").split()]], np.int64)
         except (ValueError, OverflowError):
@@ -347,7 +347,7 @@ class Sequences:
         Raises:
           UserError: a wrong shape, a type that is not integer, or a token outside 0..states-1.
         """
-        return _ids(array, self.shape, self.states, self.name)
+        return ids(array, self.shape, self.states, self.name)
 
     def show(self, array) -> list[str]:
         """The numbers in a row, for every sequence; "-" for an id that is no token (a mask)."""
@@ -356,80 +356,6 @@ class Sequences:
     def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Tokens with equal chances: int32 [count, length]."""
         return rng.integers(self.states, size=(count, *self.shape), dtype=np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Waveforms:
-    """Sound: float32 [n, samples] in [-1, 1], one channel.
-
-    Attributes:
-      samples: of an example.
-      rate: samples a second.
-      name: the modality's name, which is its key in an `.npz` file.
-    """
-
-    samples: int
-    rate: int = 22_050
-    name: str = "audio"
-
-    @property
-    def shape(self) -> tuple[int]:
-        """The shape of one example."""
-        return (self.samples,)
-
-    def parse(self, text: str) -> np.ndarray:
-        """The beginning of a sound file (wav, flac, ogg, mp3), or the samples in a `.npy`/`.npz` file: float32 [n, samples].
-
-        Channels are mixed, the rate is converted, and what a sound file lacks is silent.
-
-        Raises:
-          UserError: a file that is missing or is neither, or what `check` refuses.
-        """
-        path = pathlib.Path(text).expanduser()
-        if path.suffix.lower() in (".npy", ".npz"):
-            return self.check(np.atleast_2d(_load(path, self.name)))
-        if not path.is_file():
-            raise UserError(f"no such file: {path}.")
-        import librosa
-        import soundfile
-
-        try:
-            sound, rate = soundfile.read(path, always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"{path} cannot be read as sound: give a wav, flac, ogg or mp3 file.") from error
-        sound = librosa.resample(sound.mean(1), orig_sr=rate, target_sr=self.rate)[: self.samples]
-        sound = np.clip(sound, -1, 1)  # compressed sound comes back a little louder
-        return self.check(np.pad(sound, (0, self.samples - len(sound)))[None])
-
-    def check(self, array) -> np.ndarray:
-        """`array` as float32 [n, samples].
-
-        Raises:
-          UserError: a wrong shape, values that are not finite or outside [-1, 1].
-        """
-        array = np.asarray(array)
-        if array.ndim != 2 or array.shape[1:] != self.shape or array.dtype.kind != "f":
-            raise UserError(f"{self.name}: sounds are floats of the shape [n, {self.samples}], not {array.dtype} {list(array.shape)}.")
-        if not array.size or not np.isfinite(array).all() or np.abs(array).max() > 1:
-            raise UserError(f"{self.name}: samples must be numbers in [-1, 1], got {_span(array)}.")
-        return array.astype(np.float32)
-
-    def show(self, array) -> np.ndarray:
-        """Spectrograms, low tones at the bottom, black at -60 dB of the loudest: uint8 [n, 128, windows, 1]."""
-        import librosa
-
-        power = librosa.feature.melspectrogram(y=np.asarray(array, np.float32), sr=self.rate, n_fft=1024, hop_length=256)
-        power = power / np.maximum(power.max((1, 2), keepdims=True), 1e-12)
-        levels = 1 + np.log10(np.maximum(power, 1e-6)) / 6
-        return np.rint(255 * levels[:, ::-1, :, None]).astype(np.uint8)
-
-    def write(self, array, folder: pathlib.Path) -> list[pathlib.Path]:
-        """Writes one wav file per sound, FOLDER/audio_0.wav and so on, by the modality's name; -> their paths."""
-        return _write_wavs(np.asarray(array), self.rate, folder, self.name)
-
-    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """White noise: float32 [count, samples]."""
-        return rng.uniform(-1, 1, (count, *self.shape)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,7 +388,7 @@ class TokenImages:
         """
         path = pathlib.Path(text).expanduser()
         if path.suffix.lower() in (".npy", ".npz"):
-            array = _load(path, self.name)
+            array = load(path, self.name)
             if array.dtype.kind in "iu" and array.shape[-1:] == self.shape:
                 return self.check(np.atleast_2d(array))
         if self.decode is not None:
@@ -476,7 +402,7 @@ class TokenImages:
         Raises:
           UserError: a wrong shape, a type that is not integer, or a token outside 0..states-1.
         """
-        return _ids(array, self.shape, self.states, self.name)
+        return ids(array, self.shape, self.states, self.name)
 
     def images(self, array) -> np.ndarray:
         """Tokens -> pictures, float32 [n, H, W, C] in [-1, 1]. An id beyond the tokens (a mask) counts as the last of them."""
@@ -523,7 +449,7 @@ class ClassMaps:
         """
         path = pathlib.Path(text).expanduser()
         if path.suffix.lower() in (".npy", ".npz"):
-            array = _load(path, self.name)
+            array = load(path, self.name)
             return self.check(array[None] if array.ndim == 2 else array)
         pixels = (Images(self.height, self.width, 3, name=self.name).parse(text) + 1) * 127.5
         colours = np.array(self.palette, np.float32)
@@ -535,7 +461,7 @@ class ClassMaps:
         Raises:
           UserError: a wrong shape, a type that is not integer, or a class outside 0..K-1.
         """
-        return _ids(array, self.shape, len(self.palette), self.name)
+        return ids(array, self.shape, len(self.palette), self.name)
 
     def show(self, array) -> np.ndarray:
         """The colours: uint8 [n, height, width, 3]; grey for an id that is no class (a mask)."""
@@ -572,7 +498,7 @@ class Texts:
         """
         path = pathlib.Path(text)
         if path.suffix.lower() in (".npy", ".npz"):
-            return self.check(np.atleast_2d(_load(path.expanduser(), self.name)))
+            return self.check(np.atleast_2d(load(path.expanduser(), self.name)))
         sentences = [text]
         if path.suffix.lower() == ".txt":
             try:
@@ -593,7 +519,7 @@ class Texts:
         Raises:
           UserError: a wrong shape, a type that is not integer, or an id that the tokenizer does not have.
         """
-        return _ids(array, self.shape, self.tokenizer.size, self.name)
+        return ids(array, self.shape, self.tokenizer.size, self.name)
 
     def show(self, array) -> list[str]:
         """The sentences; "-" for an absent one."""
@@ -604,172 +530,17 @@ class Texts:
         return rng.integers(self.tokenizer.size, size=(count, *self.shape), dtype=np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Motion:
-    """Dances: float32 [n, frames, joints, 3], in metres from the mean place of joint 0, y up.
-
-    Attributes:
-      frames, joints: the size; 120 and SMPL's 24 for 2 s of AIST++.
-      parents: the joint that each is linked to in a picture, -1 for none; without them joints are dots.
-      name: the modality's name, which is its key in an `.npz` file.
-    """
-
-    frames: int
-    joints: int
-    parents: Sequence[int] | None = None
-    name: str = "motion"
-
-    SIDE = 64  # pixels of a figure in a picture,
-    REACH = 1.25  # metres from its centre to its border,
-    FIGURES = 6  # and how many make up a picture
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape of one example."""
-        return self.frames, self.joints, 3
-
-    def parse(self, text: str) -> np.ndarray:
-        """The beginning of the dance in a motion file as AIST++ has it (`.pkl`), or the dances in a `.npy`/`.npz` file.
-
-        Raises:
-          UserError: a file that is missing or is neither, a dance that is too short or has other joints.
-        """
-        path = pathlib.Path(text).expanduser()
-        if path.suffix.lower() in (".npy", ".npz"):
-            array = _load(path, self.name)
-            if array.ndim == 2 and array.shape == (self.frames, 3 * self.joints):  # a released segment
-                array = array.reshape(self.shape)
-            return self.check(array[None] if array.ndim == 3 else array)
-        from mmdiff.data import aist, dance
-
-        if path.suffix.lower() != ".pkl":
-            raise UserError(f"{self.name}: give a dance as a motion file of AIST++ (.pkl) or in a .npy or .npz file, not {path}.")
-        motion = aist.read_motion(path)
-        if len(motion) < self.frames or motion.shape[1] != self.joints:
-            found = f"{len(motion)} frames of {motion.shape[1]} joints"
-            raise UserError(f"{path} has {found}, but the model needs {self.frames} (at {dance.FPS} a second) of {self.joints}.")
-        return dance.centred(motion[: self.frames])[None]
-
-    def check(self, array) -> np.ndarray:
-        """`array` as float32 [n, frames, joints, 3].
-
-        Raises:
-          UserError: a wrong shape or type, or values that are not finite.
-        """
-        array = np.asarray(array)
-        if array.ndim != 4 or array.shape[1:] != self.shape:
-            raise UserError(f"{self.name}: dances need the shape [n, {self.frames}, {self.joints}, 3], got {list(array.shape)}.")
-        if not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise UserError(f"{self.name}: dances must be finite floats, got {_span(array)}.")
-        return array.astype(np.float32)
-
-    def show(self, array) -> np.ndarray:
-        """The dancer from the front at some frames, from left to right: uint8 [n, 64, 384, 3]."""
-        from PIL import Image, ImageDraw
-
-        array, size = np.nan_to_num(np.asarray(array, np.float64)), (self.FIGURES * self.SIDE, self.SIDE)
-        pictures = []
-        for dance in array[:, np.linspace(0, self.frames - 1, self.FIGURES).astype(int)]:
-            picture = Image.new("RGB", (4 * size[0], 4 * size[1]), "white")  # four times as large: what is drawn has smooth edges
-            draw = ImageDraw.Draw(picture)
-            for number, figure in enumerate(dance):
-                x, y = 4 * self.SIDE * (figure[:, :2] * (1, -1) / self.REACH + 1).clip(-1, 3).T / 2
-                points = list(zip(x + 4 * self.SIDE * number, y))
-                for joint, (right, down) in enumerate(points):
-                    if self.parents is not None and self.parents[joint] >= 0:
-                        draw.line([points[self.parents[joint]], (right, down)], fill="black", width=6)
-                    draw.ellipse([right - 4, down - 4, right + 4, down + 4], fill="crimson")
-            pictures.append(np.asarray(picture.resize(size, Image.Resampling.BOX)))
-        return np.stack(pictures)
-
-    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Joints of normal places, 0.3 m from the centre: float32 [count, frames, joints, 3]."""
-        return 0.3 * rng.standard_normal((count, *self.shape), np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenAudio:
-    """Sounds as tokens: int32 [n, length] in 0..states-1.
-
-    Attributes:
-      length, states: tokens in a sound, and values of a token.
-      decode: tokens [n, length] -> sounds [n, samples] in [-1, 1], as of a VQ autoencoder. By default a token is 128 equal samples, 0 being
-        -1 and states - 1 being 1.
-      rate: samples a second.
-      name: the modality's name, which is its key in an `.npz` file.
-    """
-
-    length: int
-    states: int
-    decode: Callable[[np.ndarray], np.ndarray] | None = None
-    rate: int = 22_050
-    name: str = "music"
-
-    @property
-    def shape(self) -> tuple[int]:
-        """The shape of one example."""
-        return (self.length,)
-
-    def parse(self, text: str) -> np.ndarray:
-        """The tokens in a `.npy`/`.npz` file: int32 [n, length].
-
-        Raises:
-          UserError: a file that is missing or is neither, or what `check` refuses.
-        """
-        path = pathlib.Path(text).expanduser()
-        if path.suffix.lower() not in (".npy", ".npz"):
-            raise UserError(f"{self.name}: give tokens in a .npy or .npz file, integers [n, {self.length}], not {path}.")
-        return self.check(np.atleast_2d(_load(path, self.name)))
-
-    def check(self, array) -> np.ndarray:
-        """`array` as int32 [n, length].
-
-        Raises:
-          UserError: a wrong shape, a type that is not integer, or a token outside 0..states-1.
-        """
-        return _ids(array, self.shape, self.states, self.name)
-
-    def sounds(self, array) -> np.ndarray:
-        """Tokens -> sounds, float32 [n, samples] in [-1, 1]. An id beyond the tokens (a mask) counts as the last of them."""
-        array = np.clip(np.asarray(array), 0, self.states - 1)
-        if self.decode is not None:
-            return np.clip(np.asarray(self.decode(array), np.float32), -1, 1)
-        return np.repeat(array.astype(np.float32) / np.float32((self.states - 1) / 2) - 1, 128, axis=1)
-
-    def show(self, array) -> np.ndarray:
-        """Spectrograms, as of `Waveforms`: uint8 [n, 128, windows, 1]."""
-        sounds = self.sounds(array)
-        return Waveforms(sounds.shape[1], self.rate).show(sounds)
-
-    def write(self, array, folder: pathlib.Path) -> list[pathlib.Path]:
-        """Writes one wav file per sound, FOLDER/music_0.wav and so on, by the modality's name; -> their paths."""
-        return _write_wavs(self.sounds(array), self.rate, folder, self.name)
-
-    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Tokens with equal chances: int32 [count, length]."""
-        return rng.integers(self.states, size=(count, *self.shape), dtype=np.int32)
-
-
-def _write_wavs(sounds: np.ndarray, rate: int, folder: pathlib.Path, name: str) -> list[pathlib.Path]:
-    import soundfile
-
-    paths = [folder / f"{name}_{number}.wav" for number in range(len(sounds))]
-    for path, sound in zip(paths, sounds):
-        soundfile.write(path, np.clip(sound, -1, 1), rate, subtype="PCM_16")
-    return paths
-
-
-def _ids(array, shape: tuple[int, ...], states: int, name: str) -> np.ndarray:
+def ids(array, shape: tuple[int, ...], states: int, name: str) -> np.ndarray:
     """`array` as int32 [n, *shape] with values in 0..states-1, or a UserError."""
     array = np.asarray(array)
     if array.ndim != 1 + len(shape) or array.shape[1:] != shape or array.dtype.kind not in "iu":
         raise UserError(f"{name}: needs integers of shape [n, {', '.join(map(str, shape))}], got {array.dtype} {list(array.shape)}.")
     if not array.size or array.min() < 0 or array.max() >= states:
-        raise UserError(f"{name}: ids are 0..{states - 1}, got {_span(array)}.")
+        raise UserError(f"{name}: ids are 0..{states - 1}, got {span(array)}.")
     return array.astype(np.int32)
 
 
-def _load(path: pathlib.Path, name: str) -> np.ndarray:
+def load(path: pathlib.Path, name: str) -> np.ndarray:
     """The array in a `.npy` file, or the entry `name` (else the only one) of an `.npz` file. Never unpickles."""
     try:
         loaded = np.load(path, allow_pickle=False)
@@ -786,7 +557,7 @@ def _load(path: pathlib.Path, name: str) -> np.ndarray:
     raise UserError(f"{path} has no entry {name!r}: it holds {', '.join(keys) or 'nothing'}.")
 
 
-def _span(array: np.ndarray) -> str:
+def span(array: np.ndarray) -> str:
     """What an array holds, in words."""
     if not array.size:
         return "nothing"

@@ -187,9 +187,10 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
             "write one), or try the config out on made-up tokens with config.data.source=random."
         )
     source, meta = token_source(data.dir, split), read_meta(data.dir)
-    tokens = modalities.get(meta.get("tokens", "tokens"))
-    if tokens is None:
-        raise UserError(f"the token cache {data.dir} holds {meta['tokens']}, but the config needs {', '.join(modalities)}.")
+    name = meta.get("tokens", "tokens")
+    if name not in modalities:
+        raise UserError(f"the token cache {data.dir} holds {name}, but the config needs {', '.join(modalities)}.")
+    tokens = modalities[name]
     grid = [tokens.height, tokens.width] if isinstance(tokens, TokenImages) else list(tokens.shape)
     if [*meta["grid"], meta["codes"]] != [*grid, tokens.states]:
         found, needed = (" x ".join(map(str, sides)) for sides in (meta["grid"], grid))
@@ -271,6 +272,11 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / META} cannot be read ({error!r}): write the cache anew.") from error
+
+
+def maker(folder: str | os.PathLike) -> str | None:
+    """The fingerprint of the tokenizer that wrote a cache; None where there is no cache."""
+    return read_meta(folder)["fingerprint"] if (_path(folder) / META).exists() else None
 
 
 def part_of(net: Autoencoder) -> int:

@@ -106,6 +106,11 @@ class Towers:
             raise UserError(f"the towers in {self.folder} see images of {list(shape)}, not {list(images.shape[1:])}.")
         return tokens.by_parts(see, images, PART)
 
+    def fingerprint(self) -> str | None:
+        """Of their weights; None where there are none."""
+        folder = pathlib.Path(self.folder).expanduser()
+        return _meta(folder)["fingerprint"] if (folder / META).exists() else None
+
     def check(self, size: int) -> None:
         """Raises UserError unless vectors have this size."""
         if (found := _opened(self.folder)[0].size) != size:

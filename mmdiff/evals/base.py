@@ -93,7 +93,7 @@ def states(experiment, params, key, given, name: str, *, steps: int, guidance: f
 
 
 def costs(params, key, ways: Mapping[str, tuple[Any, Any, float]], repeats: int = 5) -> dict[str, float]:
-    """Seconds per image, the median of `repeats` calls in turn: name -> (function `(params, keys, given)`, given, images in it)."""
+    """Seconds per example, the median of `repeats` calls in turn: name -> (function `(params, keys, given)`, given, examples in it)."""
     compiled = {}
     for name, (function, given, count) in ways.items():
         keys = example_keys(key, len(jax.tree.leaves(given)[0]))

@@ -82,7 +82,7 @@ def f1(found: Sequence[float], beats: Sequence[float], tolerance: float = TOLERA
     return 2 * matches / (len(found) + len(beats)) if len(found) + len(beats) else 1.0
 
 
-def beat_scores(audio: np.ndarray, real: np.ndarray, beats: np.ndarray) -> dict[str, float]:
+def beat_scores(audio: np.ndarray, real: np.ndarray, beats: np.ndarray | None = None) -> dict[str, float]:
     """`beat_coverage`, `beat_hit` and `beat_f1` of music for the dances of real music, and each by chance, `..._shuffled`.
 
     By chance: the same music against other clips' real music and beats, the mean over some `SHUFFLES` ways to pair every clip with
@@ -90,14 +90,15 @@ def beat_scores(audio: np.ndarray, real: np.ndarray, beats: np.ndarray) -> dict[
 
     Args:
       audio: [n, samples] at 22,050 Hz; real: the music of the same clips, as long.
-      beats: the known beats in seconds, [n, most beats], filled up with -1.
+      beats: the known beats in seconds, [n, most beats], filled up with -1; by default the onsets of the real music.
 
     Raises:
       UserError: as `coverage_and_hit`.
     """
     found = onsets(audio)
-    bits, real_bits = seconds_with_onsets(found, audio.shape[1]), seconds_with_onsets(onsets(real), real.shape[1])
-    at, known = times(found), [row[row >= 0] for row in np.asarray(beats)]
+    heard = onsets(real)
+    bits, real_bits = seconds_with_onsets(found, audio.shape[1]), seconds_with_onsets(heard, real.shape[1])
+    at, known = times(found), times(heard) if beats is None else [row[row >= 0] for row in np.asarray(beats)]
     count = len(at)
 
     def scores(shift):

@@ -1,16 +1,19 @@
-"""What is measured of music: its beats, its genre to a classifier that heard real clips only, and a Fréchet distance to real clips."""
+"""What is measured of music: its beats, its genre to a classifier that heard real clips only, and a Fréchet distance to real clips.
+
+Clips are {"audio": [n, samples], "beats": [n, most], "genre": [n]}. Real dances have no known beats, and the onsets of the real music stand
+in for them; some have no genres, and nothing is said of these.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
-import wave
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
+from mmdiff.data.sounds import wav
 from mmdiff.data.sources import Some, Source, whole
 from mmdiff.data.tokens import by_parts, part_of
 from mmdiff.errors import UserError
@@ -45,26 +48,26 @@ class Listener:
     With shrunk covariances these bear what a tokenizer does to all music alike; an SVM on the same features does not.
 
     Args:
-      clips: what it learns from, {"audio": [n, samples], "genre": [n]}.
+      clips: what it learns from.
     """
 
     def __init__(self, clips: Mapping[str, np.ndarray]):
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-        self._classify = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(timbre(clips["audio"]), clips["genre"])
+        self._classify = None
+        if "genre" in clips:
+            self._classify = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(timbre(clips["audio"]), clips["genre"])
 
     def genre(self, audio: np.ndarray) -> np.ndarray:
         """The genres it hears."""
         return self._classify.predict(timbre(audio))
 
     def figures(self, audio: np.ndarray, real: Mapping[str, np.ndarray], suffix: str = "") -> dict[str, float]:
-        """Beats, genre and distance of music for the dances of real clips {"audio", "genre", "beats"}; names end in `suffix`."""
+        """Beats, genre and distance of music for the dances of real clips; names end in `suffix`."""
         features = timbre(audio)
-        found = {
-            **beat_scores(audio, real["audio"], real["beats"]),
-            "genre_accuracy": float((self._classify.predict(features) == real["genre"]).mean()),
-            "frechet_audio": frechet_distance(features, timbre(real["audio"])),
-        }
+        found = {**beat_scores(audio, real["audio"], real.get("beats")), "frechet_audio": frechet_distance(features, timbre(real["audio"]))}
+        if self._classify is not None:
+            found["genre_accuracy"] = float((self._classify.predict(features) == real["genre"]).mean())
         return {name + suffix: value for name, value in found.items()}
 
 
@@ -73,12 +76,13 @@ def first(source: Source, count: int) -> dict[str, np.ndarray]:
     return source.take(np.arange(min(count, len(source))))
 
 
-def notes(count: int, suffix: str = "", what: str = "samples") -> dict[str, str]:
-    """What the `Listener.figures` of `count` clips are."""
+def notes(count: int, suffix: str = "", what: str = "samples", known: bool = True) -> dict[str, str]:
+    """What the `Listener.figures` of `count` clips are, whose beats are `known` or those of the real music."""
     found = {
         "beat_coverage": f"seconds with an onset, over those of the real music; {count} {what}",
         "beat_hit": f"share of the real music's seconds with an onset in which the {what} have one too",
-        "beat_f1": f"F1 of the {what}' onsets for the known beats, within {1000 * TOLERANCE:g} ms and one to one",
+        "beat_f1": f"F1 of the {what}' onsets for the {'known beats' if known else 'onsets of the real music'}, within "
+        f"{1000 * TOLERANCE:g} ms and one to one",
         "genre_accuracy": f"share of the {what} in which linear discriminants learnt from real training clips find the right genre",
         "frechet_audio": f"squared Fréchet distance of the {what} to the real clips; features: {FEATURES}, in 10 dB",
     }
@@ -93,9 +97,10 @@ class MusicForDances:
 
     Attributes:
       decode: drawn tokens -> music [n, samples], `data.tokens.decoder(FOLDER)`.
-      clips: `() -> source` of the held-out clips' real audio, genre and beats, in the order of the experiment's `eval_data`.
-      training: `() -> source` of real training clips with audio and genre.
-      genres: their names.
+      clips: `() -> source` of the held-out clips' real audio and, as far as known, genre and beats, in the order of the experiment's
+        `eval_data`.
+      training: `() -> source` of real training clips with audio and, if there are any, genres.
+      genres: their names, if there are any.
       given: what the model is told of a clip.
       drawn: the tokens' name.
       count: clips; training clips for the classifier are `CLASSIFIED` times as many.
@@ -124,7 +129,7 @@ class MusicForDances:
         if len(known) != len(clips):
             raise UserError(f"music is measured on the clips that are drawn for: {len(clips)} real clips do not fit {len(known)} examples.")
         known, real = whole(Some(known, self.count)), whole(Some(clips, self.count))
-        if not np.array_equal(known["genre"], real["genre"]):
+        if not np.array_equal(known.get("genre"), real.get("genre")):
             raise UserError("music is measured on the clips that are drawn for: the real clips have other genres than the examples.")
         count, clock = len(real["audio"]), Clock()
         clock.start("classifier", "learning the genres from real clips")
@@ -142,7 +147,7 @@ class MusicForDances:
         figures, about = {}, {}
         for (suffix, audio), what in zip(heard.items(), ("samples", "reconstructions", "real clips")):
             figures |= listener.figures(audio, real, suffix)
-            about |= notes(count, suffix, what)
+            about |= {name: note for name, note in notes(count, suffix, what, "beats" in real).items() if name in figures}
         figures["frechet_audio_real"] = frechet_distance(training["audio"][:count], real["audio"], timbre)
         about["frechet_audio_real"] = f"the same for {count} real training clips: as near as other music gets"
         clock.stop()
@@ -153,7 +158,7 @@ class MusicForDances:
             "guidance": guidance,
             "clips": count,
             "beat_tolerance_seconds": TOLERANCE,
-            "genre_classifier": f"linear discriminants of {FEATURES}, learnt from {len(training['audio'])} real clips",
+            "classifier": f"linear discriminants of {FEATURES}, learnt from {len(training['audio'])} real clips" if self.genres else "none",
             "frechet_features": FEATURES,
             "evaluation_seconds": clock.seconds,
         }
@@ -216,7 +221,7 @@ class MusicReconstructions:
         settings = {
             "clips": count,
             "beat_tolerance_seconds": TOLERANCE,
-            "genre_classifier": f"linear discriminants of {FEATURES}",
+            "classifier": f"linear discriminants of {FEATURES}",
             "frechet_features": FEATURES,
             "evaluation_seconds": clock.seconds,
         }
@@ -235,31 +240,22 @@ def clip_pictures(
 
     Args:
       music: name -> [n, samples], one row of a picture each.
-      clips: `genre` and `beats` of the same clips, and `motion` [n, frames, joints, 3] where there are `parents`.
-      genres: the genres' names.
+      clips: `genre` and `beats` of the same clips, as far as known, and `motion` [n, frames, joints, 3] where there are `parents`.
+      genres: the genres' names, if there are any.
       parents: every joint's parent.
       sampler: words for the caption.
       count: how many pictures, of the first clips.
     """
     shown, first = {}, slice(count)
     found = {name: times(onsets(audio[first])) for name, audio in music.items()}
-    for i in range(min(count, len(clips["genre"]))):
+    for i in range(min(count, len(clips["audio"]))):
         rows = {name: (audio[i], found[name][i]) for name, audio in music.items()}
         motion = clips["motion"][i] if len(parents) else None
-        shown[f"Clip {i + 1}: {genres[int(clips['genre'][i])]}"] = Picture(
-            pictures.music(rows, RATE, clips["beats"][i][clips["beats"][i] >= 0], motion, parents),
-            "The first held-out clips, none chosen. Lines: known beats. Dots: onsets." + (f" Drawn in {sampler}." if sampler else ""),
-            {name: wav(audio) for name, (audio, _) in rows.items()},
-        )
+        beats = clips["beats"][i][clips["beats"][i] >= 0] if "beats" in clips else ()
+        shown[f"Clip {i + 1}" + (f": {genres[int(clips['genre'][i])]}" if genres else "")] = Picture(
+            pictures.music(rows, RATE, beats, motion, parents),
+            "The first held-out clips, none chosen. Dots: onsets." + (" Lines: known beats." if len(beats) else "")
+            + (f" Drawn in {sampler}." if sampler else ""),
+            {name: wav(audio, RATE) for name, (audio, _) in rows.items()},
+        )  # fmt: skip
     return shown
-
-
-def wav(audio: np.ndarray, rate: int = RATE) -> bytes:
-    """The bytes of a wav file, 16 bits, one channel, of samples [n] in [-1, 1]; what is beyond is clipped."""
-    file = io.BytesIO()
-    with wave.open(file, "wb") as written:
-        written.setnchannels(1)
-        written.setsampwidth(2)
-        written.setframerate(rate)
-        written.writeframes(np.rint(np.clip(audio, -1, 1) * 32767).astype("<i2").tobytes())
-    return file.getvalue()

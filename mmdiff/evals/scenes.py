@@ -24,11 +24,12 @@ class CaptionedScenes:
     """The figures and pictures of a model of digit scenes given their captions.
 
     Two sets of `count` captions: of held-out combinations, and those of training scenes. `prompt_correctness` is the share of samples
-    with the right digit, colour and position, all three.
+    of which all that is `asked` is right.
 
     Attributes:
       drawn, text: the names of the two modalities.
       decode: drawn examples -> pictures [n, size, size, 3] in [-1, 1]; by default the `images` of the drawn modality (`TokenImages`).
+      asked: the attributes that must be right.
       size: the side of the canvas.
       count: samples for each set of captions.
       batch: examples in a drawing.
@@ -37,6 +38,7 @@ class CaptionedScenes:
     drawn: str = "tokens"
     text: str = "text"
     decode: Callable[[np.ndarray], np.ndarray] | None = None
+    asked: tuple[str, ...] = ASKED
     size: int = 16
     count: int = 1000
     batch: int = 250
@@ -46,33 +48,45 @@ class CaptionedScenes:
 
     def samples(self, experiment, params, key, steps: int, guidance: float) -> Findings:
         """All of it depends on the sampler."""
-        held, seen, test = (whole(scenes.Scenes(split, self.size, self.count)) for split in ("held_out", "train", "test"))
+        clock = Clock()
+        return self.judged(self.draw(experiment, params, jax.random.split(key), steps, guidance, clock), steps, guidance, clock)
+
+    def draw(self, experiment, params, keys, steps: int, guidance: float, clock: Clock) -> dict[str, tuple[Mapping, np.ndarray]]:
+        """"held-out" and "training" -> (the scenes whose captions are given, pictures drawn of them), with one of two keys each."""
         decode = self.decode or experiment.modalities[self.drawn].images
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
-        clock = Clock()
-        images = []
-        for name, captioned, sample_key in zip(("held-out", "training"), (held, seen), jax.random.split(key)):
+        found = {}
+        for (name, split), key in zip((("held-out", "held_out"), ("training", "train")), keys):
             clock.start(f"{name} captions", f"drawing {self.count} samples for {name} captions in {steps} steps")
-            drawn = draw_samples(experiment, params, sample_key, {self.text: captioned["text"]}, self.count, **options)[self.drawn]
-            images.append(np.clip(np.asarray(decode(drawn), np.float32), -1, 1))
+            captioned = whole(scenes.Scenes(split, self.size, self.count))
+            drawn = draw_samples(experiment, params, key, {self.text: captioned["text"]}, self.count, **options)[self.drawn]
+            found[name] = captioned, np.clip(np.asarray(decode(drawn), np.float32), -1, 1)
+        return found
+
+    def right(self, found: Mapping[str, np.ndarray], said: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Of which scenes all that is asked was `found` as it is `said`: bool [n]."""
+        return np.logical_and.reduce([found[name] == said[name] for name in self.asked])
+
+    def judged(self, drawn: Mapping[str, tuple[Mapping, np.ndarray]], steps: int, guidance: float, clock: Clock) -> Findings:
+        """What is found of what `draw` gave."""
+        (held, images), (seen, others) = drawn["held-out"], drawn["training"]
+        test = whole(scenes.Scenes("test", self.size, self.count))
         clock.start("judge", "reading what the samples show")
         judge = trained_judge(self.size)
-        right, right_seen, right_real = (
-            {name: found[name] == said[name] for name in scenes.ATTRIBUTES}
-            for found, said in zip(map(judge, (*images, held["image"])), (held, seen, held))
-        )
+        read = judge(images)
+        right = self.right(read, held)
         figures = {
-            "prompt_correctness": float(_all(right).mean()),
-            "prompt_correctness_seen": float(_all(right_seen).mean()),
-            **{f"{name}_correctness": float(found.mean()) for name, found in right.items()},
-            "prompt_correctness_real": float(_all(right_real).mean()),
-            "frechet_ratio": frechet_ratio(images[1], test["image"], seen["image"]),
+            "prompt_correctness": float(right.mean()),
+            "prompt_correctness_seen": float(self.right(judge(others), seen).mean()),
+            **{f"{name}_correctness": float((read[name] == held[name]).mean()) for name in scenes.ATTRIBUTES},
+            "prompt_correctness_real": float(self.right(judge(held["image"]), held).mean()),
+            "frechet_ratio": frechet_ratio(others, test["image"], seen["image"]),
         }
         clock.stop()
         notes = {f"{name}_correctness": f"share of the same samples with the right {name}" for name in scenes.ATTRIBUTES}
         notes |= {
             "prompt_correctness": f"share of {self.count} samples for captions of held-out combinations that show the right "
-            f"{', '.join(ASKED)}, all of them, as a judge trained on real training scenes reads them",
+            f"{', '.join(self.asked)}, all of them, as a judge trained on real training scenes reads them",
             "prompt_correctness_seen": f"the same for {self.count} captions of training scenes",
             "prompt_correctness_real": "the same for the real pictures of the held-out captions: the ceiling",
             "frechet_ratio": f"squared Fréchet distance (raw pixels, float64) of the {self.count} samples for training captions to "
@@ -80,9 +94,9 @@ class CaptionedScenes:
         }
         shown = {
             "Caption to image": Picture(
-                grid(images[0], held, ~_all(right)),
+                grid(images, held, ~right),
                 f"Captions of held-out combinations; {steps} steps, guidance {guidance:g}; the first ones, none chosen. A caption is red "
-                "where the judge finds another digit, colour or position.",
+                f"where the judge finds another {', '.join(self.asked[:-1])} or {self.asked[-1]}.",
             ),
             "Real scenes": Picture(grid(test["image"], test), "Test scenes, for comparison."),
         }
@@ -166,7 +180,3 @@ def grid(images: np.ndarray, said: Mapping[str, np.ndarray], wrong: np.ndarray |
     first = slice(20)
     captions = scenes.captions({name: said[name][first] for name in scenes.ATTRIBUTES})
     return pictures.grid(np.rint((images[first] + 1) * 127.5).astype(np.uint8), 5, captions, wrong=wrong)
-
-
-def _all(right: Mapping[str, np.ndarray]) -> np.ndarray:
-    return np.logical_and.reduce([right[name] for name in ASKED])

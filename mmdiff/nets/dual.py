@@ -16,7 +16,6 @@ Source: Huang et al. 2023 (DiffDis), carried over from a U-Net.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ from mmdiff.nets.attention import attention, split_heads
 from mmdiff.nets.dit import MLP, REMAT, check_width, layer_norm, modulate, zeros
 from mmdiff.nets.embed import Dense, Patches, TimeEmbed, xavier
 from mmdiff.nets.target import one_cpu, placed
-from mmdiff.nets.towers import MAX_LOGIT_SCALE
+from mmdiff.nets.towers import learned_logits, logits
 
 
 class DualBlock(nn.Module):
@@ -288,10 +287,7 @@ class DualStream(nn.Module):
             middle = everything or named(trunk, streams, seen)[0]
             end = named(head, headed(middle), seen)[0]["query"][:, 0]
             out["query"] = Dense(self.size, kernel_init=xavier, dtype=self.dtype, name="query_out")(layer_norm(end))
-            scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logits[0])), (), jnp.float32)
-            bias = self.param("logit_bias", nn.initializers.constant(self.logits[1]), (), jnp.float32)
-            for name, value in (("logit_scale", jnp.exp(jnp.minimum(scale, math.log(MAX_LOGIT_SCALE)))), ("logit_bias", bias)):
-                out[name] = jnp.broadcast_to(value, len(end))
+            out |= logits(*learned_logits(self.param, self.logits), len(end))
         return {name: value.astype(jnp.float32) for name, value in out.items()}
 
     def _check(self, x, t, tasks, seen):

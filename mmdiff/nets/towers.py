@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mmdiff.nets.dit import check_width, stack
@@ -55,8 +57,7 @@ class TwoTowers(nn.Module):
         self.image = ImageTower(self.patches, self.size, self.depth, self.width, self.heads, **options)
         self.text = TextEncoder(self.vocabulary, self.length, self.text_depth, self.text_width, self.heads, **options)
         self.text_out = Dense(self.size, use_bias=False, kernel_init=xavier, dtype=self.dtype)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logits[0])), (), jnp.float32)
-        self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.logits[1]), (), jnp.float32)
+        self.learned = learned_logits(self.param, self.logits)
 
     def see(self, images):
         return self.image(images)
@@ -68,14 +69,20 @@ class TwoTowers(nn.Module):
         return states.astype(jnp.float32), self.text_out(mean).astype(jnp.float32)
 
     def __call__(self, x, t):
-        count = len(x["image"])
-        scale = jnp.exp(jnp.minimum(self.logit_scale, math.log(MAX_LOGIT_SCALE)))
-        return {
-            "image_vector": self.see(x["image"]),
-            "text_vector": self.read(x["text"])[1],
-            "logit_scale": jnp.broadcast_to(scale, count),
-            "logit_bias": jnp.broadcast_to(self.logit_bias, count),
-        }
+        vectors = {"image_vector": self.see(x["image"]), "text_vector": self.read(x["text"])[1]}
+        return {**vectors, **logits(*self.learned, len(x["image"]))}
+
+
+def learned_logits(param: Callable, first: tuple[float, float]) -> tuple[jax.Array, jax.Array]:
+    """The parameters of a module's `param` that a matching loss needs: the logarithm of a scale, and a bias; `first` are both at first."""
+    values = {"logit_scale": math.log(first[0]), "logit_bias": first[1]}
+    return tuple(param(name, nn.initializers.constant(value), (), jnp.float32) for name, value in values.items())
+
+
+def logits(scale: jax.Array, bias: jax.Array, count: int) -> dict[str, jax.Array]:
+    """What `contrastive.match` and `pair` read of `learned_logits`: "logit_scale", at most 100, and "logit_bias", [count] each."""
+    values = {"logit_scale": jnp.exp(jnp.minimum(scale, math.log(MAX_LOGIT_SCALE))), "logit_bias": bias}
+    return {name: jnp.broadcast_to(value, count) for name, value in values.items()}
 
 
 class ImageTower(nn.Module):

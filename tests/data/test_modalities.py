@@ -7,7 +7,8 @@ from PIL import Image
 
 from mmdiff.data import aist
 from mmdiff.data.dance import PARENTS, DanceMusic
-from mmdiff.data.modalities import ClassMaps, Images, Labels, Latents, Motion, Sequences, TokenAudio, TokenImages, Waveforms
+from mmdiff.data.modalities import ClassMaps, Images, Labels, Latents, Sequences, TokenImages
+from mmdiff.data.sounds import Motion, TokenAudio, Waveforms
 from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mmdiff.data.modalities import Waveforms
+from mmdiff.data.sounds import Waveforms
 from mmdiff.errors import UserError
 
 SOUND = Waveforms(1000)

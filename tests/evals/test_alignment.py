@@ -10,7 +10,7 @@ import pytest
 from mmdiff import nets, schedules
 from mmdiff.data import scenes
 from mmdiff.data.sources import whole
-from mmdiff.evals import alignment
+from mmdiff.evals import alignment, scene_alignment
 from mmdiff.evals.base import costs, example_keys
 from mmdiff.processes import Gaussian, x0
 
@@ -50,14 +50,14 @@ def test_absent_images_do_not_count():
 
 
 def test_scene_retrieval_counts_what_captions_say(monkeypatch):
-    monkeypatch.setattr(alignment, "AMONG", 4)
+    monkeypatch.setattr(scene_alignment, "AMONG", 4)
     said = {name: np.zeros(8, int) for name in scenes.ATTRIBUTES}
     said["digit"], said["background"] = np.array([1, 2, 3, 3, 1, 2, 3, 4]), np.array([0, 0, 0, 1, 0, 0, 0, 0])
     captions = np.eye(8)
-    right = alignment.scene_retrieval(captions, captions, said)
+    right = scene_alignment.scene_retrieval(captions, captions, said)
     assert right["r1"] == right["image_to_text_r1"] == right["text_to_image_r1"] == 1
     swapped = captions[[1, 0, 3, 2, 4, 5, 6, 7]]  # rows 2 and 3 differ in the background alone
-    found = alignment.scene_retrieval(swapped, captions, said)
+    found = scene_alignment.scene_retrieval(swapped, captions, said)
     assert found["r1"] == 6 / 8 and found["image_to_text_r1"] == 4 / 8 and found["image_to_text_r5"] == 1
 
 
@@ -76,10 +76,10 @@ def test_colour_and_place_do_not_give_held_out_digits_away():
         return found
 
     captions = scenes.captions(data)
-    assert alignment.held_out_retrieval(encode(captions), encode, data) == 1
+    assert scene_alignment.held_out_retrieval(encode(captions), encode, data) == 1
     blind = encode(captions, blind=True)
-    assert alignment.scene_retrieval(blind, encode(captions), data)["r1"] > 0.95
-    assert alignment.held_out_retrieval(blind, encode, data) < 0.25
+    assert scene_alignment.scene_retrieval(blind, encode(captions), data)["r1"] > 0.95
+    assert scene_alignment.held_out_retrieval(blind, encode, data) < 0.25
 
 
 def test_zero_shot_knows_classes_by_the_mean_of_their_wordings():
@@ -91,14 +91,14 @@ def test_zero_shot_knows_classes_by_the_mean_of_their_wordings():
         return np.array([[text.replace(",", "").split().count(word) for word in words] for text in texts], float)
 
     vectors = encode(scenes.captions(data))
-    found = alignment.zero_shot(vectors, encode, data)
+    found = scene_alignment.zero_shot(vectors, encode, data)
     assert set(found) == {"digit", "colour", "position"}
     assert found["digit"] == 1 and found["position"] == 1
-    shuffled = alignment.zero_shot(vectors, encode, {name: np.roll(array, 7) for name, array in data.items()})
+    shuffled = scene_alignment.zero_shot(vectors, encode, {name: np.roll(array, 7) for name, array in data.items()})
     assert shuffled["digit"] < 0.4
-    for wordings in alignment.prompts("digit", 5):
+    for wordings in scene_alignment.prompts("digit", 5):
         assert len(wordings) == 5
-    one, other = alignment.prompts("digit", 5)[:2]
+    one, other = scene_alignment.prompts("digit", 5)[:2]
     assert [text.replace("zero", "one") for text in one] == other
 
 

@@ -102,7 +102,7 @@ def test_the_scale_ends_at_100():
 
 @pytest.mark.parametrize("logits", [(1 / 0.07, 0.0), (10.0, -10.0)])
 def test_the_initial_logits(logits):
-    params = net_of(logits=logits).init(jax.random.key(0), method=lambda net: net.logit_scale)["params"]
+    params = net_of(logits=logits).init(jax.random.key(0), method=lambda net: net.learned)["params"]
     np.testing.assert_allclose([np.exp(params["logit_scale"]), params["logit_bias"]], logits, rtol=1e-6)
 
 
