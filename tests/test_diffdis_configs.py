@@ -12,6 +12,7 @@ import pytest
 from mmdiff import __main__ as cli
 from mmdiff import config as configs
 from mmdiff.data.loader import batches
+from mmdiff.data.sources import RandomSource
 from mmdiff.data.towers import Towers
 from mmdiff.errors import UserError
 from mmdiff.evals import report
@@ -152,6 +153,16 @@ def test_neither_task_sees_the_other_ones_text(overrides):
     np.testing.assert_array_equal(out["image"], query["image"])
     for name, other in (("image", text), ("query", query), ("query", image)):
         assert float(jnp.abs(out[name] - other[name]).max()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["digits", "scenes", "sd_scale"])
+def test_made_up_examples_have_all_that_the_loss_needs(name):
+    """`mmdiff aot` and `mmdiff bench` know the batch from the modalities."""
+    experiment, _ = load(name)
+    batch = {**RandomSource(experiment.modalities).take([0, 1]), "index": np.arange(2, dtype=np.uint32)}
+    params = jax.eval_shape(experiment.init, jax.random.key(0))
+    loss, metrics = jax.eval_shape(experiment.loss, params, batch, jax.random.key(0))
+    assert loss.shape == () and {"draw/loss/image", "name/loss/infonce"} <= set(metrics)
 
 
 def test_scenes_say_what_they_lack(tmp_path):

@@ -6,13 +6,15 @@
     python -m mmdiff train  --config configs/cdcd/tiktok_music.py --workdir runs/tiktok_music --config.data.dir=tokens/tiktok
     python -m mmdiff eval   --config configs/cdcd/tiktok_music.py --workdir runs/tiktok_music --config.eval.clips=tiktok
     python -m mmdiff sample --config configs/cdcd/tiktok_music.py --workdir runs/tiktok_music --given motion=SEGMENT.npy
-    python -m mmdiff aot    --config configs/cdcd/tiktok_music.py --topology v5e:4x4 --config.data.source=random
+    python -m mmdiff aot    --config configs/cdcd/tiktok_music.py --topology v5e:4x4 --config.data.source=random \\
+        --config.train.mesh.data=1 --config.train.mesh.fsdp=16
 
 2,384 segments of 392 videos for training and 307 of 53 others for testing, with OpenPose's 25 joints at 30 fps and no genres: negatives
 are other segments. Networks, conditions and recipe are those of aist_music.py, and so is what is ours and not the paper's. As released for
 this set: T = 100, Step-Intra at 5e-5, batch 96 (released: 12 a GPU; eight GPUs are our guess), 100 epochs.
 
-The paper's figures for it are not known to us. This has not been trained here; its cost is unknown.
+The paper's figures for it are not known to us. This has not been trained here. By the ahead-of-time report on 16 chips of v5e: 433.8M
+parameters with the dance's encoder, 4.9 GB a chip of 16.9 and a step of 21 ms at least.
 """
 
 from aist_music import build

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data import digits
-from mmdiff.data.modalities import Images, Texts
+from mmdiff.data.modalities import Features, Images, Texts
 from mmdiff.evals.alignment import Aligner, DigitAlignment
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Gaussian, Given, Joint, velocity, x0
@@ -85,6 +85,6 @@ def build(config):
         eval_data=lambda: digits.captioned(digits.digits_source("test"), digits.random_prompts(size)),
         shape=seen,
         draw=sampling.drawer(drawing, draw, seen, drop={"text": 0}, heun=True),
-        modalities={"image": Images(*SHAPE, levels=17), "text": Texts(words)},
+        modalities={"image": Images(*SHAPE, levels=17), "text": Texts(words), "query": Features(size, "query")},
         evaluators=(DigitAlignment(Aligner(net, query, size, SHAPE), digits.random_prompts(size), batch=config.eval.batch),),
     )

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data import scenes
-from mmdiff.data.modalities import Images, Texts
+from mmdiff.data.modalities import Features, Images, Texts
 from mmdiff.data.towers import Described, Towers
 from mmdiff.errors import UserError
 from mmdiff.evals.alignment import Aligner
@@ -111,7 +111,7 @@ def build(config):
         eval_data=lambda: Described(scenes.Scenes("test", SIZE), towers, size),
         shape=seen,
         draw=sampling.drawer(drawing, draw, seen, drop={"text": words.size}, heun=True),
-        modalities={"image": Images(*SHAPE), "text": Texts(words)},
+        modalities={"image": Images(*SHAPE), "text": Texts(words), "query": Features(size, "query")},
         beside={"towers": towers.fingerprint},
         evaluators=(SceneAlignment(Aligner(net, query, size, SHAPE), towers, judged),),
     )

@@ -111,7 +111,7 @@ def build(config):
         eval_data=partial(open_source, data, "val", modalities),
         shape=seen,
         draw=sampling.drawer(drawing, draw, seen, drop={"text": 0.0}),
-        modalities={name: modalities[name] for name in seen},
+        modalities=modalities,
         evaluators=(PairRetrieval(Aligner(net, query, VECTOR, shape["image"]), config.eval.count, config.eval.batch),),
     )
 
