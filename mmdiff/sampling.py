@@ -362,11 +362,19 @@ def top_p(p: float) -> Map:
     """Keeps the smallest set of classes whose probability reaches p (the best one always), renormalised."""
 
     def apply(move):
-        order = jnp.sort(move.x0, axis=-1)[..., ::-1]
-        # The mass of strictly better classes decides: the first is always in.
-        kept = (jnp.cumsum(order, axis=-1) - order) < max(p, 1e-9)
-        cut = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
-        probs = jnp.where(move.x0 >= cut, move.x0, 0.0)
+        # A class is kept if the mass of strictly better ones is below p. What divides the classes is found by bisection over the bits of
+        # the probabilities, which are ordered as these are: exact, and several times faster than sorting.
+        bits = jax.lax.bitcast_convert_type(move.x0.astype(jnp.float32), jnp.int32)
+
+        def halve(_, bounds):
+            low, high = bounds
+            middle = (low + high) // 2
+            enough = jnp.where(bits > middle, move.x0, 0.0).sum(-1, keepdims=True) >= max(p, 1e-9)
+            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+        best = bits.max(-1, keepdims=True)
+        low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.full_like(best, -1), best))
+        probs = jnp.where(bits > low, move.x0, 0.0)
         return move.corrected(probs / probs.sum(-1, keepdims=True))
 
     return apply
