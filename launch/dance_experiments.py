@@ -25,7 +25,7 @@ LOSSES = {
     "step-intra": {"loss.step_intra": "5e-5", "loss.sample_inter": "0.0"},
     "sample-inter": {"loss.step_intra": "0.0", "loss.sample_inter": "5e-6"},
 }
-SMALL = {"train.steps": "200", "sample.steps": "10", "eval.clips": "100"}
+SMALL = {"train.steps": "400", "train.global_batch": "16", "sample.steps": "10", "eval.clips": "100"}
 FIGURES = (
     "beat_coverage", "beat_coverage_shuffled", "beat_hit", "beat_hit_shuffled", "beat_f1", "beat_f1_shuffled", "genre_accuracy",
     "frechet_audio",

@@ -139,7 +139,7 @@ def music(
       motion: joints [frames, joints, 3] in metres, y up, of a dance that lasts as long: stick figures above the music.
       parents: every joint's parent, -1 for none.
     """
-    left, right, wave, spectrum, gap = 96, 6, 56, 64, 14
+    left, right, wave, spectrum, gap = 114, 6, 56, 64, 14
     top = 84 if motion is not None else 4
     inner, height = width - left - right, top + len(rows) * (wave + spectrum + gap)
     seconds = max(len(samples) for samples, _ in rows.values()) / rate
