@@ -6,7 +6,8 @@
     python launch/diffdis_experiments.py --out runs/diffdis_experiments --table  # the tables of what is done so far
 
 Two towers (CLIP), drawing alone, naming alone, both; naming without noise (a query of zeros: no diffusion); both with other weights of the
-naming loss than 0.2. All are of equal width, batch and steps. Of both, the norms of the two losses' gradients on the trunk that they share.
+naming loss than 0.2. All are of equal width, batch and steps, and of one optimizer. Of both, the norms of the two losses' gradients on the
+trunk that they share.
 
 All are small and briefly trained: compare them with each other, not with the configs' own figures.
 """
@@ -109,6 +110,8 @@ def run(seed, data, overrides):
     experiment = module.build(config)
     key = jax.random.key(1000 + seed)
     if data == "towers":
+        like, scenes_config = configs.load(str(CONFIGS / "scenes.py"), list(TRAIN.items()))
+        experiment = dataclasses.replace(experiment, optimizer=scenes_config.build(like).optimizer)
         params, seconds = experiments.train(experiment, config)
         found = dataclasses.replace(experiment.evaluators[0], count=COUNT)(experiment, params, config, key, config.train.steps).figures
         wanted = [f"{figure}{suffix}" for figure in ("retrieval_r1", "digit_accuracy") for suffix in ("", "_held_out")]

@@ -362,14 +362,16 @@ def top_p(p: float) -> Map:
     """Keeps the smallest set of classes whose probability reaches p (the best one always), renormalised."""
 
     def apply(move):
+        if p >= 1:
+            return move
         # A class is kept if the mass of strictly better ones is below p. What divides the classes is found by bisection over the bits of
         # the probabilities, which are ordered as these are: exact, and several times faster than sorting.
         bits = jax.lax.bitcast_convert_type(move.x0.astype(jnp.float32), jnp.int32)
 
         def halve(_, bounds):
             low, high = bounds
-            middle = (low + high) // 2
-            enough = jnp.where(bits > middle, move.x0, 0.0).sum(-1, keepdims=True) >= max(p, 1e-9)
+            middle = low + (high - low) // 2
+            enough = jnp.where(bits > middle, move.x0, 0.0).sum(-1, keepdims=True, dtype=jnp.float32) >= max(p, 1e-9)
             return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
         best = bits.max(-1, keepdims=True)

@@ -117,7 +117,7 @@ def test_a_step_and_a_sample_from_a_cache(name, caches, monkeypatch):
     monkeypatch.setattr(tokens, "PIXELS", 2 * 256**2)
     cache, condition = caches(name), "text" if name in TEXTS else "label"
     experiment, _ = load(name, **underscored(small(name)), data__dir=cache, loss__count=2, train__warmup_steps=0, sample__top_p=1e-6)
-    assert experiment.beside["tokenizer"]() == tokens.read_meta(cache)["fingerprint"]
+    assert (experiment.beside["tokenizer"]() == tokens.read_meta(cache)["fingerprint"]) == (name not in TEXTS)  # words count, too
     step = jax.jit(make_step(experiment.loss, experiment.optimizer))
     before = jax.jit(lambda key: init_state(experiment.init, experiment.optimizer, key, experiment.loss))(jax.random.key(0))
     after, metrics = step(before, next(batches(experiment.train_data(), 0, 2)))

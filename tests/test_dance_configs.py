@@ -87,7 +87,7 @@ def test_real_dances_are_measured_whose_beats_nobody_knows(name, monkeypatch):
 
     monkeypatch.setattr(aist, "Segments", segments)
     assert load(name, data__source="random")[0].evaluators == ()
-    experiment, config = load(name, data__source="random", eval__clips="somewhere", eval__examples=6, eval__batch=6, sample__steps=1)
+    experiment, config = load(name, data__source="random", eval__segments="somewhere", eval__examples=6, eval__batch=6, sample__steps=1)
     evaluator, = experiment.evaluators
     clips, known = whole(evaluator.clips()), whole(experiment.eval_data())
     asked = dataclasses.replace(experiment, eval_data=lambda: ArraySource(known | {kind: clips[kind] for kind in clips if kind in known}))

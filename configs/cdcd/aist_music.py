@@ -5,7 +5,7 @@
     python -m mmdiff cache  --config configs/cdcd/music_tokenizer.py --workdir runs/aist_tokenizer --out tokens/aist
     python -m mmdiff train  --config configs/cdcd/aist_music.py --workdir runs/aist_music --config.data.dir=tokens/aist
     python -m mmdiff eval   --config configs/cdcd/aist_music.py --workdir runs/aist_music --config.eval.split=test \\
-        --config.eval.clips=aist
+        --config.eval.segments=aist
     python -m mmdiff sample --config configs/cdcd/aist_music.py --workdir runs/aist_music --given motion=SEGMENT.npy --given genre=house
     python -m mmdiff aot    --config configs/cdcd/aist_music.py --topology v5e:4x4 --config.data.source=random \\
         --config.train.mesh.data=1 --config.train.mesh.fsdp=16
@@ -69,8 +69,8 @@ def get_config():
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
         "sample": {"steps": 80, "guidance": 1.0, "top_p": 0.86},
-        # Held-out ones that are measured, evenly spread over all of them; clips: the folder of the segments themselves, for their music.
-        "eval": {"examples": 512, "split": "val", "clips": "", "batch": 64},
+        # Held-out ones that are measured, evenly spread over all of them; segments: their own folder, for the real music.
+        "eval": {"examples": 512, "split": "val", "segments": "", "batch": 64},
     })
 
 
@@ -114,7 +114,7 @@ def build(config):
     decode = modalities["music"].decode
 
     def clips(split, count):
-        return lambda: Some(Segments(config.eval.clips, split, data.name, data.seconds), count)
+        return lambda: Some(Segments(config.eval.segments, split, data.name, data.seconds), count)
 
     judged = MusicForDances(
         decode, clips=clips(config.eval.split, config.eval.examples), training=clips("train", 5 * config.eval.examples),
@@ -132,5 +132,5 @@ def build(config):
         draw=sampling.drawer(process, net.apply, shape, drop=nulls, maps=(truncated,)),
         modalities=modalities,
         beside={"tokenizer": lambda: maker(data.dir)},
-        evaluators=(judged,) if config.eval.clips else (),
+        evaluators=(judged,) if config.eval.segments else (),
     )

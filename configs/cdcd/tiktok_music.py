@@ -4,7 +4,7 @@
     python -m mmdiff train  --config configs/cdcd/music_tokenizer.py --workdir runs/tiktok_tokenizer $SET
     python -m mmdiff cache  --config configs/cdcd/music_tokenizer.py --workdir runs/tiktok_tokenizer --out tokens/tiktok
     python -m mmdiff train  --config configs/cdcd/tiktok_music.py --workdir runs/tiktok_music --config.data.dir=tokens/tiktok
-    python -m mmdiff eval   --config configs/cdcd/tiktok_music.py --workdir runs/tiktok_music --config.eval.clips=tiktok
+    python -m mmdiff eval   --config configs/cdcd/tiktok_music.py --workdir runs/tiktok_music --config.eval.segments=tiktok
     python -m mmdiff sample --config configs/cdcd/tiktok_music.py --workdir runs/tiktok_music --given motion=SEGMENT.npy
     python -m mmdiff aot    --config configs/cdcd/tiktok_music.py --topology v5e:4x4 --config.data.source=random \\
         --config.train.mesh.data=1 --config.train.mesh.fsdp=16

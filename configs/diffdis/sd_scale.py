@@ -24,8 +24,9 @@ of the query by InfoNCE over the global batch; the caption, or the image beside 
 batch was not stated, nor gamma, ours are 1,024 and 0.5. Ours, too: a DiT-XL/2 in the place of Stable Diffusion's U-Net, of whose 28 blocks
 half are shared, as its encoder is about half; a learned logit scale.
 
-This has not been trained here. By the ahead-of-time report on 16 chips of v5e (the last command): 1,254.1M parameters, 5.3 GB a chip of 16.9
-and a step of 0.87 s at least, 1.33 PFLOP of the model (48 % of the peak at most, bound by memory): the second stage takes five hours or more.
+This has not been trained here. By the ahead-of-time report on 16 chips of v5e (the last command): 1,254.1M parameters, 5.3 GB a chip of
+16.9 and a step of 0.87 s at least, 1.33 PFLOP of the model (48 % of the peak at most, bound by memory): the second stage takes five hours
+or more.
 """
 
 from functools import partial

@@ -275,8 +275,15 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def maker(folder: str | os.PathLike) -> str | None:
-    """The fingerprint of the tokenizer that wrote a cache; None where there is no cache."""
-    return read_meta(folder)["fingerprint"] if (_path(folder) / META).exists() else None
+    """A fingerprint of the tokenizer that wrote a cache, and of the words of its captions; None where there is no cache."""
+    folder = _path(folder)
+    return with_words(folder, read_meta(folder)["fingerprint"]) if folder.name and (folder / META).exists() else None
+
+
+def with_words(folder: pathlib.Path, found: str) -> str:
+    """A fingerprint of weights and, where there are texts, of the tokenizer that gives their words numbers."""
+    words = folder / WORDS
+    return hashlib.sha256(found.encode() + words.read_bytes()).hexdigest() if words.exists() else found
 
 
 def part_of(net: Autoencoder) -> int:

@@ -107,9 +107,9 @@ class Towers:
         return tokens.by_parts(see, images, PART)
 
     def fingerprint(self) -> str | None:
-        """Of their weights; None where there are none."""
+        """Of their weights and words; None where there are none."""
         folder = pathlib.Path(self.folder).expanduser()
-        return _meta(folder)["fingerprint"] if (folder / META).exists() else None
+        return tokens.with_words(folder, _meta(folder)["fingerprint"]) if folder.name and (folder / META).exists() else None
 
     def check(self, size: int) -> None:
         """Raises UserError unless vectors have this size."""

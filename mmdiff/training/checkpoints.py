@@ -89,21 +89,26 @@ def write_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
 
 def check_beside(workdir: str | os.PathLike, experiment: Any) -> None:
     """Raises UserError if the run in `workdir` was trained beside other frozen networks than those at hand (`Experiment.beside`)."""
-    stored = _read_json(pathlib.Path(workdir) / "beside.json") if experiment.beside and _steps(_folder(workdir)) else {}
-    for name, fingerprint in experiment.beside.items():
-        here, there = fingerprint(), stored.get(name)
-        if here and there and here != there:
-            raise UserError(
-                f"{workdir} was trained beside {name} of fingerprint {there[:12]}, and at hand is {here[:12]}: bring the former back, or "
-                "train anew in another workdir.")
+    for name, (there, here) in beside_others(workdir, experiment).items():
+        raise UserError(
+            f"{workdir} was trained beside {name} of fingerprint {there[:12]}, and at hand is {here[:12]}: bring the former back, or train "
+            "anew in another workdir.")
+
+
+def beside_others(workdir: str | os.PathLike, experiment: Any) -> dict[str, tuple[str, str]]:
+    """The frozen networks at hand that are not those of the run in `workdir`: name -> fingerprints (there, here)."""
+    stored = _beside(workdir) if experiment.beside else {}
+    found = {name: (stored[name], fingerprint()) for name, fingerprint in experiment.beside.items() if name in stored}
+    return {name: (there, here) for name, (there, here) in found.items() if here and here != there}
 
 
 def write_beside(workdir: str | os.PathLike, experiment: Any) -> None:
     """Writes WORKDIR/beside.json, where there is something to say. Raises UserError if that is not possible."""
-    found = {name: here for name, fingerprint in experiment.beside.items() if (here := fingerprint())}
-    if found:
+    found = _beside(workdir) | {name: here for name, fingerprint in experiment.beside.items() if (here := fingerprint())}
+    path = pathlib.Path(workdir) / "beside.json"
+    if found or path.exists():
         with _writing(workdir):
-            write_whole(pathlib.Path(workdir) / "beside.json", json.dumps(found, indent=1) + "\n")
+            write_whole(path, json.dumps(found, indent=1) + "\n")
 
 
 def read_meta(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
@@ -323,6 +328,11 @@ def weights(
     _check_fit(folder / str(step), ema=ema)
     with _unreadable(folder / str(step)), ocp.StandardCheckpointer() as reader:
         return reader.restore(folder / str(step) / "ema", ema), step
+
+
+def _beside(workdir: str | os.PathLike) -> dict[str, str]:
+    """What is noted of a run; a folder without checkpoints holds none, whatever an earlier attempt has left."""
+    return _read_json(pathlib.Path(workdir) / "beside.json") if _steps(_folder(workdir)) else {}
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

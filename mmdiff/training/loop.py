@@ -109,6 +109,8 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             checkpoints.write_config(workdir, config)
             checkpoints.write_beside(workdir, experiment)
         journal = stack.enter_context(Journal(workdir, options, start, meta["train_seconds"]))
+        for name in checkpoints.beside_others(options.start, experiment) if options.get("start") and not start else ():
+            journal.say(f"the weights from {options.start} were trained beside other {name}: what they know of these does not fit")
         if start and changed:
             listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
             journal.say(f"continuing with other values: {listed}")

@@ -113,8 +113,10 @@ def test_clips_whose_beats_and_genres_nobody_knows():
 
 @pytest.mark.slow
 def test_clips_that_do_not_fit():
-    with pytest.raises(UserError, match="other genres"):
+    with pytest.raises(UserError, match="the genre of the real clips is not the examples'"):
         judge(knows, genre=1 - REAL["genre"])
+    with pytest.raises(UserError, match="the motion of the real clips is not the examples'"):
+        judge(knows, lacking=("genre",), motion=np.roll(REAL["motion"], 1, 0))
     short = {name: array[:8] for name, array in clips(0).items() if name != "audio"} | {"music": np.zeros((8, 1), np.int32)}
     with pytest.raises(UserError, match="24 real clips do not fit 8 examples"):
         judge(knows, **short)

@@ -303,6 +303,11 @@ def test_a_run_is_refused_beside_other_frozen_networks(tmp_path):
         restore_for_inference(experiment, config, tmp_path)
     said["tokenizer"] = None
     restore_for_inference(experiment, config, tmp_path)
+    checkpoints.write_beside(tmp_path, experiment)  # what is not at hand is not forgotten
+    assert json.loads((tmp_path / "beside.json").read_text()) == {"tokenizer": "a" * 64, "towers": "c" * 64}
+    shutil.rmtree(tmp_path / "checkpoints")
+    checkpoints.write_beside(tmp_path, experiment)  # but what an attempt without a checkpoint has left is
+    assert json.loads((tmp_path / "beside.json").read_text()) == {"towers": "c" * 64}
 
 
 def test_a_network_that_changed_under_the_same_config_is_refused(tmp_path):
