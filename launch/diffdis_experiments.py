@@ -5,9 +5,11 @@
     python launch/diffdis_experiments.py --out runs/diffdis_experiments          # everything, or what is missing of it
     python launch/diffdis_experiments.py --out runs/diffdis_experiments --table  # the tables of what is done so far
 
-Two towers (CLIP), drawing alone, naming alone, both; naming without noise (a query of zeros: no diffusion); both with other weights of the
-naming loss than 0.2. All are of equal width, batch and steps, and of one optimizer. Of both, the norms of the two losses' gradients on the
-trunk that they share.
+    tasks    two towers (CLIP), drawing alone, naming alone, both; naming without noise (a query of zeros: no diffusion)
+    weight   both, with other weights of the naming loss than the 0.2 of tasks; for all of these the norms of the two losses' gradients on
+             the trunk that they share
+
+All are of equal width, batch and steps, and of one optimizer.
 
 All are small and briefly trained: compare them with each other, not with the configs' own figures.
 """
@@ -34,7 +36,7 @@ from mmdiff.processes import Given, Joint
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs/diffdis"
 COUNT = 600  # scenes of each split
 TRAIN = {
-    "train.steps": "800", "train.global_batch": "64", "train.learning_rate": "3e-3", "train.warmup_steps": "50", "train.ema": "0.995",
+    "train.steps": "500", "train.global_batch": "64", "train.learning_rate": "3e-3", "train.warmup_steps": "50", "train.ema": "0.995",
     "eval.batch": "200"}
 SMALL = {
     **TRAIN, "model.width": "64", "sample.steps": "12", "times.draw": "0.9", "times.bare": "0.1", "times.write": "0.0"}  # fmt: skip
@@ -55,7 +57,7 @@ def settings():
     for name, overrides in TASKS.items():
         yield "tasks", name, kinds.get(name, "both"), overrides
     for weight in WEIGHTS:
-        yield "tasks", f"both at {weight}", "both", {**SMALL, "query.weight": weight}
+        yield "weight", f"both at {weight}", "both", {**SMALL, "query.weight": weight}
 
 
 def named(vectors, towers, data):
