@@ -7,7 +7,8 @@
 
 Beat coverage, hit and strict F1 with their levels by chance, genre accuracy and Fréchet audio distance, of 100 held-out dances.
 
-Cost: nine trainings of four to six minutes on one core each, and their evaluation: about forty minutes on two cores. The README has the table.
+Cost: nine trainings of four to six minutes on one core each, and their evaluation: about forty minutes on two cores. The README has the
+table.
 
 The trainings are short: compare the losses with each other, not with the config's own figures.
 """
