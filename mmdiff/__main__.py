@@ -305,6 +305,8 @@ def _eval(args: argparse.Namespace) -> None:
     if _is_spare():
         return
     config, experiment = _open(args)
+    if not experiment.evaluators:
+        raise UserError(f"{args.config} measures nothing as it is set: see its head, or give its Experiment evaluators.")
     from mmdiff.evals import report
     from mmdiff.training import checkpoints
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
 
 from mmdiff import config as configs
 from mmdiff.__main__ import main
@@ -77,24 +78,51 @@ def test_a_step_and_a_sample(name, overrides):
     experiment.process.check({"music": drawn["music"], **given})  # no mask is left
 
 
+def published(folder, data, splits, count=20):
+    """Writes segments of made-up dances as those of AIST++ or TikTok lie in their folders; -> what was heard of each split."""
+    heard = {}
+    for split in splits:
+        clips = whole(dance.DanceMusic("train" if split == "train" else "test", count=count))
+        inner, numbers = (f"{split}/", 219) if data == "aist" else ("", 75)
+        names = [f"g{aist.CODES[genre]}_sBM_c01_d04_mBR0_ch02_seg{i}" for i, genre in enumerate(clips["genre"])]
+        motion = np.random.default_rng(len(split)).normal(size=(count, 120 if data == "aist" else 60, numbers))
+        for kind, end in (("motion", "npy"), ("audio", "wav")):
+            (folder / f"{kind}_s2" / inner).mkdir(parents=True, exist_ok=True)
+            files = [f"{kind}_s2/{inner}{name}.{end}" for name in names]
+            (folder / f"{data}_{kind}_{split}_segment.txt").write_text("\n".join(f"./all/{file}" for file in files) + "\n")
+            for i, file in enumerate(files):
+                if kind == "motion":
+                    np.save(folder / file, motion[i])
+                else:
+                    soundfile.write(folder / file, clips["audio"][i], dance.RATE)
+        np.save(folder / f"{split}_genre.npy", np.eye(10)[clips["genre"]])
+        heard[split] = clips
+    return heard
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAPERS)
-def test_real_dances_are_measured_whose_beats_nobody_knows(name, monkeypatch):
-    def segments(folder, split, data, seconds):
-        assert (folder, f"{data}_music", seconds) == ("somewhere", name, 2)
-        found = whole(dance.DanceMusic("train" if split == "train" else "test", count=30))
-        return ArraySource({kind: found[kind] for kind in ("audio", *["genre"] * (data == "aist"))})
+def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
+    data = name.split("_")[0]
+    other = {"aist_music": "val", "tiktok_music": "test"}[name]
+    heard = published(tmp_path, data, ("train", other))
+    net = dataclasses.replace(TINY_AUDIO, codes=2048)
+    recipe = tokens.Recipe(net, {split: lambda split=split: aist.Segments(tmp_path, split, data) for split in heard}, "audio", "music")
+    params = jax.jit(lambda key: net.init(key, jnp.zeros((1, 44_032))))(jax.random.key(0))
+    assert tokens.write(tmp_path / "tokens", recipe, params, {"config": {}, "step": 0})
 
-    monkeypatch.setattr(aist, "Segments", segments)
-    assert load(name, data__source="random")[0].evaluators == ()
-    experiment, config = load(name, data__source="random", eval__segments="somewhere", eval__examples=6, eval__batch=6, sample__steps=1)
+    cached = {"data__dir": tmp_path / "tokens", "sample__steps": 1, "eval__examples": 20, "eval__batch": 20}
+    assert load(name, **cached)[0].evaluators == ()
+    experiment, config = load(name, eval__segments=tmp_path, **cached)
     evaluator, = experiment.evaluators
     clips, known = whole(evaluator.clips()), whole(experiment.eval_data())
-    asked = dataclasses.replace(experiment, eval_data=lambda: ArraySource(known | {kind: clips[kind] for kind in clips if kind in known}))
-    evaluator = dataclasses.replace(evaluator, decode=lambda tokens: clips["audio"][: len(tokens)])
-    params = jax.jit(experiment.init)(jax.random.key(0))
-    found = evaluator(asked, params, config, jax.random.key(1), 0)
-    assert found.figures["beat_f1"] == 1 and ("genre_accuracy" in found.figures) == (name == "aist_music")
+    np.testing.assert_array_equal(clips["motion"], known["motion"])
+    assert np.corrcoef(clips["audio"][7], heard[other]["audio"][7][: len(clips["audio"][7])])[0, 1] > 0.999
+    assert ("genre" in clips) == (name == "aist_music") and evaluator.decode(known["music"][:2]).shape == clips["audio"][:2].shape
+
+    found = evaluator(experiment, jax.jit(experiment.init)(jax.random.key(0)), config, jax.random.key(1), 0)
+    assert found.figures["beat_f1_real"] == 1 > found.figures["beat_f1"] and "onsets of the real music" in found.notes["beat_f1"]
+    assert ("genre_accuracy" in found.figures) == (name == "aist_music")
 
 
 def test_the_settings_are_the_published_ones():
@@ -130,8 +158,10 @@ def test_the_tokenizer_reads_the_published_segments(tmp_path):
     assert experiment.cache.net.grid == (1033,)
 
 
-def test_mistakes(tmp_path):
+def test_mistakes(tmp_path, capsys):
     for name in PAPERS:
+        assert main(["eval", "--config", str(FOLDER / f"{name}.py"), "--workdir", str(tmp_path)]) == 2
+        assert f"{name}.py measures nothing as it is set" in capsys.readouterr().err
         with pytest.raises(UserError, match="config.data.dir is empty: name the folder of a token cache"):
             load(name)[0].train_data()
     with pytest.raises(UserError, match="there is no token cache"):

@@ -406,11 +406,8 @@ class TokenImages:
 
     def images(self, array) -> np.ndarray:
         """Tokens -> pictures, float32 [n, H, W, C] in [-1, 1]. An id beyond the tokens (a mask) counts as the last of them."""
-        array = np.clip(np.asarray(array), 0, self.states - 1)
-        if self.decode is not None:
-            return np.clip(np.asarray(self.decode(array), np.float32), -1, 1)
-        levels = array.astype(np.float32) / np.float32((self.states - 1) / 2) - 1
-        return levels.reshape(-1, self.height, self.width, 1)
+        found = decoded(array, self.states, self.decode)
+        return found.reshape(-1, self.height, self.width, 1) if self.decode is None else found
 
     def show(self, array) -> np.ndarray:
         """Pixels for the eye: uint8 [n, H, W, C], from 0 for -1 to 255 for 1."""
@@ -538,6 +535,15 @@ def ids(array, shape: tuple[int, ...], states: int, name: str) -> np.ndarray:
     if not array.size or array.min() < 0 or array.max() >= states:
         raise UserError(f"{name}: ids are 0..{states - 1}, got {span(array)}.")
     return array.astype(np.int32)
+
+
+def decoded(tokens, states: int, decode: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
+    """What `decode` makes of tokens, held in [-1, 1]; without it their values, from -1 for 0 to 1 for states - 1. A mask counts as the
+    last of them."""
+    tokens = np.clip(np.asarray(tokens), 0, states - 1)
+    if decode is None:
+        return tokens.astype(np.float32) / np.float32((states - 1) / 2) - 1
+    return np.clip(np.asarray(decode(tokens), np.float32), -1, 1)
 
 
 def load(path: pathlib.Path, name: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmdiff.data.modalities import ids, load, span
+from mmdiff.data.modalities import decoded, ids, load, span
 from mmdiff.errors import UserError
 
 
@@ -215,10 +215,8 @@ class TokenAudio:
 
     def sounds(self, array) -> np.ndarray:
         """Tokens -> sounds, float32 [n, samples] in [-1, 1]. An id beyond the tokens (a mask) counts as the last of them."""
-        array = np.clip(np.asarray(array), 0, self.states - 1)
-        if self.decode is not None:
-            return np.clip(np.asarray(self.decode(array), np.float32), -1, 1)
-        return np.repeat(array.astype(np.float32) / np.float32((self.states - 1) / 2) - 1, 128, axis=1)
+        found = decoded(array, self.states, self.decode)
+        return np.repeat(found, 128, axis=1) if self.decode is None else found
 
     def show(self, array) -> np.ndarray:
         """Spectrograms, as of `Waveforms`: uint8 [n, 128, windows, 1]."""
