@@ -37,7 +37,7 @@ from mmdiff.processes import Given, Joint
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs/diffdis"
 COUNT = 600  # scenes of each split
 TRAIN = {
-    "train.steps": "2000", "train.global_batch": "64", "train.learning_rate": "3e-3", "train.warmup_steps": "50", "train.ema": "0.995",
+    "train.steps": "1400", "train.global_batch": "128", "train.learning_rate": "1e-2", "train.warmup_steps": "50", "train.ema": "0.995",
     "eval.batch": "200"}
 SMALL = {
     **TRAIN, "model.width": "64", "sample.steps": "12", "times.draw": "0.9", "times.bare": "0.1", "times.write": "0.0"}  # fmt: skip
@@ -113,7 +113,7 @@ def run(seed, data, overrides):
     experiment = module.build(config)
     key = jax.random.key(1000 + seed)
     if data == "towers":
-        like, scenes_config = configs.load(str(CONFIGS / "scenes.py"), list(TRAIN.items()))
+        like, scenes_config = configs.load(str(CONFIGS / "scenes.py"), [(name, overrides[name]) for name in TRAIN])
         experiment = dataclasses.replace(experiment, optimizer=scenes_config.build(like).optimizer)
         params, seconds = experiments.train(experiment, config)
         found = dataclasses.replace(experiment.evaluators[0], count=COUNT)(experiment, params, config, key, config.train.steps).figures

@@ -142,7 +142,7 @@ def test_neither_task_sees_the_other_ones_text(overrides):
         "digits", **{key.replace(".", "__"): value for key, value in NET.items()},
         **{f"model__{key}": value for key, value in overrides.items()})
     net, data = experiment.evaluators[0].aligner.net, experiment.eval_data().take(np.arange(4))
-    params = experiment.init(jax.random.key(0))
+    params = jax.jit(experiment.init)(jax.random.key(0))
     params = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), params)  # zeros would hide things
     t = {"image": jnp.zeros(4), "text": jnp.zeros(4), "query": jnp.full(4, 0.5)}
     run = jax.jit(net.apply, compiler_options={"xla_backend_optimization_level": 0})
@@ -180,8 +180,8 @@ def test_the_losses_of_a_query(loss):
     """A new network's query: InfoNCE near log B whatever the scale, and every loss has a gradient on the shared trunk."""
     experiment, _ = load("digits", **{key.replace(".", "__"): value for key, value in NET.items()}, query__loss=loss)
     batch = next(batches(experiment.train_data(), 0, 16))
-    params = experiment.init(jax.random.key(0))
-    (_, metrics), gradient = jax.value_and_grad(experiment.loss, has_aux=True)(params, batch, jax.random.key(1))
+    params = jax.jit(experiment.init)(jax.random.key(0))
+    (_, metrics), gradient = jax.jit(jax.value_and_grad(experiment.loss, has_aux=True))(params, batch, jax.random.key(1))
     assert np.isfinite(float(metrics[f"name/loss/{loss}"]))
     assert float(jnp.abs(gradient["params"]["query_out"]["kernel"]).max()) > 0
     # The logits' scale and bias are learned by what uses them alone.
@@ -226,3 +226,31 @@ def test_towers_of_other_sizes_are_refused(towers):
     experiment, _ = load("scenes", data__towers=towers / "towers", model__width=16)
     with pytest.raises(UserError, match="vectors of 8"):
         experiment.train_data()
+
+
+@pytest.fixture(scope="module")
+def experiments(loaded_launch):
+    return loaded_launch("diffdis_experiments")
+
+
+def test_the_experiments_name_values_that_exist(experiments):
+    every = list(experiments.settings())
+    assert [name for part, name, *_ in every if part == "tasks"] == [
+        "two towers", "drawing alone", "naming alone", "both", "naming without noise"]
+    for _, _, data, overrides in every:
+        config, _ = configs.load(str(FOLDER / ("scenes_towers.py" if data == "towers" else "scenes.py")), list(overrides.items()))
+        assert all(config.train[key.removeprefix("train.")] == float(value) for key, value in experiments.TRAIN.items() if "train." in key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["towers", "both", "without noise"])
+def test_an_experiment_runs(experiments, towers, monkeypatch, data):
+    monkeypatch.setattr(experiments, "COUNT", 200)
+    overrides, small = next((overrides, TOWERS if data == "towers" else {**NET, "data.towers": towers / "towers"})
+                            for _, _, kind, overrides in experiments.settings() if kind == data)
+    few = {"train.steps": 1, "train.global_batch": 8}
+    figures, seconds = experiments.run(1, data, {key: str(value) for key, value in {**overrides, **few, **small}.items()})
+    wanted = {"retrieval_r1", "retrieval_r1_held_out", "digit_accuracy", "digit_accuracy_held_out"}
+    if data == "both":
+        wanted |= {"prompt_correctness", "prompt_correctness_seen", "frechet_ratio", "gradient_draw", "gradient_name"}
+    assert set(figures) == wanted and all(np.isfinite(value) for value in figures.values()) and seconds > 0
