@@ -105,7 +105,7 @@ def published(folder, data, splits, count=20):
 def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
     data = name.split("_")[0]
     other = {"aist_music": "val", "tiktok_music": "test"}[name]
-    heard = published(tmp_path, data, ("train", other))
+    heard = published(tmp_path, data, {"train", other, "test"})
     net = dataclasses.replace(TINY_AUDIO, codes=2048)
     recipe = tokens.Recipe(net, {split: lambda split=split: aist.Segments(tmp_path, split, data) for split in heard}, "audio", "music")
     params = jax.jit(lambda key: net.init(key, jnp.zeros((1, 44_032))))(jax.random.key(0))
@@ -122,6 +122,14 @@ def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
 
     found = evaluator(experiment, jax.jit(experiment.init)(jax.random.key(0)), config, jax.random.key(1), 0)
     assert found.figures["beat_f1_real"] == 1 > found.figures["beat_f1"] and "onsets of the real music" in found.notes["beat_f1"]
+    assert ("genre_accuracy" in found.figures) == (name == "aist_music")
+
+    tokenizer, _ = load("music_tokenizer", small={}, data__name=data, data__dir=tmp_path)
+    evaluator = dataclasses.replace(tokenizer.evaluators[0], net=net, windows=(256,))
+    found = evaluator(tokenizer, params, config, jax.random.key(1), 0)
+    assert found.figures["beat_f1_real"] == 1 and "onsets of the real music" in found.notes["beat_f1"]
+    used = len(np.unique(whole(tokens.token_source(tmp_path / "tokens", "test"))["music"]))
+    assert found.figures["codebook_usage"] == used / 2048 and set(found.notes) <= set(found.figures)
     assert ("genre_accuracy" in found.figures) == (name == "aist_music")
 
 

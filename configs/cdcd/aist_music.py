@@ -42,7 +42,7 @@ from mmdiff.data.modalities import Features, Labels
 from mmdiff.data.sounds import Motion, TokenAudio
 from mmdiff.data.sources import Some
 from mmdiff.data.tokens import decoder, maker, open_tokens
-from mmdiff.evals.music import MusicForDances
+from mmdiff.evals.music import CLASSIFIED, MusicForDances
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim
@@ -117,7 +117,7 @@ def build(config):
         return lambda: Some(Segments(config.eval.segments, split, data.name, data.seconds), count)
 
     judged = MusicForDances(
-        decode, clips=clips(config.eval.split, config.eval.examples), training=clips("train", 5 * config.eval.examples),
+        decode, clips=clips(config.eval.split, config.eval.examples), training=clips("train", CLASSIFIED * config.eval.examples),
         genres=GENRES if genres else (), given=tuple(nulls), count=config.eval.examples, batch=config.eval.batch)
     truncated = sampling.only("music", sampling.top_p(config.sample.top_p))
     return Experiment(

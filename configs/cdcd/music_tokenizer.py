@@ -24,8 +24,9 @@ from ml_collections import ConfigDict
 from mmdiff.data.aist import Segments
 from mmdiff.data.dance import COUNTS, GENRES, RATE, TICK, DanceMusic
 from mmdiff.data.sounds import Waveforms
+from mmdiff.data.sources import Some
 from mmdiff.data.tokens import Recipe
-from mmdiff.evals.music import MusicReconstructions
+from mmdiff.evals.music import CLASSIFIED, MusicReconstructions
 from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.audio import AudioAutoencoder, audio_loss
 
@@ -60,6 +61,9 @@ def build(config):
 
     splits = {split: lambda split=split: clips(split) for split in SPLITS[data.name]}
 
+    # Real segments come genre by genre.
+    training = splits["train"] if data.name == "dance_music" else lambda: Some(splits["train"](), CLASSIFIED * MusicReconstructions.count)
+    judged = MusicReconstructions(net, training, () if data.name == "tiktok" else GENRES, config.loss.windows)
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     return Experiment(
         **reconstructing(net, "audio"),
@@ -69,6 +73,6 @@ def build(config):
         train_data=splits["train"],
         eval_data=splits["test"],
         modalities={name: Waveforms(samples, name=name) for name in ("audio", "reconstruction")},
-        evaluators=(MusicReconstructions(net, GENRES, config.loss.windows),) if data.name == "dance_music" else (),
+        evaluators=(judged,),
         cache=Recipe(net, splits, image="audio", tokens="music"),
     )

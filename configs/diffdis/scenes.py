@@ -87,8 +87,7 @@ def build(config):
         (config.times.draw, times.joint(image=noisy, text=clean)),
         (config.times.bare, times.joint(image=noisy, text=absent)),
         (config.times.write, times.joint(image=clean, text=noisy)))
-    named = times.joint(query=noisy, image=times.mixture(
-        (config.times.clean, clean), (config.times.noisy, times.uniform(0.0, 0.7)), (config.times.dropped, absent)))
+    named = times.joint(query=noisy, image=beheld(config.times))
     match = losses.on("query", query.loss) if config.query.loss == "mse" else contrastive.match(query, "query", config.query.loss)
     tasks = {
         "draw": (1.0, losses.diffusion(drawing, draw, captioned, losses.weighted(drawing, text=config.text_weight))),
@@ -119,3 +118,9 @@ def build(config):
         beside={"towers": towers.fingerprint},
         evaluators=(SceneAlignment(Aligner(net, query, size, SHAPE), towers, judged),),
     )
+
+
+def beheld(shares):
+    """The times of an image that is to be named: clean, noisy or left out."""
+    return times.mixture(
+        (shares.clean, times.constant(0.0)), (shares.noisy, times.uniform(0.0, 0.7)), (shares.dropped, times.constant(1.0)))

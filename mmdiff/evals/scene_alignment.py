@@ -124,7 +124,8 @@ class SceneAlignment:
             figures |= {f"retrieval_r1_{name}{suffix}": share for name, share in shares.items()}
             figures[f"retrieval_r1_guided{suffix}"] = found(split, align(keys[0], images, steps=10, guidance=2.0))
             if split == "test":
-                figures["retrieval_r1_all_digits"] = held_out_retrieval(read["10"], self.towers.encode, said)
+                every = {"retrieval_r1_all_digits": read["10"], "towers_retrieval_r1_all_digits": self.towers.images(images)}
+                figures |= {name: held_out_retrieval(vectors, self.towers.encode, said) for name, vectors in every.items()}
                 recalls = scene_retrieval(read["10"], captions[split], said)
                 figures |= {name: value for name, value in recalls.items() if name != "r1"}
         figures["retrieval_r1_dropped"] = found("test", align(keys[1], None, count=count, steps=10))
@@ -170,7 +171,7 @@ class SceneAlignment:
             "retrieval_r1_held_out": HELD_OUT,
             "retrieval_r1_all_digits": f"test scenes among the captions of {AMONG // 10} of them with all ten digits each: colours and "
             "place, which tell most of 200 scenes apart, do not help",
-            "towers_retrieval_r1": "the same by the frozen image tower",
+            "towers_retrieval_r1": "as retrieval_r1, by the frozen image tower; _all_digits as there",
             "retrieval_r1_dropped": "the same without the image: chance",
             f"prompt_correctness_best_of_{self.choose}": f"of {self.choose} unguided samples that which the alignment branch likes best",
             "round_trip": f"share of scenes drawn of training captions that the alignment branch retrieves among {AMONG}, right "

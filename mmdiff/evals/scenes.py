@@ -88,7 +88,8 @@ class CaptionedScenes:
             "prompt_correctness": f"share of {self.count} samples for captions of held-out combinations that show the right "
             f"{', '.join(self.asked)}, all of them, as a judge trained on real training scenes reads them",
             "prompt_correctness_seen": f"the same for {self.count} captions of training scenes",
-            "prompt_correctness_real": "the same for the real pictures of the held-out captions: the ceiling",
+            "prompt_correctness_real": "the same for the real pictures of the held-out captions: how well the judge reads; "
+            "samples, whose digits can be more typical than real ones, may exceed it",
             "frechet_ratio": f"squared Fréchet distance (raw pixels, float64) of the {self.count} samples for training captions to "
             f"{self.count} test scenes, over that of those captions' own scenes to them: 1 is the limit",
         }

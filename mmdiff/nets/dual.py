@@ -29,7 +29,7 @@ from mmdiff.nets.attention import attention, split_heads
 from mmdiff.nets.dit import MLP, REMAT, check_width, layer_norm, modulate, zeros
 from mmdiff.nets.embed import Dense, Patches, TimeEmbed, xavier
 from mmdiff.nets.target import one_cpu, placed
-from mmdiff.nets.towers import learned_logits, logits
+from mmdiff.nets.towers import learned_logits, logit_outputs
 
 
 class DualBlock(nn.Module):
@@ -287,7 +287,7 @@ class DualStream(nn.Module):
             middle = everything or named(trunk, streams, seen)[0]
             end = named(head, headed(middle), seen)[0]["query"][:, 0]
             out["query"] = Dense(self.size, kernel_init=xavier, dtype=self.dtype, name="query_out")(layer_norm(end))
-            out |= logits(*learned_logits(self.param, self.logits), len(end))
+            out |= logit_outputs(*learned_logits(self.param, self.logits), len(end))
         return {name: value.astype(jnp.float32) for name, value in out.items()}
 
     def _check(self, x, t, tasks, seen):

@@ -70,7 +70,7 @@ class TwoTowers(nn.Module):
 
     def __call__(self, x, t):
         vectors = {"image_vector": self.see(x["image"]), "text_vector": self.read(x["text"])[1]}
-        return {**vectors, **logits(*self.learned, len(x["image"]))}
+        return {**vectors, **logit_outputs(*self.learned, len(x["image"]))}
 
 
 def learned_logits(param: Callable, first: tuple[float, float]) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +79,7 @@ def learned_logits(param: Callable, first: tuple[float, float]) -> tuple[jax.Arr
     return tuple(param(name, nn.initializers.constant(value), (), jnp.float32) for name, value in values.items())
 
 
-def logits(scale: jax.Array, bias: jax.Array, count: int) -> dict[str, jax.Array]:
+def logit_outputs(scale: jax.Array, bias: jax.Array, count: int) -> dict[str, jax.Array]:
     """What `contrastive.match` and `pair` read of `learned_logits`: "logit_scale", at most 100, and "logit_bias", [count] each."""
     values = {"logit_scale": jnp.exp(jnp.minimum(scale, math.log(MAX_LOGIT_SCALE))), "logit_bias": bias}
     return {name: jnp.broadcast_to(value, count) for name, value in values.items()}

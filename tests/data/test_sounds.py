@@ -1,10 +1,13 @@
 """Sound files and arrays as people give them."""
 
+import io
+import wave
+
 import numpy as np
 import pytest
 import soundfile
 
-from mmdiff.data.sounds import Waveforms
+from mmdiff.data.sounds import Waveforms, wav
 from mmdiff.errors import UserError
 
 SOUND = Waveforms(1000)
@@ -57,3 +60,11 @@ def test_show_and_random():
     shown = Waveforms(4000).show(np.stack([tone(4000), np.zeros(4000, np.float32)]))
     assert shown.shape[:2] == (2, 128) and shown.shape[3] == 1 and shown.dtype == np.uint8
     assert shown[0, 64:].max() == 255 > shown[0, :32].max() and shown[1].max() == 0  # a low tone is at the bottom
+
+
+def test_a_wav_file_in_memory(tmp_path):
+    with wave.open(io.BytesIO(wav(np.array([0.0, 0.5, -1.0, 2.0]), 8000))) as read:
+        assert (read.getframerate(), read.getnchannels(), read.getsampwidth()) == (8000, 1, 2)
+        np.testing.assert_array_equal(np.frombuffer(read.readframes(9), "<i2"), [0, 16384, -32767, 32767])
+    (tmp_path / "tone.wav").write_bytes(wav(tone(1000), 22_050))
+    np.testing.assert_allclose(SOUND.parse(str(tmp_path / "tone.wav"))[0], tone(1000), atol=2e-4)
