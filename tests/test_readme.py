@@ -53,10 +53,10 @@ def test_ring_is_a_chain_and_trains_in_a_joint(namespaces):
     process = Joint(image=Gaussian(schedules.flow(), velocity), hour=ring)
     net = nets.MMDiT({"image": nets.Patches(4, 4, 1, 2), "hour": nets.Label(12, 12)}, depth=1, width=16, heads=2)
     shape = {"image": (4, 4, 1), "hour": ()}
-    params = initialiser(net, process, shape)(jax.random.key(0))
+    params = jax.jit(initialiser(net, process, shape))(jax.random.key(0))
     batch = {"image": jnp.zeros((3, 4, 4, 1)), "hour": jnp.array([0, 5, 11]), "index": jnp.arange(3)}
     loss = losses.diffusion(process, net.apply, times.shared("image", "hour"))
-    (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, jax.random.key(1))
+    (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, jax.random.key(1))
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     drawn = sampling.sample(process, net.apply, params, jax.random.split(jax.random.key(2), 3), sampling.uniform_grid(3), shape)
     assert ((drawn["hour"] >= 0) & (drawn["hour"] < 12)).all()
