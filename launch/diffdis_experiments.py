@@ -10,9 +10,9 @@
              the trunk that they share
 
 All are of equal width, batch and steps, and of one optimizer, whose rate was chosen for `both`, of 3e-3, 1e-2 and 2e-2 at seed 0 (at 3e-3
-two towers are a little better: 0.823 for 0.783 of the held-out combinations). `both` goes through the trunk twice in a step, the others once.
-All but the two towers, which learn to read as well, name by the vectors of the frozen text tower of scenes_towers.py: naming without noise
-is such a network without diffusion.
+two towers are a little better: 0.823 for 0.783 of the held-out combinations). `both` goes through the trunk twice in a step, the others
+once. All but the two towers, which learn to read as well, name by the vectors of the frozen text tower of scenes_towers.py: naming without
+noise is such a network without diffusion.
 
 All are small and briefly trained: compare them with each other, not with the configs' own figures.
 """
