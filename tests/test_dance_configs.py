@@ -81,10 +81,10 @@ def test_a_step_and_a_sample(name, overrides):
 def published(folder, data, splits, count=20):
     """Writes segments of made-up dances as those of AIST++ or TikTok lie in their folders; -> what was heard of each split."""
     heard = {}
-    for split in splits:
+    for part, split in enumerate(sorted(splits)):
         clips = whole(dance.DanceMusic("train" if split == "train" else "test", count=count))
         inner, numbers = (f"{split}/", 219) if data == "aist" else ("", 75)
-        names = [f"g{aist.CODES[genre]}_sBM_c01_d04_mBR0_ch02_seg{i}" for i, genre in enumerate(clips["genre"])]
+        names = [f"g{aist.CODES[genre]}_sBM_c01_d04_mBR0_ch02_seg{100 * part + i}" for i, genre in enumerate(clips["genre"])]
         motion = np.random.default_rng(len(split)).normal(size=(count, 120 if data == "aist" else 60, numbers))
         for kind, end in (("motion", "npy"), ("audio", "wav")):
             (folder / f"{kind}_s2" / inner).mkdir(parents=True, exist_ok=True)
