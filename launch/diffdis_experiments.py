@@ -14,8 +14,8 @@ two towers are a little better: 0.823 for 0.783 of the held-out combinations). `
 once. All but the two towers, which learn to read as well, name by the vectors of the frozen text tower of scenes_towers.py: naming without
 noise is such a network without diffusion.
 
-About an hour on two CPU cores. All are small and briefly trained: compare them with each other, not with the configs' own figures. The results
-are in the README.
+About an hour on two CPU cores. All are small and briefly trained: compare them with each other, not with the configs' own figures. The
+results are in the README.
 """
 
 import dataclasses
