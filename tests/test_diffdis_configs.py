@@ -112,7 +112,8 @@ def test_scenes_train_and_all_their_figures_are_there(towers, tmp_path, monkeypa
     found = measured(monkeypatch, given, tmp_path)
     assert {
         "retrieval_r1", "retrieval_r1_all_digits", "retrieval_r1_held_out", "retrieval_r1_50", "retrieval_r1_1_of_8", "prompt_correctness",
-        "round_trip", "caption_correctness", "prompt_correctness_best_of_2", "towers_retrieval_r1"} <= set(found.figures)  # fmt: skip
+        "round_trip", "caption_correctness", "prompt_correctness_best_of_2", "towers_retrieval_r1",
+        "towers_retrieval_r1_all_digits"} <= set(found.figures)  # fmt: skip
     assert {"Caption to image", "Image to caption"} <= set(found.pictures)
     noted = json.loads((tmp_path / "beside.json").read_text())
     assert noted == {"towers": Towers(str(towers / "towers")).fingerprint()}

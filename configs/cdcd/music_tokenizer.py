@@ -61,7 +61,7 @@ def build(config):
 
     splits = {split: lambda split=split: clips(split) for split in SPLITS[data.name]}
 
-    # Real segments come genre by genre.
+    # The lists of real segments may go genre by genre.
     training = splits["train"] if data.name == "dance_music" else lambda: Some(splits["train"](), CLASSIFIED * MusicReconstructions.count)
     judged = MusicReconstructions(net, training, () if data.name == "tiktok" else GENRES, config.loss.windows)
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))

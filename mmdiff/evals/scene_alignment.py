@@ -120,11 +120,12 @@ class SceneAlignment:
             shares = {name: found(split, vectors) for name, vectors in read.items()}
             figures[f"retrieval_r1{suffix}"] = shares["10"]
             figures |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(read["10"], self.towers.encode, said).items()}
-            figures[f"towers_retrieval_r1{suffix}"] = found(split, self.towers.images(images))
+            frozen = self.towers.images(images)
+            figures[f"towers_retrieval_r1{suffix}"] = found(split, frozen)
             figures |= {f"retrieval_r1_{name}{suffix}": share for name, share in shares.items()}
             figures[f"retrieval_r1_guided{suffix}"] = found(split, align(keys[0], images, steps=10, guidance=2.0))
             if split == "test":
-                every = {"retrieval_r1_all_digits": read["10"], "towers_retrieval_r1_all_digits": self.towers.images(images)}
+                every = {"retrieval_r1_all_digits": read["10"], "towers_retrieval_r1_all_digits": frozen}
                 figures |= {name: held_out_retrieval(vectors, self.towers.encode, said) for name, vectors in every.items()}
                 recalls = scene_retrieval(read["10"], captions[split], said)
                 figures |= {name: value for name, value in recalls.items() if name != "r1"}
@@ -171,7 +172,8 @@ class SceneAlignment:
             "retrieval_r1_held_out": HELD_OUT,
             "retrieval_r1_all_digits": f"test scenes among the captions of {AMONG // 10} of them with all ten digits each: colours and "
             "place, which tell most of 200 scenes apart, do not help",
-            "towers_retrieval_r1": "as retrieval_r1, by the frozen image tower; _all_digits as there",
+            "towers_retrieval_r1": "as retrieval_r1, by the frozen image tower",
+            "towers_retrieval_r1_all_digits": "as retrieval_r1_all_digits, by the frozen image tower",
             "retrieval_r1_dropped": "the same without the image: chance",
             f"prompt_correctness_best_of_{self.choose}": f"of {self.choose} unguided samples that which the alignment branch likes best",
             "round_trip": f"share of scenes drawn of training captions that the alignment branch retrieves among {AMONG}, right "
