@@ -16,7 +16,7 @@ from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
 from mmdiff.processes import Given, Joint
-from mmdiff.training import checkpoints, loop, sharding
+from mmdiff.training import checkpoints, loop, metrics_logger, sharding
 from mmdiff.training.step import init_state, make_step
 
 T, K, B = 8, 4, 32
@@ -256,7 +256,7 @@ def test_a_run_that_continues_is_bit_equal(tmp_path):
         config.train.steps = steps
         state = loop.train(experiment, config, tmp_path / workdir)
         rows = [json.loads(line) for line in (tmp_path / workdir / "metrics.jsonl").read_text().splitlines()]
-        values = [{name: value for name, value in row.items() if name not in loop.TIMING} for row in rows]
+        values = [{name: value for name, value in row.items() if name not in metrics_logger.TIMING} for row in rows]
         return jax.device_get(state.replace(key=jax.random.key_data(state.key))), values
 
     (whole, told), (part, _), (rest, again) = run("whole", 16), run("parts", 12), run("parts", 16)

@@ -17,7 +17,7 @@ from mmdiff.data import loader
 from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
 from mmdiff.nets import target
-from mmdiff.training import checkpoints, loop, sharding
+from mmdiff.training import checkpoints, loop, metrics_logger, sharding
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(config, tmp_path):
     with (tmp_path / "torn/metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "loss": 1.0}\n{"step": 13, "lo')
     same_leaves(whole, loop.train(toy.build(config), config, tmp_path / "torn"))
-    strip = [[{k: v for k, v in row.items() if k not in loop.TIMING} for row in rows(tmp_path / w)] for w in ("whole", "torn")]
+    strip = [[{k: v for k, v in row.items() if k not in metrics_logger.TIMING} for row in rows(tmp_path / w)] for w in ("whole", "torn")]
     assert strip[0] == strip[1]
     seconds = [row["train_seconds"] for row in rows(tmp_path / "torn") if "train_seconds" in row]
     assert seconds == sorted(seconds)  # cumulative over both runs
@@ -249,7 +249,7 @@ def test_tensorboard_gets_every_line_once(config, tmp_path):
 
     config.train.tensorboard = True
     loop.train(toy.build(config), config, tmp_path)
-    lost = loop.Events(tmp_path, 12)
+    lost = metrics_logger.Events(tmp_path, 12)
     lost.write(14, {"loss": 99.0})  # by a run that was killed before it saved this step
     lost.close()
     config.train.steps = 16

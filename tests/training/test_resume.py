@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from mmdiff.training.loop import TIMING
+from mmdiff.training.metrics_logger import TIMING
 
 # A batch takes 15 ms to read, so that a kill falls between any two instructions of a run and not mostly before or after it.
 LIVELY = {"train.steps": 60, "train.checkpoint_every": 5, "train.log_every": 4, "train.eval_every": 10, "train.delay": 0.015}
