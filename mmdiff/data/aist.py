@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from mmdiff.data.dance import FPS, RATE, TICK, centred, joints
-from mmdiff.data.sources import check_range
+from mmdiff.data.sources import check_range, digest, sizes
 from mmdiff.errors import UserError
 
 CODES = ("BR", "PO", "LO", "MH", "LH", "HO", "WA", "KR", "JS", "JB")  # in the order of `dance.GENRES`
@@ -88,6 +88,11 @@ class Aist:
             genre.append(CODES.index(_parsed(name)[0]))
         return {"motion": np.stack(motion), "audio": np.stack(audio), "genre": np.array(genre, np.int32)}
 
+    def fingerprint(self):
+        dances = list(dict.fromkeys(name for name, _ in self._clips))
+        files = [path(name) for name in dances for path in (self._motion, self._wav)]
+        return digest(len(self), self._clips, self.seconds, sizes(files, self._folder))
+
     def _motion(self, name: str) -> pathlib.Path:
         return self._folder / "motions" / f"{name}.pkl"
 
@@ -117,7 +122,8 @@ class Segments:
         _check_split(split)
         if data not in SEGMENTS:
             raise UserError(f"there are no segments of {data!r}: choose one of {', '.join(SEGMENTS)}.")
-        folder, self.seconds, self._data = pathlib.Path(folder).expanduser(), seconds, data
+        folder = self._folder = pathlib.Path(folder).expanduser()
+        self.seconds, self._data = seconds, data
         longer = "" if seconds == 2 else f"_s{seconds}"
         self._files: dict[str, list[pathlib.Path]] = {}
         for kind in ("motion", "audio", *["video"] * video):
@@ -154,6 +160,10 @@ class Segments:
         if "video" in files:
             taken["video"] = np.stack([_numbers(file, (2048,)) for file in files["video"]])
         return taken
+
+    def fingerprint(self):
+        files = [file for kind in sorted(self._files) for file in self._files[kind]]
+        return digest(len(self), self._data, self.seconds, sizes(files, self._folder))
 
 
 def read_motion(path: str | os.PathLike) -> np.ndarray:

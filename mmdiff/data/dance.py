@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mmdiff.data.sources import check_range
+from mmdiff.data.sources import check_range, digest
 from mmdiff.errors import UserError
 
 RATE = 22_050  # samples and
@@ -331,6 +331,9 @@ class DanceMusic:
         clips = [_clip(self.split, self.seconds, int(i)) for i in indices]
         taken = {name: np.stack([clip[name] for clip in clips]) for name in ("motion", "audio", "genre", "beats")}
         return {**taken, "audio": taken["audio"].astype(np.float32) / LOUDEST}
+
+    def fingerprint(self):
+        return digest(len(self), "dance music", self.split, self.seconds)
 
     def poses(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The dance of one clip as SMPL has it: rotation vectors [frames, 24, 3] in radians, and the pelvis's path [frames, 3], metres."""

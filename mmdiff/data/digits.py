@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mmdiff.data import text
-from mmdiff.data.sources import ArraySource
+from mmdiff.data.sources import ArraySource, fingerprint
 from mmdiff.errors import UserError
 
 LEVELS = 17  # values 0..16
@@ -170,7 +170,8 @@ def captioned(source: ArraySource, vectors: np.ndarray) -> ArraySource:
     """The examples of a source of digits with the ids of their `CAPTIONS`, "text" int32 [n, 8], and `vectors[label]`, "query" [n, D]."""
     label = source.arrays["label"]
     ids = caption_words().encode(CAPTIONS)
-    return ArraySource({**source.arrays, "text": ids[label], "query": np.asarray(vectors, np.float32)[label]})
+    arrays = {**source.arrays, "text": ids[label], "query": np.asarray(vectors, np.float32)[label]}
+    return ArraySource(arrays, fingerprint(source))
 
 
 def random_prompts(size: int) -> np.ndarray:

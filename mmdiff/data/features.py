@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.data.digits import digits_source
-from mmdiff.data.sources import ArraySource, Source, whole
+from mmdiff.data.sources import ArraySource, Source, fingerprint, whole
 
 SIZE = 32
 
@@ -57,7 +57,7 @@ def distance(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 def represented(source: Source) -> ArraySource:
     """The examples of a source of digits, in memory, with their features as "representation", float32 [n, 32]."""
     arrays = whole(source)
-    return ArraySource({**arrays, "representation": digit_features()(arrays["image"])})
+    return ArraySource({**arrays, "representation": digit_features()(arrays["image"])}, fingerprint(source))
 
 
 def projection(size: int, shape: Sequence[int], scale: float) -> Callable[[jax.Array], jax.Array]:

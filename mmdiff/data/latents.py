@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff.data.sources import RandomSource, Source, check_range
+from mmdiff.data.sources import RandomSource, Source, check_range, digest
 from mmdiff.errors import UserError
 
 META = "meta.json"
@@ -138,6 +138,10 @@ class LatentSource:
                 bad = indices[~np.isfinite(out.reshape(len(out), -1).sum(1))][0]
                 raise UserError(f"{name} {bad} in {self._path} is not finite: the copy is damaged, make it anew.")
         return result
+
+    def fingerprint(self):
+        files = [_shard(name, i) for name, arrays in sorted(self._shards.items()) for i in range(len(arrays))]
+        return digest(len(self), {file: self._meta["sha256"].get(file) for file in files})
 
     def verify(self) -> None:
         """Reads everything and compares it with what was written; UserError names the first damaged shard."""

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from mmdiff.data.sources import Source, check_range
+from mmdiff.data.sources import Source, check_range, digest, fingerprint
 from mmdiff.errors import UserError
 
 
@@ -51,6 +51,9 @@ class WithNegatives:
         # One read for all: each partner once.
         rows, places = np.unique(chosen, return_inverse=True)
         return {**self.source.take(indices), self.name: self.source.take(rows)[self.of][places.reshape(chosen.shape)]}
+
+    def fingerprint(self):
+        return digest(len(self), "negatives", fingerprint(self.source), self.partners)
 
 
 def partners(classes: np.ndarray, count: int = 10, seed: int = 0) -> np.ndarray:

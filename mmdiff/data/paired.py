@@ -26,7 +26,7 @@ import numpy as np
 
 from mmdiff.data import pictures, scenes
 from mmdiff.data.modalities import PICTURES, Images
-from mmdiff.data.sources import RandomSource, Source, check_range
+from mmdiff.data.sources import RandomSource, Source, check_range, digest, fingerprint
 from mmdiff.errors import UserError
 
 OTHER = {"cityscapes": "segmentation", "cityscapes_tfds": "segmentation", "night2day": "night"}  # the name of the other picture
@@ -69,6 +69,9 @@ class PairedScenes:
     def take(self, indices):
         found = self._scenes.take(indices)
         return {**found, self._other: night(found["image"]) if self._other == "night" else self._classes(indices, found)}
+
+    def fingerprint(self):
+        return digest(len(self), self._other, fingerprint(self._scenes))
 
     def _classes(self, indices, found):
         inside = scenes.cover(self._scenes.ink(indices), found, self._scenes.size) > 0.5
@@ -115,7 +118,7 @@ class Pairs:
                 f"there is no folder {folder / split}: unpack pix2pix's {name}.tar.gz (efrosgans.eecs.berkeley.edu/pix2pix/datasets), "
                 "and name the folder in which its train and val are.")
         records = [{"image": path} for path in pictures.files(folder / split)]
-        self._records = pictures.nonempty(records, f"pictures ({', '.join(PICTURES)}) in {folder / split}")
+        self._records = pictures.nonempty(records, folder, f"pictures ({', '.join(PICTURES)}) in {folder / split}")
 
     def __len__(self):
         return len(self._records)
@@ -126,6 +129,9 @@ class Pairs:
         found = list(pictures.threads().map(self._pair, self._records.get(indices.tolist())))
         pairs = np.stack(found) if found else np.zeros((0, 2, self._size, self._size, 3), np.float32)
         return {"image": pairs[:, 0], OTHER[self._name]: pairs[:, 1]}
+
+    def fingerprint(self):
+        return digest(len(self), self._name, self._records.identity())
 
     def _pair(self, record):
         """The image and the other picture, [2, size, size, 3]."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -42,7 +43,7 @@ import numpy as np
 
 from mmdiff.data import text
 from mmdiff.data.modalities import PICTURES, Images, Labels
-from mmdiff.data.sources import RandomSource, Source, check_range
+from mmdiff.data.sources import RandomSource, Source, check_range, digest, sizes
 from mmdiff.errors import UserError
 
 CAPTIONS = {"coco_captions": 5, "cub200": 10, "captioned": 1}  # of a picture
@@ -88,6 +89,9 @@ class Records(Protocol):
     def __len__(self) -> int:
         """How many."""
 
+    def identity(self) -> Any:
+        """What tells these pictures from others, as JSON values, wherever they lie."""
+
     def get(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Of each "image", a file's path or content or a `Member`, and "label" (int) or "captions" (strings), or both."""
 
@@ -128,6 +132,9 @@ class Pictures:
             ids = self._words.encode(list(itertools.chain.from_iterable(said)))
             found["text"] = ids.reshape(len(records), self._captions, self._words.length)
         return found
+
+    def fingerprint(self):
+        return digest(len(self), list(self.names), self._records.identity())
 
 
 def open_pictures(data: Any, split: str, size: int, words: text.Tokenizer | None = None) -> Source:
@@ -195,10 +202,14 @@ class Tfds:
             self._source = builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in pictures})
         except (NotImplementedError, ValueError, OSError) as error:
             raise UserError(f"{newest} cannot be read ({str(error).splitlines()[0]}): prepare it anew, with {command}") from error
+        self._identity = [full, newest.name, split]
         self.names = features["label"].names if isinstance(features.get("label"), tfds.features.ClassLabel) else ()
 
     def __len__(self):
         return len(self._source)
+
+    def identity(self):
+        return self._identity
 
     def get(self, indices):
         examples = self._source.__getitems__(list(indices))
@@ -215,13 +226,17 @@ def _said(example: dict[str, Any]) -> dict[str, Any]:
 
 
 class Files:
-    """`Records` in memory, of pictures in files."""
+    """`Records` in memory, of pictures in the files of a folder."""
 
-    def __init__(self, records: Sequence[dict[str, Any]], names: Sequence[str] = ()):
-        self._all, self.names = records, names
+    def __init__(self, records: Sequence[dict[str, Any]], folder: pathlib.Path, names: Sequence[str] = ()):
+        self._all, self._folder, self.names = records, folder, names
 
     def __len__(self):
         return len(self._all)
+
+    def identity(self):
+        said = [[record.get("label"), record.get("captions")] for record in self._all]
+        return [said, sizes([record["image"] for record in self._all], self._folder)]
 
     def get(self, indices):
         return [self._all[i] for i in indices]
@@ -249,7 +264,7 @@ def _cub200(folder: pathlib.Path, classes: str) -> Files:
             if not captions:
                 raise UserError(f"{said} holds no captions: unpack it again.")
             records.append({"image": path, "label": numbers[name], "captions": captions})
-    return nonempty(records, f"pictures of the classes in {listed}", list(numbers))
+    return nonempty(records, folder, f"pictures of the classes in {listed}", list(numbers))
 
 
 def _aircraft(folder: pathlib.Path, split: str) -> Files:
@@ -266,7 +281,7 @@ def _aircraft(folder: pathlib.Path, split: str) -> Files:
         if name not in numbers:
             raise UserError(f"{listed} names the variant {name!r}, but {variants} has none of that name.")
         records.append({"image": data / f"images/{number}.jpg", "label": numbers[name]})
-    return nonempty(records, f"pictures in {listed}", list(numbers))
+    return nonempty(records, folder, f"pictures in {listed}", list(numbers))
 
 
 def _folder(folder: pathlib.Path, split: str) -> Files:
@@ -279,14 +294,14 @@ def _folder(folder: pathlib.Path, split: str) -> Files:
         if name not in numbers:
             raise UserError(f"{folder / split} has a class {name!r}, but {folder / 'train'} has none of that name.")
         records += [{"image": path, "label": numbers[name]} for path in files(folder / split / name)]
-    return nonempty(records, f"pictures ({', '.join(PICTURES)}) in the folders of {folder / split}", list(numbers))
+    return nonempty(records, folder, f"pictures ({', '.join(PICTURES)}) in the folders of {folder / split}", list(numbers))
 
 
-def nonempty(records: Sequence[dict[str, Any]], what: str, names: Sequence[str] = ()) -> Files:
-    """`Files` of records, or a UserError: there are none of `what`."""
+def nonempty(records: Sequence[dict[str, Any]], folder: pathlib.Path, what: str, names: Sequence[str] = ()) -> Files:
+    """`Files` of the records of a folder, or a UserError: there are none of `what`."""
     if not records:
         raise UserError(f"there are no {what}.")
-    return Files(records, names)
+    return Files(records, folder, names)
 
 
 def _folders(path: pathlib.Path) -> list[str]:
@@ -315,13 +330,13 @@ def _captioned(folder: pathlib.Path, split: str) -> Records:
             if not tab:
                 raise UserError(f"line {number} of {listed} has no tab: it is a picture's file, a tab and its caption.")
             records.append({"image": folder / name, "captions": [caption.strip()]})
-        return nonempty(records, f"lines in {listed}")
+        return nonempty(records, folder, f"lines in {listed}")
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in PICTURES:
             beside = {kind: path.with_suffix(f".{kind}") for kind in ("txt", "json")}
             said = _caption(path, {kind: file.read_bytes for kind, file in beside.items() if file.exists()})
             records.append({"image": path, "captions": [said]})
-    return nonempty(records, f"tar files and no pictures ({', '.join(PICTURES)}) in {folder}")
+    return nonempty(records, folder, f"tar files and no pictures ({', '.join(PICTURES)}) in {folder}")
 
 
 def _caption(picture: Any, said: dict[str, Callable[[], bytes]]) -> str:
@@ -383,6 +398,9 @@ class Shards:
 
     def __len__(self):
         return len(self._members)
+
+    def identity(self):
+        return [len(self), hashlib.sha256(self._said).hexdigest(), sizes(self._paths, self._paths[0].parent)]
 
     def get(self, indices):
         found = []

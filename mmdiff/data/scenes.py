@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 
 from mmdiff.data import order, text
 from mmdiff.data.digits import digits_tokens
-from mmdiff.data.sources import check_range
+from mmdiff.data.sources import check_range, digest
 from mmdiff.errors import UserError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -81,6 +81,9 @@ class Scenes:
         scenes = {name: self._scenes[name][indices] for name in ATTRIBUTES}
         pixels = render(self.ink(indices), scenes, self.size)
         return {"image": pixels.astype(np.float32) / 127.5 - 1, "text": _texts()[tuple(scenes.values())], **scenes}
+
+    def fingerprint(self):
+        return digest(len(self), "digit scenes", self.size, *(self._scenes[name] for name in sorted(self._scenes)))
 
     def ink(self, indices: np.ndarray) -> np.ndarray:
         """The digits of scenes, [n, 8, 8] in [0, 1]."""

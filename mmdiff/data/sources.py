@@ -1,17 +1,30 @@
-"""Where examples come from: a length and a way to take some by number."""
+"""Where examples come from: a length, a way to take some by number, and a fingerprint that tells two sets apart."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+import os
+import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+HASHED = 2**26  # bytes of an array that a fingerprint reads, and
+HASHED_ROWS = 4096  # rows of a larger one
+SIZED = 10_000  # files whose sizes a fingerprint asks for
+
 
 class Source(Protocol):
-    """A finite set of examples, numbered from 0."""
+    """A finite set of examples, numbered from 0.
+
+    A source may have `fingerprint() -> str`, which `fingerprint` calls: the length and a digest of what the examples are (`digest`), the
+    same in every process and for a folder that was moved, another one where an example was added, removed, renamed or replaced.
+    """
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -26,12 +39,17 @@ class ArraySource:
 
         ArraySource({"image": images, "label": labels}).take(np.array([3, 1]))
 
+    Attributes:
+      arrays: as above.
+      made_of: what the fingerprint says instead of the arrays' bytes, where these are computed (another machine rounds otherwise).
+
     Raises:
       ValueError: no arrays, no examples, or arrays of different lengths.
       IndexError: from `take`, for an index outside 0..N-1.
     """
 
     arrays: Mapping[str, np.ndarray]
+    made_of: str | None = None
 
     def __post_init__(self):
         lengths = {name: len(array) for name, array in self.arrays.items()}
@@ -45,6 +63,10 @@ class ArraySource:
         indices = np.asarray(indices, np.int64)
         check_range(indices, len(self))
         return {name: array[indices] for name, array in self.arrays.items()}
+
+    def fingerprint(self):
+        arrays = [] if self.made_of else [np.asarray(self.arrays[name]) for name in sorted(self.arrays)]
+        return digest(len(self), sorted(self.arrays), self.made_of, *arrays)
 
 
 class RandomSource:
@@ -63,7 +85,7 @@ class RandomSource:
     POOL = 256
 
     def __init__(self, modalities: Mapping[str, Any], size: int = 1_000_000):
-        self._size = size
+        self._size, self._shapes = size, {name: [type(each).__name__, list(each.shape)] for name, each in modalities.items()}
         rngs = {name: np.random.Generator(np.random.Philox(zlib.crc32(name.encode()))) for name in modalities}
         self._pool = ArraySource({name: modality.random(rngs[name], self.POOL) for name, modality in modalities.items()})
 
@@ -74,6 +96,9 @@ class RandomSource:
         indices = np.asarray(indices, np.int64)
         check_range(indices, self._size)
         return self._pool.take(indices % self.POOL)
+
+    def fingerprint(self):
+        return digest(self._size, "random", self._shapes)
 
 
 class Some:
@@ -90,10 +115,58 @@ class Some:
         check_range(indices, len(self))
         return self._source.take(indices * len(self._source) // self._count)
 
+    def fingerprint(self):
+        return digest(self._count, "some", fingerprint(self._source))
+
 
 def whole(source: Source) -> dict[str, np.ndarray]:
     """Every example of a source that fits in memory, in its own order."""
     return source.take(np.arange(len(source), dtype=np.int64))
+
+
+def fingerprint(source: Source) -> str:
+    """"LENGTH-DIGEST" of a source: equal for equal examples in the same order, wherever they lie; cheap, so not every byte is read.
+
+    What lies in files is told apart by names and sizes, caches by their manifests, arrays in memory by their bytes, made-up examples by
+    what makes them, and a source without a `fingerprint` of its own by its length, its first and its last example.
+    """
+    own = getattr(source, "fingerprint", None)
+    if own is not None:
+        return own()
+    ends = source.take(np.array([0, len(source) - 1], np.int64))
+    return digest(len(source), sorted(ends), *(np.asarray(ends[name]) for name in sorted(ends)))
+
+
+def digest(length: int, *parts: Any) -> str:
+    """"LENGTH-DIGEST" of arrays (of those above 64 MiB up to 4,096 rows, evenly spread) and JSON values."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            found.update(f"{part.dtype.str} {part.shape}".encode())
+            if part.nbytes > HASHED:
+                rows = min(len(part), HASHED_ROWS, max(2, HASHED * len(part) // part.nbytes))
+                part = part[np.linspace(0, len(part) - 1, rows).astype(np.int64)]
+            found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+        else:
+            found.update(json.dumps(part, sort_keys=True).encode())
+        found.update(b"\0")
+    return f"{length}-{found.hexdigest()}"
+
+
+def sizes(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[list[Any]]:
+    """[[name below `folder`, bytes], ...] of files; of more than 10,000 only that many, evenly spread, are asked for their size.
+
+    One that cannot be asked has none: what reads it says so.
+    """
+    asked = set(np.linspace(0, len(paths) - 1, min(len(paths), SIZED)).astype(int).tolist())
+    found = []
+    for number, path in enumerate(paths):
+        size = None
+        if number in asked:
+            with contextlib.suppress(OSError):
+                size = path.stat().st_size
+        found.append([os.path.relpath(path, folder), size])
+    return found
 
 
 def check_range(indices: np.ndarray, size: int) -> None:

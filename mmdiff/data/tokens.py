@@ -28,7 +28,8 @@ import jax
 import numpy as np
 
 from mmdiff.data.modalities import TokenImages
-from mmdiff.data.sources import ArraySource, RandomSource, Source, check_range
+from mmdiff.data.sources import ArraySource, RandomSource, Source, check_range, digest
+from mmdiff.data.sources import fingerprint as source_fingerprint
 from mmdiff.data.text import Tokenizer, train
 from mmdiff.errors import UserError
 from mmdiff.nets.audio import AudioAutoencoder
@@ -254,6 +255,9 @@ class Captioned:
         picture, caption = np.divmod(indices, self._captions)
         found = self._source.take(picture)
         return {**found, "text": found["text"][np.arange(len(indices)), caption]}
+
+    def fingerprint(self):
+        return digest(len(self), "captioned", source_fingerprint(self._source))
 
 
 def read_meta(folder: str | os.PathLike) -> dict[str, Any]:

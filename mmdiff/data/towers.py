@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from mmdiff.data import tokens
-from mmdiff.data.sources import Source
+from mmdiff.data.sources import Source, digest, fingerprint
 from mmdiff.data.text import Tokenizer
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Patches
@@ -146,6 +146,9 @@ class Described:
 
     def take(self, indices):
         return {**self._source.take(indices), "query": self._vectors[self._which[np.asarray(indices, np.int64)]]}
+
+    def fingerprint(self):
+        return digest(len(self), "described", fingerprint(self._source))  # the towers have a fingerprint of their own
 
 
 def words(folder: str | os.PathLike) -> Tokenizer:
