@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from mmdiff.data.loader import batches
+from mmdiff.keys import key_of
 from mmdiff.training.sharding import abstract_state, lower_step, make_mesh
 from mmdiff.training.step import init_state, step_of
 
@@ -33,7 +34,7 @@ def train(experiment: Any, config: Any) -> tuple[Any, float]:
     state = abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
     step = lower_step(step_of(experiment, config.train), state, shapes, mesh).compile()
-    state = jax.jit(lambda key: init_state(experiment.init, experiment.optimizer, key, experiment.loss))(jax.random.key(config.seed))
+    state = jax.jit(lambda key: init_state(experiment.init, experiment.optimizer, key, experiment.loss))(key_of(config.seed))
     start = time.monotonic()
     for _ in range(config.train.steps):
         state, _ = step(state, first)

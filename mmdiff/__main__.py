@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from mmdiff import __version__
 from mmdiff import config as configs
 from mmdiff.errors import UserError
+from mmdiff.keys import check_seed
 from mmdiff.training import distributed
 
 OVERRIDE = "--config."
@@ -188,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--absent", action="append", default=[], metavar="NAME", help="leave a modality out; repeatable")
     option("--steps", type=_positive, metavar="N", help="sampling steps (default: config.sample.steps)")
     option("--guidance", type=_finite, metavar="W", help="guidance weight (default: config.sample.guidance)")
-    option("--seed", type=int, metavar="S", help="seed of the samples (default: config.seed)")
+    option("--seed", type=_seed, metavar="S", help="seed of the samples (default: config.seed)")
     of_checkpoint(sub)
     option("--out", metavar="DIR", help="where the samples are written (default: WORKDIR/samples)")
     sub = command("eval", _eval, "measure a trained model and write the report", EVAL)
@@ -221,6 +222,15 @@ def _step(text: str) -> int | str:
     if text != "best" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"it must be the step of a checkpoint or best, not {text!r}")
     return text if text == "best" else int(text)
+
+
+def _seed(text: str) -> int:
+    try:
+        seed = int(text) if text.removeprefix("-").isdecimal() else text
+        check_seed(seed, "it")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
+    return seed
 
 
 def _finite(text: str) -> float:
@@ -411,7 +421,9 @@ def _key(seed: int, use: str):
     import jax
     import numpy as np
 
-    return jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(use.encode())))
+    from mmdiff.keys import key_of
+
+    return jax.random.fold_in(key_of(seed, "the seed"), np.uint32(zlib.crc32(use.encode())))
 
 
 def _given(experiment, args: argparse.Namespace):

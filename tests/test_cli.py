@@ -258,6 +258,7 @@ def complaint(capsys, argv):
         (["sample", "--config", TINY, "--workdir", "x", "--number", "0"], "must be an integer of 1 or more, not '0'"),
         (["sample", "--config", TINY, "--workdir", "x", "--steps", "many"], "must be an integer of 1 or more"),
         (["sample", "--config", TINY, "--workdir", "x", "--guidance", "inf"], "must be a finite number, not 'inf'"),
+        (["sample", "--config", TINY, "--workdir", "x", "--seed", "-1"], "--seed: it must be an integer from 0 to 2**64 - 1, not -1"),
         (["sample", "--config", TINY, "--workdir", "x", "--guidance", "much"], "must be a finite number, not 'much'"),
         (["sample", "--config", TINY, "--workdir", "x"], "there is no run in x: train it first, with mmdiff train"),
         (["eval", "--config", TINY, "--workdir", "x"], "there is no run in x"),

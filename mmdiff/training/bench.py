@@ -26,6 +26,7 @@ from mmdiff.data import loader
 from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
+from mmdiff.keys import key_of
 from mmdiff.training import perf, sharding
 from mmdiff.training.step import IN_FLIGHT, Step, step_of
 
@@ -86,7 +87,7 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     began = time.perf_counter()
     program = lowered.compile()
     compile_seconds = time.perf_counter() - began
-    key = jax.random.key(config.seed)
+    key = key_of(config.seed)
     state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
     waited = 0.0
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mmdiff.data import loader
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
+from mmdiff.keys import check_seed, key_of
 from mmdiff.training import checkpoints, distributed, sharding
 from mmdiff.training.metrics_logger import MetricsLogger, device
 from mmdiff.training.signals import Signals, make_any_process_signalled
@@ -54,6 +55,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
     """
     options = config.train
     _check(options)
+    check_seed(config.seed)
     mesh = sharding.make_mesh(dict(options.mesh))
     sharding.check_batch(options.global_batch, mesh, options.microbatches)
     changed = checkpoints.check_config(workdir, config)
@@ -84,7 +86,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), empty)
             state, averages, meta = saved.restore(abstract, like)
         else:
-            key = jax.random.key(config.seed)
+            key = key_of(config.seed)
             state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
             if options.get("start"):  # fine-tuning
                 weights, _ = checkpoints.weights(experiment, options.start, mesh=mesh)
@@ -207,7 +209,7 @@ def make_evaluate(experiment: Experiment, config: ml_collections.ConfigDict, mes
     part, parts = sharding.process_rows(mesh, size)
 
     def score(params, batch):
-        value, metrics = experiment.loss(params, batch, jax.random.key(config.seed))
+        value, metrics = experiment.loss(params, batch, key_of(config.seed))
         return {**metrics, "loss": value}
 
     score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
