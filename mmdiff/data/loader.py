@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from mmdiff.data import order
-from mmdiff.data.sources import Source
+from mmdiff.data.order import ORDER_VERSION, indices, positions
+from mmdiff.data.sources import Source, first_non_finite
 from mmdiff.errors import UserError
+
+NAMED = 10  # examples that are not finite, in the log
 
 
 def batches(
-    source: Source, seed: int, global_batch: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    source: Source,
+    seed: int,
+    global_batch: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    order: int = ORDER_VERSION,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's part of every global batch from `start_step` on, without end.
 
     With B = global_batch and P = process_count, process p owns the rows [p*B/P, (p+1)*B/P) of each batch; the parts of all
-    processes, one after the other, are the batch of a single process.
+    processes, one after the other, are the batch of a single process. `order` is the version of the order of the examples.
+
+    An example with a NaN or an infinite value is named in the log when it first comes, by its number in the source; the step leaves its
+    batch out.
 
     Yields:
       The source's arrays [B/P, ...] and "index", uint32 [B/P]: the global position modulo 2**32, which is the same number for
@@ -37,12 +49,19 @@ def batches(
         )
     local = global_batch // process_count
     rows = slice(process_index * local, (process_index + 1) * local)
+    named: set[int] = set()
 
     def generate(step):
         while True:
-            positions = order.positions(step, global_batch)[rows]
-            batch = source.take(order.indices(seed, positions, len(source)))
-            yield {**batch, "index": (positions % 2**32).astype(np.uint32)}
+            at = positions(step, global_batch)[rows]
+            chosen = indices(seed, at, len(source), order)
+            batch = source.take(chosen)
+            if len(named) < NAMED and (bad := first_non_finite(batch, chosen)) and bad[1] not in named:
+                named.add(bad[1])
+                last = ", and no others are named" if len(named) == NAMED else ""
+                what = "example %d of the training data has values of %r that are not finite: fix or remove it%s."
+                logging.warning(what, bad[1], bad[0], last)
+            yield {**batch, "index": (at % 2**32).astype(np.uint32)}
             step += 1
 
     return generate(int(start_step))

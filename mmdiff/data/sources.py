@@ -169,6 +169,18 @@ def sizes(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[list[Any]
     return found
 
 
+def first_non_finite(batch: Mapping[str, np.ndarray], indices: np.ndarray) -> tuple[str, int] | None:
+    """(name, index) of the first example of `indices` [n] with a NaN or an infinity in the arrays [n, ...] of `batch`, or None."""
+    for name, array in batch.items():
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = array.dtype.kind not in "fcV" or np.isfinite(array.sum(dtype=np.float32))  # one pass, no second array
+        if not finite:
+            bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1))
+            if bad.size:  # a sum may overflow
+                return name, int(indices[bad[0]])
+    return None
+
+
 def check_range(indices: np.ndarray, size: int) -> None:
     """Raises IndexError unless all `indices` are in 0..size-1 (numpy would count negative ones from the end)."""
     if indices.size and (indices.min() < 0 or indices.max() >= size):
