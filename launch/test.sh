@@ -3,7 +3,8 @@
 #
 #   bash launch/test.sh [PYTEST ARGUMENTS]
 #
-# for example `bash launch/test.sh tests/laws -k gaussian`, or `-n 0` for one process; without arguments, the whole suite.
+# for example `bash launch/test.sh tests/laws -k gaussian`, or `-n 0` for one process. Without arguments, the default tier: every law and
+# every path, some by one representative; `--all` adds the full grids, the long kills and the configs one by one.
 # Options: launch/environment.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -42,5 +42,15 @@ def programs_forgotten():
         gc.collect()
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", 'slow: takes over ten seconds; leave them out with -m "not slow"')
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run also what is marked slow: full grids of laws, long kills, configs one by one")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --all, tests marked slow run only when they are asked for by name (a node id) or by -m."""
+    if config.option.all or config.option.markexpr or any("::" in arg for arg in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]

@@ -1,0 +1,94 @@
+"""Which second-order solver should a config sample with? Heun against DPM-Solver++(2M) at equal network calls, on validation data.
+
+    python launch/solver_experiments.py --out runs/solvers [--parts digits_joint scenes ...]
+
+Each config is trained with three seeds and shortened (`STEPS`); then both solvers sample with the same weights, the same noise and the same
+conditions. Heun of N steps makes 2N - 1 network calls, and so does 2M of 2N - 1 steps. Measured:
+
+    error    root mean square difference of the images to those of `REFERENCE` Heun steps from the same noise: the solver's own error
+    frechet  Fréchet ratio to the validation images (raw pixels): what it does to the samples
+"""
+
+import dataclasses
+import pathlib
+
+import experiments
+import jax
+import numpy as np
+
+from mmdiff import config as configs
+from mmdiff import sampling
+from mmdiff.data.scenes import Scenes
+from mmdiff.data.sources import whole
+from mmdiff.evals.base import draw_samples
+from mmdiff.evals.frechet import frechet_ratio
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+NAMES = (
+    "digits_joint", "mtdiffusion/digits_label", "mtdiffusion/digits_masked", "mtdiffusion/digits_representation",
+    "mtdiffusion/digits_transition", "diffdis/digits", "diffdis/scenes",
+)  # fmt: skip
+STEPS = 500
+OVERRIDES = {"diffdis/scenes": {"tasks": "draw"}}
+REFERENCE, COUNT = 100, 500
+
+
+def second_order_multistep(process, name="image"):
+    """The belief's transform of DPM-Solver++(2M) for the image alone."""
+    gaussian = process.parts[name]
+    return sampling.only(name, sampling.dpmpp_2m(gaussian.schedule))
+
+
+def build(module, config, solver):
+    """The config's experiment, whose sampler takes `solver` in the place of Heun."""
+    make = sampling.drawer
+
+    def drawer(process, *args, heun=False, maps=(), **options):
+        if solver == "heun" or not heun:
+            return make(process, *args, heun=heun, maps=maps, **options)
+        return make(process, *args, maps=(*maps, second_order_multistep(process)), **options)
+
+    sampling.drawer = drawer
+    try:
+        experiment = module.build(config)
+    finally:
+        sampling.drawer = make
+    if "towers" in config.get("data", {}):  # the query's vectors, which come from frozen towers, have no part in sampling images
+        train, validation = (Scenes(split, experiment.shape["image"][0]) for split in ("train", "validation"))
+        experiment = dataclasses.replace(experiment, train_data=lambda: train, validation_data=lambda: validation)
+    return experiment
+
+
+def run(seed, data, overrides):
+    """One training, sampled by both solvers: (metrics, seconds)."""
+    config, module = configs.load(str(CONFIGS / f"{data}.py"), [*overrides.items(), ("seed", str(seed))])
+    heun, multistep = (build(module, config, solver) for solver in ("heun", "2m"))
+    params, seconds = experiments.train(heun, config)
+    train, validation = whole(heun.train_data()), whole(heun.validation_data())
+    count = min(COUNT, len(train["image"]))
+    known = {name: np.asarray(train[name][:count]) for name in heun.shape if name != "image" and name in train}
+    key, quantize = jax.random.key(1000 + seed), getattr(heun.modalities["image"], "quantize", np.asarray)
+
+    def images(experiment, steps, guidance):
+        drawn = draw_samples(experiment, params, key, known, count, batch=250, steps=steps, guidance=guidance)
+        return np.asarray(drawn["image"])
+
+    guidance = float(config.sample.guidance)
+    reference = images(heun, REFERENCE, guidance)
+    metrics = {}
+    for steps in sorted({6, 12, int(config.sample.steps)}):
+        for name, experiment, own in (("heun", heun, steps), ("2m", multistep, 2 * steps - 1)):
+            found = images(experiment, own, guidance)
+            metrics[f"error {name}/{2 * steps - 1}"] = np.sqrt(np.mean((found - reference) ** 2))
+            metrics[f"frechet {name}/{2 * steps - 1}"] = frechet_ratio(quantize(found), validation["image"], train["image"][:count])
+    return metrics, seconds
+
+
+def settings():
+    """-> (part, name, config, overrides)."""
+    for name in NAMES:
+        yield name.replace("/", "_"), "both solvers", name, {"train.steps": str(STEPS), **OVERRIDES.get(name, {})}
+
+
+if __name__ == "__main__":
+    experiments.main(__doc__, list(settings()), run, {})
