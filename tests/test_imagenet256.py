@@ -67,7 +67,7 @@ def test_the_hybrid_loss_and_the_label_dropout(monkeypatch):
             return jnp.zeros((*x.shape[:-1], 8))
 
     config, module = configs.load(DIT)
-    monkeypatch.setattr(nets, "dit", lambda *args, **options: Nothing())
+    monkeypatch.setattr(nets.DiT, "preset", lambda *args, **options: Nothing())
     size = 400
     batch = {name: modality.random(np.random.default_rng(0), size) for name, modality in MODALITIES.items()}
     value, metrics = module.build(config).loss(None, batch | {"index": np.arange(size, dtype=np.uint32)}, jax.random.key(0))

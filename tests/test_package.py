@@ -1,11 +1,16 @@
 """What is installed, and what an import costs."""
 
+import importlib
 import os
 import pathlib
+import pkgutil
 import subprocess
 import sys
+import types
 
 import pytest
+
+import mmdiff
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -46,6 +51,7 @@ print(seconds)
 def test_help_and_mistakes_load_no_jax(tmp_path):
     code = f"""
 import sys
+import types
 sys.path.insert(0, {str(ROOT)!r})
 from mmdiff.__main__ import main
 assert main(["sample", "--config", "missing.py", "--workdir", "x"]) == 2
@@ -57,3 +63,13 @@ assert not {{"jax", "tensorflow"}} & set(sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_no_name_of_a_package_shadows_one_of_its_modules():
+    """`import mmdiff.nets.dit` and `mmdiff.nets.dit` are the same thing: what a package exports has other names than its modules."""
+    found = pkgutil.walk_packages(mmdiff.__path__, "mmdiff.")
+    packages = [mmdiff, *(importlib.import_module(module.name) for module in found if module.ispkg)]
+    assert {"mmdiff.nets", "mmdiff.processes"} <= {package.__name__ for package in packages}
+    for package in packages:
+        for _, name, _ in pkgutil.iter_modules(package.__path__):
+            assert isinstance(getattr(package, name, package), types.ModuleType), f"{package.__name__}.{name}"

@@ -57,7 +57,7 @@ def get_config():
 
 def build(config):
     model, train = config.model, config.train
-    net = nets.dit(
+    net = nets.DiT.preset(
         model.size, model.patch, classes=CLASSES, learn_sigma=True, dtype=jnp.dtype(model.dtype), remat=model.remat, scan=model.scan)
     apply = nets.as_joint(net)
     process = Joint(image=LearnedSigma(schedules.linear_beta(STEPS), eps), label=Given(null=CLASSES))

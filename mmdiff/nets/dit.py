@@ -143,7 +143,7 @@ class DiT(nn.Module):
 
     Attributes:
       patches: the image's shape and patch size.
-      depth, width, heads: see `SIZES`; `dit("XL", 2)` builds the published ones.
+      depth, width, heads: see `SIZES`; `DiT.preset("XL", 2)` builds the published ones.
       scan: compile one layer and scan it.
       remat: what the backward pass finds stored: "none" (no rematerialisation: everything), "dots" (products), "full" (each block's
         input) or "offload" (products, in the host's memory: TPU and GPU).
@@ -162,6 +162,15 @@ class DiT(nn.Module):
     backend: str | None = None
     dtype: Any = jnp.float32
 
+    @classmethod
+    def preset(
+        cls, size: str, patch: int, *, image: int = 32, channels: int = 4, classes: int = 1000, learn_sigma: bool = True, **options
+    ) -> DiT:
+        """The published DiT-`size`/`patch`: `DiT.preset("XL", 2)` works on 32x32x4 latents of 256-pixel images."""
+        depth, width, heads = sizes(size)
+        patches = Patches(image, image, channels, patch, 2 * channels if learn_sigma else channels)
+        return cls(patches, classes, depth, width, heads, **options)
+
     @nn.compact
     def __call__(self, x, t, label):
         check_width(self.width, self.heads)
@@ -173,13 +182,6 @@ class DiT(nn.Module):
         h = stack(block, self.depth, self.scan, self.remat)(h, c)
         shift, scale = jnp.split(Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="adaln")(nn.silu(c)), 2, axis=-1)
         return self.patches.decode(modulate(layer_norm(h), shift, scale), self.dtype, "image").astype(jnp.float32)
-
-
-def dit(size: str, patch: int, *, image: int = 32, channels: int = 4, classes: int = 1000, learn_sigma: bool = True, **options) -> DiT:
-    """The published DiT-`size`/`patch`: `dit("XL", 2)` works on 32x32x4 latents of 256-pixel images."""
-    depth, width, heads = sizes(size)
-    patches = Patches(image, image, channels, patch, 2 * channels if learn_sigma else channels)
-    return DiT(patches, classes, depth, width, heads, **options)
 
 
 def as_joint(net: nn.Module, image: str = "image", label: str = "label"):

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdiff.nets import attention
-from mmdiff.nets.attention import BACKENDS
+from mmdiff.nets.attention import BACKENDS, attention
 from mmdiff.nets.target import compiling_for
 
 B, N, M, H, D = 2, 5, 7, 3, 8

@@ -7,7 +7,7 @@ import pytest
 from filled import filled
 
 from mmdiff.errors import UserError
-from mmdiff.nets import DiT, Patches, as_joint, dit
+from mmdiff.nets import DiT, Patches, as_joint
 from mmdiff.nets.target import compiling_for
 
 SMALL = dict(patches=Patches(4, 4, 2, 2), classes=3, depth=3, width=16, heads=2)
@@ -42,7 +42,7 @@ def published(size, patch):
 
 
 def test_heads_that_the_tensor_axis_does_not_divide_are_refused():
-    net = dit("S", 8)
+    net = DiT.preset("S", 8)
     arguments = jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     with compiling_for("cpu", 4, axes={"tensor": 4}), pytest.raises(UserError, match="6 heads do not split into 4"):
         jax.eval_shape(net.init, *arguments)
@@ -53,7 +53,7 @@ def test_heads_that_the_tensor_axis_does_not_divide_are_refused():
 @pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
 @pytest.mark.parametrize("patch", [2, 4, 8])
 def test_parameter_counts(size, patch):
-    net = dit(size, patch)
+    net = DiT.preset(size, patch)
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     assert count(shapes) == published(size, patch)
     known = {("S", 2): 32_865_056, ("B", 2): 130_315_808, ("XL", 2): 674_834_720}
@@ -65,9 +65,9 @@ def test_output_shapes():
         run = lambda k: net.init_with_output(k, jnp.zeros(shape), jnp.zeros(2), jnp.zeros(2, jnp.int32))[0]  # noqa: E731
         return jax.eval_shape(run, jax.random.key(0))
 
-    out = output(dit("S", 4), 2, 32, 32, 4)
+    out = output(DiT.preset("S", 4), 2, 32, 32, 4)
     assert out.shape == (2, 32, 32, 8) and out.dtype == jnp.float32
-    assert output(dit("S", 4, image=16, channels=3, classes=10, learn_sigma=False), 2, 16, 16, 3).shape == (2, 16, 16, 3)
+    assert output(DiT.preset("S", 4, image=16, channels=3, classes=10, learn_sigma=False), 2, 16, 16, 3).shape == (2, 16, 16, 3)
 
 
 def test_starts_at_zero():
@@ -145,8 +145,8 @@ def test_as_joint(params, reference):
 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="no DiT of size 'M'; choose one of S, B, L, XL"):
-        dit("M", 2)
+        DiT.preset("M", 2)
     with pytest.raises(ValueError, match="no remat policy 'some'; choose one of none, dots, full"):
         DiT(**SMALL, remat="some").init(jax.random.key(0), X, T, LABEL)
     with pytest.raises(ValueError, match="do not tile"):
-        dit("S", 3)
+        DiT.preset("S", 3)

@@ -68,7 +68,7 @@ def dit_flops(depth, width, tokens, patch, size):
 
 @pytest.mark.parametrize("published, size, scan", [(118.64e9, "XL", True), (6.06e9, "S", False)])
 def test_dit_has_the_published_flops(published, size, scan):
-    net = nets.dit(size, 2, scan=scan)
+    net = nets.DiT.preset(size, 2, scan=scan)
     depth, width, _ = nets.sizes(size)
     inputs = shape(1, 32, 32, 4), shape(1), shape(1, dtype=jnp.int32)
     params = jax.eval_shape(net.init, jax.random.key(0), *inputs)
