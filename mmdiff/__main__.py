@@ -255,7 +255,7 @@ def _train(args: argparse.Namespace) -> None:
         distributed.start(**where)
     from mmdiff.training import loop
 
-    loop.train(module.build(config), config, args.workdir)
+    loop.train(configs.build(config, module, args.overrides), config, args.workdir)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -271,7 +271,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     _keep_memory()  # as train does
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
-    found = bench.measure(module.build(config), config, steps=args.steps, rounds=args.rounds, peer=args.peer)
+    found = bench.measure(configs.build(config, module, args.overrides), config, steps=args.steps, rounds=args.rounds, peer=args.peer)
     if jax.process_index() == 0:
         print(bench.table(found))
         _write_json(args.json, found)
@@ -283,8 +283,9 @@ def _aot(args: argparse.Namespace) -> None:
     from mmdiff.training import aot
 
     def load(overrides):
-        config, module = configs.load(args.config, [*args.overrides, *overrides.items()])
-        return config, module.build(config)
+        overrides = [*args.overrides, *overrides.items()]
+        config, module = configs.load(args.config, overrides)
+        return config, configs.build(config, module, overrides)
 
     found = aot.report(load, args.topology, args.slices)
     print(aot.text(found))
@@ -394,26 +395,10 @@ def _open(args: argparse.Namespace):
         if not any(key == name or key.startswith(f"{name}.") for name in IN_USE):
             free = ", ".join(f"config.{name}" for name in IN_USE)
             raise UserError(f"config.{key} is {old!r} in the run in {args.workdir}, not {new!r}: only {free} can be set here.")
-    _put(config, stored)
-    _put(config, asked)
-    sample = config.get("sample", {})
-    if sample.get("steps", 1) < 1:
-        raise UserError(f"config.sample.steps must be 1 or more, not {sample.steps}.")
-    if not math.isfinite(sample.get("guidance", 0.0)):
-        raise UserError(f"config.sample.guidance must be a finite number, not {sample.guidance}.")
+    configs.put(config, stored)
+    configs.put(config, asked)
     _start_jax()
-    return config, module.build(config)
-
-
-def _put(config, values: Mapping[str, object]) -> None:
-    """Replaces the values of the dotted keys that the config has."""
-    known = configs.flatten(config)
-    with config.ignore_type():  # what was stored was valid for the run
-        for key, value in values.items():
-            if key in known:
-                *sections, name = key.split(".")
-                section = functools.reduce(lambda section, part: section[part], sections, config)
-                section[name] = tuple(value) if isinstance(known[key], tuple) and isinstance(value, list) else value
+    return config, configs.build(config, module, args.overrides)
 
 
 def _key(seed: int, use: str):

@@ -1,21 +1,25 @@
 """Config files: plain values plus a constructor.
 
 A config file defines `get_config() -> ml_collections.ConfigDict` and `build(config) -> Experiment`. Every value can be
-replaced as `--config.section.key=value`; the text is read as the type of the value that it replaces.
+replaced as `--config.section.key=value`; the text is read as the type of the value that it replaces. `mmdiff.checks` has their ranges.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
+import contextlib
+import copy
 import importlib.util
 import json
+import math
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from mmdiff import checks, suggest
 from mmdiff.errors import UserError
 
 try:
@@ -26,6 +30,7 @@ except ModuleNotFoundError:
     sys.modules["ml_collections"] = ml_collections  # config files import it by that name
 
 SECTIONS = (Mapping, ml_collections.ConfigDict)
+NOT_FINITE = ("Infinity", "-Infinity", "NaN")  # JSON has no word for them
 
 
 def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[ml_collections.ConfigDict, ModuleType]:
@@ -39,14 +44,98 @@ def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[ml_colle
       The locked config and the file as a module; `module.build(config)` makes the experiment.
 
     Raises:
-      UserError: the file is missing or is no config file, a key does not exist, or a text does not fit its key's type.
+      UserError: the file is missing or is no config file, a key does not exist, or a value does not suit its key.
     """
-    module = _module(path)
-    config = module.get_config()
+    file = _file(path)
+    values = _values_alone(file)
+    if values is not None:  # a mistake in a key is said before seconds are spent on importing what `build` needs
+        _finish(path, values, overrides)
+    module = _module(path, file)
+    with _of_the_file(path, "get_config"):
+        config = module.get_config()
+    return _finish(path, config, overrides), module
+
+
+def _finish(path: str, config: Any, overrides: Sequence[tuple[str, str]]) -> ml_collections.ConfigDict:
+    """Checks what `get_config` returned, and puts the overrides on it."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{path} is no config file: its get_config returns a {type(config).__name__}, not an ml_collections.ConfigDict.")
+    missing = [name for name, kind in (("seed", int), ("train", SECTIONS)) if not isinstance(config.get(name), kind)]
+    if missing:
+        raise UserError(f"{path} is no config file: its get_config has no {missing[0]} (see configs/digits_joint.py).")
+    own = flatten(config)
     for key, text in overrides:
         _override(config, key, text)
+    checks.check(flatten(config), own)
     config.lock()
-    return config, module
+    return config
+
+
+def build(config: ml_collections.ConfigDict, module: ModuleType, overrides: Sequence[tuple[str, Any]] = ()) -> Any:
+    """`module.build(config)`, where what fails for a mistake of the user is one sentence.
+
+    That is an error of the config file itself (it names the line), a value that a constructor refuses, and whatever does not fail without
+    the overrides (it names those that it needs). Anything else is a bug and keeps its traceback.
+    """
+    path = module.__file__
+    try:
+        experiment = module.build(config)
+    except UserError as error:
+        guilty = _guilty(config, module, overrides) if not any(key in str(error) for key, _ in overrides) else ()
+        if guilty:
+            raise UserError(f"{str(error).rstrip('.')} (with {_set(guilty)}).") from error
+        raise
+    except (Exception, SystemExit) as error:
+        guilty = _guilty(config, module, overrides)
+        modules = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        name, file = next(module for module in reversed(modules) if not module[0].startswith(("ml_collections.", "mmdiff.configdict")))
+        refused = isinstance(error, (ValueError, TypeError)) and name.startswith("mmdiff.")
+        if not guilty and not refused and file != path:
+            raise
+        values = f" with {_set(guilty)}" if guilty else ""
+        raise UserError(f"{path} cannot be built{values}: {_what(error, path)}.") from error
+    if not all(hasattr(experiment, name) for name in ("process", "init", "loss", "optimizer")):
+        raise UserError(f"{path} is no config file: its build returns a {type(experiment).__name__}, not an Experiment.")
+    return experiment
+
+
+def _guilty(config: ml_collections.ConfigDict, module: ModuleType, overrides: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The overrides without which the experiment can be built: one, where one is enough, or all; none if it fails without them too."""
+    overrides, own = list(dict(overrides).items()), flatten(module.get_config())
+
+    def works_without(left_out):
+        values = copy.deepcopy(config)
+        put(values, {key: own[key] for key, _ in left_out if key in own})
+        try:
+            module.build(values)
+        except (Exception, SystemExit):
+            return False
+        return True
+
+    return next(([one] for one in overrides if works_without([one])), overrides if works_without(overrides) else []) if overrides else []
+
+
+def _set(overrides: Sequence[tuple[str, Any]]) -> str:
+    return ", ".join(f"config.{key}={checks.short(str(value))[1:-1]}" for key, value in overrides)
+
+
+def put(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:
+    """Replaces the values of the dotted keys that the config has; they may come from `to_json`."""
+    known = flatten(config)
+    with config.ignore_type():  # what was stored was valid for the run
+        for key, value in values.items():
+            if key in known:
+                *sections, name = key.split(".")
+                section = config
+                for part in sections:
+                    section = section[part]
+                section[name] = _like(value, known[key])
+
+
+def _like(value: Any, old: Any) -> Any:
+    if isinstance(old, tuple) and isinstance(value, list):
+        return tuple(_like(item, old[0] if old else None) for item in value)
+    return float(value) if isinstance(old, float) and value in NOT_FINITE else value
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,8 +150,8 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
-    """All values as indented JSON. Tuples become lists, which `difference` takes for equal."""
-    return json.dumps(config.to_dict(), indent=2) + "\n"
+    """All values as indented JSON, in its strict form: tuples become lists and infinities text, which `difference` takes for equal."""
+    return json.dumps(_plain(config.to_dict()), indent=2, allow_nan=False) + "\n"
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -73,30 +162,112 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tupl
 
 
 def _plain(value: Any) -> Any:
+    """A value as strict JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-def _module(path: str) -> ModuleType:
-    file = pathlib.Path(path)
+# ---- The file ----
+
+
+def _file(path: str) -> pathlib.Path:
     remedy = "--config takes the path of a Python file such as configs/digits_joint.py"
-    if not file.is_file():
-        raise UserError(f"there is no config file {path}: {remedy}.")
-    if file.suffix != ".py":
-        raise UserError(f"{path} is no config file: {remedy}.")
+    try:
+        file = pathlib.Path(path)
+        if file.is_file() and file.suffix == ".py":
+            return file
+        what = f"{path} is no config file" if file.exists() else f"there is no config file {checks.short(str(path))[1:-1]}"
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL character
+        raise UserError(f"{checks.short(path)} is no path of a file ({getattr(error, 'strerror', None) or error}): {remedy}.") from error
+    folders = [file if file.is_dir() else file.parent, pathlib.Path("configs")]
+    known = {other.stem: str(other) for folder in reversed(folders) if folder.is_dir() for other in sorted(folder.rglob("*.py"))[:1000]}
+    near = suggest.word(file.stem, known)
+    raise UserError(f"{what}: did you mean {known[near]}?" if near else f"{what}: {remedy}.")
+
+
+def _values_alone(file: pathlib.Path) -> ml_collections.ConfigDict | None:
+    """What `get_config` of a file returns, without running the rest of it; None where that is not enough."""
+    with contextlib.suppress(Exception, SystemExit):
+        return _part(file, ["get_config"])["get_config"]()
+    return None
+
+
+def _part(file: pathlib.Path, names: list[str]) -> dict[str, Any]:
+    """Runs those statements of a file that define `names`, and what these need; -> its globals. Of its neighbours, too."""
+    binds: dict[str, list[ast.stmt]] = {}
+    for statement in ast.parse(file.read_bytes()).body:
+        for name in _bound(statement):
+            binds.setdefault(name, []).append(statement)
+    space: dict[str, Any] = {"__name__": f"mmdiff_values_{file.stem}", "__file__": str(file)}
+    wanted, seen, chosen = list(names), set(), []
+    while wanted:
+        name = wanted.pop()
+        for statement in binds.get(name, ()) if name not in seen else ():
+            neighbour = file.parent / f"{getattr(statement, 'module', None)}.py"
+            if isinstance(statement, ast.ImportFrom) and not statement.level and neighbour.is_file():
+                alias = next(alias for alias in statement.names if (alias.asname or alias.name) == name)
+                space[name] = _part(neighbour, [alias.name])[alias.name]
+            elif statement not in chosen:
+                chosen.append(statement)
+                wanted += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        seen.add(name)
+    body = sorted(chosen, key=lambda statement: statement.lineno)
+    exec(compile(ast.Module(body, []), str(file), "exec"), space)
+    return space
+
+
+def _bound(statement: ast.stmt) -> list[str]:
+    """The names that a statement defines."""
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        return [statement.name]
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return [alias.asname or alias.name.partition(".")[0] for alias in statement.names]
+    return [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+
+
+def _module(path: str, file: pathlib.Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"mmdiff_config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     folder = str(file.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)  # a config may import its neighbours, from wherever the command is run
     sys.modules[spec.name] = module
-    try:
+    with _of_the_file(path):
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"{path} is not valid Python: {error.msg} on line {error.lineno}.") from error
     for name in ("get_config", "build"):
         if not callable(getattr(module, name, None)):
             raise UserError(f"{path} is no config file: it defines no function {name} (see configs/digits_joint.py).")
     return module
+
+
+@contextlib.contextmanager
+def _of_the_file(path: str, function: str = "") -> Iterator[None]:
+    """Makes one sentence of what a config file does wrong."""
+    try:
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        where = f" on line {error.lineno}" if error.lineno else ""
+        raise UserError(f"{path} is not valid Python: {error.msg}{where}.") from error
+    except (Exception, SystemExit) as error:
+        if function:
+            raise UserError(f"the {function} of {path} fails: {_what(error, path)}.") from error
+        raise UserError(f"{path} cannot be imported: {_what(error, path)}.") from error
+
+
+def _what(error: BaseException, path: str) -> str:
+    """An error in words, with the last line of the config file that led to it."""
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
+    text = " ".join(str(error).split()).rstrip(".")
+    kind = type(error).__name__
+    return f"{f'{kind}: {text}' if text else kind}" + (f" (line {lines[-1]})" if lines else "")
+
+
+# ---- Overrides ----
 
 
 def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
@@ -105,7 +276,7 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
         inside = [known for known in flat if known.startswith(f"{key}.")]
         if inside:
             raise UserError(f"config.{key} is a section, not a value: set one of {_listed(inside)}.")
-        raise UserError(f"there is no config key {key!r}: did you mean {_nearest(key, list(flat))!r}?")
+        raise UserError(_no_key(key, list(flat)))
     *sections, name = key.split(".")
     section = config
     for part in sections:
@@ -115,7 +286,7 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     try:
         section[name] = value
     except TypeError as error:
-        raise UserError(f"config.{key} cannot be {text!r}: {error}.") from error
+        raise UserError(f"config.{key} cannot be {checks.short(text)}: {error}.") from error
 
 
 def _parse(key: str, text: str, old: Any, kind: type) -> Any:
@@ -132,22 +303,25 @@ def _parse(key: str, text: str, old: Any, kind: type) -> Any:
             return _literal(text)
         if kind is str:
             return text
-    except (KeyError, ValueError, SyntaxError, TypeError):
-        raise UserError(f"config.{key} must be {wanted[kind]} (it is {old!r}), not {text!r}.") from None
+    except (KeyError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        wanted = wanted.get(kind, "a value")
+        raise UserError(f"config.{key} must be {wanted} (it is {checks.short(old)}), not {checks.short(text)}.") from None
     raise UserError(f"config.{key} is a {kind.__name__}, which no command line can set: change it in the config file.")
 
 
 def _sequence(text: str, old: Sequence[Any] | None) -> list[Any]:
     """A sequence whose elements have the type of the old ones (any literals where there were none)."""
     body = text.strip()
+    if not body.strip("()[], ") and old:
+        raise ValueError  # nothing, where there was something
     if body[:1] + body[-1:] in ("()", "[]"):
         body = body[1:-1]
     kinds = {type(v) for v in old or ()}
     if kinds == {str}:
         return [part.strip().strip("\"'") for part in body.split(",") if part.strip()]
-    values = list(ast.literal_eval(f"[{body}]"))
     if kinds == {float}:
-        return [float(v) for v in values]
+        return [float(part) for part in body.split(",") if part.strip()]
+    values = list(ast.literal_eval(f"[{body}]"))
     if kinds and {type(v) for v in values} - kinds:
         raise TypeError
     return values
@@ -156,15 +330,15 @@ def _sequence(text: str, old: Sequence[Any] | None) -> list[Any]:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return {"none": None, "true": True, "false": False}.get(text.lower(), text)
 
 
-def _nearest(key: str, known: list[str]) -> str:
-    """The known key that a person most likely meant: one with the same last name, else the most similar."""
-    last = key.rpartition(".")[2]
-    same = [name for name in known if name.rpartition(".")[2] == last]
-    return difflib.get_close_matches(key, same or known, n=1, cutoff=0)[0]
+def _no_key(key: str, known: list[str]) -> str:
+    found, what = suggest.key(key, known), f"there is no config key {checks.short(key)}"
+    if found and "epoch" in key.lower():
+        return f"{what}: training is counted in steps, not in epochs: did you mean {found!r}?"
+    return f"{what}: did you mean {found!r}?" if found else f"{what}: choose one of {_listed(known, 40)}."
 
 
 def _listed(keys: Sequence[str], most: int = 6) -> str:

@@ -28,6 +28,10 @@ def build(config):
 """
 
 
+HEAD = "from ml_collections import ConfigDict\ndef get_config():\n"
+BUILD = "def build(config):\n    pass\n"
+
+
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "plain.py"
@@ -39,7 +43,7 @@ def file(tmp_path):
     "key, text, value",
     [
         ("seed", "7", 7),
-        ("train.steps", "-20", -20),
+        ("train.steps", "20", 20),
         ("train.learning_rate", "3e-4", 3e-4),
         ("train.learning_rate", "1", 1.0),
         ("train.tensorboard", "False", False),
@@ -78,6 +82,14 @@ def test_the_last_override_of_a_key_wins(file):
         ("train.guidance", "7", "'sample.guidance'?"),
         ("model.shape.0", "7", "'model.shape'?"),
         ("sead", "7", "'seed'?"),
+        ("train.lr", "7", "'train.learning_rate'?"),
+        ("optimizer.lr", "7", "'train.learning_rate'?"),
+        ("learn_rate", "7", "'train.learning_rate'?"),
+        ("num_steps", "7", "'train.steps'?"),
+        ("sample.num_steps", "7", "'sample.steps'?"),
+        ("cfg_scale", "7", "'sample.guidance'?"),
+        ("train.epochs", "7", "counted in steps, not in epochs: did you mean 'train.steps'?"),
+        ("train.wandb", "7", "choose one of config."),
         ("train", "7", "config.train is a section"),
         ("train.steps", "many", "config.train.steps must be an integer (it is 3000), not 'many'"),
         ("train.steps", "2.5", "must be an integer"),
@@ -86,6 +98,19 @@ def test_the_last_override_of_a_key_wins(file):
         ("model.shape", "a,b", "must be like 1,2"),
         ("model.shape", "1.5,2", "must be like 1,2"),
         ("model.limit", "x", "must be an integer"),
+        ("model.note", "b'bytes'", "config.model.note must be a number, text, true, false, none or a list of these, not b'bytes'"),
+        ("train.steps", "0", "config.train.steps must be 1 or more, not 0"),
+        ("train.steps", "9" * 25, "config.train.steps must be at most 2,147,483,647"),
+        ("train.steps", "9" * 5000, "config.train.steps must be an integer"),
+        ("train.learning_rate", "nan", "config.train.learning_rate must be a finite number, not nan"),
+        ("train.learning_rate", "0", "config.train.learning_rate must be above 0, not 0.0"),
+        ("train.learning_rate", "1e38", "config.train.learning_rate must be at most 1,000"),
+        ("train.mesh.data", "0", "config.train.mesh.data must be -1 or 1 or more, not 0"),
+        ("sample.guidance", "inf", "config.sample.guidance must be a finite number"),
+        ("model.widths", "1,-2", "config.model.widths must be 1 or more, not [1.0, -2.0]"),
+        ("model.shape", "", "must be like 1,2"),
+        ("seed", "-1", "config.seed must be 0 or more"),
+        ("seed", str(2**64), "config.seed must be at most 18,446,744,073,709,551,615"),
     ],
 )
 def test_a_wrong_override_is_one_clear_sentence(file, key, text, words):
@@ -103,12 +128,24 @@ def test_a_wrong_override_is_one_clear_sentence(file, key, text, words):
         ("empty.py", "", "defines no function get_config"),
         ("half.py", "def get_config():\n    pass", "defines no function build"),
         ("broken.py", "x = 1\ndef get_config(:", "not valid Python: invalid syntax on line 2"),
+        ("latin.py", b"name = '\xe9'", "not valid Python"),
+        ("zero.py", b"x = 1\0", "cannot be imported|not valid Python"),
+        ("raising.py", "x = 1\nwidth = depth", "cannot be imported: NameError: name 'depth' is not defined .line 2."),
+        ("missing_package.py", "import no_such_package", "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("leaving.py", "import sys\nsys.exit(3)", "cannot be imported: SystemExit: 3"),
+        ("circle.py", "from circle import build", "cannot be imported: ImportError"),
+        ("fails.py", f"{HEAD}    return 1 / 0\n{BUILD}", "the get_config of .* fails: ZeroDivisionError: division by zero .line 3."),
+        ("none.py", f"{HEAD}    pass\n{BUILD}", "its get_config returns a NoneType, not an ml_collections.ConfigDict"),
+        ("dict.py", f"{HEAD}    return dict(seed=0)\n{BUILD}", "its get_config returns a dict"),
+        ("seedless.py", f"{HEAD}    return ConfigDict(dict(train={{}}))\n{BUILD}", "its get_config has no seed"),
+        ("trainless.py", f"{HEAD}    return ConfigDict(dict(seed=0))\n{BUILD}", "its get_config has no train"),
+        ("set.py", f"{HEAD}    return ConfigDict(dict(seed=0, train=dict(x={{1}})))\n{BUILD}", "config.train.x must be a number, text"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused(tmp_path, name, text, words):
     path = tmp_path / name
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=words):
         configs.load(str(path))
 
@@ -148,3 +185,55 @@ def test_difference_names_each_key_that_changed_and_takes_lists_for_tuples(file)
     assert configs.difference(stored, changed) == {"train.steps": (3000, 5), "model.shape": ([8, 8, 1], (4, 4, 1))}
     del stored["seed"]
     assert configs.difference(stored, config) == {"seed": (None, 0)}
+
+
+def test_infinities_of_the_file_are_allowed_and_come_back_from_strict_json(tmp_path):
+    path = tmp_path / "open.py"
+    train = "dict(clip=float('inf'), bounds=(-1.0, 1.0))"
+    path.write_text(f"{HEAD}    return ConfigDict(dict(seed=0, limit=float('inf'), train={train}))\n{BUILD}")
+    config, _ = configs.load(str(path))
+    stored = json.loads(configs.to_json(config), parse_constant=pytest.fail)
+    assert stored["limit"] == "Infinity" and configs.difference(stored, config) == {}
+    assert configs.difference(json.loads('{"limit": Infinity}'), {"limit": float("inf")}) == {}  # as it was written before
+    other, _ = configs.load(str(path), [("limit", "2"), ("train.clip", "1"), ("train.bounds", "0,1")])
+    configs.put(other, configs.flatten(stored))
+    assert configs.flatten(other) == configs.flatten(config)
+    for key, text, words in ("train.bounds", "-inf,1", "a finite number"), ("limit", "nan", "a finite number"):
+        with pytest.raises(UserError, match=words):
+            configs.load(str(path), [(key, text)])
+
+
+def test_a_mistake_in_a_key_is_said_before_the_rest_of_the_file_is_run(tmp_path):
+    (tmp_path / "heavy_base.py").write_text("raise SystemError('heavy')\nfrom ml_collections import ConfigDict\nSTEPS = 10 * 5\n"
+        "def get_config():\n    return ConfigDict(dict(seed=0, train=dict(steps=STEPS)))\n")
+    path = tmp_path / "heavy_variant.py"
+    path.write_text("from heavy_base import build, get_config as base\ndef get_config():\n    return base()\n")
+    for key, text, words in ("train.stpes", "1", "'train.steps'"), ("train.steps", "0", "1 or more"):
+        with pytest.raises(UserError, match=words):
+            configs.load(str(path), [(key, text)])
+    with pytest.raises(UserError, match="cannot be imported: SystemError: heavy"):
+        configs.load(str(path))
+
+
+def built(tmp_path, body, overrides=()):
+    path = tmp_path / "built.py"
+    path.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n"
+        f"    return ConfigDict(dict(seed=0, train=dict(steps=3, keep=1), model=dict(width=8, name='a')))\ndef build(config):\n{body}\n")
+    return configs.build(*configs.load(str(path), list(overrides)), list(overrides))
+
+
+def test_what_a_build_refuses_is_a_sentence_that_names_the_overrides_it_needs(tmp_path):
+    body = "    import numpy as np\n    np.zeros(3).reshape(config.model.width, -1) if config.model.width != 8 else None"
+    overrides = [("model.width", "7"), ("train.keep", "2")]
+    with pytest.raises(UserError, match="built.py cannot be built with config.model.width='7'|=7: ValueError: cannot reshape .*line 6"):
+        built(tmp_path, body, overrides)
+    with pytest.raises(UserError, match="line 5"):  # the file's own mistake
+        built(tmp_path, "    return config.modle")
+    with pytest.raises(UserError, match="its build returns a NoneType, not an Experiment"):
+        built(tmp_path, "    pass")
+    share = "    from mmdiff import times\n    times.mixture((config.model.width / 8, times.uniform()))"
+    with pytest.raises(UserError, match="mixture: .*with config.model.width=7"):
+        built(tmp_path, share, overrides)
+    bug = "    import json\n    json.loads('x')"
+    with pytest.raises(json.JSONDecodeError):  # of another library, whatever is overridden
+        built(tmp_path, bug, overrides)
