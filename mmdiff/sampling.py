@@ -5,7 +5,7 @@ Every method is the process's own step on an improved belief x0_hat, so a sample
     DDIM                      Gaussian(..., eta=0) and no map
     ancestral (DDPM, SDE)     Gaussian(..., eta=1) and no map; the discrete processes always draw
     DPM-Solver++(2M)          dpmpp_2m(schedule)
-    Heun                      sample(..., heun=True)
+    Heun                      sample(..., heun=True), for eta=0
     clipping, thresholding    clip(-1, 1), threshold(0.995)
     truncation                top_p(0.9), temperature(0.8)
     confidence unmasking      confidence(process)
@@ -58,7 +58,7 @@ def uniform_grid(steps: int) -> jax.Array:
     """`1, 1 - 1/N, ..., 0`: N steps."""
     if steps < 1:
         raise UserError(f"a sampler needs at least one step, got {steps}.")
-    return (steps - jnp.arange(steps + 1, dtype=jnp.float32)) / steps
+    return (steps - jnp.arange(steps + 1, dtype=jnp.result_type(float))) / steps
 
 
 def sample(
@@ -84,7 +84,8 @@ def sample(
       given: modalities held at t = 0, [B, ...] each; returned bit for bit.
       absent: modalities held at t = 1: the others are drawn without them.
       maps: functions `Move -> Move`, applied in order at every step; `only(name, map)` applies one to a modality.
-      heun: average the beliefs at both ends of each step (second order, two network calls a step).
+      heun: average the slopes at both ends of each step (`Process.heun`): second order, 2N - 1 network calls, for the step to t = 0 is
+        Euler's. For deterministic Gaussians, and not with a map that extrapolates (`dpmpp_2m`).
       history: return every state on the way, [N + 1, B, ...], from the prior's draw to x_0.
 
     Returns x_0 with the structure of `shape`.
@@ -108,6 +109,7 @@ def sample(
                 )
     elif given or absent:
         raise ValueError("sample: `given` and `absent` name modalities of a Joint; this process has only one.")
+    grid = jax.tree.map(jnp.asarray, dict(grid)) if isinstance(grid, Mapping) else jnp.asarray(grid)
     lengths = {len(g) for g in (grid.values() if isinstance(grid, Mapping) else [grid])}
     if len(lengths) > 1:
         raise ValueError(f"sample: grids of different lengths, {sorted(lengths)}; one step moves every modality.")
@@ -121,12 +123,17 @@ def sample(
         def of(name=None):
             value = (grid[name] if isinstance(grid, Mapping) else grid)[i]
             value = 0.0 if name in given else 1.0 if name in absent else value
-            return jnp.full((count,), value, jnp.float32)
+            return jnp.full((count,), value, jnp.result_type(float))
 
         return {name: of(name) for name in shape} if joint else of()
 
     def belief(xt, t):
         return process.clean(apply(params, *process.inputs(xt, t)), xt, t)
+
+    def refined(move):
+        for refine in maps:
+            move = refine(move)
+        return move
 
     xt = start(process, fold(keys, "prior"), shape, given)
 
@@ -138,14 +145,20 @@ def sample(
         first = i == 0
         last_x0 = jax.tree.map(lambda a, b: jnp.where(first, a, b), x0, last_x0)
         last_t = jax.tree.map(lambda a, b: jnp.where(first, a, b), t, last_t)
-        move = Move(xt=xt, t=t, s=s, x0=x0, last_x0=last_x0, last_t=last_t, kept=x0, keys=fold(step_keys, "maps"))
-        for refine in maps:
-            move = refine(move)
+        move = refined(Move(xt=xt, t=t, s=s, x0=x0, last_x0=last_x0, last_t=last_t, kept=x0, keys=fold(step_keys, "maps")))
         xs = process.step(step_keys, xt, move.x0, move.t, move.s)
         if heun:
-            x0_end = belief(xs, s)
-            average = jax.tree.map(lambda a, b: 0.5 * (a + b), move.x0, x0_end)
-            xs = process.step(step_keys, xt, average, move.t, move.s)
+            if any(a is not b for a, b in zip(jax.tree.leaves(move.x0), jax.tree.leaves(move.kept))):
+                raise UserError("sample: heun and a map that extrapolates the belief (dpmpp_2m) are both second order: use one of them.")
+
+            def corrected(xs):
+                x0 = belief(xs, s)
+                end = refined(move.replace(xt=xs, t=s, s=s, x0=x0, last_x0=move.kept, last_t=t, kept=x0))
+                return process.step(step_keys, xt, process.heun(move.x0, end.x0, move.t, move.s), move.t, move.s)
+
+            # The last step, to t = 0, has no slope at its end: no second call.
+            again = [(end > 0).any() & (end < start).any() for start, end in zip(jax.tree.leaves(t), jax.tree.leaves(s))]
+            xs = jax.lax.cond(jnp.stack(again).any(), corrected, lambda xs: xs, xs)
         return (xs, move.kept, t), xt if history else None
 
     last = jax.eval_shape(belief, xt, times(0))

@@ -8,7 +8,7 @@ Continuous processes use the pair as it stands. Discrete ones read it as (probab
 replaced), for which `alpha + sigma = 1` must hold: `flow` and `masked_cosine` do. Mask-and-replace chains read three shares, from
 a `ReplaceTable`.
 
-Schedules work on arrays of any shape, are differentiable in t (`derivative`) and return float32.
+Schedules work on arrays of any shape, are differentiable in t (`derivative`) and return float32, the analytic ones float64 for float64 t.
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ import numpy as np
 Schedule = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
+def _floating(t) -> jax.Array:
+    t = jnp.asarray(t)
+    return t.astype(jnp.promote_types(t.dtype, jnp.float32))
+
+
 def flow() -> Schedule:
     """Straight lines, `(1 - t, t)`: rectified flow, flow matching; for discrete data the linear schedule of MD4."""
 
     def schedule(t):
-        t = jnp.asarray(t, jnp.float32)
+        t = _floating(t)
         return 1.0 - t, t
 
     return schedule
@@ -41,7 +46,7 @@ def cosine() -> Schedule:
     """
 
     def schedule(t):
-        t = jnp.asarray(t, jnp.float32)
+        t = _floating(t)
         angle = t * (math.pi / 2)
         # sin of the complement is exact at t = 1, where cos would leave -4e-8.
         return jnp.sin((1.0 - t) * (math.pi / 2)), jnp.sin(angle)
@@ -53,7 +58,7 @@ def masked_cosine() -> Schedule:
     """The mask schedule of MaskGIT for discrete data: `(1 - sin(pi t / 2), sin(pi t / 2))`; sums to one."""
 
     def schedule(t):
-        t = jnp.asarray(t, jnp.float32)
+        t = _floating(t)
         sigma = jnp.sin(t * (math.pi / 2))
         # 1 - sin(a) = 2 sin^2((pi/2 - a) / 2) keeps its digits near t = 1; the plain form is exact at 0.
         return jnp.where(t < 0.5, 1.0 - sigma, 2.0 * jnp.sin((1.0 - t) * (math.pi / 4)) ** 2), sigma
@@ -202,7 +207,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> 
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
     def schedule(t):
-        t = jnp.asarray(t, jnp.float32)
+        t = _floating(t)
         sigma = (low + t * (high - low)) ** rho
         return jnp.ones_like(t), jnp.where(t > 0, sigma, 0.0)
 
@@ -219,7 +224,7 @@ def shift(schedule: Schedule, factor: float) -> Schedule:
         raise ValueError(f"shift needs factor > 0, got {factor}.")
 
     def shifted(t):
-        t = jnp.asarray(t, jnp.float32)
+        t = _floating(t)
         return schedule(factor * t / (1.0 + (factor - 1.0) * t))
 
     return shifted
@@ -249,5 +254,5 @@ def log_snr(schedule: Schedule, t: jax.Array) -> jax.Array:
 
 def derivative(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`(alpha', sigma')` at t, by forward differentiation."""
-    t = jnp.asarray(t, jnp.float32)
+    t = _floating(t)
     return jax.jvp(schedule, (t,), (jnp.ones_like(t),))[1]

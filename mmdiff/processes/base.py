@@ -104,6 +104,13 @@ class Process:
         """A draw from q(x_s | x_t, x_0 ~ x0_hat). For s = t it is x_t itself."""
         raise NotImplementedError
 
+    def heun(self, x0_hat: Array, x0_end: Array, t: Array, s: Array) -> Array:
+        """The belief whose step from t to s goes along the mean of two slopes: of x0_hat at (x_t, t) and of x0_end where its step arrives.
+
+        Here slopes are linear in the belief with the same coefficients, so the mean of the beliefs. Where s = 0 it is x0_hat itself.
+        """
+        return jnp.where(bcast(s > 0, x0_hat), 0.5 * (x0_hat + x0_end), x0_hat)
+
     def kl(self, noised: Noised, x0_hat: Array, s: Array) -> Array:
         """KL(q(x_s | x_t, x_0) || q(x_s | x_t, x0_hat)) in nats, summed over the example: one term of the VLB, [B]."""
         raise NotImplementedError
@@ -182,6 +189,9 @@ class Given(Process):
 
     def step(self, keys, xt, x0_hat, t, s):
         return xt
+
+    def heun(self, x0_hat, x0_end, t, s):
+        return x0_hat
 
     def kl(self, noised, x0_hat, s):
         return jnp.zeros_like(noised.t)
@@ -269,6 +279,9 @@ class Joint(Process):
 
     def step(self, keys, xt, x0_hat, t, s):
         return self._map("step", xt, x0_hat, t, s, keys=keys)
+
+    def heun(self, x0_hat, x0_end, t, s):
+        return self._map("heun", x0_hat, x0_end, t, s)
 
     def kl(self, noised, x0_hat, s):
         return self._map("kl", self.split(noised), x0_hat, s)

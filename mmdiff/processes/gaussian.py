@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff import schedules
+from mmdiff.errors import UserError
 from mmdiff.processes.base import Noised, Process, bcast, check_time, per_example, per_example_mean, per_example_sum
 
 Predict = Callable[[schedules.Schedule, jax.Array], tuple[jax.Array, jax.Array]]
@@ -133,6 +134,26 @@ class Gaussian(Process):
             xs = alpha_s * x0_hat + direction * eps_hat + jnp.sqrt(variance) * noise
         return jnp.where(bcast(s < t, xt), xs, xt)
 
+    def heun(self, x0_hat, x0_end, t, s):
+        r"""Heun's method in the variable in which the schedule is a straight line, the chord from (alpha, sigma) at t = 0 to that at t = 1.
+
+        x_t / c with c = alpha - k sigma, k = (alpha(1) - 1) / sigma(1), is (1 + k u) x_0 + u eps, u = sigma / c: a DDIM step is Euler's
+        in u, and the mean of the slopes k x_0 + eps at both ends is that of the belief
+
+            x0_hat + 1/2 (c_s sigma_t) / (c_t sigma_s) (x0_end - x0_hat).
+
+        For `flow` u is t and the slope the velocity; for `edm` u is sigma and the slope (x - x0_hat) / sigma (Karras et al. 2022,
+        algorithm 1). There and for all schedules the step to s = 0, where eps has no value, is Euler's.
+        """
+        if self.eta:
+            raise UserError(f"Heun's method solves the ODE of a deterministic sampler: use eta=0 (here {self.eta:g}), or leave heun out.")
+        moves = (s > 0) & (s < t)
+        (alpha, sigma), (alpha_s, sigma_s) = (self.schedule(jnp.where(moves, u, other)) for u, other in ((t, 0.75), (s, 0.5)))
+        alpha_1, sigma_1 = self.schedule(jnp.ones_like(t))
+        slope = (alpha_1 - 1.0) / sigma_1
+        weight = (alpha_s - slope * sigma_s) * sigma / ((alpha - slope * sigma) * sigma_s)
+        return x0_hat + bcast(jnp.where(moves, 0.5 * weight, 0.0), x0_hat) * (x0_end - x0_hat)
+
     def kl(self, noised, x0_hat, s):
         """`(SNR(s) - SNR(t)) / 2 |x_0 - x0_hat|^2` (VDM, equation 15); infinite at s = 0, where a decoder takes over."""
         # Where the answer is 0 or infinite, any other times keep NaN out of the gradients.
@@ -171,7 +192,8 @@ class Gaussian(Process):
 
     @staticmethod
     def _mean(out, x):
-        return out[..., : x.shape[-1]].astype(jnp.float32) if x.ndim > 1 else out.astype(jnp.float32)
+        out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+        return out[..., : x.shape[-1]] if x.ndim > 1 else out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +212,8 @@ class LearnedSigma(Gaussian):
     eta: float = 1.0
 
     def clean(self, out, xt, t):
-        share = (out[..., xt.shape[-1] :].astype(jnp.float32) + 1) / 2
-        return jnp.concatenate([super().clean(out, xt, t), share], -1)
+        mean = super().clean(out, xt, t)
+        return jnp.concatenate([mean, (out[..., xt.shape[-1] :].astype(mean.dtype) + 1) / 2], -1)
 
     def step(self, keys, xt, x0_hat, t, s):
         x0_hat, share = self._halves(x0_hat, xt)
