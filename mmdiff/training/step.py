@@ -32,7 +32,7 @@ class State:
       opt: the optimizer's state.
       ema: the running average of `params`, float32.
       key: a typed key that never changes: step i draws from fold_in(key, i).
-      stats: {"skipped": int32 []}, the steps that a non-finite loss or gradient made void, and under "loss" the loss's own statistics,
+      stats: {"skipped": int32 []}, the steps that were skipped because a number was not finite, and under "loss" the loss's own statistics,
         if it has any (see `losses`).
     """
 
@@ -82,8 +82,8 @@ def make_step(
 
         params' = params + optimizer(g),   ema' = d ema + (1 - d) params',   d = min(ema, (1 + step) / (10 + step)).
 
-    A non-finite loss or gradient norm leaves params, opt, ema and the loss's statistics as they were, bit for bit, and adds one to
-    stats["skipped"].
+    A step whose loss, gradient norm or result (params', the optimizer's state, the loss's statistics) is not finite leaves params, opt,
+    ema and the loss's statistics as they were, bit for bit, and adds one to stats["skipped"].
 
     Args:
       loss: `(params, batch, key) -> (scalar, metrics)`, a mean over the batch. Every micro-batch gets the same key, so
@@ -96,8 +96,8 @@ def make_step(
         belongs to the first group whose expression is found in its path, or else to "other": the squares add up to the total's.
 
     Returns:
-      A step whose metrics are the loss's own and "loss", "grad_norm" (before clipping), "param_norm" and "skipped" (0 or 1),
-      float32 scalars.
+      A step whose metrics are the loss's own and "loss", "grad_norm" (before clipping), "param_norm" (of params', not finite if what
+      goes with them is not) and "skipped" (0 or 1), float32 scalars.
     """
     if noise_scale and microbatches < 2:
         raise UserError("the gradient noise scale compares micro-batches: set config.train.microbatches to 2 or more.")
@@ -137,7 +137,7 @@ def make_step(
         grad_norm = optax.tree.norm(grads)
         if noise_scale:
             metrics = _noise_moments(metrics, grad_norm**2, len(jax.tree.leaves(batch)[0]), microbatches)
-        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)  # the norm is finite only if every gradient is
+        old = state.params, state.opt, state.ema, stats
 
         def update(params, opt, average, stats):
             updates, opt = takes_value.update(grads, opt, params, value=value)
@@ -146,7 +146,10 @@ def make_step(
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), average, params)
             return params, opt, average, loss.stats.update(stats, seen) if learns else None
 
-        params, opt, average, stats = _if(finite, update, state.params, state.opt, state.ema, stats)
+        # A norm is finite only if every number is. The compiler computes the update once more for it: nothing is stored.
+        param_norm = _guarded_norm(update(*old), old)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
+        params, opt, average, stats = _if(finite, update, *old)
         state = state.replace(
             step=state.step + 1,
             params=params,
@@ -158,7 +161,7 @@ def make_step(
             **metrics,
             "loss": value,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(_float32(state.params)),
+            "param_norm": param_norm,
             **_norms("grad_norm", grads, norm_groups),
             **_norms("param_norm", state.params, norm_groups),
             "skipped": (~finite).astype(jnp.float32),
@@ -188,6 +191,32 @@ def noise_scale_of(metrics: Mapping[str, float]) -> float:
     """
     trace, grad_sq = metrics["noise_scale/trace"], metrics["noise_scale/grad_sq"]
     return trace / grad_sq if grad_sq > 0 else float("nan")
+
+
+def _guarded_norm(new: Any, old: Any) -> jax.Array:
+    """The norm of the new parameters; not finite if another new number is not that was before, such as an optimizer's moment.
+
+    (Some numbers are infinite on purpose: the best loss before the first.) The numbers that an optimizer keeps of a parameter are
+    tested with it, in one loop: hundreds of small ones would cost time to compile.
+    """
+    (params, opt, _, stats), (_, opt_before, _, stats_before) = new, old  # an average of finite numbers is finite
+    rest, rest_before = (opt, stats), (opt_before, stats_before)
+    others: dict[tuple, list] = {}
+    for (path, leaf), before in zip(jax.tree_util.tree_leaves_with_path(rest), jax.tree.leaves(rest_before), strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            zero = jnp.where(jnp.isfinite(before), leaf - leaf, 0).astype(jnp.float32)  # or NaN
+            others.setdefault((_names(path), leaf.shape), []).append(zero)
+    total = jnp.zeros(())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        total += jnp.sum(sum(others.pop((_names(path), leaf.shape), []), jnp.abs(leaf.astype(jnp.float32)) ** 2))
+    return jnp.sqrt(total + sum(jnp.sum(zero) for group in others.values() for zero in group))
+
+
+def _names(path: tuple) -> tuple:
+    """The keys at the end of a path: those of a parameter, in params and in what an optimizer keeps of it."""
+    keys = [getattr(entry, "key", None) for entry in path]
+    start = max((i + 1 for i, key in enumerate(keys) if key is None), default=0)
+    return tuple(keys[start:])
 
 
 def _if(wanted: jax.Array, update: Callable, *old: Any) -> Any:

@@ -117,6 +117,59 @@ def test_a_non_finite_gradient_of_a_finite_loss_is_void():
     assert_same_bits(state.params, after.params)
 
 
+def spoils(where):
+    """An optimizer of finite gradients whose second answer is not finite, in the update, in a moment or in a number of its own."""
+
+    def init(params):
+        return {"count": jnp.zeros((), jnp.int32), "moment": params, "number": jnp.zeros(()), "best": jnp.full((), jnp.inf)}
+
+    def update(grads, state, params=None):
+        bad = jnp.where(state["count"] == 1, jnp.inf, 0.0)
+        new = {"count": state["count"] + 1, "moment": jax.tree.map(jnp.add, grads, state["moment"]), "number": state["number"] + 1}
+        updates = jax.tree.map(lambda g: -0.1 * g, grads)
+        spoil = functools.partial(jax.tree.map, lambda x: x.at[(0,) * x.ndim].add(bad))
+        if where == "update":
+            updates = spoil(updates)
+        else:
+            new[where] = spoil(new[where])
+        return updates, new | {"best": state["best"]}  # infinite on purpose, as that of a plateau before its first loss
+
+    return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+@pytest.mark.parametrize("where", ["update", "moment", "number"])
+def test_a_non_finite_update_of_a_finite_gradient_is_never_kept(where, target):
+    optimizer = spoils(where)
+    step = jax.jit(make_step(toy.loss, optimizer))
+    with compiling_for(target):
+        before, metrics = step(init_state(toy.init, optimizer, jax.random.key(0)), batch(0))
+    assert metrics["skipped"] == 0
+    after, metrics = step(before, batch(1))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]) and metrics["skipped"] == 1
+    assert_same_bits((before.params, before.opt, before.ema), (after.params, after.opt, after.ema))
+    assert int(after.step) == 2 and int(after.stats["skipped"]) == 1
+
+
+def test_statistics_of_the_loss_that_are_not_finite_are_never_kept():
+    class Stats:
+        init = staticmethod(lambda: jnp.zeros(3))
+        update = staticmethod(lambda stats, seen: stats + seen)
+
+    def loss(params, batch, key):
+        return (params - batch["x"].mean()) ** 2, {"stats": batch["x"][:3]}
+
+    loss.stats = Stats
+    optimizer = optax.sgd(0.1)
+    state = init_state(lambda key: jnp.ones(()), optimizer, jax.random.key(0), loss)
+    step = jax.jit(make_step(loss, optimizer))
+    state, metrics = step(state, {"x": jnp.arange(4.0)})
+    assert metrics["skipped"] == 0 and state.stats["loss"].tolist() == [0, 1, 2]
+    state = state.replace(stats=state.stats | {"loss": jnp.full(3, 3e38)})
+    after, metrics = step(state, {"x": jnp.full(4, 3e37)})
+    assert metrics["skipped"] == 1 and (after.params, after.stats["loss"][0]) == (state.params, np.float32(3e38))
+
+
 def test_sums_are_float32_under_bfloat16():
     def loss(params, batch, key):
         error = (batch["x"].astype(jnp.bfloat16) - params.astype(jnp.bfloat16)) ** 2
