@@ -64,8 +64,8 @@ def run(seed, data, overrides):
     experiment = module.build(config)
     params, seconds = experiments.train(experiment, config)
     # As many samples as the sources that the evaluator is shown have examples; the bound on the likelihood would take longer than all else.
-    few = [ArraySource(source.take(np.arange(SAMPLES))) for source in (experiment.train_data(), experiment.eval_data())]
-    experiment = dataclasses.replace(experiment, train_data=lambda: few[0], eval_data=lambda: few[1])
+    few = [ArraySource(source.take(np.arange(SAMPLES))) for source in (experiment.train_data(), experiment.test_data())]
+    experiment = dataclasses.replace(experiment, train_data=lambda: few[0], test_data=lambda: few[1])
     found = experiment.evaluators[0].samples(
         experiment, params, jax.random.key(1000 + seed), config.sample.steps, config.sample.guidance)
     return {name: found.figures[name] for name in figures}, seconds

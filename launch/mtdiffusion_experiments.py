@@ -106,7 +106,7 @@ def as_joint(experiment, config):
 
 def labels(experiment, params, config, key, data):
     """What is measured of a model of images and labels."""
-    train, test = whole(experiment.train_data()), whole(experiment.eval_data())
+    train, test = whole(experiment.train_data()), whole(experiment.test_data())
     keys = jax.random.split(key, 5)
     quantize = experiment.modalities["image"].quantize
     draw = functools.partial(draw_samples, experiment, params, batch=250, steps=config.sample.steps, guidance=config.sample.guidance)

@@ -44,7 +44,11 @@ EVAL = """\
 Runs every evaluator of the config on the averaged (EMA) weights of the last
 checkpoint, prints the figures, and writes report.json (all figures) and
 report.html (figures and pictures) to the workdir. The values of the config are
-the run's own, with config.sample, config.eval and config.seed open to change."""
+the run's own, with config.sample, config.eval and config.seed open to change.
+
+Whatever you choose by its figures, choose with --split validation, which writes
+report-validation.json and .html and leaves the test data alone: what is
+reported of the test data then was not chosen on them."""
 
 CACHE = """\
 Encodes every split of a tokenizer's data once, with the averaged (EMA) weights
@@ -95,7 +99,7 @@ EXAMPLES = {
         "bench --config configs/imagenet256/dit_xl2.py --config.model.size=S --config.train.global_batch=8",
         "bench --config configs/imagenet256/dit_xl2.py --json bench.json --peer 'python their_step.py --batch 256'",
     ],
-    "eval": [f"eval {USE}"],
+    "eval": [f"eval {USE}", f"eval {USE} --split validation --config.sample.guidance=1.3"],
     "cache": [f"cache {TOKENIZER} --out runs/scenes_tokens", f"cache {TOKENIZER} --out runs/scenes_tokens --split train"],
     "sample": [
         f"sample {USE} --number 64",
@@ -194,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--out", metavar="DIR", help="where the samples are written (default: WORKDIR/samples)")
     sub = command("eval", _eval, "measure a trained model and write the report", EVAL)
     of_checkpoint(sub)
+    sub.add_argument("--split", choices=("test", "validation"), default="test", help="what to measure on (default: test)")
     sub.add_argument("--reuse", action="store_true", help="print the report of this checkpoint and config if there is one")
     sub = command("cache", _cache, "encode a data set with a trained tokenizer", CACHE)
     option = sub.add_argument
@@ -321,8 +326,10 @@ def _eval(args: argparse.Namespace) -> None:
     from mmdiff.evals import report
     from mmdiff.training import checkpoints
 
+    if args.split == "validation":
+        experiment = experiment.on_validation()
     params, step = checkpoints.restore_for_inference(experiment, config, args.workdir, step=args.step)
-    json_path, html_path = (pathlib.Path(args.workdir, name) for name in ("report.json", "report.html"))
+    json_path, html_path = report.paths(args.workdir, args.split)
     if not (args.reuse and _is_report_of(json_path, config, step) and html_path.exists()):
         key = _key(config.seed, "eval")
         findings = [evaluate(experiment, params, config, key, step) for evaluate in experiment.evaluators]

@@ -27,8 +27,10 @@ class Experiment:
       apply: `(params, net_x, net_t) -> out`.
       loss: `(params, batch, key) -> (scalar, metrics)`.
       optimizer: an `optax.GradientTransformation`.
-      train_data, eval_data: `() -> source`, called by what reads the data; a source has `len(source)` and
-        `source.take(indices) -> {name: array}`.
+      train_data, validation_data, test_data: `() -> source`, called by what reads the data; a source has `len(source)` and
+        `source.take(indices) -> {name: array}`. Whatever is chosen is chosen on `validation_data`: training sees it in "val/..." and
+        `train.best`, and `mmdiff eval --split validation` measures on it. What is reported is measured on `test_data`, which nothing
+        else reads. Of a set that is published with one of the two alone they are the same.
       shape: the shape of one example of every modality, `{"image": (8, 8, 1), "label": ()}`.
       draw: `(params, keys, given, *, steps, guidance, absent=(), history=False) -> {name: array}`: a sampler that holds the modalities
         in `given` at t = 0 and those in `absent` at t = 1; with `history` it returns every state on the way, see `sampling.sample`.
@@ -37,6 +39,7 @@ class Experiment:
       evaluators: callables `(experiment, params, config, key, step) -> Findings`, run by `mmdiff eval` in this order.
       rules: the sharding table (see `training.sharding`); the first match wins.
       cache: of a tokenizer, what `mmdiff cache` encodes: a `data.tokens.Recipe`.
+      split: the name of what is in `test_data`, for evaluators that have more data than these: "test", or "validation" (`on_validation`).
       beside: frozen networks that the weights are of use beside alone (a tokenizer, towers): name -> `() -> fingerprint`, None where they
         are not at hand. A run remembers them and is refused beside others.
     """
@@ -47,14 +50,20 @@ class Experiment:
     loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     optimizer: Any
     train_data: Callable[[], Any]
-    eval_data: Callable[[], Any]
+    validation_data: Callable[[], Any]
+    test_data: Callable[[], Any]
     shape: Mapping[str, tuple[int, ...]]
     draw: Callable[..., Mapping[str, jax.Array]]
     modalities: Mapping[str, Any]
     evaluators: Sequence[Callable[..., Any]] = ()
     rules: Rules = TRANSFORMER
     cache: Any = None
+    split: str = "test"
     beside: Mapping[str, Callable[[], str | None]] = dataclasses.field(default_factory=dict)
+
+    def on_validation(self) -> Experiment:
+        """The experiment whose evaluators measure on the validation data: for choosing, never for reporting."""
+        return dataclasses.replace(self, test_data=self.validation_data, split="validation")
 
 
 def reconstructing(net: Any, name: str = "image") -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_mistakes(run, cache, capsys, tmp_path):
         return capsys.readouterr().err
 
     assert "written without the split 'train'" in refused("cache", *run, "--out", str(cache))
-    assert "choose among train, test, held_out" in refused("cache", *run, "--out", str(tmp_path / "new"), "--split", "val")
+    assert "choose among train, validation, test, held_out" in refused("cache", *run, "--out", str(tmp_path / "new"), "--split", "val")
     assert "there is no checkpoint of step 3" in refused("cache", *run, "--out", str(tmp_path / "new"), "--step", "3")
     assert "there is no run in" in refused("cache", "--config", CONFIG, "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "new"))
     other = str(pathlib.Path(__file__).parent / "tiny.py")

@@ -116,6 +116,23 @@ def test_eval_measures_again_unless_told_to_reuse_a_report_of_the_same_weights_a
         assert json.loads(report.read_text())["seen"] == 3
 
 
+def test_eval_of_the_validation_data_has_a_report_of_its_own_and_leaves_the_test_data_and_their_report_alone(workdir, capsys):
+    run = ["eval", "--config", TINY, "--workdir", str(workdir)]
+    assert main(run) == 0
+    reported = {name: (workdir / name).read_bytes() for name in ("report.json", "report.html")}
+    test = json.loads(reported["report.json"])
+    assert (test["split"], test["examples"]) == ("test", 40)
+    capsys.readouterr()
+    assert main([*run, "--split", "validation", "--config.sample.guidance=1.7"]) == 0
+    names = [str(workdir / f"report-validation.{end}") for end in ("json", "html")]
+    assert capsys.readouterr().out.splitlines()[-2:] == names
+    found = json.loads((workdir / "report-validation.json").read_text())
+    assert (found["split"], found["examples"], found["config"]["sample"]["guidance"]) == ("validation", 24, 1.7)
+    assert "validation data" in (workdir / "report-validation.html").read_text()
+    assert {name: (workdir / name).read_bytes() for name in reported} == reported
+    assert main([*run, "--split", "val"]) == 2 and "validation" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """A finished run whose values are not those of the file; each checkpoint is kept, and knows its loss."""

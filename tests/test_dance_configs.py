@@ -104,8 +104,7 @@ def published(folder, data, splits, count=20):
 @pytest.mark.parametrize("name", PAPERS)
 def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
     data = name.split("_")[0]
-    other = {"aist_music": "val", "tiktok_music": "test"}[name]
-    heard = published(tmp_path, data, {"train", other, "test"})
+    heard = published(tmp_path, data, {"train", "test"} | ({"val"} if data == "aist" else set()))
     net = dataclasses.replace(TINY_AUDIO, codes=2048)
     recipe = tokens.Recipe(net, {split: lambda split=split: aist.Segments(tmp_path, split, data) for split in heard}, "audio", "music")
     params = jax.jit(lambda key: net.init(key, jnp.zeros((1, 44_032))))(jax.random.key(0))
@@ -115,9 +114,9 @@ def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
     assert load(name, **cached)[0].evaluators == ()
     experiment, config = load(name, eval__segments=tmp_path, **cached)
     evaluator, = experiment.evaluators
-    clips, known = whole(evaluator.clips()), whole(experiment.eval_data())
+    clips, known = whole(evaluator.clips("test")), whole(experiment.test_data())
     np.testing.assert_array_equal(clips["motion"], known["motion"])
-    assert np.corrcoef(clips["audio"][7], heard[other]["audio"][7][: len(clips["audio"][7])])[0, 1] > 0.999
+    assert np.corrcoef(clips["audio"][7], heard["test"]["audio"][7][: len(clips["audio"][7])])[0, 1] > 0.999
     assert ("genre" in clips) == (name == "aist_music") and evaluator.decode(known["music"][:2]).shape == clips["audio"][:2].shape
 
     found = evaluator(experiment, jax.jit(experiment.init)(jax.random.key(0)), config, jax.random.key(1), 0)
@@ -211,7 +210,7 @@ def walk(small):
 @pytest.mark.slow
 def test_drawing_starts_from_masks_and_never_sees_the_real_music(small, walk, monkeypatch):
     experiment, config, params = small
-    clips = {name: array[:3] for name, array in experiment.eval_data().arrays.items()}
+    clips = {name: array[:3] for name, array in experiment.test_data().arrays.items()}
     given = {name: np.asarray(clips[name]) for name in ("motion", "genre")}
     states = np.asarray(walk(given, ()))
     mask = experiment.process.parts["music"].mask
@@ -230,11 +229,11 @@ def test_drawing_starts_from_masks_and_never_sees_the_real_music(small, walk, mo
 
     def heard(seed):
         rng = np.random.default_rng(seed)
-        known = ArraySource({**experiment.eval_data().arrays, "music": rng.integers(0, 512, (20, 344)).astype(np.int32)})
+        known = ArraySource({**experiment.test_data().arrays, "music": rng.integers(0, 512, (20, 344)).astype(np.int32)})
         real = ArraySource({"audio": rng.uniform(-1, 1, (20, 44_032)).astype(np.float32), "genre": np.asarray(known.arrays["genre"])})
-        evaluator = dataclasses.replace(experiment.evaluators[0], clips=lambda: real, training=lambda: real)
+        evaluator = dataclasses.replace(experiment.evaluators[0], clips=lambda split: real, training=lambda: real)
         with pytest.raises(Heard) as found:
-            evaluator(dataclasses.replace(experiment, eval_data=lambda: known), params, config, jax.random.key(3), 0)
+            evaluator(dataclasses.replace(experiment, test_data=lambda: known), params, config, jax.random.key(3), 0)
         return found.value.args[0]
 
     first, second = heard(1), heard(2)
@@ -245,7 +244,7 @@ def test_drawing_starts_from_masks_and_never_sees_the_real_music(small, walk, mo
 @pytest.mark.slow
 def test_an_absent_dance_has_no_say(small, walk):
     experiment, _, params = small
-    clips = {name: np.asarray(array[:3]) for name, array in experiment.eval_data().arrays.items()}
+    clips = {name: np.asarray(array[:3]) for name, array in experiment.test_data().arrays.items()}
     x = {name: jnp.asarray(clips[name]) for name in experiment.shape}
 
     @jax.jit

@@ -142,7 +142,7 @@ def test_neither_task_sees_the_other_ones_text(overrides):
     experiment, config = load(
         "digits", **{key.replace(".", "__"): value for key, value in NET.items()},
         **{f"model__{key}": value for key, value in overrides.items()})
-    net, data = experiment.evaluators[0].aligner.net, experiment.eval_data().take(np.arange(4))
+    net, data = experiment.evaluators[0].aligner.net, experiment.test_data().take(np.arange(4))
     params = jax.jit(experiment.init)(jax.random.key(0))
     params = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), params)  # zeros would hide things
     t = {"image": jnp.zeros(4), "text": jnp.zeros(4), "query": jnp.full(4, 0.5)}

@@ -41,7 +41,7 @@ def test_data_at_the_door(path):
     with pytest.raises(UserError, match="config.data.dir is empty"):
         experiment.train_data()
     experiment, _ = build(path, data__source="random")
-    for source in (experiment.train_data(), experiment.eval_data()):
+    for source in (experiment.train_data(), experiment.test_data()):
         batch = source.take(np.arange(3))
         experiment.process.check(batch)
         assert {name: (array.shape[1:], array.dtype) for name, array in batch.items()} == {

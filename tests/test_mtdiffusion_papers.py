@@ -139,7 +139,7 @@ def test_the_full_width_lowers(name):
 
 def read(experiment, count, held_out):
     train = experiment.train_data()
-    assert (len(train), len(experiment.eval_data())) == (count, held_out)
+    assert (len(train), len(experiment.test_data())) == (count, held_out)
     found = train.take(np.arange(2))
     experiment.process.check(found)
     return found

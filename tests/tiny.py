@@ -65,7 +65,7 @@ def build(config):
     def measure(experiment, params, config, key, step):
         from mmdiff.evals.base import Findings
 
-        return Findings({"weight_norm": float(optax.tree.norm(params)), "seen": 3})
+        return Findings({"weight_norm": float(optax.tree.norm(params)), "seen": 3, "examples": len(experiment.test_data())})
 
     rng = np.random.default_rng(0)
     data = ArraySource(
@@ -81,7 +81,8 @@ def build(config):
         loss=losses.diffusion(process, apply, times.joint(image=times.uniform(), label=times.uniform())),
         optimizer=optax.adam(config.train.learning_rate),
         train_data=lambda: data,
-        eval_data=lambda: data,
+        validation_data=lambda: ArraySource({name: array[:24] for name, array in data.arrays.items()}),
+        test_data=lambda: data,
         shape=shape,
         draw=draw,
         modalities={"image": Images(8, 8), "label": Labels(10)},

@@ -4,8 +4,7 @@
     python -m mmdiff train  --config configs/cdcd/music_tokenizer.py --workdir runs/aist_tokenizer $SET
     python -m mmdiff cache  --config configs/cdcd/music_tokenizer.py --workdir runs/aist_tokenizer --out tokens/aist
     python -m mmdiff train  --config configs/cdcd/aist_music.py --workdir runs/aist_music --config.data.dir=tokens/aist
-    python -m mmdiff eval   --config configs/cdcd/aist_music.py --workdir runs/aist_music --config.eval.split=test \\
-        --config.eval.segments=aist
+    python -m mmdiff eval   --config configs/cdcd/aist_music.py --workdir runs/aist_music --config.eval.segments=aist
     python -m mmdiff sample --config configs/cdcd/aist_music.py --workdir runs/aist_music --given motion=SEGMENT.npy --given genre=house
     python -m mmdiff aot    --config configs/cdcd/aist_music.py --topology v5e:4x4 --config.data.source=random \\
         --config.train.mesh.data=1 --config.train.mesh.fsdp=16
@@ -48,6 +47,7 @@ from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim
 
 CODES, VIDEO = 2048, 2048
+VALIDATION = {"aist": "val", "tiktok": "test"}  # TikTok is published without a split for validation
 NETWORKS = {("aist", 2): "aist_2s", ("aist", 6): "aist", ("tiktok", 2): "tiktok"}
 
 
@@ -70,7 +70,7 @@ def get_config():
         },
         "sample": {"steps": 80, "guidance": 1.0, "top_p": 0.86},
         # Held-out ones that are measured, evenly spread over all of them; segments: their own folder, for the real music.
-        "eval": {"examples": 512, "split": "val", "segments": "", "batch": 64},
+        "eval": {"examples": 512, "segments": "", "batch": 64},
     })
 
 
@@ -113,11 +113,13 @@ def build(config):
         optim.plateau(train.learning_rate, train.warmup_steps, train.patience))
     decode = modalities["music"].decode
 
-    def clips(split, count):
-        return lambda: Some(Segments(config.eval.segments, split, data.name, data.seconds), count)
+    held_out = {"validation": VALIDATION[data.name], "test": "test"}
+
+    def clips(split, count=config.eval.examples):
+        return Some(Segments(config.eval.segments, held_out.get(split, split), data.name, data.seconds), count)
 
     judged = MusicForDances(
-        decode, clips=clips(config.eval.split, config.eval.examples), training=clips("train", CLASSIFIED * config.eval.examples),
+        decode, clips=clips, training=lambda: clips("train", CLASSIFIED * config.eval.examples),
         genres=GENRES if genres else (), given=tuple(nulls), count=config.eval.examples, batch=config.eval.batch)
     truncated = sampling.only("music", sampling.top_p(config.sample.top_p))
     return Experiment(
@@ -127,7 +129,8 @@ def build(config):
         loss=losses.diffusion(process, net.apply, when, terms),
         optimizer=optimizer,
         train_data=lambda: open_tokens(data, "train", modalities),
-        eval_data=lambda: Some(open_tokens(data, config.eval.split, modalities), config.eval.examples),
+        validation_data=lambda: Some(open_tokens(data, held_out["validation"], modalities), config.eval.examples),
+        test_data=lambda: Some(open_tokens(data, held_out["test"], modalities), config.eval.examples),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop=nulls, maps=(truncated,)),
         modalities=modalities,

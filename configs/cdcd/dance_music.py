@@ -101,14 +101,15 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay, mask=decays)),
         train_data=lambda: open_tokens(data, "train", modalities),
-        eval_data=lambda: open_tokens(data, "test", modalities),
+        validation_data=lambda: open_tokens(data, "validation", modalities),
+        test_data=lambda: open_tokens(data, "test", modalities),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, {"motion": 0.0, "genre": len(GENRES)}, maps=[truncation]),
         modalities=modalities,
         beside={"tokenizer": lambda: maker(data.dir)},
         evaluators=(
             MusicForDances(
-                decode, clips=lambda: DanceMusic("test"), training=lambda: DanceMusic("train"), genres=GENRES,
+                decode, clips=DanceMusic, training=lambda: DanceMusic("train"), genres=GENRES,
                 count=config.eval.clips, batch=config.eval.batch, parents=PARENTS),
             Speed(given=("motion", "genre"), seconds=SECONDS, batch=config.eval.batch),
         ),

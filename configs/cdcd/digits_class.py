@@ -85,7 +85,8 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=lambda: digits_tokens("train"),
-        eval_data=lambda: digits_tokens("test"),
+        validation_data=lambda: digits_tokens("validation"),
+        test_data=lambda: digits_tokens("test"),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop),
         modalities={"tokens": TokenImages(8, 8, LEVELS), "label": Labels(CLASSES)},

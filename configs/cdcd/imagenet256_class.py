@@ -91,7 +91,8 @@ def build(config):
         loss=losses.diffusion(process, net.apply, when, terms),
         optimizer=optimizer,
         train_data=lambda: open_tokens(data, "train", modalities),
-        eval_data=lambda: Some(open_tokens(data, "val", modalities), config.eval.examples),
+        validation_data=lambda: Some(open_tokens(data, "val", modalities), config.eval.examples),
+        test_data=lambda: Some(open_tokens(data, "val", modalities), config.eval.examples),  # the set has no third part with answers
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop={"label": CLASSES}, maps=(truncated,)),
         modalities=modalities,

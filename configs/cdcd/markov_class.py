@@ -72,7 +72,8 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=lambda: markov_source("train"),
-        eval_data=lambda: markov_source("test"),
+        validation_data=lambda: markov_source("validation"),
+        test_data=lambda: markov_source("test"),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop={"label": CLASSES}),
         modalities={"tokens": Sequences(LENGTH, STATES), "label": Labels(CLASSES)},

@@ -31,6 +31,7 @@ from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.audio import AudioAutoencoder, audio_loss
 
 SPLITS = {"dance_music": tuple(COUNTS), "aist": ("train", "val", "test"), "tiktok": ("train", "test")}
+VALIDATION = {"dance_music": "validation", "aist": "val", "tiktok": "test"}  # TikTok is published without one
 
 
 def get_config():
@@ -71,7 +72,8 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=splits["train"],
-        eval_data=splits["test"],
+        validation_data=splits[VALIDATION[data.name]],
+        test_data=splits["test"],
         modalities={name: Waveforms(samples, name=name) for name in ("audio", "reconstruction")},
         evaluators=(judged,),
         cache=Recipe(net, splits, image="audio", tokens="music"),

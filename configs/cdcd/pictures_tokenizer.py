@@ -71,7 +71,8 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=lambda: split("train"),
-        eval_data=lambda: Some(split("val"), config.eval.pictures),
+        validation_data=lambda: Some(split("val"), config.eval.pictures),
+        test_data=lambda: Some(split("val"), config.eval.pictures),  # the set has no third part with answers
         modalities=modalities,
         evaluators=(Reconstructions(net, pool=16),),
         cache=Recipe(net, {name: functools.partial(split, name, words) for name in ("train", "val")}, words=words),

@@ -85,7 +85,8 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay, mask=decays)),
         train_data=lambda: token_source(config.data.dir, "train"),
-        eval_data=lambda: token_source(config.data.dir, "test"),
+        validation_data=lambda: token_source(config.data.dir, "validation"),
+        test_data=lambda: token_source(config.data.dir, "test"),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, {"text": 0}, maps=[truncation]),
         modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(words)},

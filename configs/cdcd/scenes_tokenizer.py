@@ -56,7 +56,8 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=splits["train"],
-        eval_data=splits["test"],
+        validation_data=splits["validation"],
+        test_data=splits["test"],
         modalities=pictures,
         evaluators=(Reconstructions(net, judge=lambda: Judge(SIZE), all_of=ASKED),),
         cache=Recipe(net, splits),

@@ -25,7 +25,7 @@ __all__ = ["build", "get_config"]
 
 def get_config():
     config = aist()
-    config.data.name, config.eval.split = "tiktok", "test"
+    config.data.name = "tiktok"
     config.dance.stride = 2  # at half the frame rate
     config.chain.steps = config.sample.steps = 100
     config.train.update(steps=2_483, global_batch=96)

@@ -110,7 +110,8 @@ def build(config):
              "new": optax.adamw(train.new_learning_rate, weight_decay=train.weight_decay, mask=optim.all_but("logit"))},
             groups),
         train_data=partial(open_source, data, "train", modalities),
-        eval_data=partial(open_source, data, "val", modalities),
+        validation_data=partial(open_source, data, "val", modalities),
+        test_data=partial(open_source, data, "val", modalities),  # the set has no third part with answers
         shape=seen,
         draw=sampling.drawer(drawing, draw, seen, drop={"text": 0.0}),
         modalities=modalities,

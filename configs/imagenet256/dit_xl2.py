@@ -84,7 +84,8 @@ def build(config):
         loss=losses.diffusion(process, apply, when, terms),
         optimizer=optimizer,
         train_data=partial(open_source, config.data, "train", modalities),
-        eval_data=partial(open_source, config.data, "val", modalities),
+        validation_data=partial(open_source, config.data, "val", modalities),
+        test_data=partial(open_source, config.data, "val", modalities),  # the set has no third part with answers
         shape=shape,
         draw=sampling.drawer(process, apply, shape, drop={"label": CLASSES}),
         modalities=modalities,

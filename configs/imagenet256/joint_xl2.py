@@ -83,7 +83,8 @@ def build(config):
         loss=losses.diffusion(process, net.apply, when, terms),
         optimizer=optax.chain(optax.clip_by_global_norm(train.clip), optax.adamw(rate, weight_decay=train.weight_decay)),
         train_data=partial(open_source, config.data, "train", modalities),
-        eval_data=partial(open_source, config.data, "val", modalities),
+        validation_data=partial(open_source, config.data, "val", modalities),
+        test_data=partial(open_source, config.data, "val", modalities),  # the set has no third part with answers
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop={"label": mask}, paths={"label": early}),
         modalities=modalities,

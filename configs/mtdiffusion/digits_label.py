@@ -103,7 +103,8 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=lambda: digits_source("train"),
-        eval_data=lambda: digits_source("test"),
+        validation_data=lambda: digits_source("validation"),
+        test_data=lambda: digits_source("test"),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop={"label": process.parts["label"].mask}, heun=True),
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(CLASSES)},

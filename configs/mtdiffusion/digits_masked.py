@@ -72,7 +72,8 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=lambda: digits_source("train"),
-        eval_data=lambda: digits_source("test"),
+        validation_data=lambda: digits_source("validation"),
+        test_data=lambda: digits_source("test"),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop={"masked": 0.0, "mask": 1.0}, heun=True),
         modalities=dict.fromkeys(shape, pictures),

@@ -76,7 +76,8 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=lambda: features.represented(digits_source("train")),
-        eval_data=lambda: features.represented(digits_source("test")),
+        validation_data=lambda: features.represented(digits_source("validation")),
+        test_data=lambda: features.represented(digits_source("test")),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop={"representation": 0.0}, heun=True),
         modalities={"image": Images(8, 8, 1, levels=17), "representation": Features(features.SIZE)},

@@ -92,7 +92,8 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=lambda: PairedScenes("train", other, SIZE),
-        eval_data=lambda: PairedScenes("test", other, SIZE, config.eval.count),
+        validation_data=lambda: PairedScenes("validation", other, SIZE, config.eval.count),
+        test_data=lambda: PairedScenes("test", other, SIZE, config.eval.count),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop={other: process.null(other, np.float32(0))}, heun=True),
         modalities=modalities,

@@ -90,7 +90,8 @@ def build(config):
         loss=losses.prepared(loss, masking(**config.patches)),
         optimizer=optax.adamw(rate, weight_decay=train.weight_decay),
         train_data=lambda: open_pictures(data, "train", data.size),
-        eval_data=lambda: Some(open_pictures(data, "val", data.size), config.eval.examples),
+        validation_data=lambda: Some(open_pictures(data, "val", data.size), config.eval.examples),
+        test_data=lambda: Some(open_pictures(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
         shape=shape,
         draw=sampling.drawer(
             process, net.apply, shape, drop={"masked": 0.0, "mask": 1.0}, maps=(sampling.only("image", sampling.clip(-1, 1)),)),

@@ -94,7 +94,8 @@ def build(config):
         loss=losses.diffusion(process, net.apply, when, terms),
         optimizer=optax.adamw(rate, weight_decay=train.weight_decay),
         train_data=partial(open_source, data, "train", modalities),
-        eval_data=partial(open_source, data, "val", modalities),
+        validation_data=partial(open_source, data, "val", modalities),
+        test_data=partial(open_source, data, "val", modalities),  # the set has no third part with answers
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop={"representation": 0.0}),
         modalities=modalities,

@@ -91,7 +91,8 @@ def build(config):
         loss=losses.diffusion(process, net.apply, when, terms),
         optimizer=optax.adamw(rate, weight_decay=train.weight_decay),
         train_data=lambda: open_pairs(data, "train", data.size),
-        eval_data=lambda: Some(open_pairs(data, "val", data.size), config.eval.examples),
+        validation_data=lambda: Some(open_pairs(data, "val", data.size), config.eval.examples),
+        test_data=lambda: Some(open_pairs(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop={other: 0.0}, maps=(sampling.only("image", sampling.clip(-1, 1)),)),
         modalities=modalities,

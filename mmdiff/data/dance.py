@@ -2,7 +2,7 @@
 
 Genres have AIST++'s names, in the order of its published one-hot vectors. A **song** has a genre, a tempo, some of the genre's patterns, a
 key and a melody; it lasts as long as needed. A **clip** is one dancer's take on a few seconds of a song, from anywhere in it, so tempo
-and phase say which music belongs to a dance. Songs of "train" and "test" are different ones.
+and phase say which music belongs to a dance. The splits, "train", "validation" and "test", have different songs.
 
 Music: kick, snare, hat and a tone, whose sounds are always the same, at the sixteenths of the patterns; every beat has a kick or a snare.
 Sounds start at multiples of `TICK` samples (5.8 ms), as in a sequencer, hence on the borders of an audio tokenizer's tokens.
@@ -27,8 +27,9 @@ from mmdiff.errors import UserError
 RATE = 22_050  # samples and
 FPS = 60  # frames in a second
 GENRES = ("break", "pop", "lock", "middle-hip-hop", "la-hip-hop", "house", "waack", "krump", "street-jazz", "ballet-jazz")
-COUNTS = {"train": 2000, "test": 200}
-SONGS = {"train": 200, "test": 40}
+COUNTS = {"train": 2000, "validation": 200, "test": 200}
+SONGS = {"train": 200, "validation": 40, "test": 40}
+_STREAMS = {"train": 0, "test": 1, "validation": 2}  # independent random numbers
 FASTEST = 132  # beats a minute
 EDGE = 0.06  # seconds without a beat at both ends of a clip: no detector could find its onset there
 TIMING = 0.005  # deviation of a dancer's beats, in seconds; none is off by more than twice that
@@ -306,9 +307,9 @@ class DanceMusic:
     source: 125 kB for 2 s.
 
     Args:
-      split: "train" or "test".
+      split: "train", "validation" or "test".
       seconds: the length of a clip.
-      count: the number of clips; by default 2,000 and 200. A larger source continues a smaller one.
+      count: the number of clips; by default 2,000, 200 and 200. A larger source continues a smaller one.
 
     Raises:
       UserError: an unknown split, a length or a number below 1.
@@ -517,18 +518,19 @@ def _drift(rng, frames: int, size: float, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _rng(split: str, *key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox([list(COUNTS).index(split), *key]))
+    return np.random.Generator(np.random.Philox([_STREAMS[split], *key]))
 
 
 class DanceMusicBuilder(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder `dance_music`: the 2-s clips of `DanceMusic` on disk, for programs that read TFDS data sets.
 
-    audio int16 [44032] (32,767 is 1), motion float32 [120, 24, 3], genre as a class label, beats float32 [5], in the splits train and test.
+    audio int16 [44032] (32,767 is 1), motion float32 [120, 24, 3], genre as a class label, beats float32 [5], in the splits train,
+    validation and test.
     """
 
     name = "dance_music"
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "2,000 training and 200 test clips of 2 s."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.0.0": "2,000 training and 200 test clips of 2 s.", "1.1.0": "200 more clips, for validation."}
 
     def _info(self):
         example = DanceMusic("test", count=1).take(np.zeros(1, np.int64))

@@ -27,19 +27,22 @@ from mmdiff.errors import UserError
 LEVELS = 17  # values 0..16
 CLASSES = 10
 CAPTIONS = tuple(f"a handwritten {word}" for word in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"))
-SIZES = {"train": 1297, "test": 500}
+SIZES = {"train": 1097, "validation": 200, "test": 500}
 # SHA-256 of each split's images and labels (uint8, in order): a damaged copy, or other digits, are noticed at once.
 _FINGERPRINTS = {
-    "train": "05aa38e4903696350dac8e01f854734c9660dd846c25f286aeef6f74098caa2a",
+    "train": "e8e007b3440f1af3a2fb10acf555d7f350d57c35c7cd341a655f60d0cfb23bfa",
+    "validation": "40f9138f15cdea422cc07cd8ed97025a975233bf771164a8b41862d1cf904c8e",
     "test": "232a536553cbee5136690ce67258ce36d81d13c447ab8ade225131579a2f62dd",
 }
 
 
-def split_rows(labels: np.ndarray, test: int = SIZES["test"]) -> dict[str, np.ndarray]:
-    """The fixed stratified split: ascending row numbers by split, {"train": [N - test], "test": [test]}.
+def split_rows(
+    labels: np.ndarray, test: int = SIZES["test"], validation: int = SIZES["validation"] // CLASSES
+) -> dict[str, np.ndarray]:
+    """The fixed stratified split: ascending row numbers, {"train": the rest, "validation": `validation` of each class, "test": [test]}.
 
-    Class c gives its proportional share N_c * test / N of the test rows, rounded by the largest remainder. Which rows these are
-    is decided by the raw words of Philox-4x64 with the key (0, 0), hence by no library's version.
+    Class c gives its proportional share N_c * test / N of the test rows, rounded by the largest remainder. Its rows in an order that
+    the raw words of Philox-4x64 with the key (0, 0) decide, hence no library's version: first the test's, then those for validation.
     """
     labels = np.asarray(labels)
     counts = np.bincount(labels)
@@ -47,16 +50,23 @@ def split_rows(labels: np.ndarray, test: int = SIZES["test"]) -> dict[str, np.nd
     quota = np.floor(share).astype(np.int64)
     quota[np.argsort(quota - share, kind="stable")[: test - quota.sum()]] += 1
     shuffled = np.argsort(np.random.Philox(key=np.zeros(2, np.uint64)).random_raw(len(labels)), kind="stable")
-    chosen = np.concatenate([shuffled[labels[shuffled] == c][:n] for c, n in enumerate(quota)])
-    in_test = np.isin(np.arange(len(labels)), chosen)
-    return {"train": np.flatnonzero(~in_test), "test": np.flatnonzero(in_test)}
+    of_class = [shuffled[labels[shuffled] == c] for c in range(len(counts))]
+    chosen = {
+        "validation": np.concatenate([rows[n : n + validation] for rows, n in zip(of_class, quota)]),
+        "test": np.concatenate([rows[:n] for rows, n in zip(of_class, quota)]),
+    }
+    rest = np.setdiff1d(np.arange(len(labels)), np.concatenate(list(chosen.values())))
+    return {"train": rest, **{split: np.sort(rows) for split, rows in chosen.items()}}
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder `digits`: image uint8 [8, 8, 1] with values 0..16, label 0..9, splits train (1,297) and test (500)."""
+    """The TFDS builder `digits`: image uint8 [8, 8, 1] with values 0..16, label 0..9, splits train, validation and test (`SIZES`)."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "1,297 training and 500 test digits, stratified by class."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {
+        "1.0.0": "1,297 training and 500 test digits, stratified by class.",
+        "2.0.0": "20 digits of each class leave the training split for a validation split; the test split is the same.",
+    }
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -92,7 +102,7 @@ def digits_source(split: str, data_dir: str | os.PathLike | None = None) -> Arra
     copy is replaced.
 
     Args:
-      split: "train" (1,297) or "test" (500).
+      split: "train" (1,097), "validation" (200: 20 of each class) or "test" (500).
       data_dir: where TFDS keeps data sets; by default $TFDS_DATA_DIR, else ~/.cache/mmdiff/tfds.
 
     Raises:

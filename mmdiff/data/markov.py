@@ -19,8 +19,8 @@ from mmdiff.errors import UserError
 
 STATES, LENGTH, CLASSES = 16, 32, 10
 OWN = 2 / 3  # w: the share of a transition matrix that is its class's own
-SIZES = {"train": 50_000, "test": 2_000}
-_STREAMS = {"chains": 0, "train": 1, "test": 2}  # independent streams of random words
+SIZES = {"train": 50_000, "validation": 2_000, "test": 2_000}
+_STREAMS = {"chains": 0, "train": 1, "test": 2, "validation": 3}  # independent streams of random words
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,8 +128,8 @@ def markov_source(split: str, count: int | None = None, of: Chains | None = None
     Example i is the same whatever `count`, so a larger set continues a smaller one.
 
     Args:
-      split: "train" or "test", which share no random numbers.
-      count: n; by default 50,000 and 2,000.
+      split: "train", "validation" or "test", which share no random numbers.
+      count: n; by default 50,000, 2,000 and 2,000.
       of: the chains; `chains()` by default.
 
     Raises:

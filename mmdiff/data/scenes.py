@@ -2,12 +2,12 @@
 
     "a small red seven on a blue background, top left"
 
-Nothing is random: the scenes of a split are all the combinations of a real digit (a training digit in "train", a test digit elsewhere),
-its colour, another colour behind it, a size and a position, and a source holds some of them in a fixed shuffled order. Scene i is rendered
-when it is asked for.
+Nothing is random: the scenes of a split are all the combinations of a real digit (of the digits' split of that name; a test digit in
+"held_out"), its colour, another colour behind it, a size and a position, and a source holds some of them in a fixed shuffled order. Scene i
+is rendered when it is asked for.
 
 **Held out** are the scenes with (digit + colour + 2 position) mod 10 = 0, numbered as in `COLOURS` and `POSITIONS`: one in ten triples
-(digit, colour, position), three for every digit; any two of the three occur together in training. "train" and "test" hold the others.
+(digit, colour, position), three for every digit; any two of the three occur together in training. The other splits hold the others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ COLOURS = {
 SIZES = {"small": 2 / 4, "large": 3 / 4}  # of the canvas
 # The free space above and to the left of the digit, as shares of all that is free.
 POSITIONS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1), "centre": (0.5, 0.5)}
-COUNTS = {"train": 20_000, "test": 2_000, "held_out": 2_000}
+COUNTS = {"train": 20_000, "validation": 2_000, "test": 2_000, "held_out": 2_000}
+_STREAMS = {"train": 0, "test": 1, "held_out": 2, "validation": 3}  # of the order of the scenes
 # What a scene is made of, besides its picture; `background` is a colour, too.
 ATTRIBUTES = {"digit": DIGITS, "colour": tuple(COLOURS), "background": tuple(COLOURS), "size": tuple(SIZES), "position": tuple(POSITIONS)}
 TEXT_LENGTH = 16  # a caption has 11 or 12 pieces, start and end come on top
@@ -48,13 +49,14 @@ class Scenes:
     Its `take` gives, by `ATTRIBUTES`, digit, colour, background, size and position, which are what the caption says.
 
     Args:
-      split: "train", "test" (other digits, the same combinations) or "held_out" (other digits, combinations that training lacks).
+      split: "train", "validation" and "test" (other digits, the same combinations) or "held_out" (the test's digits, combinations that
+        training lacks).
       size: the side of the canvas in pixels, a multiple of 4, at least 16. A small digit is half of it, a large one three quarters.
-      count: the number of scenes; by default 20,000, 2,000 and 2,000. A larger source continues a smaller one.
+      count: the number of scenes; by default 20,000, or 2,000. A larger source continues a smaller one.
       data_dir: as in `digits_source`.
 
     Raises:
-      UserError: an unknown split, another size, or more scenes than there are (some 350,000, 135,000 and 15,000).
+      UserError: an unknown split, another size, or more scenes than there are (some 296,000, 54,000, 135,000 and 15,000).
     """
 
     def __init__(self, split: str, size: int = 16, count: int | None = None, data_dir: str | os.PathLike | None = None):
@@ -62,14 +64,14 @@ class Scenes:
             raise UserError(f"the digit scenes have no split {split!r}: choose one of {', '.join(COUNTS)}.")
         if size < 16 or size % 4:
             raise UserError(f"a canvas of {size} pixels: choose a multiple of 4, 16 or more.")
-        digits = digits_tokens("train" if split == "train" else "test", data_dir).arrays
+        digits = digits_tokens("test" if split == "held_out" else split, data_dir).arrays
         self.size = size
         self._ink = digits["tokens"].reshape(-1, 8, 8) / 16.0
         scenes = _combinations(digits["label"], split == "held_out")
         count = COUNTS[split] if count is None else count
         if not 0 < count <= len(scenes["digit"]):
             raise UserError(f"the {split} split has 1 to {len(scenes['digit']):,} scenes, not {count}.")
-        chosen = order.permutation(0, list(COUNTS).index(split), len(scenes["digit"]))[:count]
+        chosen = order.permutation(0, _STREAMS[split], len(scenes["digit"]))[:count]
         self._scenes = {name: column[chosen] for name, column in scenes.items()}
 
     def __len__(self):
@@ -163,11 +165,14 @@ def _combinations(labels: np.ndarray, held_out: bool) -> dict[str, np.ndarray]:
 class DigitScenes(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder `digit_scenes`: the scenes of `Scenes` on disk, for programs that read TFDS data sets.
 
-    image uint8 [16, 16, 3], caption, and the attributes as class labels, in the splits train, test and held_out.
+    image uint8 [16, 16, 3], caption, and the attributes as class labels, in the splits train, validation, test and held_out.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "20,000 training, 2,000 test and 2,000 held-out scenes."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {
+        "1.0.0": "20,000 training, 2,000 test and 2,000 held-out scenes.",
+        "2.0.0": "2,000 scenes for validation, whose digits no longer occur in training; test and held-out scenes are the same.",
+    }
 
     def _info(self):
         return tfds.core.DatasetInfo(

@@ -93,7 +93,7 @@ class DigitAlignment:
     batch: int = 250
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
-        train, test = whole(experiment.train_data()), whole(experiment.eval_data())
+        train, test = whole(experiment.train_data()), whole(experiment.test_data())
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         keys = jax.random.split(key, 8)
         clock, figures, labels = Clock(), {}, test["label"]
@@ -198,7 +198,7 @@ class PairRetrieval:
     batch: int = 250
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
-        source = experiment.eval_data()
+        source = experiment.test_data()
         count = min(self.count, len(source))
         data, clock = source.take(np.arange(count)), Clock()
         clock.start("alignment", f"denoising the texts' vectors of {count} images")

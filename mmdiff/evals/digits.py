@@ -50,7 +50,7 @@ class JointImageLabel:
     def __call__(self, experiment, params, config, key, step) -> Findings:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         images, labels = (whole(experiment.train_data())[name] for name in (self.image, self.label))
-        test_images, test_labels = (whole(experiment.eval_data())[name] for name in (self.image, self.label))
+        test_images, test_labels = (whole(experiment.test_data())[name] for name in (self.image, self.label))
         quantize = experiment.modalities[self.image].quantize
         read_key, loss_key, given_key, joint_key, bare_key = jax.random.split(key, 5)
         draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps, guidance=guidance)

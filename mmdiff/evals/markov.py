@@ -38,7 +38,7 @@ class MarkovSequences:
     def __call__(self, experiment, params, config, key, step) -> Findings:
         sample_key, bound_key = jax.random.split(key)
         found = self.samples(experiment, params, sample_key, int(config.sample.steps), float(config.sample.guidance))
-        test = whole(experiment.eval_data())
+        test = whole(experiment.test_data())
         real, _ = self._measure(test[self.tokens], test[self.label])
         clock = Clock()
         clock.start("bits_per_dim", f"bounding the likelihood of {len(test[self.label])} sequences, {self.bound_steps + 1} calls each")
@@ -64,7 +64,7 @@ class MarkovSequences:
 
     def samples(self, experiment, params, key, steps: int, guidance: float) -> Findings:
         """What depends on the sampler: figures, notes and settings of one set of samples."""
-        asked = whole(experiment.eval_data())[self.label]
+        asked = whole(experiment.test_data())[self.label]
         clock = Clock()
         clock.start("conditional_samples", f"drawing {len(asked)} label-conditioned samples in {steps} steps")
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}

@@ -111,8 +111,8 @@ class MusicForDances:
 
     Attributes:
       decode: drawn tokens -> music [n, samples], `data.tokens.decoder(FOLDER)`.
-      clips: `() -> source` of the held-out clips' real audio and, as far as known, genre and beats, in the order of the experiment's
-        `eval_data`.
+      clips: `split -> source` of the held-out clips' real audio and, as far as known, genre and beats, in the order of the experiment's
+        `test_data`; the split is the experiment's, "test" or "validation".
       training: `() -> source` of real training clips with audio and, where there are `genres`, genres that come in turn.
       genres: their names, if there are any.
       given: what the model is told of a clip.
@@ -123,7 +123,7 @@ class MusicForDances:
     """
 
     decode: Callable[[np.ndarray], np.ndarray]
-    clips: Callable[[], Source]
+    clips: Callable[[str], Source]
     training: Callable[[], Source]
     genres: Sequence[str]
     given: tuple[str, ...] = ("motion", "genre")
@@ -137,7 +137,7 @@ class MusicForDances:
 
     def samples(self, experiment, params, key, steps: int, guidance: float) -> Findings:
         """All of it depends on the sampler."""
-        known, clips = experiment.eval_data(), self.clips()
+        known, clips = experiment.test_data(), self.clips(experiment.split)
         if len(known) != len(clips):
             raise UserError(f"music is measured on the clips that are drawn for: {len(clips)} real clips do not fit {len(known)} examples.")
         known, real = whole(Some(known, self.count)), whole(Some(clips, self.count))
@@ -201,7 +201,7 @@ class MusicReconstructions:
     def __call__(self, experiment, params, config, key, step) -> Findings:
         clock = Clock()
         clock.start("classifier", "learning the genres from real clips")
-        real = whole(Some(experiment.eval_data(), self.count))
+        real = whole(Some(experiment.test_data(), self.count))
         listener = Listener(heard_before(self.training(), self.count, self.genres))
         count = len(real["audio"])
         clock.start("reconstructions", f"encoding and decoding {count} clips")

@@ -25,12 +25,19 @@ from mmdiff.training import checkpoints
 PACKAGES = ("mmdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "tensorflow-datasets")
 
 
+def paths(workdir, split: str = "test") -> tuple[pathlib.Path, pathlib.Path]:
+    """The two files of a report: report.json and report.html, of the validation data report-validation.json and .html."""
+    name = "report" if split == "test" else f"report-{split}"
+    return pathlib.Path(workdir, f"{name}.json"), pathlib.Path(workdir, f"{name}.html")
+
+
 def write(workdir, experiment, config, findings: Sequence[Findings], step: int) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes `workdir/report.json` and `workdir/report.html`; returns their paths.
+    """Writes the two files of what was measured on `experiment.split`; returns their `paths`.
 
     report.json is flat: every figure by name, then `train_seconds`, `images_per_second` and `steps` that the measured weights
-    took (null without their checkpoint), their `step`, `seed`, and the dicts `settings` (counts, sampler, features), `versions`,
-    `device` and `config`. report.html is one self-contained page with the pictures and the curves of metrics.jsonl.
+    took (null without their checkpoint), their `step`, `seed`, the `split` that was measured, and the dicts `settings` (counts,
+    sampler, features), `versions`, `device` and `config`. report.html is one self-contained page with the pictures and the curves of
+    metrics.jsonl.
 
     Raises:
       UserError: the folder cannot be written.
@@ -42,20 +49,21 @@ def write(workdir, experiment, config, findings: Sequence[Findings], step: int) 
         **_cost(workdir, int(step)),
         "step": int(step),
         "seed": int(config.seed),
+        "split": experiment.split,
         "settings": {name: value for found in findings for name, value in found.settings.items()},
         "versions": versions(),
         "device": device(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "config": json.loads(config.to_json_best_effort()),
     }
-    paths = workdir / "report.json", workdir / "report.html"
+    json_path, html_path = paths(workdir, experiment.split)
     try:
-        _replace(paths[0], json.dumps(report, indent=2, allow_nan=False) + "\n")
-        _replace(paths[1], _page(workdir, report, figures, findings))
+        _replace(json_path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        _replace(html_path, _page(workdir, report, figures, findings))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write the report to {workdir} ({reason}): free some space or allow writing.") from error
-    return paths
+    return json_path, html_path
 
 
 def versions() -> dict[str, str]:
@@ -132,7 +140,7 @@ details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; } pre
 def _page(workdir: pathlib.Path, report: Mapping, figures: Mapping[str, float], findings: Sequence[Findings]) -> str:
     notes = {name: note for found in findings for name, note in found.notes.items()}
     shown = [(title, picture) for found in findings for title, picture in found.pictures.items()]
-    title = f"{workdir.resolve().name}: evaluation at step {report['step']:,}"
+    title = f"{workdir.resolve().name}: {report['split']} data at step {report['step']:,}"
     hardware = report["device"]
     trained = [f"{report['train_seconds']:,.0f} s of training"] if _real(report["train_seconds"]) else []
     trained += [f"{report['images_per_second']:,.0f} images per second"] if _real(report["images_per_second"]) else []

@@ -41,7 +41,7 @@ class ImageRepresentation:
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
-        train, test = whole(experiment.train_data()), whole(experiment.eval_data())
+        train, test = whole(experiment.train_data()), whole(experiment.test_data())
         modality = experiment.modalities["image"]
         keys = jax.random.split(key, 6)
         classifier = classifiers.svm(train["image"], train["label"])

@@ -20,7 +20,7 @@ from mmdiff.evals.frechet import frechet_ratio
 class Restoration:
     """Figures and pictures of a model that draws an image whose patches are hidden.
 
-    Every image of `eval_data` is drawn `draws` times for each number of patches. On the hidden pixels:
+    Every image of `test_data` is drawn `draws` times for each number of patches. On the hidden pixels:
 
     * `hidden_error/M`: mean squared error of the mean of the draws, M patches; for `mean` (the training images' mean pixel) and
       `linear` (linear regression of the hidden pixels on the seen ones) as well. `hidden_error_one/M`: of one draw;
@@ -45,7 +45,7 @@ class Restoration:
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
-        train, test = (whole(data())["image"] for data in (experiment.train_data, experiment.eval_data))
+        train, test = (whole(data())["image"] for data in (experiment.train_data, experiment.test_data))
         modality = experiment.modalities["image"]
         draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
         clock, figures, shown = Clock(), {}, {}

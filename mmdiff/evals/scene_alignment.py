@@ -25,6 +25,11 @@ SPLITS = ("test", "held_out")
 HELD_OUT = f"the same for scenes of held-out combinations, among the captions of {AMONG // 10} of them with all ten digits each"
 
 
+def splits_of(experiment) -> tuple[str, ...]:
+    """The splits that are measured: nothing is chosen on held-out combinations."""
+    return SPLITS if experiment.split == "test" else (experiment.split,)
+
+
 def scene_retrieval(vectors: np.ndarray, captions: np.ndarray, said: Mapping[str, np.ndarray]) -> dict[str, float]:
     """`r1`, the share of scenes whose best caption says the right digit, colour and place; and Recall@K both ways for the caption itself.
 
@@ -104,8 +109,10 @@ class SceneAlignment:
         keys = jax.random.split(key, 8)
         clock, figures = Clock(), {}
         align = functools.partial(self.aligner, params, batch=batch)
-        data = {split: whole(scenes.Scenes(split, size, count)) for split in SPLITS}
-        captions = {split: self.towers.texts(data[split]["text"])[1] for split in SPLITS}
+        splits = splits_of(experiment)
+        main, last = splits[0], splits[-1]
+        data = {split: whole(scenes.Scenes(split, size, count)) for split in splits}
+        captions = {split: self.towers.texts(data[split]["text"])[1] for split in splits}
 
         def found(split, vectors):
             if split == "held_out":
@@ -113,8 +120,8 @@ class SceneAlignment:
             return scene_retrieval(vectors, captions[split], data[split])["r1"]
 
         clock.start("alignment", f"retrieving captions of {count} scenes of each split")
-        for split in SPLITS:
-            suffix = "" if split == "test" else f"_{split}"
+        for split in splits:
+            suffix = "" if split == main else f"_{split}"
             images, said = data[split]["image"], data[split]
             read = {name: align(keys[0], images, steps=n, seeds=seeds) for name, (n, seeds) in READINGS.items()}
             shares = {name: found(split, vectors) for name, vectors in read.items()}
@@ -124,53 +131,53 @@ class SceneAlignment:
             figures[f"towers_retrieval_r1{suffix}"] = found(split, frozen)
             figures |= {f"retrieval_r1_{name}{suffix}": share for name, share in shares.items()}
             figures[f"retrieval_r1_guided{suffix}"] = found(split, align(keys[0], images, steps=10, guidance=2.0))
-            if split == "test":
+            if split == main:
                 every = {"retrieval_r1_all_digits": read["10"], "towers_retrieval_r1_all_digits": frozen}
                 figures |= {name: held_out_retrieval(vectors, self.towers.encode, said) for name, vectors in every.items()}
                 recalls = scene_retrieval(read["10"], captions[split], said)
                 figures |= {name: value for name, value in recalls.items() if name != "r1"}
-        figures["retrieval_r1_dropped"] = found("test", align(keys[1], None, count=count, steps=10))
+        figures["retrieval_r1_dropped"] = found(main, align(keys[1], None, count=count, steps=10))
 
         drawn = self.drawing.draw(experiment, params, keys[2:4], steps, guidance, clock)
-        judged = self.drawing.judged(drawn, steps, guidance, clock)
+        judged = self.drawing.judged(drawn, steps, guidance, clock, experiment.split)
         figures |= judged.figures
         clock.start("round trip", "retrieving what captions the samples were drawn of")
-        seen, others = drawn["training"]
+        (_, first), (seen, others) = drawn.values()
         trip = scene_retrieval(align(keys[4], others, steps=10), self.towers.texts(seen["text"])[1], seen)
         figures["round_trip"] = trip["r1"]
-        figures["round_trip_held_out"] = found("held_out", align(keys[4], drawn["held-out"][1], steps=10))
+        figures[f"round_trip_{last}"] = found(last, align(keys[4], first, steps=10))
 
-        held = data["held_out"]
+        held = data[last]
         draw = functools.partial(draw_samples, experiment, params, batch=batch, steps=steps, guidance=1.0)
-        clock.start("best", f"drawing {self.choose} of each held-out caption, and keeping what the alignment branch likes best")
+        clock.start("best", f"drawing {self.choose} of each caption ({last}), and keeping what the alignment branch likes best")
         many = np.tile(held["text"], (self.choose, 1))
         images = np.clip(draw(keys[5], {"text": many}, len(many))["image"], -1, 1)
         vectors = align(keys[4], images, steps=1, seeds=4).reshape(self.choose, count, -1)
-        best = np.einsum("knd,nd->kn", vectors, captions["held_out"]).argmax(0) * count + np.arange(count)
+        best = np.einsum("knd,nd->kn", vectors, captions[last]).argmax(0) * count + np.arange(count)
         judge = trained_judge(size)
         for name, rows in (("unguided", slice(count)), (f"best_of_{self.choose}", best)):
             figures[f"prompt_correctness_{name}"] = float(self.drawing.right(judge(images[rows]), held).mean())
 
         written = {}
-        for split in SPLITS if config.times.write else ():
+        for split in splits if config.times.write else ():
             clock.start(f"writing, {split}", f"writing captions of {count} scenes ({split})")
             written[split] = experiment.modalities["text"].show(draw(keys[6], {"image": data[split]["image"]}, count)["text"])
             same = np.array(written[split]) == np.array(scenes.captions(data[split]))
-            figures["caption_correctness" if split == "test" else f"caption_correctness_{split}"] = float(same.mean())
+            figures["caption_correctness" if split == main else f"caption_correctness_{split}"] = float(same.mean())
         clock.stop()
 
         pictures = dict(judged.pictures)
         if written:
             shown = np.rint((held["image"][:20] + 1) * 127.5).astype(np.uint8)
-            wrong = [one != other for one, other in zip(written["held_out"], scenes.captions(held))]
+            wrong = [one != other for one, other in zip(written[last], scenes.captions(held))]
             pictures["Image to caption"] = Picture(
-                drawings.grid(shown, 5, written["held_out"][:20], wrong=wrong[:20]),
-                "What masked diffusion writes of held-out scenes; red where a word is wrong.")
+                drawings.grid(shown, 5, written[last][:20], wrong=wrong[:20]),
+                f"What masked diffusion writes of scenes ({last}); red where a word is wrong.")
         notes = {
-            "retrieval_r1": f"share of {count} test scenes whose denoised vector (10 steps from noise) is nearest, among {AMONG} "
+            "retrieval_r1": f"share of {count} {main} scenes whose denoised vector (10 steps from noise) is nearest, among {AMONG} "
             f"captions, to one that says the right {', '.join(ASKED)}; _1, _2, ... other numbers of steps, _1_of_8 the mean of 8 seeds",
             "retrieval_r1_held_out": HELD_OUT,
-            "retrieval_r1_all_digits": f"test scenes among the captions of {AMONG // 10} of them with all ten digits each: colours and "
+            "retrieval_r1_all_digits": f"{main} scenes among the captions of {AMONG // 10} of them with all ten digits each: colours and "
             "place, which tell most of 200 scenes apart, do not help",
             "towers_retrieval_r1": "as retrieval_r1, by the frozen image tower",
             "towers_retrieval_r1_all_digits": "as retrieval_r1_all_digits, by the frozen image tower",
@@ -178,7 +185,7 @@ class SceneAlignment:
             f"prompt_correctness_best_of_{self.choose}": f"of {self.choose} unguided samples that which the alignment branch likes best",
             "round_trip": f"share of scenes drawn of training captions that the alignment branch retrieves among {AMONG}, right "
             f"{', '.join(ASKED)}",
-            "caption_correctness": "share of test scenes whose written caption is right, word by word",
+            "caption_correctness": f"share of {main} scenes whose written caption is right, word by word",
             **judged.notes,
         }
         return Findings(
@@ -208,11 +215,11 @@ class SceneTowers:
             ids = scenes.tokenizer().encode(texts)
             return in_batches(lambda p, k, x: read(p, x)[1], params, jax.random.split(key, len(ids)), ids, self.batch)
 
-        for split in SPLITS:
+        for split in splits_of(experiment):
             data = whole(scenes.Scenes(split, self.size, self.count))
             images = in_batches(lambda p, k, x: see(p, x), params, keys, data["image"], self.batch)
-            suffix = "" if split == "test" else f"_{split}"
-            if split == "test":
+            suffix = "_held_out" if split == "held_out" else ""
+            if not suffix:
                 texts = in_batches(lambda p, k, x: read(p, x)[1], params, keys, data["text"], self.batch)
                 found = scene_retrieval(images, texts, data)
                 figures |= {"retrieval_r1": found.pop("r1"), **found}
@@ -220,6 +227,8 @@ class SceneTowers:
                 figures["retrieval_r1_held_out"] = held_out_retrieval(images, encode, data)
             figures |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(images, encode, data).items()}
         clock.stop()
-        notes["retrieval_r1"] = f"share of {self.count} test scenes whose nearest caption among {AMONG} says the right {', '.join(ASKED)}"
-        notes["retrieval_r1_held_out"] = HELD_OUT
+        notes["retrieval_r1"] = (
+            f"share of {self.count} {experiment.split} scenes whose nearest caption among {AMONG} says the right {', '.join(ASKED)}")
+        if "retrieval_r1_held_out" in figures:
+            notes["retrieval_r1_held_out"] = HELD_OUT
         return Findings(figures, notes, {}, {"candidates": AMONG, "evaluation_seconds": clock.seconds})

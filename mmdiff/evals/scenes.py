@@ -24,7 +24,8 @@ class CaptionedScenes:
     """The figures and pictures of a model of digit scenes given their captions.
 
     Two sets of `count` captions: of held-out combinations, and those of training scenes. `prompt_correctness` is the share of samples
-    of which all that is `asked` is right.
+    of which all that is `asked` is right. On the validation split other captions of its scenes take the place of the held-out
+    combinations, which stay unseen until they are reported.
 
     Attributes:
       drawn, text: the names of the two modalities.
@@ -49,14 +50,16 @@ class CaptionedScenes:
     def samples(self, experiment, params, key, steps: int, guidance: float) -> Findings:
         """All of it depends on the sampler."""
         clock = Clock()
-        return self.judged(self.draw(experiment, params, jax.random.split(key), steps, guidance, clock), steps, guidance, clock)
+        drawn = self.draw(experiment, params, jax.random.split(key), steps, guidance, clock)
+        return self.judged(drawn, steps, guidance, clock, experiment.split)
 
     def draw(self, experiment, params, keys, steps: int, guidance: float, clock: Clock) -> dict[str, tuple[Mapping, np.ndarray]]:
-        """"held-out" and "training" -> (the scenes whose captions are given, pictures drawn of them), with one of two keys each."""
+        """"held-out" (or "validation") and "training" -> (the scenes whose captions are given, pictures drawn of them), with a key each."""
         decode = self.decode or experiment.modalities[self.drawn].images
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
         found = {}
-        for (name, split), key in zip((("held-out", "held_out"), ("training", "train")), keys):
+        first = ("held-out", "held_out") if experiment.split == "test" else (experiment.split, experiment.split)
+        for (name, split), key in zip((first, ("training", "train")), keys):
             clock.start(f"{name} captions", f"drawing {self.count} samples for {name} captions in {steps} steps")
             captioned = whole(scenes.Scenes(split, self.size, self.count))
             drawn = draw_samples(experiment, params, key, {self.text: captioned["text"]}, self.count, **options)[self.drawn]
@@ -67,10 +70,13 @@ class CaptionedScenes:
         """Of which scenes all that is asked was `found` as it is `said`: bool [n]."""
         return np.logical_and.reduce([found[name] == said[name] for name in self.asked])
 
-    def judged(self, drawn: Mapping[str, tuple[Mapping, np.ndarray]], steps: int, guidance: float, clock: Clock) -> Findings:
-        """What is found of what `draw` gave."""
-        (held, images), (seen, others) = drawn["held-out"], drawn["training"]
-        test = whole(scenes.Scenes("test", self.size, self.count))
+    def judged(
+        self, drawn: Mapping[str, tuple[Mapping, np.ndarray]], steps: int, guidance: float, clock: Clock, split: str = "test"
+    ) -> Findings:
+        """What is found of what `draw` gave for that split."""
+        (held, images), (seen, others) = drawn.values()
+        kind = "held-out combinations" if split == "test" else f"{split} scenes"
+        test = whole(scenes.Scenes(split, self.size, self.count))
         clock.start("judge", "reading what the samples show")
         judge = trained_judge(self.size)
         read = judge(images)
@@ -85,21 +91,21 @@ class CaptionedScenes:
         clock.stop()
         notes = {f"{name}_correctness": f"share of the same samples with the right {name}" for name in scenes.ATTRIBUTES}
         notes |= {
-            "prompt_correctness": f"share of {self.count} samples for captions of held-out combinations that show the right "
+            "prompt_correctness": f"share of {self.count} samples for captions of {kind} that show the right "
             f"{', '.join(self.asked)}, all of them, as a judge trained on real training scenes reads them",
             "prompt_correctness_seen": f"the same for {self.count} captions of training scenes",
-            "prompt_correctness_real": "the same for the real pictures of the held-out captions: how well the judge reads; "
+            "prompt_correctness_real": "the same for the real pictures of these captions: how well the judge reads; "
             "samples, whose digits can be more typical than real ones, may exceed it",
             "frechet_ratio": f"squared Fréchet distance (raw pixels, float64) of the {self.count} samples for training captions to "
-            f"{self.count} test scenes, over that of those captions' own scenes to them: 1 is the limit",
+            f"{self.count} {split} scenes, over that of those captions' own scenes to them: 1 is the limit",
         }
         shown = {
             "Caption to image": Picture(
                 grid(images, held, ~right),
-                f"Captions of held-out combinations; {steps} steps, guidance {guidance:g}; the first ones, none chosen. A caption is red "
+                f"Captions of {kind}; {steps} steps, guidance {guidance:g}; the first ones, none chosen. A caption is red "
                 f"where the judge finds another {', '.join(self.asked[:-1])} or {self.asked[-1]}.",
             ),
-            "Real scenes": Picture(grid(test["image"], test), "Test scenes, for comparison."),
+            "Real scenes": Picture(grid(test["image"], test), f"Scenes of the {split} split, for comparison."),
         }
         settings = {
             "sample_steps": steps,

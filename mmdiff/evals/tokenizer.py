@@ -37,7 +37,7 @@ class Reconstructions:
     pool: int = 0
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
-        test = whole(experiment.eval_data())
+        test = whole(experiment.test_data())
         real, train = test[self.image], experiment.train_data()
         fresh = train.take(np.arange(min(len(real), len(train))))[self.image]
         clock = Clock()

@@ -27,7 +27,7 @@ RULES = {
 class ImageTransition:
     """Figures and pictures of a joint model of digit scenes and their segmentation, or their night (`data.paired`).
 
-    Over as many held-out pairs, and as many draws of each kind, as `eval_data` holds.
+    Over as many held-out pairs, and as many draws of each kind, as `test_data` holds.
 
     * night, mean squared errors: `error_read`, of the night that the network reads off an image in one call; `error_read_mean` (the
       training pictures' mean) and `error_read_linear` (linear regression, pixel by pixel) without a network; `error_given...`, the same
@@ -49,7 +49,7 @@ class ImageTransition:
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
         other, steps, guidance = self.other, int(config.sample.steps), float(config.sample.guidance)
-        test = whole(experiment.eval_data())
+        test = whole(experiment.test_data())
         count = len(test["image"])
         train = whole(Some(experiment.train_data(), count))
         read_key, *keys = jax.random.split(key, 4)

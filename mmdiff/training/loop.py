@@ -205,7 +205,7 @@ def make_evaluate(experiment: Experiment, config: ml_collections.ConfigDict, mes
 
     The data is taken in its own order in batches of the training size; the last one is filled up from the beginning.
     """
-    size, source = config.train.global_batch, experiment.eval_data()
+    size, source = config.train.global_batch, experiment.validation_data()
     part, parts = sharding.process_rows(mesh, size)
 
     def score(params, batch):

@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -56,11 +58,13 @@ def test_a_clip_is_a_function_of_its_number(test):
     assert np.abs(test["audio"][0] - test["audio"][40]).max() > 0.1  # the same song, from somewhere else
     with pytest.raises(IndexError):
         DanceMusic("test", count=43).take(np.array([43]))
+    audio = np.rint(test["audio"][:4] * dance.LOUDEST).astype(np.int16)
+    assert hashlib.sha256(audio.tobytes()).hexdigest()[:16] == "cf7e4d281745bebc"  # as before there was a validation split
 
 
 def test_splits_share_no_song():
     songs = [song(split, number) for split in SONGS for number in range(SONGS[split])]
-    assert len({(piece.period, piece.patterns, piece.notes) for piece in songs}) == len(songs) == 240
+    assert len({(piece.period, piece.patterns, piece.notes) for piece in songs}) == len(songs) == 280
     assert len({piece.period for piece in songs}) == 240
     for piece in songs:
         slow, fast = STYLES[piece.genre].tempo
@@ -161,7 +165,7 @@ def test_mistakes():
 def test_the_tfds_builder_holds_the_same_clips(tmp_path, monkeypatch, test):
     import tensorflow_datasets as tfds
 
-    monkeypatch.setattr(dance, "COUNTS", {"train": 3, "test": 12})
+    monkeypatch.setattr(dance, "COUNTS", {"train": 3, "validation": 2, "test": 12})
     tfds.disable_progress_bar()
     DanceMusicBuilder(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     stored = tfds.data_source("dance_music", split="test", data_dir=str(tmp_path), download=False)

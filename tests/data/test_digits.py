@@ -13,7 +13,7 @@ from mmdiff.errors import UserError
 READ = """
 import sys
 from mmdiff.data.digits import digits_source
-print(len(digits_source("train", sys.argv[1])), len(digits_source("test", sys.argv[1])))
+print(*(len(digits_source(split, sys.argv[1])) for split in ("train", "validation", "test")))
 assert "tensorflow" not in sys.modules and "jax" not in sys.modules, "a heavy import"
 """
 
@@ -31,20 +31,21 @@ def data_dir(tmp_path_factory):
     for process in [reader(folder), reader(folder)]:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        assert out == "1297 500\n"  # the counts, and nothing of TFDS's own
+        assert out == "1097 200 500\n"  # the counts, and nothing of TFDS's own
     assert [path.name for path in folder.iterdir()] == ["digits"]  # no partial copies stay behind
     return folder
 
 
 def test_two_processes_at_once_and_no_tensorflow(data_dir):
-    assert (data_dir / "digits" / "1.0.0" / "dataset_info.json").exists()
+    assert (data_dir / "digits" / "2.0.0" / "dataset_info.json").exists()
 
 
 def test_split_is_stratified_and_complete():
     labels = np.repeat(np.arange(10), np.arange(100, 200, 10))
-    rows = split_rows(labels, test=300)
-    assert len(rows["test"]) == 300
-    np.testing.assert_array_equal(np.sort(np.concatenate([rows["train"], rows["test"]])), np.arange(len(labels)))
+    rows = split_rows(labels, test=300, validation=7)
+    assert list(rows) == ["train", "validation", "test"] and len(rows["test"]) == 300
+    np.testing.assert_array_equal(np.sort(np.concatenate(list(rows.values()))), np.arange(len(labels)))
+    assert np.bincount(labels[rows["validation"]]).tolist() == [7] * 10
     share = np.bincount(labels[rows["test"]]) - np.bincount(labels) * 300 / len(labels)
     assert np.abs(share).max() < 1
 
@@ -87,7 +88,7 @@ def test_the_data_set_is_a_tfds_one_and_in_memory_after_the_first_read(data_dir)
 @pytest.mark.parametrize("damage", ["no info", "cut", "other labels", "empty"])
 def test_a_damaged_copy_is_replaced(damage, data_dir, tmp_path, monkeypatch):
     shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
-    version = tmp_path / "digits" / "1.0.0"
+    version = tmp_path / "digits" / "2.0.0"
     records = next(version.glob("digits-train*"))
     if damage == "no info":
         (version / "dataset_info.json").unlink()
@@ -100,11 +101,25 @@ def test_a_damaged_copy_is_replaced(damage, data_dir, tmp_path, monkeypatch):
         version.mkdir()
     # A good copy stands in for two seconds of preparing, which the fixture has tested.
     monkeypatch.setattr(digits, "_prepare", lambda folder: shutil.copytree(data_dir, folder, dirs_exist_ok=True))
-    assert len(digits_source("train", tmp_path)) == 1297
+    assert len(digits_source("train", tmp_path)) == 1097
     digits._load.cache_clear()
     monkeypatch.setattr(digits, "_prepare", None)  # now the copy on disk must be whole
-    assert len(digits_source("train", tmp_path)) == 1297
+    assert len(digits_source("train", tmp_path)) == 1097
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+def test_a_copy_of_an_older_version_is_left_alone(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    old = tmp_path / "digits" / "1.0.0"
+    old.mkdir()
+    (old / "dataset_info.json").write_text("of another version")
+    assert [len(digits_source(split, tmp_path)) for split in digits.SIZES] == [1097, 200, 500]
+    assert (old / "dataset_info.json").read_text() == "of another version"
+
+
+def test_no_two_splits_share_an_image(data_dir):
+    seen = [{image.tobytes() for image in digits_source(split, data_dir).arrays["image"]} for split in digits.SIZES]
+    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
 
 
 def test_environment_names_the_folder(data_dir, monkeypatch):
@@ -113,7 +128,7 @@ def test_environment_names_the_folder(data_dir, monkeypatch):
 
 
 def test_mistakes_of_the_user(tmp_path):
-    with pytest.raises(UserError, match="no split 'valid'.*train, test"):
+    with pytest.raises(UserError, match="no split 'valid'.*train, validation, test"):
         digits_source("valid", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="TFDS_DATA_DIR"):

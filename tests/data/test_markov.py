@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 
 import numpy as np
@@ -83,18 +84,21 @@ def test_example_i_is_a_function_of_i():
     for name in ("tokens", "label"):
         np.testing.assert_array_equal(small[name], large[name][:100])
         assert small[name].dtype == np.int32
-    assert (markov_source("test", 100).arrays["tokens"] != small["tokens"]).any(1).all()
+    for split in ("validation", "test"):
+        assert (markov_source(split, 100).arrays["tokens"] != small["tokens"]).any(1).all()
     np.testing.assert_array_equal(large["label"][:12], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1])
-    assert len(markov_source("test")) == 2000
+    assert len(markov_source("validation")) == len(markov_source("test")) == 2000
 
 
 def test_examples_are_pinned_for_all_versions_of_numpy():
     found = markov_source("train", 2).arrays["tokens"][:, :8]
     np.testing.assert_array_equal(found, [[13, 10, 10, 7, 13, 2, 13, 6], [7, 9, 0, 10, 8, 15, 5, 1]])
+    tested = markov_source("test").arrays["tokens"]
+    assert hashlib.sha256(tested.tobytes()).hexdigest()[:16] == "2755d4c54d4ab5d6"  # as before there was a validation split
 
 
 def test_refusals():
-    with pytest.raises(UserError, match="no split 'valid'.*train, test"):
+    with pytest.raises(UserError, match="no split 'valid'.*train, validation, test"):
         markov_source("valid")
     with pytest.raises(UserError, match="one example or more"):
         markov_source("test", 0)

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_held_out_combinations_never_occur_in_training(splits):
 
 
 def test_splits_share_no_digit(splits):
-    training = {image.tobytes() for image in digits_tokens("train").arrays["tokens"]}
+    others = {image.tobytes() for split in ("train", "validation") for image in digits_tokens(split).arrays["tokens"]}
     small = splits["held_out"]["size"] == 0
     box, _ = footprint(16, 0, 0)
     rows = np.flatnonzero(small & (splits["held_out"]["position"] == 0) & (splits["held_out"]["background"] == 5))
@@ -55,7 +56,21 @@ def test_splits_share_no_digit(splits):
         front, behind = palette[splits["held_out"]["colour"][row]], palette[5]
         channel = np.argmax(np.abs(front - behind))
         ink = np.rint((pixels[..., channel] - behind[channel]) / (front - behind)[channel] * 16).astype(np.int32)
-        assert ink.tobytes() not in training
+        assert ink.tobytes() not in others
+
+
+def test_validation_scenes_are_of_digits_of_their_own():
+    rows = {split: {ink.tobytes() for ink in Scenes(split, count=6000).ink(np.arange(6000))} for split in ("train", "validation", "test")}
+    assert not (rows["train"] & rows["validation"] or rows["validation"] & rows["test"] or rows["train"] & rows["test"])
+    assert len(rows["validation"]) == 200
+
+
+def test_test_and_held_out_scenes_are_those_that_were_always_reported(splits):
+    """SHA-256 of the pixels that the splits had before there was a validation split."""
+    expected = {"test": "d44c55814f6494f9", "held_out": "c893b0a91154f80d"}
+    for split, found in expected.items():
+        pixels = np.rint((splits[split]["image"] + 1) * 127.5).astype(np.uint8)
+        assert hashlib.sha256(pixels.tobytes()).hexdigest()[:16] == found
 
 
 def test_a_small_digit_is_the_digit_itself():
@@ -116,7 +131,7 @@ def test_all_scenes_of_a_split_are_different():
 
 
 def test_mistakes():
-    with pytest.raises(UserError, match="no split 'valid'.*train, test, held_out"):
+    with pytest.raises(UserError, match="no split 'valid'.*train, validation, test, held_out"):
         Scenes("valid")
     for size in (12, 18):
         with pytest.raises(UserError, match="multiple of 4"):
@@ -128,7 +143,7 @@ def test_mistakes():
 def test_the_tfds_builder_holds_the_same_scenes(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
-    monkeypatch.setattr(scenes, "COUNTS", {"train": 30, "test": 20, "held_out": 10})
+    monkeypatch.setattr(scenes, "COUNTS", {"train": 30, "validation": 5, "test": 20, "held_out": 10})
     tfds.disable_progress_bar()
     DigitScenes(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     stored = tfds.data_source("digit_scenes", split="held_out", data_dir=str(tmp_path), download=False)

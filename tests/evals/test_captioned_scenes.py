@@ -71,7 +71,8 @@ def experiment():
 
     shape = {"tokens": (16,), "text": (16,)}
     modalities = {"tokens": types.SimpleNamespace(images=painter()), "text": Texts(tokenizer())}
-    parts = {"process": None, "init": None, "apply": None, "loss": None, "optimizer": None, "train_data": None, "eval_data": None}
+    parts = {"process": None, "init": None, "apply": None, "loss": None, "optimizer": None, "train_data": None}
+    parts |= {"validation_data": None, "test_data": None}
     return Experiment(**parts, shape=shape, draw=draw, modalities=modalities)
 
 

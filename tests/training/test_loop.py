@@ -153,12 +153,23 @@ def test_an_evaluation_repeats_itself(config):
     params = experiment.init(jax.random.key(0))
     assert evaluate(params) == evaluate(params)
     # 20 examples in batches of 16: two batches, the second filled up from the beginning.
-    x = experiment.eval_data().arrays["x"]
+    x = experiment.validation_data().arrays["x"]
     values = []
     for index in (np.arange(16), np.arange(16, 32)):
         batch = {"x": x[index % 20], "index": index.astype(np.uint32)}
         values.append(float(jax.jit(toy.loss)(params, batch, jax.random.key(config.seed))[0]))
     np.testing.assert_allclose(evaluate(params)["val/loss"], np.mean(values), rtol=1e-6)
+
+
+def test_what_is_seen_while_training_never_reads_the_test_data(config):
+    def never():
+        raise AssertionError("the test data were read")
+
+    experiment = dataclasses.replace(toy.build(config), test_data=never)
+    evaluate = loop.make_evaluate(experiment, config, sharding.make_mesh({"data": 1}))
+    assert np.isfinite(evaluate(experiment.init(jax.random.key(0)))["val/loss"])
+    assert experiment.split == "test" and experiment.on_validation().split == "validation"
+    assert len(experiment.on_validation().test_data()) == len(experiment.validation_data())
 
 
 def test_an_evaluation_is_meant_for_the_mesh_as_the_step_is(config):
