@@ -41,6 +41,7 @@ def test_train_validation_and_test_share_no_example(name, monkeypatch):
     if name in ("cdcd/scenes_text", "cdcd/dance_music"):  # which read caches: of which split is all that there is to see
         monkeypatch.setattr(module, "token_source" if "scenes" in name else "open_tokens", cached)
     monkeypatch.setattr(features, "represented", lambda source: source)
+    monkeypatch.setattr(features, "digit_features", lambda: None)  # which are trained
     monkeypatch.setattr(Described, "__init__", lambda self, source, towers, size: vars(self).update(source=source))
     experiment = module.build(config)
     sources = [experiment.train_data(), experiment.validation_data(), experiment.test_data()]
