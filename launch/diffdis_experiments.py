@@ -29,7 +29,7 @@ import numpy as np
 
 from mmdiff import config as configs
 from mmdiff import contrastive, losses, times
-from mmdiff.contrastive import unit
+from mmdiff.contrastive import l2_normalize
 from mmdiff.data import scenes
 from mmdiff.data.sources import whole
 from mmdiff.evals.base import example_keys, in_batches
@@ -88,7 +88,7 @@ def silent(experiment, config, module):
 
     def vectors(params, keys, images):
         x, t = {"image": images, "query": jnp.zeros((len(images), aligner.size))}, jnp.zeros(len(images))
-        return unit(apply(params, x, {"image": t, "query": t + 1})["query"])
+        return l2_normalize(apply(params, x, {"image": t, "query": t + 1})["query"])
 
     return dataclasses.replace(experiment, loss=loss), vectors
 

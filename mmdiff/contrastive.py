@@ -14,8 +14,8 @@ so that N negatives cost no network call. A **form** makes one number of the sco
         "sample_inter": (T * 5e-6, beside("label", on("tokens", rising(contrast(tokens, x0_ce(tokens), inter(by="label")), T)))),
     })
 
-Negatives are functions `noised (of one modality) -> z [N, B, ...]`, or `-> (z, valid [N, B])` where some do not exist. Those from the
-batch come from what of it a loss is given at a time, a micro-batch: there the loss does depend on how the batch is split.
+Negatives are functions `noised (x0 of one modality, batch and key) -> z [N, B, ...]`, or `-> (z, valid [N, B])` where some do not exist.
+They see the data of the whole batch, also where the loss is computed in micro-batches.
 
 Source: Zhu et al. 2023 (CDCD), whose released code is `linear` on one forward pass; the paper lets negatives run their own chains
 (`own_chain`). `linear` is no bound on the mutual information of data and condition. `infonce` is one of its kind, but only for scores
@@ -24,6 +24,7 @@ and negatives as its docstring has them: here the scores see x_t, too, which com
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,8 @@ import jax.numpy as jnp
 
 from mmdiff import losses
 from mmdiff.errors import UserError
-from mmdiff.losses import Loss, Term
+from mmdiff.losses import InBatchTerm, Term
+from mmdiff.microbatches import BatchLoss, whole_batch
 from mmdiff.processes.base import Noised, Process, fold
 from mmdiff.times import Times, example_keys
 
@@ -55,7 +57,7 @@ def contrast(process: Process, term: Term, negatives: Negatives, form: Form | No
     form = form or linear()
 
     def contrasted(out, noised):
-        z, valid = _drawn(negatives, noised)
+        z, valid = _sampled(negatives, noised)
         values = jax.vmap(lambda x0: term(out, process.explain(noised, x0)))(z)
         return form(term(out, noised), values, valid)
 
@@ -127,7 +129,7 @@ def own_chain(
     negatives: Negatives,
     form: Form | None = None,
     of: str | None = None,
-) -> Loss:
+) -> BatchLoss:
     """The contrast of negatives that are corrupted by themselves: a `Loss` of N + 1 network calls, to be added with `combine`.
 
     Each negative takes the place of the clean data, at the example's time and beside its conditions: the network sees z^j_t, and
@@ -141,7 +143,7 @@ def own_chain(
     """
     form = form or linear()
 
-    def loss(params, batch, key):
+    def pieces(params, batch, key, micro=None):
         index, x0 = batch["index"], process.take(batch)
         keys = fold(example_keys(key, index), "corrupt")
         t = times(jax.random.fold_in(key, zlib.crc32(b"times")), index)
@@ -150,55 +152,54 @@ def own_chain(
             noised = process.corrupt(keys, x0, t).replace(batch=batch, key=key)
             return term(apply(params, *process.inputs(noised.xt, noised.t)), noised)
 
-        clean = Noised(x0=x0, xt=x0, t=t, batch=batch, key=key)
-        z, valid = _drawn(negatives, clean if of is None else clean.of(of))
+        micro = micro and micro.replace(x0=process.take(micro.batch))
+        clean = Noised(x0=x0, xt=x0, t=t, batch=batch, key=key, micro=micro)
+        z, valid = _sampled(negatives, clean if of is None else clean.of(of))
 
         def negative(j, z):
             return value(z if of is None else {**x0, of: z}, fold(keys, j + 1))
 
         negative = jax.checkpoint(negative, prevent_cse=False)
         values = jax.lax.map(lambda item: negative(*item), (jnp.arange(len(z)), z))
-        return form(value(x0, keys), values, valid).mean(), {}
+        return form(value(x0, keys), values, valid).mean(), {}, ()
 
-    return loss
+    return BatchLoss(pieces=pieces)
 
 
-def match(process: Process, of: str, loss: str = "infonce") -> Term:
+def match(process: Process, of: str, loss: str = "infonce") -> InBatchTerm:
     r"""Which clean vector is the denoised one's? CLIP's loss with the belief about x_0 in the place of the image's vector (DiffDis).
 
         s_ij = scale cos(x0_hat_i, x_0j) + bias,
         infonce:  -1/2 (log softmax_j s_ij + log softmax_j s_ji) at j = i       (symmetric: by rows and by columns)
         siglip:   -sum_j log sigmoid(+-s_ij), + for j = i and for vectors equal to it      (Zhai et al. 2023)
 
-    All other examples are negatives: those of the global batch, on whatever devices they are, but with micro-batches those of the
-    micro-batch alone. No gradient reaches x_0. Equal vectors need no care in infonce: it has the gradient of the loss in which every
-    copy is right, and a floor of mean log(number of copies). Its value without any information is log B, which a scale of 1 hardly
-    lowers: hence the learned one.
+    All other examples of the global batch are negatives, on whatever devices and in whatever micro-batches they are. No gradient reaches
+    x_0. Equal vectors need no care in infonce: it has the gradient of the loss in which every copy is right, and a floor of mean
+    log(number of copies). Its value without any information is log B, which a scale of 1 hardly lowers: hence the learned one.
 
     Args:
-      process: of the modality, a `Gaussian` of vectors [B, D], whatever it predicts. Its own loss, `on(of, process.loss)`, is the
-        regression on the same vectors.
+      process: of the modality, a `Gaussian` of vectors [B, D], whatever it predicts; with `unit=True`, for a longer x_0 gives itself away
+        in x_t. Its own loss, `on(of, process.loss)`, is the regression on the same vectors.
       of: the modality's name in the joint pass. The network returns out["logit_scale"] and, for siglip, out["logit_bias"], [B] with
         equal entries: its learned numbers.
       loss: "infonce" or "siglip".
     """
-    contrasted = _matched(loss)
 
-    def term(out, noised):
+    def embed(out, noised):
         part = noised.of(of)
-        return contrasted(process.clean(out[of], part.xt, part.t), part.x0, out)
+        x0_hat, x0 = process.clean(out[of], part.xt, part.t), jax.lax.stop_gradient(part.x0)
+        return l2_normalize(x0_hat), l2_normalize(x0), _logits(out)
 
-    return term
+    return InBatchTerm(embed, _compared(loss))
 
 
-def pair(one: str = "image_vector", other: str = "text_vector", loss: str = "infonce") -> Term:
+def pair(one: str = "image_vector", other: str = "text_vector", loss: str = "infonce") -> InBatchTerm:
     """CLIP's loss of two towers: `match` with the network's output `one` for the belief and its output `other` for x_0.
 
     A term of conditions alone (`Given`), whose network returns out[one], out[other] [B, D], out["logit_scale"] and
     out["logit_bias"] [B]: `nets.TwoTowers`. Gradients reach both towers.
     """
-    contrasted = _matched(loss, trained=True)
-    return lambda out, noised: contrasted(out[one], out[other], out)
+    return InBatchTerm(lambda out, noised: (l2_normalize(out[one]), l2_normalize(out[other]), _logits(out)), _compared(loss))
 
 
 def first_logits(loss: str) -> tuple[float, float]:
@@ -206,38 +207,50 @@ def first_logits(loss: str) -> tuple[float, float]:
     return (10.0, -10.0) if loss == "siglip" else (1 / 0.07, 0.0)
 
 
-def _matched(loss: str, trained: bool = False) -> Callable:
-    """The loss of `match` as `(one [B, D], other [B, D], out) -> [B]`; where `other` is not `trained` no gradient reaches it."""
+def _logits(out):
+    return {name: out[name].astype(jnp.float32) for name in ("logit_scale", "logit_bias") if name in out}
+
+
+def _compared(loss: str) -> Callable:
+    """The comparison of `match` as `(unit vectors [B, D], unit vectors [B, D], logits) -> [B]`."""
     if loss not in ("infonce", "siglip"):
         raise UserError(f"match: there is no loss {loss!r}; choose infonce or siglip.")
 
-    def values(one, other, out):
-        one, other = unit(one), unit(other)
-        other = other if trained else jax.lax.stop_gradient(other)
-        scores = out["logit_scale"][:, None] * jnp.matmul(one, other.T, precision=jax.lax.Precision.HIGHEST)
+    def values(embeddings):
+        one, other, logits = embeddings
+        scores = logits["logit_scale"][:, None] * jnp.matmul(one, other.T, precision=jax.lax.Precision.HIGHEST)
         if loss == "infonce":
             right = jnp.diagonal(scores)
             return 0.5 * (jax.nn.logsumexp(scores, axis=1) + jax.nn.logsumexp(scores, axis=0)) - right
-        scores = scores + out["logit_bias"][:, None]
+        scores = scores + logits["logit_bias"][:, None]
         same = jnp.matmul(other, other.T, precision=jax.lax.Precision.HIGHEST) > 1 - 1e-6
+        same |= jnp.eye(len(same), dtype=bool)  # a vector of zeros is like no other, and yet its own
         return -jax.nn.log_sigmoid(jnp.where(same, scores, -scores)).sum(1)
 
     return values
 
 
-def unit(x: jax.Array) -> jax.Array:
-    """x / |x| along the last dimension, float32; 0 stays 0, and has gradients."""
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """x / |x| along the last dimension, float32, whatever the size of x; 0 stays 0, and all gradients are finite."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))
+    largest = jax.lax.stop_gradient(jnp.abs(x).max(-1, keepdims=True))  # 1e30 squared is infinite, 1e-30 squared is 0
+    there = largest > 0
+    x = x / jnp.where(there, largest, 1.0)
+    return x * jax.lax.rsqrt(jnp.where(there, (x * x).sum(-1, keepdims=True), 1.0))
 
 
-def _drawn(negatives: Negatives, noised: Noised) -> tuple[jax.Array, jax.Array]:
+def _sampled(negatives: Negatives, noised: Noised) -> tuple[jax.Array, jax.Array]:
     """The negatives [N, B, ...] and which of them there are [N, B]."""
-    found = negatives(noised)
+    micro, own = noised.micro, isinstance(negatives, _Own)
+    x0, batch = (noised.x0, noised.batch) if micro is None or own else (micro.x0, micro.batch)
+    found = negatives(Noised(x0=x0, xt=None, t=None, batch=batch, key=noised.key))
     z, valid = found if isinstance(found, tuple) else (found, None)
-    if z.shape[1:] != noised.x0.shape:
-        raise UserError(f"negatives are [N, *x0.shape], here [N, {', '.join(map(str, noised.x0.shape))}], not {list(z.shape)}.")
-    return z, jnp.ones(z.shape[:2], bool) if valid is None else valid
+    if z.shape[1:] != x0.shape:
+        raise UserError(f"negatives are [N, *x0.shape], here [N, {', '.join(map(str, x0.shape))}], not {list(z.shape)}.")
+    valid = jnp.ones(z.shape[:2], bool) if valid is None else valid
+    if own:
+        return z, valid
+    return whole_batch((z, valid)) if micro is None else (jax.vmap(micro.rows)(z), jax.vmap(micro.rows)(valid))
 
 
 def rising(term: Term, steps: int) -> Term:
@@ -305,6 +318,16 @@ def _scores(positive, values, valid, temperature):
 # --------------------------------------------------------------------------------------------------------------- negatives
 
 
+@dataclasses.dataclass(frozen=True)
+class _Own:
+    """Negatives that an example has from its own data: a micro-batch is all they need."""
+
+    negatives: Negatives
+
+    def __call__(self, noised):
+        return self.negatives(noised)
+
+
 def intra(chunks: int = 8, count: int = 10, derange: bool = False) -> Negatives:
     """The example itself in another order: `chunks` pieces of floor(L / chunks) along its first dimension, permuted.
 
@@ -328,7 +351,7 @@ def intra(chunks: int = 8, count: int = 10, derange: bool = False) -> Negatives:
         tail = jnp.broadcast_to(jnp.arange(size * chunks, length), (count, length - size * chunks))
         return jax.vmap(lambda row: x0[:, row])(jnp.concatenate([place, tail], axis=1))
 
-    return negatives
+    return _Own(negatives)
 
 
 def shifted(count: int) -> Negatives:
@@ -363,7 +386,7 @@ def inter(count: int = 10, by: str = "label") -> Negatives:
 
 def table(name: str) -> Negatives:
     """Negatives that the data source gives beside every example, `batch[name]` [B, N, ...]."""
-    return lambda noised: jnp.moveaxis(_entry(noised, name), 1, 0)
+    return _Own(lambda noised: jnp.moveaxis(_entry(noised, name), 1, 0))
 
 
 def _entry(noised, name):

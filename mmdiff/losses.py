@@ -10,11 +10,12 @@ r"""Losses: pure functions `(params, batch, key) -> (scalar, metrics)`, made fro
     })
 
 A batch holds the modalities by name and `index` [B], the examples' global positions: each example's randomness is
-`fold_in(key, index)`, so the loss does not depend on the mesh, the number of hosts, the micro-batching or the batch's order.
+`fold_in(key, index)`, so the loss does not depend on the mesh, the number of hosts, the micro-batching or the batch's order. That holds
+for terms that compare the examples of a batch, too, an `InBatchTerm` or negatives from the batch: see `microbatches`.
 
-A loss with importance-sampled times (`times.importance`) has an attribute `stats`: `init() -> stats` and `update(stats, seen) -> stats`.
+A loss with importance-sampled times (`times.importance`) has a field `stats`: `init() -> stats` and `update(stats, seen) -> stats`.
 It reads the statistics from batch["stats"] (without them they are those of `init`) and then returns what it saw as metrics["stats"],
-sums over the batch. `training.make_step` keeps them in its state. A loss whose attribute `averaged` is true gets the averaged
+sums over the batch. `training.make_step` keeps them in its state. A loss whose field `averaged` is true gets the averaged
 parameters as batch["ema"], for a process whose encoder is the network itself.
 """
 
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 
 from mmdiff import schedules
 from mmdiff.errors import UserError
+from mmdiff.microbatches import BatchLoss, whole_batch
 from mmdiff.processes.base import Noised, Process, fold, per_example_mean
 from mmdiff.processes.discrete import LOG_FLOOR
 from mmdiff.times import Adaptive, Times, example_keys
@@ -38,9 +40,26 @@ Loss = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict
 Term = Callable[[Any, Noised], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class InBatchTerm:
+    """A term that compares the examples of a batch: `contrast(embed(out, noised))`, [B].
+
+    Attributes:
+      embed: `(out, noised) -> ` a pytree of arrays [B, ...], each example's own: what the comparison needs, no more. It is held for the
+        whole batch, `out` for a micro-batch.
+      contrast: that pytree, of the whole batch -> [B]. It has no parameters but those in it.
+    """
+
+    embed: Callable[[Any, Noised], Any]
+    contrast: Callable[[Any], jax.Array]
+
+    def __call__(self, out, noised):
+        return self.contrast(whole_batch(self.embed(out, noised)))
+
+
 def diffusion(
     process: Process, apply: Callable, times: Times, terms: Mapping[str, tuple[float, Term]] | Callable | None = None
-) -> Loss:
+) -> BatchLoss:
     """The loss of one noisy forward pass: `sum_k weight_k mean_b term_k(out, noised)[b]`.
 
     With importance-sampled times the mean over b is weighted by 1 / (T p_t), so it estimates the same as with uniform ones.
@@ -64,71 +83,107 @@ def diffusion(
         names = sorted(terms_of(process))
         raise UserError(f"the times are importance-sampled by the term {source.term!r}, but the loss has the terms {names}.")
 
-    def loss(params, batch, key):
-        index, stats = batch["index"], batch.get("stats")
-        bound = process.bound(batch.get("ema", params))
-        batch = {name: array for name, array in batch.items() if name not in ("stats", "ema")}
-        keys = example_keys(key, index)
-        times_key = jax.random.fold_in(key, zlib.crc32(b"times"))
-        if source:
-            t, importance, place = times.draw(times_key, index, source.init() if stats is None else stats)
-        else:
-            t = times(times_key, index)
-        noised = bound.corrupt(fold(keys, "corrupt"), bound.take(batch), t).replace(batch=batch, key=key)
-        out = apply(params, *bound.inputs(noised.xt, noised.t))
+    def reduced(values, importance=None, place=None):
+        """The weighted sum and the metrics of name -> (weight, values [B] or a dict of them)."""
         total, metrics = jnp.zeros((), jnp.float32), {}
-        for name, (weight, term) in terms_of(bound).items():
-            values = term(out, noised)
-            if source and stats is not None and name == source.term:
-                metrics["stats"] = source.observe(place, values)
-            for part, value in values.items() if isinstance(values, Mapping) else (("", values),):
+        for name, (weight, value) in values.items():
+            if place is not None and name == source.term:
+                metrics["stats"] = source.observe(place, value)
+            for part, value in value.items() if isinstance(value, Mapping) else (("", value),):
                 value = value.astype(jnp.float32)
-                value = (importance * value if source else value).mean()
+                value = (value if importance is None else importance * value).mean()
                 metrics["/".join(["loss", *filter(None, (name, part))])] = value
                 total = total + weight * value if weight else total  # 0 times a term could still be NaN, or change the last bit
         return total, metrics
 
-    if source:
-        loss.stats = source
-    loss.averaged = process.shared
-    return loss
+    def pieces(params, batch, key, micro=None):
+        index, stats = batch["index"], batch.get("stats")
+        bound = process.bound(batch.get("ema", params))
+        batch = {name: array for name, array in batch.items() if name not in ("stats", "ema")}
+        micro = micro and micro.replace(x0=bound.take(micro.batch))
+        keys = example_keys(key, index)
+        times_key = jax.random.fold_in(key, zlib.crc32(b"times"))
+        importance = place = None
+        if source:
+            t, importance, place = times.draw(times_key, index, source.init() if stats is None else stats)
+            place = None if stats is None else place
+        else:
+            t = times(times_key, index)
+        noised = bound.corrupt(fold(keys, "corrupt"), bound.take(batch), t).replace(batch=batch, key=key, micro=micro)
+        out = apply(params, *bound.inputs(noised.xt, noised.t))
+        own, embeddings = {}, {}
+        for name, (weight, term) in terms_of(bound).items():
+            if isinstance(term, InBatchTerm):
+                embeddings[name] = term.embed(out, noised), importance, place
+            else:
+                own[name] = weight, term(out, noised)
+        return *reduced(own, importance, place), embeddings
+
+    def contrast(params, embeddings):
+        total, metrics = jnp.zeros((), jnp.float32), {}
+        for name, (weight, term) in terms_of(process).items():
+            if name in embeddings:
+                embedded, *weights = embeddings[name]
+                value, more = reduced({name: (weight, term.contrast(embedded))}, *weights)
+                total, metrics = total + value, metrics | more
+        return total, metrics
+
+    def check(batch):
+        process.check(batch.get("x0", batch))
+
+    return BatchLoss(pieces=pieces, contrast=contrast, stats=source, averaged=process.shared, check=check)
 
 
-def prepared(loss: Loss, prepare: Callable) -> Loss:
+def prepared(loss: Loss, prepare: Callable) -> BatchLoss:
     """`loss` of a batch to which `prepare(batch, keys)` [B] adds entries, drawn anew at every step: masks, crops."""
+    loss = BatchLoss.of(loss)
 
-    def with_more(params, batch, key):
-        keys = fold(example_keys(key, batch["index"]), "prepare")
-        return loss(params, {**batch, **prepare(batch, keys)}, key)
+    def more(batch, key):
+        return {**batch, **prepare(batch, fold(example_keys(key, batch["index"]), "prepare"))}
 
-    with_more.averaged = getattr(loss, "averaged", False)
-    if hasattr(loss, "stats"):
-        with_more.stats = loss.stats
-    return with_more
+    def pieces(params, batch, key, micro=None):
+        micro = micro and micro.replace(batch=more(micro.batch, key))
+        return loss.pieces(params, more(batch, key), key, micro)
+
+    return dataclasses.replace(loss, pieces=pieces)
 
 
-def combine(**losses: tuple[float, Loss]) -> Loss:
+def combine(**losses: tuple[float, Loss]) -> BatchLoss:
     """`sum_i weight_i loss_i`, each with its own key and its metrics under its name: `combine(draw=(1.0, a), name=(0.1, b))`."""
+    parts = {name: (weight, BatchLoss.of(loss)) for name, (weight, loss) in losses.items()}
+    sources = {name: part.stats for name, (_, part) in parts.items() if part.stats is not None}
 
-    sources = {name: part.stats for name, (_, part) in losses.items() if hasattr(part, "stats")}
-
-    def loss(params, batch, key):
-        stats = batch.get("stats", {})
-        batch = {name: array for name, array in batch.items() if name != "stats"}
+    def summed(results):
+        """Of name -> (value, metrics) the weighted sum and all metrics."""
         total, metrics, seen = jnp.zeros((), jnp.float32), {}, {}
-        for name, (weight, part) in losses.items():
-            own = batch | ({"stats": stats[name]} if name in stats else {})
-            value, extra = part(params, own, jax.random.fold_in(key, zlib.crc32(name.encode())))
-            if name in stats:
+        for name, (value, extra) in results.items():
+            extra = dict(extra)
+            if "stats" in extra:
                 seen[name] = extra.pop("stats")
-            total = total + weight * value
+            total = total + parts[name][0] * value
             metrics |= {f"{name}/loss": value, **{f"{name}/{key}": item for key, item in extra.items()}}
         return total, metrics | ({"stats": seen} if seen else {})
 
-    if sources:
-        loss.stats = _Several(sources)
-    loss.averaged = any(getattr(part, "averaged", False) for _, part in losses.values())
-    return loss
+    def pieces(params, batch, key, micro=None):
+        stats = batch.get("stats", {})
+        batch = {name: array for name, array in batch.items() if name != "stats"}
+        results, embeddings = {}, {}
+        for name, (_, part) in parts.items():
+            own = batch | ({"stats": stats[name]} if name in stats else {})
+            *results[name], embedded = part.pieces(params, own, jax.random.fold_in(key, zlib.crc32(name.encode())), micro)
+            if jax.tree.leaves(embedded):
+                embeddings[name] = embedded
+        return *summed(results), embeddings
+
+    def contrast(params, embeddings):
+        return summed({name: parts[name][1].contrast(params, embedded) for name, embedded in embeddings.items()})
+
+    def check(batch):
+        for _, part in parts.values():
+            part.check(batch)
+
+    averaged = any(part.averaged for _, part in parts.values())
+    return BatchLoss(pieces=pieces, contrast=contrast, stats=_Several(sources) if sources else None, averaged=averaged, check=check)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +201,8 @@ class _Several:
 
 def on(name: str, term: Term) -> Term:
     """A term of one modality, applied within a joint pass."""
+    if isinstance(term, InBatchTerm):
+        return dataclasses.replace(term, embed=on(name, term.embed))
 
     def joint_term(out, noised):
         return term(out[name], noised.of(name))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff import sampling
-from mmdiff.contrastive import unit
+from mmdiff.contrastive import l2_normalize
 from mmdiff.errors import UserError
 from mmdiff.processes.base import Joint, fold
 
@@ -53,14 +53,14 @@ def align(
 
     def walk(seed):
         own = fold(keys, seed)
-        return unit(sampling.sample(process, network, params, own, grid, shape, given=given, maps=maps)[target])
+        return l2_normalize(sampling.sample(process, network, params, own, grid, shape, given=given, maps=maps)[target])
 
-    return unit(jax.lax.map(walk, jnp.arange(seeds)).mean(0))
+    return l2_normalize(jax.lax.map(walk, jnp.arange(seeds)).mean(0))
 
 
 def unit_belief() -> sampling.Map:
     """A map that gives the belief about a vector length 1."""
-    return lambda move: move.corrected(unit(move.x0))
+    return lambda move: move.corrected(l2_normalize(move.x0))
 
 
 def scores(vectors: np.ndarray, candidates: np.ndarray) -> np.ndarray:

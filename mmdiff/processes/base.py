@@ -27,7 +27,8 @@ Array = jax.Array
 class Noised:
     """One corrupted batch: clean `x0`, noisy `xt`, its time `t` [B], and the `noise` that was used (None where there is none).
 
-    Within a loss `batch` is the whole batch and `key` the step's key, for terms that look beyond their own example.
+    Within a loss `batch` holds all entries of the examples and `key` is the step's key, for terms that look beyond one modality; where the
+    examples are a micro-batch, `micro` says of which batch.
     """
 
     x0: Any
@@ -36,11 +37,12 @@ class Noised:
     noise: Any = None
     batch: Any = None
     key: Any = None
+    micro: Any = None
 
     def of(self, name: str) -> Noised:
         """One modality of a joint `Noised`."""
         x0, xt, t, noise = (None if tree is None else tree[name] for tree in (self.x0, self.xt, self.t, self.noise))
-        return Noised(x0, xt, t, noise, self.batch, self.key)
+        return Noised(x0, xt, t, noise, self.batch, self.key, self.micro and self.micro.of(name))
 
 
 class Process:

@@ -13,6 +13,7 @@ import optax
 
 from mmdiff.errors import UserError
 from mmdiff.nets.target import platform
+from mmdiff.training.accumulation import float32, make_gradient
 
 Metrics = Mapping[str, jax.Array]
 Step = Callable[["State", Mapping[str, jax.Array]], tuple["State", Metrics]]
@@ -61,9 +62,9 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt=optimizer.init(params),
-        ema=_float32(params),
+        ema=float32(params),
         key=step_key,
-        stats={"skipped": jnp.zeros((), jnp.int32)} | ({"loss": loss.stats.init()} if hasattr(loss, "stats") else {}),
+        stats={"skipped": jnp.zeros((), jnp.int32)} | ({"loss": loss.stats.init()} if getattr(loss, "stats", None) is not None else {}),
     )
 
 
@@ -86,12 +87,14 @@ def make_step(
     ema and the loss's statistics as they were, bit for bit, and adds one to stats["skipped"].
 
     Args:
-      loss: `(params, batch, key) -> (scalar, metrics)`, a mean over the batch. Every micro-batch gets the same key, so
-        examples must take their randomness from their index (as `losses.diffusion` does). If it has statistics, see `losses`.
+      loss: `(params, batch, key) -> (scalar, metrics)`, a mean over the batch of what each example gives on its own, or a `BatchLoss`
+        that says how it compares them (see `microbatches`). Every micro-batch gets the same key, so examples must take their
+        randomness from their index (as `losses.diffusion` does). If it has statistics, see `losses`.
       optimizer: what turns gradients into updates, clipping and the learning rate's schedule included. It may take the loss, `value`.
       ema: the decay that the average's warm-up ends at.
       microbatches: m; the batch is split in m, which costs time and saves memory.
-      noise_scale: adds the metrics "noise_scale/trace" and "noise_scale/grad_sq", whose averages `noise_scale_of` divides; m >= 2.
+      noise_scale: adds the metrics "noise_scale/trace" and "noise_scale/grad_sq", whose averages `noise_scale_of` divides; m >= 2, and
+        a loss that compares no examples: its gradients would not be independent.
       norm_groups: pairs of a name and a regular expression that adds "grad_norm/<name>" and "param_norm/<name>". A parameter
         belongs to the first group whose expression is found in its path, or else to "other": the squares add up to the total's.
 
@@ -106,34 +109,14 @@ def make_step(
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.train.norm_groups: {pattern!r}, the group {name!r}, is no regular expression ({error}).") from error
-    learns, averaged = hasattr(loss, "stats"), getattr(loss, "averaged", False)
+    learns = getattr(loss, "stats", None) is not None
+    gradient = make_gradient(loss, microbatches, noise_scale)
     takes_value = optax.with_extra_args_support(optimizer)  # the loss, for rates that follow it
-
-    def evaluate(params, batch, key, stats, average):
-        given = batch | ({"stats": stats} if learns else {}) | ({"ema": average} if averaged else {})
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, given, key)
-        value, metrics, grads = _float32((value, metrics, grads))
-        seen = metrics.pop("stats", {})
-        if noise_scale:
-            metrics = {**metrics, "noise_scale/part_sq": _squares(grads)}
-        return (value, metrics, grads), seen
-
-    def accumulate(params, batch, key, stats, average):
-        if microbatches == 1:
-            return evaluate(params, batch, key, stats, average)
-        parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
-        shapes = jax.eval_shape(evaluate, params, jax.tree.map(lambda x: x[0], parts), key, stats, average)
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, evaluate(params, part, key, stats, average)), None
-
-        (total, seen), _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)
-        return jax.tree.map(lambda x: x / microbatches, total), seen
 
     def step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
         stats = state.stats["loss"] if learns else None
-        (value, metrics, grads), seen = accumulate(state.params, batch, key, stats, state.ema)
+        (value, metrics, grads), seen = gradient(state.params, batch, key, stats, state.ema)
         grad_norm = optax.tree.norm(grads)
         if noise_scale:
             metrics = _noise_moments(metrics, grad_norm**2, len(jax.tree.leaves(batch)[0]), microbatches)
@@ -250,19 +233,4 @@ def _norms(kind: str, tree: Any, groups: Sequence[tuple[str, str]]) -> dict[str,
 
 
 def _squares(tree: Any) -> jax.Array:
-    return optax.tree.norm(_float32(tree), squared=True)
-
-
-def _split(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] -> [parts, B/parts, ...], micro-batch j being the rows j, j + parts, j + 2 parts, ...
-
-    Of a batch whose rows are spread over devices in blocks, every device so keeps its rows and gives an equal share of them to
-    each micro-batch: nothing moves. (Splitting into blocks of rows would give each micro-batch to a few devices only.)
-    """
-    if x.shape[0] % parts:
-        raise UserError(f"a batch of {x.shape[0]} cannot be split into {parts} equal micro-batches.")
-    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
-
-
-def _float32(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    return optax.tree.norm(float32(tree), squared=True)

@@ -29,7 +29,7 @@ def keys(count, seed=0):
 
 
 def units(count, size, seed=0):
-    return contrastive.unit(jax.random.normal(jax.random.key(seed), (count, size)))
+    return contrastive.l2_normalize(jax.random.normal(jax.random.key(seed), (count, size)))
 
 
 # --------------------------------------------------------------------------------------------------------------- the query
@@ -140,7 +140,7 @@ def test_sure_images_are_named_right_from_noise(steps):
     """Also among prompts that are alike: with an average cosine of 0.7."""
     label = jnp.arange(40) % 10
     images = jax.nn.one_hot(label, 10) * (1 - 1e-6) + 1e-7
-    for prompts in (units(10, 32), contrastive.unit(units(10, 32) + 1.5 * units(1, 32, 5))):
+    for prompts in (units(10, 32), contrastive.l2_normalize(units(10, 32) + 1.5 * units(1, 32, 5))):
         found = read(prompts, images, steps)
         np.testing.assert_allclose(jnp.linalg.norm(found, axis=1), 1, atol=1e-5)
         s = retrieval.scores(found, prompts)
@@ -154,7 +154,7 @@ def test_one_step_from_noise_is_the_posterior_mean_and_many_are_draws():
     prompts, pi = units(10, 32), jnp.asarray([0.4, 0.3, 0.2, *[0.1 / 7] * 7])
     images = jnp.tile(pi, (400, 1))
     once = read(prompts, images[:4], 1, schedule=schedules.cosine())
-    np.testing.assert_allclose(once, jnp.tile(contrastive.unit(pi @ prompts), (4, 1)), atol=1e-4)
+    np.testing.assert_allclose(once, jnp.tile(contrastive.l2_normalize(pi @ prompts), (4, 1)), atol=1e-4)
     process = naming(0.5, schedules.cosine())
     apply = bayes(process.parts["query"], prompts)
     drawn = jax.jit(lambda k: sampling.sample(process, apply, None, k, sampling.uniform_grid(60), SHAPE, given={"image": images}))
@@ -227,7 +227,7 @@ def value_of(beliefs, clean, scale=1.0, bias=0.0, loss="infonce"):
 
 
 def reference(beliefs, clean, scale):
-    s = scale * np.asarray(contrastive.unit(beliefs), np.float64) @ np.asarray(contrastive.unit(clean), np.float64).T
+    s = scale * np.asarray(contrastive.l2_normalize(beliefs), np.float64) @ np.asarray(contrastive.l2_normalize(clean), np.float64).T
     both = [np.log(np.exp(m).sum(1)) - np.diag(m) for m in (s, s.T)]
     return (both[0] + both[1]) / 2
 
@@ -274,7 +274,7 @@ def test_equal_texts_need_no_care():
         return value_of(beliefs, clean, 7.0).mean()
 
     def every_copy(beliefs):
-        s = 7.0 * contrastive.unit(beliefs) @ clean.T
+        s = 7.0 * contrastive.l2_normalize(beliefs) @ clean.T
         share = same / same.sum(1, keepdims=True)
         rows, columns = (-(share * jax.nn.log_softmax(s, axis)).sum() / 8 for axis in (1, 0))
         return (rows + columns) / 2
