@@ -80,7 +80,7 @@ def build(config):
         validation_data=lambda: digits_source("validation"),
         test_data=lambda: digits_source("test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop={"label": process.parts["label"].mask}, paths={"label": early}, heun=True),
+        draw=sampling.drawer(process, net.apply, shape, drop=("label",), paths={"label": early}, heun=True),
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(10)},
         evaluators=(JointImageLabel(batch=config.eval.batch),),
     )

@@ -101,7 +101,7 @@ def as_joint(experiment, config):
     return dataclasses.replace(
         experiment, process=process,
         loss=losses.diffusion(process, experiment.apply, when, losses.weighted(process, label=config.label_weight)),
-        draw=sampling.drawer(process, experiment.apply, experiment.shape, drop={"label": 10}, heun=True))
+        draw=sampling.drawer(process, experiment.apply, experiment.shape, drop=("label",), heun=True))
 
 
 def labels(experiment, params, config, key, data):
@@ -140,7 +140,7 @@ def estimates(experiment):
     process = experiment.process
 
     def by(*maps):
-        draw = sampling.drawer(process, experiment.apply, experiment.shape, drop={"label": 10}, maps=maps)
+        draw = sampling.drawer(process, experiment.apply, experiment.shape, drop=("label",), maps=maps)
         return dataclasses.replace(experiment, draw=draw)
 
     return {

@@ -27,7 +27,7 @@ import numpy as np
 from mmdiff import schedules
 from mmdiff.errors import UserError
 from mmdiff.processes.aggregate import Aggregate
-from mmdiff.processes.base import Process, bcast, concrete, fold
+from mmdiff.processes.base import Joint, Process, bcast, concrete, fold
 
 
 @flax.struct.dataclass
@@ -183,28 +183,29 @@ def drawer(
     process: Process,
     apply: Callable,
     shape: Mapping[str, Any],
-    drop: Mapping[str, Any],
+    drop: Sequence[str] = (),
     paths: Mapping[str, Callable] | None = None,
     walk: Callable = lambda steps: (uniform_grid(steps), ()),
+    channels: Mapping[str, int] | None = None,
     **options: Any,
 ) -> Callable:
     """The sampler of an `Experiment`: `draw(params, keys, given, *, steps, guidance, absent=(), history=False)`.
 
     Args:
       process, apply, shape: as in `sample`.
-      drop: what guidance drops (see `guided`). With guidance 1 the network runs once a step.
+      drop, channels: what guidance drops, and the channels that it guides (see `guided`). With guidance 1 the network runs once a step.
       paths: each modality's own time as a function of the walk's, [0, 1] -> [0, 1] with both ends fixed; the identity by default. A
         model trained at independent times may be walked from (1, ..., 1) to (0, ..., 0) along any path.
       walk: `steps -> (grid, maps)`, the times and what maps they need (see `released_stride`); uniform times by default.
       options: go to `sample` (maps, heun).
     """
-    maps = tuple(options.pop("maps", ()))
+    maps, drop = tuple(options.pop("maps", ())), _dropped(drop, process)
     paths = {name: (paths or {}).get(name, lambda t: t) for name in shape}
 
     def draw(params, keys, given, *, steps, guidance, absent=(), history=False):
         # Guidance has nothing to compare where the condition is absent anyway.
-        present = {name: null for name, null in drop.items() if name not in absent}
-        network = guided(apply, guidance, present, process) if present and guidance != 1 else apply
+        present = [name for name in drop if name not in absent]
+        network = guided(apply, guidance, present, process, channels) if present and guidance != 1 else apply
         times, strides = walk(steps)
         grid = {name: path(times) for name, path in paths.items()}
         rest = {"maps": (*maps, *strides), "history": history, **options}
@@ -216,7 +217,9 @@ def drawer(
 # ---------------------------------------------------------------------------------------------------------------- guidance
 
 
-def guided(apply: Callable, w: float | Callable, drop: Mapping[str, Any], process: Process | None = None) -> Callable:
+def guided(
+    apply: Callable, w: float | Callable, drop: Sequence[str], process: Joint, channels: Mapping[str, int] | None = None
+) -> Callable:
     """Classifier-free guidance on raw outputs: `out = u + w (c - u)`; w = 1 is plain conditional, 0 unconditional.
 
     Linear in the output, hence right for eps, v, velocity and logits alike. The unconditional branch is the same batch with the
@@ -224,31 +227,51 @@ def guided(apply: Callable, w: float | Callable, drop: Mapping[str, Any], proces
 
     Args:
       w: a number, or a function of the network's times (see `interval`).
-      drop: modality -> what the network is fed for it when absent: the mask of an absorbing chain, the null of a `Given`. A modality
-        whose prior is random has no such value: there the prior's draws at hand serve, as one fixed array [B, ...].
-      process: an `Aggregate`, from whose mean the dropped modalities have to go, too.
+      drop: the modalities that the unconditional branch is without: it is fed `process.null(name)`. Refused where that is random.
+      process: the joint process; from an `Aggregate`'s mean the dropped modalities go, too.
+      channels: modality -> how many of its output's first channels are guided; the others are those of the conditional branch. Published
+        DiT guides 3 of 8, `{"image": 3}` (`forward_with_cfg`). All channels by default.
     """
+    drop = _dropped(drop, process)
+    _check_weight("guided", w)
+    for name, count in (channels or {}).items():
+        if name not in process.parts or isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise UserError(f"guided: channels={channels} must give a modality of {sorted(process.parts)} its number of guided channels.")
 
     def apply_guided(params, x, t):
         bare_x, bare_t = dict(x), dict(t)
-        for name, null in drop.items():
-            if name not in x:
-                raise KeyError(f"guided: no modality {name!r} to drop; there are {sorted(x)}.")
-            bare_x[name] = jnp.broadcast_to(jnp.asarray(null, x[name].dtype), x[name].shape)
-            bare_t[name] = jnp.ones_like(t[name])
-        if process:
-            bare_x, bare_t = process.bound(params).bare(x, t, bare_x, bare_t)
+        for name in drop:
+            bare_x[name], bare_t[name] = process.null_like(name, x[name]), jnp.ones_like(t[name])
+        bare_x, bare_t = process.bound(params).bare(x, t, bare_x, bare_t)
         both_x, both_t = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (x, t), (bare_x, bare_t))
         out = apply(params, both_x, both_t)
         scale = w(t) if callable(w) else w
 
-        def mix(o):
+        def mix(name, o):
             c, u = jnp.split(o, 2)
-            return u + (bcast(scale, c) if isinstance(scale, jax.Array) and scale.ndim else scale) * (c - u)
+            if name in drop:
+                return c
+            mixed = u + (bcast(scale, c) if isinstance(scale, jax.Array) and scale.ndim else scale) * (c - u)
+            some = (channels or {}).get(name)
+            return mixed if some is None else jnp.concatenate([mixed[..., :some], c[..., some:]], -1)
 
-        return {name: jnp.split(o, 2)[0] if name in drop else mix(o) for name, o in out.items()}
+        return {name: mix(name, o) for name, o in out.items()}
 
     return apply_guided
+
+
+def _dropped(drop: Sequence[str], process: Joint) -> tuple[str, ...]:
+    """The names in `drop`, each of which has a null."""
+    if isinstance(drop, str | Mapping):
+        raise UserError(f"guidance drops modalities by name, as drop=('label',), and the process says what is fed for them; not {drop!r}.")
+    for name in drop:
+        process.null(name)
+    return tuple(drop)
+
+
+def _check_weight(what: str, w: Any) -> None:
+    if not callable(w) and concrete(w) and not np.all(np.isfinite(np.asarray(w, np.float64))):
+        raise UserError(f"{what}: the weight of guidance must be finite (1 is none), not {w}.")
 
 
 def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Callable:
@@ -270,7 +293,8 @@ def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Call
         for name in process.heads:
             known[name] = t[name] == 0
             held = bcast(known[name], x[name])
-            hidden_x[name], hidden_t[name] = jnp.where(held, process.null(name, x[name]), x[name]), jnp.where(known[name], time, t[name])
+            hidden_x[name] = jnp.where(held, process.null_like(name, x[name]), x[name])
+            hidden_t[name] = jnp.where(known[name], time, t[name])
             data[name] = jnp.where(held, x[name], 0)
 
         def log_p(z):
@@ -286,6 +310,7 @@ def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Call
 
 def autoguided(apply: Callable, w: float, weak: Any) -> Callable:
     """Autoguidance: the second branch is the same network with worse parameters, `out = weak + w (good - weak)` (Karras et al. 2024)."""
+    _check_weight("autoguided", w)
 
     def apply_guided(params, x, t):
         return jax.tree.map(lambda good, bad: bad + w * (good - bad), apply(params, x, t), apply(weak, x, t))
@@ -295,6 +320,9 @@ def autoguided(apply: Callable, w: float, weak: Any) -> Callable:
 
 def interval(w: float, low: float, high: float, of: str) -> Callable:
     """Guidance `w` only while modality `of` has low < t <= high, 1 elsewhere (Kynkäänniemi et al. 2024)."""
+    _check_weight("interval", w)
+    if not 0 <= low < high <= 1:
+        raise UserError(f"interval: guidance acts while low < t <= high with 0 <= low < high <= 1, not ({low}, {high}].")
     return lambda t: jnp.where((t[of] > low) & (t[of] <= high), w, 1.0)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mmdiff import processes, sampling, schedules
-from mmdiff.processes import Gaussian, Joint
+from mmdiff.errors import UserError
+from mmdiff.processes import Gaussian, Given, Hidden, Joint
 
 PROCESS = Joint(image=Gaussian(schedules.flow()), label=processes.absorbing(4))
 SHAPE = {"image": (3,), "label": ()}
@@ -126,10 +127,10 @@ def test_guidance_is_linear_between_the_branches():
     conditional = network(1.0, x, t)
     bare = network(1.0, {**x, "label": jnp.full(6, 4)}, {**t, "label": jnp.ones(6)})
     for w, expected in ((1.0, conditional["image"]), (0.0, bare["image"]), (2.5, 2.5 * conditional["image"] - 1.5 * bare["image"])):
-        out = jax.jit(lambda x, t, w=w: sampling.guided(network, w, {"label": 4})(1.0, x, t))(x, t)
+        out = jax.jit(lambda x, t, w=w: sampling.guided(network, w, ("label",), PROCESS)(1.0, x, t))(x, t)
         np.testing.assert_allclose(out["image"], expected, atol=1e-6)
         np.testing.assert_allclose(out["label"], conditional["label"], atol=1e-6)  # what is dropped is not guided by itself
-    traced = jax.jit(lambda w: sampling.guided(network, w, {"label": 4})(1.0, x, t))(2.5)
+    traced = jax.jit(lambda w: sampling.guided(network, w, ("label",), PROCESS)(1.0, x, t))(2.5)
     np.testing.assert_allclose(traced["image"], 2.5 * conditional["image"] - 1.5 * bare["image"], atol=1e-5)
 
 
@@ -140,12 +141,12 @@ def test_guided_sampling():
         return jax.jit(lambda k: sampling.sample(PROCESS, apply, 1.0, k, GRID, SHAPE, **options))(keys(4))
 
     plain = draw(network, given={"label": label})
-    one = draw(sampling.guided(network, 1.0, {"label": 4}), given={"label": label})
+    one = draw(sampling.guided(network, 1.0, ("label",), PROCESS), given={"label": label})
     np.testing.assert_allclose(one["image"], plain["image"], atol=1e-6)
     unconditional = draw(network, absent=("label",))
-    nothing = draw(sampling.guided(network, 0.0, {"label": 4}), given={"label": label})
+    nothing = draw(sampling.guided(network, 0.0, ("label",), PROCESS), given={"label": label})
     np.testing.assert_allclose(nothing["image"], unconditional["image"], atol=1e-6)
-    strong = draw(sampling.guided(network, 3.0, {"label": 4}), given={"label": label})
+    strong = draw(sampling.guided(network, 3.0, ("label",), PROCESS), given={"label": label})
     np.testing.assert_array_equal(strong["label"], label)
     assert float(jnp.abs(strong["image"] - plain["image"]).max()) > 1e-3
 
@@ -154,8 +155,8 @@ def test_interval_guidance():
     x, t = inputs()
     w = sampling.interval(3.0, 0.3, 0.7, of="image")
     np.testing.assert_array_equal(w(t), np.where((np.asarray(t["image"]) > 0.3) & (np.asarray(t["image"]) <= 0.7), 3.0, 1.0))
-    out = sampling.guided(network, w, {"label": 4})(1.0, x, t)["image"]
-    full = sampling.guided(network, 3.0, {"label": 4})(1.0, x, t)["image"]
+    out = sampling.guided(network, w, ("label",), PROCESS)(1.0, x, t)["image"]
+    full = sampling.guided(network, 3.0, ("label",), PROCESS)(1.0, x, t)["image"]
     inside = np.asarray(w(t)) == 3.0
     np.testing.assert_allclose(out[inside], full[inside], atol=1e-6)
     np.testing.assert_allclose(out[~inside], network(1.0, x, t)["image"][~inside], atol=1e-6)
@@ -166,12 +167,63 @@ def test_guidance_by_a_value_with_features():
     def apply(params, x, t):
         return {"image": x["image"] + x["features"].sum(-1, keepdims=True)}
 
+    process = Joint(image=Gaussian(schedules.flow()), features=Given(np.asarray([1.0, 0, 0, 0])))
     x = {"image": jnp.zeros((2, 3)), "features": jnp.ones((2, 4))}
     t = {"image": jnp.ones(2), "features": jnp.zeros(2)}
-    out = sampling.guided(apply, 2.0, {"features": np.asarray([1.0, 0, 0, 0])})(None, x, t)
+    out = sampling.guided(apply, 2.0, ("features",), process)(None, x, t)
     np.testing.assert_allclose(out["image"], np.full((2, 3), 7.0))
-    with pytest.raises(KeyError, match="no modality .*text"):
-        sampling.guided(apply, 2.0, {"text": 0})(None, x, t)
+
+
+def test_the_process_owns_its_null():
+    random = processes.Categorical((0.2, 0.3, 0.5))
+    process = Joint(
+        depth=Gaussian(schedules.flow()), words=processes.absorbing(5), vqd=processes.MaskReplace(6, schedules.vqd_paper(4)),
+        chain=processes.Markov(np.asarray([[[0.0, 0, 1], [0, 0, 1], [0, 0, 1]]]), classes=2), text=Given(7), array=Hidden(0.5),
+        uniform=processes.uniform(3), random=random, mixed=processes.mixed(3, 0.9))
+    nulls = {"words": 5, "vqd": 6, "chain": 2, "text": 7, "array": 0.5}
+    assert {name: process.null(name) for name in nulls} == nulls
+    for name in set(process.parts) - set(nulls):
+        with pytest.raises(UserError, match=f"modality '{name}': .* has no null: at t = 1 it is random"):
+            process.null(name)
+        with pytest.raises(UserError, match="has no null"):
+            sampling.guided(network, 2.0, (name,), process)
+        with pytest.raises(UserError, match="has no null"):
+            sampling.drawer(process, network, {}, drop=(name,))
+    with pytest.raises(UserError, match="no modality 'sound' to drop"):
+        process.null("sound")
+    for drop in ({"words": 0}, {"depth": 0.0}, "words"):
+        with pytest.raises(UserError, match="by name"):
+            sampling.guided(network, 2.0, drop, process)
+    aggregate = processes.Aggregate("image", {}, image=Gaussian(schedules.flow()), label=processes.absorbing(4))
+    np.testing.assert_array_equal(aggregate.null_like("label", jnp.zeros(3, jnp.int32)), [4, 4, 4])
+
+
+def test_guidance_of_the_first_channels():
+    """`forward_with_cfg` of the published DiT: eps, rest = out[:3], out[3:]; eps = u + w (c - u), the rest is the conditional one's."""
+    x, t = inputs()
+    conditional, bare = network(1.0, x, t), network(1.0, {**x, "label": jnp.full(6, 4)}, {**t, "label": jnp.ones(6)})
+    out = sampling.guided(network, 2.5, ("label",), PROCESS, {"image": 2})(1.0, x, t)["image"]
+    np.testing.assert_allclose(out[:, :2], (2.5 * conditional["image"] - 1.5 * bare["image"])[:, :2], atol=1e-6)
+    np.testing.assert_array_equal(out[:, 2], conditional["image"][:, 2])
+    few, all_of_them = (
+        sampling.drawer(PROCESS, network, SHAPE, ("label",), channels=channels)(
+            1.0, keys(2), {"label": jnp.asarray([0, 1])}, steps=1, guidance=3.0)["image"]
+        for channels in ({"image": 1}, None))  # fmt: skip
+    np.testing.assert_allclose(few[:, 0], all_of_them[:, 0], atol=1e-6)
+    assert (few[:, 1:] != all_of_them[:, 1:]).any()
+    for channels in ({"sound": 3}, {"image": 0}, {"image": 1.5}):
+        with pytest.raises(UserError, match="number of guided channels"):
+            sampling.guided(network, 2.0, ("label",), PROCESS, channels)
+
+
+@pytest.mark.parametrize("w", [float("nan"), float("inf"), 1e39 * 1e300])
+def test_weights_of_guidance_are_finite(w):
+    for make in (lambda: sampling.guided(network, w, ("label",), PROCESS), lambda: sampling.autoguided(network, w, 0.5),
+                 lambda: sampling.interval(w, 0.2, 0.8, of="image")):  # fmt: skip
+        with pytest.raises(UserError, match="must be finite"):
+            make()
+    with pytest.raises(UserError, match="low < t <= high"):
+        sampling.interval(2.0, 0.8, 0.2, of="image")
 
 
 def test_autoguidance():

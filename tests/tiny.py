@@ -58,7 +58,7 @@ def build(config):
         return {"image": out["image"].reshape(-1, 8, 8, 1), "label": out["label"]}
 
     def draw(params, keys, given, *, steps, guidance, absent=()):
-        guided = sampling.guided(apply, guidance, drop={"label": 10})
+        guided = sampling.guided(apply, guidance, drop=("label",), process=process)
         grid = sampling.uniform_grid(steps)
         return sampling.sample(process, guided, params, keys, grid, shape, given=given, absent=absent)
 

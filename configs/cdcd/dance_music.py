@@ -104,7 +104,7 @@ def build(config):
         validation_data=lambda: open_tokens(data, "validation", modalities),
         test_data=lambda: open_tokens(data, "test", modalities),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, {"motion": 0.0, "genre": len(GENRES)}, maps=[truncation]),
+        draw=sampling.drawer(process, net.apply, shape, ("motion", "genre"), maps=[truncation]),
         modalities=modalities,
         beside={"tokenizer": lambda: maker(data.dir)},
         evaluators=(

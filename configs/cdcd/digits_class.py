@@ -67,7 +67,7 @@ def build(config):
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     shape = {"tokens": (64,), "label": ()}
-    drop = {"label": CLASSES}
+    drop = ("label",)
 
     def released(calls):  # one call more than those asked for, at t = 1 / steps
         if steps % calls:

@@ -88,7 +88,7 @@ def build(config):
         validation_data=lambda: token_source(config.data.dir, "validation"),
         test_data=lambda: token_source(config.data.dir, "test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, {"text": 0}, maps=[truncation]),
+        draw=sampling.drawer(process, net.apply, shape, ("text",), maps=[truncation]),
         modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(words)},
         beside={"tokenizer": lambda: maker(config.data.dir)},
         evaluators=(CaptionedScenes(batch=config.eval.batch),),

@@ -85,7 +85,7 @@ def build(config):
         validation_data=lambda: digits.captioned(digits.digits_source("validation"), digits.random_prompts(size)),
         test_data=lambda: digits.captioned(digits.digits_source("test"), digits.random_prompts(size)),
         shape=seen,
-        draw=sampling.drawer(drawing, draw, seen, drop={"text": 0}, heun=True),
+        draw=sampling.drawer(drawing, draw, seen, drop=("text",), heun=True),
         modalities={"image": Images(*SHAPE, levels=17), "text": Texts(words), "query": Features(size, "query")},
         evaluators=(DigitAlignment(Aligner(net, query, size, SHAPE), digits.random_prompts(size), batch=config.eval.batch),),
     )

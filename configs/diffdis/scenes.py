@@ -114,7 +114,7 @@ def build(config):
         validation_data=lambda: Described(scenes.Scenes("validation", SIZE), towers, size),
         test_data=lambda: Described(scenes.Scenes("test", SIZE), towers, size),
         shape=seen,
-        draw=sampling.drawer(drawing, draw, seen, drop={"text": words.size}, heun=True),
+        draw=sampling.drawer(drawing, draw, seen, drop=("text",), heun=True),
         modalities={"image": Images(*SHAPE), "text": Texts(words), "query": Features(size, "query")},
         beside={"towers": towers.fingerprint},
         evaluators=(SceneAlignment(Aligner(net, query, size, SHAPE), towers, judged),),

@@ -113,7 +113,7 @@ def build(config):
         validation_data=partial(open_source, data, "val", modalities),
         test_data=partial(open_source, data, "val", modalities),  # the set has no third part with answers
         shape=seen,
-        draw=sampling.drawer(drawing, draw, seen, drop={"text": 0.0}),
+        draw=sampling.drawer(drawing, draw, seen, drop=("text",)),
         modalities=modalities,
         evaluators=(PairRetrieval(Aligner(net, query, VECTOR, shape["image"]), config.eval.count, config.eval.batch),),
     )

@@ -87,6 +87,6 @@ def build(config):
         validation_data=partial(open_source, config.data, "val", modalities),
         test_data=partial(open_source, config.data, "val", modalities),  # the set has no third part with answers
         shape=shape,
-        draw=sampling.drawer(process, apply, shape, drop={"label": CLASSES}),
+        draw=sampling.drawer(process, apply, shape, drop=("label",)),
         modalities=modalities,
     )

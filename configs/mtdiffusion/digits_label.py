@@ -106,7 +106,7 @@ def build(config):
         validation_data=lambda: digits_source("validation"),
         test_data=lambda: digits_source("test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop={"label": process.parts["label"].mask}, heun=True),
+        draw=sampling.drawer(process, net.apply, shape, drop=("label",), heun=True),
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(CLASSES)},
         evaluators=(JointImageLabel(batch=config.eval.batch),),
     )

@@ -79,7 +79,7 @@ def build(config):
         validation_data=lambda: features.represented(digits_source("validation")),
         test_data=lambda: features.represented(digits_source("test")),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop={"representation": 0.0}, heun=True),
+        draw=sampling.drawer(process, net.apply, shape, drop=("representation",), heun=True),
         modalities={"image": Images(8, 8, 1, levels=17), "representation": Features(features.SIZE)},
         evaluators=(ImageRepresentation(features.digit_features(), batch=config.eval.batch),),
     )

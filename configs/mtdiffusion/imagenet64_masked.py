@@ -94,6 +94,6 @@ def build(config):
         test_data=lambda: Some(open_pictures(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
         shape=shape,
         draw=sampling.drawer(
-            process, net.apply, shape, drop={"masked": 0.0, "mask": 1.0}, maps=(sampling.only("image", sampling.clip(-1, 1)),)),
+            process, net.apply, shape, drop=("masked", "mask"), maps=(sampling.only("image", sampling.clip(-1, 1)),)),
         modalities=modalities,
     )

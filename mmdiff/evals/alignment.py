@@ -64,7 +64,7 @@ class Aligner:
             apply = functools.partial(self.net.apply, tasks=("name",))
             shape = {"image": self.shape, "query": (self.size,)}
             process, scale = Joint(image=Given(0.0), query=self.query), guidance if given else 1.0
-            return retrieval.align(process, apply, params, keys, given, shape, guidance=scale, drop={"image": 0.0}, **options)
+            return retrieval.align(process, apply, params, keys, given, shape, guidance=scale, drop=("image",), **options)
 
         return beside_cache if cached else beside_images
 

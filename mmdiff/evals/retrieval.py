@@ -35,7 +35,7 @@ def align(
     steps: int = 10,
     seeds: int = 1,
     guidance: float = 1.0,
-    drop: Mapping[str, Any] | None = None,
+    drop: Sequence[str] = (),
 ) -> jax.Array:
     """The unit vectors [n, D] that `target` is denoised to from pure noise beside `given`.
 
@@ -48,7 +48,7 @@ def align(
       steps: network calls a seed. seeds: independent walks.
       guidance, drop: as in `sampling.guided`: 1 is none, the paper's w is guidance - 1.
     """
-    network = apply if guidance == 1 else sampling.guided(apply, guidance, drop or {})
+    network = apply if guidance == 1 else sampling.guided(apply, guidance, drop, process)
     grid, maps = sampling.uniform_grid(steps), [sampling.only(target, unit_belief())]
 
     def walk(seed):

@@ -341,7 +341,7 @@ class Aggregate(Joint):
         z, names = x[self.target], self.heads
         alpha, sigma, p, q = (bcast(c, z) for c in self.chain._rows(t[self.target]))
         known = {name: t[name] == 0 for name in names}
-        beliefs = {name: self.parts[name].clean(out[name], self.null(name, x[name]), jnp.ones(len(z))) for name in names}
+        beliefs = {name: self.parts[name].clean(out[name], self.null_like(name, x[name]), jnp.ones(len(z))) for name in names}
         believed, true = self._encoded(beliefs, z), self._encoded({name: x[name] for name in names}, z)
         change = -(q * alpha - sigma * p) * sigma * self._fed(score, t)
         for name in names:
@@ -349,15 +349,10 @@ class Aggregate(Joint):
         usable = bcast(sum(known.values()) > 0, z) & (alpha > 0)
         return widened(out[self.target], jnp.where(usable, change / jnp.where(alpha > 0, alpha, 1.0), 0.0))
 
-    def null(self, name, x):
-        """What the network is fed for a hidden modality, as an array like x."""
-        part = self.parts[name]
-        return jnp.broadcast_to(jnp.asarray(part.mask if isinstance(part, Discrete) else part.null, x.dtype), x.shape)
-
     def nll(self, name, out, x0):
         """-log p(x_0 | z_t) of a hidden modality by the network's output for it, in nats [B]; of an array up to a constant."""
         part = self.parts[name]
-        total = part.loss(out, Noised(x0, self.null(name, x0), jnp.ones(len(x0)))) * (x0.size // len(x0))
+        total = part.loss(out, Noised(x0, self.null_like(name, x0), jnp.ones(len(x0)))) * (x0.size // len(x0))
         return total / (2 * part.std**2) if isinstance(part, Hidden) else total
 
     def _fed(self, z, t):

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmdiff.errors import UserError
+
 Array = jax.Array
 
 
@@ -65,6 +67,13 @@ class Process:
     def conditions(self) -> tuple[str, ...]:
         """The modalities that are never learnt, hence never drawn: unless given they are absent."""
         return ()
+
+    @property
+    def null(self) -> Any:
+        """What an absent modality (t = 1) always looks like: a scalar or an array of one example's shape. Refused where it is random."""
+        raise UserError(
+            f"{type(self).__name__} has no null: at t = 1 it is random, so guidance cannot drop it; let the condition be a Given(null), a "
+            "Hidden(null) or an absorbing chain.")
 
     def prior(self, keys: Array, shape: tuple[int, ...]) -> Array:
         """A draw [B, *shape] at t = 1."""
@@ -254,6 +263,19 @@ class Joint(Process):
     @property
     def conditions(self):
         return tuple(name for name, part in self.parts.items() if not part.learnt)
+
+    def null(self, name: str) -> Any:
+        """What the network is fed for the modality `name` where it is absent; a UserError where that is random."""
+        if name not in self.parts:
+            raise UserError(f"there is no modality {name!r} to drop; the modalities are {sorted(self.parts)}.")
+        try:
+            return self.parts[name].null
+        except UserError as error:
+            raise UserError(f"modality {name!r}: {error}") from error
+
+    def null_like(self, name: str, x: Array) -> Array:
+        """`null(name)` as an array like x."""
+        return jnp.broadcast_to(jnp.asarray(self.null(name), x.dtype), x.shape)
 
     def prior(self, keys, shape):
         return self._map("prior", shape, keys=keys)

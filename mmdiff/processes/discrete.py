@@ -54,6 +54,12 @@ class Discrete(Process):
             raise ValueError(f"a chain with {self.states} states over {self.classes} classes has no mask state.")
         return self.classes
 
+    @property
+    def null(self):
+        """The state in which the prior always is, such as a mask."""
+        best = int(np.argmax(self.stationary))
+        return best if self.stationary[best] >= 1.0 - 1e-6 else super().null
+
     def masked(self, t):
         """The share of tokens that are masked at t, on average over the classes."""
         return self._likelihood(jnp.full(t.shape, self.mask), None, t)[..., : self.classes].mean(-1)
@@ -276,6 +282,11 @@ class MaskReplace(Discrete):
         """The law at t = 1 of what is not kept."""
         _, replaced, masked = self.schedule.rows[-1]
         return np.append(np.full(self.classes, replaced / self.classes), masked) / (replaced + masked)
+
+    @property
+    def null(self):
+        """The mask, though the prior may hold a few tokens that were replaced."""
+        return self.mask
 
     def push(self, p, s, t):
         kept, replaced, masked = self._weights(s, t, p)

@@ -124,6 +124,6 @@ def test_raw_outputs_are_guided_before_they_are_normalised():
         return {"query": jnp.where((t["image"] < 1)[:, None], 4 * a, b)}
 
     keys = example_keys(jax.random.key(1), 1)
-    found = retrieval.align(PROCESS, apply, None, keys, {"image": jnp.ones((1, 4))}, SHAPE, steps=3, guidance=3.0, drop={"image": 0.0})
+    found = retrieval.align(PROCESS, apply, None, keys, {"image": jnp.ones((1, 4))}, SHAPE, steps=3, guidance=3.0, drop=("image",))
     expected = 12 * a - 2 * b
     np.testing.assert_allclose(found[0], expected / jnp.linalg.norm(expected), atol=1e-5)

@@ -636,8 +636,8 @@ def test_guidance_compares_with_plain_ddpm(predict, schedule, scaled):
     noised = process.corrupt(keys(count), x0, t)
     net = process.inputs(noised.xt, t)
     plain = apply(None, *net)["image"]
-    np.testing.assert_allclose(sampling.guided(apply, 1.0, {"label": 3}, process)(None, *net)["image"], plain, atol=1e-6)
-    ours = sampling.guided(apply, 0.0, {"label": 3}, process)(None, *net)["image"]
+    np.testing.assert_allclose(sampling.guided(apply, 1.0, ("label",), process)(None, *net)["image"], plain, atol=1e-6)
+    ours = sampling.guided(apply, 0.0, ("label",), process)(None, *net)["image"]
     absent = {**t, "label": jnp.ones(count)}
     ddpm = process.corrupt(keys(count), x0, absent)
     expected = apply(None, *process.inputs(ddpm.xt, absent))["image"]
@@ -664,7 +664,7 @@ def test_the_joint_law_is_reproduced(label):
 def test_a_label_may_be_told_on_the_way():
     """Drawn at half time, and known from there on: z carries what was drawn."""
     process = toy()
-    draw = sampling.drawer(process, seeing(process), {"image": (1,), "label": ()}, {}, {"label": lambda t: jnp.maximum(2 * t - 1, 0.0)})
+    draw = sampling.drawer(process, seeing(process), {"image": (1,), "label": ()}, (), {"label": lambda t: jnp.maximum(2 * t - 1, 0.0)})
     out = jax.jit(functools.partial(draw, steps=80, guidance=1.0))(None, keys(4000), {})
     assert (out["label"] == (out["image"][:, 0] > 0)).mean() > 0.995 and abs(float(out["label"].mean()) - 0.7) < 0.03
 

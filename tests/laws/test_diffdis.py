@@ -172,7 +172,7 @@ def test_a_network_that_answers_always_the_same_is_believed():
     for steps, seeds, guidance in ((1, 1, 1.0), (7, 2, 1.0), (3, 1, 3.0)):
         found = retrieval.align(
             process, apply, None, keys(3), {"image": jnp.zeros((3, 10))}, SHAPE, steps=steps, seeds=seeds, guidance=guidance,
-            drop={"image": 0.1})  # fmt: skip
+            drop=("image",))  # fmt: skip
         np.testing.assert_allclose(found, jnp.tile(answer, (3, 1)), atol=1e-5)
 
 
