@@ -101,7 +101,8 @@ def eliminated(
     shape: Mapping[str, tuple[int, ...]],
     stages: Sequence[tuple[int, int]],
 ) -> jax.Array:
-    """The diffusion classifier's answer by elimination (Li et al. 2023, algorithm 2): int [B], the place of the best candidate.
+    """The diffusion classifier's answer by elimination (Li et al. 2023, algorithm 2): int [B], the place of the best candidate, or
+    -1 where losses are not finite or several are the least.
 
     Every stage `(draws, keep)` adds so many draws to the mean loss of the candidates that are left and keeps the best; the last one
     keeps 1. It costs the sum of draws * (candidates left) network calls, where `denoising_losses` costs all draws for all of them.
@@ -118,26 +119,29 @@ def eliminated(
     if isinstance(candidates, int):
         candidates = jnp.broadcast_to(jnp.arange(candidates), (keys.shape[0], candidates))
     left = jnp.broadcast_to(jnp.arange(candidates.shape[1]), candidates.shape[:2])
-    total = jnp.zeros(left.shape)
+    total, lost = jnp.zeros(left.shape), jnp.zeros(len(left), bool)
     for number, (draws, keep) in enumerate(stages):
         own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(fold(keys, "stage"), number)
         values = jax.vmap(lambda rows, places: rows[places])(candidates, left)
         total = total + draws * denoising_losses(process, apply, params, own, given, target, values, shape, draws)
-        best = jax.lax.top_k(-total, keep)[1]
-        left, total = (jnp.take_along_axis(array, best, axis=1) for array in (left, total))
-    return left[:, 0]
+        lost = lost | ~jnp.isfinite(total).all(1)
+        if keep == 1:  # as `evals.base.best`
+            lost = lost | ((total == total.min(1, keepdims=True)).sum(1) > 1)
+        order = jax.lax.top_k(-total, keep)[1]
+        left, total = (jnp.take_along_axis(array, order, axis=1) for array in (left, total))
+    return jnp.where(lost, -1, left[:, 0])
 
 
 def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
-    """The share of equal entries."""
+    """The share of equal entries; a prediction of -1, no class, is wrong."""
     predicted, true = np.asarray(predicted), np.asarray(true)
     if predicted.shape != true.shape or not predicted.size:
         raise ValueError(f"accuracy: needs as many predictions as labels, at least one, got {predicted.shape} and {true.shape}.")
-    return float(np.mean(predicted == true))
+    return float(np.mean((predicted == true) & (predicted != -1)))
 
 
 def confusion(predicted: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
-    """Counts int64 [classes, classes]: row = true class, column = predicted class."""
-    counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (np.asarray(true), np.asarray(predicted)), 1)
+    """Counts int64 [classes, classes]: row = true class, column = predicted class; a prediction of -1, no class, is not counted."""
+    counts, predicted, true = np.zeros((classes, classes), np.int64), np.asarray(predicted), np.asarray(true)
+    np.add.at(counts, (true[predicted >= 0], predicted[predicted >= 0]), 1)
     return counts

@@ -13,7 +13,7 @@ from mmdiff.data.sources import whole
 from mmdiff.evals import classifiers, conditional, retrieval
 from mmdiff.evals import pictures as drawings
 from mmdiff.evals.accuracy import accuracy, confusion, eliminated
-from mmdiff.evals.base import Clock, Findings, Picture, costs, draw_samples, example_keys, in_batches
+from mmdiff.evals.base import Clock, Findings, Picture, best, costs, draw_samples, example_keys, in_batches
 from mmdiff.nets.dual import DualStream, look, naming
 from mmdiff.processes import Gaussian, Given, Joint
 
@@ -100,7 +100,7 @@ class DigitAlignment:
         align = functools.partial(self.aligner, params, batch=self.batch)
 
         def named(vectors):
-            return retrieval.scores(vectors, self.prompts).argmax(1)
+            return best("scores", retrieval.scores(vectors, self.prompts))
 
         clock.start("alignment", f"naming {len(labels)} images from noise, {', '.join(READINGS)} steps")
         read = {name: named(align(keys[0], test["image"], steps=n, seeds=seeds)) for name, (n, seeds) in READINGS.items()}
@@ -141,8 +141,8 @@ class DigitAlignment:
         many = np.tile(wanted, self.choose)
         plain = quantize(draw(keys[5], {"text": np.asarray(texts)[many]}, len(many), guidance=1.0)["image"])
         score = retrieval.scores(align(keys[6], plain, steps=1, seeds=4), self.prompts)[np.arange(len(many)), many]
-        best = score.reshape(self.choose, -1).argmax(0) * len(wanted) + np.arange(len(wanted))
-        for name, rows in (("unguided_agreement", slice(len(wanted))), (f"best_of_{self.choose}_agreement", best)):
+        chosen = score.reshape(self.choose, -1).argmax(0) * len(wanted) + np.arange(len(wanted))
+        for name, rows in (("unguided_agreement", slice(len(wanted))), (f"best_of_{self.choose}_agreement", chosen)):
             figures[name] = accuracy(classifiers.predict(found.classifier, plain[rows]), wanted)
 
         clock.start("costs", "timing")

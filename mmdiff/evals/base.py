@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmdiff.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
@@ -52,6 +54,9 @@ def in_batches(function: Callable, params: Any, keys: jax.Array, given: Any, siz
       given: pytree of arrays [n, ...].
 
     Returns the results as NumPy arrays [n, ...].
+
+    Raises:
+      UserError: results that are not finite, see `finite`.
     """
     count = keys.shape[0]
     size = min(size, count)
@@ -60,7 +65,39 @@ def in_batches(function: Callable, params: Any, keys: jax.Array, given: Any, siz
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)  # what the last batch lacks repeats the last example
         parts.append(jax.device_get(compiled(params, keys[rows], jax.tree.map(lambda array: array[rows], given))))
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+    results = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+    for path, array in jax.tree_util.tree_leaves_with_path(results):
+        finite(jax.tree_util.keystr(path, simple=True, separator="/") or "the network's answers", array)
+    return results
+
+
+def finite(name: str, array: np.ndarray) -> np.ndarray:
+    """`array` [n, ...], if all its numbers are finite: the door of every read-out, since a NaN is smaller and larger than nothing.
+
+    Raises:
+      UserError: how many of the n examples are not, and the first of them.
+    """
+    array = np.asarray(array)
+    if array.dtype.kind in "fc" or array.dtype.name == "bfloat16":
+        wrong = np.flatnonzero(~np.isfinite(array.astype(np.float64) if array.dtype.kind != "c" else array).reshape(len(array), -1).all(-1))
+        if len(wrong):
+            raise UserError(
+                f"{name}: {len(wrong):,} of {len(array):,} examples, the first of them {wrong[0]}, hold values that are not finite (NaN or "
+                "infinite), which mean nothing: take a checkpoint from before the training diverged (--step), or weaker guidance.")
+    return array
+
+
+def best(name: str, scores: np.ndarray) -> np.ndarray:
+    """The place of the largest of the scores [n, m] of every example: int64 [n]; -1, no class at all, where several are equally large.
+
+    So scores that say nothing, all of them equal, are right about no example, whatever the order of the classes.
+
+    Raises:
+      UserError: scores that are not finite.
+    """
+    scores = finite(name, scores)
+    largest = scores.max(-1, keepdims=True)
+    return np.where((scores == largest).sum(-1) > 1, -1, scores.argmax(-1))
 
 
 def example_keys(key: jax.Array, count: int) -> jax.Array:

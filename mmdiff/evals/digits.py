@@ -13,7 +13,7 @@ import numpy as np
 from mmdiff.data.sources import whole
 from mmdiff.evals import classifiers, conditional, pictures
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
-from mmdiff.evals.base import Clock, Findings, Picture, draw_samples, example_keys, in_batches, states
+from mmdiff.evals.base import Clock, Findings, Picture, best, draw_samples, example_keys, in_batches, states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,9 @@ class JointImageLabel:
         clock = Clock()
 
         clock.start("label_accuracy", f"reading the labels of {len(test_images)} images in one network call each")
-        read = read_labels(experiment, params, read_key, {self.image: test_images}, self.label, self.batch).argmax(-1)
+        read = best("p(label | image)", read_labels(experiment, params, read_key, {self.image: test_images}, self.label, self.batch))
         clock.start("diffusion_classifier", f"the same by denoising losses, {self.draws} x {self.classes} calls each")
-        read_by_loss = self._losses(experiment, params, loss_key, test_images).argmin(-1)
+        read_by_loss = best("minus the denoising losses", -self._losses(experiment, params, loss_key, test_images))
 
         asked = conditional.labels_to_ask(labels, self.classes, self.per_class)
         clock.start("conditional_samples", f"drawing {len(asked)} label-conditioned samples")

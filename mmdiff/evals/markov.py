@@ -11,7 +11,7 @@ import numpy as np
 from mmdiff.data.markov import Chains
 from mmdiff.data.sources import whole
 from mmdiff.evals.accuracy import accuracy
-from mmdiff.evals.base import Clock, Findings, draw_samples
+from mmdiff.evals.base import Clock, Findings, best, draw_samples
 from mmdiff.evals.tokens import held_out_bits
 
 
@@ -80,7 +80,7 @@ class MarkovSequences:
         log_p = chains.log_likelihood(tokens)
         own = log_p[np.arange(count), labels]
         figures = {
-            "correspondence": accuracy(log_p.argmax(1), labels),
+            "correspondence": accuracy(best("log p(sample | label)", log_p), labels),
             "nll": float(-own.mean() / chains.length),
             "bigram_distance": bigram_distance(chains, tokens, labels),
             "order_gain": float(chains.order_gain(tokens, labels).mean()),

@@ -1,7 +1,7 @@
 r"""Alignment: a vector denoised beside an image against the vectors of candidate texts, and retrieval in both directions.
 
     vectors = align(process, naming, params, keys, {"image": images}, shape, steps=10, seeds=4)      [n, D]
-    scores(vectors, class_vectors(encode, names, templates)).argmax(1)                               zero-shot classes
+    best("scores", scores(vectors, class_vectors(encode, names, templates)))                         zero-shot classes
     recalls(scores(vectors, captions), relevant)                                                     Recall@K both ways
 
 An image is denoised once, whatever the number of candidates. The walk starts from noise and never sees a candidate.
@@ -20,6 +20,7 @@ import numpy as np
 from mmdiff import sampling
 from mmdiff.contrastive import l2_normalize
 from mmdiff.errors import UserError
+from mmdiff.evals.base import finite
 from mmdiff.processes.base import Joint, fold
 
 
@@ -64,7 +65,8 @@ def unit_belief() -> sampling.Map:
 
 
 def scores(vectors: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """Cosines [n, m] of vectors [n, D] and candidates [m, D], in float64."""
+    """Cosines [n, m] of vectors [n, D] and candidates [m, D], in float64. Raises UserError if some are not finite."""
+    vectors, candidates = finite("vectors", vectors), finite("candidates", candidates)
     vectors, candidates = (np.asarray(array, np.float64) for array in (vectors, candidates))
     lengths = [np.maximum(np.linalg.norm(array, axis=-1, keepdims=True), 1e-12) for array in (vectors, candidates)]
     return (vectors / lengths[0]) @ (candidates / lengths[1]).T
@@ -72,7 +74,7 @@ def scores(vectors: np.ndarray, candidates: np.ndarray) -> np.ndarray:
 
 def ensemble(vectors: np.ndarray) -> np.ndarray:
     """[classes, wordings, D] -> [classes, D]: the mean of the unit vectors of one class' wordings, normalised."""
-    vectors = np.asarray(vectors, np.float64)
+    vectors = np.asarray(finite("texts", vectors), np.float64)
     mean = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).mean(-2)
     return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
 
@@ -100,8 +102,11 @@ def recall(scores: np.ndarray, relevant: np.ndarray, k: int) -> float:
     Args:
       scores: [n, m]. relevant: bool [n, m], at least one in every row.
       k: at least 1.
+
+    Raises:
+      UserError: scores that are not finite. ValueError: another shape, or a row without a relevant column.
     """
-    scores, relevant = np.asarray(scores), np.asarray(relevant, bool)
+    scores, relevant = finite("scores", scores), np.asarray(relevant, bool)
     if scores.shape != relevant.shape or scores.ndim != 2 or not relevant.any(1).all() or k < 1:
         raise ValueError(f"recall needs k >= 1, scores and relevant of one shape, a relevant column in every row: {scores.shape}, k {k}.")
     best = np.where(relevant, scores, -np.inf).max(1, keepdims=True)

@@ -17,7 +17,7 @@ from mmdiff.evals import pictures as drawings
 from mmdiff.evals import retrieval
 from mmdiff.evals.accuracy import accuracy
 from mmdiff.evals.alignment import READINGS, Aligner
-from mmdiff.evals.base import Clock, Findings, Picture, draw_samples, in_batches
+from mmdiff.evals.base import Clock, Findings, Picture, best, draw_samples, finite, in_batches
 from mmdiff.evals.scenes import ASKED, CaptionedScenes, trained_judge
 
 AMONG = 200  # captions that a scene is retrieved among
@@ -43,8 +43,8 @@ def scene_retrieval(vectors: np.ndarray, captions: np.ndarray, said: Mapping[str
         part = slice(start, start + AMONG)
         scores = retrieval.scores(vectors[part], captions[part])
         one = {name: said[name][part] for name in scenes.ATTRIBUTES}
-        best = scores.argmax(1)
-        right = np.logical_and.reduce([one[name][best] == one[name] for name in ASKED])
+        first = best("scores", scores)
+        right = np.logical_and.reduce([first >= 0, *(one[name][first] == one[name] for name in ASKED)])
         same = np.logical_and.reduce([one[name][:, None] == one[name] for name in scenes.ATTRIBUTES])
         found.append({"r1": float(right.mean()), **retrieval.recalls(scores, same)})
     return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
@@ -64,8 +64,8 @@ def held_out_retrieval(vectors: np.ndarray, encode: Any, said: Mapping[str, np.n
     for start in range(0, len(vectors) - size + 1, size):
         one = {name: said[name][start : start + size] for name in scenes.ATTRIBUTES}
         all_digits = {name: np.repeat(column, digits) for name, column in one.items()} | {"digit": np.tile(np.arange(digits), size)}
-        best = retrieval.scores(vectors[start : start + size], encode(scenes.captions(all_digits))).argmax(1)
-        right.append(np.logical_and.reduce([all_digits[name][best] == one[name] for name in ASKED]))
+        first = best("scores", retrieval.scores(vectors[start : start + size], encode(scenes.captions(all_digits))))
+        right.append(np.logical_and.reduce([first >= 0, *(all_digits[name][first] == one[name] for name in ASKED)]))
     return float(np.concatenate(right).mean())
 
 
@@ -84,7 +84,7 @@ def zero_shot(vectors: np.ndarray, encode: Any, said: Mapping[str, np.ndarray], 
     for name in attributes:
         wordings = prompts(name, 100)
         means = np.asarray(encode(sum(wordings, [])), np.float64).reshape(len(wordings), 100, -1).mean(1)
-        found[name] = accuracy(retrieval.scores(vectors, means - means.mean(0)).argmax(1), said[name])
+        found[name] = accuracy(best("scores", retrieval.scores(vectors, means - means.mean(0))), said[name])
     return found
 
 
@@ -153,9 +153,9 @@ class SceneAlignment:
         many = np.tile(held["text"], (self.choose, 1))
         images = np.clip(draw(keys[5], {"text": many}, len(many))["image"], -1, 1)
         vectors = align(keys[4], images, steps=1, seeds=4).reshape(self.choose, count, -1)
-        best = np.einsum("knd,nd->kn", vectors, captions[last]).argmax(0) * count + np.arange(count)
+        chosen = np.einsum("knd,nd->kn", finite("vectors", vectors), captions[last]).argmax(0) * count + np.arange(count)
         judge = trained_judge(size)
-        for name, rows in (("unguided", slice(count)), (f"best_of_{self.choose}", best)):
+        for name, rows in (("unguided", slice(count)), (f"best_of_{self.choose}", chosen)):
             figures[f"prompt_correctness_{name}"] = float(self.drawing.right(judge(images[rows]), held).mean())
 
         written = {}

@@ -33,7 +33,7 @@ from mmdiff.data.pictures import Absent, Pictures
 from mmdiff.data.sources import Some, Source
 from mmdiff.errors import UserError
 from mmdiff.evals.accuracy import accuracy
-from mmdiff.evals.base import Clock, Findings, example_keys, say
+from mmdiff.evals.base import Clock, Findings, best, example_keys, say
 from mmdiff.evals.retrieval import class_vectors, mean_per_class, scores
 
 CLASSES = "classes.txt"
@@ -145,7 +145,7 @@ class ZeroShot:
         for start in range(0, count, self.batch):
             rows = np.minimum(np.arange(start, start + self.batch), count - 1)  # what the last batch lacks repeats the last picture
             found = source.take(rows)
-            predicted.append(scores(self.see(params, keys[rows], {"image": found["image"]}), candidates).argmax(1))
+            predicted.append(best("scores", scores(self.see(params, keys[rows], {"image": found["image"]}), candidates)))
             true.append(found["label"])
         return np.concatenate(predicted)[:count], np.concatenate(true)[:count]
 

@@ -161,8 +161,9 @@ def _unit(x):
 
 
 def nearest(z: jax.Array, codes: jax.Array) -> jax.Array:
-    """The code that is nearest to each z [..., d] of all `codes` [K, d]: int32 [...]; of equally near ones the first."""
-    return ((codes**2).sum(-1) - 2 * z @ codes.T).argmin(-1).astype(jnp.int32)
+    """The code that is nearest to each z [..., d] of all `codes` [K, d]: int32 [...]; of equally near ones the first; -1 if z is NaN."""
+    found = ((codes**2).sum(-1) - 2 * z @ codes.T).argmin(-1)
+    return jnp.where(jnp.isnan(z).any(-1), -1, found).astype(jnp.int32)
 
 
 def straight_through(z: jax.Array, e: jax.Array) -> jax.Array:

@@ -10,7 +10,8 @@ import pytest
 from mmdiff import schedules
 from mmdiff.errors import UserError
 from mmdiff.evals import retrieval
-from mmdiff.evals.base import example_keys
+from mmdiff.evals.accuracy import accuracy, confusion, eliminated
+from mmdiff.evals.base import best, example_keys, in_batches
 from mmdiff.processes import Gaussian, Given, Joint
 from mmdiff.processes.gaussian import x0
 
@@ -127,3 +128,44 @@ def test_raw_outputs_are_guided_before_they_are_normalised():
     found = retrieval.align(PROCESS, apply, None, keys, {"image": jnp.ones((1, 4))}, SHAPE, steps=3, guidance=3.0, drop=("image",))
     expected = 12 * a - 2 * b
     np.testing.assert_allclose(found[0], expected / jnp.linalg.norm(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_are_refused_by_every_read_out(rows, value):
+    """Nothing is larger than NaN: the right answer would always be the best one."""
+    vectors, texts = (np.random.default_rng(seed).normal(size=(20, 16)) for seed in (0, 1))
+    good = retrieval.scores(vectors, texts)
+    broken, bad = vectors.copy(), good.copy()
+    broken[rows], bad[rows] = value, value
+    for call in (
+        lambda: retrieval.scores(broken, texts), lambda: retrieval.scores(vectors, broken),
+        lambda: retrieval.recalls(bad, np.eye(20, dtype=bool)), lambda: retrieval.ensemble(broken[None]), lambda: best("scores", bad),
+        lambda: in_batches(lambda params, keys, x: x, None, example_keys(jax.random.key(0), 20), broken.astype(np.float32), 8),
+    ):
+        with pytest.raises(UserError, match="of (1|20) examples, the first of them .*not finite"):
+            call()
+
+
+def test_equal_scores_name_no_class():
+    scores = np.asarray([[0.1, 0.9, 0.2], [0.7, 0.7, 0.1], [0.0, 0.0, 0.0]])
+    predicted = best("scores", scores)
+    assert predicted.tolist() == [1, -1, -1]
+    assert accuracy(predicted, [1, 0, 0]) == pytest.approx(1 / 3) and accuracy([-1], [-1]) == 0
+    assert confusion(predicted, [1, 0, 2], 3).sum() == 1
+
+
+def test_elimination_names_no_class_where_losses_are_equal_or_not_finite():
+    """A network of zeros tells no candidate from another; one of NaN tells nothing."""
+    process = Joint(x=Gaussian(schedules.flow(), x0), label=Given(null=0))
+    keys, given, shape = example_keys(jax.random.key(0), 3), {"x": jnp.ones((3, 2))}, {"x": (2,), "label": ()}
+    labels = jnp.arange(4)
+
+    def by(value):
+        def apply(params, x, t):
+            return {"x": value(x["label"])[:, None] * jnp.ones((1, 2))}
+
+        return eliminated(process, apply, None, keys, given, "label", len(labels), shape, ((2, 2), (2, 1)))
+
+    assert by(lambda label: 0.0 * label).tolist() == by(lambda label: jnp.nan * label).tolist() == [-1, -1, -1]
+    assert by(lambda label: jnp.where(label == 2, 1.0, 0.0)).tolist() == [2, 2, 2]
