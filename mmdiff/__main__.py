@@ -6,7 +6,9 @@ Nothing here imports jax before it is needed, so that help and mistakes answer a
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
+import io
 import json
 import math
 import os
@@ -17,7 +19,7 @@ import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 
-from mmdiff import __version__
+from mmdiff import __version__, checks, suggest
 from mmdiff import config as configs
 from mmdiff.errors import UserError
 from mmdiff.keys import check_seed
@@ -115,11 +117,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # TensorFlow only writes events here: its notes at start-up would be all that is seen of it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a caption or a path that the terminal cannot show
     try:
         args = _arguments(sys.argv[1:] if argv is None else argv)
         args.run(args)
-    except UserError as error:
-        print(f"mmdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, OSError, RuntimeError) as error:
+        text = str(error) if isinstance(error, UserError) else _of_the_system(error)
+        if not text:
+            raise
+        print(f"mmdiff: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mmdiff: interrupted", file=sys.stderr)
@@ -130,9 +137,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---- Arguments ----
 
 
+def _of_the_system(error: BaseException) -> str:
+    """What the operating system or jax said, if that is about a path or a setting of the user; else nothing."""
+    if isinstance(error, (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)) and error.filename:
+        return f"{error.filename} cannot be used ({error.strerror}): check the path and who may read and write it."
+    if str(error).startswith("Unable to initialize backend") or "Unknown backend" in str(error):
+        platforms = f" (JAX_PLATFORMS={os.environ['JAX_PLATFORMS']})" if os.environ.get("JAX_PLATFORMS") else ""
+        return f"jax cannot start{platforms}: {str(error).partition(chr(10))[0].rstrip('.')}; correct JAX_PLATFORMS or the drivers."
+    return ""
+
+
 class _Parser(argparse.ArgumentParser):
+    """Its mistakes are UserErrors, and say what was meant. `flags` has the names of its options: name -> whether it may be repeated."""
+
+    def __init__(self, *args, **kwargs):
+        self.flags: dict[str, bool] = {}
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *names, **kwargs):
+        self.flags.update({name: kwargs.get("action") == "append" for name in names if name.startswith("-")})
+        return super().add_argument(*names, **kwargs)
+
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help).")
+
+    def check_flags(self, argv: Sequence[str]) -> None:
+        """Raises UserError at flags that do not exist or are set twice, of which argparse takes the last."""
+        seen = set()
+        for arg in argv:
+            flag = arg.partition("=")[0]
+            if arg == "--" or not arg.startswith("--"):
+                continue
+            if flag not in self.flags:
+                key = flag.removeprefix("--")
+                near = f"{OVERRIDE}{key}=VALUE" if "." in key else suggest.word(flag, self.flags)
+                meant = f", did you mean {near}?" if near else ""
+                raise UserError(f"unrecognized arguments: {checks.short(arg)[1:-1]}{meant} (see {self.prog} --help).")
+            if flag in seen and not self.flags[flag]:
+                raise UserError(f"{flag} is set twice: keep one (see {self.prog} --help).")
+            seen.add(flag)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -141,12 +184,25 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     for key, equals, _ in overrides:
         if not equals:
             raise UserError(f"{OVERRIDE}{key} has no value: write {OVERRIDE}{key}=VALUE, without a space.")
-    args = _parser().parse_args([arg for arg in argv if not arg.startswith(OVERRIDE)])
+    plain = [arg for arg in argv if not arg.startswith(OVERRIDE)]
+    parser, commands = _parser()
+    if plain and not plain[0].startswith("-"):
+        if plain[0] not in commands:
+            near = suggest.word(plain[0], commands)
+            meant = f"did you mean {near!r}?" if near else "it is none of the commands."
+            raise UserError(f"invalid choice: {checks.short(plain[0])} (choose from {', '.join(commands)}): {meant}")
+        commands[plain[0]].check_flags(plain[1:])
+    args, rest = parser.parse_known_args(plain)
+    if rest:
+        setting = next((arg for arg in rest if "=" in arg), None)
+        hint = f"write {OVERRIDE}{setting.removeprefix('config.')} to set a value of the config" if setting else "quote what holds spaces"
+        raise UserError(f"unrecognized arguments: {checks.short(' '.join(rest))[1:-1]}: {hint} (see {commands[plain[0]].prog} --help).")
     args.overrides = [(key, text) for key, _, text in overrides]
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """-> (the parser, those of the commands)."""
     style = {"formatter_class": _format, "allow_abbrev": False}
     parser = _Parser(prog="mmdiff", description=ABOUT, epilog=_examples(*EXAMPLES), **style)
     parser.add_argument("--version", action="version", version=__version__)
@@ -155,9 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     def command(name, run, summary, about, workdir=True):
         sub = commands.add_parser(name, help=summary, description=about, epilog=_examples(name), **style)
         sub.set_defaults(run=run)
-        sub.add_argument("--config", required=True, metavar="FILE", help="the config file: configs/digits_joint.py")
+        sub.add_argument("--config", type=_path, required=True, metavar="FILE", help="the config file: configs/digits_joint.py")
         if workdir:
-            sub.add_argument("--workdir", required=True, metavar="DIR", help="the folder of the run")
+            sub.add_argument("--workdir", type=_path, required=True, metavar="DIR", help="the folder of the run")
         # Only shown: _arguments takes the overrides out before parsing.
         sub.add_argument(f"{OVERRIDE}KEY=VALUE", action="store_true", help="replace a value of the config; repeatable")
         return sub
@@ -176,36 +232,36 @@ def _parser() -> argparse.ArgumentParser:
     of_processes(sub)
     sub = command("bench", _bench, "measure how fast training is here", BENCH, workdir=False)
     option = sub.add_argument
-    option("--steps", type=_positive, default=5, metavar="N", help="timed steps in a round (default: 5)")
-    option("--rounds", type=_positive, default=5, metavar="N", help="rounds in which the programs take turns (default: 5)")
+    option("--steps", type=_count, default=5, metavar="N", help="timed steps in a round (default: 5)")
+    option("--rounds", type=_count, default=5, metavar="N", help="rounds in which the programs take turns (default: 5)")
     option("--peer", default="", metavar="COMMAND", help="another program to compare with, in quotes")
-    option("--json", metavar="FILE", help="write the figures to a file, too")
+    option("--json", type=_path, metavar="FILE", help="write the figures to a file, too")
     of_processes(sub)
     sub = command("aot", _aot, "what a training step needs of TPUs that are not here", AOT, workdir=False)
     option = sub.add_argument
     option("--topology", required=True, metavar="KIND:SHAPE", help="the TPUs: v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:16x16, ...")
-    option("--slices", type=_positive, default=1, metavar="N", help="so many of them, joined by the data-centre network (default: 1)")
-    option("--json", metavar="FILE", help="write the report to a file, too")
+    option("--slices", type=_count, default=1, metavar="N", help="so many of them, joined by the data-centre network (default: 1)")
+    option("--json", type=_path, metavar="FILE", help="write the report to a file, too")
     sub = command("sample", _sample, "draw samples from a trained model", SAMPLE)
     option = sub.add_argument
-    option("--number", type=_positive, metavar="N", help="samples to draw (default: what a given file holds, or 16)")
+    option("--number", type=_count, metavar="N", help="samples to draw (default: what a given file holds, or 16)")
     option("--given", action="append", default=[], metavar="NAME=VALUE", help="hold a modality at a value; repeatable")
     option("--absent", action="append", default=[], metavar="NAME", help="leave a modality out; repeatable")
-    option("--steps", type=_positive, metavar="N", help="sampling steps (default: config.sample.steps)")
-    option("--guidance", type=_finite, metavar="W", help="guidance weight (default: config.sample.guidance)")
+    option("--steps", type=_calls, metavar="N", help="sampling steps (default: config.sample.steps)")
+    option("--guidance", type=_guidance, metavar="W", help="guidance weight (default: config.sample.guidance)")
     option("--seed", type=_seed, metavar="S", help="seed of the samples (default: config.seed)")
     of_checkpoint(sub)
-    option("--out", metavar="DIR", help="where the samples are written (default: WORKDIR/samples)")
+    option("--out", type=_path, metavar="DIR", help="where the samples are written (default: WORKDIR/samples)")
     sub = command("eval", _eval, "measure a trained model and write the report", EVAL)
     of_checkpoint(sub)
     sub.add_argument("--split", choices=("test", "validation"), default="test", help="what to measure on (default: test)")
     sub.add_argument("--reuse", action="store_true", help="print the report of this checkpoint and config if there is one")
     sub = command("cache", _cache, "encode a data set with a trained tokenizer", CACHE)
     option = sub.add_argument
-    option("--out", required=True, metavar="DIR", help="the folder of the cache")
+    option("--out", type=_path, required=True, metavar="DIR", help="the folder of the cache")
     option("--split", action="append", default=[], metavar="NAME", help="encode this split only; repeatable")
     of_checkpoint(sub)
-    return parser
+    return parser, dict(commands.choices)
 
 
 def _format(prog: str) -> argparse.HelpFormatter:
@@ -217,10 +273,26 @@ def _examples(*commands: str) -> str:
     return "examples:\n" + "\n".join(f"  python -m mmdiff {line}" for name in commands for line in EXAMPLES[name])
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"it must be an integer of 1 or more, not {text!r}")
-    return int(text)
+def _path(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"it must be a path, not {checks.short(text)}")
+    return text
+
+
+def _integer(text: str, allowed: checks.Range) -> int:
+    value = int(text) if text.isdecimal() and len(text) < 4000 else -1
+    if not allowed.low <= value <= allowed.high:
+        bound = f"at most {allowed.high:,}" if value > allowed.high else f"an integer of {allowed.low} or more"
+        raise argparse.ArgumentTypeError(f"it must be {bound}, not {checks.short(text)}")
+    return value
+
+
+def _count(text: str) -> int:
+    return _integer(text, checks.Range(1, 1_000_000))
+
+
+def _calls(text: str) -> int:
+    return _integer(text, checks.NETWORK_CALLS)
 
 
 def _step(text: str) -> int | str:
@@ -238,13 +310,13 @@ def _seed(text: str) -> int:
     return seed
 
 
-def _finite(text: str) -> float:
+def _guidance(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"it must be a finite number, not {text!r}")
+    if wrong := checks.GUIDANCE.wrong(value):
+        raise argparse.ArgumentTypeError(f"it must be {wrong}, not {checks.short(text)}")
     return value
 
 
@@ -254,7 +326,7 @@ def _finite(text: str) -> float:
 def _train(args: argparse.Namespace) -> None:
     config, module = configs.load(args.config, args.overrides)
     where = distributed.address(args.coordinator, args.processes, args.process)
-    _make_folder(args.workdir)
+    _writable("--workdir", args.workdir)
     _start_jax()
     if args.distributed or where:
         distributed.start(**where)
@@ -266,6 +338,7 @@ def _train(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     config, module = configs.load(args.config, args.overrides)
     where = distributed.address(args.coordinator, args.processes, args.process)
+    _writable("--json", args.json, folder=False)
     if args.peer:  # on a GPU jax would take three quarters of the memory at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if args.distributed or where:
@@ -284,6 +357,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _aot(args: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run: leave an accelerator that is here alone; jax reads it when it is imported
+    _writable("--json", args.json, folder=False)
     configs.load(args.config, args.overrides)
     from mmdiff.training import aot
 
@@ -302,16 +376,25 @@ def _sample(args: argparse.Namespace) -> None:
         return
     config, experiment = _open(args)
     given, number = _given(experiment, args)
+    _writable("--out", args.out)
     out = pathlib.Path(args.out or os.path.join(args.workdir, "samples"))
+    _writable("the folder of the samples,", out)
+    for text in args.given:
+        file = pathlib.Path(text.partition("=")[2]).expanduser()
+        if file.name.startswith("samples") and file.parent.resolve() == out.resolve():
+            raise UserError(f"--given {text} would be overwritten by what is sampled: name another folder with --out.")
     from mmdiff.training import checkpoints
 
-    params, step = checkpoints.restore_for_inference(experiment, config, args.workdir, step=args.step)
-    _make_folder(out)
+    sampler = config.get("sample", {})
+    steps = sampler.get("steps") if args.steps is None else args.steps
+    if steps is None:
+        raise UserError(f"{args.config} has no config.sample.steps: name --steps.")
+    guidance = float(sampler.get("guidance", 1.0) if args.guidance is None else args.guidance)
     absent = tuple(sorted(set(args.absent)))
-    steps = config.sample.steps if args.steps is None else args.steps
-    guidance = float(config.sample.guidance if args.guidance is None else args.guidance)
+    params, step = checkpoints.restore_for_inference(experiment, config, args.workdir, step=args.step)
     seed = config.seed if args.seed is None else args.seed
     samples = _draw(experiment, params, given, number, seed, absent, steps=steps, guidance=guidance)
+    _make_folder(out)
     print(f"{number} samples of step {step} (seed {seed}, {steps} steps, guidance {guidance:g})")
     for path in _write_samples(experiment, samples, out):
         print(path)
@@ -323,6 +406,7 @@ def _eval(args: argparse.Namespace) -> None:
     config, experiment = _open(args)
     if not experiment.evaluators:
         raise UserError(f"{args.config} measures nothing as it is set: see its head, or give its Experiment evaluators.")
+    _writable("--workdir", args.workdir)
     from mmdiff.evals import report
     from mmdiff.training import checkpoints
 
@@ -347,6 +431,7 @@ def _cache(args: argparse.Namespace) -> None:
     if experiment.cache is None:
         raise UserError(
             f"{args.config} trains no tokenizer and no towers, so there is nothing to cache: see configs/cdcd/scenes_tokenizer.py.")
+    _writable("--out", args.out)
     from mmdiff.training import checkpoints
 
     params, step = checkpoints.restore_for_inference(experiment, config, args.workdir, step=args.step)
@@ -426,7 +511,9 @@ def _given(experiment, args: argparse.Namespace):
     names = [name for name, _, _ in pairs]
     for flag, name in [("--given", name) for name in names] + [("--absent", name) for name in args.absent]:
         if name not in experiment.shape:
-            raise UserError(f"{flag} names an unknown modality {name!r}: this model has {', '.join(experiment.shape)}.")
+            near = suggest.word(name, experiment.shape)
+            meant = f", did you mean {near!r}?" if near else "."
+            raise UserError(f"{flag} names an unknown modality {checks.short(name)}: this model has {', '.join(experiment.shape)}{meant}")
     for name, equals, _ in pairs:
         if not equals:
             raise UserError(f"--given {name} has no value: write --given {name}=VALUE.")
@@ -502,19 +589,41 @@ def _table(figures: Mapping[str, object]) -> str:
 def _write_json(path: str | None, found: Mapping[str, object]) -> None:
     if path:
         try:
-            pathlib.Path(path).write_text(json.dumps(found, indent=2) + "\n")
+            pathlib.Path(path).write_text(json.dumps(configs.plain(found), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
-def _make_folder(path: str | os.PathLike) -> None:
-    """Makes sure, before any work, that results can be written to `path`."""
+def _writable(flag: str, path: str | os.PathLike | None, folder: bool = True) -> None:
+    """Raises UserError, before any work, unless a folder (or a file) `path` can be written. Makes nothing."""
+    if path is None:
+        return
+    remedy = "choose a folder that you can write to" if folder else "choose another file"
     if "://" in str(path):
-        return  # a bucket: the trainer says what to do about it
+        raise UserError(f"{flag} {path} is not a path: mount the bucket (gcsfuse, s3fs) and name a {'folder' if folder else 'file'} in it.")
+    try:
+        shown, path = checks.short(str(path))[1:-1], pathlib.Path(path).absolute()
+        if os.path.lexists(path) and not path.exists():
+            raise UserError(f"cannot write to {shown} (a link that leads nowhere): {remedy}.")
+        if path.exists() and path.is_dir() != folder:
+            raise UserError(f"cannot write to {shown} ({'not a directory' if folder else 'a directory'}): {remedy}.")
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        if there == path and not folder:
+            with path.open("ab"):
+                return
+        if not folder and there != path.parent:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if any(len(os.fsencode(part)) > 255 for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {shown} ({error.strerror}): {remedy}.") from error
+
+
+def _make_folder(path: str | os.PathLike) -> None:
     try:
         os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
     except OSError as error:
         raise UserError(f"cannot write to {path} ({error.strerror}): choose a folder that you can write to.") from error
 

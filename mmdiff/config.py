@@ -12,6 +12,7 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import sys
 import traceback
@@ -90,7 +91,7 @@ def build(config: ml_collections.ConfigDict, module: ModuleType, overrides: Sequ
         modules = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
         name, file = next(module for module in reversed(modules) if not module[0].startswith(("ml_collections.", "mmdiff.configdict")))
         refused = isinstance(error, (ValueError, TypeError)) and name.startswith("mmdiff.")
-        if not guilty and not refused and file != path:
+        if not guilty and not refused and os.path.abspath(file) != os.path.abspath(path):
             raise
         values = f" with {_set(guilty)}" if guilty else ""
         raise UserError(f"{path} cannot be built{values}: {_what(error, path)}.") from error
@@ -151,23 +152,23 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_json(config: ml_collections.ConfigDict) -> str:
     """All values as indented JSON, in its strict form: tuples become lists and infinities text, which `difference` takes for equal."""
-    return json.dumps(_plain(config.to_dict()), indent=2, allow_nan=False) + "\n"
+    return json.dumps(plain(config.to_dict()), indent=2, allow_nan=False) + "\n"
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ, with both values; a key that one side lacks has None there."""
     old, new = flatten(old), flatten(new)
     keys = dict.fromkeys([*old, *new])
-    return {key: (old.get(key), new.get(key)) for key in keys if _plain(old.get(key)) != _plain(new.get(key))}
+    return {key: (old.get(key), new.get(key)) for key in keys if plain(old.get(key)) != plain(new.get(key))}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as strict JSON can hold it."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 # ---- The file ----
@@ -261,7 +262,8 @@ def _of_the_file(path: str, function: str = "") -> Iterator[None]:
 
 def _what(error: BaseException, path: str) -> str:
     """An error in words, with the last line of the config file that led to it."""
-    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if os.path.abspath(frame.f_code.co_filename) == os.path.abspath(path)]
     text = " ".join(str(error).split()).rstrip(".")
     kind = type(error).__name__
     return f"{f'{kind}: {text}' if text else kind}" + (f" (line {lines[-1]})" if lines else "")

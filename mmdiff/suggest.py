@@ -67,11 +67,11 @@ def key(asked: str, known: Sequence[str]) -> str | None:
         return by_letters(same, 0.0)
     # Another program's word for it, with its section or without: "eval.batch_size", "optimizer.lr", "lr.base".
     for spelt in (_letters(asked), _letters(last), _letters(asked.partition(".")[0])):
-        for target in _SYNONYMS.get(spelt, ()):
-            found = [name for name in known if name.rpartition(".")[2] == target.rpartition(".")[2]]
-            inside = [name for name in found if section and name.startswith(f"{section.lower()}.")]
-            if found:
-                return (inside or [name for name in found if name == target] or found)[0]
+        targets = _SYNONYMS.get(spelt, ())
+        found = [name for target in targets for name in known if name.rpartition(".")[2] == target.rpartition(".")[2]]
+        inside = [name for name in found if section and name.startswith(f"{section.lower()}.")]
+        if found:
+            return (inside or [name for name in found if name in targets] or found)[0]
     if same:
         return by_letters(same, 0.0)
     # A slip of the finger ("stpes"); then its words, of which "learn_rate" and "train.learning_rate" share two; then letters.

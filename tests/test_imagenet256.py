@@ -52,7 +52,7 @@ def test_wrong_sizes_and_rules():
     for path in (DIT, JOINT):
         with pytest.raises(UserError, match="no DiT of size 'XXL'; choose one of S, B, L, XL"):
             build(path, model__size="XXL")
-        with pytest.raises(UserError, match="scale_rule is 'cube'"):
+        with pytest.raises(UserError, match="config.train.scale_rule must be one of none, linear, sqrt, not 'cube'"):
             build(path, train__scale_rule="cube")
 
 

@@ -107,7 +107,7 @@ class LatentSource:
         except FileNotFoundError:
             what = "is not finished (it has no meta.json)" if self._path.is_dir() else "does not exist"
             raise UserError(f"the latent cache {self._path} {what}: write it with mmdiff.data.latents.write_latents.") from None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self._path / META} cannot be read ({error!r}): write the cache anew.") from error
         for name, expected in _stamp(modalities).items():
             if found.get(name) != expected:

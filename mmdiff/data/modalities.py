@@ -558,7 +558,7 @@ def load(path: pathlib.Path, name: str) -> np.ndarray:
                 return loaded[name if name in keys else keys[0]]
     except FileNotFoundError:
         raise UserError(f"no such file: {path}.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
         raise UserError(f"{path} is not a NumPy file that can be read: save it with numpy.save or numpy.savez.") from error
     raise UserError(f"{path} has no entry {name!r}: it holds {', '.join(keys) or 'nothing'}.")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from mmdiff import config as configs
 from mmdiff.errors import UserError
 from mmdiff.evals import pictures
 from mmdiff.evals.base import Findings
@@ -54,11 +55,11 @@ def write(workdir, experiment, config, findings: Sequence[Findings], step: int) 
         "versions": versions(),
         "device": device(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "config": json.loads(config.to_json_best_effort()),
+        "config": json.loads(configs.to_json(config)),
     }
     json_path, html_path = paths(workdir, experiment.split)
     try:
-        _replace(json_path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        _replace(json_path, json.dumps(configs.plain(report), indent=2, allow_nan=False) + "\n")
         _replace(html_path, _page(workdir, report, figures, findings))
     except OSError as error:
         reason = error.strerror or error

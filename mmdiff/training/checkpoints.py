@@ -327,7 +327,20 @@ def weights(
     ema = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=where), shapes, target)
     _check_fit(folder / str(step), ema=ema)
     with _unreadable(folder / str(step)), ocp.StandardCheckpointer() as reader:
-        return reader.restore(folder / str(step) / "ema", ema), step
+        params = reader.restore(folder / str(step) / "ema", ema)
+    _check_finite(params, workdir, step, [other for other in intact if other != step])
+    return params, step
+
+
+def _check_finite(params: Any, workdir: str | os.PathLike, step: int, others: list[int]) -> None:
+    """Raises UserError if weights are not finite: all that is made of them would be NaN, or a class that NaN is taken for."""
+    finite = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params))
+    leaves = jax.tree_util.tree_leaves_with_path(finite)
+    wrong = [jax.tree_util.keystr(path, simple=True, separator="/") for path, good in leaves if not good]
+    if wrong:
+        remedy = f"name another (--step {others[-1]})" if others else "train again with a smaller learning rate"
+        raise UserError(
+            f"the averaged weights of step {step} in {workdir} are not finite in {len(wrong)} arrays, such as {wrong[0]}: {remedy}.")
 
 
 def _beside(workdir: str | os.PathLike) -> dict[str, str]:
@@ -337,9 +350,12 @@ def _beside(workdir: str | os.PathLike) -> dict[str, str]:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        found = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): restore it, or use another workdir.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not what a run writes (a {type(found).__name__}): restore it, or use another workdir.")
+    return found
 
 
 def _folder(workdir: str | os.PathLike) -> pathlib.Path:

@@ -23,6 +23,7 @@ HEARTBEAT_SECONDS = 60  # a process that has been silent for so long is dead: a 
 LEAVE_SECONDS = 30  # how long a process that failed waits for the others to fail as well
 
 ENVIRONMENT = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
+MOST_PROCESSES = 1_000_000
 RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 # What an error says that comes of a process that is gone: of Gloo (CPU), NCCL (GPU) and the coordination service.
 LOST = re.compile(r"gloo|nccl|connection (reset|closed)|socket closed|heartbeat|barrier (failed|timed out)", re.IGNORECASE)
@@ -46,12 +47,16 @@ def address(coordinator: str | None = None, processes: int | None = None, proces
         found = {name: os.environ[key] for name, key in names.items() if os.environ.get(key)}
     for name, least in (("processes", 1), ("process", 0)):
         text = str(found.get(name, least))
-        if not text.isdecimal() or int(text) < least:
+        if not text.isdecimal() or len(text) > 20 or int(text) < least:
             raise UserError(f"{names[name]} must be an integer of {least} or more, not {text!r}.")
         if name in found:
             found[name] = int(text)
-    if "coordinator" in found and not re.fullmatch(r".+:\d+", found["coordinator"]):
-        raise UserError(f"{names['coordinator']} must be the HOST:PORT of process 0, not {found['coordinator']!r}.")
+    if found.get("processes", 1) > MOST_PROCESSES:
+        raise UserError(f"{names['processes']} must be at most {MOST_PROCESSES:,}, not {found['processes']}.")
+    port = re.fullmatch(r"[^\s:/]+:(\d{1,5})|\[[^\s/]+\]:(\d{1,5})", found.get("coordinator", "localhost:1"))
+    if not port or not 1 <= int(port[1] or port[2]) <= 65535:
+        allowed = "the HOST:PORT of process 0, with a port of 1 to 65535"
+        raise UserError(f"{names['coordinator']} must be {allowed}, not {found['coordinator']!r}.")
     if found.get("process", 0) >= found.get("processes", math.inf):
         last = found["processes"] - 1
         raise UserError(f"{names['process']} is {found['process']}, but {names['processes']} is {last + 1}: it must be 0 to {last}.")

@@ -245,7 +245,7 @@ def test_a_process_that_finds_no_other_says_so(server, tmp_path):
         (["--process", "0", "--processes", "2"], {"JAX_COORDINATOR_ADDRESS": "a:1"}, "--coordinator is missing"),
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], {}, "--process is 2, but --processes is 2: it must be 0 to 1"),
         (["--coordinator", "a:1", "--processes", "0", "--process", "0"], {}, "--processes must be an integer of 1 or more, not '0'"),
-        (["--coordinator", "a", "--processes", "2", "--process", "0"], {}, "--coordinator must be the HOST:PORT of process 0, not 'a'"),
+        (["--coordinator", "a", "--processes", "2", "--process", "0"], {}, "HOST:PORT of process 0, with a port of 1 to 65535, not 'a'"),
         ([], {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID must be an integer of 0 or more, not 'one'"),
         ([], {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "5"}, "JAX_PROCESS_ID is 5, but JAX_NUM_PROCESSES is 2"),
     ],
