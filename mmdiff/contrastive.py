@@ -178,7 +178,7 @@ def match(process: Process, of: str, loss: str = "infonce") -> InBatchTerm:
     log(number of copies). Its value without any information is log B, which a scale of 1 hardly lowers: hence the learned one.
 
     Args:
-      process: of the modality, a `Gaussian` of vectors [B, D], whatever it predicts; with `unit=True`, for a longer x_0 gives itself away
+      process: of the modality, a `Gaussian` of vectors [B, D], whatever it predicts; with `norm=1.0`, for a longer x_0 gives itself away
         in x_t. Its own loss, `on(of, process.loss)`, is the regression on the same vectors.
       of: the modality's name in the joint pass. The network returns out["logit_scale"] and, for siglip, out["logit_bias"], [B] with
         equal entries: its learned numbers.

@@ -20,6 +20,7 @@ from mmdiff.evals.alignment import DigitAlignment
 from mmdiff.evals.scene_alignment import SceneAlignment, SceneTowers
 from mmdiff.evals.scenes import CaptionedScenes
 from mmdiff.nets.dit import SIZES
+from mmdiff.training import loop
 from mmdiff.training.step import init_state, step_of
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs/diffdis"
@@ -255,3 +256,16 @@ def test_an_experiment_runs(experiments, towers, monkeypatch, data):
     if data == "both":
         wanted |= {"prompt_correctness", "prompt_correctness_seen", "frechet_ratio", "gradient_draw", "gradient_name"}
     assert set(figures) == wanted and all(np.isfinite(value) for value in figures.values()) and seconds > 0
+
+
+def test_queries_that_are_not_of_length_one_are_refused():
+    """Made-up ones have it; of a cache that was written otherwise training says what to do."""
+    experiment, _ = load("sd_scale", data__source="random")
+    batch = experiment.train_data().take(np.arange(4))
+    np.testing.assert_allclose(np.linalg.norm(batch["query"], axis=1), 1, rtol=1e-5)
+    assert loop.checked(experiment, batch) is batch
+    wrong = batch | {"query": 27.7 * batch["query"]}
+    with pytest.raises(UserError, match="modality 'query': a vector of length 27.7 among 4.*divide each vector by its length"):
+        loop.checked(experiment, wrong)
+    with pytest.raises(UserError, match="query: vectors must have the length 1, got 27.7"):
+        experiment.modalities["query"].check(wrong["query"])

@@ -57,7 +57,7 @@ def build(config):
         fusion=model.fusion, two_way=model.two_way, reinject=model.reinject,
         logits=contrastive.first_logits(config.query.loss), scan=False)
     image = Gaussian(schedules.flow(), velocity)
-    query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0)
+    query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
     drawing, naming = Joint(image=image, text=Given(0)), Joint(image=image, query=query)
     draw, name = (partial(net.apply, tasks=(task,)) for task in ("draw", "name"))
 
@@ -86,6 +86,6 @@ def build(config):
         test_data=lambda: digits.captioned(digits.digits_source("test"), digits.random_prompts(size)),
         shape=seen,
         draw=sampling.drawer(drawing, draw, seen, drop=("text",), heun=True),
-        modalities={"image": Images(*SHAPE, levels=17), "text": Texts(words), "query": Features(size, "query")},
+        modalities={"image": Images(*SHAPE, levels=17), "text": Texts(words), "query": Features(size, "query", norm=1.0)},
         evaluators=(DigitAlignment(Aligner(net, query, size, SHAPE), digits.random_prompts(size), batch=config.eval.batch),),
     )

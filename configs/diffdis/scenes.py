@@ -78,7 +78,7 @@ def build(config):
         logits=contrastive.first_logits(config.query.loss), scan=False)
     image = Gaussian(schedules.flow(), velocity)
     text = absorbing(words.size)
-    query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0)
+    query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
     drawing, naming = Joint(image=image, text=text), Joint(image=image, query=query)
     draw, name = (partial(net.apply, tasks=(task,)) for task in ("draw", "name"))
 
@@ -115,7 +115,7 @@ def build(config):
         test_data=lambda: Described(scenes.Scenes("test", SIZE), towers, size),
         shape=seen,
         draw=sampling.drawer(drawing, draw, seen, drop=("text",), heun=True),
-        modalities={"image": Images(*SHAPE), "text": Texts(words), "query": Features(size, "query")},
+        modalities={"image": Images(*SHAPE), "text": Texts(words), "query": Features(size, "query", norm=1.0)},
         beside={"towers": towers.fingerprint},
         evaluators=(SceneAlignment(Aligner(net, query, size, SHAPE), towers, judged),),
     )

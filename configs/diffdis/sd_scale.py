@@ -12,7 +12,7 @@ Data: a latent cache, whose layout mmdiff/data/latents.py describes, with the la
 tower makes of its caption: the tokens' states (zeros where there is padding), and the pooled vector at a length of 1:
 
     write_latents(folder, "train", batches, {
-        "image": Latents(32, 32, 4), "text": Features(768, "text", 77), "query": Features(768, "query")})
+        "image": Latents(32, 32, 4), "text": Features(768, "text", 77), "query": Features(768, "query", norm=1.0)})
 
 mmdiff.data.pictures reads CC3M-style folders and tar shards; neither the autoencoder nor the tower comes along. config.data.source=random
 makes all three up.
@@ -74,7 +74,7 @@ def get_config():
 def build(config):
     data, model, train = config.data, config.model, config.train
     modalities = {
-        "image": Latents(data.size, data.size, 4), "text": Features(VECTOR, "text", TOKENS), "query": Features(VECTOR, "query")}
+        "image": Latents(data.size, data.size, 4), "text": Features(VECTOR, "text", TOKENS), "query": Features(VECTOR, "query", norm=1.0)}
     shape = {name: modality.shape for name, modality in modalities.items()}
     depth, width, heads = nets.sizes(model.size)
     net = nets.DualStream(
@@ -84,7 +84,7 @@ def build(config):
         logits=contrastive.first_logits(config.query.loss),
         scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
     noise = schedules.scaled_linear_beta(STEPS)
-    image, query = Gaussian(noise, eps), Gaussian(schedules.scaled(noise, config.query.gamma), x0)
+    image, query = Gaussian(noise, eps), Gaussian(schedules.scaled(noise, config.query.gamma), x0, norm=1.0)
     drawing, naming = Joint(image=image, text=Given(0.0)), Joint(image=Given(0.0), query=query)
     draw, name = (partial(net.apply, tasks=(task,)) for task in ("draw", "name"))
 

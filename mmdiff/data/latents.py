@@ -203,7 +203,7 @@ def _stamp(modalities: Mapping[str, Any]) -> dict[str, dict]:
     """What a cache and a config must agree on: sizes, scale, the number of classes."""
     fields = {name: dataclasses.asdict(modality) for name, modality in modalities.items()}
     return {
-        name: {key: value for key, value in of.items() if key not in ("name", "names") and value is not None}
+        name: {key: value for key, value in of.items() if key not in ("name", "names", "norm") and value is not None}
         for name, of in fields.items()
     }
 

@@ -188,18 +188,20 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Vectors that a fixed network makes of something: float32 [n, size] of root mean square 1, or [n, count, size].
+    """Vectors that a fixed network makes of something: float32 [n, size], or [n, count, size].
 
     Attributes:
       size: the numbers in a vector.
       name: the modality's name, which is its key in an `.npz` file.
       count: vectors in an example, one for each token of a text; one without a dimension of its own by default. A vector of zeros is
         padding.
+      norm: the length of every vector; by default any, and made-up ones have the root mean square 1.
     """
 
     size: int
     name: str = "representation"
     count: int | None = None
+    norm: float | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -222,13 +224,18 @@ class Features:
         """`array` as float32 [n, *shape].
 
         Raises:
-          UserError: a wrong shape or type, or values that are not finite.
+          UserError: a wrong shape or type, values that are not finite, or vectors of another length.
         """
         array = np.asarray(array)
         if array.ndim != len(self.shape) + 1 or array.shape[1:] != self.shape:
             raise UserError(f"{self.name}: vectors need the shape [n, {', '.join(map(str, self.shape))}], got {list(array.shape)}.")
         if not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
             raise UserError(f"{self.name}: vectors must be finite floats, got {span(array)}.")
+        lengths = np.linalg.norm(array.astype(np.float32), axis=-1)
+        if self.norm is not None and np.abs(lengths - self.norm).max() > 0.01 * self.norm:
+            raise UserError(
+                f"{self.name}: vectors must have the length {self.norm:g}, got {lengths.min():.4g} to {lengths.max():.4g}: "
+                "divide each vector by its length.")
         return array.astype(np.float32)
 
     def show(self, array) -> np.ndarray:
@@ -238,7 +245,8 @@ class Features:
     def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Directions with equal chances: float32 [count, *shape]."""
         array = rng.standard_normal((count, *self.shape), np.float32)
-        return array / np.sqrt((array**2).mean(-1, keepdims=True))
+        length = self.norm or self.size**0.5
+        return array * (length / np.linalg.norm(array, axis=-1, keepdims=True))
 
 
 @dataclasses.dataclass(frozen=True)

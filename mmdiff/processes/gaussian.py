@@ -17,10 +17,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmdiff import schedules
 from mmdiff.errors import UserError
-from mmdiff.processes.base import Noised, Process, bcast, check_time, per_example, per_example_mean, per_example_sum
+from mmdiff.processes.base import Noised, Process, bcast, check_time, concrete, per_example, per_example_mean, per_example_sum
 
 Predict = Callable[[schedules.Schedule, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -66,6 +67,7 @@ class Gaussian(Process):
       predict: what the network's output means: `x0`, `eps`, `v`, `velocity`, `edm(data_std)`, or any `(schedule, t) -> (p, q)`.
       eta: randomness of `step`: 0 is DDIM (deterministic), 1 the exact posterior (DDPM).
       data_std: if given, the network is fed `x_t` scaled to unit variance for data of this standard deviation (EDM's c_in).
+      norm: if given, clean data are vectors of this length (along the last dimension), and `check` refuses others.
 
     An output with twice the channels of x (a learned-sigma head) is read by its first half.
     """
@@ -74,6 +76,17 @@ class Gaussian(Process):
     predict: Predict = velocity
     eta: float = 0.0
     data_std: float | None = None
+    norm: float | None = None
+
+    def check(self, x0):
+        if self.norm is None or not concrete(x0):
+            return
+        found = np.linalg.norm(np.asarray(x0, np.float32), axis=-1)
+        wrong = ~(np.abs(found - self.norm) <= 0.01 * self.norm)  # float16 keeps three digits; NaN is wrong, too
+        if wrong.any():
+            raise ValueError(
+                f"a vector of length {found[wrong][0]:.4g} among {found.size}, but this process is for vectors of length {self.norm:g} "
+                "(a longer one gives itself away in x_t): divide each vector by its length.")
 
     def prior(self, keys, shape):
         noise = per_example(lambda key: jax.random.normal(key, shape), keys)

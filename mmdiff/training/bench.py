@@ -27,6 +27,7 @@ from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
 from mmdiff.keys import key_of
+from mmdiff.microbatches import BatchLoss
 from mmdiff.training import perf, sharding
 from mmdiff.training.step import IN_FLIGHT, Step, step_of
 
@@ -273,6 +274,7 @@ def _time(call: Callable[[], jax.Array], count: int) -> float:
 
 def _checked(experiment: Experiment, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     experiment.process.check(batch)
+    BatchLoss.of(experiment.loss).check(batch)
     return batch
 
 

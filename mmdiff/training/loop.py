@@ -22,6 +22,7 @@ from mmdiff.data import loader
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
 from mmdiff.keys import check_seed, key_of
+from mmdiff.microbatches import BatchLoss
 from mmdiff.training import checkpoints, distributed, sharding
 from mmdiff.training.metrics_logger import MetricsLogger, device
 from mmdiff.training.signals import Signals, make_any_process_signalled
@@ -183,6 +184,7 @@ def checked(experiment: Experiment, batch: Mapping[str, np.ndarray]) -> Mapping[
     """The batch, unless its data would be silently taken for something else (a class id out of range): then UserError."""
     try:
         experiment.process.check(batch)
+        BatchLoss.of(experiment.loss).check(batch)  # of processes that are trained beside it
     except ValueError as error:
         raise UserError(f"the training data does not fit the process: {error}") from error
     return batch

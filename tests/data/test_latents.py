@@ -8,7 +8,7 @@ import pytest
 
 from mmdiff.data import latents
 from mmdiff.data.latents import LatentSource, open_source, write_latents
-from mmdiff.data.modalities import Labels, Latents
+from mmdiff.data.modalities import Features, Labels, Latents
 from mmdiff.data.sources import RandomSource, whole
 from mmdiff.errors import UserError
 
@@ -140,3 +140,12 @@ def test_what_a_config_may_name(cache):
     assert "config.data.dir is empty" in refusal(open_source, data("latents"), "train", MODALITIES)
     assert "must be encoded first" in refusal(open_source, data("tfds"), "train", MODALITIES)
     assert "choose latents, random or tfds" in refusal(open_source, data("imagenet"), "train", MODALITIES)
+
+
+def test_a_cache_written_without_a_length_opens_where_one_is_asked_for(tmp_path):
+    vectors = 3 * np.eye(4, dtype=np.float32)
+    write_latents(tmp_path, "train", [{"query": vectors}], {"query": Features(4, "query")})
+    source = LatentSource(tmp_path, "train", {"query": Features(4, "query", norm=1.0)})  # the process refuses its vectors
+    np.testing.assert_array_equal(source.take(np.arange(4))["query"], vectors)
+    with pytest.raises(UserError, match="query: vectors must have the length 1, got 3 to 3: divide"):
+        write_latents(tmp_path, "val", [{"query": vectors}], {"query": Features(4, "query", norm=1.0)})

@@ -210,6 +210,23 @@ def test_the_leakage_curve():
         assert abs(accuracy - value) < 4 * math.sqrt(value / n) + 1e-3
 
 
+def test_a_vector_of_another_length_gives_itself_away_and_is_refused():
+    """Among 512 texts x_t alone hardly names one at length 1, and always at that of 768 numbers of deviation 1: no image is needed."""
+    count, n, process = 512, 4000, Gaussian(schedules.scaled(SD, 0.5), x0, norm=1.0)
+    texts, label = np.eye(count, dtype=np.float32), np.arange(n) % count
+    share = {}
+    for length in (1.0, 27.7):
+        noised = jax.jit(process.corrupt)(keys(n), length * texts[label], jnp.full(n, 0.25))
+        share[length] = float(np.mean(np.asarray(noised.xt).argmax(1) == label))
+    assert abs(share[1.0] - best_accuracy(0.5 * math.sqrt(0.67543 / 0.32457), count)) < 4 * math.sqrt(0.016 / n) and share[27.7] > 0.999
+    process.check(texts)
+    process.check(np.asarray(units(9, 768), np.float16))  # as a cache keeps them
+    for wrong in (27.7 * texts, 0 * texts, np.where(texts > 0, np.nan, 0), texts[:1] * 0.97):
+        with pytest.raises(ValueError, match="this process is for vectors of length 1 .*divide each vector by its length"):
+            process.check(wrong)
+    Gaussian(SD, x0).check(27.7 * texts)  # in general any length will do
+
+
 # -------------------------------------------------------------------------------------------------- the contrastive loss
 
 
@@ -302,6 +319,27 @@ def test_gradients_of_the_loss():
     by_belief, by_clean, by_scale = jax.jit(jax.grad(lambda *args: value_of(*args).mean(), argnums=(0, 1, 2)))(one, two, 2.0)
     assert by_belief.any() and not by_clean.any() and by_scale != 0
     assert np.isfinite(jax.jit(jax.grad(lambda x: value_of(x, two).sum()))(jnp.zeros((6, 8)))).all()
+
+
+def test_vectors_of_any_size_have_unit_length_and_finite_gradients():
+    sizes = jnp.asarray([0.0, 1e-30, 1e-12, 1.0, 1e12, 1e30])[:, None]
+    x = sizes * units(6, 8)
+    np.testing.assert_allclose(jnp.linalg.norm(contrastive.l2_normalize(x), axis=1), sizes[:, 0] > 0, rtol=1e-5)
+    slope = jax.grad(lambda x: (contrastive.l2_normalize(x) @ jnp.arange(8.0)).sum())(x)
+    assert np.isfinite(slope).all()
+    along = (slope * x).sum(1)  # the length does not matter
+    np.testing.assert_allclose(along, jnp.zeros(6), atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "siglip"])
+def test_vectors_of_zeros_have_finite_gradients(loss):
+    """A network's first outputs, and texts that are padding alone, which are like no other text."""
+    one, two = units(5, 8).at[1].set(0.0), units(5, 8, 1).at[jnp.asarray([1, 3])].set(0.0)
+    value, slopes = jax.jit(jax.value_and_grad(lambda *args: value_of(*args, loss=loss).mean(), argnums=(0, 1, 2, 3)))(one, two, 5.0, -1.0)
+    assert np.isfinite(value) and all(np.isfinite(slope).all() for slope in slopes)
+    if loss == "siglip":  # each is its own pair
+        s = 5.0 * np.asarray(one, np.float64) @ np.asarray(two, np.float64).T - 1.0
+        np.testing.assert_allclose(value, np.log1p(np.exp(-(2 * np.eye(5) - 1) * s)).sum(1).mean(), rtol=1e-4)
 
 
 def test_siglip():
