@@ -75,7 +75,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     (r"mesh\.\w+", Range(1, 65_536, also=(-1,))),
     # of losses and times
     (r"times\.\w+", SHARE),
-    (r"((\w+_)?dropout|dropout\.\w+|complete)", SHARE),
+    (r"((\w+_)?dropout|dropout\.\w+|complete|damaged)", SHARE),
     (r"(count|crop|windows)", COUNT),
     (r"((\w+_)?weight|kappa|gamma|power|loss\.\w+)", Range(0, 1e6)),
     (r"temperature", Range(0, 1e6, above=True)),

@@ -40,7 +40,7 @@ TEXT = {"codes": 2887, "halvings": 3, "multipliers": (1, 2, 4)}  # of configs/cd
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"name": "imagenet2012", "dir": ""},
+        "data": {"name": "imagenet2012", "dir": "", "damaged": 0.0},
         "model": {"code_size": 8, "features": 64, "encoder_blocks": 2, "decoder_blocks": 2},
         "loss": {"commitment": 0.25, "revive": 1.0},
         "train": {

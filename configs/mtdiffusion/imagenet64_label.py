@@ -50,7 +50,7 @@ CLASSES, STEPS = 1000, 1000  # the null label is CLASSES; STEPS of the chain
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"name": "imagenet2012", "dir": "", "size": 64},
+        "data": {"name": "imagenet2012", "dir": "", "size": 64, "damaged": 0.0},
         "model": {"size": "L", "patch": 4, "head": "middle", "dtype": "bfloat16", "remat": "dots", "scan": True},
         "kappa": 1.0,
         # Shares of the training times: label hidden in the mean (U), known (X), absent (plain DDPM), absent beside a clean image.

@@ -42,7 +42,7 @@ STEPS = 1000  # of the chain
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"name": "imagenet2012", "dir": "", "size": 64},
+        "data": {"name": "imagenet2012", "dir": "", "size": 64, "damaged": 0.0},
         "model": {"size": "L", "patch": 4, "dtype": "bfloat16", "remat": "dots", "scan": True},
         "kappa": 1.0,
         # Up to so many patches of so many pixels are hidden, and everything in some images.

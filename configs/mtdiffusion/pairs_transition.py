@@ -39,7 +39,7 @@ STEPS = 1000  # of the chain
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"name": "cityscapes", "dir": "", "size": 64},
+        "data": {"name": "cityscapes", "dir": "", "size": 64, "damaged": 0.0},
         "model": {"size": "B", "patch": 4, "dtype": "bfloat16", "remat": "none", "scan": True},
         "kappa": 1.0,
         # Shares of the training times: other picture hidden in the mean (U), known (X), absent (plain DDPM), absent beside a clean image.

@@ -25,19 +25,20 @@ import os
 import pathlib
 import pickle
 import re
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from mmdiff.data import files
+from mmdiff.data.arrays import read_array, read_pickled_arrays
 from mmdiff.data.dance import FPS, RATE, TICK, centred, joints
 from mmdiff.data.sources import check_range, digest, sizes
 from mmdiff.errors import UserError
 
 CODES = ("BR", "PO", "LO", "MH", "LH", "HO", "WA", "KR", "JS", "JB")  # in the order of `dance.GENRES`
 SPLITS = ("train", "val", "test")
-LOUD = 0.95  # the largest sample of a clip
+LOUD = 0.95  # the largest sample of a clip,
+SILENCE = 1e-3  # unless none is larger than this (-60 dB, 33 steps of 16 bits): dither is not music
 NAME = re.compile(rf"g({'|'.join(CODES)})_s[A-Z]+_c(?:All|\d+)_d\d+_(m[A-Z]+\d+)_ch\d+(?:_seg\d+)?")
 # frames in a second and numbers in a frame
 SEGMENTS = {"aist": (60, 219), "tiktok": (30, 75)}
@@ -63,7 +64,7 @@ class Aist:
 
     def __init__(self, folder: str | os.PathLike, split: str, seconds: int = 2):
         _check_split(split)
-        self._folder, self.seconds = pathlib.Path(folder).expanduser(), seconds
+        self._folder, self.seconds = files.expand(folder), seconds
         self._dance, self._song = (functools.lru_cache(CACHED)(read) for read in (read_motion, read_wav))
         self._clips: list[tuple[str, int]] = []
         for name in _lines(self._folder / "splits" / f"crossmodal_{split}.txt"):
@@ -90,8 +91,8 @@ class Aist:
 
     def fingerprint(self):
         dances = list(dict.fromkeys(name for name, _ in self._clips))
-        files = [path(name) for name in dances for path in (self._motion, self._wav)]
-        return digest(len(self), self._clips, self.seconds, sizes(files, self._folder))
+        paths = [path(name) for name in dances for path in (self._motion, self._wav)]
+        return digest(len(self), self._clips, self.seconds, sizes(paths, self._folder))
 
     def _motion(self, name: str) -> pathlib.Path:
         return self._folder / "motions" / f"{name}.pkl"
@@ -122,7 +123,7 @@ class Segments:
         _check_split(split)
         if data not in SEGMENTS:
             raise UserError(f"there are no segments of {data!r}: choose one of {', '.join(SEGMENTS)}.")
-        folder = self._folder = pathlib.Path(folder).expanduser()
+        folder = self._folder = files.expand(folder)
         self.seconds, self._data = seconds, data
         longer = "" if seconds == 2 else f"_s{seconds}"
         self._files: dict[str, list[pathlib.Path]] = {}
@@ -135,7 +136,7 @@ class Segments:
             self._files[kind] = [folder.joinpath(*path[path.index(part) :]) for path in paths]
             for file in self._files[kind]:
                 _exists(file)
-        names = {kind: [file.stem for file in files] for kind, files in self._files.items()}
+        names = {kind: [file.stem for file in listed] for kind, listed in self._files.items()}
         for kind, found in names.items():
             if found != names["motion"]:
                 raise UserError(f"the lists of motion and {kind} in {folder} name other segments ({split}): take both from one release.")
@@ -150,20 +151,20 @@ class Segments:
         check_range(indices, len(self))
         fps, numbers = SEGMENTS[self._data]
         frames = fps * self.seconds
-        files = {kind: [files[i] for i in indices] for kind, files in self._files.items()}
+        paths = {kind: [listed[i] for i in indices] for kind, listed in self._files.items()}
         taken = {
-            "motion": np.stack([_numbers(file, (frames, numbers)).reshape(frames, -1, 3) for file in files["motion"]]),
-            "audio": np.stack([_loud(_whole(file, self.seconds)) for file in files["audio"]]),
+            "motion": np.stack([_numbers(file, (frames, numbers)).reshape(frames, -1, 3) for file in paths["motion"]]),
+            "audio": np.stack([_loud(_whole(file, self.seconds)) for file in paths["audio"]]),
         }
         if self._data == "aist":
             taken["genre"] = self._genre[indices]
-        if "video" in files:
-            taken["video"] = np.stack([_numbers(file, (2048,)) for file in files["video"]])
+        if "video" in paths:
+            taken["video"] = np.stack([_numbers(file, (2048,)) for file in paths["video"]])
         return taken
 
     def fingerprint(self):
-        files = [file for kind in sorted(self._files) for file in self._files[kind]]
-        return digest(len(self), self._data, self.seconds, sizes(files, self._folder))
+        paths = [file for kind in sorted(self._files) for file in self._files[kind]]
+        return digest(len(self), self._data, self.seconds, sizes(paths, self._folder))
 
 
 def read_motion(path: str | os.PathLike) -> np.ndarray:
@@ -175,15 +176,13 @@ def read_motion(path: str | os.PathLike) -> np.ndarray:
     Raises:
       UserError: a file that is missing, no pickle of arrays, without these entries, or of another shape.
     """
-    path = pathlib.Path(path).expanduser()
-    _exists(path)
+    path = files.expand(path)
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # arrays that an old numpy has pickled
-            stored = _Arrays(file, encoding="latin1").load()
-        stored = {name: np.asarray(value, np.float64) for name, value in stored.items()}
-    except Exception as error:  # whatever a damaged pickle can raise
-        raise UserError(f"{path} is no AIST++ motion file, a pickle of arrays ({error}).") from error
+        stored = read_pickled_arrays(path)
+    except files.Missing:
+        raise _missing(path) from None
+    except files.FileError as error:
+        raise UserError(f"{path} is no AIST++ motion file, a pickle of arrays (it {error.reason}): copy it again.") from error
     if "smpl_poses" in stored:
         poses = stored["smpl_poses"]
         place, scale = stored.get("smpl_trans", np.zeros((len(poses), 3))), stored.get("smpl_scaling", np.ones(1))
@@ -215,36 +214,16 @@ def read_wav(path: str | os.PathLike) -> np.ndarray:
     Raises:
       UserError: a file that is missing, no sound file, or of another rate than 22,050 Hz.
     """
-    import soundfile
-
-    path = pathlib.Path(path).expanduser()
-    _exists(path)
+    path = files.expand(path)
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a wav file ({error}): {CONVERT}.") from error
+        samples, rate = files.read_sound(path)
+    except files.Missing:
+        raise _missing(path) from None
+    except files.FileError as error:
+        raise UserError(f"{path} cannot be read as a wav file (it {error.reason}): {CONVERT}.") from error
     if rate != RATE:
         raise UserError(f"{path} has {rate:,} samples a second, not {RATE:,}: {CONVERT}.")
     return np.clip(samples.mean(1), -1, 1)
-
-
-class _Arrays(pickle.Unpickler):
-    """Unpickles arrays, numbers and what holds them, and nothing else: any other name in a pickle is refused before it is looked up."""
-
-    # What pickled arrays call: the modules' names differ between versions of numpy.
-    ADMITTED = {
-        "ndarray": np.ndarray,
-        "dtype": np.dtype,
-        "_reconstruct": np.empty(0).__reduce__()[0],
-        "_frombuffer": np.empty(1).__reduce_ex__(5)[0],
-        "scalar": np.float64(0).__reduce__()[0],
-        "encode": str.encode,  # bytes, in an old pickle
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self.ADMITTED or module.partition(".")[0] not in ("numpy", "_codecs"):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.ADMITTED[name]
 
 
 def _whole(path: pathlib.Path, seconds: int) -> np.ndarray:
@@ -256,17 +235,15 @@ def _whole(path: pathlib.Path, seconds: int) -> np.ndarray:
 
 
 def _loud(samples: np.ndarray) -> np.ndarray:
-    """Whole blocks of samples, scaled to the peak `LOUD`; silence stays silence."""
+    """Whole blocks of samples, scaled to the peak `LOUD`; silence, that is nothing above `SILENCE`, stays as it is."""
     samples = samples[: len(samples) // TICK * TICK]
-    return (samples * (LOUD / max(np.abs(samples).max(), 1e-4))).astype(np.float32)
+    peak = np.abs(samples).max()
+    return (samples * (LOUD / peak if peak > SILENCE else 1)).astype(np.float32)
 
 
 def _numbers(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
     """The numbers of a `.npy` file, as many as `shape` has, in that shape, float32."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as a NumPy file ({error}): copy it again.") from error
+    array = read_array(path)
     if array.dtype.kind not in "fiu" or array.size != np.prod(shape) or not np.isfinite(array).all():
         raise UserError(f"{path} holds {array.dtype} {list(array.shape)}, but a segment has finite numbers {list(shape)}.")
     return array.reshape(shape).astype(np.float32)
@@ -295,15 +272,21 @@ def _parsed(name: str) -> tuple[str, str]:
 def _lines(path: pathlib.Path) -> list[str]:
     """The lines of a list that are not empty."""
     _exists(path)
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in files.read_lines(path)]
     if not any(lines):
         raise UserError(f"{path} is empty: copy it again.")
     return [line for line in lines if line]
 
 
 def _exists(path: pathlib.Path) -> None:
-    if not path.is_file():
-        raise UserError(f"no such file: {path} (the head of mmdiff/data/aist.py says what a folder of dances holds).")
+    try:
+        files.open_regular(path).close()
+    except files.Missing:
+        raise _missing(path) from None
+
+
+def _missing(path: pathlib.Path) -> UserError:
+    return UserError(f"no such file: {path} (the head of mmdiff/data/aist.py says what a folder of dances holds).")
 
 
 def _check_split(split: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from mmdiff.data.files import FileError, expand, open_regular, read_bytes
 
 SAVE = "save it with numpy.save or numpy.savez"
+HEADER = 2000  # characters: 64 dimensions of 20 digits, and no table of fields
 RATIO = 1100  # the most that deflate can shrink
 OPERATIONS = 100_000  # of a pickle; a few arrays need some hundred
 
@@ -106,7 +107,7 @@ def _check(stream: BinaryIO, size: int, path: Any, mmap: bool = False) -> None:
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in headers:
         raise FileError(path, f"is not a NumPy file that can be read (it has the format {version[0]}.{version[1]})", SAVE)
-    shape, _, dtype = headers[version](stream)
+    shape, _, dtype = headers[version](stream, max_header_size=HEADER)
     if dtype.hasobject:
         reason = "is not a NumPy file that can be read (it holds Python objects, which could run anything when unpickled)"
         raise FileError(path, reason, "save plain numbers")

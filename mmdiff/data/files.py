@@ -29,7 +29,7 @@ from mmdiff.errors import UserError
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 OTHER_PICTURES = (  # that are not read: beside others they would be left out without a word
     ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".psd", ".svg", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw")
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # some others of Pillow's start programs
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # some others of Pillow's start programs
 SYSTEM = (  # names that operating systems and archivers leave behind; those that begin with a dot are hidden anyway
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found", "@eadir",
     "__pycache__")
@@ -258,7 +258,7 @@ def read_image(file: str | os.PathLike | bytes, name: Any = None, ids: bool = Fa
             raise FileError(name, reason, "shrink it, which loses nothing that a model sees") from error
         except Image.UnidentifiedImageError as error:
             what = "it is none of " + ", ".join(PICTURES) if stream.seek(0, io.SEEK_END) else "it is empty"
-            raise FileError(name, f"cannot be read as an image ({what})", "give a PNG, JPEG, .npy or .npz file, or copy it again") from error
+            raise FileError(name, f"cannot be read as an image ({what})", "give a PNG or JPEG file, or copy it again") from error
         except Exception as error:  # whatever a damaged file makes Pillow raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FileError(name, f"cannot be read as an image ({reason})", "it is damaged, copy it again") from error

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mmdiff.data import arrays, files
 from mmdiff.data.sources import RandomSource, Source, check_range, digest
 from mmdiff.errors import UserError
 
@@ -60,8 +61,8 @@ def write_latents(
     lengths, hashes, ready = [], {}, 0
 
     def flush(count):
-        for name, arrays in waiting.items():
-            joined = np.concatenate(arrays)
+        for name, parts in waiting.items():
+            joined = np.concatenate(parts)
             file = _shard(name, len(lengths))
             _write(target / file, lambda stream, rows=joined[:count]: np.save(stream, rows))
             hashes[file] = hashlib.sha256(np.ascontiguousarray(joined[:count])).hexdigest()
@@ -102,17 +103,21 @@ class LatentSource:
     def __init__(self, folder: str | os.PathLike, split: str, modalities: Mapping[str, Any]):
         self._path = _path(folder) / split
         try:
-            self._meta = json.loads((self._path / META).read_text())
-            lengths, found = self._meta["lengths"], self._meta["modalities"]
-        except FileNotFoundError:
-            what = "is not finished (it has no meta.json)" if self._path.is_dir() else "does not exist"
+            self._meta = files.read_json(self._path / META)
+            lengths, found = self._meta["lengths"], dict(self._meta["modalities"])
+            self._ends = np.cumsum(np.array(lengths, np.int64))
+            if not lengths or min(lengths) < 1:
+                raise ValueError(f"lengths {lengths}")
+        except files.Missing:
+            what = "is not finished (it has no meta.json)" if os.path.isdir(self._path) else "does not exist"
             raise UserError(f"the latent cache {self._path} {what}: write it with mmdiff.data.latents.write_latents.") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except files.FileError as error:
+            raise UserError(f"{self._path / META} cannot be read (it {error.reason}): write the cache anew.") from error
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{self._path / META} cannot be read ({error!r}): write the cache anew.") from error
         for name, expected in _stamp(modalities).items():
             if found.get(name) != expected:
                 raise UserError(f"the latent cache {self._path} holds {name}={found.get(name)}, but the config needs {expected}.")
-        self._ends = np.cumsum(lengths)
         self._shards = {
             name: [self._open(name, i, (n, *modality.shape)) for i, n in enumerate(lengths)] for name, modality in modalities.items()
         }
@@ -126,36 +131,37 @@ class LatentSource:
     def take(self, indices):
         indices = np.asarray(indices, np.int64)
         check_range(indices, len(self))
-        shards = np.searchsorted(self._ends, indices, side="right")
-        places = [(shard, np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
+        which = np.searchsorted(self._ends, indices, side="right")
+        places = [(shard, np.flatnonzero(which == shard)) for shard in np.unique(which)]
         result = {}
-        for name, arrays in self._shards.items():
-            dtype = np.float32 if arrays[0].dtype.kind == "f" else arrays[0].dtype
-            out = result[name] = np.empty((len(indices), *arrays[0].shape[1:]), dtype)
+        for name, shards in self._shards.items():
+            dtype = np.float32 if shards[0].dtype.kind == "f" else shards[0].dtype
+            out = result[name] = np.empty((len(indices), *shards[0].shape[1:]), dtype)
             for shard, rows in places:
-                out[rows] = arrays[shard][indices[rows] - (self._ends[shard] - len(arrays[shard]))]
+                out[rows] = shards[shard][indices[rows] - (self._ends[shard] - len(shards[shard]))]
             if out.dtype.kind == "f" and not np.isfinite(out.sum()):  # one pass, no second array
                 bad = indices[~np.isfinite(out.reshape(len(out), -1).sum(1))][0]
                 raise UserError(f"{name} {bad} in {self._path} is not finite: the copy is damaged, make it anew.")
         return result
 
     def fingerprint(self):
-        files = [_shard(name, i) for name, arrays in sorted(self._shards.items()) for i in range(len(arrays))]
-        return digest(len(self), {file: self._meta["sha256"].get(file) for file in files})
+        shards = [_shard(name, i) for name, shards in sorted(self._shards.items()) for i in range(len(shards))]
+        return digest(len(self), {file: self._meta["sha256"].get(file) for file in shards})
 
     def verify(self) -> None:
         """Reads everything and compares it with what was written; UserError names the first damaged shard."""
-        for name, arrays in self._shards.items():
-            for i, array in enumerate(arrays):
+        for name, shards in self._shards.items():
+            for i, array in enumerate(shards):
                 if hashlib.sha256(array).hexdigest() != self._meta["sha256"][_shard(name, i)]:
                     raise UserError(f"{self._path / _shard(name, i)} is not what was written: copy it again.")
 
     def _open(self, name: str, index: int, shape: tuple[int, ...]) -> np.ndarray:
         path = self._path / _shard(name, index)
         try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"the shard {path} is missing or cut short ({error}): copy it again, or write the cache anew.") from error
+            array = arrays.read_array(path, mmap=True)
+        except files.FileError as error:
+            why = f"missing or cut short (it {error.reason})"
+            raise UserError(f"the shard {path} is {why}: copy it again, or write the cache anew.") from error
         if array.dtype not in (np.float16, np.int32) or array.shape != shape:
             raise UserError(f"the shard {path} holds {array.dtype} {list(array.shape)}, not {list(shape)}: write the cache anew.")
         return array
@@ -196,7 +202,7 @@ def _shard(name: str, index: int) -> str:
 def _path(folder: str | os.PathLike) -> pathlib.Path:
     if "://" in str(folder):
         raise UserError(f"latents are read from a folder, not from {folder}: mount the bucket (gcsfuse), or copy it to a disk.")
-    return pathlib.Path(folder).expanduser()
+    return files.expand(folder)
 
 
 def _stamp(modalities: Mapping[str, Any]) -> dict[str, dict]:

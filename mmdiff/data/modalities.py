@@ -8,16 +8,18 @@ matter. All four work on a leading axis of n examples.
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
-import zipfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mmdiff.data import files
+from mmdiff.data.arrays import read_array
+from mmdiff.data.files import PICTURES
 from mmdiff.data.text import Tokenizer
 from mmdiff.errors import UserError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 # Samplers end a little outside the data's range: such values are clipped, whereas others are a different convention.
 OVERSHOOT = 0.25
 
@@ -46,20 +48,20 @@ class Images:
     def parse(self, text: str) -> np.ndarray:
         """The images in a file or folder: float32 [n, height, width, channels].
 
-        Reads PNG, JPEG and the like (grey and colour are converted into each other; 0..255 becomes -1..1), `.npy` and `.npz`
-        (the entry named like the modality, or else the only one; one image or several; floats in [-1, 1] or uint8 in 0..255),
-        and a folder of pictures in the order of their names. With `levels`, pixels go to the nearest one.
+        Reads PNG, JPEG and the like as `files.read_image` does (grey and colour are converted into each other; 0..255 becomes -1..1),
+        `.npy` and `.npz` (the entry named like the modality, or else the only one; one image or several; floats in [-1, 1] or uint8 in
+        0..255), and all pictures in a folder in the order of their names. With `levels`, pixels go to the nearest one.
 
         Raises:
           UserError: a file that is missing, is no image, or has the wrong size or range.
         """
-        path = pathlib.Path(text).expanduser()
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-            if not files:
+        path = files.expand(text)
+        if os.path.isdir(path):
+            found = files.pictures(path)
+            if not found:
                 raise UserError(f"the folder {path} holds no pictures ({', '.join(PICTURES)}).")
-            return np.concatenate([self.parse(str(file)) for file in files])
-        array = load(path, self.name) if path.suffix.lower() in (".npy", ".npz") else self._picture(path)
+            return np.concatenate([self.parse(str(file)) for file in found])
+        array = read_array(path, self.name) if path.suffix.lower() in (".npy", ".npz") else self._picture(path)
         return self.quantize(self._sized(array, path))
 
     def check(self, array) -> np.ndarray:
@@ -96,18 +98,7 @@ class Images:
         return f"{self.height}, {self.width}, {self.channels}"
 
     def _picture(self, path: pathlib.Path) -> np.ndarray:
-        from PIL import Image
-
-        if not path.exists():
-            raise UserError(f"no such file: {path}.")
-        try:
-            with Image.open(path) as picture:
-                if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-                    picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-                return np.asarray(picture.convert("L" if self.channels == 1 else "RGB"))
-        # Pillow has many ways to refuse a file: unknown kind, cut short, broken chunk, absurd size.
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} cannot be read as an image: give a PNG, JPEG, .npy or .npz file.") from error
+        return np.asarray(files.read_image(path).convert("L" if self.channels == 1 else "RGB"))
 
     def _sized(self, array: np.ndarray, path: pathlib.Path) -> np.ndarray:
         """Any of [H, W], [n, H, W], [H, W, C], [n, H, W, C] as float32 [n, H, W, C] in [-1, 1]."""
@@ -153,10 +144,10 @@ class Latents:
         Raises:
           UserError: a file that is missing or no NumPy file, or what `check` refuses.
         """
-        path = pathlib.Path(text).expanduser()
+        path = files.expand(text)
         if path.suffix.lower() not in (".npy", ".npz"):
             raise UserError(f"{self.name}: latents come in .npy or .npz files, not {path}: encode the pictures first.")
-        array = load(path, self.name)
+        array = read_array(path, self.name)
         return self.check(array[None] if array.ndim == 3 else array)
 
     def check(self, array) -> np.ndarray:
@@ -214,10 +205,10 @@ class Features:
         Raises:
           UserError: a file that is missing or no NumPy file, or what `check` refuses.
         """
-        path = pathlib.Path(text).expanduser()
+        path = files.expand(text)
         if path.suffix.lower() not in (".npy", ".npz"):
             raise UserError(f"{self.name}: vectors come in .npy or .npz files, not {path}.")
-        array = load(path, self.name)
+        array = read_array(path, self.name)
         return self.check(array[None] if array.ndim == len(self.shape) else array)
 
     def check(self, array) -> np.ndarray:
@@ -275,7 +266,7 @@ class Labels:
           UserError: neither a name, nor a number in 0..count-1, nor such a file.
         """
         if pathlib.Path(text).suffix.lower() in (".npy", ".npz"):
-            return self.check(np.atleast_1d(load(pathlib.Path(text).expanduser(), self.name)))
+            return self.check(np.atleast_1d(read_array(files.expand(text), self.name)))
         return np.array([self._number(word.strip()) for word in text.split(",")], np.int32)
 
     def check(self, array) -> np.ndarray:
@@ -342,7 +333,7 @@ class Sequences:
           UserError: words that are no numbers, or what `check` refuses.
         """
         if pathlib.Path(text).suffix.lower() in (".npy", ".npz"):
-            return self.check(np.atleast_2d(load(pathlib.Path(text).expanduser(), self.name)))
+            return self.check(np.atleast_2d(read_array(files.expand(text), self.name)))
         try:
             numbers = np.array([[int(word) for word in text.replace(",", " ").split()]], np.int64)
         except (ValueError, OverflowError):
@@ -394,9 +385,9 @@ class TokenImages:
         Raises:
           UserError: a file that is missing or is neither, or has the wrong size or range.
         """
-        path = pathlib.Path(text).expanduser()
+        path = files.expand(text)
         if path.suffix.lower() in (".npy", ".npz"):
-            array = load(path, self.name)
+            array = read_array(path, self.name)
             if array.dtype.kind in "iu" and array.shape[-1:] == self.shape:
                 return self.check(np.atleast_2d(array))
         if self.decode is not None:
@@ -452,9 +443,9 @@ class ClassMaps:
         Raises:
           UserError: a file that is missing or is neither, or has the wrong size or range.
         """
-        path = pathlib.Path(text).expanduser()
+        path = files.expand(text)
         if path.suffix.lower() in (".npy", ".npz"):
-            array = load(path, self.name)
+            array = read_array(path, self.name)
             return self.check(array[None] if array.ndim == 2 else array)
         pixels = (Images(self.height, self.width, 3, name=self.name).parse(text) + 1) * 127.5
         colours = np.array(self.palette, np.float32)
@@ -503,16 +494,18 @@ class Texts:
         """
         path = pathlib.Path(text)
         if path.suffix.lower() in (".npy", ".npz"):
-            return self.check(np.atleast_2d(load(path.expanduser(), self.name)))
+            return self.check(np.atleast_2d(read_array(path, self.name)))
         sentences = [text]
         if path.suffix.lower() == ".txt":
             try:
-                sentences = [line for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} cannot be read as text: {error}.") from error
+                sentences = [line for line in files.read_lines(path) if line.strip()]
+            except files.FileError as error:
+                why = f"cannot be read as text (it {error.reason})"
+                raise UserError(f"{path} {why}: give a UTF-8 file, a sentence on every line.") from error
         if not "".join(sentences).strip():
             raise UserError(f"{self.name}: there are no words in {text!r}; to leave the text out, use --absent {self.name}.")
         for sentence in sentences:
+            files.check_text(sentence, f"the {self.name}")
             unseen = self.tokenizer.unseen(sentence)
             if unseen:
                 raise UserError(f"{self.name}: none of the training texts has {', '.join(map(repr, unseen))}, spelled and spaced as here.")
@@ -552,23 +545,6 @@ def decoded(tokens, states: int, decode: Callable[[np.ndarray], np.ndarray] | No
     if decode is None:
         return tokens.astype(np.float32) / np.float32((states - 1) / 2) - 1
     return np.clip(np.asarray(decode(tokens), np.float32), -1, 1)
-
-
-def load(path: pathlib.Path, name: str) -> np.ndarray:
-    """The array in a `.npy` file, or the entry `name` (else the only one) of an `.npz` file. Never unpickles."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            keys = loaded.files
-            if name in keys or len(keys) == 1:
-                return loaded[name if name in keys else keys[0]]
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}.") from None
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
-        raise UserError(f"{path} is not a NumPy file that can be read: save it with numpy.save or numpy.savez.") from error
-    raise UserError(f"{path} has no entry {name!r}: it holds {', '.join(keys) or 'nothing'}.")
 
 
 def span(array: np.ndarray) -> str:

@@ -19,13 +19,13 @@ All other pictures, segmentations of the paper's sets among them, are float32 [n
 from __future__ import annotations
 
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
 
-from mmdiff.data import pictures, scenes
-from mmdiff.data.modalities import PICTURES, Images
+from mmdiff.data import files, pictures, scenes
+from mmdiff.data.files import PICTURES
+from mmdiff.data.modalities import Images
 from mmdiff.data.sources import RandomSource, Source, check_range, digest, fingerprint
 from mmdiff.errors import UserError
 
@@ -95,30 +95,33 @@ class Pairs:
       name, split: of the set, as above.
       data_dir: its folder; of a TFDS set, where TFDS keeps data sets.
       size: the side of a picture.
+      damaged: the share of the pairs that may be damaged, and are then left out, as of `pictures.Pictures`.
 
     Raises:
       UserError: an unknown set or split, data that are not there, and what to do about it; from `take`, a file that is damaged or no pair.
     """
 
-    def __init__(self, name: str, split: str, data_dir: str | os.PathLike, size: int = 64):
+    def __init__(self, name: str, split: str, data_dir: str | os.PathLike, size: int = 64, damaged: float = 0.0):
         if name not in OTHER:
             raise UserError(f"there is no set of pairs {name!r}: set config.data.name to {', '.join(OTHER)} or random.")
         if split not in ("train", "val"):
             raise UserError(f"the set {name} has no split {split!r}: choose one of train, val.")
         if not data_dir:
             raise UserError(f"config.data.dir is empty: name the folder of the set {name} (mmdiff/data/paired.py says what is in it).")
-        folder = pathlib.Path(data_dir).expanduser()
+        folder = files.expand(data_dir)
         self._name, self._size = name, size
         if name == "cityscapes_tfds":
             part = {"train": "train", "val": "validation"}[split]
             self._records = pictures.Tfds("cityscapes", part, folder, ("image_left", "segmentation_label"))
+            self._sound = pictures.Sound(self._records, damaged)
             return
-        if not (folder / split).is_dir():
+        if not os.path.isdir(folder / split):
             raise UserError(
                 f"there is no folder {folder / split}: unpack pix2pix's {name}.tar.gz (efrosgans.eecs.berkeley.edu/pix2pix/datasets), "
                 "and name the folder in which its train and val are.")
-        records = [{"image": path} for path in pictures.files(folder / split)]
+        records = [{"image": path} for path in files.pictures(folder / split)]
         self._records = pictures.nonempty(records, folder, f"pictures ({', '.join(PICTURES)}) in {folder / split}")
+        self._sound = pictures.Sound(self._records, damaged)
 
     def __len__(self):
         return len(self._records)
@@ -126,7 +129,7 @@ class Pairs:
     def take(self, indices):
         indices = np.asarray(indices, np.int64)
         check_range(indices, len(self))
-        found = list(pictures.threads().map(self._pair, self._records.get(indices.tolist())))
+        _, found = self._sound.read(indices.tolist(), self._pair)
         pairs = np.stack(found) if found else np.zeros((0, 2, self._size, self._size, 3), np.float32)
         return {"image": pairs[:, 0], OTHER[self._name]: pairs[:, 1]}
 
@@ -136,21 +139,16 @@ class Pairs:
     def _pair(self, record):
         """The image and the other picture, [2, size, size, 3]."""
         if self._name == "cityscapes_tfds":
-            image = pictures.decode(record["image_left"], lambda picture: pictures.square(picture, self._size))
-            return np.stack([image, pictures.decode(record["segmentation_label"], self._labelled)])
-
-        def halves(picture):
-            width, height = picture.size
-            if width != 2 * height:
-                raise UserError(f"{record['image']} has {width} x {height} pixels: a pair is one file with two squares side by side.")
-            left, right = (picture.crop((start, 0, start + height, height)) for start in (0, height))
-            return np.stack([pictures.square(half, self._size) for half in (left, right)])
-
-        pair = pictures.decode(record["image"], halves)
+            photograph, classes = pictures.decode(record["image_left"]), pictures.decode(record["segmentation_label"], ids=True)
+            colours = CITYSCAPES[np.asarray(pictures.square(classes, self._size, ids=True))]
+            return np.stack([pictures.values(pictures.square(photograph, self._size)), pictures.values(colours)])
+        picture = pictures.decode(record["image"])
+        width, height = picture.size
+        if width != 2 * height:
+            raise UserError(f"{record['image']} has {width} x {height} pixels: a pair is one file with two squares side by side.")
+        left, right = (picture.crop((start, 0, start + height, height)) for start in (0, height))
+        pair = np.stack([pictures.values(pictures.square(half, self._size)) for half in (left, right)])
         return pair[::-1] if self._name == "night2day" else pair
-
-    def _labelled(self, picture):
-        return CITYSCAPES[np.asarray(pictures.square(picture, self._size, ids=True))]
 
 
 def open_pairs(data: Any, split: str, size: int) -> Source:
@@ -162,4 +160,4 @@ def open_pairs(data: Any, split: str, size: int) -> Source:
     if data.name == "random":
         names = ("image", *OTHER.values())
         return RandomSource({name: Images(size, size, 3, name=name) for name in names}, 1_000_000 if split == "train" else 1024)
-    return Pairs(data.name, split, data.dir, size)
+    return Pairs(data.name, split, data.dir, size, data.get("damaged", 0.0))

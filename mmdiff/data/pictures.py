@@ -14,39 +14,42 @@
                          00000.tar, ...                    NAME.jpg beside NAME.txt, or a NAME.json with "caption" (WebDataset); or
                          captions.tsv                      FILE, a tab and its caption on every line; or
                          NAME.jpg, FOLDER/NAME.jpg, ...    beside NAME.txt, or a NAME.json with "caption"
+                     A "caption" that is a list of texts is several. Of each picture as many are used as the one with the most has, up to 10
+
+Folders are read with all that lies below, in the order of names; hidden and system names (.ipynb_checkpoints, __MACOSX, ._0.png, Thumbs.db)
+are left out. What else a file of them can be, and how a picture of any kind becomes values, says `data.files`.
 
 The splits are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 pictures; TFDS calls its parts val,
 restval and test), of CUB-200 the test classes, of EuroSAT all (it is published without splits, and has no "train"), else the test set.
 
+A damaged picture ends the run with a sentence that names it. Where config.data.damaged is above 0, that share of the pictures may be: each
+is named in the log, and the next sound one stands in its place.
+
 A picture's central square, shrunk or enlarged, is what is seen of it, in training as in evaluation. The released CDCD crops at random
-in training; here every picture is encoded once.
+in training; here every picture is encoded once. Pictures are upright (EXIF) and, where transparent, on white.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
-import io
 import itertools
-import json
+import logging
 import os
 import pathlib
-import tarfile
-import tempfile
-import zipfile
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mmdiff.data import text
-from mmdiff.data.modalities import PICTURES, Images, Labels
+from mmdiff.data import captions, files, text
+from mmdiff.data.files import PICTURES, FileError
+from mmdiff.data.modalities import Images, Labels
 from mmdiff.data.sources import RandomSource, Source, check_range, digest, sizes
 from mmdiff.errors import UserError
 
-CAPTIONS = {"coco_captions": 5, "cub200": 10, "captioned": 1}  # of a picture
+CAPTIONS = {"coco_captions": 5, "cub200": 10, "captioned": None}  # of a picture; None is as many as the one with the most has
 SPLITS = {
     "imagenet2012": {"train": "train", "val": "validation"},
     "coco_captions": {"train": "train", "val": "val+restval+test"},
@@ -74,7 +77,7 @@ BY_HAND = {  # what TFDS cannot download
 PREPARE = (
     "python -c \"import tensorflow_datasets as tfds; tfds.builder('{}', data_dir='{}', file_format='array_record').download_and_prepare()\""
 )
-INDEX = "index.npz"
+NEAREST = 100  # pictures after a damaged one that may take its place
 
 
 class Absent(UserError):
@@ -82,9 +85,10 @@ class Absent(UserError):
 
 
 class Records(Protocol):
-    """Pictures as they are stored. `names` are those of the classes, by label."""
+    """Pictures as they are stored. `names` are those of the classes, by label; `captions` how many the picture with the most has."""
 
     names: Sequence[str]
+    captions: int
 
     def __len__(self) -> int:
         """How many."""
@@ -104,6 +108,7 @@ class Pictures:
       data_dir: its folder; of a TFDS set, where TFDS keeps data sets.
       size: the side of a picture.
       words: what encodes the captions; then text is int32 [n, captions, length]. A picture with fewer captions repeats its own.
+      damaged: the share of the pictures that may be damaged, and are then left out; see above.
 
     Attributes:
       names: of the classes, as they are stored, by label; none where there are no classes.
@@ -112,9 +117,12 @@ class Pictures:
       UserError: an unknown set or split, data that are not there, and what to do about it; from `take`, a damaged picture.
     """
 
-    def __init__(self, name: str, split: str, data_dir: str | os.PathLike, size: int = 256, words: text.Tokenizer | None = None):
+    def __init__(
+        self, name: str, split: str, data_dir: str | os.PathLike, size: int = 256, words: text.Tokenizer | None = None, damaged: float = 0.0
+    ):
         self._records, self._size, self._words = _records(name, split, data_dir), size, words
-        self._captions, self.names = CAPTIONS.get(name, 0), tuple(self._records.names)
+        self._sound, self.names = Sound(self._records, damaged), tuple(self._records.names)
+        self._captions = CAPTIONS.get(name) or self._records.captions
 
     def __len__(self):
         return len(self._records)
@@ -122,8 +130,7 @@ class Pictures:
     def take(self, indices):
         indices = np.asarray(indices, np.int64)
         check_range(indices, len(self))
-        records = self._records.get(indices.tolist())
-        images = list(threads().map(lambda record: decode(record["image"], lambda picture: square(picture, self._size)), records))
+        records, images = self._sound.read(indices.tolist(), lambda record: values(square(decode(record["image"]), self._size)))
         found = {"image": np.stack(images) if images else np.zeros((0, self._size, self._size, 3), np.float32)}
         if all("label" in record for record in records):
             found["label"] = np.array([record["label"] for record in records], np.int32)
@@ -145,7 +152,7 @@ def open_pictures(data: Any, split: str, size: int, words: text.Tokenizer | None
     """
     if data.name == "random":
         return RandomSource({"image": Images(size, size, 3), "label": Labels(1000)}, 1_000_000 if split == "train" else 1024)
-    return Pictures(data.name, split, data.dir, size, words)
+    return Pictures(data.name, split, data.dir, size, words, data.get("damaged", 0.0))
 
 
 def tokenizer(name: str, data_dir: str | os.PathLike, length: int = 77, size: int = VOCABULARY) -> text.Tokenizer:
@@ -158,7 +165,8 @@ def tokenizer(name: str, data_dir: str | os.PathLike, length: int = 77, size: in
         raise UserError(f"the pictures of {name} have no captions: choose one of {', '.join(CAPTIONS)}.")
     records = _records(name, "train", data_dir)
     parts = (records.get(range(start, min(start + 1000, len(records)))) for start in range(0, len(records), 1000))
-    said = itertools.chain.from_iterable(record["captions"][: CAPTIONS[name]] for part in parts for record in part)
+    count = CAPTIONS[name] or records.captions
+    said = itertools.chain.from_iterable(record["captions"][:count] for part in parts for record in part)
     return text.train(said, length, size)
 
 
@@ -172,9 +180,9 @@ def _records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
         raise UserError(f"the set {name} has no split {split!r}: choose one of {', '.join(SPLITS[name])}.")
     if not data_dir:
         raise UserError(f"config.data.dir is empty: name the folder of the set {name} (mmdiff/data/pictures.py says what is in it).")
-    folder, part = pathlib.Path(data_dir).expanduser(), SPLITS[name][split]
-    folders = {"cub200": _cub200, "fgvc_aircraft": _aircraft, "folder": _folder, "captioned": _captioned}
-    return folders[name](folder, part) if name in folders else Tfds(name, part, folder)
+    folder, part = files.expand(data_dir), SPLITS[name][split]
+    readers = {"cub200": _cub200, "fgvc_aircraft": _aircraft, "folder": _folder, "captioned": _captioned}
+    return readers[name](folder, part) if name in readers else Tfds(name, part, folder)
 
 
 class Tfds:
@@ -193,15 +201,16 @@ class Tfds:
             first = f"put {BY_HAND.get(name)} into {data_dir}/downloads/manual, then run "
             what = first if name in BY_HAND else "download and prepare it with "
             raise Absent(f"there is no TFDS data set {full} in {data_dir}: {what}{command}")
-        self._images = images
+        self._images, self.captions = images, CAPTIONS.get(name) or 0
         newest = max(versions, key=lambda path: [int(part) if part.isdecimal() else -1 for part in path.name.split(".")])
         try:
             builder = tfds.builder_from_directory(str(newest))
             features = dict(builder.info.features.items())
             pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
             self._source = builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in pictures})
-        except (NotImplementedError, ValueError, OSError) as error:
-            raise UserError(f"{newest} cannot be read ({str(error).splitlines()[0]}): prepare it anew, with {command}") from error
+        except (NotImplementedError, ValueError, OSError, KeyError) as error:
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{newest} cannot be read ({what}): prepare it anew, with {command}") from error
         self._identity = [full, newest.name, split]
         self.names = features["label"].names if isinstance(features.get("label"), tfds.features.ClassLabel) else ()
 
@@ -213,7 +222,10 @@ class Tfds:
 
     def get(self, indices):
         examples = self._source.__getitems__(list(indices))
-        return [{image: bytes(example[image]) for image in self._images} | _said(example) for example in examples]
+        return [
+            {image: Stored(bytes(example[image]), i, self._identity) for image in self._images} | _said(example)
+            for i, example in zip(indices, examples)
+        ]
 
 
 def _said(example: dict[str, Any]) -> dict[str, Any]:
@@ -221,8 +233,23 @@ def _said(example: dict[str, Any]) -> dict[str, Any]:
     if "label" in example:
         return {"label": int(example["label"])}
     if "captions" in example:
-        return {"captions": [caption.decode("utf-8", "replace") for caption in example["captions"]["text"]]}
+        return {"captions": [files.decode(caption, "a caption of the data set") for caption in example["captions"]["text"]]}
     return {}
+
+
+class Stored(NamedTuple):
+    """A picture in a TFDS data set: its content, and where it stands."""
+
+    content: bytes
+    index: int
+    place: Sequence[str]
+
+    def read(self) -> bytes:
+        """The content."""
+        return self.content
+
+    def __str__(self):
+        return f"picture {self.index} of {'/'.join(self.place[:2])}, {self.place[2]},"
 
 
 class Files:
@@ -230,6 +257,7 @@ class Files:
 
     def __init__(self, records: Sequence[dict[str, Any]], folder: pathlib.Path, names: Sequence[str] = ()):
         self._all, self._folder, self.names = records, folder, names
+        self.captions = min(max((len(record.get("captions", ())) for record in records), default=0), captions.MOST)
 
     def __len__(self):
         return len(self._all)
@@ -245,25 +273,25 @@ class Files:
 def _cub200(folder: pathlib.Path, classes: str) -> Files:
     images, texts, listed = folder / "CUB_200_2011/images", folder / "text_c10", folder / classes
     for path, source in ((images, "the official archive CUB_200_2011.tgz"), (texts, "the captions"), (listed, "the list of classes")):
-        if not path.exists():
+        if not os.path.lexists(path):
             raise UserError(
                 f"{path} does not exist: unpack {source} into {folder}. CUB-200-2011 is published by Caltech (data.caltech.edu), captions "
                 "and lists by Reed et al. 2016 (github.com/reedscot/cvpr2016, cvpr2016_cub.tar.gz)."
             )
-    numbers = {name: i for i, name in enumerate(_folders(images))}
+    numbers = {name: i for i, name in enumerate(files.folders(images))}
     records = []
-    for name in listed.read_text().split():
+    for name in filter(None, (line.strip() for line in files.read_lines(listed))):
         if name not in numbers:
             raise UserError(f"{listed} names the class {name!r}, but {images} has no such folder.")
-        for path in files(images / name):
-            said = texts / name / f"{path.stem}.txt"
+        for path in _of_class(images / name):
+            beside = texts / name / f"{path.stem}.txt"
             try:
-                captions = [line.strip() for line in said.read_text("utf-8", "replace").splitlines() if line.strip()]
-            except OSError as error:
-                raise UserError(f"the captions {said} of {path} cannot be read ({error.strerror}): unpack them again.") from error
-            if not captions:
-                raise UserError(f"{said} holds no captions: unpack it again.")
-            records.append({"image": path, "label": numbers[name], "captions": captions})
+                said = [line.strip() for line in files.read_lines(beside) if line.strip()]
+            except FileError as error:
+                raise UserError(f"the captions {beside} of {path} cannot be read ({error.reason}): unpack them again.") from error
+            if not said:
+                raise UserError(f"{beside} holds no captions: unpack it again.")
+            records.append({"image": path, "label": numbers[name], "captions": said})
     return nonempty(records, folder, f"pictures of the classes in {listed}", list(numbers))
 
 
@@ -271,12 +299,12 @@ def _aircraft(folder: pathlib.Path, split: str) -> Files:
     data = folder / "fgvc-aircraft-2013b/data"
     variants, listed = data / "variants.txt", data / f"images_variant_{split}.txt"
     for path in (variants, listed):
-        if not path.exists():
+        if not os.path.lexists(path):
             source = "fgvc-aircraft-2013b.tar.gz (robots.ox.ac.uk/~vgg/data/fgvc-aircraft)"
             raise Absent(f"{path} does not exist: unpack {source} into {folder}.")
-    numbers = {name: i for i, name in enumerate(variants.read_text().splitlines())}
+    numbers = {name: i for i, name in enumerate(files.read_lines(variants))}
     records = []
-    for line in listed.read_text().splitlines():
+    for line in files.read_lines(listed):
         number, _, name = line.partition(" ")
         if name not in numbers:
             raise UserError(f"{listed} names the variant {name!r}, but {variants} has none of that name.")
@@ -286,14 +314,16 @@ def _aircraft(folder: pathlib.Path, split: str) -> Files:
 
 def _folder(folder: pathlib.Path, split: str) -> Files:
     for part in dict.fromkeys(("train", split)):
-        if not (folder / part).is_dir():
+        if not os.path.isdir(folder / part):
             raise UserError(f"there is no folder {folder / part}: pictures lie in {folder}/train/CLASS and {folder}/val/CLASS.")
-    numbers = {name: i for i, name in enumerate(_folders(folder / "train"))}
+        if loose := files.pictures(folder / part, below=False):
+            raise UserError(f"{loose[0]} is in no folder of a class: move it to {folder / part}/CLASS, or remove it.")
+    numbers = {name: i for i, name in enumerate(files.folders(folder / "train"))}
     records = []
-    for name in _folders(folder / split):
+    for name in files.folders(folder / split):
         if name not in numbers:
             raise UserError(f"{folder / split} has a class {name!r}, but {folder / 'train'} has none of that name.")
-        records += [{"image": path, "label": numbers[name]} for path in files(folder / split / name)]
+        records += [{"image": path, "label": numbers[name]} for path in _of_class(folder / split / name)]
     return nonempty(records, folder, f"pictures ({', '.join(PICTURES)}) in the folders of {folder / split}", list(numbers))
 
 
@@ -304,166 +334,98 @@ def nonempty(records: Sequence[dict[str, Any]], folder: pathlib.Path, what: str,
     return Files(records, folder, names)
 
 
-def _folders(path: pathlib.Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-
-
-def files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The pictures in a folder, in the order of their names."""
-    return sorted(entry for entry in path.iterdir() if entry.suffix.lower() in PICTURES)
-
-
-# ------------------------------------------------------------------------------------------------------------ with captions
+def _of_class(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The pictures of a class."""
+    if not (found := files.pictures(folder)):
+        raise UserError(f"the class {folder.name!r} has no pictures ({', '.join(PICTURES)}) in {folder}: add some, or remove the folder.")
+    return found
 
 
 def _captioned(folder: pathlib.Path, split: str) -> Records:
     folder = folder / split
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}: pictures with captions lie in {folder.parent}/train and {folder.parent}/val.")
-    shards, listed = sorted(folder.glob("*.tar")), folder / "captions.tsv"
+    shards, listed = files.matching(folder, (".tar",), below=False), folder / "captions.tsv"
+    loose = files.pictures(folder, below=not shards and not os.path.lexists(listed))
     if shards:
-        return Shards(shards)
-    records = []
-    if listed.exists():
-        for number, line in enumerate(listed.read_text("utf-8", "replace").splitlines(), 1):
+        if loose or os.path.lexists(listed):
+            other = loose[0] if loose else listed
+            raise UserError(f"{folder} holds tar files and {other.name}: choose one of both, and move the other elsewhere.")
+        return captions.Shards(shards)
+    if os.path.lexists(listed):
+        records = []
+        for number, line in enumerate(files.read_lines(listed), 1):
             name, tab, caption = line.partition("\t")
             if not tab:
                 raise UserError(f"line {number} of {listed} has no tab: it is a picture's file, a tab and its caption.")
             records.append({"image": folder / name, "captions": [caption.strip()]})
         return nonempty(records, folder, f"lines in {listed}")
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PICTURES:
-            beside = {kind: path.with_suffix(f".{kind}") for kind in ("txt", "json")}
-            said = _caption(path, {kind: file.read_bytes for kind, file in beside.items() if file.exists()})
-            records.append({"image": path, "captions": [said]})
+    records = [{"image": path, "captions": said} for path, said in zip(loose, captions.of_each(loose))]
     return nonempty(records, folder, f"tar files and no pictures ({', '.join(PICTURES)}) in {folder}")
-
-
-def _caption(picture: Any, said: dict[str, Callable[[], bytes]]) -> str:
-    """A picture's caption, by what reads the "txt" or "json" beside it."""
-    try:
-        return (said["txt"]().decode("utf-8", "replace") if "txt" in said else str(json.loads(said["json"]())["caption"])).strip()
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f'{picture} has no caption: beside it belongs a .txt of its name, or a .json with "caption".') from error
-
-
-class Member(NamedTuple):
-    """A picture in a tar file: where its content starts, and how long it is."""
-
-    path: pathlib.Path
-    start: int
-    size: int
-
-    def read(self) -> bytes:
-        """The content."""
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.size)
-
-    def __str__(self):
-        name = b""
-        with contextlib.suppress(OSError):  # it stands in the block before the content
-            name = Member(self.path, self.start - tarfile.BLOCKSIZE, 100).read().rstrip(b"\0")
-        return f"{name.decode('utf-8', 'replace')} in {self.path}"
-
-
-class Shards:
-    """`Records` of pictures with captions in tar files of one folder, in their order.
-
-    What is where, and all captions, is kept beside them in index.npz: the first time every file is gone through, and again when one has
-    changed. A folder that cannot be written is gone through every time.
-    """
-
-    names = ()
-
-    def __init__(self, paths: Sequence[pathlib.Path]):
-        self._paths, kept = paths, paths[0].parent / INDEX
-        stats = [path.stat() for path in paths]
-        files = {
-            "shards": np.array([path.name for path in paths]),
-            "stamps": np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64),
-        }
-        index = {}
-        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(kept) as stored:
-            index = dict(stored)
-        if not all(np.array_equal(array, index.get(name)) for name, array in files.items()):
-            index = files | _index(paths)
-            with (
-                contextlib.suppress(OSError),
-                tempfile.TemporaryDirectory(dir=kept.parent, prefix=".index-", ignore_cleanup_errors=True) as own,
-            ):
-                np.savez(pathlib.Path(own) / INDEX, **index)
-                os.replace(pathlib.Path(own) / INDEX, kept)
-        self._members, self._ends, self._said = index["members"], index["ends"], index["captions"]
-
-    def __len__(self):
-        return len(self._members)
-
-    def identity(self):
-        return [len(self), hashlib.sha256(self._said).hexdigest(), sizes(self._paths, self._paths[0].parent)]
-
-    def get(self, indices):
-        found = []
-        for i in indices:
-            shard, start, size = self._members[i].tolist()
-            caption = self._said[self._ends[i - 1] if i else 0 : self._ends[i]].tobytes().decode()
-            found.append({"image": Member(self._paths[shard], start, size), "captions": [caption]})
-        return found
-
-
-def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
-    """"members" int64 [n, 3]: shard, start and size of every picture; "captions" uint8, one after the other; where they end, "ends" [n]."""
-    members, captions = [], []
-    for shard, path in enumerate(paths):
-        pictures, said, end = {}, {}, 0
-        try:
-            with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, kind = name.partition(".")
-                    if f".{kind.lower()}" in PICTURES:
-                        pictures[folder, stem] = member
-                    elif kind in ("txt", "json"):
-                        said.setdefault((folder, stem), {})[kind] = functools.partial(_content, tar, member)
-                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                file.seek(end)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what ends a tar file
-                    raise tarfile.ReadError(f"no end after {len(pictures)} pictures")
-                for name, member in pictures.items():
-                    members.append((shard, member.offset_data, member.size))
-                    captions.append(_caption(f"{member.name} in {path}", said.get(name, {})).encode())
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise UserError(f"{path} cannot be read as a tar file ({error}): it is damaged or compressed, copy it again.") from error
-    if not members:
-        raise UserError(f"there are no pictures ({', '.join(PICTURES)}) in the tar files of {paths[0].parent}.")
-    ends = np.cumsum([len(caption) for caption in captions], dtype=np.int64)
-    return {"members": np.array(members, np.int64), "ends": ends, "captions": np.frombuffer(b"".join(captions), np.uint8)}
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    return tar.extractfile(member).read()
 
 
 # --------------------------------------------------------------------------------------------------------------- a picture
 
 
-def decode(file: pathlib.Path | bytes | Member, see: Callable[[Any], Any]) -> np.ndarray:
-    """What `see` makes of a Pillow picture, values 0..255, as float32 in [-1, 1].
+class Sound:
+    """Pictures that can be read: `Records` of which a share may be damaged.
+
+    Args:
+      records: as above.
+      share: of them that may be; each is named in the log, and the next one that can be read stands in its place.
 
     Raises:
-      UserError: a damaged file.
+      UserError: no share; from `read`, one damaged picture more than that.
     """
-    from PIL import Image
 
+    def __init__(self, records: Records, share: float = 0.0):
+        if not 0 <= share < 1:
+            raise UserError(f"config.data.damaged is the share of pictures that may be damaged, at least 0 and below 1, not {share}.")
+        self._records, self._share, self._bad, self._lock = records, share, {}, threading.Lock()
+
+    def read(self, indices: Sequence[int], see: Callable[[dict[str, Any]], np.ndarray]) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+        """Records, and what `see` makes of each."""
+
+        def sound(index, record):
+            for _ in range(NEAREST):
+                try:
+                    return record, see(record)
+                except FileError as error:
+                    self._leave_out(index, error)
+                index = (index + 1) % len(self._records)
+                [record] = self._records.get([index])
+            raise UserError(f"{NEAREST} pictures one after the other are damaged: copy the data again.")
+
+        found = list(threads().map(sound, indices, self._records.get(indices)))
+        return [record for record, _ in found], [seen for _, seen in found]
+
+    def _leave_out(self, index: int, error: FileError) -> None:
+        allowed, total = int(self._share * len(self._records)), len(self._records)
+        with self._lock:
+            if index in self._bad:
+                return
+            if not self._share:
+                remedy = "a share of damaged pictures may be left out by config.data.damaged"
+                raise UserError(f"{str(error).rstrip('.')} ({remedy}).") from error
+            if len(self._bad) == allowed:
+                why = f"{allowed + 1} of {total:,} pictures are damaged, more than config.data.damaged={self._share:g} allows"
+                raise UserError(f"{why}: copy the data again, or raise it; the last is {error}") from error
+            self._bad[index] = str(error)
+            logging.warning("%s It is left out, the %d. of at most %d of %d pictures.", error, len(self._bad), allowed, total)
+
+
+def decode(file: pathlib.Path | captions.Member | Stored, ids: bool = False) -> Any:
+    """A stored picture as `files.read_image` reads it. Raises FileError for a missing or damaged file."""
     try:
-        content = file.read() if isinstance(file, Member) else file
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as picture:
-            return np.asarray(see(picture), np.float32) / np.float32(127.5) - 1
-    except UserError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        what = "a picture of the data set" if isinstance(file, bytes) else str(file)
-        raise UserError(f"{what} cannot be read as an image ({error}): the file is missing or damaged, copy it again.") from error
+        content = file if isinstance(file, pathlib.Path) else file.read()
+        return files.read_image(content, str(file), ids)
+    except files.Missing as error:
+        raise FileError(file, "cannot be read as an image (No such file or directory)", "copy it again") from error
+
+
+def values(picture: Any) -> np.ndarray:
+    """Values 0..255 of a Pillow picture or an array as float32 in [-1, 1]."""
+    return np.asarray(picture, np.float32) / np.float32(127.5) - 1
 
 
 def square(picture: Any, size: int, ids: bool = False) -> Any:

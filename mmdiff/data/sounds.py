@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmdiff.data.modalities import decoded, ids, load, span
+from mmdiff.data import files
+from mmdiff.data.arrays import read_array
+from mmdiff.data.modalities import decoded, ids, span
 from mmdiff.errors import UserError
 
 
@@ -41,18 +43,12 @@ class Waveforms:
         Raises:
           UserError: a file that is missing or is neither, or what `check` refuses.
         """
-        path = pathlib.Path(text).expanduser()
+        path = files.expand(text)
         if path.suffix.lower() in (".npy", ".npz"):
-            return self.check(np.atleast_2d(load(path, self.name)))
-        if not path.is_file():
-            raise UserError(f"no such file: {path}.")
+            return self.check(np.atleast_2d(read_array(path, self.name)))
+        sound, rate = files.read_sound(path)
         import librosa
-        import soundfile
 
-        try:
-            sound, rate = soundfile.read(path, always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"{path} cannot be read as sound: give a wav, flac, ogg or mp3 file.") from error
         sound = librosa.resample(sound.mean(1), orig_sr=rate, target_sr=self.rate)[: self.samples]
         sound = np.clip(sound, -1, 1)  # compressed sound comes back a little louder
         return self.check(np.pad(sound, (0, self.samples - len(sound)))[None])
@@ -118,9 +114,9 @@ class Motion:
         Raises:
           UserError: a file that is missing or is neither, a dance that is too short or has other joints.
         """
-        path = pathlib.Path(text).expanduser()
+        path = files.expand(text)
         if path.suffix.lower() in (".npy", ".npz"):
-            array = load(path, self.name)
+            array = read_array(path, self.name)
             if array.ndim == 2 and array.shape == (self.frames, 3 * self.joints):  # a released segment
                 array = array.reshape(self.shape)
             return self.check(array[None] if array.ndim == 3 else array)
@@ -200,10 +196,10 @@ class TokenAudio:
         Raises:
           UserError: a file that is missing or is neither, or what `check` refuses.
         """
-        path = pathlib.Path(text).expanduser()
+        path = files.expand(text)
         if path.suffix.lower() not in (".npy", ".npz"):
             raise UserError(f"{self.name}: give tokens in a .npy or .npz file, integers [n, {self.length}], not {path}.")
-        return self.check(np.atleast_2d(load(path, self.name)))
+        return self.check(np.atleast_2d(read_array(path, self.name)))
 
     def check(self, array) -> np.ndarray:
         """`array` as int32 [n, length].

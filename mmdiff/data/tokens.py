@@ -27,6 +27,7 @@ import flax
 import jax
 import numpy as np
 
+from mmdiff.data import arrays, files
 from mmdiff.data.modalities import TokenImages
 from mmdiff.data.sources import ArraySource, RandomSource, Source, check_range, digest
 from mmdiff.data.sources import fingerprint as source_fingerprint
@@ -133,16 +134,16 @@ def token_source(folder: str | os.PathLike, split: str) -> ArraySource:
     meta, folder = read_meta(folder), _path(folder)
     if split not in meta["splits"]:
         raise UserError(f"the token cache {folder} has no split {split!r}: it holds {', '.join(meta['splits'])}.")
-    arrays = {}
+    found = {}
     for name, (dtype, shape) in meta["splits"][split].items():
         path = folder / split / f"{name}.npy"
         try:
-            arrays[name] = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} is missing or cut short ({error}): copy it again, or write the cache anew.") from error
-        if [arrays[name].dtype.name, list(arrays[name].shape)] != [dtype, shape]:
+            found[name] = arrays.read_array(path, mmap=True)
+        except files.FileError as error:
+            raise UserError(f"{path} is missing or cut short (it {error.reason}): copy it again, or write the cache anew.") from error
+        if [found[name].dtype.name, list(found[name].shape)] != [dtype, shape]:
             raise UserError(f"{path} is not the {dtype} {shape} that was written: copy it again, or write the cache anew.")
-    return ArraySource(arrays)
+    return ArraySource(found)
 
 
 def decoder(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
@@ -222,11 +223,13 @@ def open_words(data: Any, length: int) -> Tokenizer:
     read_meta(data.dir)
     path = _path(data.dir) / WORDS
     try:
-        stored = json.loads(path.read_text())
+        stored = files.read_json(path)
         words = Tokenizer(stored["rules"], stored["length"], tuple(stored["seen"]))
-    except FileNotFoundError:
+    except files.Missing:
         raise UserError(f"the token cache {data.dir} has no captions (no {WORDS}): choose one of pictures with captions.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except files.FileError as error:
+        raise UserError(f"{path} cannot be read (it {error.reason}): copy it again, or write the cache anew.") from error
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): copy it again, or write the cache anew.") from error
     if words.length != length:
         raise UserError(f"the captions in the token cache {data.dir} have {words.length} ids, but the config needs {length}.")
@@ -264,17 +267,19 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
     """The values of DIR/cache.json: "grid" [h, w], "codes", "config", "step", ... Raises UserError where there is no cache."""
     folder = _path(folder)
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = files.read_json(folder / META)
         if meta["format"] != 1:
             raise UserError(f"the token cache {folder} has the format {meta['format']}, not 1: write it anew.")
         return meta
-    except (FileNotFoundError, NotADirectoryError):
+    except files.Missing:
         what = f"{folder} is no token cache" if folder.exists() else f"there is no token cache {folder}"
         command = f"python -m mmdiff cache --config TOKENIZER.py --workdir RUN --out {folder}"
         raise UserError(
             f"{what}: train a tokenizer (configs/cdcd/scenes_tokenizer.py, pictures_tokenizer.py) and write one with {command}."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except files.FileError as error:
+        raise UserError(f"{folder / META} cannot be read (it {error.reason}): write the cache anew.") from error
+    except (KeyError, TypeError) as error:
         raise UserError(f"{folder / META} cannot be read ({error!r}): write the cache anew.") from error
 
 
@@ -287,7 +292,7 @@ def maker(folder: str | os.PathLike) -> str | None:
 def with_words(folder: pathlib.Path, found: str) -> str:
     """A fingerprint of weights and, where there are texts, of the tokenizer that gives their words numbers."""
     words = folder / WORDS
-    return hashlib.sha256(found.encode() + words.read_bytes()).hexdigest() if words.exists() else found
+    return hashlib.sha256(found.encode() + files.read_bytes(words)).hexdigest() if os.path.lexists(words) else found
 
 
 def part_of(net: Autoencoder) -> int:
@@ -322,11 +327,12 @@ def _write_split(folder: pathlib.Path, recipe: Recipe, source: Source, encode: C
 def _network(folder: str | os.PathLike) -> tuple[Autoencoder, Any]:
     meta, path = read_meta(folder), _path(folder) / WEIGHTS
     try:
-        with np.load(path) as stored:
-            weights = dict(stored)
+        weights = arrays.read_arrays(path)
         intact = fingerprint(weights) == meta["fingerprint"]
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy it again, or write the cache anew.") from error
+    except files.FileError as error:
+        raise UserError(f"{path} cannot be read (it {error.reason}): copy it again, or write the cache anew.") from error
+    except KeyError as error:
+        raise UserError(f"{_path(folder) / META} cannot be read ({error!r}): write the cache anew.") from error
     if not intact:
         raise UserError(f"{path} is not what was written: copy it again, or write the cache anew.")
     return _net(meta), flax.traverse_util.unflatten_dict(weights, sep="/")
@@ -357,4 +363,4 @@ def fingerprint(weights: Mapping[str, np.ndarray]) -> str:
 
 
 def _path(folder: str | os.PathLike) -> pathlib.Path:
-    return pathlib.Path(folder).expanduser()
+    return files.expand(folder)

@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ import flax
 import jax
 import numpy as np
 
-from mmdiff.data import tokens
+from mmdiff.data import arrays, files, tokens
 from mmdiff.data.sources import Source, digest, fingerprint
 from mmdiff.data.text import Tokenizer
 from mmdiff.errors import UserError
@@ -50,7 +49,7 @@ class Recipe:
         """
         if splits:
             raise UserError(f"towers are kept whole, without splits: leave out --split {' '.join(splits)}.")
-        folder, weights = pathlib.Path(folder).expanduser(), tokens.flat(params)
+        folder, weights = files.expand(folder), tokens.flat(params)
         sizes = {name: getattr(self.net, name) for name in SIZES} | {"patches": dataclasses.asdict(self.net.patches)}
         meta = {"format": 1, **made_by, "net": sizes, "fingerprint": tokens.fingerprint(weights)}
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -108,7 +107,7 @@ class Towers:
 
     def fingerprint(self) -> str | None:
         """Of their weights and words; None where there are none."""
-        folder = pathlib.Path(self.folder).expanduser()
+        folder = files.expand(self.folder)
         return tokens.with_words(folder, _meta(folder)["fingerprint"]) if folder.name and (folder / META).exists() else None
 
     def check(self, size: int) -> None:
@@ -153,40 +152,41 @@ class Described:
 
 def words(folder: str | os.PathLike) -> Tokenizer:
     """The tokenizer of the towers' texts. Raises UserError where there are no towers."""
-    path = pathlib.Path(folder).expanduser()
+    path = files.expand(folder)
     _meta(path)
     try:
-        stored = json.loads((path / tokens.WORDS).read_text())
+        stored = files.read_json(path / tokens.WORDS)
         return Tokenizer(stored["rules"], stored["length"], tuple(stored["seen"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except files.FileError as error:
+        raise UserError(f"{path / tokens.WORDS} cannot be read (it {error.reason}): copy it again, or write the towers anew.") from error
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path / tokens.WORDS} cannot be read ({error!r}): copy it again, or write the towers anew.") from error
 
 
 def _meta(folder: pathlib.Path) -> dict[str, Any]:
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = files.read_json(folder / META)
         if meta["format"] != 1:
             raise UserError(f"the towers in {folder} have the format {meta['format']}, not 1: write them anew.")
         return meta
-    except UserError:
-        raise
-    except (FileNotFoundError, NotADirectoryError):
+    except files.Missing:
         raise UserError(
             f"there are no towers in {folder}: train some (configs/diffdis/scenes_towers.py) and write them with "
             f"python -m mmdiff cache --config TOWERS.py --workdir RUN --out {folder}.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except files.FileError as error:
+        raise UserError(f"{folder / META} cannot be read (it {error.reason}): write the towers anew.") from error
+    except (KeyError, TypeError) as error:
         raise UserError(f"{folder / META} cannot be read ({error!r}): write the towers anew.") from error
 
 
 @functools.lru_cache(maxsize=4)
 def _opened(folder: str):
-    path = pathlib.Path(folder).expanduser()
+    path = files.expand(folder)
     meta = _meta(path)
     try:
-        with np.load(path / tokens.WEIGHTS) as stored:
-            weights = dict(stored)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path / tokens.WEIGHTS} cannot be read ({error}): copy it again, or write the towers anew.") from error
+        weights = arrays.read_arrays(path / tokens.WEIGHTS)
+    except files.FileError as error:
+        raise UserError(f"{path / tokens.WEIGHTS} cannot be read (it {error.reason}): copy it again, or write the towers anew.") from error
     if tokens.fingerprint(weights) != meta["fingerprint"]:
         raise UserError(f"{path / tokens.WEIGHTS} is not what was written: copy it again, or write the towers anew.")
     net = TwoTowers(**{**meta["net"], "patches": Patches(**meta["net"]["patches"])})

@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mmdiff.data import files
 from mmdiff.data.pictures import Absent, Pictures
 from mmdiff.data.sources import Some, Source
 from mmdiff.errors import UserError
@@ -156,9 +157,9 @@ def class_names(name: str, stored: Sequence[str], data_dir: str | os.PathLike) -
     Raises:
       UserError: a classes.txt with more or fewer names than classes.
     """
-    path = pathlib.Path(data_dir).expanduser() / name / CLASSES
-    if path.exists():
-        names = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    path = files.expand(data_dir) / name / CLASSES
+    if os.path.lexists(path):
+        names = [line.strip() for line in files.read_lines(path) if line.strip()]
         if len(names) != len(stored):
             raise UserError(f"{path} has {len(names)} names for {len(stored)} classes: it has one on every line, by label.")
         return names

@@ -1,0 +1,191 @@
+"""Captions of pictures, and pictures with captions in tar files (WebDataset), as img2dataset writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import pathlib
+import posixpath
+import tarfile
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmdiff.data import arrays, files
+from mmdiff.data.files import PICTURES, FileError
+from mmdiff.data.sources import sizes
+from mmdiff.errors import UserError
+
+INDEX, FORMAT = "index.npz", 2  # the format: 2 knows several captions of a picture, and refuses what is none
+MOST = 10  # captions of a picture that are used; the rest is left out
+BELONGS = 'beside it belongs a .txt of its name, or a .json with "caption", a text or a list of texts'
+
+
+def captions_of(value: Any, name: Any) -> list[str]:
+    """The captions that a value of JSON is: a text, or several in a list.
+
+    Raises:
+      FileError: null, a number, an empty list or anything else; `name` is what it calls the picture.
+    """
+    said = value if isinstance(value, list) and value else [value]
+    kinds = {type(None): "null", bool: "true or false", float: "a number", int: "a number", list: "a list without texts"}
+    for each in said:
+        if not isinstance(each, str):
+            what = kinds.get(type(each), "an object")
+            raise FileError(name, f"has {what} for a caption", "write a text, or a list of texts, or remove the picture")
+    return [files.check_text(each, f"the caption of {name}").strip() for each in said]
+
+
+def read_captions(name: Any, beside: Mapping[str, Callable[[], bytes]]) -> list[str]:
+    """A picture's captions, by what reads the "txt" or else the "json" beside it. Raises FileError where there are none."""
+    try:
+        if "txt" in beside:
+            return [files.decode(beside["txt"](), f"the caption of {name}").strip()]
+        return captions_of(files.parse_json(beside["json"](), f"the .json of {name}")["caption"], name)
+    except FileError as error:
+        if " is no JSON " not in str(error):
+            raise
+        raise FileError(name, f"has no caption ({error.reason})", BELONGS) from error
+    except (KeyError, TypeError) as error:
+        raise FileError(name, "has no caption", BELONGS) from error
+
+
+def of_each(paths: Sequence[pathlib.Path]) -> list[list[str]]:
+    """The captions of pictures in a folder, each beside a `.txt` or a `.json` of its name.
+
+    Raises:
+      FileError: two pictures of one name, which would share a caption; a picture without one.
+    """
+    found, seen = [], {}
+    for path in paths:
+        other = seen.setdefault(path.with_suffix(""), path)
+        if other is not path:
+            raise FileError(path, f"has the name of {other.name}, and a caption belongs to one picture", "rename or remove one")
+        beside = {kind: path.with_suffix(f".{kind}") for kind in ("txt", "json")}
+        readers = {kind: functools.partial(files.read_bytes, each) for kind, each in beside.items() if os.path.lexists(each)}
+        found.append(read_captions(path, readers))
+    return found
+
+
+class Member(NamedTuple):
+    """A picture in a tar file: where its content starts, and how long it is."""
+
+    path: pathlib.Path
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """The content."""
+        with files.open_regular(self.path) as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
+    def __str__(self):
+        name = b""
+        with contextlib.suppress(OSError, UserError):  # it stands in the block before the content
+            name = Member(self.path, self.start - tarfile.BLOCKSIZE, 100).read().rstrip(b"\0")
+        return f"{name.decode('utf-8', 'replace')} in {self.path}"
+
+
+class Shards:
+    """`Records` of pictures with captions in tar files of one folder, in their order.
+
+    What is where, and all captions, is kept beside them in index.npz: the first time every file is gone through, and again when one has
+    changed. A folder that cannot be written is gone through every time.
+    """
+
+    names = ()
+
+    def __init__(self, paths: Sequence[pathlib.Path]):
+        self._paths, kept = paths, paths[0].parent / INDEX
+        stats = [path.stat() for path in paths]
+        stamps = {
+            "format": np.array(FORMAT),
+            "shards": np.array([path.name for path in paths]),
+            "stamps": np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64),
+        }
+        index = {}
+        with contextlib.suppress(UserError):
+            index = arrays.read_arrays(kept)
+        if not all(np.array_equal(array, index.get(name)) for name, array in stamps.items()):
+            index = stamps | _index(paths)
+            with (
+                contextlib.suppress(OSError),
+                tempfile.TemporaryDirectory(dir=kept.parent, prefix=".index-", ignore_cleanup_errors=True) as own,
+            ):
+                np.savez(pathlib.Path(own) / INDEX, **index)
+                os.replace(pathlib.Path(own) / INDEX, kept)
+        self._members, self._counts, self._ends, self._said = (index[name] for name in ("members", "counts", "ends", "captions"))
+        self._last = np.cumsum(self._counts)
+        self.captions = int(self._counts.max())
+
+    def __len__(self):
+        return len(self._members)
+
+    def identity(self):
+        return [len(self), hashlib.sha256(self._said).hexdigest(), sizes(self._paths, self._paths[0].parent)]
+
+    def get(self, indices):
+        found = []
+        for i in indices:
+            shard, start, size = self._members[i].tolist()
+            said = [
+                self._said[self._ends[j - 1] if j else 0 : self._ends[j]].tobytes().decode()
+                for j in range(self._last[i] - self._counts[i], self._last[i])
+            ]
+            found.append({"image": Member(self._paths[shard], start, size), "captions": said})
+        return found
+
+
+def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
+    """What is in tar files, in their order.
+
+    "members" int64 [n, 3]: shard, start and size of every picture; "counts" [n]: its captions; "captions" uint8: the texts of all one after
+    the other; "ends": where each ends in it.
+    """
+    members, counts, captions = [], [], []
+    for shard, path in enumerate(paths):
+        pictures, beside, end = {}, {}, 0
+        try:
+            with files.open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                    own_path = posixpath.normpath(member.name)  # some begin with ./
+                    folder, _, name = own_path.rpartition("/")
+                    stem, _, kind = name.partition(".")
+                    kind = kind.lower()
+                    if member.isdir() or any(map(files.hidden, own_path.split("/"))) or f".{kind}" not in (*PICTURES, ".txt", ".json"):
+                        continue
+                    if not member.isreg() or member.issparse():
+                        remedy = "write the tar file with --hard-dereference --dereference and without --sparse"
+                        raise FileError(f"{member.name} in {path}", "is a link or a sparse file, not a file", remedy)
+                    group, own = (pictures, (folder, stem)) if f".{kind}" in PICTURES else (beside, (folder, stem, kind))
+                    if own in group:
+                        what = f"is the second of its key there, beside {group[own].name}"
+                        raise FileError(f"{member.name} in {path}", what, "remove or rename one of them")
+                    group[own] = member
+                file.seek(end)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what ends a tar file
+                    raise tarfile.ReadError(f"no end after {len(pictures)} pictures")
+                for key, member in pictures.items():
+                    own = {kind: beside[*key, kind] for kind in ("txt", "json") if (*key, kind) in beside}
+                    readers = {kind: functools.partial(_content, tar, each) for kind, each in own.items()}
+                    said = read_captions(f"{member.name} in {path}", readers)[:MOST]
+                    members.append((shard, member.offset_data, member.size))
+                    counts.append(len(said))
+                    captions += [each.encode() for each in said]
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise UserError(f"{path} cannot be read as a tar file ({error}): it is damaged or compressed, copy it again.") from error
+    if not members:
+        raise UserError(f"there are no pictures ({', '.join(PICTURES)}) in the tar files of {paths[0].parent}.")
+    ends = np.cumsum([len(caption) for caption in captions], dtype=np.int64)
+    said = np.frombuffer(b"".join(captions), np.uint8)
+    return {"members": np.array(members, np.int64), "counts": np.array(counts, np.int64), "ends": ends, "captions": said}
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    return tar.extractfile(member).read()
