@@ -26,8 +26,12 @@ import numpy as np
 
 from mmdiff import schedules
 from mmdiff.errors import UserError
+from mmdiff.grids import karras_grid, spaced_grid, uniform_grid
+from mmdiff.guidance import autoguided, dropped, guided, head_guided, interval
 from mmdiff.processes.aggregate import Aggregate
-from mmdiff.processes.base import Joint, Process, bcast, concrete, fold
+from mmdiff.processes.base import Process, bcast, concrete, fold
+
+__all__ = ["autoguided", "guided", "head_guided", "interval", "karras_grid", "spaced_grid", "uniform_grid"]  # and all that is defined here
 
 
 @flax.struct.dataclass
@@ -54,13 +58,6 @@ class Move:
 Map = Callable[[Move], Move]
 
 
-def uniform_grid(steps: int) -> jax.Array:
-    """`1, 1 - 1/N, ..., 0`: N steps."""
-    if steps < 1:
-        raise UserError(f"a sampler needs at least one step, got {steps}.")
-    return (steps - jnp.arange(steps + 1, dtype=jnp.result_type(float))) / steps
-
-
 def sample(
     process: Process,
     apply: Callable,
@@ -73,13 +70,15 @@ def sample(
     maps: Sequence[Map] = (),
     heun: bool = False,
     history: bool = False,
+    start: Any = None,
 ) -> Any:
-    """Draws x_0 by walking the grid from t = 1 to t = 0.
+    """Draws x_0 by walking the grid from t = 1, or from `start`, to t = 0.
 
     Args:
       process, apply, params: as in training; `apply` may be `guided(...)`.
       keys: [B] typed keys, one per example. An example's draw depends on its own key alone.
-      grid: times [N + 1], decreasing from 1 to 0, or one such array per modality (of one length).
+      grid: times [N + 1], decreasing from 1 to 0, or one such array per modality (of one length). It may begin below 1 for what is in
+        `start`.
       shape: the shape of one example, `(8, 8, 1)`, or one per modality.
       given: modalities held at t = 0, [B, ...] each; returned bit for bit.
       absent: modalities held at t = 1: the others are drawn without them.
@@ -87,6 +86,9 @@ def sample(
       heun: average the slopes at both ends of each step (`Process.heun`): second order, 2N - 1 network calls, for the step to t = 0 is
         Euler's. For deterministic Gaussians, and not with a map that extrapolates (`dpmpp_2m`).
       history: return every state on the way, [N + 1, B, ...], from the prior's draw to x_0.
+      start: x_t at the grid's first time in place of the prior's draw, [B, ...], or per modality for some of them. Between 0 and 1 there
+        is no prior but what the data make of it, `process.corrupt(keys, x0, t).xt`: of an image to be edited (SDEdit), of a draft to be
+        refined, of zeros (pure noise, see `karras_grid`).
 
     Returns x_0 with the structure of `shape`.
     """
@@ -109,14 +111,26 @@ def sample(
                 )
     elif given or absent:
         raise ValueError("sample: `given` and `absent` name modalities of a Joint; this process has only one.")
+    started = _started(process, start, shape, keys.shape[0], {*given, *absent})
+    if isinstance(grid, Mapping) and (not joint or {*grid} < {*shape}):
+        raise UserError(f"sample: grids of {sorted(grid)} do not fit {sorted(shape) if joint else 'one array'}: every modality needs one.")
     grid = jax.tree.map(jnp.asarray, dict(grid)) if isinstance(grid, Mapping) else jnp.asarray(grid)
     lengths = {len(g) for g in (grid.values() if isinstance(grid, Mapping) else [grid])}
     if len(lengths) > 1:
         raise ValueError(f"sample: grids of different lengths, {sorted(lengths)}; one step moves every modality.")
     steps = lengths.pop() - 1
-    for g in grid.values() if isinstance(grid, Mapping) else [grid]:
-        if concrete(g) and (np.asarray(g)[0] != 1 or np.asarray(g)[-1] != 0 or np.any(np.diff(np.asarray(g)) > 0)):
-            raise ValueError("sample: a grid runs from 1 down to 0; uniform_grid(steps) makes one.")
+    for name in shape if joint else (None,):
+        g = grid[name] if isinstance(grid, Mapping) else grid
+        if not concrete(g):
+            continue
+        g = np.asarray(g)
+        if not (steps >= 1 and 0 < g[0] <= 1 and g[-1] == 0 and np.all(np.diff(g) <= 0)):
+            raise UserError("sample: a grid of times runs from 1 down to 0 in at least one step; uniform_grid(steps) makes one.")
+        if g[0] < 1 and name not in started and name not in given and name not in absent:
+            of = "" if name is None else f" of {name!r}"
+            raise UserError(
+                f"sample: a grid runs from 1 down to 0, but that{of} starts at t = {g[0]:g}, where there is no prior: give x_t there, as "
+                "start=process.corrupt(keys, x0, t).xt.")
     count = keys.shape[0]
 
     def times(i):
@@ -135,7 +149,8 @@ def sample(
             move = refine(move)
         return move
 
-    xt = start(process, fold(keys, "prior"), shape, given)
+    xt = _prior(process, fold(keys, "prior"), shape, given)
+    xt = {**xt, **started} if joint else started.get(None, xt)
 
     def body(carry, i):
         xt, last_x0, last_t = carry
@@ -179,6 +194,37 @@ def start(process: Process, keys: jax.Array, shape: Any, given: Mapping[str, jax
     return process.begin({name: held.get(name, xt[name]) for name in shape}, tuple(held))
 
 
+_prior = start  # `sample` has an argument of this name
+
+
+def _started(process, start, shape, count, held):
+    """`start` by modality, of a process that is no joint under the name None."""
+    if start is None:
+        return {}
+    joint = isinstance(shape, Mapping)
+    if joint != isinstance(start, Mapping):
+        raise UserError(f"sample: start is {'a dict of arrays by modality' if joint else 'one array'} for this process.")
+    found = {}
+    for name, value in start.items() if joint else [(None, start)]:
+        label = "start" if name is None else f"start of {name!r}"
+        if joint and (name not in shape or name in held):
+            raise UserError(f"sample: {label}: it must be one of {sorted({*shape} - held)}, the modalities that are sampled.")
+        value, size = jnp.asarray(value), (count, *(shape[name] if joint else shape))
+        if value.shape != size:
+            raise UserError(f"sample: {label} has shape {value.shape}; {count} keys and this modality need {size}.")
+        states = getattr(process.parts[name] if joint else process, "states", None)
+        if states is None:
+            value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+            wrong = concrete(value) and not bool(jnp.isfinite(value).all())
+        else:
+            wrong = not jnp.issubdtype(value.dtype, jnp.integer)
+            wrong = wrong or concrete(value) and value.size and not 0 <= int(value.min()) <= int(value.max()) < states
+        if wrong:
+            raise UserError(f"sample: {label} must hold {'finite numbers' if states is None else f'integers in 0..{states - 1}'}.")
+        found[name] = value if states is None else value.astype(jnp.int32)
+    return found
+
+
 def drawer(
     process: Process,
     apply: Callable,
@@ -189,141 +235,30 @@ def drawer(
     channels: Mapping[str, int] | None = None,
     **options: Any,
 ) -> Callable:
-    """The sampler of an `Experiment`: `draw(params, keys, given, *, steps, guidance, absent=(), history=False)`.
+    """The sampler of an `Experiment`: `draw(params, keys, given, *, steps, guidance, absent=(), history=False, start=None)`.
 
     Args:
       process, apply, shape: as in `sample`.
       drop, channels: what guidance drops, and the channels that it guides (see `guided`). With guidance 1 the network runs once a step.
       paths: each modality's own time as a function of the walk's, [0, 1] -> [0, 1] with both ends fixed; the identity by default. A
         model trained at independent times may be walked from (1, ..., 1) to (0, ..., 0) along any path.
-      walk: `steps -> (grid, maps)`, the times and what maps they need (see `released_stride`); uniform times by default.
+      walk: `steps -> (grid, maps)`, the times and what maps they need (see `released_stride`); uniform times by default. With
+        `uniform_grid(steps, 0.6)` `start` is x_t at the time that each modality's path makes of 0.6.
       options: go to `sample` (maps, heun).
     """
-    maps, drop = tuple(options.pop("maps", ())), _dropped(drop, process)
+    maps, drop = tuple(options.pop("maps", ())), dropped(drop, process)
     paths = {name: (paths or {}).get(name, lambda t: t) for name in shape}
 
-    def draw(params, keys, given, *, steps, guidance, absent=(), history=False):
+    def draw(params, keys, given, *, steps, guidance, absent=(), history=False, start=None):
         # Guidance has nothing to compare where the condition is absent anyway.
         present = [name for name in drop if name not in absent]
         network = guided(apply, guidance, present, process, channels) if present and guidance != 1 else apply
         times, strides = walk(steps)
         grid = {name: path(times) for name, path in paths.items()}
-        rest = {"maps": (*maps, *strides), "history": history, **options}
+        rest = {"maps": (*maps, *strides), "history": history, "start": start, **options}
         return sample(process, network, params, keys, grid, shape, given=given, absent=absent, **rest)
 
     return draw
-
-
-# ---------------------------------------------------------------------------------------------------------------- guidance
-
-
-def guided(
-    apply: Callable, w: float | Callable, drop: Sequence[str], process: Joint, channels: Mapping[str, int] | None = None
-) -> Callable:
-    """Classifier-free guidance on raw outputs: `out = u + w (c - u)`; w = 1 is plain conditional, 0 unconditional.
-
-    Linear in the output, hence right for eps, v, velocity and logits alike. The unconditional branch is the same batch with the
-    dropped modalities at t = 1; both branches run as one batch of 2B.
-
-    Args:
-      w: a number, or a function of the network's times (see `interval`).
-      drop: the modalities that the unconditional branch is without: it is fed `process.null(name)`. Refused where that is random.
-      process: the joint process; from an `Aggregate`'s mean the dropped modalities go, too.
-      channels: modality -> how many of its output's first channels are guided; the others are those of the conditional branch. Published
-        DiT guides 3 of 8, `{"image": 3}` (`forward_with_cfg`). All channels by default.
-    """
-    drop = _dropped(drop, process)
-    _check_weight("guided", w)
-    for name, count in (channels or {}).items():
-        if name not in process.parts or isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise UserError(f"guided: channels={channels} must give a modality of {sorted(process.parts)} its number of guided channels.")
-
-    def apply_guided(params, x, t):
-        bare_x, bare_t = dict(x), dict(t)
-        for name in drop:
-            bare_x[name], bare_t[name] = process.null_like(name, x[name]), jnp.ones_like(t[name])
-        bare_x, bare_t = process.bound(params).bare(x, t, bare_x, bare_t)
-        both_x, both_t = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (x, t), (bare_x, bare_t))
-        out = apply(params, both_x, both_t)
-        scale = w(t) if callable(w) else w
-
-        def mix(name, o):
-            c, u = jnp.split(o, 2)
-            if name in drop:
-                return c
-            mixed = u + (bcast(scale, c) if isinstance(scale, jax.Array) and scale.ndim else scale) * (c - u)
-            some = (channels or {}).get(name)
-            return mixed if some is None else jnp.concatenate([mixed[..., :some], c[..., some:]], -1)
-
-        return {name: mix(name, o) for name, o in out.items()}
-
-    return apply_guided
-
-
-def _dropped(drop: Sequence[str], process: Joint) -> tuple[str, ...]:
-    """The names in `drop`, each of which has a null."""
-    if isinstance(drop, str | Mapping):
-        raise UserError(f"guidance drops modalities by name, as drop=('label',), and the process says what is fed for them; not {drop!r}.")
-    for name in drop:
-        process.null(name)
-    return tuple(drop)
-
-
-def _check_weight(what: str, w: Any) -> None:
-    if not callable(w) and concrete(w) and not np.all(np.isfinite(np.asarray(w, np.float64))):
-        raise UserError(f"{what}: the weight of guidance must be finite (1 is none), not {w}.")
-
-
-def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Callable:
-    r"""Known modalities for a network that was never shown them: the gradient of its own outputs for them guides the target.
-
-        E[eps | z_t, x] = E[eps | z_t] - scale sigma grad log p(x | z_t),
-
-    exact for scale 1 and an exact p; a larger one guides. The network is fed the null for what is known (t = 0) of the modalities that
-    `process` adds, at the target's time. Costs a backward pass through the network.
-
-        sample(process, head_guided(process, apply), params, keys, grid, shape, given={"label": labels})
-    """
-    if not process.heads:
-        raise UserError("head_guided: the process adds no modality that the network tells, so there is no gradient to follow.")
-
-    def apply_guided(params, x, t):
-        time = jnp.clip(t[process.target], 2.0**-24, 1 - 2.0**-24)  # neither known nor absent
-        hidden_x, hidden_t, known, data = dict(x), dict(t), {}, {}
-        for name in process.heads:
-            known[name] = t[name] == 0
-            held = bcast(known[name], x[name])
-            hidden_x[name] = jnp.where(held, process.null_like(name, x[name]), x[name])
-            hidden_t[name] = jnp.where(known[name], time, t[name])
-            data[name] = jnp.where(held, x[name], 0)
-
-        def log_p(z):
-            out = apply(params, {**hidden_x, process.target: z}, hidden_t)
-            nats = sum(jnp.where(known[name], process.nll(name, out[name], data[name]), 0.0) for name in known)
-            return -nats.sum(), out
-
-        score, out = jax.grad(log_p, has_aux=True)(x[process.target])
-        return {**out, process.target: process.bound(params).told(out, {**data, process.target: x[process.target]}, t, scale * score)}
-
-    return apply_guided
-
-
-def autoguided(apply: Callable, w: float, weak: Any) -> Callable:
-    """Autoguidance: the second branch is the same network with worse parameters, `out = weak + w (good - weak)` (Karras et al. 2024)."""
-    _check_weight("autoguided", w)
-
-    def apply_guided(params, x, t):
-        return jax.tree.map(lambda good, bad: bad + w * (good - bad), apply(params, x, t), apply(weak, x, t))
-
-    return apply_guided
-
-
-def interval(w: float, low: float, high: float, of: str) -> Callable:
-    """Guidance `w` only while modality `of` has low < t <= high, 1 elsewhere (Kynkäänniemi et al. 2024)."""
-    _check_weight("interval", w)
-    if not 0 <= low < high <= 1:
-        raise UserError(f"interval: guidance acts while low < t <= high with 0 <= low < high <= 1, not ({low}, {high}].")
-    return lambda t: jnp.where((t[of] > low) & (t[of] <= high), w, 1.0)
 
 
 # -------------------------------------------------------------------------------------------------------------------- maps

@@ -199,8 +199,8 @@ def vqd_paper(steps: int) -> ReplaceTable:
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
     r"""Variance exploding with the grid of EDM: `alpha = 1`, `sigma(t) = (m + t (M - m))^rho`, `m, M = sigma_{min,max}^{1/rho}`.
 
-    sigma(0) is 0, not `sigma_min`: time 0 means clean. A uniform grid in t is Karras' grid in sigma.
-    Source: Karras et al. 2022, equation 5.
+    sigma(0) is 0, not `sigma_min`: time 0 means clean. Karras' grid of N calls, whose last is at sigma_min, is uniform in t but for
+    its step to 0: `sampling.karras_grid`; with `uniform_grid(N)` the last call is at sigma(1 / N). Source: Karras et al. 2022, equation 5.
     """
     if not 0 < sigma_min < sigma_max or rho <= 0:
         raise ValueError(f"edm needs 0 < sigma_min < sigma_max and rho > 0, got {sigma_min}, {sigma_max}, {rho}.")

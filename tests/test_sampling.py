@@ -39,6 +39,80 @@ def test_uniform_grid():
         sampling.uniform_grid(0)
 
 
+def space_timesteps(count, steps):
+    """`space_timesteps(count, [steps])` as published: which of 0 .. count - 1 are called."""
+    stride, place, taken = (count - 1) / (steps - 1), 0.0, []
+    for _ in range(steps):
+        taken.append(round(place))
+        place += stride
+    return sorted(set(taken), reverse=True)
+
+
+@pytest.mark.parametrize("steps, chain", [(250, 1000), (2, 1000), (27, 1000), (1000, 1000), (50, 4000), (7, 100)])
+def test_the_published_spacing(steps, chain):
+    grid = np.asarray(sampling.spaced_grid(steps, chain))
+    np.testing.assert_array_equal(np.round(grid * chain), [*(i + 1 for i in space_timesteps(chain, steps)), 0])
+    assert len(grid) == steps + 1 and grid[0] == 1 and (np.diff(grid) < 0).all()
+    if steps == 250:
+        assert np.round(grid[-4:] * chain).tolist() == [9, 5, 1, 0]
+    for wrong in (1, chain + 1):
+        with pytest.raises(UserError, match="2 <= steps"):
+            sampling.spaced_grid(wrong, chain)
+
+
+@pytest.mark.parametrize("schedule", [schedules.edm(), schedules.flow(), schedules.cosine()])
+def test_karras_grid(schedule):
+    """Equation 5, then 0: exactly for EDM's schedule, which it leaves uniform in t; for others in their own times."""
+    i = np.arange(18)
+    nodes = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    with jax.enable_x64(True):
+        grid = sampling.karras_grid(schedule, 18)
+        alpha, sigma = schedule(grid)
+        np.testing.assert_allclose(sigma[:-1] / alpha[:-1], nodes, rtol=1e-11)
+        assert grid[-1] == 0 and sigma[-1] == 0
+    coarse = np.asarray(sampling.karras_grid(schedule, 18))
+    alpha, sigma = (np.asarray(c) for c in schedule(coarse))
+    assert coarse.dtype == np.float32
+    np.testing.assert_allclose(sigma[:-1] / alpha[:-1], nodes, rtol=2e-5)
+    assert (coarse[0] == 1) == (float(schedule(1.0)[0]) == 1)
+    with pytest.raises(UserError, match="sigma_max"):
+        sampling.karras_grid(schedules.scaled_linear_beta(), 18)
+
+
+def test_a_walk_may_start_below_one():
+    process = Gaussian(schedules.flow(), processes.x0)
+    grid = sampling.uniform_grid(3, 0.6)
+    np.testing.assert_allclose(grid, [0.6, 0.4, 0.2, 0], atol=1e-7)
+    apply = lambda params, x, t: 0.3 * x  # noqa: E731
+    xt = process.corrupt(keys(2), jnp.ones((2, 3)), jnp.full(2, 0.6)).xt
+    out = sampling.sample(process, apply, None, keys(2), grid, (3,), start=xt, history=True)
+    np.testing.assert_array_equal(out[0], xt)
+    by_hand = xt
+    for t, s in zip(grid[:-1], grid[1:]):
+        by_hand = process.step(keys(2), by_hand, 0.3 * by_hand, jnp.full(2, t), jnp.full(2, s))
+    np.testing.assert_allclose(out[-1], by_hand, rtol=1e-6)
+    # A joint: one modality from a draft, the other from its prior.
+    grids = {"image": grid, "label": sampling.uniform_grid(3)}
+    joint = sampling.sample(PROCESS, network, 1.0, keys(2), grids, SHAPE, start={"image": xt}, history=True)
+    np.testing.assert_array_equal(joint["image"][0], xt)
+    np.testing.assert_array_equal(joint["label"][0], [4, 4])
+    draw = sampling.drawer(PROCESS, network, SHAPE, walk=lambda steps: (sampling.uniform_grid(steps, 0.6), ()))
+    start = {"image": xt, "label": jnp.asarray([4, 1])}
+    drawn = draw(1.0, keys(2), {}, steps=3, guidance=1.0, start=start, history=True)
+    np.testing.assert_array_equal(drawn["label"][0], [4, 1])
+    assert drawn["label"][-1][1] == 1  # an unmasked token stays
+    for wrong, match in [
+        (dict(), "that of 'image' starts at t = 0.6, where there is no prior"), (dict(start=xt), "a dict of arrays"),
+        (dict(start={"sound": xt}), "'sound': it must be one of"), (dict(start={"image": xt[:1]}), "has shape"),
+        (dict(start={"image": xt * jnp.nan}), "finite"), (dict(start={"image": xt, "label": jnp.asarray([0, 7])}), "integers in 0..4"),
+        (dict(start={"label": start["label"]}, given={"label": start["label"]}), "the modalities that are sampled"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=match):
+            sampling.sample(PROCESS, network, 1.0, keys(2), grids, SHAPE, **wrong)
+    with pytest.raises(UserError, match="starts at t = 0.6"):
+        sampling.sample(process, apply, None, keys(2), grid, (3,))
+
+
 @pytest.mark.parametrize("heun", [False, True])
 def test_shapes_types_and_determinism(heun):
     run = jax.jit(lambda k: sampling.sample(PROCESS, network, 1.0, k, GRID, SHAPE, heun=heun))
@@ -109,7 +183,7 @@ def test_bad_arguments_are_refused():
         run(given={"label": jnp.zeros(2, jnp.int32)}, absent=("label",))
     with pytest.raises(ValueError, match="grids of different lengths"):
         run(grid={"image": GRID, "label": GRID[:3]})
-    for grid in (GRID[1:], GRID[:-1], GRID[::-1], {"image": GRID, "label": jnp.asarray([1, 0.2, 0.5, 0.2, 0])}):
+    for grid in (GRID[1:], GRID[:-1], GRID[::-1], GRID[:1], 2 * GRID, {"image": GRID, "label": jnp.asarray([1, 0.2, 0.5, 0.2, 0])}):
         with pytest.raises(ValueError, match="from 1 down to 0"):
             run(grid=grid)
 

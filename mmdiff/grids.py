@@ -1,0 +1,73 @@
+"""Grids of times for `sampling.sample`: decreasing, to 0. All of them are names of `sampling`, too: `sampling.uniform_grid(...)`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff import schedules
+from mmdiff.errors import UserError
+
+
+def uniform_grid(steps: int, first: float = 1.0) -> jax.Array:
+    """`first, first (1 - 1/N), ..., 0`: N steps. Below 1 (`first` in (0, 1]) `sample` has to be told where to start."""
+    if steps < 1:
+        raise UserError(f"a sampler needs at least one step, got {steps}.")
+    if not 0 < first <= 1:
+        raise UserError(f"a grid of times starts in (0, 1], not at {first}.")
+    return first * (steps - jnp.arange(steps + 1, dtype=jnp.result_type(float))) / steps
+
+
+def spaced_grid(steps: int, chain: int) -> jax.Array:
+    """The published spacing of `steps` calls on a chain of T = `chain` steps: of 250 on 1,000 the times 1, 5, 9, ..., 1000, then 0.
+
+    Node i + 1 of T for every i that is `round(j (T - 1) / (N - 1))`, j = 0 .. N - 1: the first node and the last are both called, unlike
+    with `uniform_grid`. It is `space_timesteps(chain, [steps])` of improved diffusion (Nichol & Dhariwal 2021), ADM and DiT.
+    """
+    if not 2 <= steps <= chain:
+        raise UserError(f"spaced_grid needs 2 <= steps <= the chain's {chain}, got {steps} steps.")
+    nodes, place = [], 0.0
+    for _ in range(steps):
+        nodes.append(round(place) + 1)  # half to even, and the rounding of repeated addition, as published
+        place += (chain - 1) / (steps - 1)
+    return jnp.asarray([*reversed(nodes), 0], jnp.result_type(float)) / chain
+
+
+def karras_grid(
+    schedule: schedules.Schedule, steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> jax.Array:
+    r"""EDM's N calls in the times of any schedule: sigma / alpha at node i < N is equation 5 of Karras et al. 2022, and node N is t = 0,
+
+        (sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho.
+
+    With `schedules.edm` of the same numbers the first time is 1. With a schedule that reaches alpha = 0 it is below: EDM then starts at
+    x = sigma eps, what `corrupt` makes of zeros,
+
+        grid = karras_grid(schedule, steps)
+        sample(process, ..., grid, ..., start=process.corrupt(keys, jnp.zeros((len(keys), *shape)), jnp.full(len(keys), grid[0])).xt)
+    """
+    if steps < 2 or not 0 < sigma_min < sigma_max or rho <= 0:
+        got = f"{steps}, {sigma_min}, {sigma_max}, {rho}"
+        raise UserError(f"karras_grid needs steps >= 2, 0 < sigma_min < sigma_max and rho > 0, got {got}.")
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    wanted = (high + np.arange(steps) / (steps - 1) * (low - high)) ** rho
+    kind = np.dtype(jnp.result_type(float))
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+
+        def ratio(t):
+            alpha, sigma = (np.asarray(c, np.float64) for c in schedule(jnp.asarray(t)))
+            return np.where(alpha > 0, sigma / np.where(alpha > 0, alpha, 1.0), np.inf)
+
+        last = float(ratio(np.ones(())))
+        if last < sigma_max * (1 - 1e-6):
+            raise UserError(f"karras_grid: the schedule's sigma / alpha ends at {last:g}: choose sigma_max below it, not {sigma_max:g}.")
+        # The largest t that is not above, by halving; not 0, where `edm` jumps from sigma_min to 0.
+        below, above = np.zeros(steps), np.ones(steps)
+        for _ in range(80):
+            middle = (below + above) / 2
+            under = ratio(middle) <= wanted * (1 + 1e-15)
+            below, above = np.where(under, middle, below), np.where(under, above, middle)
+    times = np.maximum(below, 2.0**-60)
+    times = np.where(times > 1 - 1e-12, 1.0, times)
+    return jnp.asarray(np.append(times, 0.0).astype(kind))

@@ -1,0 +1,126 @@
+r"""Guidance: networks wrapped so that a sampler follows a condition more closely than the model alone does.
+
+Each takes `apply(params, x, t)` and returns one like it. All of them are names of `sampling`, too: `sampling.guided(...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff.errors import UserError
+from mmdiff.processes.aggregate import Aggregate
+from mmdiff.processes.base import Joint, bcast, concrete
+
+
+def guided(
+    apply: Callable, w: float | Callable, drop: Sequence[str], process: Joint, channels: Mapping[str, int] | None = None
+) -> Callable:
+    """Classifier-free guidance on raw outputs: `out = u + w (c - u)`; w = 1 is plain conditional, 0 unconditional.
+
+    Linear in the output, hence right for eps, v, velocity and logits alike. The unconditional branch is the same batch with the
+    dropped modalities at t = 1; both branches run as one batch of 2B.
+
+    Args:
+      w: a number, or a function of the network's times (see `interval`).
+      drop: the modalities that the unconditional branch is without: it is fed `process.null(name)`. Refused where that is random.
+      process: the joint process; from an `Aggregate`'s mean the dropped modalities go, too.
+      channels: modality -> how many of its output's first channels are guided; the others are those of the conditional branch. Published
+        DiT guides 3 of 8, `{"image": 3}` (`forward_with_cfg`). All channels by default.
+    """
+    drop = dropped(drop, process)
+    _check_weight("guided", w)
+    for name, count in (channels or {}).items():
+        if name not in process.parts or isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise UserError(f"guided: channels={channels} must give a modality of {sorted(process.parts)} its number of guided channels.")
+
+    def apply_guided(params, x, t):
+        bare_x, bare_t = dict(x), dict(t)
+        for name in drop:
+            bare_x[name], bare_t[name] = process.null_like(name, x[name]), jnp.ones_like(t[name])
+        bare_x, bare_t = process.bound(params).bare(x, t, bare_x, bare_t)
+        both_x, both_t = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (x, t), (bare_x, bare_t))
+        out = apply(params, both_x, both_t)
+        scale = w(t) if callable(w) else w
+
+        def mix(name, o):
+            c, u = jnp.split(o, 2)
+            if name in drop:
+                return c
+            mixed = u + (bcast(scale, c) if isinstance(scale, jax.Array) and scale.ndim else scale) * (c - u)
+            some = (channels or {}).get(name)
+            return mixed if some is None else jnp.concatenate([mixed[..., :some], c[..., some:]], -1)
+
+        return {name: mix(name, o) for name, o in out.items()}
+
+    return apply_guided
+
+
+def dropped(drop: Sequence[str], process: Joint) -> tuple[str, ...]:
+    """The names in `drop`, each of which has a null."""
+    if isinstance(drop, str | Mapping):
+        raise UserError(f"guidance drops modalities by name, as drop=('label',), and the process says what is fed for them; not {drop!r}.")
+    for name in drop:
+        process.null(name)
+    return tuple(drop)
+
+
+def _check_weight(what: str, w: Any) -> None:
+    if not callable(w) and concrete(w) and not np.all(np.isfinite(np.asarray(w, np.float64))):
+        raise UserError(f"{what}: the weight of guidance must be finite (1 is none), not {w}.")
+
+
+def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Callable:
+    r"""Known modalities for a network that was never shown them: the gradient of its own outputs for them guides the target.
+
+        E[eps | z_t, x] = E[eps | z_t] - scale sigma grad log p(x | z_t),
+
+    exact for scale 1 and an exact p; a larger one guides. The network is fed the null for what is known (t = 0) of the modalities that
+    `process` adds, at the target's time. Costs a backward pass through the network.
+
+        sample(process, head_guided(process, apply), params, keys, grid, shape, given={"label": labels})
+    """
+    if not process.heads:
+        raise UserError("head_guided: the process adds no modality that the network tells, so there is no gradient to follow.")
+
+    def apply_guided(params, x, t):
+        time = jnp.clip(t[process.target], 2.0**-24, 1 - 2.0**-24)  # neither known nor absent
+        hidden_x, hidden_t, known, data = dict(x), dict(t), {}, {}
+        for name in process.heads:
+            known[name] = t[name] == 0
+            held = bcast(known[name], x[name])
+            hidden_x[name] = jnp.where(held, process.null_like(name, x[name]), x[name])
+            hidden_t[name] = jnp.where(known[name], time, t[name])
+            data[name] = jnp.where(held, x[name], 0)
+
+        def log_p(z):
+            out = apply(params, {**hidden_x, process.target: z}, hidden_t)
+            nats = sum(jnp.where(known[name], process.nll(name, out[name], data[name]), 0.0) for name in known)
+            return -nats.sum(), out
+
+        score, out = jax.grad(log_p, has_aux=True)(x[process.target])
+        return {**out, process.target: process.bound(params).told(out, {**data, process.target: x[process.target]}, t, scale * score)}
+
+    return apply_guided
+
+
+def autoguided(apply: Callable, w: float, weak: Any) -> Callable:
+    """Autoguidance: the second branch is the same network with worse parameters, `out = weak + w (good - weak)` (Karras et al. 2024)."""
+    _check_weight("autoguided", w)
+
+    def apply_guided(params, x, t):
+        return jax.tree.map(lambda good, bad: bad + w * (good - bad), apply(params, x, t), apply(weak, x, t))
+
+    return apply_guided
+
+
+def interval(w: float, low: float, high: float, of: str) -> Callable:
+    """Guidance `w` only while modality `of` has low < t <= high, 1 elsewhere (Kynkäänniemi et al. 2024)."""
+    _check_weight("interval", w)
+    if not 0 <= low < high <= 1:
+        raise UserError(f"interval: guidance acts while low < t <= high with 0 <= low < high <= 1, not ({low}, {high}].")
+    return lambda t: jnp.where((t[of] > low) & (t[of] <= high), w, 1.0)
