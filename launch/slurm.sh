@@ -51,7 +51,7 @@ train() {
     run env "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_gpu_enable_latency_hiding_scheduler=true" \
         srun "--cpus-per-task=$cpus" --gpu-bind=none --kill-on-bad-exit=0 \
         "$venv/bin/python" -m mmdiff train --distributed "$@" || status=$?
-    if [[ -n $dry || $status == 143 && -z $cancelled ]]; then
+    if [[ -n $dry || $status =~ ^(143|138)$ && -z $cancelled ]]; then # 128 + SIGTERM, or SIGUSR1 of another --signal
         run scontrol requeue "$SLURM_JOB_ID"
     fi
     return "$status"

@@ -14,12 +14,13 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 
-from mmdiff import __version__, checks, suggest
+from mmdiff import __version__, checks, console, suggest
 from mmdiff import config as configs
 from mmdiff.errors import UserError
 from mmdiff.keys import check_seed
@@ -113,7 +114,8 @@ EXAMPLES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    """Runs one command; returns the exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C, 141 for a closed pipe."""
+    console.open_standard_files()
     # TensorFlow only writes events here: its notes at start-up would be all that is seen of it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -126,11 +128,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(error) if isinstance(error, UserError) else _of_the_system(error)
         if not text:
             raise
-        print(f"mmdiff: error: {' '.join(text.split())}", file=sys.stderr)
+        console.say(f"mmdiff: error: {' '.join(text.split())}")
         return 2
     except KeyboardInterrupt:
-        print("mmdiff: interrupted", file=sys.stderr)
+        console.say("mmdiff: interrupted")
         return 130
+    if (reason := console.failure()) == "pipe":
+        return 128 + signal.SIGPIPE  # as of any program whose reader has seen enough; the work is done
+    if reason:
+        console.say(f"mmdiff: error: stdout cannot be written ({reason}), only the files are: see to it and run the same command again.")
+        return 2
     return 0
 
 
@@ -351,7 +358,7 @@ def _bench(args: argparse.Namespace) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
     found = bench.measure(configs.build(config, module, args.overrides), config, steps=args.steps, rounds=args.rounds, peer=args.peer)
     if jax.process_index() == 0:
-        print(bench.table(found))
+        console.out(bench.table(found))
         _write_json(args.json, found)
 
 
@@ -367,7 +374,7 @@ def _aot(args: argparse.Namespace) -> None:
         return config, configs.build(config, module, overrides)
 
     found = aot.report(load, args.topology, args.slices)
-    print(aot.text(found))
+    console.out(aot.text(found))
     _write_json(args.json, found)
 
 
@@ -395,9 +402,9 @@ def _sample(args: argparse.Namespace) -> None:
     seed = config.seed if args.seed is None else args.seed
     samples = _draw(experiment, params, given, number, seed, absent, steps=steps, guidance=guidance)
     _make_folder(out)
-    print(f"{number} samples of step {step} (seed {seed}, {steps} steps, guidance {guidance:g})")
+    console.out(f"{number} samples of step {step} (seed {seed}, {steps} steps, guidance {guidance:g})")
     for path in _write_samples(experiment, samples, out):
-        print(path)
+        console.out(path)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -419,9 +426,9 @@ def _eval(args: argparse.Namespace) -> None:
         findings = [evaluate(experiment, params, config, key, step) for evaluate in experiment.evaluators]
         json_path, html_path = report.write(args.workdir, experiment, config, findings, step)
     written = json.loads(json_path.read_text())
-    print(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
-    print(json_path)
-    print(html_path)
+    console.out(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
+    console.out(json_path)
+    console.out(html_path)
 
 
 def _cache(args: argparse.Namespace) -> None:
@@ -437,7 +444,7 @@ def _cache(args: argparse.Namespace) -> None:
     params, step = checkpoints.restore_for_inference(experiment, config, args.workdir, step=args.step)
     made_by = {"config": json.loads(configs.to_json(config)), "step": step}
     written = experiment.cache.write(args.out, params, made_by, args.split)
-    print(f"{'' if written else 'nothing to do: '}{args.out} holds {experiment.cache.holds(args.out, step)}")
+    console.out(f"{'' if written else 'nothing to do: '}{args.out} holds {experiment.cache.holds(args.out, step)}")
 
 
 # ---- Parts ----
@@ -469,7 +476,7 @@ def _is_spare() -> bool:
     """Whether a launcher has started this process beside another: one draws samples and evaluates."""
     name, rank = distributed.rank()
     if rank:
-        print(f"mmdiff: nothing to do in process {rank} ({name}): process 0 alone does this.", file=sys.stderr)
+        console.say(f"mmdiff: nothing to do in process {rank} ({name}): process 0 alone does this.")
     return rank > 0
 
 
@@ -555,7 +562,7 @@ def _write_samples(experiment, samples: Mapping, out: pathlib.Path) -> list[path
     texts = {name: value for name, value in shown.items() if not isinstance(value, np.ndarray)}
     pictures = {name: value for name, value in shown.items() if isinstance(value, np.ndarray)}
     for name, values in texts.items():
-        print(f"{name}: {' '.join(map(str, values))}")
+        console.out(f"{name}: {' '.join(map(str, values))}")
     captions = [" ".join(map(str, row)) for row in zip(*texts.values())]
     paths = [out / "samples.npz"]
     try:

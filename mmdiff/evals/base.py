@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmdiff import console
 from mmdiff.errors import UserError
 
 
@@ -107,7 +107,7 @@ def example_keys(key: jax.Array, count: int) -> jax.Array:
 
 def say(message: str) -> None:
     """A line for the person who waits; standard output is left to results."""
-    print(f"mmdiff eval: {message}", file=sys.stderr, flush=True)
+    console.say(f"mmdiff eval: {message}")
 
 
 def draw_samples(

@@ -10,7 +10,6 @@ import dataclasses
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from mmdiff import config as configs
+from mmdiff import console
 from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
@@ -176,7 +176,7 @@ def compile_step(
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
     shown = ", ".join(f"{key}={value}" for key, value in overrides.items()) or "the config as it is"
-    print(f"compiling for {len(devices)} x {chip.name}: {shown}", file=sys.stderr, flush=True)
+    console.say(f"compiling for {len(devices)} x {chip.name}: {shown}")
     began = time.perf_counter()
     try:
         compiled = sharding.lower_step(step, state, batch, mesh).compile()

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mmdiff import console
 from mmdiff.data import loader
 from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
@@ -290,7 +291,7 @@ def _memory(program: jax.stages.Compiled) -> dict[str, float | None]:
 
 def _say(text: str) -> None:
     if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+        console.say(text)
 
 
 # ---- The peer ----

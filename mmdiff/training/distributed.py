@@ -12,10 +12,10 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 
+from mmdiff import console
 from mmdiff.errors import UserError
 
 JOIN_SECONDS = 300  # how long a process waits for the others to start: those of a large job come minutes apart
@@ -153,4 +153,4 @@ def _check_port(coordinator: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"mmdiff: error: {text}", file=sys.stderr, flush=True)
+    console.say(f"mmdiff: error: {text}")

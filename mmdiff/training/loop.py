@@ -6,7 +6,6 @@ import collections
 import contextlib
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from clu.metrics import Average
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mmdiff import console
 from mmdiff.data import loader
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
@@ -26,6 +26,7 @@ from mmdiff.microbatches import BatchLoss
 from mmdiff.training import checkpoints, distributed, sharding
 from mmdiff.training.metrics_logger import MetricsLogger, device
 from mmdiff.training.signals import Signals, make_any_process_signalled
+from mmdiff.training.skipped import SkippedSteps
 from mmdiff.training.step import IN_FLIGHT, State, step_of
 
 OPTIONS = (  # what is read of config.train
@@ -43,16 +44,19 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
 
     It reads config.seed and, of config.train: steps, global_batch, microbatches, log_every, eval_every (0: never),
     checkpoint_every, keep (the last k checkpoints), best (a metric such as "val/loss" whose lowest checkpoint is kept too, or
-    ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard; if there, noise_scale and norm_groups (metrics, see `make_step`)
+    ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard; if there, max_skipped (steps in a row, 100), noise_scale and
+    norm_groups (metrics, see `make_step`)
     and start (the workdir of a run of the same network, whose averaged weights this one begins with).
 
     It writes WORKDIR/config.json, beside.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one
-    before, void steps left out, and `skipped`, their number so far; one line per evaluation: "val/..."), run.json and TensorBoard events.
+    before, without skipped steps and values that are not finite, and `skipped`, their number so far; one line per evaluation:
+    "val/..."), run.json and TensorBoard events.
 
     Raises:
-      UserError: the config, the mesh or the workdir does not fit, or a checkpoint cannot be written.
-      SystemExit: SIGTERM or SIGINT came; the state is saved, the status is 143 or 130 (128 + the signal), and the same command
-        continues. A second signal stops at once.
+      UserError: the config, the mesh or the workdir does not fit, a checkpoint or metrics.jsonl cannot be written, or max_skipped steps
+        in a row were skipped; the last checkpoint is kept.
+      SystemExit: SIGTERM, SIGINT or another of `signals.SAVING` came; the state is saved, the status is 143 or 130 (128 + the signal),
+        and the same command continues. A second signal stops at once.
     """
     options = config.train
     _check(options)
@@ -98,7 +102,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             averages, meta = empty, {"train_seconds": 0.0, "compile_seconds": 0.0}
         if start >= options.steps:
             if jax.process_index() == 0:
-                print(f"nothing to do: {workdir} is trained for {start} of {options.steps} steps", file=sys.stderr)
+                console.say(f"nothing to do: {workdir} is trained for {start} of {options.steps} steps")
             return state
         if jax.process_index() == 0:
             checkpoints.write_config(workdir, config)
@@ -127,22 +131,24 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
 
         stop = stack.enter_context(Signals())
         in_flight = collections.deque()
+        skipped = SkippedSteps(options, logger.say, saved.latest)
         logger.start_clock()
 
         def finish(remaining: int) -> bool:
             """Waits until at most `remaining` steps are in flight; true if some process was asked to stop before one."""
             asked = False
             while len(in_flight) > remaining:
-                done, sums, told = in_flight.popleft()
+                done, sums, metrics, told = in_flight.popleft()
                 jax.block_until_ready(sums)
                 logger.finished(done, sums)
+                skipped.finished(done, metrics, sums["skipped"].total)
                 asked |= bool(told)
             return asked
 
         for step in range(start + 1, options.steps + 1):
             state, metrics = program(state, next(stream))
             averages = accumulate(averages, metrics, state.stats)
-            in_flight.append((step, averages, any_process_signalled(stop.signal)))
+            in_flight.append((step, averages, metrics, any_process_signalled(stop.signal)))
             if step % options.log_every == 0:
                 averages = empty
 
@@ -191,11 +197,15 @@ def checked(experiment: Experiment, batch: Mapping[str, np.ndarray]) -> Mapping[
 
 
 def make_accumulate() -> Callable:
-    """`(averages, metrics, stats) -> averages`: running means on the device, without the steps that were void."""
+    """`(averages, metrics, stats) -> averages`: running means on the device, without skipped steps and values that are not finite."""
 
     def accumulate(averages, metrics, stats):
-        counted = (metrics["skipped"] == 0)[None]
-        averages = {name: mean.merge(Average.from_model_output(metrics[name], counted)) for name, mean in averages.items()}
+        def counted(value):
+            return ((metrics["skipped"] == 0) & jnp.isfinite(value))[None]
+
+        averages = {
+            name: mean.merge(Average.from_model_output(metrics[name], counted(metrics[name]))) for name, mean in averages.items()
+        }
         skipped = stats["skipped"].astype(jnp.float32)
         return averages | {"skipped": Average(total=skipped, count=jnp.ones((), jnp.int32))}
 

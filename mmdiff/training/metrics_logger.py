@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +19,7 @@ import ml_collections
 import numpy as np
 from clu.metrics import Average
 
+from mmdiff import console
 from mmdiff.errors import UserError
 from mmdiff.training import checkpoints
 from mmdiff.training.step import noise_scale_of
@@ -44,8 +44,8 @@ class MetricsLogger:
     def __init__(self, workdir: str | os.PathLike, options: ml_collections.ConfigDict, start: int, seconds: float):
         self._workdir, self._options, self._start, self._before = pathlib.Path(workdir), options, start, seconds
         self._writes = jax.process_index() == 0
-        self._terminal = sys.stderr.isatty()
-        self._events, self._file, self._loss = None, None, math.nan
+        self._terminal = console.is_terminal()
+        self._events, self._file, self._loss, self._skipped = None, None, math.nan, 0
         self._began = self._printed = self._logged = time.perf_counter()
         self._logged_step, self._paused = start, 0.0
 
@@ -92,7 +92,7 @@ class MetricsLogger:
             values["skipped"] = int(values["skipped"])
             if "noise_scale/trace" in values:
                 values["noise_scale"] = noise_scale_of(values)  # of the means: a mean of ratios would be biased
-            self._loss = values["loss"]
+            self._loss, self._skipped = values["loss"], values["skipped"]
             self.write(step, {**values, "images_per_second": rate, "train_seconds": self.seconds()})
         if logs or self._terminal and time.perf_counter() - self._printed > 0.5:
             self._progress(step)
@@ -125,7 +125,7 @@ class MetricsLogger:
     def say(self, text: str) -> None:
         """A line on stderr."""
         if self._writes:
-            print(f"\r\x1b[K{text}" if self._terminal else text, file=sys.stderr, flush=True)
+            console.say(f"\r\x1b[K{text}" if self._terminal else text)
 
     @contextlib.contextmanager
     def _writing(self, name: str):
@@ -143,11 +143,12 @@ class MetricsLogger:
         per_step = (self._printed - self._began) / (step - self._start)
         left = datetime.timedelta(seconds=round(per_step * (self._options.steps - step)))
         loss = f"  loss {self._loss:.4f}" if math.isfinite(self._loss) else ""
-        text = f"step {step}/{self._options.steps}{loss}  {self._options.global_batch / per_step:.4g} images/s  ETA {left}"
+        skipped = f"  {self._skipped} skipped" if self._skipped else ""
+        text = f"step {step}/{self._options.steps}{loss}{skipped}  {self._options.global_batch / per_step:.4g} images/s  ETA {left}"
         if not self._terminal or step == self._options.steps:
             self.say(text)
         elif self._writes:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            console.say(f"\r\x1b[K{text}", end="")
 
 
 class Events:

@@ -13,9 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# What asks a process to stop: a scheduler or a person; a closed terminal; what Slurm and its like are told to send before a time limit.
+SAVING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name))
+REPEATED = 1.0
+
 
 class Signals:
-    """A context in which SIGTERM and the first Ctrl-C are noted, not obeyed.
+    """A context in which the first signal that asks to stop (one of SAVING) is noted, not obeyed. What is ignored, as by nohup, stays so.
+
+    Closing a terminal or ending a group of processes may deliver one signal twice: within REPEATED seconds it counts once, but for Ctrl-C.
 
     Attributes:
       signal: the signal that came; None until then.
@@ -28,7 +34,8 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            wanted = [number for number in SAVING if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) or signal.SIG_DFL for number in wanted}
         return self
 
     def __exit__(self, *_):
@@ -36,8 +43,12 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        self.signal, self._came = number, time.perf_counter()
-        self.__exit__()  # the next one is obeyed
+        now = time.perf_counter()
+        if self.signal is None:
+            self.signal, self._came = number, now
+        elif number != self.signal or number == signal.SIGINT or now - self._came > REPEATED:
+            self.__exit__()
+            signal.raise_signal(number)  # as it was before: it ends the process
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import toy
+from clu.metrics import Average
 from jax.sharding import Mesh
 
 from mmdiff.data import loader
@@ -102,13 +103,66 @@ def order_of(config, source, positions):
     return [order.indices(config.seed, np.array([position]), len(source)) for position in positions]
 
 
-def test_an_interval_of_void_steps_is_null(config, tmp_path):
-    config.train.update(log_every=2, eval_every=0, steps=2)
-    source = ArraySource({"x": np.full((50, 4), np.nan, np.float32)})
-    experiment = dataclasses.replace(toy.build(config), train_data=lambda: source)
-    loop.train(experiment, config, tmp_path)
-    [row] = rows(tmp_path)
-    assert row["loss"] is None and row["skipped"] == 2
+def test_an_interval_of_skipped_steps_is_null_and_seen_in_the_progress(config, tmp_path, capsys):
+    config.train.update(log_every=2, eval_every=0, steps=4)
+
+    class Late(ArraySource):
+        reads = 0
+
+        def take(self, indices):
+            Late.reads += 1
+            return super().take(indices) if Late.reads < 4 else {"x": np.full((len(indices), 4), np.nan, np.float32)}
+
+    source = Late(toy.build(config).train_data().arrays)
+    loop.train(dataclasses.replace(toy.build(config), train_data=lambda: source), config, tmp_path)
+    first, second = rows(tmp_path)
+    assert first["skipped"] == 0 and second["loss"] is None and second["skipped"] == 2
+    text = capsys.readouterr().err
+    assert "step 3 is skipped: its loss is not finite; it holds the examples at the positions 32 to 47" in text
+    assert "step 4 is skipped" not in text and "step 4/4  loss" not in text and "step 4/4  2 skipped  " in text
+
+
+@pytest.mark.parametrize("spoiled, cause", [("data", "loss"), ("rate", "update by the optimizer")])
+def test_a_run_that_no_longer_learns_ends(spoiled, cause, config, tmp_path):
+    config.train.update(max_skipped=5, steps=500, eval_every=0, checkpoint_every=4)
+    experiment = toy.build(config)
+    good = loop.train(experiment, config_with(config, steps=4), tmp_path)
+    if spoiled == "data":
+        data = ArraySource({"x": np.full((50, 4), np.nan, np.float32)})
+        experiment = dataclasses.replace(experiment, train_data=lambda: data)
+    else:
+        experiment = dataclasses.replace(experiment, optimizer=optax.chain(experiment.optimizer, optax.scale(float("nan"))))
+        like = optax.chain(toy.optimizer(), optax.scale(1.0)).init(good.params)
+        assert jax.tree.structure(like) == jax.tree.structure(experiment.optimizer.init(good.params))
+    where = tmp_path if spoiled == "data" else tmp_path / "new"
+    with pytest.raises(UserError, match=f"5 steps in a row up to step .* as the {cause} was not finite: look at the learning rate"):
+        loop.train(experiment, config, where)
+    if spoiled == "data":
+        params, step = checkpoints.restore_for_inference(experiment, config, tmp_path)
+        assert step in (4, 8)
+        jax.tree.map(np.testing.assert_array_equal, params, good.ema)
+
+
+def config_with(config, **train):
+    other = config.copy_and_resolve_references()
+    other.train.update(train)
+    return other
+
+
+def test_a_short_run_whose_steps_are_all_skipped_is_not_finished(config, tmp_path):
+    config.train.update(steps=2, log_every=2, eval_every=0)
+    data = ArraySource({"x": np.full((50, 4), np.nan, np.float32)})
+    with pytest.raises(UserError, match="2 steps in a row up to step 2 were skipped"):
+        loop.train(dataclasses.replace(toy.build(config), train_data=lambda: data), config, tmp_path)
+
+
+def test_a_metric_that_is_not_finite_once_does_not_spoil_its_mean():
+    accumulate = loop.make_accumulate()
+    averages = {name: Average.empty() for name in ("loss", "error", "skipped")}
+    for error in (1.0, np.nan, 3.0):
+        metrics = {"loss": np.float32(2), "error": np.float32(error), "skipped": np.float32(0)}
+        averages = accumulate(averages, metrics, {"skipped": np.int32(0)})
+    assert {name: float(mean.compute()) for name, mean in averages.items()} == {"loss": 2, "error": 2, "skipped": 0}
 
 
 @pytest.mark.slow

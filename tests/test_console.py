@@ -1,0 +1,76 @@
+"""Messages: shown where that is possible, and never the end of the work."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mmdiff import __main__ as command_line
+from mmdiff import console
+
+
+class Failing(io.StringIO):
+    def __init__(self, number):
+        super().__init__()
+        self._error = OSError(number, os.strerror(number)) if number != errno.EPIPE else BrokenPipeError(number, "Broken pipe")
+
+    def write(self, text):
+        raise self._error
+
+    def isatty(self):
+        raise self._error
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    monkeypatch.setattr(console, "_failed", {})
+    monkeypatch.setattr(console.atexit, "register", lambda call: None)
+
+
+@pytest.mark.parametrize("stream", [None, closed(), Failing(errno.ENOSPC), Failing(errno.EPIPE), Failing(errno.EIO)])
+def test_what_cannot_be_shown_is_dropped(stream, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        assert console.say("lost") is False and console.is_terminal() is False
+    assert console.say("seen") is True
+    assert capsys.readouterr() == ("", "seen\n")  # nothing of it went to stdout
+
+
+@pytest.mark.parametrize(
+    "stream, status, words", [(None, 0, ""), (Failing(errno.EPIPE), 128 + signal.SIGPIPE, ""), (Failing(errno.ENOSPC), 2, "No space left")]
+)
+def test_an_answer_that_cannot_be_shown_shows_in_the_status(stream, status, words, monkeypatch, capsys):
+    monkeypatch.setattr(command_line, "_arguments", lambda argv: type("", (), {"run": lambda *_: console.out("the answer")})())
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert command_line.main([]) == status
+    assert words in capsys.readouterr().err
+
+
+def test_streams_of_a_process_that_are_full_or_closed_do_not_change_its_end():
+    work = "from mmdiff import console\nconsole.open_standard_files()\n"
+    work += "console.say('a'); console.out('b'); console.say('c')\nprint(open('/dev/null').fileno() > 2, file=open(3, 'w'))\n"
+    for where in ("2>/dev/full", "1>/dev/full", "2>&-", "1>&- 2>&- 0<&-", "2>&1 | true"):
+        done = subprocess.run(
+            ["bash", "-c", f'exec 3>&1; set -o pipefail; "{sys.executable}" -c "$0" {where}', work], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True" and "Exception" not in done.stderr, (where, done)
+
+
+def test_every_message_passes_here():
+    package = os.path.dirname(console.__file__)
+    found = []
+    for folder, _, files in os.walk(package):
+        for file in files:
+            if file.endswith(".py") and file != "console.py":
+                with open(os.path.join(folder, file)) as opened:
+                    found += [(file, line) for line in opened if "sys.stderr" in line or line.lstrip().startswith("print(")]
+    assert not found
