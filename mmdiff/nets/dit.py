@@ -45,12 +45,12 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def layer_norm(x):
-    """Without parameters, statistics in float32, result in x's dtype."""
+def layer_norm(x, eps: float = 1e-6):
+    """`(x - mean) / sqrt(var + eps)` without parameters, statistics in float32, result in x's dtype."""
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
     centred = x32 - mean
-    return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+    return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 def stack(block, depth: int, scan: bool, remat: str):
@@ -122,6 +122,7 @@ class Block(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    norm_eps: float = 1e-6
     backend: str | None = None
     dtype: Any = jnp.float32
 
@@ -130,9 +131,9 @@ class Block(nn.Module):
         parts = Dense(6 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="adaln")(nn.silu(c))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(parts, 6, axis=-1)
         attend = Attention(self.heads, self.qk_norm, self.backend, self.dtype, name="attention")
-        x = x + gate_a[:, None] * attend(modulate(layer_norm(x), shift_a, scale_a))
+        x = x + gate_a[:, None] * attend(modulate(layer_norm(x, self.norm_eps), shift_a, scale_a))
         mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
-        return x + gate_m[:, None] * mlp(modulate(layer_norm(x), shift_m, scale_m))
+        return x + gate_m[:, None] * mlp(modulate(layer_norm(x, self.norm_eps), shift_m, scale_m))
 
 
 class DiT(nn.Module):
@@ -147,6 +148,9 @@ class DiT(nn.Module):
       scan: compile one layer and scan it.
       remat: what the backward pass finds stored: "none" (no rematerialisation: everything), "dots" (products), "full" (each block's
         input) or "offload" (products, in the host's memory: TPU and GPU).
+      norm_eps: added to the variance by every LayerNorm, 1e-6 as published.
+      time_scale: what the time is multiplied by before its sinusoidal features. Published DiTs count steps, 0 of the least noise: theirs
+        are the features of t - 1/1000 here. SiT feeds the time itself, time_scale 1, from noise to data: theirs are those of 1 - t here.
       dtype: activations and products; parameters are float32.
     """
 
@@ -157,6 +161,8 @@ class DiT(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    norm_eps: float = 1e-6
+    time_scale: float = 1000.0
     scan: bool = True
     remat: str = "none"
     backend: str | None = None
@@ -176,12 +182,14 @@ class DiT(nn.Module):
         check_width(self.width, self.heads)
         h = self.patches.encode(x.astype(self.dtype), self.width, self.dtype, "image")
         init = nn.initializers.normal(0.02)
-        c = TimeEmbed(self.width, self.dtype, name="time")(t)
+        c = TimeEmbed(self.width, self.dtype, self.time_scale, name="time")(t)
         c = c + nn.Embed(self.classes + 1, self.width, embedding_init=init, dtype=self.dtype, name="label")(label)
-        block = partial(Block, heads=self.heads, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, backend=self.backend, dtype=self.dtype)
+        block = partial(
+            Block, heads=self.heads, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, norm_eps=self.norm_eps, backend=self.backend,
+            dtype=self.dtype)  # fmt: skip
         h = stack(block, self.depth, self.scan, self.remat)(h, c)
         shift, scale = jnp.split(Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="adaln")(nn.silu(c)), 2, axis=-1)
-        return self.patches.decode(modulate(layer_norm(h), shift, scale), self.dtype, "image").astype(jnp.float32)
+        return self.patches.decode(modulate(layer_norm(h, self.norm_eps), shift, scale), self.dtype, "image").astype(jnp.float32)
 
 
 def as_joint(net: nn.Module, image: str = "image", label: str = "label"):

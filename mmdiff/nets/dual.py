@@ -48,6 +48,7 @@ class DualBlock(nn.Module):
     keep: bool = False
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    norm_eps: float = 1e-6
     backend: str | None = None
     dtype: Any = jnp.float32
 
@@ -84,8 +85,8 @@ class DualBlock(nn.Module):
 
         def before(name, which, h):
             if self.tie == "all":
-                return layer(nn.LayerNorm, name, f"{which}_norm")(h)
-            return modulate(layer_norm(h), *parts[name][which][:2])
+                return layer(nn.LayerNorm, name, f"{which}_norm", epsilon=self.norm_eps)(h)
+            return modulate(layer_norm(h, self.norm_eps), *parts[name][which][:2])
 
         def after(name, which, h, update):
             return h + update if self.tie == "all" else h + parts[name][which][2][:, None] * update
@@ -185,7 +186,7 @@ class DualStream(nn.Module):
       pooled: the mean of the caption's tokens modulates the image in drawing, beside its time (SD3's).
       captions: the caption has an output, for a process that diffuses it ("mmdit" alone).
       logits: scale and bias at first: CLIP's 1 / 0.07; SigLIP starts from (10, -10).
-      mlp_ratio, qk_norm, scan, remat, backend, dtype: as in `DiT`.
+      mlp_ratio, qk_norm, norm_eps, time_scale, scan, remat, backend, dtype: as in `DiT`.
     """
 
     patches: Patches
@@ -206,6 +207,8 @@ class DualStream(nn.Module):
     logits: tuple[float, float] = (1 / 0.07, 0.0)
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    norm_eps: float = 1e-6
+    time_scale: float = 1000.0
     scan: bool = True
     remat: str = "none"
     backend: str | None = None
@@ -217,7 +220,9 @@ class DualStream(nn.Module):
         width, mmdit = self.width, self.fusion == "mmdit"
         self._check(x, t, tasks, seen)
         options = dict(
-            two_way=self.two_way, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, backend=self.backend, dtype=self.dtype)  # fmt: skip
+            two_way=self.two_way, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, norm_eps=self.norm_eps, backend=self.backend,
+            dtype=self.dtype)  # fmt: skip
+        time_embed = partial(TimeEmbed, dtype=self.dtype, scale=self.time_scale)
         block = dict(
             heads=self.heads, tie="none" if mmdit else "attention", reinject=self.reinject, cross=not mmdit and self.text is not None)
         layers = partial(Layers, scan=self.scan, remat=self.remat)
@@ -229,7 +234,7 @@ class DualStream(nn.Module):
         streams, conditions, told, visible, context, entry = {}, {}, {}, {}, None, None
         if "image" in x:
             streams["image"] = self.patches.encode(x["image"].astype(self.dtype), width, self.dtype, "image")
-            conditions["image"] = TimeEmbed(width, self.dtype, name="image_time")(t["image"])
+            conditions["image"] = time_embed(width, name="image_time")(t["image"])
             visible["image"] = jnp.broadcast_to((t["image"] < 1)[:, None], streams["image"].shape[:2])
         if "draw" in tasks and self.text is not None and "text" in x:
             features = jnp.issubdtype(x["text"].dtype, jnp.floating)
@@ -239,18 +244,18 @@ class DualStream(nn.Module):
             visible["text"] = there if self.captions else there & (t["text"] < 1)[:, None]
             if mmdit:
                 streams["text"] = context
-                conditions["text"] = TimeEmbed(width, self.dtype, name="text_time")(t["text"])
+                conditions["text"] = time_embed(width, name="text_time")(t["text"])
             if self.pooled:
                 shown = visible["text"][..., None].astype(self.dtype)
                 mean = (context * shown).sum(1) / jnp.maximum(shown.sum(1), 1)
                 told = {"image": conditions["image"] + Dense(width, kernel_init=xavier, dtype=self.dtype, name="text_pooled")(mean)}
         if "name" in tasks:
-            stamp = TimeEmbed(self.size, self.dtype, name="query_stamp")(t["query"])
+            stamp = time_embed(self.size, name="query_stamp")(t["query"])
             entry = (x["query"].astype(self.dtype) + stamp)[:, None]
             streams["query"] = jnp.zeros((len(entry), 1, width), self.dtype)
             if not self.reinject:
                 streams["query"] = Dense(width, kernel_init=xavier, dtype=self.dtype, name="query_in")(entry)
-            conditions["query"] = TimeEmbed(width, self.dtype, name="query_time")(t["query"])
+            conditions["query"] = time_embed(width, name="query_time")(t["query"])
 
         def only(names, tree):
             return {name: tree[name] for name in names if name in tree}
@@ -281,12 +286,12 @@ class DualStream(nn.Module):
             for name in ("image", "text") if self.captions else ("image",):
                 layer = Dense(2 * width, kernel_init=zeros, dtype=self.dtype, name=f"{name}_adaln")
                 shift_scale = layer(nn.silu((conditions | told)[name]))
-                tokens = modulate(layer_norm(end[name]), *jnp.split(shift_scale, 2, axis=-1))
+                tokens = modulate(layer_norm(end[name], self.norm_eps), *jnp.split(shift_scale, 2, axis=-1))
                 out[name] = (self.patches if name == "image" else self.text).decode(tokens, self.dtype, name)
         if "name" in tasks:
             middle = everything or named(trunk, streams, seen)[0]
             end = named(head, headed(middle), seen)[0]["query"][:, 0]
-            out["query"] = Dense(self.size, kernel_init=xavier, dtype=self.dtype, name="query_out")(layer_norm(end))
+            out["query"] = Dense(self.size, kernel_init=xavier, dtype=self.dtype, name="query_out")(layer_norm(end, self.norm_eps))
             out |= logit_outputs(*learned_logits(self.param, self.logits), len(end))
         return {name: value.astype(jnp.float32) for name, value in out.items()}
 

@@ -34,7 +34,10 @@ Dense = partial(nn.Dense, dot_general=product)
 
 
 def frequencies(t: jax.Array, size: int = 256, scale: float = 1000.0, max_period: float = 10000.0) -> jax.Array:
-    """Sinusoidal features [..., size] (cosines, then sines) of a time in [0, 1], counted in thousandths as DiT does."""
+    """Sinusoidal features [..., size] of times [...]: cosines, then sines, of `scale t max_period^(-i / half)`, i = 0 .. half - 1.
+
+    With scale 1000 a time in [0, 1] is counted in thousandths, as DiT does; 1 is SiT's, which feeds the time itself.
+    """
     half = size // 2
     rates = np.exp(-math.log(max_period) * np.arange(half) / half).astype(np.float32)
     angles = scale * t[..., None].astype(jnp.float32) * rates
@@ -42,15 +45,16 @@ def frequencies(t: jax.Array, size: int = 256, scale: float = 1000.0, max_period
 
 
 class TimeEmbed(nn.Module):
-    """`Dense(silu(Dense(frequencies(t))))`: [...] -> [..., width]."""
+    """`Dense(silu(Dense(frequencies(t, scale=scale))))`: [...] -> [..., width]."""
 
     width: int
     dtype: Any = jnp.float32
+    scale: float = 1000.0
 
     @nn.compact
     def __call__(self, t):
         init = nn.initializers.normal(0.02)
-        h = Dense(self.width, kernel_init=init, dtype=self.dtype, name="in")(frequencies(t))
+        h = Dense(self.width, kernel_init=init, dtype=self.dtype, name="in")(frequencies(t, scale=self.scale))
         return Dense(self.width, kernel_init=init, dtype=self.dtype, name="out")(nn.silu(h))
 
 

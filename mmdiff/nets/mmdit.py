@@ -25,6 +25,7 @@ class JointBlock(nn.Module):
     shared: bool
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    norm_eps: float = 1e-6
     backend: str | None = None
     dtype: Any = jnp.float32
 
@@ -64,13 +65,13 @@ class JointBlock(nn.Module):
 
         x = jnp.concatenate([streams[name] for name in names], axis=1)
         b, n, _ = x.shape
-        qkv = dense(3 * width, "qkv")(by_stream(modulate, layer_norm(x), shift_a, scale_a))
+        qkv = dense(3 * width, "qkv")(by_stream(modulate, layer_norm(x, self.norm_eps), shift_a, scale_a))
         q, k, v = split_heads(qkv, self.heads)
         if self.qk_norm:
             q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
         x = gated(x, dense(width, "out")(attention(q, k, v, backend=self.backend).reshape(b, n, width)), gate_a)
-        normed = by_stream(modulate, layer_norm(x), shift_m, scale_m)
+        normed = by_stream(modulate, layer_norm(x, self.norm_eps), shift_m, scale_m)
         if self.shared:
             update = MLP(self.mlp_ratio, self.dtype, name="mlp")(normed)
         else:
@@ -88,7 +89,7 @@ class MMDiT(nn.Module):
 
     Attributes:
       modalities: name -> stream (`Patches`, `Tokens`, `Label`, `Vectors`).
-      shared: see `JointBlock`. scan, remat, dtype, backend, qk_norm: as in `DiT`.
+      shared: see `JointBlock`. scan, remat, dtype, backend, qk_norm, norm_eps, time_scale: as in `DiT`.
     """
 
     modalities: Mapping[str, Any]
@@ -98,6 +99,8 @@ class MMDiT(nn.Module):
     shared: bool = False
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    norm_eps: float = 1e-6
+    time_scale: float = 1000.0
     scan: bool = True
     remat: str = "none"
     backend: str | None = None
@@ -110,7 +113,7 @@ class MMDiT(nn.Module):
         missing = [name for name in names if name not in x or name not in t]
         if missing:
             raise KeyError(f"MMDiT: no input or time for {missing}; it was built for {sorted(names)}.")
-        time = TimeEmbed(self.width, self.dtype, name="time")
+        time = TimeEmbed(self.width, self.dtype, self.time_scale, name="time")
         kinds = self.param("modality", nn.initializers.normal(0.02), (len(names), self.width), jnp.float32)
         streams, conditions = {}, {}
         for i, name in enumerate(names):
@@ -119,13 +122,13 @@ class MMDiT(nn.Module):
             streams[name] = stream.encode(value, self.width, self.dtype, name)
             conditions[name] = time(t[name]) + kinds[i].astype(self.dtype)
         block = partial(
-            JointBlock, heads=self.heads, shared=self.shared, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, backend=self.backend,
-            dtype=self.dtype)
+            JointBlock, heads=self.heads, shared=self.shared, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, norm_eps=self.norm_eps,
+            backend=self.backend, dtype=self.dtype)
         streams = stack(block, self.depth, self.scan, self.remat)(streams, conditions)
         out = {}
         for name in names:
             layer = Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name=f"{name}_adaln")
             shift, scale = jnp.split(layer(nn.silu(conditions[name])), 2, axis=-1)
-            tokens = modulate(layer_norm(streams[name]), shift, scale)
+            tokens = modulate(layer_norm(streams[name], self.norm_eps), shift, scale)
             out[name] = self.modalities[name].decode(tokens, self.dtype, name).astype(jnp.float32)
         return out

@@ -24,6 +24,7 @@ class MotionEncoder(nn.Module):
     Attributes:
       stride: frames for a token.
       fps: frames in a second.
+      norm_eps: added to the variance by every LayerNorm.
       depth, width, heads, mlp_ratio, scan, remat, backend, dtype: as in `TokenTransformer`.
     """
 
@@ -33,6 +34,7 @@ class MotionEncoder(nn.Module):
     stride: int = 4
     fps: int = 60
     mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
     scan: bool = True
     remat: str = "none"
     backend: str | None = None
@@ -49,10 +51,11 @@ class MotionEncoder(nn.Module):
         velocity = self.fps * jnp.diff(place, axis=1, prepend=place[:, :1])
         h = jnp.concatenate([place, velocity], -1).reshape(b, count, -1).astype(self.dtype)
         time = time_features((self.stride / self.fps) * np.arange(count), self.width)
-        h = nn.LayerNorm(dtype=self.dtype, name="norm_in")(Dense(self.width, kernel_init=normal, dtype=self.dtype, name="in")(h))
-        block = partial(Block, heads=self.heads, mlp_ratio=self.mlp_ratio, backend=self.backend, dtype=self.dtype)
+        h = Dense(self.width, kernel_init=normal, dtype=self.dtype, name="in")(h)
+        h = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm_in")(h)
+        block = partial(Block, heads=self.heads, mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, backend=self.backend, dtype=self.dtype)
         h = stack(block, self.depth, self.scan, self.remat)(h + time.astype(self.dtype))
-        return nn.LayerNorm(dtype=self.dtype, name="norm")(h)
+        return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(h)
 
 
 class DanceEncoder(nn.Module):

@@ -18,7 +18,8 @@ embedding = nn.initializers.normal(0.02)
 
 
 class Seen(NamedTuple):
-    """What a head may read: the tokens half way and at the end [B, N, width], the condition [B, width], z, the output, their patches."""
+    """What a head may read: the tokens half way and at the end [B, N, width], the condition [B, width], z, the output, their patches,
+    and the norms' epsilon."""
 
     middle: jax.Array
     final: jax.Array
@@ -26,6 +27,7 @@ class Seen(NamedTuple):
     z: jax.Array
     out: jax.Array
     patches: Patches
+    norm_eps: float
 
 
 class MultiTaskDiT(nn.Module):
@@ -38,7 +40,8 @@ class MultiTaskDiT(nn.Module):
     Attributes:
       patches: of the target.
       beside: name -> `Classes`, `ClassGrid`, `Grid` or `Vector`.
-      depth: blocks; heads that read the middle do so after half of them. scan, remat, dtype, backend, qk_norm: as in `DiT`.
+      depth: blocks; heads that read the middle do so after half of them. scan, remat, dtype, backend, qk_norm,
+        norm_eps, time_scale: as in `DiT`.
     """
 
     patches: Patches
@@ -49,6 +52,8 @@ class MultiTaskDiT(nn.Module):
     target: str = "image"
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    norm_eps: float = 1e-6
+    time_scale: float = 1000.0
     scan: bool = True
     remat: str = "none"
     backend: str | None = None
@@ -63,19 +68,21 @@ class MultiTaskDiT(nn.Module):
             raise KeyError(f"MultiTaskDiT: no input or time for {missing}; it was built for {[self.target, *names]}.")
         z = x[self.target]
         h = self.patches.encode(z.astype(self.dtype), self.width, self.dtype, self.target)
-        c = TimeEmbed(self.width, self.dtype, name="time")(t[self.target])
+        c = TimeEmbed(self.width, self.dtype, self.time_scale, name="time")(t[self.target])
         for name in names:
             # A clean target carries nothing: what is hidden beside it is absent.
             hidden = (t[name] < 1) & (t[self.target] > 0)
             state = jnp.where(t[name] > 0, jnp.where(hidden, 1, 2), 0)
             c = c + nn.Embed(3, self.width, embedding_init=embedding, dtype=self.dtype, name=f"{name}_state")(state)
             h, c = self.beside[name].enter(h, c, x[name], self.dtype, name)
-        options = dict(heads=self.heads, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, backend=self.backend, dtype=self.dtype)
+        options = dict(
+            heads=self.heads, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, norm_eps=self.norm_eps, backend=self.backend,
+            dtype=self.dtype)  # fmt: skip
         half = partial(Trunk, scan=self.scan, remat=self.remat, options=options)
         middle = half(depth=self.depth // 2, name="first")(h, c)
         final = half(depth=self.depth - self.depth // 2, name="second")(middle, c)
-        out = leave(self.patches, final, c, self.dtype, self.target)
-        seen = Seen(middle, final, c, z, out, self.patches)
+        out = leave(self.patches, final, c, self.dtype, self.target, self.norm_eps)
+        seen = Seen(middle, final, c, z, out, self.patches, self.norm_eps)
         heads = {name: self.beside[name].leave(seen, half, self.dtype, name) for name in names}
         outputs = {self.target: out, **{name: head for name, head in heads.items() if head is not None}}
         return {name: value.astype(jnp.float32) for name, value in outputs.items()}
@@ -94,16 +101,16 @@ class Trunk(nn.Module):
         return stack(partial(Block, **self.options), self.depth, self.scan, self.remat)(h, c) if self.depth else h
 
 
-def leave(patches: Patches, h: jax.Array, c: jax.Array, dtype: Any, name: str) -> jax.Array:
+def leave(patches: Patches, h: jax.Array, c: jax.Array, dtype: Any, name: str, eps: float) -> jax.Array:
     """The output block of an image: norm, modulated by the condition, and a product; [B, N, width] -> [B, H, W, C]."""
     layer = Dense(2 * h.shape[-1], kernel_init=zeros, dtype=dtype, name=f"{name}_adaln")
     shift, scale = jnp.split(layer(nn.silu(c)), 2, axis=-1)
-    return patches.decode(modulate(layer_norm(h), shift, scale), dtype, name)
+    return patches.decode(modulate(layer_norm(h, eps), shift, scale), dtype, name)
 
 
-def pooled(h: jax.Array, size: int, dtype: Any, name: str) -> jax.Array:
+def pooled(h: jax.Array, size: int, dtype: Any, name: str, eps: float) -> jax.Array:
     """A layer and a product on the mean token: [B, N, width] -> [B, size]."""
-    h = layer_norm(layer_norm(h).mean(1))
+    h = layer_norm(layer_norm(h, eps).mean(1), eps)
     h = nn.gelu(Dense(2 * h.shape[-1], kernel_init=xavier, dtype=dtype, name=f"{name}_head")(h), approximate=True)
     return Dense(size, kernel_init=zeros, dtype=dtype, name=f"{name}_out")(h)
 
@@ -129,7 +136,7 @@ class Grid:
         return h + tokens, c
 
     def leave(self, seen, half, dtype, name):
-        return leave(self.patches, seen.final, seen.condition, dtype, name) if self.head else None
+        return leave(self.patches, seen.final, seen.condition, dtype, name, seen.norm_eps) if self.head else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,11 +181,11 @@ class Classes:
         if not self.head:
             return None
         if self.head == "middle":
-            return pooled(seen.middle, self.classes, dtype, name)
+            return pooled(seen.middle, self.classes, dtype, name, seen.norm_eps)
         both = jnp.concatenate([seen.z.astype(dtype), seen.out.astype(dtype)], -1)
         patches = dataclasses.replace(seen.patches, channels=both.shape[-1])
         h = patches.encode(both, seen.final.shape[-1], dtype, f"{name}_classifier")
-        return pooled(half(depth=self.depth, name=f"{name}_trunk")(h, seen.condition), self.classes, dtype, name)
+        return pooled(half(depth=self.depth, name=f"{name}_trunk")(h, seen.condition), self.classes, dtype, name, seen.norm_eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +205,7 @@ class Vector:
         return h, c + Dense(h.shape[-1], kernel_init=embedding, dtype=dtype, name=f"{name}_condition")(hidden)
 
     def leave(self, seen, half, dtype, name):
-        return pooled(seen.middle, self.size, dtype, name) if self.head else None
+        return pooled(seen.middle, self.size, dtype, name, seen.norm_eps) if self.head else None
 
 
 def by_network(

@@ -24,7 +24,7 @@ class TextEncoder(nn.Module):
       normalise: every token's features have length 1 (what CDCD does to CLIP's).
       freeze: no gradient reaches the weights, which so keep their values: the released CDCD trains none of its encoders. Weight decay
         goes by no gradient: mask it for these weights.
-      depth, width, heads, mlp_ratio, scan, remat, backend, dtype: as in `TokenTransformer`.
+      depth, width, heads, mlp_ratio, norm_eps (CLIP's, too), scan, remat, backend, dtype: as in `TokenTransformer`.
     """
 
     vocabulary: int
@@ -35,6 +35,7 @@ class TextEncoder(nn.Module):
     mlp_ratio: float = 4.0
     normalise: bool = False
     freeze: bool = False
+    norm_eps: float = 1e-5
     scan: bool = True
     remat: str = "none"
     backend: str | None = None
@@ -48,8 +49,8 @@ class TextEncoder(nn.Module):
         check_ids("text", ids, self.vocabulary)
         embed = partial(nn.Embed, features=self.width, embedding_init=normal, dtype=self.dtype)
         h = embed(self.vocabulary, name="tokens_in")(ids) + embed(self.length, name="columns")(jnp.arange(self.length))
-        block = partial(Block, heads=self.heads, mlp_ratio=self.mlp_ratio, backend=self.backend, dtype=self.dtype)
-        h = nn.LayerNorm(dtype=self.dtype, name="norm")(stack(block, self.depth, self.scan, self.remat)(h))
+        block = partial(Block, heads=self.heads, mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, backend=self.backend, dtype=self.dtype)
+        h = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(stack(block, self.depth, self.scan, self.remat)(h))
         if self.normalise:
             size = jnp.sqrt(jnp.square(h.astype(jnp.float32)).sum(-1, keepdims=True))
             h = h / jnp.maximum(size, 1e-6).astype(h.dtype)

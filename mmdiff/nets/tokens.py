@@ -89,6 +89,7 @@ class Block(nn.Module):
     labels: int = 0
     mlp_ratio: float = 4.0
     grid: tuple[int, int] | None = None
+    norm_eps: float = 1e-5
     backend: str | None = None
     dtype: Any = jnp.float32
 
@@ -102,7 +103,7 @@ class Block(nn.Module):
 
     def _norm(self, x, name, which, rows):
         if which is None:
-            return nn.LayerNorm(dtype=self.dtype, name=f"{name}_norm")(x)
+            return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=f"{name}_norm")(x)
         width = x.shape[-1]
         if which.ndim == 2:
             e = which
@@ -111,7 +112,7 @@ class Block(nn.Module):
         else:
             e = frequencies(which, width, scale=4000.0).astype(self.dtype)
         scale, shift = jnp.split(Dense(2 * width, kernel_init=normal, dtype=self.dtype, name=f"{name}_adaln")(nn.silu(e)), 2, axis=-1)
-        return modulate(layer_norm(x), shift, scale)
+        return modulate(layer_norm(x, self.norm_eps), shift, scale)
 
 
 class TokenTransformer(nn.Module):
@@ -140,6 +141,7 @@ class TokenTransformer(nn.Module):
       modality: what the tokens are called.
       seconds: how long a sequence lasts that goes through time: its positions start as `time_features`, which an encoder can give its
         context, too; 0 for random ones.
+      norm_eps: added to the variance by every LayerNorm, 1e-5 as in the released networks.
       scan, remat, backend, dtype: as in `DiT`.
     """
 
@@ -160,6 +162,7 @@ class TokenTransformer(nn.Module):
     patch: int = 1
     modality: str = "tokens"
     seconds: float = 0.0
+    norm_eps: float = 1e-5
     scan: bool = True
     remat: str = "none"
     backend: str | None = None
@@ -213,9 +216,9 @@ class TokenTransformer(nn.Module):
             h = h + Dense(self.width, kernel_init=normal, dtype=self.dtype, name="aligned")(along)
         block = partial(
             Block, heads=self.heads, times=self.times, labels=self.labels, mlp_ratio=self.mlp_ratio, grid=cells if self.conv else None,
-            backend=self.backend, dtype=self.dtype)  # fmt: skip
+            norm_eps=self.norm_eps, backend=self.backend, dtype=self.dtype)  # fmt: skip
         h = stack(block, self.depth, self.scan, self.remat)(h, time, label, context)
-        h = nn.LayerNorm(dtype=self.dtype, name="norm")(h)
+        h = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(h)
         out = Dense(group * self.classes, kernel_init=normal, dtype=self.dtype, name="tokens_out")(h).astype(jnp.float32)
         return {self.modality: unpatchify(out, patch, *self.grid).reshape(*tokens.shape, self.classes)}
 

@@ -34,6 +34,7 @@ class TwoTowers(nn.Module):
       patches: the image's. vocabulary, length: of a text. size: of the vectors.
       depth, width: of the image's tower. text_depth, text_width: of the text's. heads: of both.
       logits: scale and bias at first: CLIP's 1 / 0.07; SigLIP starts from (10, -10).
+      norm_eps: added to the variance by every LayerNorm, CLIP's 1e-5.
       scan, remat, backend, dtype: as in `DiT`.
     """
 
@@ -47,13 +48,14 @@ class TwoTowers(nn.Module):
     text_width: int
     heads: int = 4
     logits: tuple[float, float] = (1 / 0.07, 0.0)
+    norm_eps: float = 1e-5
     scan: bool = True
     remat: str = "none"
     backend: str | None = None
     dtype: Any = jnp.float32
 
     def setup(self):
-        options = dict(scan=self.scan, remat=self.remat, backend=self.backend, dtype=self.dtype)
+        options = dict(norm_eps=self.norm_eps, scan=self.scan, remat=self.remat, backend=self.backend, dtype=self.dtype)
         self.image = ImageTower(self.patches, self.size, self.depth, self.width, self.heads, **options)
         self.text = TextEncoder(self.vocabulary, self.length, self.text_depth, self.text_width, self.heads, **options)
         self.text_out = Dense(self.size, use_bias=False, kernel_init=xavier, dtype=self.dtype)
@@ -93,6 +95,7 @@ class ImageTower(nn.Module):
     depth: int
     width: int
     heads: int
+    norm_eps: float = 1e-5
     scan: bool = True
     remat: str = "none"
     backend: str | None = None
@@ -102,6 +105,6 @@ class ImageTower(nn.Module):
     def __call__(self, images):
         check_width(self.width, self.heads)
         h = self.patches.encode(images.astype(self.dtype), self.width, self.dtype, "image")
-        block = partial(Block, heads=self.heads, backend=self.backend, dtype=self.dtype)
-        h = nn.LayerNorm(dtype=self.dtype, name="norm")(stack(block, self.depth, self.scan, self.remat)(h))
+        block = partial(Block, heads=self.heads, norm_eps=self.norm_eps, backend=self.backend, dtype=self.dtype)
+        h = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(stack(block, self.depth, self.scan, self.remat)(h))
         return Dense(self.size, use_bias=False, kernel_init=xavier, dtype=self.dtype, name="out")(h.mean(1)).astype(jnp.float32)
