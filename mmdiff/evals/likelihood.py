@@ -5,9 +5,9 @@ Both bounds have the same three parts, taken along a **path** u -> t from the da
     discrete time     prior_kl + sum_{i=1}^T KL(q(x_{u=(i-1)/T} | x_{u=i/T}, x_0) || p) + decoder
     continuous time   prior_kl + int_0^1 rate(t(u)) t'(u) du                            + decoder
 
-The prior term is `process.prior_kl`, the middle one `process.kl` or `process.rate` at draws of x_t, and the decoder
--log p(x_0 | x_{t(0)}) closes what the path leaves open (nothing where it starts at t = 0). The first is the likelihood bound of
-the sampler that takes these T steps, the second its limit. Both are unbiased estimates; average them over keys for less variance.
+The prior term is `process.prior_kl`, the middle one `process.kl` or `process.rate` at draws of x_t, and `process.decoder`,
+-log p(x_0 | x_{t(0)}) by the network, closes what the path leaves open (nothing where it starts at t = 0). The first is the likelihood
+bound of the sampler that takes these T steps, the second its limit. Both are unbiased estimates; average over keys for less variance.
 
 For a `Joint` a path gives one time per modality. What it holds at t = 0 is a condition, what it holds at t = 1 is absent, and
 the bound is on -log p(moving modalities | conditions):
@@ -15,6 +15,11 @@ the bound is on -log p(moving modalities | conditions):
     along(process, line())                                -log p(image, label), both at the same times
     along(process, line(), pinned=["image"])              -log p(label | image)
     along(process, geometric(), absent=["label"])         -log p(image)
+
+Bits per dimension of 8-bit images in [-1, 1] as published for a chain of T steps, which draws T - 1 times and then decodes:
+
+    nats = discrete_time(process, apply, params, keys, x0, line(1 / T), T - 1, discretized(jnp.linspace(-1, 1, 256), T))
+    bits = bits_per_dim(nats, x0.shape[1:])
 
 Sources: Ho et al. 2020, equation 5; Kingma et al. 2021 (VDM), equations 11 to 18; Austin et al. 2021 (D3PM); Shi et al. 2024 (MD4).
 """
@@ -27,12 +32,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mmdiff.errors import UserError
 from mmdiff.processes.base import Joint, Noised, Process, bcast, fold, per_example_sum
-from mmdiff.processes.gaussian import Gaussian
 
 Path = Callable[[jax.Array], Any]
-Decoder = Callable[[Process, Noised], jax.Array]
+Decoder = Callable[[Process, Noised, Any], jax.Array]
 
 
 def line(t_min: float = 0.0) -> Path:
@@ -85,8 +91,9 @@ def discrete_time(
       x0: clean data, or a dict of them for a `Joint`.
       path: u [B] -> t; see `along`.
       steps: T.
-      decoders: -log p(x_0 | x_t) where the path begins, `(process, noised) -> [B]`; for a `Joint` a dict, by modality. By default a
-        discrete process takes one last step to t = 0, and a `Gaussian` has `density()`; use `levels(values)` for quantised data.
+      decoders: -log p(x_0 | x_t) where the path begins, `(process, noised, x0_hat) -> [B]`; for a `Joint` a dict, by modality. By
+        default `process.decoder`: a discrete process takes one last step to t = 0, a `Gaussian` has a density. For quantised data use
+        `discretized(values, steps)` or `levels(values)`.
 
     Returns nats [B], or a dict of them by modality: their sum is the bound, zero for what does not move.
     """
@@ -135,16 +142,19 @@ def continuous_time(
     return jax.lax.scan(body, ends, jnp.arange(draws))[0]
 
 
-def density() -> Decoder:
-    r"""For continuous data: `-log N(x_0; x_t / alpha, (sigma / alpha)^2)`, so the bound is on -log of a density, in nats.
+def discretized(values: Sequence[float], steps: int | None = None) -> Decoder:
+    r"""For data on known levels: the probability of x_0's bin under N(x0_hat, Sigma), DDPM's and improved DDPM's; see `Gaussian.decoder`.
 
-    By Bayes this is p(x_0 | x_t) under a prior that is flat over the width sigma: right for a small t.
+    The bound is then on -log of a probability. Unlike `levels` it is the network's own: the better it knows x_0, the less is paid.
+
+    Args:
+      values: the levels, increasing; `jnp.linspace(-1, 1, 256)` for 8-bit data, `jnp.linspace(-1, 1, 17)` for the digits.
+      steps: T of the chain, for beta~ as Sigma. Without it (continuous time), Sigma = (sigma / alpha)^2.
     """
+    values = _increasing("discretized", values)
 
-    def decoder(process, noised):
-        alpha, sigma = (bcast(c, noised.x0) for c in process.schedule(noised.t))
-        z = (noised.x0 * alpha - noised.xt) / sigma
-        return per_example_sum(0.5 * z**2 + 0.5 * math.log(2 * math.pi) + jnp.log(sigma) - jnp.log(alpha))
+    def decoder(process, noised, x0_hat):
+        return process.decoder(noised, x0_hat, values, None if steps is None else noised.t + 1.0 / steps)
 
     return decoder
 
@@ -152,13 +162,12 @@ def density() -> Decoder:
 def levels(values: Sequence[float]) -> Decoder:
     r"""For data on known levels v_1 .. v_L: `p(x_0 = v_i | x_t) = softmax_i(-(x_t - alpha v_i)^2 / (2 sigma^2))` (VDM, equation 36).
 
-    The bound is then on -log of a probability. A value between the levels counts as the nearest one.
+    The bound is then on -log of a probability, whatever the network: it suits a path that begins where the levels hardly blur. A value
+    between the levels counts as the nearest one.
     """
-    values = jnp.asarray(values, jnp.float32)
-    if values.ndim != 1 or values.size < 2:
-        raise ValueError(f"levels needs at least two values in a row, got shape {values.shape}.")
+    values = _increasing("levels", values)
 
-    def decoder(process, noised):
+    def decoder(process, noised, x0_hat):
         alpha, sigma = (bcast(c, noised.x0)[..., None] for c in process.schedule(noised.t))
         log_p = jax.nn.log_softmax(-0.5 * ((noised.xt[..., None] - alpha * values) / sigma) ** 2)
         nearest = jnp.argmin(jnp.abs(noised.x0[..., None] - values), axis=-1)
@@ -189,11 +198,7 @@ def _ends(process, apply, params, keys, x0, path, decoders):
     noised, x0_hat = _look(process, apply, params, _fold_in(keys, 0), x0, start)
 
     def of(process, noised, x0_hat, prior, end, decoder):
-        if decoder is None and isinstance(process, Gaussian):
-            decoder = density()
-        last = decoder(process, noised) if decoder else process.kl(noised, x0_hat, jnp.zeros_like(noised.t))
-        if isinstance(process, Gaussian):  # without a decoder there is no bound: a path from t = 0 costs infinity
-            last = jnp.where(noised.t > 0, last, jnp.inf)
+        last = (decoder or type(process).decoder)(process, noised, x0_hat)
         return jnp.where(end > noised.t, prior + last, 0.0)
 
     if not isinstance(process, Joint):
@@ -210,6 +215,13 @@ def _ends(process, apply, params, keys, x0, path, decoders):
 
 def _fold_in(keys, i):
     return jax.vmap(lambda key: jax.random.fold_in(key, i))(fold(keys, "noise"))
+
+
+def _increasing(name, values):
+    values = np.asarray(values, np.float32)
+    if values.ndim != 1 or values.size < 2 or not (np.diff(values) > 0).all():
+        raise UserError(f"{name} needs at least two values in a row that increase, got {np.array2string(values, threshold=8)}.")
+    return values
 
 
 def _check_start(t_min, low):

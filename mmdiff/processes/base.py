@@ -50,7 +50,7 @@ class Noised:
 class Process:
     """The interface. Every method is pure; `...` stands for the dimensions of one example.
 
-    The first six methods are the process; `kl`, `prior_kl` and `rate` serve the bounds on the likelihood.
+    The first six methods are the process; `kl`, `prior_kl`, `rate` and `decoder` serve the bounds on the likelihood.
     """
 
     learnt = True  # False for a condition, for which a network needs no output
@@ -133,6 +133,15 @@ class Process:
     def rate(self, noised: Noised, x0_hat: Array) -> Array:
         """The limit of `kl(noised, x0_hat, t - dt) / dt`: the continuous-time VLB's integrand, [B]."""
         raise NotImplementedError
+
+    def decoder(self, noised: Noised, x0_hat: Array, values: Any = None, later: Array | None = None) -> Array:
+        """-log p(x_0 | x_t), the step from t to the data, in nats, summed over the example, [B]: what closes a bound that begins at t.
+
+        `values` and `later` are of continuous data, see `Gaussian`; discrete data have probabilities of their own.
+        """
+        if values is not None:
+            raise UserError(f"a decoder of quantised data belongs to a Gaussian; {type(self).__name__} has no use for the levels.")
+        return self.kl(noised, x0_hat, jnp.zeros_like(noised.t))
 
 
 def fold(keys: Array, data: int | str) -> Array:

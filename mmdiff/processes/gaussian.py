@@ -13,6 +13,7 @@ and a parameterisation is the pair (p, q), a function of (schedule, t). A new on
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -68,6 +69,8 @@ class Gaussian(Process):
       eta: randomness of `step`: 0 is DDIM (deterministic), 1 the exact posterior (DDPM).
       data_std: if given, the network is fed `x_t` scaled to unit variance for data of this standard deviation (EDM's c_in).
       norm: if given, clean data are vectors of this length (along the last dimension), and `check` refuses others.
+      prior_std: the standard deviation of the prior, sigma(1) by default. Papers with tables of betas have N(0, 1), whose sigma(1) is
+        a little less.
 
     An output with twice the channels of x (a learned-sigma head) is read by its first half.
     """
@@ -77,6 +80,7 @@ class Gaussian(Process):
     eta: float = 0.0
     data_std: float | None = None
     norm: float | None = None
+    prior_std: float | None = None
 
     def check(self, x0):
         if self.norm is None or not concrete(x0):
@@ -90,7 +94,7 @@ class Gaussian(Process):
 
     def prior(self, keys, shape):
         noise = per_example(lambda key: jax.random.normal(key, shape), keys)
-        return noise * self.schedule(jnp.ones(()))[1]
+        return noise * (self.schedule(jnp.ones(()))[1] if self.prior_std is None else self.prior_std)
 
     def corrupt(self, keys, x0, t):
         check_time(t)
@@ -183,8 +187,49 @@ class Gaussian(Process):
         return jnp.where(noised.t > 0, -0.5 * d_snr * per_example_sum((noised.x0 - x0_hat) ** 2), 0.0)
 
     def prior_kl(self, x0):
+        """KL(N(alpha x_0, sigma^2) | N(0, prior_std^2)) at t = 1."""
         alpha, sigma = self.schedule(jnp.ones(()))
-        return 0.5 * (alpha / sigma) ** 2 * per_example_sum(x0**2)
+        std = sigma if self.prior_std is None else self.prior_std
+        log_ratio = 2.0 * jnp.log(sigma / std)
+        return per_example_sum(0.5 * (alpha * x0 / std) ** 2 + 0.5 * (jnp.expm1(log_ratio) - log_ratio))
+
+    def decoder(self, noised, x0_hat, values=None, later=None):
+        r"""-log p(x_0 | x_t) with p = N(x0_hat, Sigma), of continuous data a density, of quantised data the probability of a bin.
+
+        Sigma cannot be the posterior's variance, which is 0 in this step. As published it is that of the step before in the chain,
+        beta~ from `later` to t. Without `later` it is (sigma / alpha)^2, that of x_0 given x_t where the data's density is flat.
+
+        Args:
+          values: increasing levels, [L], of which every x_0 is one (else it counts as the nearest): bins end half way between two, the
+            outer ones are open. 8-bit data in [-1, 1] are `jnp.linspace(-1, 1, 256)`.
+          later: the node of the chain after t, [B]: t + 1/T for T equal steps.
+
+        Infinite at t = 0. Source: Ho et al. 2020, section 3.3; Nichol & Dhariwal 2021, whose cdf is an approximation to 1e-3.
+        """
+        t = self._inside(noised.t)
+        mean, log_variance = self._last(x0_hat, noised.x0, t, None if later is None else jnp.where(noised.t > 0, later, 0.75))
+        if values is None:
+            z = (noised.x0 - mean) * jnp.exp(-0.5 * log_variance)
+            nats = 0.5 * (z**2 + log_variance + math.log(2 * math.pi))
+        else:
+            values = jnp.asarray(values, jnp.float32)
+            far = jnp.asarray([1e6], jnp.float32)  # for infinite, without its NaN in gradients
+            edges = jnp.concatenate([-far, 0.5 * (values[1:] + values[:-1]), far])
+            bin_ = jnp.searchsorted(edges[1:-1], noised.x0)
+            low, high = ((jnp.take(edges, bin_ + i) - mean) * jnp.exp(-0.5 * log_variance) for i in (0, 1))
+            flip = low + high > 0  # to the side where small differences of Phi keep their digits
+            low, high = jnp.where(flip, -high, low), jnp.where(flip, -low, high)
+            below, above = jax.scipy.stats.norm.logcdf(low), jax.scipy.stats.norm.logcdf(high)
+            nats = -above - jnp.log(-jnp.expm1(below - above))
+        return jnp.where(noised.t > 0, per_example_sum(nats), jnp.inf)
+
+    def _last(self, x0_hat, x0, t, later):
+        """Mean and log variance of `decoder`."""
+        alpha, sigma = self._at(t, x0)
+        if later is None:
+            return x0_hat, 2.0 * jnp.log(sigma / alpha)
+        log_later, log_t = (schedules.log_snr(self.schedule, u) for u in (later, t))
+        return x0_hat, 2.0 * jnp.log(sigma) + bcast(jnp.log(-jnp.expm1(log_later - log_t)), x0)
 
     def _nats(self, x0, x0_hat, t, s):
         """`kl` of every dimension, for 0 < s < t."""
@@ -241,6 +286,14 @@ class LearnedSigma(Gaussian):
 
     def rate(self, noised, x0_hat):
         return super().rate(noised, self._halves(x0_hat, noised.x0)[0])
+
+    def _last(self, x0_hat, x0, t, later):
+        # Between that and beta, sigma_t^2 in the step to the data.
+        x0_hat, share = self._halves(x0_hat, x0)
+        mean, log_variance = super()._last(x0_hat, x0, t, later)
+        if later is None:
+            return mean, log_variance
+        return mean, log_variance + share * (2.0 * jnp.log(self._at(t, x0)[1]) - log_variance)
 
     def _nats(self, x0, x0_hat, t, s):
         x0_hat, share = self._halves(x0_hat, x0)

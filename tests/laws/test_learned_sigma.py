@@ -162,3 +162,38 @@ def test_it_reads_what_a_joint_hands_it():
     x0_hat = process.clean({"image": jnp.zeros((4, 2, 2, 2))}, noised.xt, noised.t)
     assert x0_hat["image"].shape == (4, 2, 2, 2)
     assert isinstance(noised, Noised) and process.step(keys, noised.xt, x0_hat, noised.t, noised.t)["image"].shape == (4, 2, 2, 1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_as_the_target_of_an_aggregate(known):
+    """What is added to the mean leaves the variance as it is: steps and KL are those of the chain without it."""
+    from mmdiff.processes import Aggregate, Hidden, fold, identity, moving_target
+    from mmdiff.processes.aggregate import Addend
+
+    chain = LearnedSigma(SCHEDULES["linear_beta"], eps)
+    process = Aggregate("image", {"other": Addend(identity, moving_target())}, image=chain, other=Hidden())
+    keys = jax.random.split(jax.random.key(0), 8)
+    x0 = {name: jax.random.normal(jax.random.key(i), (8, 3)) for i, name in enumerate(("image", "other"))}
+    t, s = ({"image": u, "other": jnp.where(known, 0.0, u)} for u in (jnp.full(8, 0.6), jnp.full(8, 0.4)))
+    out = {"image": jax.random.normal(jax.random.key(2), (8, 6)), "other": 0.5 * x0["other"]}
+
+    @jax.jit
+    def run():
+        noised = process.corrupt(keys, x0, t)
+        x0_hat = process.clean(out, noised.xt, noised.t)
+        xs = process.step(keys, noised.xt, x0_hat, t, s)
+        a_t, a_s = (chain.schedule(u["image"])[0] * u["image"] for u in (t, s))
+        carried = x0["other"] if known else out["other"]  # what is hidden is believed
+        y = noised.xt["image"] - a_t[:, None] * carried
+        belief = chain.clean(out["image"], y, t["image"])
+        ys = chain.step(fold(keys, "image"), y, belief, t["image"], s["image"])
+        bare = process.split(noised)["image"]
+        mine = x0_hat["image"], xs["image"] - a_s[:, None] * carried, process.kl(noised, x0_hat, s)["image"]
+        return mine, (belief, ys, chain.kl(bare, x0_hat["image"], s["image"]))
+
+    mine, right = run()
+    for name, one, other in zip(("belief", "step", "kl"), mine, right):
+        if name != "kl" or known:
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=name)
+        else:  # an error about what is hidden is paid for in the mean
+            assert (one != other).all()
