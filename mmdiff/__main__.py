@@ -486,10 +486,10 @@ def _open(args: argparse.Namespace):
     if "://" not in args.workdir and not os.path.isdir(args.workdir):
         command = f"mmdiff train --config {args.config} --workdir {args.workdir}"
         raise UserError(f"there is no run in {args.workdir}: train it first, with {command}.")
-    from mmdiff.training import checkpoints
+    from mmdiff.training import run_metadata
 
     asked = {key: configs.flatten(config)[key] for key, _ in args.overrides}
-    stored = configs.flatten(checkpoints.read_config(args.workdir))
+    stored = configs.flatten(run_metadata.read_config(args.workdir))
     for key, (old, new) in configs.difference({key: stored.get(key) for key in asked} if stored else asked, asked).items():
         if not any(key == name or key.startswith(f"{name}.") for name in IN_USE):
             free = ", ".join(f"config.{name}" for name in IN_USE)

@@ -531,14 +531,14 @@ def test_weights_that_are_not_finite_are_a_sentence_for_all_who_use_them(tmp_pat
     import jax
 
     from mmdiff import config as configs
-    from mmdiff.training import checkpoints
+    from mmdiff.training import checkpoints, run_metadata
     from mmdiff.training.step import init_state
 
     config, module = configs.load(TINY)
     experiment, run = module.build(config), tmp_path / "run"
     state = init_state(experiment.init, experiment.optimizer, jax.random.key(0), experiment.loss)
     ema = jax.tree.map(lambda x: x.at[0].set(jax.numpy.nan), state.ema)
-    checkpoints.write_config(run, config)
+    run_metadata.write_config(run, config)
     with checkpoints.Checkpoints(run, keep=2) as saved:
         for step, weights in (1, state.ema), (2, ema):
             meta = {"position": 8, "train_seconds": 1.0, "compile_seconds": 0.0, "metrics": {}}

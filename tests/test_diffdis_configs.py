@@ -116,12 +116,12 @@ def test_scenes_train_and_all_their_figures_are_there(towers, tmp_path, monkeypa
         "round_trip", "caption_correctness", "prompt_correctness_best_of_2", "towers_retrieval_r1",
         "towers_retrieval_r1_all_digits"} <= set(found.figures)  # fmt: skip
     assert {"Caption to image", "Image to caption"} <= set(found.pictures)
-    noted = json.loads((tmp_path / "beside.json").read_text())
+    noted = json.loads((tmp_path / "dependencies.json").read_text())
     assert noted == {"towers": Towers(str(towers / "towers")).fingerprint()}
-    (tmp_path / "beside.json").write_text(json.dumps({"towers": "0" * 64}))
+    (tmp_path / "dependencies.json").write_text(json.dumps({"towers": "0" * 64}))
     capsys.readouterr()
     assert cli.main(["eval", *given]) == 2 and cli.main(["train", *given]) == 2
-    assert capsys.readouterr().err.count("was trained beside towers of fingerprint 000000000000") == 2
+    assert capsys.readouterr().err.count("was trained with towers of fingerprint 000000000000") == 2
 
 
 @pytest.mark.slow

@@ -26,11 +26,13 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     order: int = ORDER_VERSION,
+    ahead: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's part of every global batch from `start_step` on, without end.
 
     With B = global_batch and P = process_count, process p owns the rows [p*B/P, (p+1)*B/P) of each batch; the parts of all
-    processes, one after the other, are the batch of a single process. `order` is the version of the order of the examples.
+    processes, one after the other, are the batch of a single process. `order` is the version of the order of the
+    examples; step i begins at position i*B + `ahead`.
 
     An example with a NaN or an infinite value is named in the log when it first comes, by its number in the source; the step leaves its
     batch out.
@@ -53,7 +55,7 @@ def batches(
 
     def generate(step):
         while True:
-            at = positions(step, global_batch)[rows]
+            at = positions(step, global_batch)[rows] + ahead
             chosen = indices(seed, at, len(source), order)
             batch = source.take(chosen)
             if len(named) < NAMED and (bad := first_non_finite(batch, chosen)) and bad[1] not in named:

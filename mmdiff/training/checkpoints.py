@@ -1,22 +1,19 @@
 """Checkpoints: the whole state of a run, written in the background, whole or not at all.
 
-    WORKDIR/config.json                 the run's config
-    WORKDIR/beside.json                 fingerprints of the frozen networks that it is trained beside, if there are any
     WORKDIR/checkpoints/STEP/state      params, optimizer, key, counters, running sums of the metrics
     WORKDIR/checkpoints/STEP/ema        the averaged weights, on their own: all that inference opens
     WORKDIR/checkpoints/STEP/meta       JSON: position, train_seconds, metrics
-    WORKDIR/checkpoints/STEP/manifest.json   the size of every file, so that a damaged checkpoint is known before it is opened
+    WORKDIR/checkpoints/STEP/manifest.json   size and checksum of every file: a damaged checkpoint is known before it is opened
     WORKDIR/damaged/STEP                checkpoints that were found damaged
 
 WORKDIR is a folder that every process sees (a local disk for one machine, a network file system or a mounted bucket for more).
-Orbax writes to a temporary folder and renames it once everything is there, so a crash leaves no half checkpoint; sizes guard
+Orbax writes to a temporary folder and renames it once everything is there, so a crash leaves no half checkpoint; checksums guard
 against what happens to files later.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -31,102 +28,25 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
-from mmdiff import config as configs
 from mmdiff.errors import UserError
-from mmdiff.training import distributed, sharding
+from mmdiff.training import distributed, integrity, run_metadata, sharding
 from mmdiff.training.step import State
 
 log = logging.getLogger(__name__)
 
-# What may change when a run continues: how long, where and how often, but not what is computed. A section stands for its keys.
-# (The mesh and micro-batches change results by rounding only.)
-MAY_DIFFER = (
-    "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep", "train.best",
-    "train.prefetch", "train.tensorboard", "train.mesh", "train.microbatches", "sample", "eval",
-)  # fmt: skip
-MAY_DIFFER_IN_USE = (*MAY_DIFFER, "train", "seed")  # when the weights are only used
-
-MANIFEST = "manifest.json"
-LATE = "_CHECKPOINT_METADATA"  # Orbax adds the time to this JSON file after the manifest is written
-
-
-def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The values of WORKDIR/config.json; {} if there is no such file. Raises UserError if it is not JSON."""
-    return _read_json(pathlib.Path(workdir) / "config.json")
-
-
-def check_config(
-    workdir: str | os.PathLike, config: ml_collections.ConfigDict, may_differ=MAY_DIFFER
-) -> dict[str, tuple[Any, Any]]:
-    """-> {key: (there, here)}: what differs from the run in `workdir`, and may.
-
-    Keys in `may_differ` (full keys or sections) may. Without a checkpoint there is nothing to protect: {}.
-
-    Raises:
-      UserError: `workdir` holds checkpoints of another config; it names each other key that differs, with both values.
-    """
-    if not _steps(_folder(workdir)) or not (stored := read_config(workdir)):
-        return {}
-    differs = configs.difference(stored, json.loads(configs.to_json(config)))
-    may = {key for key in differs if any(key == name or key.startswith(f"{name}.") for name in may_differ)}
-    if set(differs) - may:
-        listed = ", ".join(f"{key} (there {old!r}, here {new!r})" for key, (old, new) in differs.items() if key not in may)
-        raise UserError(f"{workdir} holds a run of another config: {listed}; use that config or another workdir.")
-    return {key: values for key, values in differs.items() if key in may}
-
-
-def write_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
-    """Writes WORKDIR/config.json, creating the folder. Raises UserError if that is not possible."""
-    path = pathlib.Path(workdir) / "config.json"
-    with _writing(workdir):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, configs.to_json(config))
-
-
-def check_beside(workdir: str | os.PathLike, experiment: Any) -> None:
-    """Raises UserError if the run in `workdir` was trained beside other frozen networks than those at hand (`Experiment.beside`)."""
-    for name, (there, here) in beside_others(workdir, experiment).items():
-        raise UserError(
-            f"{workdir} was trained beside {name} of fingerprint {there[:12]}, and at hand is {here[:12]}: bring the former back, or train "
-            "anew in another workdir.")
-
-
-def beside_others(workdir: str | os.PathLike, experiment: Any) -> dict[str, tuple[str, str]]:
-    """The frozen networks at hand that are not those of the run in `workdir`: name -> fingerprints (there, here)."""
-    stored = _beside(workdir) if experiment.beside else {}
-    found = {name: (stored[name], fingerprint()) for name, fingerprint in experiment.beside.items() if name in stored}
-    return {name: (there, here) for name, (there, here) in found.items() if here and here != there}
-
-
-def write_beside(workdir: str | os.PathLike, experiment: Any) -> None:
-    """Writes WORKDIR/beside.json, where there is something to say. Raises UserError if that is not possible."""
-    found = _beside(workdir) | {name: here for name, fingerprint in experiment.beside.items() if (here := fingerprint())}
-    path = pathlib.Path(workdir) / "beside.json"
-    if found or path.exists():
-        with _writing(workdir):
-            write_whole(path, json.dumps(found, indent=1) + "\n")
-
 
 def read_meta(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     """What a checkpoint says of itself: position, train_seconds, metrics, ...; {} if there is none of this step."""
-    checkpoint = _folder(workdir) / str(step)
+    checkpoint = run_metadata.checkpoint_folder(workdir) / str(step)
     return _meta(checkpoint) if checkpoint.is_dir() else {}
 
 
 def cost(meta: Mapping[str, Any]) -> dict[str, float]:
     """`train_seconds` up to a checkpoint, evaluations and saves included, and the `images_per_second` that this makes."""
     return {"train_seconds": meta["train_seconds"], "images_per_second": meta["position"] / meta["train_seconds"]}
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a small file so that it holds either the old text or the new one, whatever happens."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 class Checkpoints:
@@ -139,13 +59,24 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int, best: str = ""):
-        self.folder = _folder(workdir)
+        self.folder = run_metadata.checkpoint_folder(workdir)
         self._saving: int | None = None
-        if jax.process_index() == 0:
-            with _writing(workdir):
+
+        def open_folder() -> list[int]:
+            with run_metadata.writing(workdir):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            _set_aside_damaged(self.folder)
-        _barrier("mmdiff checkpoints")
+                _set_aside(self.folder, _intact(self.folder)[1])
+            return run_metadata.steps(self.folder)
+
+        steps = distributed.from_first(open_folder)
+        # The newest is read whole before a value of it is used: each process reads its share, and all decide alike.
+        while steps and (problem := distributed.first_of_all(_damage_in_part(self.folder / str(steps[-1])))):
+
+            def give_up(newest=steps.pop(), problem=problem) -> None:
+                with run_metadata.writing(workdir):
+                    _set_aside(self.folder, {newest: problem})
+
+            distributed.from_first(give_up)
 
         def value(metrics):
             return metrics[best] if math.isfinite(metrics.get(best, math.nan)) else math.inf
@@ -249,13 +180,7 @@ class Checkpoints:
 
     def _write_manifest(self) -> None:
         # Orbax calls this on process 0 when every process has written its part, just before the rename that makes it count.
-        folder = next(self.folder.glob(f"{self._saving}.*tmp*"), self.folder / str(self._saving))
-        sizes = {}
-        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())  # a size says nothing about data that a power cut would lose
-            sizes[str(file.relative_to(folder))] = file.stat().st_size
-        write_whole(folder / MANIFEST, json.dumps(sizes, indent=1))
+        integrity.write_manifest(next(self.folder.glob(f"{self._saving}.*tmp*"), self.folder / str(self._saving)))
 
     @contextlib.contextmanager
     def _errors(self, step: int | None):
@@ -265,7 +190,7 @@ class Checkpoints:
             reason = _os_reason(error)
             if reason is None:
                 raise
-            good = max(_intact(self.folder), default=None)
+            good = max(_intact(self.folder)[0], default=None)
             last = "there is no earlier one" if good is None else f"the last good one is of step {good}"
             raise UserError(
                 f"the checkpoint of step {step} could not be written to {self.folder} ({reason}): {last}; "
@@ -285,16 +210,16 @@ def restore_for_inference(
 
     Args:
       experiment: what the config builds; its `init` gives the shapes.
-      config: compared with the run's, except for the keys in MAY_DIFFER_IN_USE.
+      config: compared with the run's, except for the keys in `run_metadata.MAY_DIFFER_IN_USE`.
       workdir: the run's folder.
       step: which checkpoint; by default the newest that is whole, or "best" for the one with the smallest config.train.best.
       mesh: spreads the weights over a mesh by experiment.rules; by default they go to one device.
 
     Raises:
-      UserError: no checkpoint, another config, other frozen networks beside it, or a checkpoint that does not fit the network.
+      UserError: no checkpoint, another config, other frozen networks, or a checkpoint that is damaged or does not fit the network.
     """
-    check_config(workdir, config, MAY_DIFFER_IN_USE)
-    check_beside(workdir, experiment)
+    run_metadata.check_config(workdir, config, run_metadata.MAY_DIFFER_IN_USE)
+    run_metadata.check_dependencies(workdir, experiment)
     return weights(experiment, workdir, step=step, metric=config.train.best, mesh=mesh)
 
 
@@ -302,21 +227,29 @@ def weights(
     experiment: Any, workdir: str | os.PathLike, *, step: int | str | None = None, metric: str = "", mesh: Mesh | None = None
 ) -> tuple[Any, int]:
     """`restore_for_inference` from a run of any config whose network is that of the experiment; `metric` decides which is "best"."""
-    folder = _folder(workdir)
-    intact = _intact(folder)
-    for damaged, problem in _damages(folder).items():
+    folder = run_metadata.checkpoint_folder(workdir)
+    intact, damages = _intact(folder)
+    newest = step is None
+    if newest:
+        while intact and (problem := _damage_of_averages(folder / str(intact[-1]))):
+            damages[intact.pop()] = problem
+    for damaged, problem in damages.items():
         log.warning("checkpoint %s is damaged (%s): it is not opened.", folder / str(damaged), problem)
     if not intact:
-        raise UserError(f"there is no checkpoint in {workdir}: train first, or name the workdir of a run.")
+        whole = " that is whole" if damages else ""
+        raise UserError(f"there is no checkpoint in {workdir}{whole}: train first, or name the workdir of a run.")
     if step == "best":
         values = {step: _meta(folder / str(step))["metrics"].get(metric, math.nan) for step in intact}
         values = {step: value for step, value in values.items() if math.isfinite(value)}
         if not values:
             raise UserError(f"no checkpoint in {workdir} records the metric {metric!r} (config.train.best).")
         step = min(values, key=values.get)
-    step = max(intact) if step is None else step
-    if step not in intact:
-        raise UserError(f"there is no checkpoint of step {step} in {workdir}: there are {', '.join(map(str, intact))}.")
+    step = intact[-1] if newest else step
+    there = ", ".join(str(other) for other in intact if other != step) or "none"
+    if step not in [*intact, *damages]:
+        raise UserError(f"there is no checkpoint of step {step} in {workdir}: there are {there}.")
+    if problem := damages.get(step) or (None if newest else _damage_of_averages(folder / str(step))):
+        raise UserError(f"the checkpoint {folder / str(step)} is damaged ({problem}): choose another step (there are {there}).")
 
     shapes = jax.eval_shape(experiment.init, jax.random.key(0))
     if mesh is None:
@@ -343,63 +276,19 @@ def _check_finite(params: Any, workdir: str | os.PathLike, step: int, others: li
             f"the averaged weights of step {step} in {workdir} are not finite in {len(wrong)} arrays, such as {wrong[0]}: {remedy}.")
 
 
-def _beside(workdir: str | os.PathLike) -> dict[str, str]:
-    """What is noted of a run; a folder without checkpoints holds none, whatever an earlier attempt has left."""
-    return _read_json(pathlib.Path(workdir) / "beside.json") if _steps(_folder(workdir)) else {}
+def _intact(folder: pathlib.Path) -> tuple[list[int], dict[int, str]]:
+    """-> (the steps of checkpoints whose small files are whole and whose others have their size, what is wrong with each of the others)."""
+    found = {step: integrity.damage(folder / str(step)) for step in run_metadata.steps(folder)}
+    return [step for step in found if not found[step]], {step: problem for step, problem in found.items() if problem}
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): restore it, or use another workdir.") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not what a run writes (a {type(found).__name__}): restore it, or use another workdir.")
-    return found
+def _damage_in_part(checkpoint: pathlib.Path) -> str | None:
+    return integrity.damage(checkpoint, lambda name: True, jax.process_index(), jax.process_count())
 
 
-def _folder(workdir: str | os.PathLike) -> pathlib.Path:
-    if "://" in str(workdir):
-        raise UserError(f"the workdir {workdir} is not a folder: mount the bucket (gcsfuse, s3fs) and name the folder.")
-    return pathlib.Path(workdir).resolve() / "checkpoints"
-
-
-def _steps(folder: pathlib.Path) -> list[int]:
-    """The steps of all committed checkpoints, ascending."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir())
-
-
-def _damages(folder: pathlib.Path) -> dict[int, str]:
-    """What is wrong with each damaged checkpoint, by step."""
-    found = {step: _damage(folder / str(step)) for step in _steps(folder)}
-    return {step: problem for step, problem in found.items() if problem}
-
-
-def _intact(folder: pathlib.Path) -> list[int]:
-    return [step for step in _steps(folder) if not _damage(folder / str(step))]
-
-
-def _damage(checkpoint: pathlib.Path) -> str | None:
-    """What is wrong with the files of a checkpoint, in a few words; None if they are all there and whole."""
-    try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except ValueError:
-        return f"{MANIFEST} is cut off"
-    for name, size in sizes.items():
-        try:
-            if name == LATE:
-                json.loads((checkpoint / name).read_text())
-            elif (found := (checkpoint / name).stat().st_size) != size:
-                return f"{name} has {found} of its {size} bytes"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except ValueError:
-            return f"{name} is cut off"
-    return None
+def _damage_of_averages(checkpoint: pathlib.Path) -> str | None:
+    """What is wrong with what inference opens; the same in every process that opens it."""
+    return distributed.first_of_all(integrity.damage(checkpoint, lambda name: name.startswith("ema/")))
 
 
 def _remove_drafts(folder: pathlib.Path) -> None:
@@ -413,10 +302,10 @@ def _remove_drafts(folder: pathlib.Path) -> None:
         time.sleep(0.1)
 
 
-def _set_aside_damaged(folder: pathlib.Path) -> None:
-    damages = _damages(folder)
+def _set_aside(folder: pathlib.Path, damages: Mapping[int, str]) -> None:
+    """Moves damaged checkpoints out of the way, and says so."""
     for step, problem in damages.items():
-        before = max((s for s in _steps(folder) if s < step and s not in damages), default=None)
+        before = max((s for s in run_metadata.steps(folder) if s < step and s not in damages), default=None)
         instead = "there is none before it" if before is None else f"continuing from {folder / str(before)}"
         aside = folder.parent / "damaged" / str(step)
         shutil.rmtree(aside, ignore_errors=True)
@@ -468,14 +357,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 @contextlib.contextmanager
-def _writing(workdir: str | os.PathLike):
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be written ({error.strerror or error}): choose another.") from error
-
-
-@contextlib.contextmanager
 def _unreadable(checkpoint: pathlib.Path):
     try:
         yield
@@ -499,8 +380,3 @@ def _os_reason(error: BaseException | None) -> str | None:
 
 def _without_orbax_errors(record: logging.LogRecord) -> bool:
     return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

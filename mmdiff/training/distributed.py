@@ -7,13 +7,15 @@ flag answers at once.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from mmdiff import console
 from mmdiff.errors import UserError
@@ -141,6 +143,42 @@ def together() -> Iterator[None]:
             timer.daemon = True
             timer.start()
         raise
+
+
+def from_first(act: Callable[[], Any]) -> Any:
+    """What `act` returns (JSON) in process 0, in every process, or the UserError that it raises there; the others do not act."""
+    import jax
+
+    if jax.process_count() == 1:
+        return act()
+    answer = ""
+    if jax.process_index() == 0:
+        try:
+            answer = json.dumps({"value": act()})
+        except UserError as error:
+            answer = json.dumps({"error": str(error)})
+    answer = json.loads(_texts(answer)[0])
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
+
+
+def first_of_all(text: str | None) -> str | None:
+    """The first text that a process has, in every process; None if none has any."""
+    import jax
+
+    return text if jax.process_count() == 1 else next(filter(None, _texts(text or "")), None)
+
+
+def _texts(text: str) -> list[str]:
+    """The texts of all processes, of at most 16,384 bytes each, in every process."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    mine = np.zeros(16384, np.uint8)
+    data = text.encode()[: mine.size]
+    mine[: len(data)] = np.frombuffer(data, np.uint8)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(mine)]
 
 
 def _check_port(coordinator: str) -> None:

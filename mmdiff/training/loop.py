@@ -19,11 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmdiff import console
 from mmdiff.data import loader
+from mmdiff.data.order import ORDER_VERSION
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
 from mmdiff.keys import check_seed, key_of
 from mmdiff.microbatches import BatchLoss
-from mmdiff.training import checkpoints, distributed, sharding
+from mmdiff.training import checkpoints, distributed, lock, run_metadata, sharding
 from mmdiff.training.metrics_logger import MetricsLogger, device
 from mmdiff.training.signals import Signals, make_any_process_signalled
 from mmdiff.training.skipped import SkippedSteps
@@ -48,7 +49,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
     norm_groups (metrics, see `make_step`)
     and start (the workdir of a run of the same network, whose averaged weights this one begins with).
 
-    It writes WORKDIR/config.json, beside.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one
+    It writes WORKDIR/config.json, dependencies.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one
     before, without skipped steps and values that are not finite, and `skipped`, their number so far; one line per evaluation:
     "val/..."), run.json and TensorBoard events.
 
@@ -63,33 +64,36 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
     check_seed(config.seed)
     mesh = sharding.make_mesh(dict(options.mesh))
     sharding.check_batch(options.global_batch, mesh, options.microbatches)
-    changed = checkpoints.check_config(workdir, config)
-    checkpoints.check_beside(workdir, experiment)
-
-    # Everything the step needs to be compiled is known from shapes: no array exists yet.
-    step_fn = step_of(experiment, options)
-    abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
-    data = experiment.train_data()
-    evaluate = make_evaluate(experiment, config, mesh) if options.eval_every else None
-    part, parts = sharding.process_rows(mesh, options.global_batch)
-    example = loader.batches(data, config.seed, 1, part * options.global_batch // parts)  # its own first row: no process reads others'
-    shapes = {
-        name: jax.ShapeDtypeStruct((options.global_batch, *array.shape[1:]), array.dtype)
-        for name, array in next(example).items()
-    }
-    lowered = sharding.lower_step(step_fn, abstract, shapes, mesh)
-    names = sorted(lowered.out_info[1])
-    if options.best and options.best.removeprefix("val/") not in names:
-        raise UserError(f"config.train.best is {options.best!r}, but the metrics are {', '.join(f'val/{n}' for n in names)}.")
-    replicated = NamedSharding(mesh, PartitionSpec())
-    empty = jax.jit(lambda: {name: Average.empty() for name in names}, out_shardings=replicated)()
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lock.held(workdir))
+        changed = run_metadata.check_config(workdir, config)
+        run_metadata.check_dependencies(workdir, experiment)
+
+        # Everything the step needs to be compiled is known from shapes: no array exists yet.
+        step_fn = step_of(experiment, options)
+        abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
+        data = experiment.train_data()
+        evaluate = make_evaluate(experiment, config, mesh) if options.eval_every else None
+        part, parts = sharding.process_rows(mesh, options.global_batch)
+        example = loader.batches(data, config.seed, 1, part * options.global_batch // parts)  # its own first row: no process reads others'
+        shapes = {
+            name: jax.ShapeDtypeStruct((options.global_batch, *array.shape[1:]), array.dtype)
+            for name, array in next(example).items()
+        }
+        lowered = sharding.lower_step(step_fn, abstract, shapes, mesh)
+        names = sorted(lowered.out_info[1])
+        if options.best and options.best.removeprefix("val/") not in names:
+            raise UserError(f"config.train.best is {options.best!r}, but the metrics are {', '.join(f'val/{n}' for n in names)}.")
+        replicated = NamedSharding(mesh, PartitionSpec())
+        empty = jax.jit(lambda: {name: Average.empty() for name in names}, out_shardings=replicated)()
+
         saved = stack.enter_context(checkpoints.Checkpoints(workdir, keep=options.keep, best=options.best))
         start = saved.latest() or 0
         if start:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), empty)
             state, averages, meta = saved.restore(abstract, like)
+            meta = {"order": 1, **meta}  # of before the order had versions
         else:
             key = key_of(config.seed)
             state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
@@ -99,23 +103,26 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
                 cast = jax.tree.map(lambda new, old: new.astype(old.dtype), weights, state.params)
                 params, ema = jax.jit(lambda *both: jax.tree.map(jnp.copy, both), out_shardings=where)(cast, weights)
                 state = state.replace(params=params, ema=ema)
-            averages, meta = empty, {"train_seconds": 0.0, "compile_seconds": 0.0}
+            averages, meta = empty, {"position": 0, "order": ORDER_VERSION, "train_seconds": 0.0, "compile_seconds": 0.0}
         if start >= options.steps:
             if jax.process_index() == 0:
                 console.say(f"nothing to do: {workdir} is trained for {start} of {options.steps} steps")
             return state
         if jax.process_index() == 0:
-            checkpoints.write_config(workdir, config)
-            checkpoints.write_beside(workdir, experiment)
+            run_metadata.write_config(workdir, config)
+            run_metadata.write_dependencies(workdir, experiment)
         logger = stack.enter_context(MetricsLogger(workdir, options, start, meta["train_seconds"]))
-        for name in checkpoints.beside_others(options.start, experiment) if options.get("start") and not start else ():
-            logger.say(f"the weights from {options.start} were trained beside other {name}: what they know of these does not fit")
+        for name in run_metadata.other_dependencies(options.start, experiment) if options.get("start") and not start else ():
+            logger.say(f"the weights from {options.start} were trained with other {name}: what they know of these does not fit")
         if start and changed:
             listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
             logger.say(f"continuing with other values: {listed}")
+            if "train.global_batch" in changed:
+                logger.say("schedules (learning rate, warm-up, average) count steps, and a step has another number of examples now")
 
         # Batches are read and placed in a thread; the first ones while the step compiles.
-        batches = loader.batches(data, config.seed, options.global_batch, start, part, parts)
+        ahead = meta["position"] - start * options.global_batch  # of a run whose steps had another size before
+        batches = loader.batches(data, config.seed, options.global_batch, start, part, parts, order=meta["order"], ahead=ahead)
         placed = (sharding.place(checked(experiment, batch), mesh) for batch in batches)
         stream = stack.enter_context(loader.prefetch(placed, options.prefetch))
 
@@ -171,7 +178,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             if saving or stopping:
                 # Lines up to this step are on disk by now: a checkpoint never knows more than metrics.jsonl.
                 with logger.pause():
-                    meta |= {"position": step * options.global_batch, "train_seconds": logger.seconds(), "metrics": values}
+                    meta |= {"position": step * options.global_batch + ahead, "train_seconds": logger.seconds(), "metrics": values}
                     saved.save(state, averages, meta)
             if step % options.log_every == 0:
                 saved.check()

@@ -18,7 +18,7 @@ from mmdiff.data import loader
 from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
 from mmdiff.nets import target
-from mmdiff.training import checkpoints, loop, metrics_logger, sharding
+from mmdiff.training import checkpoints, lock, loop, metrics_logger, run_metadata, sharding
 
 
 @pytest.fixture
@@ -266,7 +266,39 @@ def test_what_differs_when_a_run_continues_is_said(config, tmp_path, capsys):
     config.train.update(steps=14, microbatches=2)
     loop.train(toy.build(config), config, tmp_path)
     assert "continuing with other values: train.microbatches 1 -> 2, train.steps 12 -> 14\n" in capsys.readouterr().err
-    assert checkpoints.read_config(tmp_path) == config.to_dict()
+    assert run_metadata.read_config(tmp_path) == config.to_dict()
+
+
+def test_a_run_continues_with_batches_of_another_size_and_sees_every_example_once(config, tmp_path, capsys):
+    config.train.update(steps=3, eval_every=0, log_every=1, prefetch=0)
+    experiment, seen = toy.build(config), []
+    source = experiment.train_data()
+
+    class Seen(ArraySource):
+        def take(self, indices):
+            seen.extend(indices.tolist())
+            return super().take(indices)
+
+    experiment = dataclasses.replace(experiment, train_data=lambda: Seen(source.arrays))
+    loop.train(experiment, config, tmp_path)
+    for size, steps, at in ((8, 6, 3 * 16), (16, 7, 3 * 16 + 3 * 8)):
+        seen.clear()
+        config.train.update(global_batch=size, steps=steps, learning_rate=0.1 if size == 8 else 0.2)
+        loop.train(experiment, config, tmp_path)
+        asked = (steps - (3 if size == 8 else 6)) * size
+        assert seen[-asked:] == [int(order_of(config, source, [p])[0][0]) for p in range(at, at + asked)]
+        assert checkpoints.read_meta(tmp_path, steps)["position"] == at + asked
+    said = capsys.readouterr().err
+    assert "train.global_batch 16 -> 8" in said and "train.learning_rate 0.1 -> 0.2" in said and "schedules" in said
+
+
+def test_a_second_trainer_is_refused_and_nothing_is_touched(config, tmp_path):
+    with lock.held(tmp_path):
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        with pytest.raises(UserError, match="is being trained by process .* on "):
+            loop.train(toy.build(config), config, tmp_path)
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    loop.train(toy.build(config), config, tmp_path)
 
 
 def test_the_config_of_a_run_changes_only_when_it_continues(config, tmp_path):
@@ -336,6 +368,6 @@ def test_data_that_the_process_cannot_hold_are_refused():
     process = Joint(image=Gaussian(flow()), label=absorbing(10))
     batch = {"image": np.zeros((2, 4), np.float32), "label": np.array([3, 12]), "index": np.arange(2, dtype=np.uint32)}
     with pytest.raises(UserError, match="the training data does not fit the process: modality 'label': class id 12 is out of range"):
-        loop.checked(types.SimpleNamespace(process=process), batch)
+        loop.checked(types.SimpleNamespace(process=process, loss=None), batch)
     fine = batch | {"label": np.array([3, 9])}
-    assert loop.checked(types.SimpleNamespace(process=process), fine) is fine
+    assert loop.checked(types.SimpleNamespace(process=process, loss=None), fine) is fine

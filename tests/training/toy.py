@@ -21,6 +21,7 @@ def get_config():
                 "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
                 "prefetch": 2,
                 "tensorboard": False,
+                "learning_rate": 1e-2,
                 "delay": 0.0,  # seconds that a batch takes to read
             },
             "sample": {"steps": 2},
@@ -54,10 +55,10 @@ def loss(params, batch, key):
     return value, {"loss/x": value, "error": jnp.abs(error).mean()}
 
 
-def optimizer():
+def optimizer(rate=1e-2):
     import optax
 
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0, 1e-2, 5, 100)))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0, rate, 5, 100)))
 
 
 def data(count, seed, delay=0.0):
@@ -88,7 +89,7 @@ def build(config):
         init=functools.partial(init, width=config.model.width),
         apply=None,
         loss=loss,
-        optimizer=optimizer(),
+        optimizer=optimizer(config.train.learning_rate),
         train_data=functools.partial(data, 50, 0, config.train.delay),
         validation_data=functools.partial(data, 20, 1),
         test_data=functools.partial(data, 20, 2),

@@ -1,0 +1,160 @@
+"""What a run's folder says of the run, and whether it may continue: its config, its data, its classes, what it depends on.
+
+    WORKDIR/config.json         the run's config
+    WORKDIR/dependencies.json   fingerprints of the frozen networks that it is trained with, if there are any (once beside.json)
+    WORKDIR/checkpoints/STEP    a run that has none may begin anew with any config
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from mmdiff import config as configs
+from mmdiff.errors import UserError
+from mmdiff.training.integrity import write_whole
+
+# What may change when a run continues: how it learns, how long, where and how often, but not what its weights mean. A section stands for
+# its keys. (The mesh and micro-batches change results by rounding only.)
+MAY_DIFFER = ("train", "sample", "eval")
+MUST_AGREE = ("train.ema", "train.start", "train.noise_scale", "train.norm_groups")  # what is averaged, and of what
+MAY_DIFFER_IN_USE = (*MAY_DIFFER, *MUST_AGREE, "seed")  # when the weights are only used
+
+
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The values of WORKDIR/config.json; {} if there is no such file. Raises UserError if it is not the config of a run."""
+    path = pathlib.Path(workdir) / "config.json"
+    config = read_json(path)
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping) or not isinstance(config.get("train"), Mapping):
+        raise UserError(f"{path} is not the config of a run: restore it, or choose another folder.")
+    return config
+
+
+def check_config(
+    workdir: str | os.PathLike, config: ml_collections.ConfigDict, may_differ=MAY_DIFFER
+) -> dict[str, tuple[Any, Any]]:
+    """-> {key: (there, here)}: what differs from the run in `workdir`, and may.
+
+    Keys in `may_differ` (full keys or sections) may, unless a longer one in MUST_AGREE says that they may not. Without a checkpoint there
+    is nothing to protect: {}.
+
+    Raises:
+      UserError: `workdir` holds checkpoints of another config (it names each other key that differs, with both values), or something else.
+    """
+    stored = read_config(workdir)
+    if not stored or not steps(checkpoint_folder(workdir)):
+        return {}
+    differs = configs.difference(stored, json.loads(configs.to_json(config)))
+
+    def longest(key, names):
+        return max((len(name) for name in names if key == name or key.startswith(f"{name}.")), default=0)
+
+    may = {key for key in differs if longest(key, may_differ) > longest(key, set(MUST_AGREE) - set(may_differ))}
+    if set(differs) - may:
+        listed = ", ".join(f"{key} (there {old!r}, here {new!r})" for key, (old, new) in differs.items() if key not in may)
+        raise UserError(f"{workdir} holds a run of another config: {listed}; use that config or another workdir.")
+    return {key: values for key, values in differs.items() if key in may}
+
+
+def write_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
+    """Writes WORKDIR/config.json, creating the folder. Raises UserError if that is not possible, or if there is one of something else."""
+    path = pathlib.Path(workdir) / "config.json"
+    with writing(workdir):
+        read_config(workdir)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, configs.to_json(config))
+
+
+def check_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
+    """Raises UserError if the run in `workdir` was trained with other frozen networks than those available (`Experiment.beside`)."""
+    for name, (there, here) in other_dependencies(workdir, experiment).items():
+        raise UserError(
+            f"{workdir} was trained with {name} of fingerprint {there[:12]}, and available is {here[:12]}: bring the former back, or train "
+            "again in another workdir.")
+
+
+def other_dependencies(workdir: str | os.PathLike, experiment: Any) -> dict[str, tuple[str, str]]:
+    """The available frozen networks that are not those of the run in `workdir`: name -> fingerprints (there, here)."""
+    stored = _dependencies(workdir) if experiment.beside else {}
+    found = {name: (stored[name], fingerprint()) for name, fingerprint in experiment.beside.items() if name in stored}
+    return {name: (there, here) for name, (there, here) in found.items() if here and here != there}
+
+
+def write_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
+    """Writes WORKDIR/dependencies.json, where there is something to say. Raises UserError if that is not possible."""
+    found = _dependencies(workdir) | {name: here for name, fingerprint in experiment.beside.items() if (here := fingerprint())}
+    path = pathlib.Path(workdir) / "dependencies.json"
+    if found or path.exists():
+        with writing(workdir):
+            write_whole(path, json.dumps(found, indent=1) + "\n")
+
+
+def checkpoint_folder(workdir: str | os.PathLike) -> pathlib.Path:
+    """WORKDIR/checkpoints, without links on the way. Raises UserError if WORKDIR is no path of a folder."""
+    if "://" in str(workdir):
+        raise UserError(f"the workdir {workdir} is not a folder: mount the bucket (gcsfuse, s3fs) and name the folder.")
+    try:
+        return pathlib.Path(workdir).resolve() / "checkpoints"
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null byte
+        raise UserError(f"the workdir {workdir!s} is no folder ({error}): choose another.") from error
+
+
+def steps(folder: pathlib.Path) -> list[int]:
+    """The steps of all committed checkpoints in a run's checkpoint folder, ascending. Raises UserError if it may not be read."""
+    with reading(folder):
+        if not folder.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """What a JSON file holds; None if there is no file. Raises UserError if it may not be read or is damaged."""
+    try:
+        with reading(path):
+            return json.loads(path.read_text()) if path.exists() or path.is_symlink() else None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid JSON ({error}): restore it, or use another workdir.") from error
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike):
+    """Reports what the operating system says of a file or folder of a run that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "ask its owner for it" if isinstance(error, PermissionError) else "restore it"
+        reason = error.strerror or error
+        raise UserError(f"{error.filename or path} cannot be read ({reason}): {remedy}, or use another workdir.") from error
+
+
+@contextlib.contextmanager
+def writing(workdir: str | os.PathLike):
+    """Reports what the operating system says of a folder that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the workdir {workdir} cannot be written ({error.strerror or error}): choose another.") from error
+
+
+def _dependencies(workdir: str | os.PathLike) -> dict[str, str]:
+    """What is noted of a run; a folder without checkpoints holds none, whatever an earlier attempt has left."""
+    if not steps(checkpoint_folder(workdir)):
+        return {}
+    for name in ("dependencies.json", "beside.json"):
+        path = pathlib.Path(workdir) / name
+        found = read_json(path)
+        if found is not None:
+            if not isinstance(found, Mapping) or not all(isinstance(value, str) for value in found.values()):
+                raise UserError(f"{path} is not a list of fingerprints: restore it, or use another workdir.")
+            return dict(found)
+    return {}
