@@ -263,6 +263,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     of_checkpoint(sub)
     sub.add_argument("--split", choices=("test", "validation"), default="test", help="what to measure on (default: test)")
     sub.add_argument("--reuse", action="store_true", help="print the report of this checkpoint and config if there is one")
+    sub.add_argument("--zeroshot", metavar="NAMES", help="classify pictures of published sets by prompts, too: all, or cifar10,food101")
+    sub.add_argument("--zeroshot-dir", type=_path, metavar="DIR", help="where these data sets are (default: where TFDS keeps them)")
     sub = command("cache", _cache, "encode a data set with a trained tokenizer", CACHE)
     option = sub.add_argument
     option("--out", type=_path, required=True, metavar="DIR", help="the folder of the cache")
@@ -410,6 +412,7 @@ def _sample(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     if _is_spare():
         return
+    args.overrides += _zeroshot(args)
     config, experiment = _open(args)
     if not experiment.evaluators:
         raise UserError(f"{args.config} measures nothing as it is set: see its head, or give its Experiment evaluators.")
@@ -429,6 +432,22 @@ def _eval(args: argparse.Namespace) -> None:
     console.out(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
     console.out(json_path)
     console.out(html_path)
+
+
+def _zeroshot(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """What --zeroshot and --zeroshot-dir set in the config."""
+    given = {name: value for name in ("zeroshot", "zeroshot_dir") if (value := getattr(args, name)) is not None}
+    if not given:
+        return []
+    if not given.get("zeroshot", "").strip():
+        raise UserError("--zeroshot-dir is where --zeroshot looks: say which data sets, --zeroshot all or --zeroshot cifar10,food101.")
+    if args.split != "test":
+        raise UserError("--zeroshot measures published test sets, on which nothing is to be chosen: leave --split validation out.")
+    if "zeroshot" not in configs.load(args.config)[0].get("eval", {}):
+        raise UserError(
+            f"{args.config} has no vectors of images and texts to classify by: --zeroshot is for configs/diffdis/sd_scale.py, scenes.py, "
+            "scenes_towers.py and what sets config.eval.zeroshot.")
+    return [(f"eval.{name}", value) for name, value in given.items()]
 
 
 def _cache(args: argparse.Namespace) -> None:

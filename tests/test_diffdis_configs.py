@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmdiff import __main__ as cli
 from mmdiff import config as configs
@@ -221,6 +222,59 @@ def test_the_setting_of_the_paper_steps_in_small(monkeypatch):
     drawn = experiment.draw(
         after.params, jax.random.split(jax.random.key(1), 2), {"text": jnp.asarray(batch["text"][:2])}, steps=2, guidance=2.0)
     assert drawn["image"].shape == (2, 32, 32, 4) and bool(jnp.isfinite(drawn["image"]).all())
+
+
+ENCODERS = """
+import numpy as np
+
+def encode_image(images):
+    return np.tile(images[:, ::8, ::8, :1], (1, 1, 1, 4))
+
+def encode_text(texts):
+    return [np.random.default_rng(len(text)).normal(size=768) for text in texts]
+"""
+
+
+@pytest.fixture(scope="module")
+def aircraft(tmp_path_factory):
+    """The smallest of the zero-shot data sets: two pictures of two variants, as the archive has them."""
+    folder = tmp_path_factory.mktemp("zeroshot")
+    (folder / "fgvc-aircraft-2013b/data/images").mkdir(parents=True)
+    (folder / "fgvc-aircraft-2013b/data/variants.txt").write_text("A300\nBoeing 747\n")
+    (folder / "fgvc-aircraft-2013b/data/images_variant_test.txt").write_text("001 A300\n002 Boeing 747\n")
+    for name, level in (("001", 40), ("002", 200)):
+        Image.new("RGB", (20, 16), (level, level, level)).save(folder / f"fgvc-aircraft-2013b/data/images/{name}.jpg")
+    (folder / "encoders.py").write_text(ENCODERS)
+    return folder
+
+
+def classified(experiment, config):
+    """What the first evaluator, the zero-shot one, finds of a new network."""
+    params = jax.jit(experiment.init)(jax.random.key(0))
+    found = experiment.evaluators[0](experiment, params, config, jax.random.key(1), 0)
+    assert found.settings["zero_shot_pictures"] == {"fgvc_aircraft": 2} and len(found.settings["zero_shot_not_run"]) == 11
+    return found.figures["zero_shot"]
+
+
+def test_towers_classify_pictures_of_published_sets(aircraft):
+    values = {key.replace(".", "__"): value for key, value in TOWERS.items()}
+    assert len(load("scenes_towers", **values)[0].evaluators) == 1
+    experiment, config = load("scenes_towers", **values, eval__zeroshot="all", eval__zeroshot_dir=aircraft)
+    assert classified(experiment, config) in (0, 0.5, 1)
+
+
+@pytest.mark.slow
+def test_diffdis_classifies_pictures_of_published_sets(aircraft, towers, monkeypatch):
+    monkeypatch.setitem(SIZES, "XS", (2, 32, 4))
+    asked = {"eval__zeroshot": "all", "eval__zeroshot_dir": aircraft, "eval__batch": 2}
+    net = {key.replace(".", "__"): value for key, value in NET.items()}
+    assert classified(*load("scenes", **net, data__towers=towers / "towers", **asked)) in (0, 0.5, 1)
+    small = dict(
+        data__source="random", model__size="XS", model__shared=1, model__head_width=16, model__head_heads=2, model__head_depth=1,
+        model__patch=16, model__dtype="float32")
+    assert classified(*load("sd_scale", **small, **asked, eval__encoders=aircraft / "encoders.py")) in (0, 0.5, 1)
+    with pytest.raises(UserError, match="config.eval.encoders is empty: to classify pictures, name a Python file"):
+        load("sd_scale", **small, **asked)
 
 
 def test_towers_of_other_sizes_are_refused(towers):

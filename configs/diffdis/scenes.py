@@ -7,6 +7,7 @@
     python -m mmdiff sample --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes \\
         --given text="a small red seven on a blue background, top left"
     python -m mmdiff sample --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes --given image=scene.png
+    python -m mmdiff eval   --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes --zeroshot cifar10 (of pictures it never saw)
 
 The query is the vector of the frozen text tower. The caption is a stream of ids, which masked diffusion fills in beside an image (not in
 the paper, whose captions are states of the tower and a condition alone: sd_scale.py). One in ten combinations of digit, colour and position
@@ -25,6 +26,7 @@ that it had after 2,000 steps is reached here after 1,400.
 
 from functools import partial
 
+import jax
 import optax
 import optax.contrib
 from ml_collections import ConfigDict
@@ -34,6 +36,7 @@ from mmdiff.data import scenes
 from mmdiff.data.modalities import Features, Images, Texts
 from mmdiff.data.towers import Described, Towers
 from mmdiff.errors import UserError
+from mmdiff.evals import zeroshot
 from mmdiff.evals.alignment import Aligner
 from mmdiff.evals.scene_alignment import SceneAlignment
 from mmdiff.evals.scenes import CaptionedScenes
@@ -64,7 +67,7 @@ def get_config():
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
         "sample": {"steps": 25, "guidance": 2.0},
-        "eval": {"batch": 250},
+        "eval": {"batch": 250, "zeroshot": "", "zeroshot_dir": ""},  # names of data sets, or all: see mmdiff/evals/zeroshot.py
     })
 
 
@@ -100,6 +103,8 @@ def build(config):
     shape = {"image": SHAPE, "text": (words.length,), "query": (size,)}
     seen = {name: shape[name] for name in ("image", "text")}
     judged = CaptionedScenes("image", decode=lambda images: images, asked=tuple(scenes.ATTRIBUTES), batch=config.eval.batch)
+    aligner = Aligner(net, query, size, SHAPE)
+    see = aligner.function(10, cached=not model.two_way)
     return Experiment(
         process=drawing,
         init=initialiser(net, Joint(image=image, text=text, query=query), shape),
@@ -117,7 +122,9 @@ def build(config):
         draw=sampling.drawer(drawing, draw, seen, drop=("text",), heun=True),
         modalities={"image": Images(*SHAPE), "text": Texts(words), "query": Features(size, "query", norm=1.0)},
         beside={"towers": towers.fingerprint},
-        evaluators=(SceneAlignment(Aligner(net, query, size, SHAPE), towers, judged),),
+        evaluators=(
+            *zeroshot.asked(config.eval, jax.jit(see), lambda params, texts: towers.encode(texts), SIZE),
+            SceneAlignment(aligner, towers, judged)),
     )
 
 

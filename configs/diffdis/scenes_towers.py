@@ -11,6 +11,7 @@ the test scenes; of 200 with all ten digits each, for 0.756 of the held-out comb
 cores shared with other work.
 """
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from mmdiff.data import scenes
 from mmdiff.data.modalities import Images, Texts
 from mmdiff.data.towers import Recipe
 from mmdiff.errors import UserError
+from mmdiff.evals import zeroshot
 from mmdiff.evals.scene_alignment import SceneTowers
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint
@@ -39,7 +41,7 @@ def get_config():
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
         "sample": {"steps": 1, "guidance": 1.0},
-        "eval": {"batch": 250},
+        "eval": {"batch": 250, "zeroshot": "", "zeroshot_dir": ""},
     })
 
 
@@ -53,6 +55,8 @@ def build(config):
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     shape = {"image": (SIZE, SIZE, 3), "text": (words.length,)}
+    see = jax.jit(lambda params, keys, given: net.apply(params, given["image"], method="see"))
+    read = jax.jit(lambda params, ids: net.apply(params, ids, method="read")[1])
     return Experiment(
         process=process,
         init=initialiser(net, process, shape),
@@ -67,7 +71,9 @@ def build(config):
         shape=shape,
         draw=draws_nothing,
         modalities={"image": Images(SIZE, SIZE, 3), "text": Texts(words)},
-        evaluators=(SceneTowers(net, size=SIZE),),
+        evaluators=(
+            *zeroshot.asked(config.eval, see, lambda params, texts: read(params, words.encode(texts)), SIZE),
+            SceneTowers(net, size=SIZE)),
         cache=Recipe(net, scenes.tokenizer),
     )
 

@@ -5,6 +5,7 @@
         --config.train.steps=500000 --config.train.learning_rate=1e-4
     python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/diffdis $DATA --config.train.start=runs/generator
     python -m mmdiff eval  --config configs/diffdis/sd_scale.py --workdir runs/diffdis
+    python -m mmdiff eval  --config configs/diffdis/sd_scale.py --workdir runs/diffdis --zeroshot all --config.eval.encoders=encoders.py
     python -m mmdiff aot   --config configs/diffdis/sd_scale.py --topology v5e:4x4 --config.data.source=random \\
         --config.train.mesh.data=1 --config.train.mesh.fsdp=16 --config.model.remat=full
 
@@ -15,7 +16,8 @@ tower makes of its caption: the tokens' states (zeros where there is padding), a
         "image": Latents(32, 32, 4), "text": Features(768, "text", 77), "query": Features(768, "query", norm=1.0)})
 
 mmdiff.data.pictures reads CC3M-style folders and tar shards; neither the autoencoder nor the tower comes along. config.data.source=random
-makes all three up.
+makes all three up. Zero-shot classification of the twelve data sets (mmdiff/evals/zeroshot.py) needs both, in a Python file with
+encode_image(images [n, 256, 256, 3] in [-1, 1]) -> latents [n, 32, 32, 4], scaled as in the cache, and encode_text(texts) -> [n, 768].
 
 Of the paper: the two losses on every batch, both with weight 1; the query rides in the image's self-attention with the image's weights,
 is put in anew at every block and has an MLP of its own (fusion="shared", two-way); a head of M = 6 blocks of width 768 with 12 heads; x_0
@@ -40,12 +42,14 @@ from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.latents import open_source
 from mmdiff.data.modalities import Features, Latents
 from mmdiff.errors import UserError
+from mmdiff.evals import zeroshot
 from mmdiff.evals.alignment import Aligner, PairRetrieval
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Gaussian, Given, Joint, eps, x0
 from mmdiff.training import optim
 
 STEPS = 1000  # of the chain
+PIXELS = 8  # for a latent, in height and in width
 TOKENS, VECTOR = 77, 768  # of CLIP's text tower
 NEW = r"query|head|logit"  # the weights that a generator does not bring
 
@@ -67,7 +71,7 @@ def get_config():
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
         "sample": {"steps": 50, "guidance": 4.0},
-        "eval": {"batch": 100, "count": 1000},
+        "eval": {"batch": 100, "count": 1000, "zeroshot": "", "zeroshot_dir": "", "encoders": ""},
     })
 
 
@@ -100,6 +104,7 @@ def build(config):
         raise UserError(f"config.tasks is {config.tasks!r}: choose both, draw or name.")
 
     seen = {name: shape[name] for name in ("image", "text")}
+    aligner = Aligner(net, query, VECTOR, shape["image"])
     return Experiment(
         process=drawing,
         init=initialiser(net, Joint(image=image, text=Given(0.0), query=query), shape),
@@ -115,8 +120,22 @@ def build(config):
         shape=seen,
         draw=sampling.drawer(drawing, draw, seen, drop=("text",)),
         modalities=modalities,
-        evaluators=(PairRetrieval(Aligner(net, query, VECTOR, shape["image"]), config.eval.count, config.eval.batch),),
+        evaluators=(
+            *classifiers(config.eval, aligner.function(10, cached=not model.two_way), modalities["image"], PIXELS * data.size),
+            PairRetrieval(aligner, config.eval.count, config.eval.batch)),
     )
+
+
+def classifiers(options, align, image, size):
+    """What classifies pictures by prompts, if that is asked for, with the autoencoder and the text tower of config.eval.encoders."""
+    if not options.zeroshot:
+        return ()
+    encoders, align = zeroshot.encoders(options.encoders), jax.jit(align)
+
+    def see(params, keys, given):
+        return align(params, keys, {"image": image.check(encoders.encode_image(given["image"]))})
+
+    return zeroshot.asked(options, see, lambda params, texts: encoders.encode_text(texts), size)
 
 
 def groups(params):

@@ -14,12 +14,19 @@ what lies where.
 The prompts are our own, fewer than CLIP's (18 for the CIFARs, 34 for Caltech101, 80 for ImageNet, ...), and so are the classes' names,
 those of TFDS in plain words: figures are comparable with each other, less so with published ones. A file DATA_DIR/SET/classes.txt,
 a name on every line by label, takes the place of the names. ImageNet needs it, for TFDS stores WordNet's ids.
+
+    python -m mmdiff eval --config ... --workdir ... --zeroshot all                         or --zeroshot cifar10,food101
+    python -m mmdiff eval --config ... --workdir ... --zeroshot all --zeroshot-dir DIR      where TFDS keeps data sets elsewhere
+
+set config.eval.zeroshot and config.eval.zeroshot_dir, which a config hands to `asked`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import importlib.util
 import os
 import pathlib
 import re
@@ -78,7 +85,7 @@ TASKS: Mapping[str, Task] = {
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot:
-    """Top-1 and mean-per-class accuracy on those of the twelve data sets that are on disk; the others are named in `settings`.
+    """Top-1 and mean-per-class accuracy on those data sets that are on disk; the others are named in `settings`.
 
         ZeroShot(jax.jit(aligner.function(10, cached=True)), lambda params, texts: towers.encode(texts), "tfds", 256)
 
@@ -88,9 +95,10 @@ class ZeroShot:
       data_dir: where TFDS keeps data sets. size: the side of a picture, of which the central square is seen.
       count: pictures of each set, evenly spread over it; by default all.
       batch: pictures of a call of `see`, always that many.
+      names: of the data sets.
 
     Raises:
-      UserError: a set that is on disk but cannot be read, or names of classes that are not as many as its classes.
+      UserError: no set that is on disk with names of its classes, one that cannot be read, or names that are not as many as its classes.
     """
 
     see: Callable
@@ -99,10 +107,13 @@ class ZeroShot:
     size: int
     count: int | None = None
     batch: int = 250
+    names: Sequence[str] = tuple(TASKS)
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
+        if getattr(experiment, "split", "test") != "test":
+            return Findings({}, settings={"zero_shot_not_run": "these are test sets: nothing is chosen on them"})
         clock, figures, notes, not_run, sources = Clock(), {}, {}, {}, {}
-        for name in TASKS:
+        for name in self.names:
             try:
                 source = Pictures(name, "val", self.data_dir, self.size)
             except Absent:
@@ -112,6 +123,10 @@ class ZeroShot:
                 sources[name] = (Some(source, self.count) if self.count else source), names
             else:
                 not_run[name] = f"names of classes are missing: write them into {pathlib.Path(self.data_dir) / name / CLASSES}"
+        if not sources:
+            raise UserError(
+                f"none of the data sets {', '.join(self.names)} can be classified: in {self.data_dir} they are missing or have no names of "
+                "their classes (mmdiff/data/pictures.py and mmdiff/evals/zeroshot.py say what lies where).")
         if not_run:
             say(f"not run for want of data or names (data/pictures.py, evals/zeroshot.py say what lies where): {', '.join(not_run)}")
         for name, (source, names) in sources.items():
@@ -121,10 +136,9 @@ class ZeroShot:
             figures |= {f"{name}_top1": accuracy(predicted, true), f"{name}_mean_per_class": mean_per_class(predicted, true)}
             notes |= {f"{name}_top1": said, f"{name}_mean_per_class": "the mean over the classes of that share"}
         clock.stop()
-        if sources:
-            chosen = {name: f"{name}_{'mean_per_class' if TASKS[name].per_class else 'top1'}" for name in sources}
-            figures["zero_shot"] = float(np.mean([figures[each] for each in chosen.values()]))
-            notes["zero_shot"] = f"the mean over {len(chosen)} of {len(TASKS)} data sets: {', '.join(chosen.values())}"
+        chosen = {name: f"{name}_{'mean_per_class' if TASKS[name].per_class else 'top1'}" for name in sources}
+        figures["zero_shot"] = float(np.mean([figures[each] for each in chosen.values()]))
+        notes["zero_shot"] = f"the mean over {len(chosen)} of {len(TASKS)} data sets: {', '.join(chosen.values())}"
         settings = {
             "zero_shot_pictures": {name: len(source) for name, (source, _) in sources.items()},
             "zero_shot_prompts": {name: len(TASKS[name].templates) for name in sources},
@@ -149,6 +163,60 @@ class ZeroShot:
             predicted.append(best("scores", scores(self.see(params, keys[rows], {"image": found["image"]}), candidates)))
             true.append(found["label"])
         return np.concatenate(predicted)[:count], np.concatenate(true)[:count]
+
+
+def asked(options: Any, see: Callable, read: Callable, size: int) -> tuple[ZeroShot, ...]:
+    """The evaluators that a config's `eval` section asks for: one for zeroshot = "all" or "cifar10,food101", none for "".
+
+    Args:
+      options: the section: zeroshot, zeroshot_dir ("" is where TFDS keeps data sets) and batch.
+      see, read, size: as in `ZeroShot`.
+
+    Raises:
+      UserError: unknown names, or a folder that does not exist.
+    """
+    if not options.zeroshot:
+        return ()
+    names = tuple(TASKS) if options.zeroshot == "all" else tuple(dict.fromkeys(name.strip() for name in options.zeroshot.split(",")))
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"there is no zero-shot data set {name!r}{hint}: config.eval.zeroshot is all, or some of {', '.join(TASKS)}.")
+    folder = options.zeroshot_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if not pathlib.Path(folder).expanduser().is_dir():
+        raise UserError(
+            f"there is no folder {folder}: name the one with the zero-shot data sets, --zeroshot-dir DIR (config.eval.zeroshot_dir; "
+            "mmdiff/data/pictures.py says what is in it).")
+    return (ZeroShot(see, read, folder, size, batch=options.batch, names=names),)
+
+
+def encoders(path: str) -> Any:
+    """A Python file with the networks that stand before and beside a latent model, as a module:
+
+        encode_image(images float32 [n, size, size, 3] in [-1, 1]) -> latents [n, ...]
+        encode_text(texts) -> vectors [n, D]
+
+    Raises:
+      UserError: a file that is missing, cannot be imported or lacks one of the functions.
+    """
+    file = pathlib.Path(path).expanduser()
+    if not path or not file.is_file():
+        where = f"{path} is no file" if path else "config.eval.encoders is empty"
+        raise UserError(
+            f"{where}: to classify pictures, name a Python file with encode_image(images) -> latents and encode_text(texts) -> vectors.")
+    spec = importlib.util.spec_from_file_location("mmdiff_encoders", file)
+    if spec is None:
+        raise UserError(f"{path} is no Python file: config.eval.encoders names one that ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
+    for name in ("encode_image", "encode_text"):
+        if not callable(getattr(module, name, None)):
+            raise UserError(f"{path} defines no function {name}: config.eval.encoders names a file with encode_image and encode_text.")
+    return module
 
 
 def class_names(name: str, stored: Sequence[str], data_dir: str | os.PathLike) -> list[str]:

@@ -1,7 +1,10 @@
 """Zero-shot classification of tiny sets on disk by an encoder whose every answer is known."""
 
 import io
+import json
+import re
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -10,9 +13,10 @@ import small_sets
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from mmdiff import __main__ as cli
 from mmdiff.errors import UserError
 from mmdiff.evals import retrieval, zeroshot
-from mmdiff.evals.zeroshot import TASKS, ZeroShot, class_names, plain
+from mmdiff.evals.zeroshot import TASKS, ZeroShot, asked, class_names, encoders, plain
 
 LEVELS = 7  # grey levels of pictures, each of which stands for a class
 # True labels and what the pictures show: of class 0 five of six are right, of class 1 none, of class 2 both.
@@ -92,9 +96,9 @@ def read(params, texts):
     return 0.1 * np.eye(LEVELS)[which]
 
 
-def found(folder, names=NAMES, **options):
+def found(folder, params=NAMES, **options):
     return ZeroShot(**{"see": see, "read": read, "data_dir": folder, "size": 8, "batch": 4, **options})(
-        None, names, None, jax.random.key(0), 0)
+        None, params, None, jax.random.key(0), 0)
 
 
 def test_accuracies_are_those_of_the_known_answers(folder):
@@ -118,8 +122,12 @@ def test_sets_that_cannot_be_run_are_named(folder, tmp_path):
     assert set(not_run) == set(TASKS) - {"cifar10", "eurosat", "oxford_iiit_pet"}
     assert not_run["food101"] == not_run["fgvc_aircraft"] == "not on disk"
     assert not_run["imagenet2012"] == f"names of classes are missing: write them into {folder / 'imagenet2012/classes.txt'}"
-    nothing = found(tmp_path / "none")
-    assert nothing.figures == {} and list(nothing.settings["zero_shot_not_run"]) == list(TASKS)
+    with pytest.raises(UserError, match=f"none of the data sets cifar10, .* can be classified: in {tmp_path}/none they are missing"):
+        found(tmp_path / "none")
+    some = found(folder, names=("food101", "cifar10"))
+    assert set(some.settings["zero_shot_not_run"]) == {"food101"} and set(some.figures) == {
+        "cifar10_top1", "cifar10_mean_per_class", "zero_shot"}
+    assert some.notes["zero_shot"] == "the mean over 1 of 12 data sets: cifar10_top1"
 
 
 def test_names_of_ones_own(folder):
@@ -191,3 +199,98 @@ def test_names_in_plain_words(tmp_path):
     assert {name: plain(name) for name in names} == names
     assert class_names("cifar10", ["a_b", "n00000001"], tmp_path) == ["a b", "n00000001"]
     assert class_names("imagenet2012", ["n00000000", "n00000001"], tmp_path) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- the command
+
+CONFIG = """
+import dataclasses
+
+import test_zeroshot
+import tiny
+from mmdiff.evals import zeroshot
+
+
+def get_config():
+    config = tiny.get_config()
+    config.eval = {"batch": 4, "zeroshot": "", "zeroshot_dir": ""}
+    return config
+
+
+def build(config):
+    read = lambda params, texts: test_zeroshot.read(test_zeroshot.NAMES, texts)
+    return dataclasses.replace(tiny.build(config), evaluators=zeroshot.asked(config.eval, test_zeroshot.see, read, 8))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The options of a config that classifies, and of a run of it."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.py").write_text(CONFIG)
+    options = ["--config", str(folder / "config.py"), "--workdir", str(folder / "run")]
+    assert cli.main(["train", *options, "--config.train.steps=1"]) == 0
+    return options
+
+
+def test_the_command_classifies_what_is_on_disk_and_reports_it(run, folder, capsys):
+    assert cli.main(["eval", *run, "--zeroshot", "cifar10, food101", "--zeroshot-dir", str(folder)]) == 0
+    told = capsys.readouterr()
+    assert "not run for want of data or names" in told.err and told.err.count("food101") == 1
+    report = json.loads(open(f"{run[-1]}/report.json").read())
+    assert report["cifar10_top1"] == report["zero_shot"] == pytest.approx(7 / 9) and "cifar10_top1" in told.out
+    assert cli.main(["eval", *run, "--zeroshot", "all", "--zeroshot-dir", str(folder)]) == 0
+    report = json.loads(open(f"{run[-1]}/report.json").read())
+    assert report["eurosat_top1"] == 1 and "oxford_iiit_pet_mean_per_class" in report
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--zeroshot", "cifar01"], "no zero-shot data set 'cifar01' \\(did you mean cifar10\\?\\): .* some of cifar10, cifar100, "),
+        (["--zeroshot", "cifar10", "--zeroshot-dir", "/nowhere"], "no folder /nowhere: name the one with the zero-shot data sets"),
+        (["--zeroshot-dir", "/tmp"], "say which data sets, --zeroshot all"),
+        (["--zeroshot", ""], "say which data sets, --zeroshot all"),
+        (["--zeroshot", "all", "--split", "validation"], "leave --split validation out"),
+        (["--zeroshot", "food101", "--zeroshot-dir", "."], "none of the data sets food101 can be classified: in . they are missing"),
+    ],
+)
+def test_what_the_command_cannot_do_is_one_sentence(run, given, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", *run, *given]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmdiff: error")]
+    assert len(lines) == 1 and re.search(message, lines[0]), lines
+
+
+def test_a_config_without_vectors_is_named(capsys, tmp_path):
+    file = tmp_path / "plain.py"
+    file.write_text("from tiny import build, get_config\n")
+    assert cli.main(["eval", "--config", str(file), "--workdir", str(tmp_path), "--zeroshot", "all"]) == 2
+    assert "has no vectors of images and texts to classify by" in capsys.readouterr().err
+
+
+def test_nothing_is_asked_for_by_default_and_nothing_is_chosen_on_test_sets(folder):
+    options = types.SimpleNamespace(zeroshot="", zeroshot_dir="", batch=4)
+    assert asked(options, see, read, 8) == ()
+    options.zeroshot, options.zeroshot_dir = "cifar10", str(folder)
+    (evaluator,) = asked(options, see, read, 8)
+    result = evaluator(types.SimpleNamespace(split="validation"), NAMES, None, jax.random.key(0), 0)
+    assert not result.figures and "test sets" in result.settings["zero_shot_not_run"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "is no file: to classify pictures, name a Python file with encode_image"),
+        ("encode_image = len", "defines no function encode_text"),
+        ("import nowhere_to_be_found", "cannot be imported: ModuleNotFoundError"),
+    ],
+)
+def test_encoders_that_are_none(content, message, tmp_path):
+    file = tmp_path / "encoders.py"
+    if content:
+        file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        encoders(str(file))
+    with pytest.raises(UserError, match="config.eval.encoders is empty"):
+        encoders("")
