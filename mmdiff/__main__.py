@@ -516,7 +516,7 @@ def _open(args: argparse.Namespace):
     configs.put(config, stored)
     configs.put(config, asked)
     _start_jax()
-    return config, configs.build(config, module, args.overrides)
+    return config, run_metadata.with_class_names(configs.build(config, module, args.overrides), args.workdir)
 
 
 def _key(seed: int, use: str):

@@ -65,7 +65,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     (r"(\w+_)?learning_rate", Range(0, 1e3, above=True)),
     (r"clip", Range(0, math.inf, above=True)),
     (r"weight_decay", Range(0, 1e3)),
-    (r"(train\.steps|log_every|checkpoint_every|patience)", EVERY),
+    (r"(train\.steps|log_every|checkpoint_every|patience|max_skipped)", EVERY),
     (r"(eval_every|warmup_steps)", Range(0, STEPS)),
     (r"(\w+_)?batch", Range(1, 2**24)),
     (r"microbatches", Range(1, 2**20)),

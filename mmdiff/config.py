@@ -31,6 +31,11 @@ except ModuleNotFoundError:
     sys.modules["ml_collections"] = ml_collections  # config files import it by that name
 
 SECTIONS = (Mapping, ml_collections.ConfigDict)
+OPTIONAL = {  # what a config file need not state, nor an earlier run have stored
+    "train.max_skipped": 100,
+    "train.other_data": False,
+    "train.start_strict": False,
+}
 NOT_FINITE = ("Infinity", "-Infinity", "NaN")  # JSON has no word for them
 
 
@@ -64,6 +69,10 @@ def _finish(path: str, config: Any, overrides: Sequence[tuple[str, str]]) -> ml_
     missing = [name for name, kind in (("seed", int), ("train", SECTIONS)) if not isinstance(config.get(name), kind)]
     if missing:
         raise UserError(f"{path} is no config file: its get_config has no {missing[0]} (see configs/digits_joint.py).")
+    for key, value in OPTIONAL.items():
+        section, _, name = key.partition(".")
+        if name not in config[section]:
+            config[section][name] = value
     own = flatten(config)
     for key, text in overrides:
         _override(config, key, text)

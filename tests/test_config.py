@@ -173,7 +173,7 @@ def test_a_loaded_config_takes_no_new_key(file):
 def test_flatten_and_json_hold_every_value(file):
     config, _ = configs.load(file)
     flat = configs.flatten(config)
-    assert flat["train.mesh.data"] == -1 and flat["model.shape"] == (8, 8, 1) and len(flat) == 14
+    assert flat["train.mesh.data"] == -1 and flat["model.shape"] == (8, 8, 1) and len(flat) == 14 + len(configs.OPTIONAL)
     assert ml_collections.ConfigDict(json.loads(configs.to_json(config))).train.steps == 3000
 
 

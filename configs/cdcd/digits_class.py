@@ -19,7 +19,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.digits import digits_tokens
+from mmdiff.data.digits import NAMES, digits_tokens
 from mmdiff.data.modalities import Labels, TokenImages
 from mmdiff.errors import UserError
 from mmdiff.evals.calls import Calls
@@ -89,7 +89,7 @@ def build(config):
         test_data=lambda: digits_tokens("test"),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop),
-        modalities={"tokens": TokenImages(8, 8, LEVELS), "label": Labels(CLASSES)},
+        modalities={"tokens": TokenImages(8, 8, LEVELS), "label": Labels(CLASSES, synonyms=NAMES)},
         evaluators=(
             figures,
             Calls(figures, ["conditional_agreement", "classification_accuracy_score", "frechet_ratio"], config.eval.calls, strided),

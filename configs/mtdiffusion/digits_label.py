@@ -23,7 +23,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
-from mmdiff.data.digits import digits_source
+from mmdiff.data.digits import NAMES, digits_source
 from mmdiff.data.modalities import Images, Labels
 from mmdiff.errors import UserError
 from mmdiff.evals.digits import JointImageLabel
@@ -107,6 +107,6 @@ def build(config):
         test_data=lambda: digits_source("test"),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop=("label",), heun=True),
-        modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(CLASSES)},
+        modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(CLASSES, synonyms=NAMES)},
         evaluators=(JointImageLabel(batch=config.eval.batch),),
     )

@@ -26,7 +26,8 @@ from mmdiff.errors import UserError
 
 LEVELS = 17  # values 0..16
 CLASSES = 10
-CAPTIONS = tuple(f"a handwritten {word}" for word in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"))
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CAPTIONS = tuple(f"a handwritten {name}" for name in NAMES)
 SIZES = {"train": 1097, "validation": 200, "test": 500}
 # SHA-256 of each split's images and labels (uint8, in order): a damaged copy, or other digits, are noticed at once.
 _FINGERPRINTS = {

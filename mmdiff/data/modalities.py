@@ -247,12 +247,14 @@ class Labels:
     Attributes:
       count: the number of classes.
       names: what to call them, or None for their numbers.
+      synonyms: other words for them that `parse` takes as well.
       name: the modality's name, which is its key in an `.npz` file.
     """
 
     count: int
     names: Sequence[str] | None = None
     name: str = "label"
+    synonyms: Sequence[str] | None = None
 
     @property
     def shape(self) -> tuple[()]:
@@ -260,14 +262,15 @@ class Labels:
         return ()
 
     def parse(self, text: str) -> np.ndarray:
-        """Labels int32 [n] from "7", "3,1,4", a class's name, or a `.npy`/`.npz` file.
+        """Labels int32 [n] from "7", "3,1,4", names of classes, or a `.npy`/`.npz` file.
 
         Raises:
           UserError: neither a name, nor a number in 0..count-1, nor such a file.
         """
         if pathlib.Path(text).suffix.lower() in (".npy", ".npz"):
             return self.check(np.atleast_1d(read_array(files.expand(text), self.name)))
-        return np.array([self._number(word.strip()) for word in text.split(",")], np.int32)
+        words = [text] if text in (self.names or ()) else text.split(",")  # a name may hold a comma
+        return np.array([self._number(word.strip()) for word in words], np.int32)
 
     def check(self, array) -> np.ndarray:
         """`array` as int32 [n].
@@ -293,8 +296,9 @@ class Labels:
         return rng.integers(self.count, size=count, dtype=np.int32)
 
     def _number(self, word: str) -> int:
-        if self.names is not None and word in self.names:
-            return list(self.names).index(word)
+        for words in filter(None, (self.names, self.synonyms)):
+            if word in words:
+                return list(words).index(word)
         try:
             number = int(word)
         except ValueError:
@@ -304,7 +308,8 @@ class Labels:
         return number
 
     def _out_of_range(self, found) -> UserError:
-        named = f" or one of {', '.join(self.names)}" if self.names is not None else ""
+        names = [str(word) for word in self.names or self.synonyms or ()]
+        named = f" or one of {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}" if names else ""
         return UserError(f"{self.name} {found} does not exist: labels are 0..{self.count - 1}{named}.")
 
 

@@ -74,6 +74,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         step_fn = step_of(experiment, options)
         abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
         data = experiment.train_data()
+        here = run_metadata.describe_data(experiment, data)
         evaluate = make_evaluate(experiment, config, mesh) if options.eval_every else None
         part, parts = sharding.process_rows(mesh, options.global_batch)
         example = loader.batches(data, config.seed, 1, part * options.global_batch // parts)  # its own first row: no process reads others'
@@ -94,6 +95,8 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), empty)
             state, averages, meta = saved.restore(abstract, like)
             meta = {"order": 1, **meta}  # of before the order had versions
+            moved = set(changed) & set(run_metadata.FOLDERS)
+            noted = run_metadata.check_data(workdir, meta.get("data"), here, moved=moved, other=options.get("other_data", False))
         else:
             key = key_of(config.seed)
             state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
@@ -103,7 +106,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
                 cast = jax.tree.map(lambda new, old: new.astype(old.dtype), weights, state.params)
                 params, ema = jax.jit(lambda *both: jax.tree.map(jnp.copy, both), out_shardings=where)(cast, weights)
                 state = state.replace(params=params, ema=ema)
-            averages, meta = empty, {"position": 0, "order": ORDER_VERSION, "train_seconds": 0.0, "compile_seconds": 0.0}
+            noted, averages, meta = [], empty, {"position": 0, "order": ORDER_VERSION, "train_seconds": 0.0, "compile_seconds": 0.0}
         if start >= options.steps:
             if jax.process_index() == 0:
                 console.say(f"nothing to do: {workdir} is trained for {start} of {options.steps} steps")
@@ -111,9 +114,13 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         if jax.process_index() == 0:
             run_metadata.write_config(workdir, config)
             run_metadata.write_dependencies(workdir, experiment)
+            run_metadata.write_data(workdir, here)
+        meta["data"] = here
         logger = stack.enter_context(MetricsLogger(workdir, options, start, meta["train_seconds"]))
         for name in run_metadata.other_dependencies(options.start, experiment) if options.get("start") and not start else ():
             logger.say(f"the weights from {options.start} were trained with other {name}: what they know of these does not fit")
+        for what in noted:
+            logger.say(what)
         if start and changed:
             listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
             logger.say(f"continuing with other values: {listed}")

@@ -2,27 +2,33 @@
 
     WORKDIR/config.json         the run's config
     WORKDIR/dependencies.json   fingerprints of the frozen networks that it is trained with, if there are any (once beside.json)
+    WORKDIR/data.json           the fingerprint of its training data and the names of the classes (each checkpoint has them as well)
     WORKDIR/checkpoints/STEP    a run that has none may begin anew with any config
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 
 from mmdiff import config as configs
+from mmdiff.data.modalities import Labels
+from mmdiff.data.sources import fingerprint
 from mmdiff.errors import UserError
 from mmdiff.training.integrity import write_whole
 
 # What may change when a run continues: how it learns, how long, where and how often, but not what its weights mean. A section stands for
 # its keys. (The mesh and micro-batches change results by rounding only.)
-MAY_DIFFER = ("train", "sample", "eval")
+FOLDERS = ("data.dir", "data.towers")  # what lies there must be the same: its fingerprint is compared
+MAY_DIFFER = ("train", "sample", "eval", *FOLDERS)
 MUST_AGREE = ("train.ema", "train.start", "train.noise_scale", "train.norm_groups")  # what is averaged, and of what
 MAY_DIFFER_IN_USE = (*MAY_DIFFER, *MUST_AGREE, "seed")  # when the weights are only used
 
@@ -53,6 +59,7 @@ def check_config(
     if not stored or not steps(checkpoint_folder(workdir)):
         return {}
     differs = configs.difference(stored, json.loads(configs.to_json(config)))
+    differs = {key: (old, new) for key, (old, new) in differs.items() if not (key in configs.OPTIONAL and old is None)}
 
     def longest(key, names):
         return max((len(name) for name in names if key == name or key.startswith(f"{name}.")), default=0)
@@ -95,6 +102,84 @@ def write_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
     if found or path.exists():
         with writing(workdir):
             write_whole(path, json.dumps(found, indent=1) + "\n")
+
+
+def describe_data(experiment: Any, source: Any) -> dict[str, Any]:
+    """What a run notes of its training data: {"fingerprint": "LENGTH-DIGEST", "classes": {modality: [name, ...]}}."""
+    names = {name: modality.names or modality.synonyms for name, modality in experiment.modalities.items() if isinstance(modality, Labels)}
+    classes = {name: [str(word) for word in words or getattr(source, "names", ())] for name, words in names.items()}
+    return {"fingerprint": fingerprint(source), "classes": {name: words for name, words in classes.items() if words}}
+
+
+def check_data(
+    workdir: str | os.PathLike, stored: Mapping[str, Any] | None, here: Mapping[str, Any], *, moved: Iterable[str] = (), other: bool = False
+) -> list[str]:
+    """What is to be said when a run continues with these data.
+
+    Args:
+      workdir: the run.
+      stored: `describe_data` of the run, None in runs of before it was noted.
+      here: that of the data it continues with.
+      moved: the keys of the config that name another folder now.
+      other: whether the user wants to continue with other data (config.train.other_data).
+
+    Raises:
+      UserError: the data are others, labels mean other classes, or that cannot be known of data that were moved.
+    """
+    if not stored:
+        if moved := list(moved):
+            raise UserError(
+                f"{workdir} does not say what it was trained on, so the data cannot be compared: config.{moved[0]} must stay as it is.")
+        return ["the run does not say what it was trained on: the data are taken to be the same"]
+    found = []
+    for name, (number, old, new) in other_classes(stored, here).items():
+        found.append(f"class {number} of {name} was {old} and is {new} now, so labels mean something else")
+    if stored["fingerprint"] != here["fingerprint"]:
+        old, new = (int(data["fingerprint"].partition("-")[0]) for data in (stored, here))
+        what = f"{old:,} examples then, {new:,} now" if old != new else f"{old:,} examples as before, but not the same"
+        found.append(f"the training data are not those of the run in {workdir} ({what})")
+    if found and not other:
+        raise UserError(f"{'; '.join(found)}: bring the former data back, or set config.train.other_data=true to continue with these.")
+    return found
+
+
+def other_classes(stored: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[int, str, str]]:
+    """The modalities whose labels mean other classes than before: name -> the first such label and its class (then, now)."""
+    found = {}
+    for name, old in stored.get("classes", {}).items():
+        new = here.get("classes", {}).get(name)
+        if new and new != old:
+            pairs = itertools.zip_longest(old, new, fillvalue="no class")
+            number, words = next((number, words) for number, words in enumerate(pairs) if words[0] != words[1])
+            found[name] = (number, *words)
+    return found
+
+
+def write_data(workdir: str | os.PathLike, described: Mapping[str, Any]) -> None:
+    """Writes WORKDIR/data.json. Raises UserError if that is not possible."""
+    with writing(workdir):
+        write_whole(pathlib.Path(workdir) / "data.json", json.dumps(described, indent=1) + "\n")
+
+
+def read_data(workdir: str | os.PathLike) -> dict[str, Any]:
+    """What WORKDIR/data.json says, {} without it. Raises UserError if it is damaged."""
+    path = pathlib.Path(workdir) / "data.json"
+    found = read_json(path)
+    whole = isinstance(found, Mapping) and isinstance(found.get("fingerprint"), str) and isinstance(found.get("classes"), Mapping)
+    if found is not None and not whole:
+        raise UserError(f"{path} is not what a run writes: restore it, or remove it and name classes by their numbers.")
+    return dict(found or {})
+
+
+def with_class_names(experiment: Any, workdir: str | os.PathLike) -> Any:
+    """The experiment, whose classes have the names that the data of the run gave them where it does not name them itself."""
+    named = {}
+    for name, words in read_data(workdir).get("classes", {}).items():
+        modality = experiment.modalities.get(name)
+        if isinstance(modality, Labels) and not (modality.names or modality.synonyms):
+            words = [*words, *map(str, range(len(words), modality.count))][: modality.count]
+            named[name] = dataclasses.replace(modality, names=tuple(words))
+    return dataclasses.replace(experiment, modalities={**experiment.modalities, **named}) if named else experiment
 
 
 def checkpoint_folder(workdir: str | os.PathLike) -> pathlib.Path:

@@ -15,6 +15,7 @@ from clu.metrics import Average
 from jax.sharding import Mesh
 
 from mmdiff.data import loader
+from mmdiff.data.order import ORDER_VERSION
 from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
 from mmdiff.nets import target
@@ -45,7 +46,7 @@ def same_leaves(one, other):
 @pytest.mark.slow
 def test_a_run_leaves_its_files(config, tmp_path, capsys):
     state = loop.train(toy.build(config), config, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "checkpoints", "metrics.jsonl", "run.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "data.json", "checkpoints", "metrics.jsonl", "run.json"}
     assert [(row["step"], "val/loss" in row) for row in rows(tmp_path)] == [
         (4, False), (8, False), (10, True), (12, False), (12, True)
     ]  # fmt: skip
@@ -124,7 +125,7 @@ def test_an_interval_of_skipped_steps_is_null_and_seen_in_the_progress(config, t
 
 @pytest.mark.parametrize("spoiled, cause", [("data", "loss"), ("rate", "update by the optimizer")])
 def test_a_run_that_no_longer_learns_ends(spoiled, cause, config, tmp_path):
-    config.train.update(max_skipped=5, steps=500, eval_every=0, checkpoint_every=4)
+    config.train.update(max_skipped=5, steps=500, eval_every=0, checkpoint_every=4, other_data=True)
     experiment = toy.build(config)
     good = loop.train(experiment, config_with(config, steps=4), tmp_path)
     if spoiled == "data":
@@ -290,6 +291,25 @@ def test_a_run_continues_with_batches_of_another_size_and_sees_every_example_onc
         assert checkpoints.read_meta(tmp_path, steps)["position"] == at + asked
     said = capsys.readouterr().err
     assert "train.global_batch 16 -> 8" in said and "train.learning_rate 0.1 -> 0.2" in said and "schedules" in said
+
+
+def test_a_data_set_that_grew_is_refused_unless_it_is_wanted(config, tmp_path, capsys):
+    config.train.update(steps=2, eval_every=0)
+    experiment = toy.build(config)
+    loop.train(experiment, config, tmp_path)
+    more = dataclasses.replace(experiment, train_data=lambda: toy.data(51, 0))
+    config.train.steps = 4
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"50 examples then, 51 now.*config.train.other_data"):
+        loop.train(more, config, tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    with config.unlocked():
+        config.train.other_data = True
+    loop.train(more, config, tmp_path)
+    assert "50 examples then, 51 now" in capsys.readouterr().err
+    meta = checkpoints.read_meta(tmp_path, 4)
+    assert meta["order"] == ORDER_VERSION and meta["data"]["fingerprint"].startswith("51-")
+    assert run_metadata.read_data(tmp_path) == meta["data"]
 
 
 def test_a_second_trainer_is_refused_and_nothing_is_touched(config, tmp_path):

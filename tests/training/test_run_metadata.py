@@ -5,11 +5,23 @@ import functools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import toy
 
+from mmdiff.data.modalities import Labels
+from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
-from mmdiff.training.run_metadata import check_config, check_dependencies, write_config, write_dependencies
+from mmdiff.training.run_metadata import (
+    check_config,
+    check_data,
+    check_dependencies,
+    describe_data,
+    with_class_names,
+    write_config,
+    write_data,
+    write_dependencies,
+)
 
 
 def test_a_run_continues_with_its_own_config_only(tmp_path):
@@ -59,3 +71,86 @@ def test_a_run_is_refused_with_other_frozen_networks(tmp_path):
     assert json.loads((tmp_path / "dependencies.json").read_text()) == {"towers": "c" * 64}
 
 
+
+
+def experiment_of(source, **labels):
+    return dataclasses.replace(toy.build(toy.get_config()), train_data=lambda: source, modalities={"label": Labels(3, **labels)})
+
+
+class Folder(ArraySource):
+    """A folder of classes: `names`, in their order."""
+
+    names = ()
+
+
+def folder(*names, count=6):
+    source = Folder({"label": np.arange(count) % len(names)})
+    object.__setattr__(source, "names", names)
+    return source
+
+
+def test_the_names_of_classes_are_those_of_the_config_or_of_the_data():
+    for experiment, source, words in (
+        (experiment_of(None, names=("a", "b", "c")), folder("x", "y", "z"), ["a", "b", "c"]),
+        (experiment_of(None, synonyms=("one", "two", "three")), folder("x", "y", "z"), ["one", "two", "three"]),
+        (experiment_of(None), folder("x", "y", "z"), ["x", "y", "z"]),
+    ):
+        assert describe_data(experiment, source)["classes"] == {"label": words}
+    assert describe_data(experiment_of(None), ArraySource({"label": np.zeros(3)}))["classes"] == {}
+
+
+def test_classes_are_called_by_the_names_that_a_run_has_stored(tmp_path):
+    experiment = experiment_of(None)
+    assert with_class_names(experiment, tmp_path) is experiment
+    write_data(tmp_path, describe_data(experiment, folder("cat", "dog, wild")))
+    label = with_class_names(experiment, tmp_path).modalities["label"]
+    assert label.parse("cat").tolist() == [0] and label.parse("dog, wild").tolist() == [1] and label.parse("2,cat").tolist() == [2, 0]
+    assert label.show(np.array([1, 2])) == ["dog, wild", "2"]
+    with pytest.raises(UserError, match="label 'cow' does not exist: labels are 0..2 or one of cat, "):
+        label.parse("cow")
+    for text in ("", "[]", "{}", '{"fingerprint": 3, "classes": {}}'):
+        (tmp_path / "data.json").write_text(text)
+        with pytest.raises(UserError, match="data.json is not "):
+            with_class_names(experiment, tmp_path)
+
+
+def test_other_data_are_refused_or_said(tmp_path):
+    experiment = experiment_of(None)
+    stored = describe_data(experiment, folder("cat", "dog", count=6))
+    assert check_data(tmp_path, stored, describe_data(experiment, folder("cat", "dog", count=6)), moved=["data.dir"]) == []
+    grown = describe_data(experiment, folder("cat", "dog", count=8))
+    with pytest.raises(UserError, match=r"are not those of the run in .* \(6 examples then, 8 now\): .* config.train.other_data=true"):
+        check_data(tmp_path, stored, grown)
+    [said] = check_data(tmp_path, stored, grown, other=True)
+    assert "6 examples then, 8 now" in said
+    shifted = describe_data(experiment, folder("cat", "cow", "dog", count=9))
+    with pytest.raises(UserError, match="class 1 of label was dog and is cow now, so labels mean something else; the training data"):
+        check_data(tmp_path, stored, shifted)
+    # A run of before data were noted goes on with a note; whether a folder that was moved holds the same, nobody can say.
+    assert "taken to be the same" in check_data(tmp_path, None, stored)[0]
+    with pytest.raises(UserError, match="so the data cannot be compared: config.data.dir must stay as it is"):
+        check_data(tmp_path, None, stored, moved=["data.dir"])
+
+
+def test_a_folder_with_a_config_of_something_else_is_refused_and_left_alone(tmp_path):
+    for text in ("[1]", "{}", '{"name": "a package"}', '{"train": 3}', "3", "{", "\udcff"):
+        (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+        before = (tmp_path / "config.json").read_bytes()
+        for use in (check_config, write_config):
+            with pytest.raises(UserError, match=f"{tmp_path}/config.json is not .*(restore|choose)"):
+                use(tmp_path, toy.get_config())
+        assert (tmp_path / "config.json").read_bytes() == before
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match="config.json cannot be read .Is a directory"):
+        check_config(tmp_path, toy.get_config())
+
+
+def test_what_a_config_need_not_state_is_no_difference(tmp_path):
+    config = toy.get_config()
+    write_config(tmp_path, config)
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    config.train.update(other_data=True, start_strict=False)
+    assert check_config(tmp_path, config) == {}
+    config.train.learning_rate = 1.0
+    assert check_config(tmp_path, config) == {"train.learning_rate": (0.01, 1.0)}
