@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mmdiff.errors import UserError
 from mmdiff.nets.attention import attention, split_heads
 from mmdiff.nets.embed import Dense, Patches, TimeEmbed, xavier
+from mmdiff.nets.fields import Network
 from mmdiff.nets.target import one_cpu, placed, split
 
 zeros = nn.initializers.zeros
@@ -33,9 +34,8 @@ def sizes(size: str) -> tuple[int, int, int]:
     return SIZES[size]
 
 
-def check_width(width: int, heads: int) -> None:
-    if width % heads or width % 4:
-        raise UserError(f"a width of {width} does not fit: {heads} heads must divide it, and so must 4 (for the positions).")
+def check_split(heads: int) -> None:
+    """Raises UserError for heads that the mesh of the program does not divide."""
     if heads % split("tensor"):
         raise UserError(f"{heads} heads do not split into {split('tensor')} parts: set config.train.mesh.tensor to a divisor.")
 
@@ -136,7 +136,7 @@ class Block(nn.Module):
         return x + gate_m[:, None] * mlp(modulate(layer_norm(x, self.norm_eps), shift_m, scale_m))
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """Class-conditional DiT on images or latents.
 
     `__call__(x, t, label)`: x [B, H, W, C] float, t [B] in [0, 1], label [B] int in 0 .. classes, where `classes` is the null row (a
@@ -179,7 +179,7 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, label):
-        check_width(self.width, self.heads)
+        check_split(self.heads)
         h = self.patches.encode(x.astype(self.dtype), self.width, self.dtype, "image")
         init = nn.initializers.normal(0.02)
         c = TimeEmbed(self.width, self.dtype, self.time_scale, name="time")(t)

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 
 from mmdiff.errors import UserError
 from mmdiff.nets.attention import attention, split_heads
-from mmdiff.nets.dit import MLP, REMAT, check_width, layer_norm, modulate, zeros
+from mmdiff.nets.dit import MLP, REMAT, check_split, layer_norm, modulate, zeros
 from mmdiff.nets.embed import Dense, Patches, TimeEmbed, xavier
+from mmdiff.nets.fields import Network, check_width
 from mmdiff.nets.target import one_cpu, placed
 from mmdiff.nets.towers import learned_logits, logit_outputs
 
@@ -160,7 +161,7 @@ class Layers(nn.Module):
         return streams, jax.tree.map(lambda *parts: jnp.stack(parts), *kept)
 
 
-class DualStream(nn.Module):
+class DualStream(Network):
     """DiffDis' network: two passes through one trunk, `draw` and `name` (see the module's head).
 
     `__call__(x, t)`: dicts by modality, x["image"] [B, H, W, C], x["text"] as its stream takes it (or not there: no caption),
@@ -213,6 +214,12 @@ class DualStream(nn.Module):
     remat: str = "none"
     backend: str | None = None
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_width(self.head_width or self.width, self.head_heads or self.heads, "DualStream", "head_")
+        if self.shared > self.depth:
+            raise UserError(f"DualStream: of a depth of {self.depth} blocks shared={self.shared} cannot be shared by both tasks.")
 
     @nn.compact
     def __call__(self, x, t, tasks=("draw", "name"), seen=None):
@@ -296,12 +303,10 @@ class DualStream(nn.Module):
         return {name: value.astype(jnp.float32) for name, value in out.items()}
 
     def _check(self, x, t, tasks, seen):
-        check_width(self.width, self.heads)
-        check_width(self.head_width or self.width, self.head_heads or self.heads)
+        check_split(self.heads)
+        check_split(self.head_heads or self.heads)
         if self.fusion not in ("mmdit", "shared"):
             raise UserError(f"DualStream: there is no fusion {self.fusion!r}; choose mmdit or shared.")
-        if not 0 <= self.shared <= self.depth:
-            raise UserError(f"DualStream: of {self.depth} blocks {self.shared} cannot be shared by both tasks.")
         if self.captions and (self.fusion == "shared" or self.text is None):
             raise UserError("DualStream: captions leave by a stream of their own: they need text and fusion='mmdit'.")
         if self.two_way and ("look" in tasks or seen is not None):

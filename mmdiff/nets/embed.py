@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.errors import UserError
+from mmdiff.nets.fields import check_fields
 from mmdiff.nets.target import one_cpu
 
 xavier = nn.initializers.xavier_uniform()
@@ -103,6 +104,7 @@ class Patches:
     out_channels: int | None = None
 
     def __post_init__(self):
+        check_fields(self)
         if self.height % self.patch or self.width % self.patch:
             raise UserError(f"patches of {self.patch} do not tile an image of {self.height}x{self.width}.")
 
@@ -128,6 +130,9 @@ class Tokens:
     states: int
     classes: int
 
+    def __post_init__(self):
+        check_fields(self)
+
     def encode(self, x, width, dtype, name):
         init = nn.initializers.normal(0.02)
         positions = nn.Embed(self.length, width, embedding_init=init, dtype=dtype, name=f"{name}_positions")(jnp.arange(self.length))
@@ -145,6 +150,9 @@ class Label:
     classes: int
     length = 1
 
+    def __post_init__(self):
+        check_fields(self)
+
     def encode(self, x, width, dtype, name):
         return nn.Embed(self.states, width, embedding_init=nn.initializers.normal(0.02), dtype=dtype, name=f"{name}_in")(x)[:, None]
 
@@ -158,6 +166,9 @@ class Vectors:
 
     size: int
     count: int | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
     @property
     def length(self) -> int:

@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mmdiff.nets.attention import attention, split_heads
-from mmdiff.nets.dit import MLP, check_width, layer_norm, modulate, stack, zeros
+from mmdiff.nets.dit import MLP, check_split, layer_norm, modulate, stack, zeros
 from mmdiff.nets.embed import Dense, TimeEmbed, xavier
+from mmdiff.nets.fields import Network
 
 
 class JointBlock(nn.Module):
@@ -81,7 +82,7 @@ class JointBlock(nn.Module):
         return dict(zip(names, jnp.split(x, cuts, axis=1)))
 
 
-class MMDiT(nn.Module):
+class MMDiT(Network):
     """A diffusion transformer over any set of modalities.
 
     `__call__(x, t)`: dicts by modality, x as the modality's stream takes it, t [B] in [0, 1]; returns a dict of outputs in float32.
@@ -108,7 +109,7 @@ class MMDiT(nn.Module):
 
     @nn.compact
     def __call__(self, x, t):
-        check_width(self.width, self.heads)
+        check_split(self.heads)
         names = sorted(self.modalities)  # the order in which jax flattens a dict
         missing = [name for name in names if name not in x or name not in t]
         if missing:

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.errors import UserError
-from mmdiff.nets.dit import check_width, stack
+from mmdiff.nets.dit import check_split, stack
 from mmdiff.nets.embed import Dense
+from mmdiff.nets.fields import Network
 from mmdiff.nets.tokens import Block, check_ids, normal, time_features
 
 
-class MotionEncoder(nn.Module):
+class MotionEncoder(Network):
     """A transformer over a dance: [B, frames, joints, 3] -> features [B, frames / stride, width], in order of time.
 
     It is shown places and velocities (a second is `fps` frames), `stride` frames as one token, with the `time_features` of their time.
@@ -42,7 +43,7 @@ class MotionEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, motion):
-        check_width(self.width, self.heads)
+        check_split(self.heads)
         if motion.ndim != 4 or motion.shape[1] % self.stride:
             raise UserError(f"motion is [B, frames, joints, 3] in tokens of {self.stride} frames, not {list(motion.shape)}.")
         b, frames, *_ = motion.shape
@@ -58,7 +59,7 @@ class MotionEncoder(nn.Module):
         return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(h)
 
 
-class DanceEncoder(nn.Module):
+class DanceEncoder(Network):
     """What music is made for, as a context for cross-attention: `(motion, *[genre], *[video]) -> [B, N, width]`, see `conditions`.
 
     A token for every token of the `MotionEncoder`, one for the genre [B], one for the video's features [B, F]. With `fused` a single one,

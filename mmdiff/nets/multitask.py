@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmdiff.nets.dit import Block, check_width, layer_norm, modulate, stack, zeros
+from mmdiff.nets.dit import Block, check_split, layer_norm, modulate, stack, zeros
 from mmdiff.nets.embed import Dense, Patches, TimeEmbed, patchify, xavier
+from mmdiff.nets.fields import Network, check_fields
 
 embedding = nn.initializers.normal(0.02)
 
@@ -30,7 +31,7 @@ class Seen(NamedTuple):
     norm_eps: float
 
 
-class MultiTaskDiT(nn.Module):
+class MultiTaskDiT(Network):
     """A DiT on `target` beside which the modalities of `beside` are conditions, outputs of heads, or both.
 
     `__call__(x, t)`: dicts by modality, x as the process feeds it, t [B]; returns {target: [B, H, W, C], ...} with an output of every
@@ -61,7 +62,7 @@ class MultiTaskDiT(nn.Module):
 
     @nn.compact
     def __call__(self, x, t):
-        check_width(self.width, self.heads)
+        check_split(self.heads)
         names = sorted(self.beside)  # the order in which jax flattens a dict
         missing = [name for name in (self.target, *names) if name not in x or name not in t]
         if missing:
@@ -169,6 +170,7 @@ class Classes:
     depth: int = 2
 
     def __post_init__(self):
+        check_fields(self)
         if self.head not in ("middle", "output", ""):
             raise ValueError(f"Classes: no head {self.head!r}; choose middle, output or none ('').")
 
@@ -199,6 +201,9 @@ class Vector:
 
     size: int
     head: bool = True
+
+    def __post_init__(self):
+        check_fields(self)
 
     def enter(self, h, c, x, dtype, name):
         hidden = nn.silu(Dense(h.shape[-1], kernel_init=xavier, dtype=dtype, name=f"{name}_in")(x.astype(dtype)))

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
-from mmdiff.nets.dit import check_width, stack
+from mmdiff.nets.dit import check_split, stack
+from mmdiff.nets.fields import Network
 from mmdiff.nets.tokens import Block, check_ids, normal
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Network):
     """A transformer over a text: ids int [B, length] below `vocabulary` -> features [B, length, width].
 
     Padding is an id like any other (0, the null of the text's `Given`) and no key is hidden, as in CDCD: so an absent text, all padding,
@@ -43,7 +44,7 @@ class TextEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids):
-        check_width(self.width, self.heads)
+        check_split(self.heads)
         if ids.shape[1:] != (self.length,):
             raise UserError(f"this text encoder reads {self.length} ids a text, not {ids.shape[1:]}: pad or cut the texts.")
         check_ids("text", ids, self.vocabulary)

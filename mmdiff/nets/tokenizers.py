@@ -18,11 +18,12 @@ import jax.numpy as jnp
 
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Dense, patchify, unpatchify
+from mmdiff.nets.fields import Network
 
 GROUPS = 8  # of a GroupNorm
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Network):
     """What tokenizers share. `setup` of a kind makes `encoder`, `codebook` [codes, code_size] and `decoder`; it has `grid` and `shape`.
 
         ids = net.apply(params, x, method="encode")

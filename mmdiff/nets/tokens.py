@@ -12,8 +12,9 @@ import numpy as np
 
 from mmdiff.errors import UserError
 from mmdiff.nets.attention import attention, split_heads
-from mmdiff.nets.dit import check_width, layer_norm, modulate, stack
+from mmdiff.nets.dit import check_split, layer_norm, modulate, stack
 from mmdiff.nets.embed import Dense, frequencies, patchify, unpatchify
+from mmdiff.nets.fields import Network
 from mmdiff.nets.target import placed
 
 normal = nn.initializers.normal(0.02)
@@ -115,7 +116,7 @@ class Block(nn.Module):
         return modulate(layer_norm(x, self.norm_eps), shift, scale)
 
 
-class TokenTransformer(nn.Module):
+class TokenTransformer(Network):
     """The denoiser of CDCD (Zhu et al. 2023, after Gu et al. 2022), parameter for parameter.
 
     `__call__(x, t)`: dicts by modality, as a `Joint` feeds them. x["tokens"] int [B, L] in 0 .. classes, where `classes` is the mask,
@@ -170,7 +171,7 @@ class TokenTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, x, t):
-        check_width(self.width, self.heads)
+        check_split(self.heads)
         patch = (1 if self.grid[0] == 1 else self.patch, self.patch)
         cells = (self.grid[0] // patch[0], self.grid[1] // patch[1])
         count = cells[0] * cells[1]

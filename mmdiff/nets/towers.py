@@ -11,15 +11,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmdiff.nets.dit import check_width, stack
+from mmdiff.errors import UserError
+from mmdiff.nets.dit import check_split, stack
 from mmdiff.nets.embed import Dense, Patches, xavier
+from mmdiff.nets.fields import Network, check_width
 from mmdiff.nets.text import TextEncoder
 from mmdiff.nets.tokens import Block
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's
 
 
-class TwoTowers(nn.Module):
+class TwoTowers(Network):
     """Images [B, H, W, C] and texts int [B, length] (0 is padding) -> vectors [B, size] each, which need not have length 1.
 
     `__call__(x, t)`: dicts by modality, "image" and "text"; times are ignored. Returns, in float32, {"image_vector", "text_vector"
@@ -54,6 +56,10 @@ class TwoTowers(nn.Module):
     backend: str | None = None
     dtype: Any = jnp.float32
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_width(self.text_width, self.heads, "TwoTowers", "text_")
+
     def setup(self):
         options = dict(norm_eps=self.norm_eps, scan=self.scan, remat=self.remat, backend=self.backend, dtype=self.dtype)
         self.image = ImageTower(self.patches, self.size, self.depth, self.width, self.heads, **options)
@@ -77,6 +83,8 @@ class TwoTowers(nn.Module):
 
 def learned_logits(param: Callable, first: tuple[float, float]) -> tuple[jax.Array, jax.Array]:
     """The parameters of a module's `param` that a matching loss needs: the logarithm of a scale, and a bias; `first` are both at first."""
+    if not first[0] > 0:
+        raise UserError(f"logits are a scale above 0 and a bias, not {first}.")
     values = {"logit_scale": math.log(first[0]), "logit_bias": first[1]}
     return tuple(param(name, nn.initializers.constant(value), (), jnp.float32) for name, value in values.items())
 
@@ -87,7 +95,7 @@ def logit_outputs(scale: jax.Array, bias: jax.Array, count: int) -> dict[str, ja
     return {name: jnp.broadcast_to(value, count) for name, value in values.items()}
 
 
-class ImageTower(nn.Module):
+class ImageTower(Network):
     """A transformer over patches: images [B, H, W, C] -> vectors [B, size], float32."""
 
     patches: Patches
@@ -103,7 +111,7 @@ class ImageTower(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        check_width(self.width, self.heads)
+        check_split(self.heads)
         h = self.patches.encode(images.astype(self.dtype), self.width, self.dtype, "image")
         block = partial(Block, heads=self.heads, norm_eps=self.norm_eps, backend=self.backend, dtype=self.dtype)
         h = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(stack(block, self.depth, self.scan, self.remat)(h))

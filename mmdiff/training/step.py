@@ -51,13 +51,19 @@ def init_state(
     """The state before the first step; pure, so that it can be jitted onto a mesh.
 
     Args:
-      init: `key -> params`.
+      init: `key -> params`, float32.
       optimizer: the gradient transformation whose state is initialised.
       key: a typed key; one half initialises the weights, the other drives the steps.
       loss: the loss of the steps to come, whose statistics the state holds.
     """
     init_key, step_key = jax.random.split(key)
     params = init(init_key)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
+            where = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+            raise UserError(
+                f"the parameter {where} is {leaf.dtype}, but parameters are kept and updated in float32: initialise it so, and give "
+                f"{leaf.dtype} to the network's dtype, in which it computes.")
     return State(
         step=jnp.zeros((), jnp.int32),
         params=params,

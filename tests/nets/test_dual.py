@@ -312,5 +312,5 @@ def test_mistakes_are_named():
         net_of().apply(weights(), {"image": X["image"]}, T, tasks=("name",))
     with pytest.raises(UserError, match="no fusion 'early'; choose mmdit or shared"):
         net_of("early").apply(weights(), X, T)
-    with pytest.raises(UserError, match="of 3 blocks 4 cannot be shared"):
+    with pytest.raises(UserError, match="of a depth of 3 blocks shared=4 cannot be shared"):
         net_of(shared=4).apply(weights(), X, T)

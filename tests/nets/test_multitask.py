@@ -98,10 +98,12 @@ def test_probabilities_enter_as_the_mean_of_the_classes():
 
 def test_a_map_of_classes_enters_and_leaves_pixel_by_pixel():
     """Without blocks between, the class of a pixel changes the logits of its own patch alone, and a mask is no class."""
-    net = MultiTaskDiT(PATCHES, {"map": ClassGrid(Patches(4, 4, K, 2))}, depth=0, width=32, heads=2, scan=False)
+    net = MultiTaskDiT(PATCHES, {"map": ClassGrid(Patches(4, 4, K, 2))}, depth=1, width=32, heads=2, scan=False)
     x, t = ({name: tree[name] for name in ("image", "map")} for tree in inputs())
     x["map"] = jnp.full((B, 4, 4), K)
     params = filled(net, x, t)
+    adaln = params["params"]["second"]["block_0"]["adaln"]
+    params["params"]["second"]["block_0"]["adaln"] = jax.tree.map(np.zeros_like, adaln)  # the block is the identity
     masked = net.apply(params, x, t)["map"]
     moved = net.apply(params, {**x, "map": x["map"].at[1, 0, 3].set(2)}, t)["map"]
     change = np.abs(moved - masked).max(-1)

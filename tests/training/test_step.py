@@ -176,10 +176,16 @@ def test_sums_are_float32_under_bfloat16():
         return error.mean(), {"half": error.max()}
 
     optimizer = optax.sgd(1.0)
-    state = init_state(lambda key: jnp.ones((), jnp.bfloat16), optimizer, jax.random.key(0))
+    state = init_state(lambda key: jnp.ones(()), optimizer, jax.random.key(0))
     after, metrics = make_step(loss, optimizer, microbatches=2)(state, {"x": jnp.zeros(4)})
     assert {x.dtype for x in metrics.values()} == {jnp.dtype("float32")}
-    assert after.ema.dtype == jnp.float32 and after.params.dtype == jnp.bfloat16
+    assert {x.dtype for x in (after.ema, after.params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_parameters_of_less_than_float32_are_refused(dtype):
+    with pytest.raises(UserError, match=f"the parameter dense/kernel is {dtype}, .* float32: .*give {dtype} to the network's dtype"):
+        init_state(lambda key: {"dense": {"kernel": jnp.ones((2, 2), dtype)}}, optax.adam(1e-3), jax.random.key(0))
 
 
 def quadratic(params, batch, key):
