@@ -105,7 +105,7 @@ def test_one_wrong_attribute_makes_a_picture_wrong(name):
     assert figures[f"{name}_correctness"] < 0.03
     for other in {"digit", "colour", "position", "size", "background"} - {name}:
         assert figures[f"{other}_correctness"] > 0.97
-    assert figures["prompt_correctness_real"] > 0.97
+    assert figures["prompt_correctness_real"] > 0.96
 
 
 @pytest.mark.slow
