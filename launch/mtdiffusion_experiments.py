@@ -3,12 +3,13 @@
     python launch/mtdiffusion_experiments.py --out runs/mtdiffusion_experiments          # everything, or what is missing of it
     python launch/mtdiffusion_experiments.py --out runs/mtdiffusion_experiments --table  # the tables of what is done so far
 
+    encoder     digits_label: the label's encoder, which is the network's belief about the class, the class's mean image, or none (w = 0)
     label       digits_label: DDPM (A0), a head without aggregation (A1), aggregation without a head (A2), both (A3), beside a Joint
                 with independent times; the other head, modality drop, the weights kappa and lambda
     masked      digits_masked: the plain conditional model (A4) and the whole (A5)
     transition  digits_transition: the plain conditional models of both directions, and the whole
 
-Cost: 45 trainings. One takes 40 to 90 seconds on a quiet core, as many again for samples and figures: some 50 minutes on two cores.
+Cost: 54 trainings. One takes 40 to 90 seconds on a quiet core, as many again for samples and figures: some 50 minutes on two cores.
 Measured in pieces, beside other work.
 
 All networks of a part are equal, and so is what they are trained for; they and the trainings are small: compare the settings with each
@@ -42,7 +43,8 @@ def shares(**times):
     return {f"times.{name}": str(value) for name, value in times.items()}
 
 
-LABEL = {"encoder": "mean", "sample.guidance": "1.0"}
+LABEL = {"sample.guidance": "1.0"}
+ENCODERS = {"none": {"kappa": "0.0"}, "mean image": {"encoder": "mean"}, "network": {}}
 LABELS = {
     "DDPM": {"kappa": "0.0", "task": "draw"},
     "head alone": {"kappa": "0.0"},
@@ -81,6 +83,8 @@ FIGURES = {
 
 def settings():
     """-> (part, name of the setting, data, overrides), each to be run with every seed."""
+    for name, overrides in ENCODERS.items():
+        yield "encoder", name, "label", {**SMALL, **LABEL, **overrides}
     for name, overrides in LABELS.items():
         data = DATA.get(name, "label")
         yield "label", name, data, {**SMALL, **LABEL, **overrides}
@@ -165,5 +169,5 @@ def run(seed, data, overrides):
 
 
 if __name__ == "__main__":
-    bases = {"label": "head alone", "masked": "plain conditional"}
+    bases = {"encoder": "none", "label": "head alone", "masked": "plain conditional"}
     experiments.main(__doc__, list(settings()), run, bases)

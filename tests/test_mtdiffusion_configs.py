@@ -74,7 +74,7 @@ def test_a_config_trains_and_all_its_figures_are_there_and_explained(name, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoder, head", [("network", "middle"), ("mean", "output")])
+@pytest.mark.parametrize("encoder, head", [("belief", "middle"), ("network", "middle"), ("mean", "output")])
 def test_labels_are_read_from_images_alone(encoder, head, monkeypatch):
     """The labels that are fed elsewhere, to the classes' means and in a batch, may be any; where they are in the mean they are seen."""
     data = few("train").arrays
@@ -107,7 +107,7 @@ def test_labels_are_read_from_images_alone(encoder, head, monkeypatch):
 
 
 @pytest.mark.parametrize("name, key, value, words", [
-    ("digits_label", "encoder", "image", "config.encoder is 'image': choose network or mean"),
+    ("digits_label", "encoder", "image", "config.encoder is 'image': choose belief or mean"),
     ("digits_transition", "pair", "winter", "config.pair is 'winter': choose segmentation or night"),
 ])
 def test_what_a_config_does_not_know_is_refused(name, key, value, words):

@@ -42,7 +42,7 @@ def get_config():
         "seed": 0,
         "model": {"width": 96, "depth": 4, "heads": 4, "patch": 2, "head": "middle"},  # or output: the paper's M and E
         "kappa": 1.0, "power": 1.0,  # the mean carries kappa alpha(t) t^power E(label)
-        "encoder": "network",  # or mean: the classes' mean images
+        "encoder": "belief",  # the network's, of a class; or mean: the classes' mean images; network: of runs from before the belief
         # Shares of the training times: label hidden in the mean (U), known (X), absent (plain DDPM), absent beside a clean image.
         "times": {"hidden": 0.3, "known": 0.3, "absent": 0.3, "clean": 0.1},
         "label_weight": 0.1,
@@ -58,14 +58,14 @@ def get_config():
     })
 
 
-def encoder(config, net):
+def encoder(config, net, image):
     """E of the label, and whether it is the network itself."""
-    if config.encoder == "network":
-        return nets.by_network(net.apply, SHAPE, "label", CLASSES), True
+    if config.encoder in ("belief", "network"):
+        return nets.by_network(net.apply, image if config.encoder == "belief" else None, SHAPE, "label", CLASSES), True
     if config.encoder == "mean":
         data = digits_source("train").arrays
         return template(jnp.stack([data["image"][data["label"] == c].mean(0) for c in range(CLASSES)])), False
-    raise UserError(f"config.encoder is {config.encoder!r}: choose network or mean.")
+    raise UserError(f"config.encoder is {config.encoder!r}: choose belief or mean.")
 
 
 def build(config):
@@ -73,10 +73,11 @@ def build(config):
     net = nets.MultiTaskDiT(
         nets.Patches(*SHAPE, model.patch), {"label": nets.Classes(CLASSES + 1, CLASSES, model.head)},
         depth=model.depth, width=model.width, heads=model.heads, scan=False)
-    encode, shared = encoder(config, net)
+    image = Gaussian(schedules.flow(), velocity)
+    encode, shared = encoder(config, net, image)
     process = Aggregate(
         "image", {"label": Addend(encode, moving_target(config.kappa, lambda t: t**config.power), shared)},
-        image=Gaussian(schedules.flow(), velocity), label=absorbing(CLASSES, schedules.at_once()))
+        image=image, label=absorbing(CLASSES, schedules.at_once()))
 
     if config.task not in ("both", *TASKS):
         raise UserError(f"config.task is {config.task!r}: choose one of both, {', '.join(TASKS)}.")

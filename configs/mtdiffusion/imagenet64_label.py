@@ -75,11 +75,11 @@ def build(config):
     net = nets.MultiTaskDiT(
         nets.Patches(*shape["image"], model.patch), {"label": nets.Classes(CLASSES + 1, CLASSES, model.head)},
         depth=depth, width=width, heads=heads, scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
-    encode = nets.by_network(net.apply, shape["image"], "label", CLASSES, mixed=True)
-    schedule = schedules.cosine_beta(STEPS) if data.size <= 64 else schedules.linear_beta(STEPS)
+    image = Gaussian(schedules.cosine_beta(STEPS) if data.size <= 64 else schedules.linear_beta(STEPS), eps, eta=1.0)
+    encode = nets.by_network(net.apply, image, shape["image"], "label", CLASSES, mixed=True)
     process = Aggregate(
         "image", {"label": Addend(encode, moving_target(config.kappa), shared=True)},
-        image=Gaussian(schedule, eps, eta=1.0), label=absorbing(CLASSES, schedules.at_once()))
+        image=image, label=absorbing(CLASSES, schedules.at_once()))
 
     noisy, known, absent = times.on_grid(STEPS), times.constant(0.0), times.constant(1.0)
     when = times.mixture(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from exact import SCHEDULES, Mixture, keys
 
-from mmdiff import losses, processes, sampling, schedules, times
+from mmdiff import losses, nets, processes, sampling, schedules, times
 from mmdiff.errors import UserError
 from mmdiff.evals import accuracy, likelihood
 from mmdiff.processes import Addend, Aggregate, Gaussian, Given, Hidden, Joint, aggregate, fold
@@ -597,6 +597,48 @@ def exact_three(predict, schedule, scaled=False):
         return unscaled
 
     return Aggregate("image", process.added, image=chain, label=LABEL), fed
+
+
+CHAINS = {name: SCHEDULES[name] for name in ("flow", "cosine", "linear_beta", "edm")} | {"cosine_beta": schedules.cosine_beta()}
+
+
+@pytest.mark.parametrize("predict, schedule, data_std", [
+    *((predict, schedule, None) for predict in ("x0", "v", "velocity") for schedule in CHAINS),
+    *(("eps", schedule, None) for schedule in ("linear_beta", "cosine_beta", "edm")), ("eps", "edm", 0.5), ("x0", "edm", 0.5)])
+@pytest.mark.parametrize("added", [False, True])
+def test_the_network_s_encoding_points_to_the_mean_of_its_class(predict, schedule, data_std, added):
+    """E is the class mean up to a factor, of networks that are exact for a chain without a sum or for one with that very sum."""
+    means = jnp.asarray(THREE.means, jnp.float32)
+    table = added * 0.7 * means / jnp.sqrt((means**2).mean(-1, keepdims=True))
+    chain = Gaussian(CHAINS[schedule], getattr(processes, predict), data_std=data_std)
+    process = Aggregate("image", {"label": Addend(template(table), moving_target())}, image=chain, label=LABEL)
+    encoded = encoded_by(process, table, data_std)
+    np.testing.assert_allclose(jnp.sqrt((encoded**2).mean(-1)), 0.7, rtol=1e-5)
+    cosine = (encoded * means).sum(-1) / (jnp.linalg.norm(encoded, axis=-1) * jnp.linalg.norm(means, axis=-1))
+    np.testing.assert_allclose(cosine, 1.0, atol=2e-3)
+
+
+def test_the_network_s_encoding_finds_the_mean_of_its_class_from_anywhere():
+    """The network is taught z_t with its own encoding in it: that settles where it should, also where all of it comes back (eps)."""
+    means = jnp.asarray(THREE.means, jnp.float32)
+    chain = Gaussian(CHAINS["linear_beta"], processes.eps)
+    table = -0.7 * means[:, ::-1]
+    for _ in range(12):
+        process = Aggregate("image", {"label": Addend(template(table), moving_target())}, image=chain, label=LABEL)
+        table = encoded_by(process, table)
+    cosine = (table * means).sum(-1) / (jnp.linalg.norm(table, axis=-1) * jnp.linalg.norm(means, axis=-1))
+    assert cosine.min() > 0.99
+
+
+def encoded_by(process, table, data_std=None):
+    """E of the three classes, by the network that is exact for the process."""
+    exact = network(process, THREE, table)
+
+    def apply(params, x, t):
+        image = x["image"] if data_std is None else x["image"] / process.chain.inputs(jnp.ones_like(x["image"]), t["image"])[0]
+        return exact(params, {**x, "image": image}, t)
+
+    return nets.by_network(apply, process.chain, (2,), "label", 3, rms=0.7)(None, jnp.eye(3))
 
 
 @pytest.mark.slow

@@ -140,13 +140,13 @@ def test_what_is_missing_is_named():
 PAIR = MultiTaskDiT(PATCHES, {"label": Classes(K + 1, K)}, **OPTIONS)
 PAIR_SHAPE = {"image": SHAPE, "label": ()}
 pair_apply = jax.jit(PAIR.apply)
+IMAGE = Gaussian(schedules.flow(), velocity)
 
 
 def aggregate(mixed=False):
-    encode = by_network(pair_apply, SHAPE, "label", K, rms=0.7, mixed=mixed)
+    encode = by_network(pair_apply, IMAGE, SHAPE, "label", K, rms=0.7, mixed=mixed)
     return Aggregate(
-        "image", {"label": Addend(encode, moving_target(), shared=True)}, image=Gaussian(schedules.flow(), velocity),
-        label=absorbing(K, schedules.at_once()))
+        "image", {"label": Addend(encode, moving_target(), shared=True)}, image=IMAGE, label=absorbing(K, schedules.at_once()))
 
 
 @functools.cache
@@ -161,13 +161,13 @@ def pairs(b=B, seed=0):
 
 
 def test_the_network_s_encoding_is_of_the_class_alone_and_as_large_as_said():
-    encode = by_network(pair_apply, SHAPE, "label", K, rms=0.7)
+    encode = by_network(pair_apply, IMAGE, SHAPE, "label", K, rms=0.7)
     table = encode(pair_params(), jnp.eye(K))
     np.testing.assert_allclose(jnp.sqrt((table**2).mean((1, 2, 3))), 0.7, rtol=1e-4)
     assert np.abs(table[0] - table[1]).max() > 0.1
     p = jax.nn.softmax(jax.random.normal(jax.random.key(3), (7, K)))
     np.testing.assert_allclose(encode(pair_params(), p), jnp.tensordot(p, table, 1), atol=1e-5)  # soft: the mean of E
-    mixed = by_network(pair_apply, SHAPE, "label", K, rms=0.7, mixed=True)
+    mixed = by_network(pair_apply, IMAGE, SHAPE, "label", K, rms=0.7, mixed=True)
     np.testing.assert_allclose(mixed(pair_params(), jnp.eye(K)), table, atol=1e-4)
 
 
@@ -178,7 +178,7 @@ def test_an_unbound_encoder_is_refused_and_a_bound_one_is_any_other():
     k = jax.random.split(jax.random.key(0), B)
     with pytest.raises(ValueError, match="the encoder of 'label' is the network: use process.bound"):
         process.corrupt(k, process.take(data), t)
-    table = by_network(pair_apply, SHAPE, "label", K, rms=0.7)(params, jnp.eye(K))
+    table = by_network(pair_apply, IMAGE, SHAPE, "label", K, rms=0.7)(params, jnp.eye(K))
     fixed = Aggregate("image", {"label": Addend(lambda p: jnp.tensordot(p, table, 1), moving_target())}, process.parts)
     one, other = (each.corrupt(k, each.take(data), t) for each in (process.bound(params), fixed))
     np.testing.assert_allclose(one.xt["image"], other.xt["image"], atol=1e-6)
