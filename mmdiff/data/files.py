@@ -150,16 +150,31 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 def parse_json(content: bytes, name: Any) -> Any:
     """The value of a JSON text. Raises FileError for anything else."""
     try:
-        return json.loads(decode(content, name))
+        return json.loads(decode(content, name), object_pairs_hook=_once)
     except FileError:
         raise
     except (ValueError, RecursionError) as error:
         raise FileError(name, f"is no JSON ({str(error).splitlines()[0]})", "write it again") from error
 
 
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"it has {twice[:40]!r} twice")
+    return found
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """The value of a JSON file. Raises as `open_regular` and `parse_json`."""
     return parse_json(read_bytes(path), path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file, which is whole or as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- folders

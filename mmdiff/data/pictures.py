@@ -221,7 +221,11 @@ class Tfds:
         return self._identity
 
     def get(self, indices):
-        examples = self._source.__getitems__(list(indices))
+        try:
+            examples = self._source.__getitems__(list(indices))
+        except Exception as error:  # whatever a damaged record makes TFDS and ArrayRecord raise
+            what = (str(error).splitlines() or [type(error).__name__])[0][:100]
+            raise UserError(f"{'/'.join(self._identity)} has a record that cannot be read ({what}): prepare it anew.") from error
         return [
             {image: Stored(bytes(example[image]), i, self._identity) for image in self._images} | _said(example)
             for i, example in zip(indices, examples)

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+from mmdiff.data import files
 
 PADDING, START, END = 0, 1, 2  # the first ids; a text that is all padding is absent
 SPECIAL = ("<padding>", "<start>", "<end>")
@@ -91,6 +95,22 @@ def train(texts: Iterable[str], length: int, size: int = 512) -> Tokenizer:
     rules.train_from_iterator(texts, trainer)
     seen = {piece for encoding in rules.encode_batch(texts) for piece in encoding.ids}
     return Tokenizer(rules.to_str(), length, tuple(sorted(seen)))
+
+
+def read(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer whose fields a JSON file holds.
+
+    Raises:
+      Missing, FileError: as `files.read_json`; no such fields, or rules that the `tokenizers` package does not read.
+    """
+    stored = files.read_json(path)
+    try:
+        found = Tokenizer(stored["rules"], operator.index(stored["length"]), tuple(map(operator.index, stored["seen"])))
+        if not found.size > END or found.length < 3:
+            raise ValueError(f"{found.size} ids, length {found.length}")
+        return found
+    except Exception as error:  # whatever damaged rules make the package raise
+        raise files.FileError(path, f"is no tokenizer ({(str(error).splitlines() or [''])[0][:80]})", "copy it again") from error
 
 
 @functools.lru_cache(maxsize=8)

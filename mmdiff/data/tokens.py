@@ -7,7 +7,8 @@
     DIR/words.json         of pictures with captions, the tokenizer of the captions: `text` is int32 [n, captions, length] in its ids
     DIR/cache.json         what made it: config, step, network, grid, codes, fingerprint of the weights; arrays of every split
 
-`write` makes the folder under another name and renames it when all is there, so DIR is whole or absent. A decoder needs DIR alone.
+`write` makes the folder under another name and renames it when all is there, so DIR is whole or absent; after a kill the same call
+continues. A decoder needs DIR alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,16 +27,16 @@ import flax
 import jax
 import numpy as np
 
-from mmdiff.data import arrays, files
+from mmdiff.data import arrays, drafts, files
 from mmdiff.data.modalities import TokenImages
 from mmdiff.data.sources import ArraySource, RandomSource, Source, check_range, digest
 from mmdiff.data.sources import fingerprint as source_fingerprint
-from mmdiff.data.text import Tokenizer, train
+from mmdiff.data.text import Tokenizer, read, train
 from mmdiff.errors import UserError
 from mmdiff.nets.audio import AudioAutoencoder
 from mmdiff.nets.tokenizers import Autoencoder, VQAutoencoder
 
-META, WEIGHTS, WORDS = "cache.json", "weights.npz", "words.json"
+META, WEIGHTS, WORDS, BEGUN = "cache.json", "weights.npz", "words.json", "begun.json"
 PART = 250  # examples that are encoded or decoded at once,
 PIXELS = 2**20  # if they have no more pixels (samples) than these
 NETWORKS = {network.__name__: network for network in (VQAutoencoder, AudioAutoencoder)}
@@ -110,16 +110,18 @@ def write(folder: str | os.PathLike, recipe: Recipe, params: Any, made_by: Mappi
         return False
     encode = jax.jit(lambda images: recipe.net.apply(params, images, method="encode"))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as own:
-            draft = pathlib.Path(own) / "cache"
-            for split in splits:
-                meta["splits"][split] = _write_split(draft / split, recipe, recipe.splits[split](), encode)
-            if recipe.words:
-                (draft / WORDS).write_text(json.dumps(dataclasses.asdict(recipe.words())) + "\n")
+        sources = {split: recipe.splits[split]() for split in splits}
+        words = dataclasses.asdict(recipe.words()) if recipe.words else None
+        made_of = [meta["fingerprint"], meta["net"], words, {split: source_fingerprint(source) for split, source in sources.items()}, PART]
+        with drafts.draft(folder, json.loads(json.dumps(made_of))) as draft:
+            for split, source in sources.items():
+                meta["splits"][split] = _write_split(draft / split, recipe, source, encode)
+            for split in sources:
+                (draft / split / BEGUN).unlink(missing_ok=True)
+            if words:
+                files.write_json(draft / WORDS, words)
             np.savez(draft / WEIGHTS, **weights)
-            (draft / META).write_text(json.dumps(meta, indent=1) + "\n")
-            os.rename(draft, folder)
+            files.write_json(draft / META, meta)
     except OSError as error:
         raise UserError(f"the token cache {folder} cannot be written ({error.strerror or error}): choose another folder.") from error
     return True
@@ -223,14 +225,11 @@ def open_words(data: Any, length: int) -> Tokenizer:
     read_meta(data.dir)
     path = _path(data.dir) / WORDS
     try:
-        stored = files.read_json(path)
-        words = Tokenizer(stored["rules"], stored["length"], tuple(stored["seen"]))
+        words = read(path)
     except files.Missing:
         raise UserError(f"the token cache {data.dir} has no captions (no {WORDS}): choose one of pictures with captions.") from None
     except files.FileError as error:
         raise UserError(f"{path} cannot be read (it {error.reason}): copy it again, or write the cache anew.") from error
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}): copy it again, or write the cache anew.") from error
     if words.length != length:
         raise UserError(f"the captions in the token cache {data.dir} have {words.length} ids, but the config needs {length}.")
     return words
@@ -308,10 +307,13 @@ def by_parts(function: Callable[[np.ndarray], Any], array: np.ndarray, part: int
 
 
 def _write_split(folder: pathlib.Path, recipe: Recipe, source: Source, encode: Callable) -> dict[str, Any]:
-    """Encodes a source; -> {name: [dtype, shape]}."""
-    folder.mkdir(parents=True)
-    written: dict[str, np.ndarray] = {}
-    for start in range(0, len(source), PART):
+    """Encodes a source, from where a killed process has stopped; -> {name: [dtype, shape]}."""
+    folder.mkdir(exist_ok=True)
+    begun, written = folder / BEGUN, {}
+    done, names = files.read_json(begun) if begun.exists() else (0, [])
+    for name in names:
+        written[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "r+")
+    for start in range(done, len(source), PART):
         part = dict(source.take(np.arange(start, min(start + PART, len(source)))))
         part[recipe.tokens] = by_parts(encode, part.pop(recipe.image), part_of(recipe.net))
         for name, array in part.items():
@@ -319,8 +321,9 @@ def _write_split(folder: pathlib.Path, recipe: Recipe, source: Source, encode: C
                 shape = (len(source), *array.shape[1:])
                 written[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", array.dtype, shape)
             written[name][start : start + len(array)] = array
-    for array in written.values():
-        array.flush()
+        for array in written.values():
+            array.flush()
+        files.write_json(begun, [start + PART, list(written)])
     return {name: [array.dtype.name, list(array.shape)] for name, array in written.items()}
 
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +20,7 @@ import flax
 import jax
 import numpy as np
 
-from mmdiff.data import arrays, files, tokens
+from mmdiff.data import arrays, drafts, files, text, tokens
 from mmdiff.data.sources import Source, digest, fingerprint
 from mmdiff.data.text import Tokenizer
 from mmdiff.errors import UserError
@@ -57,14 +55,10 @@ class Recipe:
                 raise UserError(f"{folder} holds other towers (step {_meta(folder).get('step')}): remove it, or write elsewhere.")
             return False
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as own:
-                draft = pathlib.Path(own) / "towers"
-                draft.mkdir()
+            with drafts.draft(folder, meta["fingerprint"]) as draft:
                 np.savez(draft / tokens.WEIGHTS, **weights)
-                (draft / tokens.WORDS).write_text(json.dumps(dataclasses.asdict(self.words())) + "\n")
-                (draft / META).write_text(json.dumps(meta, indent=1) + "\n")
-                os.rename(draft, folder)
+                files.write_json(draft / tokens.WORDS, dataclasses.asdict(self.words()))
+                files.write_json(draft / META, meta)
         except OSError as error:
             raise UserError(f"the towers' folder {folder} cannot be written ({error.strerror or error}): choose another.") from error
         return True
@@ -155,12 +149,9 @@ def words(folder: str | os.PathLike) -> Tokenizer:
     path = files.expand(folder)
     _meta(path)
     try:
-        stored = files.read_json(path / tokens.WORDS)
-        return Tokenizer(stored["rules"], stored["length"], tuple(stored["seen"]))
+        return text.read(path / tokens.WORDS)
     except files.FileError as error:
         raise UserError(f"{path / tokens.WORDS} cannot be read (it {error.reason}): copy it again, or write the towers anew.") from error
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / tokens.WORDS} cannot be read ({error!r}): copy it again, or write the towers anew.") from error
 
 
 def _meta(folder: pathlib.Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Files that are not what they seem: whatever reads one says so in a sentence, at once, or reads what it truly holds."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -397,6 +398,20 @@ def test_as_many_captions_as_the_picture_with_the_most(tmp_path):
     found = Pictures("captioned", "train", path, 4, encoder).take(np.arange(3))["text"]
     assert found.shape == (3, captions.MOST, 8)
     assert encoder.decode(found[1]) == ["a dog", "a red square"] * (captions.MOST // 2)
+
+
+@pytest.mark.parametrize("content", [
+    b"{}", b"[]", b'{"rules": "{}", "length": 8, "seen": []}', b'{"rules": 3, "length": 8, "seen": []}',
+    b'{"rules": "", "length": 8, "seen": [1.5]}', b'{"length": 8, "length": 9}', b"[" * 100_000, b"1" * 100_000,
+])  # fmt: skip
+def test_what_is_no_tokenizer(content, tmp_path):
+    (tmp_path / "words.json").write_bytes(content)
+    assert "words.json" in refusal(text.read, tmp_path / "words.json")
+
+
+def test_a_tokenizer_comes_back(tmp_path):
+    files.write_json(tmp_path / "words.json", dataclasses.asdict(WORDS))
+    assert text.read(tmp_path / "words.json") == WORDS
 
 
 # ---------------------------------------------------------------------------------------------------------------------- tar files

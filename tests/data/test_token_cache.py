@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmdiff.data import tokens
+from mmdiff.data import drafts, tokens
 from mmdiff.data.sources import ArraySource, whole
 from mmdiff.data.tokens import Recipe, decoder, read_meta, token_source
 from mmdiff.errors import UserError
@@ -149,6 +149,56 @@ def test_an_interrupted_cache_leaves_nothing(tmp_path, params):
         tokens.write(tmp_path / "cache", recipe, params, MADE_BY)
     assert os.listdir(tmp_path) == []
     assert tokens.write(tmp_path / "cache", RECIPE, params, MADE_BY)
+
+
+class Counts(ArraySource):
+    """A source that knows which of it has been taken."""
+
+    def __init__(self, arrays):
+        super().__init__(arrays)
+        object.__setattr__(self, "taken", [])
+
+    def take(self, indices):
+        self.taken.extend(np.asarray(indices).tolist())
+        return super().take(indices)
+
+
+def killed(monkeypatch, folder, recipe, params):
+    """What is left by a process that is killed while it writes a cache."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", lambda *args, **options: None)  # nothing tidies up after a kill
+        tokens.write(folder, recipe, params, {})
+
+
+def test_a_killed_cache_is_continued(cache, tmp_path, params, monkeypatch):
+    sources = {split: Counts(pictures(split)) for split in ("test", "train")}
+    recipe = Recipe(NET, {"test": lambda: sources["test"], "train": lambda: sources["train"]})
+    breaks = Recipe(NET, {"test": recipe.splits["test"], "train": lambda: Breaks(pictures("train"))})
+    killed(monkeypatch, tmp_path / "again", breaks, params)
+    assert (tmp_path / ".again.partial").exists() and sources["test"].taken == list(range(5))
+    assert tokens.write(tmp_path / "again", recipe, params, MADE_BY)
+    assert sources["test"].taken == list(range(5)) and sources["train"].taken == list(range(8, 21))  # what was there is not read again
+    assert not (tmp_path / ".again.partial").exists()
+    names = [{path.relative_to(place) for path in files(place)} for place in (tmp_path / "again", cache)]
+    assert names[0] == names[1]
+    for split in COUNTS:
+        for name, array in token_source(cache, split).arrays.items():
+            np.testing.assert_array_equal(token_source(tmp_path / "again", split).arrays[name], array)
+
+
+def test_what_a_killed_cache_of_other_data_has_left_is_removed(tmp_path, params, monkeypatch):
+    killed(monkeypatch, tmp_path / "cache", Recipe(NET, {"train": lambda: Breaks(pictures("train"))}), params)
+    (tmp_path / ".cache-a1_b2c3d/cache/train").mkdir(parents=True)  # of an earlier version
+    other = Counts({name: array[::-1] for name, array in pictures("train").items()})
+    assert tokens.write(tmp_path / "cache", Recipe(NET, {"train": lambda: other}), params, MADE_BY)
+    assert other.taken == list(range(21)) and os.listdir(tmp_path) == ["cache"]
+
+
+def test_one_process_writes_a_cache(tmp_path, params):
+    with drafts.draft(tmp_path / "cache", [1]) as draft:
+        (draft / "x").write_text("mine")
+        assert "another process is writing" in refusal(tokens.write, tmp_path / "cache", RECIPE, params, MADE_BY)
+    assert (tmp_path / "cache/x").read_text() == "mine"
 
 
 def test_a_full_disk(tmp_path, params, monkeypatch):

@@ -1,0 +1,60 @@
+"""Folders that are whole or absent: written beside their place under another name, and continued if the writer was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from mmdiff.data import files
+from mmdiff.errors import UserError
+
+CONTENT, IDENTITY, LOCK = "content", "made_of.json", "lock"
+
+
+@contextlib.contextmanager
+def draft(folder: pathlib.Path, identity: Any) -> Iterator[pathlib.Path]:
+    """A folder to write in, which becomes `folder` (absent or empty until then) when the context ends.
+
+    It is FOLDER/../.NAME.partial/content. What a killed process has left there is kept if it was made from the same `identity`, JSON
+    values, so that its writer can continue; anything else that a killed one has left is removed. After an exception nothing is left.
+
+    Raises:
+      UserError: another process writes the same folder. OSError: what the disk says.
+    """
+    own = folder.parent / f".{folder.name}.partial"
+    own.mkdir(parents=True, exist_ok=True)
+    _remove_old(folder)
+    with open(own / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process
+        except BlockingIOError:
+            raise UserError(f"another process is writing {folder}: wait for it, or choose another folder.") from None
+        try:
+            if _stored(own / IDENTITY) != identity:
+                shutil.rmtree(own / CONTENT, ignore_errors=True)
+                (own / IDENTITY).unlink(missing_ok=True)
+            (own / CONTENT).mkdir(exist_ok=True)
+            files.write_json(own / IDENTITY, identity)
+            yield own / CONTENT
+            os.rename(own / CONTENT, folder)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def _stored(path: pathlib.Path) -> Any:
+    with contextlib.suppress(UserError):
+        return files.read_json(path)
+    return None
+
+
+def _remove_old(folder: pathlib.Path) -> None:
+    """Removes what earlier versions left, under random names."""
+    for path in folder.parent.glob(f".{folder.name}-*"):
+        if re.fullmatch(r"[a-z0-9_]{8}", path.name[len(folder.name) + 2 :]) and set(os.listdir(path)) <= {"cache", "towers"}:
+            shutil.rmtree(path, ignore_errors=True)
