@@ -1,5 +1,6 @@
 """The ImageNet configs: what they build is what their headers say, and they train and sample in small."""
 
+import dataclasses
 import json
 import math
 
@@ -77,6 +78,36 @@ def test_the_hybrid_loss_and_the_label_dropout(monkeypatch):
     assert (label == 1000).mean() == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / size))
     np.testing.assert_array_equal(label[label < 1000], batch["label"][label < 1000])
     assert np.abs(t * 1000 - np.rint(t * 1000)).max() < 1e-3 and t.min() > 0 and len(np.unique(t)) > 300
+
+
+def test_dit_samples_at_its_own_times_and_guides_three_channels(monkeypatch):
+    """The nodes 0, 4, 8, ... of 0 .. 999 (improved diffusion's space_timesteps for "250"), from N(0, 1) on."""
+    seen = []
+
+    class Labelled:
+        """eps = 0.1 with a label, 0 without."""
+
+        def apply(self, params, x, t, label):
+            jax.debug.callback(lambda t: seen.append(float(t)), t[0])
+            return jnp.broadcast_to(0.1 * (label < 1000)[:, None, None, None], (*x.shape[:-1], 8))
+
+    config, module = configs.load(DIT)
+    monkeypatch.setattr(nets.DiT, "preset", lambda *args, **options: Labelled())
+    experiment, keys = module.build(config), jax.random.split(jax.random.key(0), 1)
+    draw = jax.jit(experiment.draw, static_argnames=("steps", "guidance"))
+    images = {w: draw(None, keys, {"label": jnp.zeros(1, jnp.int32)}, steps=250, guidance=w)["image"] for w in (1.5, 1.0)}
+    jax.effects_barrier()
+    stride, place, expected = 999 / 249, 0.0, []
+    for _ in range(250):
+        expected.append(round(place) + 1)
+        place += stride
+    assert expected[:3] == [1, 5, 9] and expected[-1] == 1000
+    assert np.rint(1000 * np.asarray(seen[:250])).tolist() == expected[::-1] == np.rint(1000 * np.asarray(seen[250:])).tolist()
+    change = np.abs(images[1.5] - images[1.0]).max((0, 1, 2))
+    assert change[:3].min() > 1 and change[3] < 0.01
+    image = experiment.process.parts["image"]
+    ratio = image.prior(keys, (2,)) / dataclasses.replace(image, prior_std=None).prior(keys, (2,))
+    np.testing.assert_allclose(ratio, 1 / image.schedule(jnp.ones(()))[1], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
