@@ -220,13 +220,14 @@ def restore_for_inference(
     """
     run_metadata.check_config(workdir, config, run_metadata.MAY_DIFFER_IN_USE)
     run_metadata.check_dependencies(workdir, experiment)
-    return weights(experiment, workdir, step=step, metric=config.train.best, mesh=mesh)
+    checkpoint, others = choose(workdir, step, config.train.best)
+    ema = averages_of(experiment, mesh)
+    _check_fit(checkpoint, ema=ema)
+    return restore_averages(checkpoint, ema, others), int(checkpoint.name)
 
 
-def weights(
-    experiment: Any, workdir: str | os.PathLike, *, step: int | str | None = None, metric: str = "", mesh: Mesh | None = None
-) -> tuple[Any, int]:
-    """`restore_for_inference` from a run of any config whose network is that of the experiment; `metric` decides which is "best"."""
+def choose(workdir: str | os.PathLike, step: int | str | None = None, metric: str = "") -> tuple[pathlib.Path, list[int]]:
+    """-> (a checkpoint of `step`, "best" by `metric` or the newest, whose averages are whole; the steps of the others)."""
     folder = run_metadata.checkpoint_folder(workdir)
     intact, damages = _intact(folder)
     newest = step is None
@@ -251,18 +252,36 @@ def weights(
     if problem := damages.get(step) or (None if newest else _damage_of_averages(folder / str(step))):
         raise UserError(f"the checkpoint {folder / str(step)} is damaged ({problem}): choose another step (there are {there}).")
 
+    return folder / str(step), [other for other in intact if other != step]
+
+
+def averages_of(experiment: Any, mesh: Mesh | None) -> Any:
+    """The averaged weights of an experiment, abstract: on one device, or spread over a mesh by experiment.rules."""
     shapes = jax.eval_shape(experiment.init, jax.random.key(0))
     if mesh is None:
         # A committed device would forbid use with arrays elsewhere, but one process has one default device.
         target = jax.tree.map(lambda x: SingleDeviceSharding(jax.local_devices()[0]), shapes)
     else:
         target = sharding.shardings(shapes, experiment.rules, mesh)
-    ema = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=where), shapes, target)
-    _check_fit(folder / str(step), ema=ema)
-    with _unreadable(folder / str(step)), ocp.StandardCheckpointer() as reader:
-        params = reader.restore(folder / str(step) / "ema", ema)
-    _check_finite(params, workdir, step, [other for other in intact if other != step])
-    return params, step
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=where), shapes, target)
+
+
+def restore_averages(checkpoint: pathlib.Path, like: Any, others: list[int]) -> Any:
+    """The averaged weights of a checkpoint, onto the shapes and shardings of these abstract ones, which must be its own.
+
+    Raises:
+      UserError: they cannot be read, or are not finite; it names the `others` of the run.
+    """
+    with _unreadable(checkpoint), ocp.StandardCheckpointer() as reader:
+        params = reader.restore(checkpoint / "ema", like)
+    _check_finite(params, checkpoint.parents[1], int(checkpoint.name), others)
+    return params
+
+
+def saved_averages(checkpoint: pathlib.Path) -> Any:
+    """A pytree with what is noted of each array of averaged weights in a checkpoint: `shape`, `dtype`."""
+    with _unreadable(checkpoint):
+        return ocp.StandardCheckpointHandler().metadata(checkpoint / "ema").tree
 
 
 def _check_finite(params: Any, workdir: str | os.PathLike, step: int, others: list[int]) -> None:
@@ -340,8 +359,8 @@ def _check_fit(checkpoint: pathlib.Path, **items: Any) -> None:
     """Raises UserError unless the saved arrays have the names and shapes of these trees."""
     for item, tree in items.items():
         with _unreadable(checkpoint):
-            saved = _shapes(ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree)
-        wanted = _shapes(tree)
+            saved = array_shapes(ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree)
+        wanted = array_shapes(tree)
         for name in [*wanted, *saved]:
             there, here = saved.get(name, "absent"), wanted.get(name, "absent")
             if there != here:
@@ -351,7 +370,8 @@ def _check_fit(checkpoint: pathlib.Path, **items: Any) -> None:
                 )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """path -> shape of the arrays of a tree, "params/blocks/mlp/kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 

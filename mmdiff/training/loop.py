@@ -24,7 +24,7 @@ from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
 from mmdiff.keys import check_seed, key_of
 from mmdiff.microbatches import BatchLoss
-from mmdiff.training import checkpoints, distributed, lock, run_metadata, sharding
+from mmdiff.training import checkpoints, distributed, finetune, lock, run_metadata, sharding
 from mmdiff.training.metrics_logger import MetricsLogger, device
 from mmdiff.training.signals import Signals, make_any_process_signalled
 from mmdiff.training.skipped import SkippedSteps
@@ -47,7 +47,8 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
     checkpoint_every, keep (the last k checkpoints), best (a metric such as "val/loss" whose lowest checkpoint is kept too, or
     ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard; if there, max_skipped (steps in a row, 100), noise_scale and
     norm_groups (metrics, see `make_step`)
-    and start (the workdir of a run of the same network, whose averaged weights this one begins with).
+    start (the workdir of a run whose averaged weights this one begins with, where they fit), start_strict (they must all fit) and
+    other_data (a run may continue with other data than before).
 
     It writes WORKDIR/config.json, dependencies.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one
     before, without skipped steps and values that are not finite, and `skipped`, their number so far; one line per evaluation:
@@ -100,13 +101,15 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         else:
             key = key_of(config.seed)
             state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
+            noted = []
             if options.get("start"):  # fine-tuning
-                weights, _ = checkpoints.weights(experiment, options.start, mesh=mesh)
+                strict = options.get("start_strict", False)
+                weights, noted = finetune.start_from(options.start, experiment, here, state.ema, mesh, strict)
                 where = jax.tree.map(lambda x: x.sharding, (state.params, state.ema))
                 cast = jax.tree.map(lambda new, old: new.astype(old.dtype), weights, state.params)
                 params, ema = jax.jit(lambda *both: jax.tree.map(jnp.copy, both), out_shardings=where)(cast, weights)
                 state = state.replace(params=params, ema=ema)
-            noted, averages, meta = [], empty, {"position": 0, "order": ORDER_VERSION, "train_seconds": 0.0, "compile_seconds": 0.0}
+            averages, meta = empty, {"position": 0, "order": ORDER_VERSION, "train_seconds": 0.0, "compile_seconds": 0.0}
         if start >= options.steps:
             if jax.process_index() == 0:
                 console.say(f"nothing to do: {workdir} is trained for {start} of {options.steps} steps")
@@ -117,8 +120,6 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             run_metadata.write_data(workdir, here)
         meta["data"] = here
         logger = stack.enter_context(MetricsLogger(workdir, options, start, meta["train_seconds"]))
-        for name in run_metadata.other_dependencies(options.start, experiment) if options.get("start") and not start else ():
-            logger.say(f"the weights from {options.start} were trained with other {name}: what they know of these does not fit")
         for what in noted:
             logger.say(what)
         if start and changed:
