@@ -6,22 +6,23 @@ flag answers at once.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import math
 import os
 import re
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from mmdiff import console
 from mmdiff.errors import UserError
+from mmdiff.training.peers import Peers
 
 JOIN_SECONDS = 300  # how long a process waits for the others to start: those of a large job come minutes apart
-HEARTBEAT_SECONDS = 60  # a process that has been silent for so long is dead: a live one is heard every few seconds, even while it computes
+HEARTBEAT_SECONDS = 60  # a process that has been silent for so long is gone: a live one is heard every few seconds, even while it computes
 LEAVE_SECONDS = 30  # how long a process that failed waits for the others to fail as well
 
 ENVIRONMENT = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
@@ -72,7 +73,9 @@ def start(**where: str | int) -> None:
       **where: the answer of `address`. What it leaves out is detected: from the metadata of a TPU slice, Slurm, Open MPI or an
         indexed Job of Kubernetes. (Under Slurm and Open MPI JAX gives every process one GPU: start as many as there are.)
 
-    A run whose processes do not find each other within JOIN_SECONDS ends with a sentence and status 1: started again, they may.
+    A run whose processes do not find each other within JOIN_SECONDS ends with a sentence and status 1: started again, they may. So does
+    a process when another is gone, at once if it was killed and after HEARTBEAT_SECONDS if it is silent (see `peers`). Where the address
+    of process 0 is detected by JAX, JAX itself ends the process then: with SIGABRT, status 134.
 
     Raises:
       UserError: nothing is detected, or the port of process 0 is in use.
@@ -85,20 +88,22 @@ def start(**where: str | int) -> None:
         _say(f"the processes of this run did not find each other within {JOIN_SECONDS} s: start {whom}, and let each reach process 0{at}.")
         os._exit(1)
 
-    if where.get("process") == 0 and "coordinator" in where:
-        _check_port(where["coordinator"])
     # JAX aborts without a sentence when its own time is over, so it gets more.
     timer = threading.Timer(JOIN_SECONDS, give_up)
     timer.daemon = True
     timer.start()
+    reach = {"coordinator_address": where.get("coordinator"), "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     try:
+        if {"coordinator", "process"} <= where.keys() and where.get("processes") != 1:
+            reach = _relayed(where["coordinator"], where["process"])
         jax.distributed.initialize(
-            where.get("coordinator"),
-            where.get("processes"),
-            where.get("process"),
+            num_processes=where.get("processes"),
+            process_id=where.get("process"),
             initialization_timeout=JOIN_SECONDS + 60,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            **reach,
         )
+    except UserError:
+        raise
     except (ValueError, RuntimeError) as error:
         remedy = "name them by --coordinator HOST:PORT --processes N --process I"
         raise UserError(f"cannot join the other processes ({str(error).rstrip('.')}): {remedy}.") from error
@@ -126,8 +131,7 @@ def together() -> Iterator[None]:
     """A context (and decorator) for what all processes do together: if one fails, it ends, and so do the others.
 
     At the exit of a process JAX waits for all others, while these wait for its part of a sum: so a process that failed does not
-    wait for long. That another one is gone is known at once where its connections break (CPU), or if it was process 0, and
-    everywhere after HEARTBEAT_SECONDS.
+    wait for long. That another one is gone is known by an error where the connections of its sums break (CPU), else by `peers`.
     """
     import jax
 
@@ -136,13 +140,17 @@ def together() -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if lost(error):
             reason = " ".join(str(error).split())
-            _say(f"another process of this run is gone ({reason}): see its log; the same command goes on from the last checkpoint.")
-            os._exit(1)
+            _end(f"another process of this run is gone ({reason})")
+        _leave(in_peace=False)
         if jax.distributed.is_initialized():
             timer = threading.Timer(LEAVE_SECONDS, os._exit, [2 if isinstance(error, UserError) else 1])
             timer.daemon = True
             timer.start()
         raise
+    except BaseException:  # SystemExit: it is saved, as all are
+        _leave(in_peace=True)
+        raise
+    _leave(in_peace=True)
 
 
 def from_first(act: Callable[[], Any]) -> Any:
@@ -181,13 +189,34 @@ def _texts(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(mine)]
 
 
-def _check_port(coordinator: str) -> None:
-    """Raises UserError if the port is in use (JAX may crash)."""
+_peers: Peers | None = None
+_ending = threading.Lock()
+
+
+def _relayed(coordinator: str, process: int) -> dict[str, str | int]:
+    """Ties this process to the others; -> what `jax.distributed.initialize` is to be told. Raises UserError if the port is in use."""
+    global _peers
+    host, _, port = coordinator.rpartition(":")
+    _peers = Peers(process, lambda other: _end(f"process {other} of this run is gone"), HEARTBEAT_SECONDS)
+    atexit.register(_leave, in_peace=True)
     try:
-        with socket.create_server(("", int(coordinator.rpartition(":")[2]))):
-            pass
+        inner = _peers.connect(host.strip("[]"), int(port)) if process else _peers.serve(int(port))
     except OSError as error:
         raise UserError(f"process 0 cannot serve at {coordinator} ({os.strerror(error.errno)}): name a free port.") from error
+    bind = {} if process else {"coordinator_bind_address": f"127.0.0.1:{inner}"}
+    return {"coordinator_address": f"127.0.0.1:{inner}", "heartbeat_timeout_seconds": 2 * HEARTBEAT_SECONDS, **bind}
+
+
+def _leave(in_peace: bool) -> None:
+    if _peers:
+        _peers.leave(in_peace)
+
+
+def _end(reason: str) -> NoReturn:
+    """Ends this process, whatever it waits for, with one sentence and a status after which a launcher starts it again."""
+    with _ending:
+        _say(f"{reason}: see its log; the same command continues from the last checkpoint.")
+        os._exit(1)
 
 
 def _say(text: str) -> None:
