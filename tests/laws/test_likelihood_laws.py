@@ -217,6 +217,28 @@ def test_the_mass_of_a_bin(values):
         np.testing.assert_allclose(np.exp(-np.float64(each)).sum(), 1.0, rtol=1e-4)  # what one belief gives to all levels
 
 
+@pytest.mark.parametrize("kind", ["joint", "aggregate"])
+def test_bits_of_one_modality_of_several(kind):
+    """A network that knows all pays for the image what its bins cost at its learned variance, and the prior, whatever else there is."""
+    image, other = LearnedSigma(schedules.linear_beta(1000), processes.x0), processes.Hidden()
+    process = Joint(image=image, other=other)
+    if kind == "aggregate":
+        added = {"other": processes.Addend(processes.identity, processes.moving_target())}
+        process = processes.Aggregate("image", added, image=image, other=other)
+    x0 = {"image": jnp.asarray(np.tile(LEVELS, (2, 1)), jnp.float32), "other": jnp.ones((2, 256))}
+
+    def network(params, x, t):
+        return {"image": jnp.concatenate([x0["image"], jnp.full_like(x0["image"], 2 * 0.3 - 1)], -1), "other": x0["other"]}
+
+    path, decoder = likelihood.along(process, likelihood.line(1 / 1000)), {"image": likelihood.discretized(LEVELS, 1000)}
+    nats = jax.jit(lambda k: likelihood.discrete_time(process, network, None, k, x0, path, 1, decoder))(keys(2))
+    low, high = first_variances()
+    ratio = -0.3 * math.log(high)  # log (Sigma / beta~) of the one step to t = 1/1000
+    step = 0.5 * 256 * (ratio + math.expm1(-ratio)) / math.log(2)
+    bits = bin_bits(LEVELS, LEVELS, low**0.7 * high**0.3, LEVELS).sum() + step + float(image.prior_kl(x0["image"])[0]) / math.log(2)
+    np.testing.assert_allclose(nats["image"] / math.log(2), bits, rtol=1e-4)
+
+
 def log_normal(x, mean, std):
     return (-0.5 * ((x - mean) / std) ** 2 - math.log(std) - 0.5 * math.log(2 * math.pi)).sum(-1)
 
