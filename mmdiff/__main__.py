@@ -598,11 +598,13 @@ def _write_samples(experiment, samples: Mapping, out: pathlib.Path) -> list[path
 
 
 def _is_report_of(path: pathlib.Path, config, step: int) -> bool:
+    from mmdiff.data import files
+
     try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError):
+        report = files.read_json(path)
+    except UserError:
         return False
-    return report.get("step") == step and report.get("config") == json.loads(configs.to_json(config))
+    return isinstance(report, Mapping) and report.get("step") == step and report.get("config") == json.loads(configs.to_json(config))
 
 
 def _table(figures: Mapping[str, object]) -> str:

@@ -47,7 +47,7 @@ def read_captions(name: Any, beside: Mapping[str, Callable[[], bytes]]) -> list[
             return [files.decode(beside["txt"](), f"the caption of {name}").strip()]
         return captions_of(files.parse_json(beside["json"](), f"the .json of {name}")["caption"], name)
     except FileError as error:
-        if " is no JSON " not in str(error):
+        if " is not valid JSON " not in str(error):
             raise
         raise FileError(name, f"has no caption ({error.reason})", BELONGS) from error
     except (KeyError, TypeError) as error:

@@ -115,7 +115,7 @@ def decode(content: bytes, name: Any) -> str:
         found = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise FileError(name, f"is no UTF-8 text (byte {error.object[error.start]:#04x} in line {line})", remedy) from error
+        raise FileError(name, f"is not UTF-8 text (byte {error.object[error.start]:#04x} in line {line})", remedy) from error
     if "\0" in found:
         raise FileError(name, "has zero bytes, which UTF-16 and binary files have but no UTF-8 text", remedy)
     return found
@@ -154,7 +154,7 @@ def parse_json(content: bytes, name: Any) -> Any:
     except FileError:
         raise
     except (ValueError, RecursionError) as error:
-        raise FileError(name, f"is no JSON ({str(error).splitlines()[0]})", "write it again") from error
+        raise FileError(name, f"is not valid JSON ({str(error).splitlines()[0]})", "write it again") from error
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from mmdiff import config as configs
+from mmdiff.data import files
 from mmdiff.errors import UserError
 from mmdiff.evals import pictures
 from mmdiff.evals.base import Findings
@@ -225,8 +226,8 @@ def _cost(workdir: pathlib.Path, step: int) -> dict[str, float | None]:
 
 def _lines(path: pathlib.Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
+        return files.read_lines(path)
+    except UserError:
         return []
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import ml_collections
 
 from mmdiff import config as configs
+from mmdiff.data import files
 from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import fingerprint
 from mmdiff.errors import UserError
@@ -28,7 +29,7 @@ from mmdiff.training.integrity import write_whole
 # What may change when a run continues: how it learns, how long, where and how often, but not what its weights mean. A section stands for
 # its keys. (The mesh and micro-batches change results by rounding only.)
 FOLDERS = ("data.dir", "data.towers")  # what lies there must be the same: its fingerprint is compared
-MAY_DIFFER = ("train", "sample", "eval", *FOLDERS)
+MAY_DIFFER = ("train", "sample", "eval", *FOLDERS, "data.damaged")
 MUST_AGREE = ("train.ema", "train.start", "train.noise_scale", "train.norm_groups")  # what is averaged, and of what
 MAY_DIFFER_IN_USE = (*MAY_DIFFER, *MUST_AGREE, "seed")  # when the weights are only used
 
@@ -203,12 +204,16 @@ def steps(folder: pathlib.Path) -> list[int]:
 def read_json(path: pathlib.Path) -> Any:
     """What a JSON file holds; None if there is no file. Raises UserError if it may not be read or is damaged."""
     try:
-        with reading(path):
-            return json.loads(path.read_text()) if path.exists() or path.is_symlink() else None
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not valid JSON ({error}): restore it, or use another workdir.") from error
+        return files.read_json(path)
+    except files.Missing:
+        if path.is_symlink():
+            raise UserError(f"{path} is a link to what is not there: restore it, or use another workdir.") from None
+        return None
+    except files.FileError as error:
+        if isinstance(error.__cause__, OSError):
+            with reading(path):
+                raise error.__cause__ from None
+        raise UserError(f"{path} {error.reason}: restore it, or use another workdir.") from error
 
 
 @contextlib.contextmanager

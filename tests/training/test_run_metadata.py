@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -44,6 +45,18 @@ def test_a_run_continues_with_its_own_config_only(tmp_path):
     (tmp_path / "config.json").write_text('{"seed":')
     with pytest.raises(UserError, match="config.json is not valid JSON"):
         check_config(tmp_path, config)
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")  # nobody will ever write into it
+    with pytest.raises(UserError, match="config.json is a named pipe"):
+        check_config(tmp_path, config)
+
+
+def test_a_run_of_before_pictures_could_be_damaged_continues(tmp_path):
+    config = toy.get_config()
+    write_config(tmp_path, config)
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    config.data = {"damaged": 0.0}
+    assert check_config(tmp_path, config) == {"data.damaged": (None, 0.0)}
 
 
 def test_a_run_is_refused_with_other_frozen_networks(tmp_path):
@@ -142,7 +155,7 @@ def test_a_folder_with_a_config_of_something_else_is_refused_and_left_alone(tmp_
         assert (tmp_path / "config.json").read_bytes() == before
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(UserError, match="config.json cannot be read .Is a directory"):
+    with pytest.raises(UserError, match="config.json is a folder, not a file"):
         check_config(tmp_path, toy.get_config())
 
 
