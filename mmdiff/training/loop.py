@@ -8,14 +8,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from clu.metrics import Average
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmdiff import console
 from mmdiff.data import loader
@@ -29,6 +28,7 @@ from mmdiff.training.metrics_logger import MetricsLogger, device
 from mmdiff.training.signals import Signals, make_any_process_signalled
 from mmdiff.training.skipped import SkippedSteps
 from mmdiff.training.step import IN_FLIGHT, State, step_of
+from mmdiff.training.validation import Validation
 
 OPTIONS = (  # what is read of config.train
     "steps", "global_batch", "microbatches", "log_every", "eval_every", "checkpoint_every", "keep", "best", "ema", "mesh",
@@ -45,10 +45,9 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
 
     It reads config.seed and, of config.train: steps, global_batch, microbatches, log_every, eval_every (0: never),
     checkpoint_every, keep (the last k checkpoints), best (a metric such as "val/loss" whose lowest checkpoint is kept too, or
-    ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard; if there, max_skipped (steps in a row, 100), noise_scale and
-    norm_groups (metrics, see `make_step`)
-    start (the workdir of a run whose averaged weights this one begins with, where they fit), start_strict (they must all fit) and
-    other_data (a run may continue with other data than before).
+    ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard; if there, max_skipped (steps in a row that end the run, 100),
+    noise_scale and norm_groups (metrics, see `make_step`), start (the workdir of a run whose averaged weights this one begins with,
+    where they fit), start_strict (they must all fit) and other_data (a run may continue with other data than before).
 
     It writes WORKDIR/config.json, dependencies.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one
     before, without skipped steps and values that are not finite, and `skipped`, their number so far; one line per evaluation:
@@ -76,7 +75,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
         data = experiment.train_data()
         here = run_metadata.describe_data(experiment, data)
-        evaluate = make_evaluate(experiment, config, mesh) if options.eval_every else None
+        evaluate = Validation(experiment, config, mesh) if options.eval_every else None
         part, parts = sharding.process_rows(mesh, options.global_batch)
         example = loader.batches(data, config.seed, 1, part * options.global_batch // parts)  # its own first row: no process reads others'
         shapes = {
@@ -85,8 +84,8 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         }
         lowered = sharding.lower_step(step_fn, abstract, shapes, mesh)
         names = sorted(lowered.out_info[1])
-        if options.best and options.best.removeprefix("val/") not in names:
-            raise UserError(f"config.train.best is {options.best!r}, but the metrics are {', '.join(f'val/{n}' for n in names)}.")
+        if options.best and options.best not in (found := evaluate.names(abstract.ema, shapes)):
+            raise UserError(f"config.train.best is {options.best!r}, but an evaluation gives {', '.join(found)}: choose one of these.")
         replicated = NamedSharding(mesh, PartitionSpec())
         empty = jax.jit(lambda: {name: Average.empty() for name in names}, out_shardings=replicated)()
 
@@ -146,7 +145,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
 
         stop = stack.enter_context(Signals())
         in_flight = collections.deque()
-        skipped = SkippedSteps(options, logger.say, saved.latest)
+        skipped = SkippedSteps(options, logger.say, saved.latest, ahead)
         logger.start_clock()
 
         def finish(remaining: int) -> bool:
@@ -225,33 +224,6 @@ def make_accumulate() -> Callable:
         return averages | {"skipped": Average(total=skipped, count=jnp.ones((), jnp.int32))}
 
     return jax.jit(accumulate)
-
-
-def make_evaluate(experiment: Experiment, config: ml_collections.ConfigDict, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
-    """`EMA params -> {"val/loss": ..., ...}`: the loss on all held-out data, with the same random numbers every time.
-
-    The data is taken in its own order in batches of the training size; the last one is filled up from the beginning.
-    """
-    size, source = config.train.global_batch, experiment.validation_data()
-    part, parts = sharding.process_rows(mesh, size)
-
-    def score(params, batch):
-        value, metrics = experiment.loss(params, batch, key_of(config.seed))
-        return {**metrics, "loss": value}
-
-    score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def evaluate(params):
-        results = []
-        for start in range(0, len(source), size):
-            positions = start + np.arange(part * size // parts, (part + 1) * size // parts)
-            batch = {**source.take(positions % len(source)), "index": positions.astype(np.uint32)}
-            with sharding.target_of(mesh):
-                results.append(score(params, sharding.place(batch, mesh)))
-        results = jax.device_get(results)
-        return {f"val/{name}": float(np.mean([result[name] for result in results])) for name in results[0]}
-
-    return evaluate
 
 
 def _check(options: ml_collections.ConfigDict) -> None:

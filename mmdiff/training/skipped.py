@@ -20,10 +20,11 @@ class SkippedSteps:
       options: config.train.
       say: shows a line.
       latest: `() -> the step of the newest checkpoint`, or None.
+      ahead: how far the position is ahead of step * global_batch.
     """
 
-    def __init__(self, options: ml_collections.ConfigDict, say: Callable[[str], Any], latest: Callable[[], int | None]):
-        self._options, self._say, self._latest = options, say, latest
+    def __init__(self, options: ml_collections.ConfigDict, say: Callable[[str], Any], latest: Callable[[], int | None], ahead: int = 0):
+        self._options, self._say, self._latest, self._ahead = options, say, latest, ahead
         self._in_a_row, self._seen = 0, False
 
     def finished(self, step: int, metrics: Mapping[str, Any], total: Any) -> None:
@@ -39,10 +40,11 @@ class SkippedSteps:
         cause = next((name for name in ("loss", "grad_norm") if not math.isfinite(float(metrics[name]))), "")
         cause = {"loss": "loss", "grad_norm": "gradient", "": "update by the optimizer"}[cause]
         if not self._seen:
-            self._seen, batch = True, self._options.global_batch
+            self._seen, size = True, self._options.global_batch
+            first = (step - 1) * size + self._ahead
             self._say(
-                f"step {step} is skipped: its {cause} is not finite; it holds the examples at the positions {(step - 1) * batch} to "
-                f"{step * batch - 1} of the order (mmdiff.data.order); further skipped steps are counted"
+                f"step {step} is skipped: its {cause} is not finite; it holds the examples at the positions {first} to "
+                f"{first + size - 1} of the order (mmdiff.data.order); further skipped steps are counted"
             )
         every = step == self._options.steps and int(total) == step
         if self._in_a_row >= self._options.get("max_skipped", MOST) or every:

@@ -12,13 +12,11 @@ import optax
 import pytest
 import toy
 from clu.metrics import Average
-from jax.sharding import Mesh
 
 from mmdiff.data import loader
 from mmdiff.data.order import ORDER_VERSION
 from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
-from mmdiff.nets import target
 from mmdiff.training import checkpoints, lock, loop, metrics_logger, run_metadata, sharding
 
 
@@ -201,45 +199,6 @@ def test_an_interrupted_run_is_the_uninterrupted_one(config, tmp_path):
     assert seconds == sorted(seconds)  # cumulative over both runs
 
 
-def test_an_evaluation_repeats_itself(config):
-    experiment = toy.build(config)
-    mesh = sharding.make_mesh({"data": 1})
-    evaluate = loop.make_evaluate(experiment, config, mesh)
-    params = experiment.init(jax.random.key(0))
-    assert evaluate(params) == evaluate(params)
-    # 20 examples in batches of 16: two batches, the second filled up from the beginning.
-    x = experiment.validation_data().arrays["x"]
-    values = []
-    for index in (np.arange(16), np.arange(16, 32)):
-        batch = {"x": x[index % 20], "index": index.astype(np.uint32)}
-        values.append(float(jax.jit(toy.loss)(params, batch, jax.random.key(config.seed))[0]))
-    np.testing.assert_allclose(evaluate(params)["val/loss"], np.mean(values), rtol=1e-6)
-
-
-def test_what_is_seen_while_training_never_reads_the_test_data(config):
-    def never():
-        raise AssertionError("the test data were read")
-
-    experiment = dataclasses.replace(toy.build(config), test_data=never)
-    evaluate = loop.make_evaluate(experiment, config, sharding.make_mesh({"data": 1}))
-    assert np.isfinite(evaluate(experiment.init(jax.random.key(0)))["val/loss"])
-    assert experiment.split == "test" and experiment.on_validation().split == "validation"
-    assert len(experiment.on_validation().test_data()) == len(experiment.validation_data())
-
-
-def test_an_evaluation_is_meant_for_the_mesh_as_the_step_is(config):
-    experiment, seen = toy.build(config), []
-
-    def loss(params, batch, key):
-        seen.append((target.split("fsdp"), target.one_cpu()))
-        return toy.loss(params, batch, key)
-
-    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 2, 1, 1), sharding.AXES)
-    evaluate = loop.make_evaluate(dataclasses.replace(experiment, loss=loss), config, mesh)
-    evaluate(experiment.init(jax.random.key(0)))
-    assert seen == [(2, False)]
-
-
 def test_prefetch_keeps_order_and_passes_errors_on():
     def items():
         yield from range(5)
@@ -327,10 +286,10 @@ def test_the_config_of_a_run_changes_only_when_it_continues(config, tmp_path):
     config.train.update(steps=8, log_every=2)
     loop.train(toy.build(config), config, tmp_path)  # nothing to do
     config.train.update(steps=20, best="val/fid", eval_every=6)
-    with pytest.raises(UserError, match="the metrics are"):
+    with pytest.raises(UserError, match="an evaluation gives"):
         loop.train(toy.build(config), config, tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
-    with pytest.raises(UserError, match="the metrics are"):
+    with pytest.raises(UserError, match="an evaluation gives"):
         loop.train(toy.build(config), config, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -351,7 +310,10 @@ def test_missing_options_are_listed(config, tmp_path):
         ({"ema": 1.0}, "config.train.ema"),
         ({"global_batch": 10, "microbatches": 4}, "does not divide the global batch 10.*global_batch=8"),
         ({"best": "val/loss"}, r"eval_every \(10\) divide config.train.checkpoint_every \(6\)"),
-        ({"best": "val/fid", "eval_every": 6}, "'val/fid', but the metrics are"),
+        ({"best": "val/fid", "eval_every": 6}, "'val/fid', but an evaluation gives val/error, val/loss, val/loss/x: choose one"),
+        ({"best": "loss", "eval_every": 6}, "'loss', but an evaluation gives"),  # of the training data: no checkpoint has it
+        ({"best": "val/grad_norm", "eval_every": 6}, "'val/grad_norm', but an evaluation gives"),
+        ({"best": "val/loss", "eval_every": 0}, r"needs an evaluation at every checkpoint"),
     ],
 )
 def test_bad_options_are_refused(config, tmp_path, changes, message):
