@@ -341,7 +341,8 @@ def _train(args: argparse.Namespace) -> None:
         distributed.start(**where)
     from mmdiff.training import loop
 
-    loop.train(configs.build(config, module, args.overrides), config, args.workdir)
+    with configs.blaming(config, module, args.overrides):
+        loop.train(configs.build(config, module), config, args.workdir)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -358,7 +359,8 @@ def _bench(args: argparse.Namespace) -> None:
 
     _keep_memory()  # as train does
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
-    found = bench.measure(configs.build(config, module, args.overrides), config, steps=args.steps, rounds=args.rounds, peer=args.peer)
+    with configs.blaming(config, module, args.overrides):
+        found = bench.measure(configs.build(config, module), config, steps=args.steps, rounds=args.rounds, peer=args.peer)
     if jax.process_index() == 0:
         console.out(bench.table(found))
         _write_json(args.json, found)
@@ -367,15 +369,15 @@ def _bench(args: argparse.Namespace) -> None:
 def _aot(args: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run: leave an accelerator that is here alone; jax reads it when it is imported
     _writable("--json", args.json, folder=False)
-    configs.load(args.config, args.overrides)
+    config, module = configs.load(args.config, args.overrides)
     from mmdiff.training import aot
 
     def load(overrides):
-        overrides = [*args.overrides, *overrides.items()]
-        config, module = configs.load(args.config, overrides)
-        return config, configs.build(config, module, overrides)
+        config, module = configs.load(args.config, [*args.overrides, *overrides.items()])
+        return config, configs.build(config, module)
 
-    found = aot.report(load, args.topology, args.slices)
+    with configs.blaming(config, module, args.overrides):
+        found = aot.report(load, args.topology, args.slices)
     console.out(aot.text(found))
     _write_json(args.json, found)
 
@@ -516,7 +518,8 @@ def _open(args: argparse.Namespace):
     configs.put(config, stored)
     configs.put(config, asked)
     _start_jax()
-    return config, run_metadata.with_class_names(configs.build(config, module, args.overrides), args.workdir)
+    with configs.blaming(config, module, args.overrides):
+        return config, run_metadata.with_class_names(configs.build(config, module), args.workdir)
 
 
 def _key(seed: int, use: str):

@@ -81,52 +81,69 @@ def _finish(path: str, config: Any, overrides: Sequence[tuple[str, str]]) -> ml_
     return config
 
 
-def build(config: ml_collections.ConfigDict, module: ModuleType, overrides: Sequence[tuple[str, Any]] = ()) -> Any:
-    """`module.build(config)`, where what fails for a mistake of the user is one sentence.
-
-    That is an error of the config file itself (it names the line), a value that a constructor refuses, and whatever does not fail without
-    the overrides (it names those that it needs). Anything else is a bug and keeps its traceback.
-    """
+def build(config: ml_collections.ConfigDict, module: ModuleType) -> Any:
+    """`module.build(config)`; what is no experiment, and mistakes in the file itself, are a UserError. See `blaming`."""
     path = module.__file__
     try:
         experiment = module.build(config)
-    except UserError as error:
-        guilty = _guilty(config, module, overrides) if not any(key in str(error) for key, _ in overrides) else ()
-        if guilty:
-            raise UserError(f"{str(error).rstrip('.')} (with {_set(guilty)}).") from error
+    except UserError:
         raise
     except (Exception, SystemExit) as error:
-        guilty = _guilty(config, module, overrides)
-        modules = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
-        name, file = next(module for module in reversed(modules) if not module[0].startswith(("ml_collections.", "mmdiff.configdict")))
-        refused = isinstance(error, (ValueError, TypeError)) and name.startswith("mmdiff.")
-        if not guilty and not refused and os.path.abspath(file) != os.path.abspath(path):
+        if not _is_of_the_file(error, path):
             raise
-        values = f" with {_set(guilty)}" if guilty else ""
-        raise UserError(f"{path} cannot be built{values}: {_what(error, path)}.") from error
+        raise UserError(f"{path} cannot be built: {_what(error, path)}.") from error
     if not all(hasattr(experiment, name) for name in ("process", "init", "loss", "optimizer")):
         raise UserError(f"{path} is no config file: its build returns a {type(experiment).__name__}, not an Experiment.")
     return experiment
 
 
-def _guilty(config: ml_collections.ConfigDict, module: ModuleType, overrides: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The overrides without which the experiment can be built: one, where one is enough, or all; none if it fails without them too."""
-    overrides, own = list(dict(overrides).items()), flatten(module.get_config())
+def _is_of_the_file(error: BaseException, path: str) -> bool:
+    """Whether an error is raised by the config file, or is a value that a constructor of this package refuses."""
+    modules = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    name, file = next(module for module in reversed(modules) if not module[0].startswith(("ml_collections.", "mmdiff.configdict")))
+    refused = isinstance(error, (ValueError, TypeError)) and name.startswith("mmdiff.")
+    return refused or isinstance(error, SystemExit) or os.path.abspath(file) == os.path.abspath(path)
+
+
+@contextlib.contextmanager
+def blaming(config: ml_collections.ConfigDict, module: ModuleType, overrides: Sequence[tuple[str, Any]]) -> Iterator[None]:
+    """A context in which an experiment is built and used: an error that does not come without the overrides is one sentence that names
+    those that it needs. Any other error that is no UserError is a bug and keeps its traceback.
+
+    It is then that experiments are built again, with fewer overrides, as far as the shapes of the parameters.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        named = isinstance(error, UserError) and any(key in str(error) for key, _ in overrides)
+        guilty = [] if named or not overrides or isinstance(error, OSError) else _guilty(config, module, dict(overrides))
+        if not guilty:
+            raise
+        path, text = module.__file__, str(error).rstrip(".")
+        if not isinstance(error, UserError):
+            text = f"{path} cannot be used: {_what(error, path)}"
+        raise UserError(f"{text} (with {', '.join(guilty)}).") from error
+
+
+def _guilty(config: ml_collections.ConfigDict, module: ModuleType, overrides: Mapping[str, str]) -> list[str]:
+    """The overrides without which the experiment can be built: one, where one is enough, or all; none if they make no difference."""
+    import jax
+
+    own = flatten(module.get_config())
 
     def works_without(left_out):
         values = copy.deepcopy(config)
-        put(values, {key: own[key] for key, _ in left_out if key in own})
+        put(values, {key: own[key] for key in left_out if key in own})
         try:
-            module.build(values)
+            jax.eval_shape(module.build(values).init, jax.random.key(0))
         except (Exception, SystemExit):
             return False
         return True
 
-    return next(([one] for one in overrides if works_without([one])), overrides if works_without(overrides) else []) if overrides else []
-
-
-def _set(overrides: Sequence[tuple[str, Any]]) -> str:
-    return ", ".join(f"config.{key}={checks.short(str(value))[1:-1]}" for key, value in overrides)
+    if works_without([]):
+        return []  # it fails for another reason, later
+    found = next(([key] for key in overrides if works_without([key])), list(overrides) if works_without(overrides) else [])
+    return [f"config.{key}={checks.short(overrides[key])[1:-1]}" for key in found]
 
 
 def put(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:

@@ -176,6 +176,13 @@ for value, *words in (
     row([*shlex.split(next(COMMANDS)), f"--config.{value}"], f"config.{key} must be", *words, name=f"{len(ROWS)}: {value[:40]}")
 row([*TRAIN, "--config.data.dir=a\0b"], "config.data.dir must be text without a NUL", name="NUL in a path")
 
+for values, *words in (
+    ("model.width=97", "width 97", "(with config.model.width=97)"), ("model.heads=5", "5 heads", "(with config.model.heads=5)"),
+    ("model.patch=3", "patches of 3", "(with config.model.patch=3)"), ("times.joint=0.5", "sum to 1", "(with config.times.joint=0.5)"),
+    ("model.width=65536", "GB", "choose a smaller network", "config.train.mesh.fsdp"),
+):  # fmt: skip
+    row(f"train --config {CONFIGS}/digits_joint.py --workdir x --config.{values}", *words)
+
 # ---- Config files ----
 
 GOOD = pathlib.Path(TINY).read_text()

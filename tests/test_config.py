@@ -3,6 +3,7 @@
 import json
 import textwrap
 
+import jax
 import ml_collections
 import pytest
 
@@ -217,23 +218,38 @@ def test_a_mistake_in_a_key_is_said_before_the_rest_of_the_file_is_run(tmp_path)
 
 def built(tmp_path, body, overrides=()):
     path = tmp_path / "built.py"
-    path.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n"
-        f"    return ConfigDict(dict(seed=0, train=dict(steps=3, keep=1), model=dict(width=8, name='a')))\ndef build(config):\n{body}\n")
-    return configs.build(*configs.load(str(path), list(overrides)), list(overrides))
+    values = "dict(seed=0, train=dict(steps=3, keep=1), model=dict(width=8, name='a'))"
+    path.write_text(f"{HEAD}    return ConfigDict({values})\ndef build(config):\n{body}\n")
+    config, module = configs.load(str(path), list(overrides))
+    with configs.blaming(config, module, overrides):
+        experiment = configs.build(config, module)
+        experiment.init(jax.random.key(0))
+        raise ArithmeticError("later")
 
 
-def test_what_a_build_refuses_is_a_sentence_that_names_the_overrides_it_needs(tmp_path):
-    body = "    import numpy as np\n    np.zeros(3).reshape(config.model.width, -1) if config.model.width != 8 else None"
-    overrides = [("model.width", "7"), ("train.keep", "2")]
-    with pytest.raises(UserError, match="built.py cannot be built with config.model.width='7'|=7: ValueError: cannot reshape .*line 6"):
+PARTS = """
+    class Experiment:
+        process = loss = optimizer = None
+        def init(self, key):
+            return jnp.zeros(3).reshape(config.model.width - 7, -1)
+    return Experiment()"""
+
+
+def test_what_an_experiment_does_not_take_is_a_sentence_that_names_the_overrides_it_needs(tmp_path):
+    overrides = [("model.width", "9"), ("train.keep", "2")]
+    body = "    import jax.numpy as jnp\n    jnp.zeros(8).reshape(config.model.width)" + PARTS
+    with pytest.raises(UserError, match=r"built.py cannot be used: TypeError: cannot reshape .*line 6\) \(with config.model.width=9\)"):
         built(tmp_path, body, overrides)
+    with pytest.raises(UserError, match=r"line 9\) \(with config.model.width=9\)"):  # when its shapes are asked for
+        built(tmp_path, "    import jax.numpy as jnp" + PARTS, overrides)
+    share = "    from mmdiff import times\n    times.mixture((config.model.width / 8, times.uniform()))\n    jnp = times.jnp" + PARTS
+    with pytest.raises(UserError, match=r"mixture: .*with config.model.width=9\)"):
+        built(tmp_path, share, overrides)
     with pytest.raises(UserError, match="line 5"):  # the file's own mistake
-        built(tmp_path, "    return config.modle")
+        built(tmp_path, "    return config.modle", overrides)
     with pytest.raises(UserError, match="its build returns a NoneType, not an Experiment"):
         built(tmp_path, "    pass")
-    share = "    from mmdiff import times\n    times.mixture((config.model.width / 8, times.uniform()))"
-    with pytest.raises(UserError, match="mixture: .*with config.model.width=7"):
-        built(tmp_path, share, overrides)
-    bug = "    import json\n    json.loads('x')"
-    with pytest.raises(json.JSONDecodeError):  # of another library, whatever is overridden
-        built(tmp_path, bug, overrides)
+    with pytest.raises(json.JSONDecodeError):  # a bug of another package, whatever is overridden
+        built(tmp_path, "    import json\n    json.loads('x')", overrides)
+    with pytest.raises(ArithmeticError, match="later"):  # not of the overrides
+        built(tmp_path, "    import jax.numpy as jnp" + PARTS, [("model.width", "10")])

@@ -26,6 +26,7 @@ from mmdiff.data.dance import COUNTS, GENRES, RATE, TICK, DanceMusic
 from mmdiff.data.sounds import Waveforms
 from mmdiff.data.sources import Some
 from mmdiff.data.tokens import Recipe
+from mmdiff.errors import UserError
 from mmdiff.evals.music import CLASSIFIED, MusicReconstructions
 from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.audio import AudioAutoencoder, audio_loss
@@ -53,6 +54,8 @@ def get_config():
 
 def build(config):
     data, train = config.data, config.train
+    if data.name not in SPLITS:
+        raise UserError(f"config.data.name is {data.name!r}: choose one of {', '.join(SPLITS)}.")
     samples = data.seconds * RATE // TICK * TICK
     net = AudioAutoencoder(samples, **config.model)
 

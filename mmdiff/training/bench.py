@@ -82,6 +82,7 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     rows = sharding.place(rows, mesh)
 
     abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
+    sharding.check_memory(abstract, batch, mesh)
     began = time.perf_counter()
     lowered = sharding.lower_step(step_of(experiment, train), abstract, batch, mesh)
     lowering_seconds = time.perf_counter() - began

@@ -82,6 +82,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             name: jax.ShapeDtypeStruct((options.global_batch, *array.shape[1:]), array.dtype)
             for name, array in next(example).items()
         }
+        sharding.check_memory(abstract, shapes, mesh)
         lowered = sharding.lower_step(step_fn, abstract, shapes, mesh)
         names = sorted(lowered.out_info[1])
         if options.best and options.best not in (found := evaluate.names(abstract.ema, shapes)):

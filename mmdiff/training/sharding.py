@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -136,6 +137,26 @@ def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules, los
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, rules, mesh)
     )
+
+
+def check_memory(state: State, batch: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> None:
+    """Raises UserError if a device has less memory than its share of the state and of one batch: said before anything is compiled.
+
+    What a step needs besides is known once it is compiled, so this is a lower bound.
+    """
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    rows = math.prod(mesh.shape[name] for name in ("slices", "data", "fsdp"))
+    read = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(batch))) / rows
+    device = mesh.local_devices[0]
+    if device.platform == "cpu":  # simulated devices share the memory of the machine
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(mesh.local_devices)
+    else:
+        memory = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    if held + read > memory:
+        raise UserError(
+            f"the training state takes {held / 1e9:,.3g} GB of each of {mesh.size} device(s) and a batch {read / 1e9:,.3g} GB, of "
+            f"{memory / 1e9:,.3g} GB: choose a smaller network (config.model) or config.train.global_batch, or spread the state over more "
+            "devices by config.train.mesh.fsdp.")
 
 
 def place_state(
