@@ -272,10 +272,10 @@ def _parsed(name: str) -> tuple[str, str]:
 def _lines(path: pathlib.Path) -> list[str]:
     """The lines of a list that are not empty."""
     _exists(path)
-    lines = [line.strip() for line in files.read_lines(path)]
-    if not any(lines):
+    found = files.read_names(path)
+    if not found:
         raise UserError(f"{path} is empty: copy it again.")
-    return [line for line in lines if line]
+    return found
 
 
 def _exists(path: pathlib.Path) -> None:

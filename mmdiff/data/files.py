@@ -59,7 +59,9 @@ class Missing(FileError):
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
-    """A path with ~ in it resolved; of an unknown user it stays."""
+    """A path with ~ in it resolved; of an unknown user it stays. Raises FileError for the address of a bucket or a page."""
+    if "://" in str(path):
+        raise FileError(path, "is an address, not a file or folder", "mount the bucket (gcsfuse), or copy it to a disk")
     return pathlib.Path(os.path.expanduser(path))
 
 
@@ -165,6 +167,17 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def read_names(path: str | os.PathLike) -> list[str]:
+    """The lines of a list that are not empty, without blanks around them. Raises as `read_text`; FileError for a line that comes twice."""
+    found: dict[str, int] = {}
+    for number, line in enumerate(read_lines(path), 1):
+        if (name := line.strip()) in found:
+            raise FileError(path, f"has {name[:80]!r} twice, in lines {found[name]} and {number}", "remove one")
+        if name:
+            found[name] = number
+    return list(found)
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """The value of a JSON file. Raises as `open_regular` and `parse_json`."""
     return parse_json(read_bytes(path), path)
@@ -178,6 +191,16 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- folders
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether a path is a folder's. Raises FileError where the system does not say."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise failed(path, error) from error
 
 
 def hidden(name: str) -> bool:
@@ -265,7 +288,7 @@ def read_image(file: str | os.PathLike | bytes, name: Any = None, ids: bool = Fa
         try:
             with Image.open(stream, formats=FORMATS) as picture:
                 picture.load()
-                return picture.copy() if ids else _plain(picture, name)
+                return picture if ids else _plain(picture, name)
         except FileError:
             raise
         except Image.DecompressionBombError as error:
@@ -293,7 +316,7 @@ def _plain(picture: Any, name: Any) -> Any:
         whole = {"La": "LA", "RGBa": "RGBA"}.get(picture.mode, picture.mode)
         seen = picture.convert(whole).convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    return picture if picture.mode in ("L", "RGB") else picture.convert("L" if picture.mode == "1" else "RGB")
 
 
 def _bytes(picture: Any, name: Any) -> np.ndarray:

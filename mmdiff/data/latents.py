@@ -146,7 +146,7 @@ class LatentSource:
 
     def fingerprint(self):
         shards = [_shard(name, i) for name, shards in sorted(self._shards.items()) for i in range(len(shards))]
-        return digest(len(self), {file: self._meta["sha256"].get(file) for file in shards})
+        return digest(len(self), {file: self._meta.get("sha256", {}).get(file) for file in shards})
 
     def verify(self) -> None:
         """Reads everything and compares it with what was written; UserError names the first damaged shard."""

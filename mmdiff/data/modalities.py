@@ -8,7 +8,6 @@ matter. All four work on a leading axis of n examples.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -56,7 +55,7 @@ class Images:
           UserError: a file that is missing, is no image, or has the wrong size or range.
         """
         path = files.expand(text)
-        if os.path.isdir(path):
+        if files.is_folder(path):
             found = files.pictures(path)
             if not found:
                 raise UserError(f"the folder {path} holds no pictures ({', '.join(PICTURES)}).")

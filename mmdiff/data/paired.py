@@ -115,7 +115,7 @@ class Pairs:
             self._records = pictures.Tfds("cityscapes", part, folder, ("image_left", "segmentation_label"))
             self._sound = pictures.Sound(self._records, damaged)
             return
-        if not os.path.isdir(folder / split):
+        if not files.is_folder(folder / split):
             raise UserError(
                 f"there is no folder {folder / split}: unpack pix2pix's {name}.tar.gz (efrosgans.eecs.berkeley.edu/pix2pix/datasets), "
                 "and name the folder in which its train and val are.")

@@ -284,7 +284,7 @@ def _cub200(folder: pathlib.Path, classes: str) -> Files:
             )
     numbers = {name: i for i, name in enumerate(files.folders(images))}
     records = []
-    for name in filter(None, (line.strip() for line in files.read_lines(listed))):
+    for name in files.read_names(listed):
         if name not in numbers:
             raise UserError(f"{listed} names the class {name!r}, but {images} has no such folder.")
         for path in _of_class(images / name):
@@ -306,9 +306,9 @@ def _aircraft(folder: pathlib.Path, split: str) -> Files:
         if not os.path.lexists(path):
             source = "fgvc-aircraft-2013b.tar.gz (robots.ox.ac.uk/~vgg/data/fgvc-aircraft)"
             raise Absent(f"{path} does not exist: unpack {source} into {folder}.")
-    numbers = {name: i for i, name in enumerate(files.read_lines(variants))}
+    numbers = {name: i for i, name in enumerate(files.read_names(variants))}
     records = []
-    for line in files.read_lines(listed):
+    for line in files.read_names(listed):
         number, _, name = line.partition(" ")
         if name not in numbers:
             raise UserError(f"{listed} names the variant {name!r}, but {variants} has none of that name.")
@@ -318,7 +318,7 @@ def _aircraft(folder: pathlib.Path, split: str) -> Files:
 
 def _folder(folder: pathlib.Path, split: str) -> Files:
     for part in dict.fromkeys(("train", split)):
-        if not os.path.isdir(folder / part):
+        if not files.is_folder(folder / part):
             raise UserError(f"there is no folder {folder / part}: pictures lie in {folder}/train/CLASS and {folder}/val/CLASS.")
         if loose := files.pictures(folder / part, below=False):
             raise UserError(f"{loose[0]} is in no folder of a class: move it to {folder / part}/CLASS, or remove it.")
@@ -347,7 +347,7 @@ def _of_class(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _captioned(folder: pathlib.Path, split: str) -> Records:
     folder = folder / split
-    if not os.path.isdir(folder):
+    if not files.is_folder(folder):
         raise UserError(f"there is no folder {folder}: pictures with captions lie in {folder.parent}/train and {folder.parent}/val.")
     shards, listed = files.matching(folder, (".tar",), below=False), folder / "captions.tsv"
     loose = files.pictures(folder, below=not shards and not os.path.lexists(listed))

@@ -127,12 +127,15 @@ def test_what_may_not_be_read(tmp_path, monkeypatch):
         patch.setattr("builtins.open", refuse)
         assert "may not be read (permission denied)" in refusal(Texts(WORDS).parse, str(path))
         assert "may not be read (permission denied): ask its owner" in refusal(Waveforms(9).parse, str(path))
-    (tmp_path / "train/cat").mkdir(parents=True)
-    monkeypatch.setattr(os, "scandir", refuse)
-    assert "may not be read" in refusal(Pictures, "folder", "train", tmp_path, 8)
+    (tmp_path / "data/train/cat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("scandir", "stat"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, refuse)
+            assert "may not be read" in refusal(Pictures, "folder", "train", "data", 8)
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~nobody_of_that_name/x", "none", "/etc/passwd/x"])
+@pytest.mark.parametrize("name", ["gs://bucket/x", "x" * 5000, "a\0b", "~nobody_of_that_name/x", "none", "/etc/passwd/x"])
 def test_names_of_no_file(name):
     for read in (Images(8, 8).parse, Waveforms(9).parse, Latents(2, 2, 1).parse, Texts(WORDS).parse):
         for ending in (".png", ".npy", ".txt"):
@@ -183,6 +186,7 @@ SEEN = {  # file, what is seen
     "a transparent colour": (stored(ON_WHITE, "PNG", transparency=(200, 10, 90)), np.full((4, 6, 3), 255)),
     "a transparent palette": (stored(Image.fromarray(RGBA).quantize(4), "PNG"), ON_WHITE),
     "half transparent": (stored(np.full((4, 6, 4), [0, 0, 0, 51], np.uint8), "PNG"), np.full((4, 6, 3), 204)),
+    "16 bits, white is zero": (stored(255 * 257 - DEEP, "TIFF", tiffinfo={262: 0}), GREY),
     "CMYK": (stored(Image.fromarray(ON_WHITE).convert("CMYK"), "TIFF"), ON_WHITE),
 }
 
@@ -343,6 +347,13 @@ def test_damaged_pictures_may_be_left_out(tmp_path, caplog):
 def test_lines(content, right, tmp_path):
     (tmp_path / "x.txt").write_bytes(content)
     assert files.read_lines(tmp_path / "x.txt") == right
+
+
+def test_names_come_once(tmp_path):
+    (tmp_path / "x.txt").write_text(" b\n\na \n")
+    assert files.read_names(tmp_path / "x.txt") == ["b", "a"]
+    (tmp_path / "x.txt").write_text("b\na\n b\n")
+    assert "has 'b' twice, in lines 1 and 3" in refusal(files.read_names, tmp_path / "x.txt")
 
 
 NO_TEXT = {
