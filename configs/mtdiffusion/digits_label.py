@@ -53,7 +53,7 @@ def get_config():
             "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
-        "sample": {"steps": 25, "guidance": 1.17},
+        "sample": {"steps": 25, "guidance": 1.17, "settle": 0.5},  # when joint samples settle their label: the image then follows it
         "eval": {"batch": 250},
     })
 
@@ -94,6 +94,9 @@ def build(config):
         "label": (0.0 if config.task == "draw" else config.label_weight, losses.on("label", process.parts["label"].loss)),
     }
 
+    def label_time(t):
+        return jnp.maximum(t - config.sample.settle, 0.0) / (1 - config.sample.settle)
+
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     shape = {"image": SHAPE, "label": ()}
     return Experiment(
@@ -107,7 +110,7 @@ def build(config):
         validation_data=lambda: digits_source("validation"),
         test_data=lambda: digits_source("test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=("label",), heun=True),
+        draw=sampling.drawer(process, net.apply, shape, drop=("label",), paths={"label": label_time}, heun=True),
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(CLASSES, synonyms=NAMES)},
         evaluators=(JointImageLabel(batch=config.eval.batch),),
     )
