@@ -27,28 +27,35 @@ def assert_same_leaves(one, other):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-@pytest.mark.slow
-def test_twelve_kills_change_nothing(server, tmp_path):
-    # A third of the kills come while a run starts, a third while a checkpoint is written.
+@pytest.mark.parametrize("kills", [20, pytest.param(80, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(kills, server, tmp_path):
+    # A third of the kills come while a run starts, a third while a checkpoint is written. A run that is done all the same is compared, and
+    # the kills go on in another.
     steps = {**LIVELY, "train.steps": 80, "train.checkpoint_every": 4}
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    [answer] = server.run({"workdir": str(whole), "overrides": steps, "leaves": str(tmp_path / "whole.npz")})
+    [answer] = server.run({"workdir": str(tmp_path / "whole"), "overrides": steps, "leaves": str(tmp_path / "whole.npz")})
     assert answer["status"] == 0, answer["error"]
 
-    moments = random.Random(0)
-    job = {"workdir": str(torn), "overrides": steps}
-    for attempt in range(12):
-        when = ["start", 5 * attempt, "save"][attempt % 3]
-        [answer] = server.run({**job, "kill": [signal.SIGKILL, when, moments.uniform(0, 1.5 if when == "start" else 0.2)]})
-        assert answer["status"] == -signal.SIGKILL, answer["error"]
-    [answer] = server.run({**job, "leaves": str(tmp_path / "torn.npz")})
-    assert answer["status"] == 0, answer["error"]
-
-    assert_same_leaves(tmp_path / "whole.npz", tmp_path / "torn.npz")
-    assert lines(torn) == lines(whole)
-    assert sorted(p.name for p in (torn / "checkpoints").iterdir()) == ["76", "80"]
-    meta = [json.loads((d / "checkpoints/80/meta/metadata").read_text()) for d in (whole, torn)]
-    assert meta[0]["position"] == meta[1]["position"] == 80 * 16
+    moments = random.Random(kills)
+    killed, runs = 0, 0
+    while True:
+        name = f"torn{runs}"
+        job = {"workdir": str(tmp_path / name), "overrides": steps, "leaves": str(tmp_path / f"{name}.npz")}
+        if killed < kills:
+            when = ["start", moments.randrange(80), "save"][killed % 3]
+            job["kill"] = [signal.SIGKILL, when, moments.uniform(0, 1.5 if when == "start" else 0.1)]
+        [answer] = server.run(job)
+        assert answer["status"] in (0, -signal.SIGKILL), answer["error"]
+        if answer["status"]:
+            killed += 1
+            continue
+        assert_same_leaves(tmp_path / "whole.npz", tmp_path / f"{name}.npz")
+        assert lines(tmp_path / name) == lines(tmp_path / "whole")
+        assert sorted(p.name for p in (tmp_path / name / "checkpoints").iterdir()) == ["76", "80"]
+        metas = [json.loads((tmp_path / run / "checkpoints/80/meta/metadata").read_text()) for run in ("whole", name)]
+        assert metas[0]["position"] == metas[1]["position"] == 80 * 16
+        if killed == kills:
+            break
+        runs += 1
 
 
 @pytest.mark.slow
