@@ -7,6 +7,7 @@ A job is a dict: workdir, overrides {"train.steps": 8}, devices (simulated), and
                                  begun to write a checkpoint ("save"), or has started ("start"); what SIGSTOP stops is killed later;
   file_limit                     no file may grow beyond that many bytes;
   takes                          where to write which examples were read, a JSON list per read;
+  after                          waits until the run has written of that step in metrics.jsonl;
   bad_read                       which read fails;
   leaves                         where to write every leaf of the final state (.npz);
   argv, env                      runs the command line instead, with these environment variables.
@@ -132,6 +133,8 @@ def _train(job):
         distributed.start(coordinator=f"127.0.0.1:{port}", processes=count, process=index)
     config = toy.get_config()
     config.update_from_flattened_dict(job.get("overrides", {}))
+    while _step(job) < job.get("after", 0):
+        time.sleep(0.01)
     if "file_limit" in job:
         import resource
 

@@ -85,3 +85,27 @@ def test_sigterm_saves_and_the_same_command_continues(server, tmp_path):
     assert json.loads((tmp_path / "run/run.json").read_text())["finished"] is False
     assert server.run(job)[0]["status"] == 0
     assert f"continuing from step {stopped}" in (tmp_path / "run.error0.log").read_text()
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_two_trainers_of_one_run_are_one(times, server, tmp_path):
+    # Started together, and one while the other trains: one goes on as if it were alone, the other is refused.
+    overrides = {**LIVELY, "train.steps": 16, "train.delay": 0.05}
+    [answer] = server.run({"workdir": str(tmp_path / "alone"), "overrides": overrides, "leaves": str(tmp_path / "alone.npz")})
+    assert answer["status"] == 0, answer["error"]
+    for attempt in range(times):
+        for when, after in (("together", 0), ("into", 4)):
+            workdir = tmp_path / f"{when}{attempt}"
+            jobs = [
+                {"workdir": str(workdir), "name": name, "overrides": overrides, "leaves": f"{workdir}.{name}.npz", "after": name * after}
+                for name in range(2)
+            ]
+            answers = server.run(*jobs)
+            assert sorted(answer["status"] for answer in answers) == [0, 2], answers
+            [refused] = [answer["error"] for answer in answers if answer["status"] == 2]
+            assert f"{workdir} is being trained by process" in refused and refused.count("\n") == 0
+            winner = [answer["status"] for answer in answers].index(0)
+            assert winner == 0 or when == "together"
+            assert_same_leaves(tmp_path / "alone.npz", f"{workdir}.{winner}.npz")
+            assert lines(workdir) == lines(tmp_path / "alone")
+            assert not (workdir / "trainer.json").exists()
