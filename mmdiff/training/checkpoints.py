@@ -133,6 +133,9 @@ class Checkpoints:
           UserError: this checkpoint or the one before it could not be written (the disk is full, ...).
         """
         self.wait()
+        if not self.folder.is_dir():  # Orbax would make another one
+            raise UserError(
+                f"{self.folder} was moved or removed while the run trains: put it back, or name its new place, and run the command again.")
         step = int(state.step)
         tree, ema = _pack(state)
         with self._errors(step):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -278,6 +279,32 @@ def test_a_second_trainer_is_refused_and_nothing_is_touched(config, tmp_path):
             loop.train(toy.build(config), config, tmp_path)
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     loop.train(toy.build(config), config, tmp_path)
+
+
+@pytest.mark.parametrize("gone", ["run", "run/checkpoints"])
+def test_a_folder_that_goes_while_a_run_trains_is_a_sentence(gone, config, tmp_path):
+    config.train.update(steps=6, eval_every=0, checkpoint_every=2, prefetch=0)
+    experiment = toy.build(config)
+
+    class Going(ArraySource):
+        reads = 0
+
+        def take(self, indices):
+            Going.reads += 1
+            if Going.reads == 5:  # after that of the example whose shapes are asked for
+                while any((tmp_path / "run/checkpoints").glob("*tmp*")):
+                    time.sleep(0.01)
+                (tmp_path / gone).rename(tmp_path / "elsewhere")
+            return super().take(indices)
+
+    data = Going(experiment.train_data().arrays)
+    with pytest.raises(UserError, match="run/checkpoints was moved or removed while the run trains"):
+        loop.train(dataclasses.replace(experiment, train_data=lambda: data), config, tmp_path / "run")
+    assert not (tmp_path / gone).exists()  # none was made in its place
+    run = tmp_path / "elsewhere" if gone == "run" else tmp_path / "run"
+    if gone != "run":
+        (tmp_path / "elsewhere").rename(run / "checkpoints")
+    assert int(loop.train(experiment, config, run).step) == 6
 
 
 def test_the_config_of_a_run_changes_only_when_it_continues(config, tmp_path):
