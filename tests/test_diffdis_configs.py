@@ -138,7 +138,8 @@ def test_digits_train_and_all_their_figures_are_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("overrides", [
-    {}, {"fusion": "shared"}, {"two_way": "True"}], ids=["mmdit", "shared", "two-way"])
+    {}, pytest.param({"fusion": "shared"}, marks=pytest.mark.slow), pytest.param({"two_way": "True"}, marks=pytest.mark.slow)],
+    ids=["mmdit", "shared", "two-way"])
 def test_neither_task_sees_the_other_ones_text(overrides):
     """Both passes in one call: names are the same whatever the captions, images whatever the queries; each depends on its own."""
     experiment, config = load(
@@ -178,7 +179,7 @@ def test_scenes_say_what_they_lack(tmp_path):
         load("scenes", tasks="paint")
 
 
-@pytest.mark.parametrize("loss", ["infonce", "siglip", "mse"])
+@pytest.mark.parametrize("loss", ["infonce", *(pytest.param(name, marks=pytest.mark.slow) for name in ("siglip", "mse"))])
 def test_the_losses_of_a_query(loss):
     """A new network's query: InfoNCE near log B whatever the scale, and every loss has a gradient on the shared trunk."""
     experiment, _ = load("digits", **{key.replace(".", "__"): value for key, value in NET.items()}, query__loss=loss)

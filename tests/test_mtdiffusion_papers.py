@@ -59,7 +59,7 @@ def test_the_networks_and_settings_are_those_of_the_heads(name, head, parameters
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] if name in ("imagenet64_label", "imagenet_representation") else []) for name in OTHERS])
+    pytest.param(name, marks=[pytest.mark.slow] if name != "imagenet64_masked" else []) for name in OTHERS])
 def test_the_shares_of_the_times(name, monkeypatch):
     """A new network predicts zeros: eps costs 1 where the image is noisy, the other modality its mean square (log K) where it is told."""
     experiment, config = small(name, monkeypatch)

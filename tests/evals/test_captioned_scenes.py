@@ -98,7 +98,7 @@ def shift(name):
     return lambda said: {**said, name: (said[name] + 1) % len(ATTRIBUTES[name])}
 
 
-@pytest.mark.parametrize("name", ["digit", "position"])
+@pytest.mark.parametrize("name", ["digit", pytest.param("position", marks=pytest.mark.slow)])
 def test_one_wrong_attribute_makes_a_picture_wrong(name):
     figures = measure(decode=painter(shift(name))).figures
     assert figures["prompt_correctness"] < 0.03 and figures["prompt_correctness_seen"] < 0.03
