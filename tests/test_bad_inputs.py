@@ -385,11 +385,22 @@ def only_the_last(run):
     return run / "checkpoints" / "4"
 
 
+def flipped(folder):
+    """One bit of the largest file."""
+    file = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
 for change, *words in (
     (lambda run: (only_the_last(run) / "manifest.json").unlink(), "no checkpoint in copy"),
     (lambda run: shutil.rmtree(only_the_last(run) / "ema"), "no checkpoint in copy"),
     (lambda run: [file.write_bytes(b"") for file in only_the_last(run).rglob("*") if file.is_file()], "no checkpoint in copy"),
     (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint in copy"),
+    (lambda run: flipped(only_the_last(run) / "ema"), "no checkpoint in copy"),
+    (lambda run: (only_the_last(run) / "manifest.json").write_text("[1]"), "no checkpoint in copy"),
+    (lambda run: (run / "config.json").write_text('{"a": 1}'), "config.json|another config"),
     (lambda run: (run / "config.json").write_text("{"), "config.json"),
     (lambda run: (run / "config.json").write_text("[1]"), "config.json"),
     (lambda run: (run / "config.json").write_bytes(b"\xff\xfe"), "config.json"),
@@ -483,6 +494,88 @@ for argv, *words in (
     ("pairs --config.data.name=cityscape --config.data.dir=.", "cityscape"), ("pairs --config.data.name=pairs", "data"),
 ):
     row(f"train --config READERS --workdir x --config.data.source={argv}", *words)
+
+
+def labelled(change):
+    """A folder of two classes of one picture each."""
+
+    def make(folder):
+        for split, name in itertools.product(("train", "val"), ("cat", "dog")):
+            (folder / "set" / split / name).mkdir(parents=True)
+            Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8)).save(folder / "set" / split / name / "0.png")
+        change(folder / "set" / "train")
+
+    return make
+
+
+for name, change, *words in (
+    ("no train", shutil.rmtree, "set/train", "train/CLASS"),
+    ("no classes", lambda train: (shutil.rmtree(train), train.mkdir()), "set/train"),
+    ("an empty class", lambda train: (train / "hen").mkdir(), "'hen' has no pictures"),
+    ("a class without a picture", lambda train: os.rename(train / "cat/0.png", train / "cat/0.txt"), "'cat' has no pictures"),
+    ("a picture in no class", lambda train: shutil.copy(train / "cat/0.png", train / "1.png"), "1.png is in no folder of a class"),
+    ("an empty picture", lambda train: os.truncate(train / "cat/0.png", 0), "cat/0.png"),
+    ("a cut picture", lambda train: os.truncate(train / "cat/0.png", 50), "cat/0.png"),
+    ("text for a picture", lambda train: (train / "cat/0.png").write_text("no"), "cat/0.png"),
+    ("a link to nothing", lambda train: ((train / "cat/0.png").unlink(), (train / "cat/0.png").symlink_to("x")), "cat/0.png"),
+    ("a link to itself", lambda train: ((train / "cat/0.png").unlink(), (train / "cat/0.png").symlink_to("0.png")), "cat/0.png"),
+    ("a pipe", lambda train: ((train / "cat/0.png").unlink(), os.mkfifo(train / "cat/0.png")), "cat/0.png"),
+    ("a folder", lambda train: ((train / "cat/0.png").unlink(), (train / "cat/0.png").mkdir()), "cat"),
+):  # fmt: skip
+    row([*TRAIN, "--config.data.source=pictures", "--config.data.name=folder", "--config.data.dir=set"], *words, files=labelled(change),
+        name=f"{len(ROWS)}: pictures, {name}")
+
+
+def captioned(change):
+    """A picture with its caption."""
+
+    def make(folder):
+        for split in ("train", "val"):
+            (folder / "set" / split).mkdir(parents=True)
+            Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "set" / split / "0.png")
+            (folder / "set" / split / "0.txt").write_text("a small red seven")
+        change(folder / "set" / "train")
+
+    return make
+
+
+def in_json(value):
+    return lambda train: ((train / "0.txt").unlink(), (train / "0.json").write_text(value))
+
+
+for name, change, *words in (
+    ("no caption", lambda train: (train / "0.txt").unlink(), "0.png|set/train"),
+    ("UTF-16", lambda train: (train / "0.txt").write_bytes("a red seven".encode("utf-16")), "0.txt|0.png"),
+    ("Latin-1", lambda train: (train / "0.txt").write_bytes("un sept tr\xe8s rouge".encode("latin-1")), "0.txt|0.png"),
+    ("null", in_json('{"caption": null}'), "0.json|0.png"),
+    ("NaN", in_json('{"caption": NaN}'), "0.json|0.png"),
+    ("a number", in_json('{"caption": 7}'), "0.json|0.png"),
+    ("an empty list", in_json('{"caption": []}'), "0.json|0.png"),
+    ("an object", in_json('{"caption": {"a": "b"}}'), "0.json|0.png"),
+    ("no such key", in_json('{"text": "a red seven"}'), "0.json|0.png"),
+    ("half a JSON file", in_json('{"caption": '), "0.json|0.png"),
+    ("a JSON list", in_json("[1]"), "0.json|0.png"),
+    ("a lone surrogate", in_json('{"caption": "\\ud800"}'), "0.json|0.png"),
+    ("a pipe for a caption", lambda train: ((train / "0.txt").unlink(), os.mkfifo(train / "0.txt")), "0.png|0.txt"),
+    ("two pictures of one caption", lambda train: shutil.copy(train / "0.png", train / "0.jpg"), "0.jpg|0.png"),
+    ("a list without tabs", lambda train: (train / "captions.tsv").write_text("0.png a red seven\n"), "captions.tsv"),
+    ("a list of what is not there", lambda train: (train / "captions.tsv").write_text("9.png\ta red seven\n"), "9.png"),
+    ("a tar file that is none", lambda train: ((train / "0.png").unlink(), (train / "0.tar").write_text("no")), "0.tar"),
+):  # fmt: skip
+    row([*TRAIN, "--config.data.source=captions", "--config.data.name=captioned", "--config.data.dir=set"], *words,
+        files=captioned(change), name=f"{len(ROWS)}: captions, {name}")
+
+
+def fits(folder):
+    latent_cache(lambda cache: None)(folder)
+
+
+for start, *words in (
+    ("missing", "no checkpoint in missing"), ("empty", "no checkpoint in empty"), ("gs://bucket/run", "gs://bucket/run", "mount"),
+    ("/dev/null", "/dev/null"), ("RUN", "another network|RUN|not of this network|takes over|fits"),
+):
+    row([*TRAIN, "--config.data.source=latents", "--config.data.dir=cache", f"--config.train.start={start}"], *words, files=fits,
+        name=f"{len(ROWS)}: start {start}") if start != "RUN" else None
 
 
 # ---- The test ----
