@@ -116,6 +116,8 @@ class Checkpoints:
             self._manager.close()
             if jax.process_index() == 0:
                 _remove_drafts(self.folder)
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()  # of a run that could not begin: it has nothing in it
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint."""
