@@ -140,7 +140,8 @@ def read_pickled_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # arrays that an old numpy has pickled
             stored = _Arrays(io.BytesIO(content), encoding="latin1").load()
-        kept = {name: value for name, value in stored.items() if isinstance(value, (np.ndarray, np.number, int, float))}
+        kinds = (np.ndarray, np.number, int, float)
+        kept = {name: value for name, value in stored.items() if str(name).isprintable() and isinstance(value, kinds)}
         return {name: np.asarray(value, np.float64) for name, value in kept.items()}
     except Exception as error:  # whatever a damaged pickle can raise
         raise FileError(path, f"is no pickle of arrays ({(str(error).splitlines() or [''])[0][:80]})", "copy it again") from error

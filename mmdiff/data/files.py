@@ -43,16 +43,21 @@ class FileError(UserError):
     """A file is not what it should be: `reason`, without the path."""
 
     def __init__(self, path: Any, reason: str, remedy: str):
-        super().__init__(f"{path} {reason}: {remedy}.")
-        self.reason = reason
+        super().__init__(_one_line(f"{path} {reason}: {remedy}."))
+        self.reason = _one_line(reason)
 
 
 class Missing(FileError):
     """There is no such file."""
 
     def __init__(self, path: Any):
-        UserError.__init__(self, f"no such file: {path}.")
+        UserError.__init__(self, _one_line(f"no such file: {path}."))
         self.reason = "does not exist (No such file or directory)"
+
+
+def _one_line(text: str) -> str:
+    """A text without what would break a line or a terminal: names of files can hold anything."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------- bytes and text
@@ -327,17 +332,24 @@ def _bytes(picture: Any, name: Any) -> np.ndarray:
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
             low, high = np.min(values), np.max(values)
             raise FileError(name, f"holds floats from {low:g} to {high:g}", "a picture's floats must be in [0, 1], scale them")
-        values = values.astype(np.float64)
+        top = 1
     else:
         bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]
         if kind == 1 and bits == 32:
             values = values.astype(np.int32).view(np.uint32)
         if values.min() < 0:
             raise FileError(name, f"holds negative numbers ({values.min()})", "a picture's values must be 0 or more, shift them")
-        values = values / (2 ** (bits - (kind == 2)) - 1)
-    if tags.get(262) == 0:  # white is zero
-        values = 1 - values
-    return np.rint(values * 255).astype(np.uint8)
+        top = 2 ** (bits - (kind == 2)) - 1
+    white = tags.get(262) == 0  # is zero
+    if values.dtype == np.uint16:  # by a table: pictures can be large
+        return _scaled(np.arange(2**16), top, white)[values]
+    return _scaled(values, top, white)
+
+
+def _scaled(values: np.ndarray, top: int, white: bool) -> np.ndarray:
+    """0..`top` as 0..255, or as 255..0."""
+    scaled = np.minimum(values.astype(np.float32) * np.float32(255 / top), 255)
+    return np.rint(255 - scaled if white else scaled).astype(np.uint8)
 
 
 def read_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:

@@ -505,7 +505,7 @@ class Texts:
                 sentences = [line for line in files.read_lines(path) if line.strip()]
             except files.FileError as error:
                 why = f"cannot be read as text (it {error.reason})"
-                raise UserError(f"{path} {why}: give a UTF-8 file, a sentence on every line.") from error
+                raise files.FileError(path, why, "give a UTF-8 file, a sentence on every line") from error
         if not "".join(sentences).strip():
             raise UserError(f"{self.name}: there are no words in {text!r}; to leave the text out, use --absent {self.name}.")
         for sentence in sentences:

@@ -135,7 +135,8 @@ def test_what_may_not_be_read(tmp_path, monkeypatch):
             assert "may not be read" in refusal(Pictures, "folder", "train", "data", 8)
 
 
-@pytest.mark.parametrize("name", ["gs://bucket/x", "x" * 5000, "a\0b", "~nobody_of_that_name/x", "none", "/etc/passwd/x"])
+@pytest.mark.parametrize("name", [
+    "gs://bucket/x", "a\nb", "a\udcffb", "x" * 5000, "a\0b", "~nobody_of_that_name/x", "none", "/etc/passwd/x"])  # fmt: skip
 def test_names_of_no_file(name):
     for read in (Images(8, 8).parse, Waveforms(9).parse, Latents(2, 2, 1).parse, Texts(WORDS).parse):
         for ending in (".png", ".npy", ".txt"):
