@@ -7,6 +7,7 @@ S are the magnitudes of short-time spectra (Yamamoto et al. 2020). Ratios are of
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.errors import UserError
+from mmdiff.microbatches import BatchLoss
 from mmdiff.nets.embed import Dense
-from mmdiff.nets.tokenizers import Autoencoder, vq_loss
+from mmdiff.nets.tokenizers import Autoencoder, Error, vq_loss
 
 HOPS = 8, 32, 128  # samples for a position of Jukebox's three levels
 MU = 255
@@ -135,13 +137,22 @@ def magnitudes(x: jax.Array, size: int) -> jax.Array:
 
 def spectral_error(rendered: jax.Array, real: jax.Array, sizes: Sequence[int]) -> jax.Array:
     """The part of the loss (see above) that compares spectra, for windows of `sizes`."""
+    return _spectral_error(_spectral_sums(rendered, real, sizes))
 
-    def error(size):
+
+def _spectral_sums(rendered, real, sizes):
+    """Of each size and example: the power of the error and of the sound, and the mean difference of logarithms; three times [B]."""
+
+    def sums(size):
         found, true = magnitudes(rendered, size), magnitudes(real, size)
-        ratio = jnp.sqrt(((found - true) ** 2).sum() / ((true**2).sum() + 1e-12) + 1e-12)
-        return ratio + jnp.abs(jnp.log(found + FLOOR) - jnp.log(true + FLOOR)).mean()
+        logs = jnp.abs(jnp.log(found + FLOOR) - jnp.log(true + FLOOR))
+        return ((found - true) ** 2).sum((1, 2)), (true**2).sum((1, 2)), logs.mean((1, 2))
 
-    return sum(map(error, sizes)) / len(sizes)
+    return [sums(size) for size in sizes]
+
+
+def _spectral_error(sums):
+    return sum(jnp.sqrt(error.sum() / (power.sum() + 1e-12) + 1e-12) + logs.mean() for error, power, logs in sums) / len(sums)
 
 
 def audio_loss(
@@ -152,8 +163,8 @@ def audio_loss(
     spectral: float = 1.0,
     windows: Sequence[int] = (2048, 512, 128),
     **options: float,
-):
-    """The `Loss` of an `AudioAutoencoder`: `(params, batch, key) -> (scalar, metrics)`.
+) -> BatchLoss:
+    """The loss of an `AudioAutoencoder`.
 
     Args:
       net: the network.
@@ -168,11 +179,14 @@ def audio_loss(
     if crop % net.hop or not 0 <= crop <= net.samples:
         raise UserError(f"crops of {crop} samples do not fit a tokenizer with {net.hop} for a token and {net.samples} for an example.")
 
-    def compare(rendered, real):
-        power = ((rendered - real) ** 2).sum() / ((real**2).sum() + 1e-12)
-        return {"waveform": (waveform, power), "spectral": (spectral, spectral_error(rendered, real, windows))}
+    def measure(rendered, real):
+        return ((rendered - real) ** 2).sum(1), (real**2).sum(1), _spectral_sums(rendered, real, windows)
 
-    loss = vq_loss(net, audio, compare=compare, **options)
+    def reduce(measured):
+        lost, power, spectra = measured
+        return {"waveform": (waveform, lost.sum() / (power.sum() + 1e-12)), "spectral": (spectral, _spectral_error(spectra))}
+
+    loss = vq_loss(net, audio, error=Error(measure, reduce), **options)
     if not crop:
         return loss
 
@@ -180,9 +194,9 @@ def audio_loss(
         start = net.hop * jax.random.randint(key, (), 0, (net.samples - crop) // net.hop + 1)
         return jax.lax.dynamic_slice(x, (start,), (crop,))
 
-    def cropped(params, batch: Mapping[str, jax.Array], key):
+    def cropped(params, batch: Mapping[str, jax.Array], key, micro=None):
         cut_key, key = jax.random.split(key)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(cut_key, batch["index"])
-        return loss(params, {**batch, audio: jax.vmap(cut)(keys, batch[audio])}, key)
+        return loss.pieces(params, {**batch, audio: jax.vmap(cut)(keys, batch[audio])}, key, micro)
 
-    return cropped
+    return dataclasses.replace(loss, pieces=cropped)

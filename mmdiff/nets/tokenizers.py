@@ -9,6 +9,7 @@ Nothing is drawn when encoding: the same picture has the same tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
+from mmdiff.microbatches import BatchLoss
 from mmdiff.nets.embed import Dense, patchify, unpatchify
 from mmdiff.nets.fields import Network
 
@@ -44,12 +46,16 @@ class Autoencoder(Network):
 
     def decode(self, ids):
         """The examples of tokens [B, L], within [-1, 1]."""
-        e = _unit(self.codebook)[ids].reshape(len(ids), -1, *self.grid[1:], self.code_size)
+        e = self.entries()[ids].reshape(len(ids), -1, *self.grid[1:], self.code_size)
         return jnp.clip(self.render(e), -1, 1)
 
     def embed(self, x):
         """What is compared: the encoder's output [B, *grid, code_size] and the codes [codes, code_size], all of length 1."""
-        return _unit(self.encoder(x)), _unit(self.codebook)
+        return _unit(self.encoder(x)), self.entries()
+
+    def entries(self):
+        """The codes [codes, code_size], of length 1."""
+        return _unit(self.codebook)
 
     def render(self, e):
         """Codes in their places [B, *grid, code_size] -> examples, not clipped: what the loss compares."""
@@ -184,10 +190,19 @@ def revival(z: jax.Array, codes: jax.Array, ids: jax.Array, keys: jax.Array) -> 
       codes: [K, d].
       keys: one for each example, [B], so that the order of the batch does not matter.
     """
+    return _revival(codes, *_revival_scores(z, codes, ids, keys))
+
+
+def _revival_scores(z, codes, ids, keys):
+    """(z, ids, scores), each example's own: the K outputs of the largest scores are the ones that are drawn."""
     z, still = jax.lax.stop_gradient((z, codes))
     error = ((z - still[ids]) ** 2).sum(-1)
     # The largest of log weight + Gumbel noise are such draws.
-    score = jnp.log(error + 1e-12) + jax.vmap(lambda key: jax.random.gumbel(key, ids.shape[1:]))(keys)
+    return z, ids, jnp.log(error + 1e-12) + jax.vmap(lambda key: jax.random.gumbel(key, ids.shape[1:]))(keys)
+
+
+def _revival(codes, z, ids, score):
+    still = jax.lax.stop_gradient(codes)
     drawn = z.reshape(-1, z.shape[-1])[jax.lax.top_k(score.reshape(-1), min(len(codes), score.size))[1]]
     target = drawn[nearest(still, drawn)]
     dead = jnp.zeros(len(codes)).at[ids.reshape(-1)].set(1.0) == 0
@@ -200,27 +215,43 @@ def usage(counts: Any) -> tuple[jax.Array, jax.Array]:
     return (counts > 0).mean(), jnp.exp(-jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum())
 
 
-def squared_error(rendered: jax.Array, real: jax.Array) -> dict[str, tuple[float, jax.Array]]:
-    """The plain comparison of a `vq_loss`: the mean over everything."""
-    return {"reconstruction": (1.0, ((rendered - real) ** 2).mean())}
+@dataclasses.dataclass(frozen=True)
+class Error:
+    """What of its data a tokenizer loses.
+
+    Attributes:
+      measure: `(rendered, real) -> ` a pytree of arrays [B, ...], each example's own.
+      reduce: that, of a whole batch -> {name: (weight, scalar)}.
+    """
+
+    measure: Callable[[jax.Array, jax.Array], Any]
+    reduce: Callable[[Any], dict[str, tuple[float, jax.Array]]]
 
 
-def vq_loss(net: Autoencoder, image: str = "image", commitment: float = 0.25, revive: float = 1.0, compare: Callable = squared_error):
-    """The `Loss` of an `Autoencoder`: `(params, batch, key) -> (scalar, metrics)`.
+squared_error = Error(  # the mean over everything
+    measure=lambda rendered, real: ((rendered - real) ** 2).reshape(len(real), -1).mean(1),
+    reduce=lambda error: {"reconstruction": (1.0, error.mean())},
+)
+
+
+def vq_loss(
+    net: Autoencoder, image: str = "image", commitment: float = 0.25, revive: float = 1.0, error: Error = squared_error
+) -> BatchLoss:
+    """The loss of an `Autoencoder`. Codes are unused by a whole batch, however many micro-batches it is computed in.
 
     Args:
       net: the network.
       image: its entry in the batch.
       commitment: beta, what moves the encoder to its codes.
       revive: the weight of `revival`; 0 leaves unused codes alone.
-      compare: `(rendered, real) -> {name: (weight, scalar)}`, what is lost.
+      error: what is lost.
 
-    Metrics, all before their weights: those of `compare` ("loss/reconstruction", squared error per channel of a pixel), "loss/codebook"
+    Metrics, all before their weights: those of `error` ("loss/reconstruction", squared error per channel of a pixel), "loss/codebook"
     and "loss/commitment" (the same number, with different gradients), "loss/revival"; and of the batch "codebook/usage" and
     "codebook/perplexity" (see `usage`).
     """
 
-    def loss(params, batch: Mapping[str, jax.Array], key):
+    def pieces(params, batch: Mapping[str, jax.Array], key, micro=None):
         images = batch[image]
         z, codes = net.apply(params, images, method="embed")
         ids = nearest(z, codes)
@@ -230,14 +261,21 @@ def vq_loss(net: Autoencoder, image: str = "image", commitment: float = 0.25, re
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
         rows = z.reshape(len(z), -1, z.shape[-1]), codes, ids.reshape(len(z), -1), keys
         parts = {
-            **compare(rendered, images),
             "codebook": (1.0, ((e - stop(z)) ** 2).sum(-1).mean()),
             "commitment": (commitment, ((stop(e) - z) ** 2).sum(-1).mean()),
-            "revival": (revive, revival(*rows)),
         }
-        total = sum(weight * value for weight, value in parts.values() if weight)
-        share, perplexity = usage(jnp.zeros(len(codes)).at[ids.reshape(-1)].add(1.0))
-        metrics = {f"loss/{name}": value for name, (_, value) in parts.items()}
+        return *_total(parts), (error.measure(rendered, images), _revival_scores(*rows))
+
+    def contrast(params, embeddings):
+        measured, scores = embeddings
+        codes = net.apply(params, method="entries")
+        total, metrics = _total({**error.reduce(measured), "revival": (revive, _revival(codes, *scores))})
+        share, perplexity = usage(jnp.zeros(len(codes)).at[scores[1].reshape(-1)].add(1.0))
         return total, metrics | {"codebook/usage": share, "codebook/perplexity": perplexity}
 
-    return loss
+    return BatchLoss(pieces=pieces, contrast=contrast)
+
+
+def _total(parts: Mapping[str, tuple[float, jax.Array]]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    total = sum((weight * value for weight, value in parts.values() if weight), jnp.zeros(()))
+    return total, {f"loss/{name}": value for name, (_, value) in parts.items()}

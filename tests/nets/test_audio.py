@@ -10,6 +10,7 @@ import pytest
 
 from mmdiff.errors import UserError
 from mmdiff.nets.audio import AudioAutoencoder, audio_loss, magnitudes, spectral_error
+from mmdiff.training.accumulation import make_gradient
 from mmdiff.training.step import init_state, make_step
 
 SMALL = {"codes": 16, "code_size": 4, "widths": (4, 4, 8), "encoder_blocks": (1, 1, 1), "decoder_blocks": (1, 1, 1)}
@@ -95,6 +96,17 @@ def test_crops_begin_at_tokens():
     for crop in (100, 2048):
         with pytest.raises(UserError, match=f"crops of {crop} samples do not fit"):
             audio_loss(NET, crop=crop)
+
+
+@pytest.mark.slow
+def test_loudness_is_the_batch_s_and_not_a_micro_batch_s():
+    loss = audio_loss(NET, crop=256, windows=(64,))
+    batch = {**BATCH, "audio": BATCH["audio"] * jnp.asarray([1.0, 0.01, 0.5, 0.1])[:, None]}
+    one, many = (jax.jit(make_gradient(loss, m))(weights(), batch, jax.random.key(3))[0] for m in (1, 2))
+    for found, expected in zip(many[:2], one[:2]):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
+    size = float(optax.tree.norm(one[2]))
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, one[2], many[2]))) < 1e-5 * size
 
 
 @pytest.mark.slow

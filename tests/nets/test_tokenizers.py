@@ -10,6 +10,7 @@ import pytest
 
 from mmdiff.errors import UserError
 from mmdiff.nets.tokenizers import VQAutoencoder, nearest, revival, straight_through, usage, vq_loss
+from mmdiff.training.accumulation import make_gradient
 from mmdiff.training.step import init_state, make_step
 
 NET = VQAutoencoder(8, 8, 3, codes=16, code_size=4, features=8)
@@ -176,6 +177,16 @@ def test_the_loss_does_not_depend_on_the_order_of_the_batch():
     expected = parts["reconstruction"] + parts["codebook"] + 0.25 * parts["commitment"] + parts["revival"]
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert parts["codebook"] == parts["commitment"]
+
+
+def test_codes_are_unused_by_the_batch_and_not_by_a_micro_batch():
+    loss = vq_loss(NET)
+    results = [jax.jit(make_gradient(loss, m))(weights(), BATCH, jax.random.key(7))[0] for m in (1, 3)]
+    for one, other in zip(*results):  # the loss, its metrics, the gradient
+        assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert 0 < results[0][1]["codebook/usage"] < 1 and results[0][1]["loss/revival"] > 0
+    part = {name: array[::3] for name, array in BATCH.items()}
+    assert abs(jax.jit(loss)(weights(), part, jax.random.key(7))[1]["codebook/usage"] - results[0][1]["codebook/usage"]) > 1e-3
 
 
 def test_usage_of_a_codebook():
