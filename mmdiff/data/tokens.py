@@ -135,7 +135,9 @@ def token_source(folder: str | os.PathLike, split: str) -> ArraySource:
     """
     meta, folder = read_meta(folder), _path(folder)
     if split not in meta["splits"]:
-        raise UserError(f"the token cache {folder} has no split {split!r}: it holds {', '.join(meta['splits'])}.")
+        older = split == "validation"  # the test data, which took its place, is what is reported: no choice may see it
+        way = "write a new one elsewhere, or train without evaluations, --config.train.eval_every=0" if older else "choose one of these"
+        raise UserError(f"the token cache {folder} has no split {split!r}, only {', '.join(meta['splits'])}: {way}.")
     found = {}
     for name, (dtype, shape) in meta["splits"][split].items():
         path = folder / split / f"{name}.npy"

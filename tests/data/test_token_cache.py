@@ -111,7 +111,9 @@ def test_a_cache_from_before_a_field_of_the_network_is_the_same(cache, params):
 def test_some_splits(tmp_path, params):
     assert tokens.write(tmp_path / "cache", RECIPE, params, MADE_BY, ["test"])
     assert len(token_source(tmp_path / "cache", "test")) == 5
-    assert "has no split 'train': it holds test" in refusal(token_source, tmp_path / "cache", "train")
+    assert "has no split 'train', only test" in refusal(token_source, tmp_path / "cache", "train")
+    assert "has no split 'validation', only test: write a new one elsewhere, or train without evaluations" in refusal(
+        token_source, tmp_path / "cache", "validation")  # one that is older than the split
     assert "written without the split 'train'" in refusal(tokens.write, tmp_path / "cache", RECIPE, params, MADE_BY)
     assert "choose among train, test" in refusal(tokens.write, tmp_path / "new", RECIPE, params, MADE_BY, ["val"])
     assert not (tmp_path / "new").exists()
