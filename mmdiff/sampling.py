@@ -30,6 +30,7 @@ from mmdiff.grids import karras_grid, spaced_grid, uniform_grid
 from mmdiff.guidance import autoguided, dropped, guided, head_guided, interval
 from mmdiff.processes.aggregate import Aggregate
 from mmdiff.processes.base import Process, bcast, concrete, fold
+from mmdiff.processes.discrete import sample_classes
 
 __all__ = ["autoguided", "guided", "head_guided", "interval", "karras_grid", "spaced_grid", "uniform_grid"]  # and all that is defined here
 
@@ -296,7 +297,7 @@ def drawn() -> Map:
     """Replaces probabilities by a class drawn from them."""
 
     def apply(move):
-        classes = jax.vmap(jax.random.categorical)(move.keys, jnp.log(move.x0))
+        classes = jax.vmap(sample_classes)(move.keys, move.x0)
         return move.corrected(jax.nn.one_hot(classes, move.x0.shape[-1]))
 
     return apply

@@ -36,7 +36,7 @@ import numpy as np
 
 from mmdiff import schedules
 from mmdiff.processes.base import Joint, Noised, Process, bcast, check_time, fold, per_example, per_example_mean, per_example_sum
-from mmdiff.processes.discrete import Discrete
+from mmdiff.processes.discrete import Discrete, sample_classes
 from mmdiff.processes.gaussian import Gaussian
 
 Weight = Callable[[schedules.Schedule, jax.Array], jax.Array]  # (schedule of z, t) -> a(t)
@@ -394,7 +394,7 @@ class Aggregate(Joint):
         """The belief about a discrete modality with which z moves: what x_s tells, and a draw where the modality enters."""
         part = self.parts[name]
         told = part._conditioned(xs, belief, s[name])
-        drawn = jax.nn.one_hot(per_example(jax.random.categorical, keys, jnp.log(belief)), part.classes)
+        drawn = jax.nn.one_hot(per_example(sample_classes, keys, belief), part.classes)
         told = jnp.where(bcast((t[name] == 1) & (s[name] > 0), belief), drawn, told)
         return jnp.where(bcast(s[self.target] > 0, belief), told, belief)  # a clean z is x0_hat
 

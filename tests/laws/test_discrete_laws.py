@@ -23,7 +23,7 @@ from exact import (
 )
 
 from mmdiff import processes, schedules
-from mmdiff.processes import Markov, Noised
+from mmdiff.processes import Markov, Noised, discrete, fold
 
 EVERY = list(DISCRETE)
 # All kinds of pairs (s, t): from the data, to the end, neighbours, far apart.
@@ -396,3 +396,67 @@ def test_bad_chains_are_refused():
     with pytest.raises(ValueError, match="alpha \\+ sigma = 1"):
         processes.absorbing(3, schedules.cosine())
     assert processes.absorbing(3).mask == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ rare outcomes
+
+
+@pytest.mark.parametrize("classes, tokens", [(2048, 1024), (16384, 128), (50257, 64)])
+@pytest.mark.parametrize("steps, first, last", [(80, 1.0, 0.5), (1000, 0.6, 0.58)])
+def test_tokens_of_a_large_vocabulary_are_unmasked_in_time(classes, tokens, steps, first, last):
+    """A belief that is flat gives every class less than 1e-6 a step: the share that is still masked is `last / first` all the same."""
+    process, count = processes.absorbing(classes), round((first - last) * steps)
+    belief = jnp.full((4, tokens, classes), 1.0 / classes)
+
+    @jax.jit
+    def run(k):
+        def body(xt, i):
+            t = jnp.full(4, first) - i / steps
+            return process.step(fold(k, i), xt, belief, t, t - 1.0 / steps), None
+
+        return jax.lax.scan(body, jnp.full((4, tokens), process.mask), jnp.arange(count))[0]
+
+    xt = np.asarray(run(keys(4)))
+    share, expected = (xt == process.mask).mean(), last / first
+    assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / xt.size), (share, expected)
+    assert 0.4 < xt[xt < classes].mean() / classes < 0.6 or (xt < classes).sum() < 100
+
+
+def test_a_thousandth_of_a_chain_over_50257_classes():
+    process = processes.absorbing(50257)
+    belief, one = jnp.full((1, 256, 50257), 1.0 / 50257), jnp.ones(1)
+    run = jax.jit(lambda k: jax.lax.map(lambda key: process.step(key[None], jnp.full((1, 256), 50257), belief, one, one - 1e-3), k))
+    unmasked = int((run(keys(48)) < 50257).sum())
+    assert 0 < unmasked < 12.3 + 4 * 12.3**0.5
+
+
+def test_rare_classes_are_sampled_as_often_as_they_should():
+    """40 among a million, 1e-9 each (a number of 23 bits finds none below 1e-8), and one that is left with 4e-5."""
+    rare = jnp.full(40_000, 1e-9).at[17].set(1.0)
+    sampled = jax.jit(lambda key: discrete._descend(key, discrete._sums(rare), (1_000_000,)))(jax.random.key(0))
+    assert abs(int((sampled != 17).sum()) - 40) < 4 * 40**0.5
+    assert np.std(sampled[sampled != 17]) > 5000
+
+
+@pytest.mark.parametrize("chance", [0.3, 1e-5, 2e-10, 3e-15])
+def test_a_chance_has_the_resolution_of_64_bits(chance):
+    for side in (chance, 1 - chance):  # of the first or, rare in its turn, of the second
+        a, b = (jnp.float32(chance), jnp.float32(1.0)) if side == chance else (jnp.float32(1.0), jnp.float32(chance))
+        for factor in (0.999, 1.001):
+            number = int(factor * chance / (1 + chance) * 2.0**64)  # what the 64 bits say, near 0 or near 1
+            number = number if side == chance else 2**64 - 1 - number
+            words = jnp.asarray([number >> 32, number & 0xFFFFFFFF], jnp.uint32)
+            assert bool(discrete._chance(words, a, b)) == ((factor < 1) == (side == chance))
+    ends = jnp.asarray([[0, 0], [0xFFFFFFFF, 0xFFFFFFFF]], jnp.uint32)
+    one, none = jnp.float32(1), jnp.float32(0)
+    assert [bool(discrete._chance(words, *pair)) for words in ends for pair in ((one, none), (none, one))] == [True, False] * 2
+
+
+def test_an_impossible_class_is_never_sampled():
+    for size in (1, 3, 100):
+        weights = jnp.zeros(size).at[size // 2].set(1e-3)
+        np.testing.assert_array_equal(discrete._descend(jax.random.key(1), discrete._sums(weights), (200,)), np.full(200, size // 2))
+    weights = jnp.asarray([0.1, 0.0, 0.2, 0.4, 0.3])
+    sampled = np.asarray(discrete.sample_classes(jax.random.key(2), jnp.tile(weights, (40_000, 1))))
+    np.testing.assert_allclose(np.bincount(sampled, minlength=5) / 40_000, weights, atol=4 * 0.5 / 200)
+    assert (sampled != 1).all()
