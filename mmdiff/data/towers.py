@@ -29,7 +29,8 @@ from mmdiff.nets.towers import TwoTowers
 
 META = "towers.json"
 PART = 250  # examples of a network call
-SIZES = ("vocabulary", "length", "size", "depth", "width", "text_depth", "text_width", "heads", "scan")
+SIZES = ("vocabulary", "length", "size", "depth", "width", "text_depth", "text_width", "heads", "scan", "norm_eps")
+OLDER = {"norm_eps": 1e-6}  # of towers that were written before it was a field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _opened(folder: str):
         raise UserError(f"{path / tokens.WEIGHTS} cannot be read (it {error.reason}): copy it again, or write the towers anew.") from error
     if tokens.fingerprint(weights) != meta["fingerprint"]:
         raise UserError(f"{path / tokens.WEIGHTS} is not what was written: copy it again, or write the towers anew.")
-    net = TwoTowers(**{**meta["net"], "patches": Patches(**meta["net"]["patches"])})
+    net = TwoTowers(**{**OLDER, **meta["net"], "patches": Patches(**meta["net"]["patches"])})
     params = flax.traverse_util.unflatten_dict(weights, sep="/")
 
     def unit(x):

@@ -76,6 +76,13 @@ def test_what_is_written_is_read(written, params):
     assert (meta["step"], meta["config"], meta["net"]["size"]) == (7, {"seed": 0}, 6)
 
 
+def test_older_towers_keep_the_epsilon_they_were_trained_with(folder):
+    meta = json.loads((folder / "towers.json").read_text())
+    assert meta["net"].pop("norm_eps") == 1e-5
+    (folder / "towers.json").write_text(json.dumps(meta))
+    assert towers._opened(str(folder))[0].norm_eps == 1e-6
+
+
 def test_any_number_of_texts(written):
     own, ids = Towers(str(written)), WORDS.encode(CAPTIONS)
     assert [array.shape for array in own.texts(ids[:0])] == [(0, 10, 8), (0, 6)]

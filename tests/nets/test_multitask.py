@@ -208,7 +208,7 @@ def test_no_gradient_passes_through_the_network_as_encoder():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *grads)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_training_encodes_with_the_averaged_parameters(microbatches):
     process, batch = aggregate(), pairs(4)
     loss = losses.prepared(losses.combine(one=(1.0, loss_of(process))), lambda batch, keys: {})
