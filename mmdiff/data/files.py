@@ -43,21 +43,16 @@ class FileError(UserError):
     """A file is not what it should be: `reason`, without the path."""
 
     def __init__(self, path: Any, reason: str, remedy: str):
-        super().__init__(_one_line(f"{path} {reason}: {remedy}."))
-        self.reason = _one_line(reason)
+        super().__init__(f"{path} {reason}: {remedy}.")
+        self.reason = reason
 
 
 class Missing(FileError):
     """There is no such file."""
 
     def __init__(self, path: Any):
-        UserError.__init__(self, _one_line(f"no such file: {path}."))
+        UserError.__init__(self, f"no such file: {path}.")
         self.reason = "does not exist (No such file or directory)"
-
-
-def _one_line(text: str) -> str:
-    """A text without what would break a line or a terminal: names of files can hold anything."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------- bytes and text
