@@ -85,7 +85,8 @@ class RandomSource:
     POOL = 256
 
     def __init__(self, modalities: Mapping[str, Any], size: int = 1_000_000):
-        self._size, self._shapes = size, {name: [type(each).__name__, list(each.shape)] for name, each in modalities.items()}
+        self._size, self._shapes = size, {
+            name: [type(each).__name__, list(getattr(each, "shape", ()))] for name, each in modalities.items()}
         rngs = {name: np.random.Generator(np.random.Philox(zlib.crc32(name.encode()))) for name in modalities}
         self._pool = ArraySource({name: modality.random(rngs[name], self.POOL) for name, modality in modalities.items()})
 
