@@ -13,7 +13,7 @@ from test_resume import LIVELY, assert_same_leaves, lines
 
 from mmdiff.__main__ import main
 from mmdiff.data import order
-from mmdiff.training import distributed
+from mmdiff.training import distributed, lock
 
 # The kernels are large enough to be split over fsdp.
 RUN = {"model.width": 4096, "train.steps": 18, "train.checkpoint_every": 6, "train.eval_every": 6}
@@ -139,6 +139,26 @@ def test_eight_kills_of_two_processes_change_nothing(server, tmp_path):
     assert statuses(answers) == [0, 0], answers
     assert_same_leaves(tmp_path / "whole.npz", tmp_path / "torn.npz")
     assert lines(tmp_path / "torn") == lines(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_decide_alike_about_damage_and_about_a_lock(server, tmp_path):
+    overrides = {**RUN, "train.eval_every": 0, "train.steps": 12}
+    answers = server.run(*pair(tmp_path / "run", overrides=overrides))
+    assert statuses(answers) == [0, 0], answers
+    # One bit of the newest checkpoint: only the process whose share it is in sees it.
+    file = max((p for p in (tmp_path / "run/checkpoints/12/state").rglob("d/*")), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    answers = server.run(*pair(tmp_path / "run", overrides={**overrides, "train.steps": 14}))
+    assert statuses(answers) == [0, 0], answers
+    assert "checkpoints/12 is damaged" in log_of(tmp_path / "run", 0)
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["12", "14"] and (tmp_path / "run/damaged/12").is_dir()
+    with lock.held(tmp_path / "run"):
+        answers = server.run(*pair(tmp_path / "run", overrides={**overrides, "train.steps": 16}, constants={"LEAVE_SECONDS": 1}))
+    assert statuses(answers) == [2, 2], answers
+    assert all("is being trained by process" in answer["error"] for answer in answers)
 
 
 # ---- The end of one is the end of all ----
