@@ -28,7 +28,7 @@ from mmdiff.training import distributed
 
 OVERRIDE = "--config."
 LARGEST_BATCH = 256  # samples drawn by one call of the network
-IN_USE = ("sample", "eval", "seed")  # the keys and sections of a config that sample and eval may set
+IN_USE = ("sample", "eval", "seed", "data.dir", "data.towers")  # the keys and sections of a config that sample and eval may set
 
 ABOUT = f"""\
 mmdiff {__version__}: multi-modal diffusion in JAX and Flax.
@@ -519,7 +519,10 @@ def _open(args: argparse.Namespace):
     configs.put(config, asked)
     _start_jax()
     with configs.blaming(config, module, args.overrides):
-        return config, run_metadata.with_class_names(configs.build(config, module), args.workdir)
+        experiment = configs.build(config, module)
+        if args.run is _eval:
+            run_metadata.check_classes(args.workdir, experiment)
+        return config, run_metadata.with_class_names(experiment, args.workdir)
 
 
 def _key(seed: int, use: str):

@@ -124,8 +124,11 @@ class _Lock:
     def _lives(self, other: dict[str, Any], locks: bool) -> bool:
         """Whether a holder that is written down, but is not known to hold a record lock, is alive."""
         mine, its = self._me, other
-        if its.get("boot") == mine["boot"] and (locks or its.get("namespace") == mine["namespace"]):
-            return not locks and _life(its.get("process", 0))["started"] == its.get("started")
+        if its.get("boot") == mine["boot"] and its.get("namespace") == mine["namespace"]:
+            process = its.get("process", 0)  # a process loses its record lock if it opens and closes the file again, as a copy would
+            return process != mine["process"] and _life(process)["started"] == its.get("started")
+        if its.get("boot") == mine["boot"] and locks:
+            return False
         if time.time() - its.get("beat", 0) > FORGOTTEN_SECONDS:
             return False
         log.warning("%s was trained on %s: waiting up to %d s to see whether it still is.", self._workdir, its.get("host"), SILENT_SECONDS)

@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -107,8 +107,8 @@ def write_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
 
 def describe_data(experiment: Any, source: Any) -> dict[str, Any]:
     """What a run notes of its training data: {"fingerprint": "LENGTH-DIGEST", "classes": {modality: [name, ...]}}."""
-    names = {name: modality.names or modality.synonyms for name, modality in experiment.modalities.items() if isinstance(modality, Labels)}
-    classes = {name: [str(word) for word in words or getattr(source, "names", ())] for name, words in names.items()}
+    labels = {name: modality for name, modality in experiment.modalities.items() if isinstance(modality, Labels)}
+    classes = {name: [str(word) for word in _words(each) or getattr(source, "names", ())] for name, each in labels.items()}
     return {"fingerprint": fingerprint(source), "classes": {name: words for name, words in classes.items() if words}}
 
 
@@ -156,6 +156,20 @@ def other_classes(stored: Mapping[str, Any], here: Mapping[str, Any]) -> dict[st
     return found
 
 
+def check_classes(workdir: str | os.PathLike, experiment: Any) -> None:
+    """Raises UserError if labels mean other classes in the test data than in what the run in `workdir` was trained on.
+
+    Only the data themselves can tell where the config names no classes (a folder of classes that has got one more).
+    """
+    stored = read_data(workdir)
+    unnamed = [name for name in stored.get("classes", {}) if not _words(experiment.modalities.get(name))]
+    names = [str(word) for word in getattr(experiment.test_data(), "names", ())] if unnamed else []
+    for name, (number, old, new) in other_classes(stored, {"classes": dict.fromkeys(unnamed, names)}).items():
+        raise UserError(
+            f"class {number} of {name} was {old} in the data that the run in {workdir} was trained on and is {new} in those to measure on: "
+            "name a folder with the same classes as config.data.dir.")
+
+
 def write_data(workdir: str | os.PathLike, described: Mapping[str, Any]) -> None:
     """Writes WORKDIR/data.json. Raises UserError if that is not possible."""
     with writing(workdir):
@@ -177,7 +191,7 @@ def with_class_names(experiment: Any, workdir: str | os.PathLike) -> Any:
     named = {}
     for name, words in read_data(workdir).get("classes", {}).items():
         modality = experiment.modalities.get(name)
-        if isinstance(modality, Labels) and not (modality.names or modality.synonyms):
+        if isinstance(modality, Labels) and not _words(modality):
             words = [*words, *map(str, range(len(words), modality.count))][: modality.count]
             named[name] = dataclasses.replace(modality, names=tuple(words))
     return dataclasses.replace(experiment, modalities={**experiment.modalities, **named}) if named else experiment
@@ -234,6 +248,11 @@ def writing(workdir: str | os.PathLike):
         yield
     except OSError as error:
         raise UserError(f"the workdir {workdir} cannot be written ({error.strerror or error}): choose another.") from error
+
+
+def _words(modality: Any) -> Sequence[str]:
+    """What the config calls the classes of a modality."""
+    return (modality.names or modality.synonyms or ()) if isinstance(modality, Labels) else ()
 
 
 def _dependencies(workdir: str | os.PathLike) -> dict[str, str]:

@@ -104,11 +104,11 @@ def test_without_record_locks_the_process_itself_is_looked_for(tmp_path, monkeyp
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    mine = lock._life(os.getpid())
-    left_by(tmp_path / "alive", process=os.getpid(), **mine)
-    with pytest.raises(UserError, match=f"process {os.getpid()} on"), lock.held(tmp_path / "alive"):
+    alive = lock._life(os.getppid())
+    left_by(tmp_path / "alive", process=os.getppid(), **alive)
+    with pytest.raises(UserError, match=f"process {os.getppid()} on"), lock.held(tmp_path / "alive"):
         pass
-    left_by(tmp_path / "reused", process=os.getpid(), **{**mine, "started": "12"})  # another process had this number
+    left_by(tmp_path / "reused", process=os.getppid(), **{**alive, "started": "12"})  # another process had this number
     with lock.held(tmp_path / "reused"):
         assert set(files(tmp_path / "reused")) == {".trainer.lock", "trainer.json"}
     # Of two that start in the same moment one gets it.

@@ -14,6 +14,7 @@ from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
 from mmdiff.training.run_metadata import (
+    check_classes,
     check_config,
     check_data,
     check_dependencies,
@@ -125,6 +126,16 @@ def test_classes_are_called_by_the_names_that_a_run_has_stored(tmp_path):
         (tmp_path / "data.json").write_text(text)
         with pytest.raises(UserError, match="data.json is not "):
             with_class_names(experiment, tmp_path)
+
+
+def test_what_is_measured_on_must_have_the_classes_that_were_trained_on(tmp_path):
+    experiment = experiment_of(None)
+    write_data(tmp_path, describe_data(experiment, folder("cat", "dog")))
+    check_classes(tmp_path, dataclasses.replace(experiment, test_data=lambda: folder("cat", "dog", count=4)))
+    other = dataclasses.replace(experiment, test_data=lambda: folder("cat", "cow", "dog"))
+    with pytest.raises(UserError, match="class 1 of label was dog in the data .* trained on and is cow in those to measure on"):
+        check_classes(tmp_path, other)
+    check_classes(tmp_path, dataclasses.replace(other, modalities={"label": Labels(3, ("cat", "dog", "hen"))}))  # the config names them
 
 
 def test_other_data_are_refused_or_said(tmp_path):
