@@ -26,6 +26,7 @@ import numpy as np
 
 from mmdiff.errors import UserError
 
+log = logging.getLogger(__name__)
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 OTHER_PICTURES = (  # that are not read: beside others they would be left out without a word
     ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".psd", ".svg", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw")
@@ -309,7 +310,7 @@ def _plain(picture: Any, name: Any) -> Any:
     try:
         ImageOps.exif_transpose(picture, in_place=True)
     except Exception:  # what stands beside the pixels is damaged, they are not
-        logging.debug("the EXIF data of %s cannot be read: it is taken to be upright.", name)
+        log.debug("the EXIF data of %s cannot be read: it is taken to be upright.", name)
     if picture.mode.startswith("I") or picture.mode == "F":
         return Image.fromarray(_bytes(picture, name))
     if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:

@@ -15,6 +15,7 @@ from mmdiff.data.order import ORDER_VERSION, indices, positions
 from mmdiff.data.sources import Source, first_non_finite
 from mmdiff.errors import UserError
 
+log = logging.getLogger(__name__)
 NAMED = 10  # examples that are not finite, in the log
 
 
@@ -62,7 +63,7 @@ def batches(
                 named.add(bad[1])
                 last = ", and no others are named" if len(named) == NAMED else ""
                 what = "example %d of the training data has values of %r that are not finite: fix or remove it%s."
-                logging.warning(what, bad[1], bad[0], last)
+                log.warning(what, bad[1], bad[0], last)
             yield {**batch, "index": (at % 2**32).astype(np.uint32)}
             step += 1
 

@@ -49,6 +49,7 @@ from mmdiff.data.modalities import Images, Labels
 from mmdiff.data.sources import RandomSource, Source, check_range, digest, sizes
 from mmdiff.errors import UserError
 
+log = logging.getLogger(__name__)
 CAPTIONS = {"coco_captions": 5, "cub200": 10, "captioned": None}  # of a picture; None is as many as the one with the most has
 SPLITS = {
     "imagenet2012": {"train": "train", "val": "validation"},
@@ -415,7 +416,7 @@ class Sound:
                 why = f"{allowed + 1} of {total:,} pictures are damaged, more than config.data.damaged={self._share:g} allows"
                 raise UserError(f"{why}: copy the data again, or raise it; the last is {error}") from error
             self._bad[index] = str(error)
-            logging.warning("%s It is left out, the %d. of at most %d of %d pictures.", error, len(self._bad), allowed, total)
+            log.warning("%s It is left out, the %d. of at most %d of %d pictures.", error, len(self._bad), allowed, total)
 
 
 def decode(file: pathlib.Path | captions.Member | Stored, ids: bool = False) -> Any:
