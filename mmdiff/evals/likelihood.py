@@ -194,6 +194,11 @@ def _look(process, apply, params, keys, x0, t):
 
 def _ends(process, apply, params, keys, x0, path, decoders):
     """prior_kl + decoder, for what moves."""
+    if decoders and isinstance(process, Joint) != isinstance(decoders, Mapping):
+        wanted = f"a dict by modality ({', '.join(process.parts)})" if isinstance(process, Joint) else "one function"
+        raise UserError(f"decoders are {wanted} for this process.")
+    if isinstance(process, Joint) and (unknown := [name for name in decoders or {} if name not in process.parts]):
+        raise ValueError(f"decoders: no modality {', '.join(unknown)}; there are {', '.join(process.parts)}.")
     start, end = (path(jnp.full(keys.shape[0], u, jnp.float32)) for u in (0.0, 1.0))
     noised, x0_hat = _look(process, apply, params, _fold_in(keys, 0), x0, start)
 
@@ -204,9 +209,6 @@ def _ends(process, apply, params, keys, x0, path, decoders):
     if not isinstance(process, Joint):
         return of(process, noised, x0_hat, process.prior_kl(x0), end, decoders)
     decoders = dict(decoders or {})
-    unknown = [name for name in decoders if name not in process.parts]
-    if unknown:
-        raise ValueError(f"decoders: no modality {', '.join(unknown)}; there are {', '.join(process.parts)}.")
     parts, prior = process.split(noised), process.prior_kl(x0)
     return {
         name: of(part, parts[name], x0_hat[name], prior[name], end[name], decoders.get(name)) for name, part in process.parts.items()

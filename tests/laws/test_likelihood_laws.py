@@ -316,10 +316,14 @@ def test_bad_arguments_are_refused():
                 decoder(values)
     with pytest.raises(ValueError, match="belongs to a Gaussian; Categorical has no use for the levels"):
         likelihood.discretized([0, 1])(process.parts["label"], None, None)
-    network, x0 = TOY.joint_network(process), TOY.draw(jax.random.key(0), 2)
+    network, x0 = TOY.joint_network(process), {"image": jnp.zeros((2, 2)), "label": jnp.zeros(2, jnp.int32)}
     path = likelihood.along(process, likelihood.line(0.1))
     with pytest.raises(ValueError, match="decoders: no modality text"):
         likelihood.discrete_time(process, network, None, keys(2), x0, path, 2, {"text": likelihood.levels([0, 1])})
+    for wrong, decoders, said in ((process, likelihood.levels([0, 1]), r"a dict by modality \(image, label\)"),
+                                  (process.parts["image"], {"image": likelihood.levels([0, 1])}, "one function")):
+        with pytest.raises(ValueError, match=f"decoders are {said} for this process"):
+            likelihood.discrete_time(wrong, network, None, keys(2), x0, path, 2, decoders)
     with pytest.raises(ValueError, match="at least one step"):
         likelihood.discrete_time(process, network, None, keys(2), x0, path, 0)
     with pytest.raises(ValueError, match="at least one draw"):
