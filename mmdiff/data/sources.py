@@ -160,13 +160,14 @@ def sizes(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[list[Any]
     One that cannot be asked has none: what reads it says so.
     """
     asked = set(np.linspace(0, len(paths) - 1, min(len(paths), SIZED)).astype(int).tolist())
-    found = []
+    found, prefix = [], os.path.join(folder, "")
     for number, path in enumerate(paths):
         size = None
         if number in asked:
             with contextlib.suppress(OSError):
                 size = path.stat().st_size
-        found.append([os.path.relpath(path, folder), size])
+        name = str(path)
+        found.append([name[len(prefix) :] if name.startswith(prefix) else os.path.relpath(name, folder), size])
     return found
 
 
