@@ -74,13 +74,15 @@ def start(**where: str | int) -> None:
         indexed Job of Kubernetes. (Under Slurm and Open MPI JAX gives every process one GPU: start as many as there are.)
 
     A run whose processes do not find each other within JOIN_SECONDS ends with a sentence and status 1: started again, they may. So does
-    a process when another is gone, at once if it was killed and after HEARTBEAT_SECONDS if it is silent (see `peers`). Where the address
-    of process 0 is detected by JAX, JAX itself ends the process then: with SIGABRT, status 134.
+    a process when another is gone, at once if it was killed and after HEARTBEAT_SECONDS if it is silent (see `peers`). Where JAX detects
+    the address of process 0 (everywhere but under Slurm), it ends the process itself: with SIGABRT, status 134.
 
     Raises:
       UserError: nothing is detected, or the port of process 0 is in use.
     """
     import jax
+
+    where = _slurm() | where
 
     def give_up():
         whom = f"all {where['processes']} of them" if "processes" in where else "all of them"
@@ -112,6 +114,15 @@ def start(**where: str | int) -> None:
     # JAX has taken SIGTERM, to note it. Until the trainer asks for it there is nothing to save: it ends the process, as ever.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _slurm() -> dict[str, str | int]:
+    """What Slurm says of the processes, by JAX's own rules: process 0 is on the first node of the step, its port of the job's number."""
+    job, nodes, process = (os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_NODELIST", "PROCID"))
+    first = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)  # of "node7,node9" or "gpu[003-004,7]"
+    if not (job.isdecimal() and process.isdecimal() and first) or "OMPI_COMM_WORLD_RANK" in os.environ:  # mpirun within a job
+        return {}
+    return {"coordinator": f"{first[1]}{first[2] or ''}:{61440 + int(job) % 4096}", "process": int(process)}
 
 
 def rank() -> tuple[str, int]:

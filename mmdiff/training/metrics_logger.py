@@ -135,8 +135,8 @@ class MetricsLogger:
             yield path
         except OSError as error:
             raise UserError(
-                f"{path} cannot be written ({error.strerror or error}): mend this and run the same command again; "
-                "it goes on from the last checkpoint."
+                f"{path} cannot be written ({error.strerror or error}): fix this and run the same command again; "
+                "it continues from the last checkpoint."
             ) from error
 
     def _progress(self, step: int) -> None:
@@ -183,7 +183,8 @@ class Events:
 
     def close(self) -> None:
         if self._records:
-            self._records.close()
+            with self._optional():
+                self._records.close()
 
     def _add(self, **content: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())

@@ -208,7 +208,7 @@ def test_the_failure_of_one_process_ends_the_other(process, server, tmp_path):
     jobs[process]["bad_read"] = 20
     answers = server.run(*jobs)
     assert answers[process]["status"] in (1, 2) and "the disk is gone" in answers[process]["error"], answers
-    assert answers[1 - process]["status"] == 1 and answers[1 - process]["seconds"] < 30, answers
+    assert answers[1 - process]["status"] == 1 and answers[1 - process]["seconds"] - answers[process]["seconds"] < 10, answers
 
 
 # ---- How they find each other ----
@@ -295,6 +295,15 @@ def test_flags_go_before_variables_and_these_may_leave_some_to_be_found(monkeypa
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "there:2")
     assert distributed.address() == {"coordinator": "there:2"}
     assert distributed.address("here:1", "2", "0") == {"coordinator": "here:1", "processes": 2, "process": 0}
+
+
+@pytest.mark.parametrize(
+    "nodes, first", [("node7,node9", "node7"), ("gpu[003-004,7]", "gpu003"), ("gpu[3,7],x", "gpu3"), ("a-b", "a-b"), ("", None)]
+)
+def test_where_slurm_has_put_process_0(nodes, first, monkeypatch):
+    for name, value in {"JOB_ID": "8193", "STEP_NODELIST": nodes, "PROCID": "5"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert distributed._slurm() == ({"coordinator": f"{first}:61441", "process": 5} if first else {})
 
 
 @pytest.mark.parametrize("variable", distributed.RANKS)
