@@ -62,6 +62,18 @@ def test_sample_holds_what_is_given(workdir, tmp_path):
     assert list(sample(workdir, tmp_path, "--given", "label=3,1,4")["label"]) == [3, 1, 4]
 
 
+def test_classes_are_called_by_the_names_that_the_run_has_of_its_data(workdir, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    said = json.loads((run / "data.json").read_text())
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    (run / "data.json").write_text(json.dumps(said | {"classes": {"label": words}}))
+    assert sample(run, tmp_path / "named", "--given", "label=seven,two", "--steps", "1")["label"].tolist() == [7, 2]
+    assert "label: seven two" in capsys.readouterr().out
+    assert main(["sample", "--config", TINY, "--workdir", str(run), "--given", "label=ten"]) == 2
+    assert "label 'ten' does not exist: labels are 0..9 or one of zero, one" in capsys.readouterr().err
+
+
 def test_sample_takes_images_from_a_file_and_prints_their_labels(workdir, tmp_path, capsys):
     images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1)).astype(np.float32)
     np.savez(tmp_path / "four.npz", image=images)

@@ -76,6 +76,9 @@ def test_a_run_is_refused_with_other_frozen_networks(tmp_path):
     said["tokenizer"] = "b" * 64
     with pytest.raises(UserError, match=r"trained with tokenizer of fingerprint aaaaaaaaaaaa, and available is bbbbbbbbbbbb"):
         check_dependencies(tmp_path, experiment)
+    (tmp_path / "dependencies.json").rename(tmp_path / "beside.json")  # as earlier versions called it
+    with pytest.raises(UserError, match="trained with tokenizer of fingerprint aaaaaaaaaaaa"):
+        check_dependencies(tmp_path, experiment)
     said["tokenizer"] = None
     check_dependencies(tmp_path, experiment)
     write_dependencies(tmp_path, experiment)  # what is not available is not forgotten
