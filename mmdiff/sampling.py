@@ -303,20 +303,32 @@ def drawn() -> Map:
     return apply
 
 
+def _on_data(move: Move, change: Callable) -> Move:
+    """The belief changed in the data's channels alone: that of a `LearnedSigma` has the variance's share behind them."""
+    size = move.xt.shape[-1] if move.x0.ndim > 1 and move.x0.ndim == move.xt.ndim else None
+    changed = change(move.x0[..., :size])
+    return move.corrected(changed if changed.shape == move.x0.shape else jnp.concatenate([changed, move.x0[..., size:]], -1))
+
+
 def clip(low: float, high: float) -> Map:
     """Keeps the belief within the data's range."""
-    return lambda move: move.corrected(jnp.clip(move.x0, low, high))
+    if not low < high:
+        raise UserError(f"clip needs low < high, got ({low}, {high}).")
+    return lambda move: _on_data(move, lambda x0: jnp.clip(x0, low, high))
 
 
 def threshold(quantile: float = 0.995, limit: float = 1.0) -> Map:
     """Dynamic thresholding: rescale an example whose `quantile` of |x0| exceeds `limit` (Saharia et al. 2022)."""
 
-    def apply(move):
-        flat = jnp.abs(move.x0).reshape(move.x0.shape[0], -1)
-        bound = bcast(jnp.maximum(jnp.quantile(flat, quantile, axis=-1), limit), move.x0)
-        return move.corrected(jnp.clip(move.x0, -bound, bound) * (limit / bound))
+    if not (0 <= quantile <= 1 and 0 < limit < np.inf):
+        raise UserError(f"threshold needs a quantile in [0, 1] and a limit > 0, got {quantile} and {limit}.")
 
-    return apply
+    def rescale(x0):
+        flat = jnp.abs(x0).reshape(x0.shape[0], -1)
+        bound = bcast(jnp.maximum(jnp.quantile(flat, quantile, axis=-1), limit), x0)
+        return jnp.clip(x0, -bound, bound) * (limit / bound)
+
+    return lambda move: _on_data(move, rescale)
 
 
 def dpmpp_2m(schedule: schedules.Schedule) -> Map:
@@ -337,9 +349,11 @@ def dpmpp_2m(schedule: schedules.Schedule) -> Map:
 
 def top_p(p: float) -> Map:
     """Keeps the smallest set of classes whose probability reaches p (the best one always), renormalised."""
+    if not 0 <= p <= 1:
+        raise UserError(f"top_p is a probability in [0, 1] (1 keeps every class), got {p}.")
 
     def apply(move):
-        if p >= 1:
+        if p == 1:
             return move
         # A class is kept if the mass of strictly better ones is below p. What divides the classes is found by bisection over the bits of
         # the probabilities, which are ordered as these are: exact, and several times faster than sorting.
@@ -360,7 +374,11 @@ def top_p(p: float) -> Map:
 
 
 def temperature(value: float) -> Map:
-    """Sharpens (value < 1) or flattens a belief: probabilities to the power 1 / value, renormalised."""
+    """Sharpens (value < 1) or flattens a belief: probabilities to the power 1 / value, renormalised. 0 leaves the best class alone."""
+    if not 0 <= value < np.inf:
+        raise UserError(f"temperature must be a finite number >= 0 (0 takes the best class, 1 changes nothing), got {value}.")
+    if value == 0:
+        return lambda move: move.corrected(jax.nn.one_hot(move.x0.argmax(-1), move.x0.shape[-1]))
 
     def apply(move):
         relative = move.x0 / jnp.maximum(move.x0.max(-1, keepdims=True), 1e-30)  # the best class is 1: no underflow to 0 / 0
@@ -378,12 +396,16 @@ def confidence(process, noise: float = 0.0) -> Map:
     `MaskReplace`, whose unmasked tokens take their ordinary step.
     """
 
+    mask = process.mask  # refused by a chain that has none
+    if not 0 <= noise < np.inf:
+        raise UserError(f"confidence: the noise must be a finite number >= 0, got {noise}.")
+
     def apply(move):
         count, size = move.xt.shape[0], max(1, move.xt.size // move.xt.shape[0])
         sure = jnp.log(jnp.maximum(move.x0.max(-1), 1e-30)).reshape(count, size)
         if noise:
             sure = sure + noise * jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(move.keys)
-        hidden = move.xt.reshape(count, size) == process.mask
+        hidden = move.xt.reshape(count, size) == mask
         sure = jnp.where(hidden, sure, jnp.inf)
         rank = jnp.argsort(jnp.argsort(-sure, axis=-1), axis=-1)
         # At s = 0 no share is masked: everything is revealed.

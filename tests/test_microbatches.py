@@ -18,7 +18,7 @@ from mmdiff.training.step import make_step
 
 B, D, L, K, T = 64, 6, 8, 5, 4
 KEY = jax.random.key(7)
-IMAGE = Gaussian(schedules.cosine(), eps)
+IMAGE = Gaussian(schedules.cosine_beta(), eps)
 QUERY = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), 0.5), x0)
 TOKENS = absorbing(K)
 NAMING, DRAWING = Joint(image=Given(0.0), query=QUERY), Joint(image=IMAGE)

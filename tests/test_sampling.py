@@ -349,6 +349,39 @@ def test_temperature():
     np.testing.assert_allclose(cold, [[0, 1, 0]], atol=1e-6)  # no underflow to 0 / 0
 
 
+def test_temperature_zero_takes_the_best_class():
+    x0 = jnp.asarray([[0.2, 0.5, 0.3], [0.6, 0.0, 0.4]])
+    np.testing.assert_array_equal(sampling.temperature(0)(move(x0)).x0, [[0, 1, 0], [1, 0, 0]])
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("make, values, match", [
+    (sampling.temperature, (-1, NAN, INF, -1e-9), "temperature must be"), (sampling.top_p, (86, -0.1, NAN, INF, 1.001), "top_p"),
+    (lambda v: sampling.threshold(v), (99.5, -0.1, NAN), "threshold needs"),
+    (lambda v: sampling.threshold(0.9, v), (0, -1, NAN, INF), "threshold needs"),
+    (lambda v: sampling.clip(*v), ((1, -1), (0, 0), (NAN, 1), (-1, NAN)), "low < high"),
+    (lambda v: sampling.confidence(processes.absorbing(3), v), (-1, NAN, INF), "noise must be"),
+    (lambda v: sampling.confidence(v), (processes.uniform(3),), "no mask state"),
+    (sampling.uniform_grid, (0, -3), "at least one step"),
+    (lambda v: sampling.uniform_grid(3, v), (0, -1, 1.5, NAN), r"starts in \(0, 1\]"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(make, values, match):
+    for value in values:
+        with pytest.raises(ValueError, match=match):
+            make(value)
+
+
+@pytest.mark.parametrize("refine", [sampling.threshold(1.0), sampling.clip(-1, 1)])
+def test_a_learned_variance_is_not_rescaled(refine):
+    """The belief of `LearnedSigma` has the variance's share behind the image's channels: the image's law is as without it."""
+    x0, share = jnp.asarray([[[4.0, -2.0]], [[0.5, 0.2]]]), jnp.asarray([[[3.0, 0.2]], [[0.9, -1.5]]])
+    both = refine(move(jnp.concatenate([x0, share], -1), xt=x0)).x0
+    np.testing.assert_array_equal(both[..., :2], refine(move(x0)).x0)
+    np.testing.assert_array_equal(both[..., 2:], share)
+
+
 def test_maps_on_one_modality():
     image, label = move([[2.0, 0.0]]), move([[0.6, 0.4]])
     fields = ("xt", "t", "s", "x0", "last_x0", "last_t", "kept")

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff import schedules
+from mmdiff.errors import UserError
 from mmdiff.processes.base import Array, Noised, Process, bcast, check_time, concrete, per_example, per_example_mean, per_example_sum
 
 TINY = 1e-30
@@ -51,7 +52,7 @@ class Discrete(Process):
     def mask(self) -> int:
         """The id of the mask state."""
         if self.states != self.classes + 1:
-            raise ValueError(f"a chain with {self.states} states over {self.classes} classes has no mask state.")
+            raise UserError(f"a chain with {self.states} states over {self.classes} classes has no mask state.")
         return self.classes
 
     @property

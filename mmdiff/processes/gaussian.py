@@ -72,7 +72,8 @@ class Gaussian(Process):
       prior_std: the standard deviation of the prior, sigma(1) by default. Papers with tables of betas have N(0, 1), whose sigma(1) is
         a little less.
 
-    An output with twice the channels of x (a learned-sigma head) is read by its first half.
+    An output with twice the channels of x (a learned-sigma head) is read by its first half. A parameterisation that says nothing about
+    x_0 at some time, such as `eps` where alpha(1) = 0, is refused.
     """
 
     schedule: schedules.Schedule
@@ -81,6 +82,20 @@ class Gaussian(Process):
     data_std: float | None = None
     norm: float | None = None
     prior_std: float | None = None
+
+    def __post_init__(self):
+        t = np.linspace(0.0, 1.0, 65, dtype=np.float32)[1:]
+        with jax.ensure_compile_time_eval():
+            rows = jax.jit(lambda t: (*self.schedule(t), *self.predict(self.schedule, t)))(t)
+        alpha, sigma, p, q = (np.asarray(row) for row in rows)
+        det = q * alpha - sigma * p
+        # The output itself is x_0, times p, where q = 0.
+        silent = (np.abs(det) < 1e-6) & ((q != 0) | (p == 0)) | (np.sign(det) * np.sign(det[-1]) < 0)
+        if silent.any():
+            place, name = silent.argmax(), getattr(self.predict, "__name__", "this parameterisation")
+            raise UserError(
+                f"Gaussian: {name} says nothing about x_0 at t = {t[place]:g}, where alpha = {alpha[place]:.3g}: predict v, velocity or x0 "
+                "or take a schedule that keeps some signal (linear_beta, cosine_beta).")
 
     def check(self, x0):
         if self.norm is None or not concrete(x0):

@@ -219,7 +219,7 @@ def test_a_stride_keeps_the_marginal(weight, eta):
 
 def test_an_image_that_is_its_own_modality():
     """x = z_0 and E = identity: DDPM with the signal alpha + a, and the best head follows from the best eps."""
-    process = pair(moving_target(), schedules.cosine())
+    process = pair(moving_target(), schedules.cosine_beta())
     t = jnp.asarray([0.2, 0.6, 0.9])
     z0 = 0.5 * jax.random.normal(jax.random.key(0), (3, 4))
     noised = process.corrupt(keys(3), {"z": z0, "x": z0}, {"z": t, "x": t})
@@ -440,7 +440,7 @@ def test_rate_is_the_limit_of_kl(weight, own):
         def cosine(t):
             return jnp.cos(t * math.pi / 2), jnp.sin(t * math.pi / 2)
 
-        process = pair(WEIGHTS[weight], cosine)
+        process = pair(WEIGHTS[weight], cosine, predict=processes.v)
         for t in (0.1, 0.5, 0.9):
             noised = process.corrupt(keys(1), scalars(z=0.8, x=-1.3), at(t, own))
             belief = scalars(z=0.5, x=0.4)

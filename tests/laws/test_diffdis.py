@@ -412,14 +412,14 @@ def gaussian_network(process):
 
 def test_denoising_losses_of_gaussians():
     """d (a^2 s^2 / (a^2 s^2 + sig^2))^2 + sig^2 a^2 |x - mu_c|^2 / (a^2 s^2 + sig^2)^2 at one time, so each time ranks by distance."""
-    process = Gaussian(schedules.cosine(), eps)
+    process = Gaussian(lambda t: schedules.cosine()(0.999 * t), eps)
     joint = Joint(x=process, label=Given(0))
     x = jnp.asarray([[0.8, 0.1, 0.0], [0.2, 0.2, 0.6]])
     draws = 4000
     shape = {"x": (3,), "label": ()}
     found = jax.jit(lambda k: denoising_losses(joint, gaussian_network(process), None, k, {"x": x}, "label", 2, shape, draws))
     t = (np.arange(draws) + 0.5) / draws
-    alpha, sigma = np.cos(np.pi * t / 2), np.sin(np.pi * t / 2)
+    alpha, sigma = np.cos(0.999 * np.pi * t / 2), np.sin(0.999 * np.pi * t / 2)
     spread = (alpha * STD) ** 2 + sigma**2
     distance = ((np.asarray(x)[:, None] - np.asarray(MEANS)) ** 2).sum(-1)[..., None]
     expected = (3 * (alpha**2 * STD**2 / spread) ** 2 + sigma**2 * alpha**2 * distance / spread**2).mean(-1) / 3
@@ -429,7 +429,7 @@ def test_denoising_losses_of_gaussians():
 
 
 def test_errors_weighted_by_the_change_of_snr_are_the_likelihood_ratio():
-    process = Gaussian(schedules.cosine(), eps)
+    process = Gaussian(lambda t: schedules.cosine()(0.999 * t), eps)
     n = 4000
     t = (jnp.arange(n) + 0.5) / n
     x = jnp.tile(jnp.asarray([0.8, 0.1, 0.0]), (n, 1))
