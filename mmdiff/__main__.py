@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _arguments(sys.argv[1:] if argv is None else argv)
         args.run(args)
-    except (UserError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         text = str(error) if isinstance(error, UserError) else _of_the_system(error)
         if not text:
             raise
@@ -148,6 +149,8 @@ def _of_the_system(error: BaseException) -> str:
     """What the operating system or jax said, if that is about a path or a setting of the user; else nothing."""
     if isinstance(error, (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)) and error.filename:
         return f"{error.filename} cannot be used ({error.strerror}): check the path and who may read and write it."
+    if re.search(r"for (environment|config) '?JAX_\w+'?$", str(error)):
+        return f"jax does not take an environment variable: {error}: correct it, or leave it out."
     if str(error).startswith("Unable to initialize backend") or "Unknown backend" in str(error):
         platforms = f" (JAX_PLATFORMS={os.environ['JAX_PLATFORMS']})" if os.environ.get("JAX_PLATFORMS") else ""
         return f"jax cannot start{platforms}: {str(error).partition(chr(10))[0].rstrip('.')}; correct JAX_PLATFORMS or the drivers."

@@ -211,7 +211,7 @@ def _file(path: str) -> pathlib.Path:
         raise UserError(f"{checks.short(path)} is no path of a file ({getattr(error, 'strerror', None) or error}): {remedy}.") from error
     folders = [file if file.is_dir() else file.parent, pathlib.Path("configs")]
     known = {other.stem: str(other) for folder in reversed(folders) if folder.is_dir() for other in sorted(folder.rglob("*.py"))[:1000]}
-    near = suggest.word(file.stem, known)
+    near = None if what.endswith("is no config file") else suggest.word(file.stem, known)
     raise UserError(f"{what}: did you mean {known[near]}?" if near else f"{what}: {remedy}.")
 
 

@@ -202,6 +202,19 @@ def test_a_config_file_that_changed_since_does_not_change_the_run(other, tmp_pat
     assert config == json.loads((other / "config.json").read_text())
 
 
+def test_infinities_of_a_config_are_in_the_report_as_strict_json_has_them(other, tmp_path):
+    """They were a traceback after the whole evaluation."""
+    changed = tmp_path / "changed.py"
+    values = '"limit": float("inf"), "bounds": (float("-inf"), 1.0), "prefetch": 1'
+    changed.write_text(pathlib.Path(TINY).read_text().replace('"prefetch": 1', values))
+    evaluate = ["eval", "--config", str(changed), "--workdir", str(other)]
+    assert main(evaluate) == 0
+    written = (other / "report.json").read_bytes()
+    report = json.loads(written, parse_constant=pytest.fail)
+    assert report["config"]["train"]["limit"] == "Infinity" and report["config"]["train"]["bounds"] == ["-Infinity", 1.0]
+    assert main([*evaluate, "--reuse"]) == 0 and (other / "report.json").read_bytes() == written
+
+
 def test_step_picks_the_checkpoint_and_the_report_has_its_cost(other, tmp_path, capsys):
     losses = {step: meta(other, step)["metrics"]["val/loss"] for step in (2, 4, 6)}
     best = min(losses, key=losses.get)
@@ -338,6 +351,29 @@ def test_a_mistake_in_what_is_sampled_is_one_sentence_and_loses_nothing(
 def test_a_run_without_a_checkpoint_is_said_to_have_none(capsys, tmp_path, command):
     assert "checkpoint" in complaint(capsys, [command, "--config", TINY, "--workdir", tmp_path])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("variable, value, words", [
+    ("JAX_NUM_PROCESSES", "two", "JAX_NUM_PROCESSES must be an integer of 1 or more, not 'two'"),
+    ("JAX_PROCESS_ID", "-1", "JAX_PROCESS_ID must be an integer of 0 or more, not '-1'"),
+    ("JAX_COORDINATOR_ADDRESS", "host:99999", "JAX_COORDINATOR_ADDRESS must be the HOST:PORT"),
+])  # fmt: skip
+def test_environment_variables_that_are_wrong(capsys, tmp_path, monkeypatch, variable, value, words):
+    monkeypatch.setenv(variable, value)
+    assert words in complaint(capsys, ["train", "--config", TINY, "--workdir", tmp_path / "new"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("Unable to initialize backend 'tqu': not in the list of known backends."), "correct JAX_PLATFORMS"),
+    (ValueError("invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"), "'JAX_ENABLE_X64': correct it"),
+])  # fmt: skip
+def test_what_jax_says_of_its_own_variables(capsys, tmp_path, monkeypatch, error, words):
+    def unable(*args):
+        raise error
+
+    monkeypatch.setattr("mmdiff.training.loop.train", unable)
+    assert words in complaint(capsys, ["train", "--config", TINY, "--workdir", tmp_path / "new"])
 
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_any_work(capsys, tmp_path):

@@ -1,6 +1,9 @@
 """Config files: loading, typed overrides and comparison."""
 
 import json
+import pathlib
+import subprocess
+import sys
 import textwrap
 
 import jax
@@ -9,6 +12,8 @@ import pytest
 
 from mmdiff import config as configs
 from mmdiff.errors import UserError
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 FILE = """
 import ml_collections
@@ -253,3 +258,21 @@ def test_what_an_experiment_does_not_take_is_a_sentence_that_names_the_overrides
         built(tmp_path, "    import json\n    json.loads('x')", overrides)
     with pytest.raises(ArithmeticError, match="later"):  # not of the overrides
         built(tmp_path, "    import jax.numpy as jnp" + PARTS, [("model.width", "10")])
+
+
+def test_no_config_of_ours_imports_what_is_heavy_before_its_keys_are_checked():
+    """In a process of its own, for all of them: a wrong key is answered within 3 s of processor time, and the help at once."""
+    program = f"""
+import contextlib, io, pathlib, sys, time
+from mmdiff.__main__ import main
+for path in sorted(pathlib.Path({str(CONFIGS)!r}).rglob("*.py")):
+    began, said = time.process_time(), io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert main(["train", "--config", str(path), "--workdir", "x", "--config.train.lr=1"]) == 2
+    assert "did you mean 'train.learning_rate'" in said.getvalue(), said.getvalue()
+    assert time.process_time() - began < 3, path
+    heavy = [name for name in ("jax", "flax", "optax", "orbax", "sklearn", "librosa") if name in sys.modules]
+    assert not heavy, (path, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -39,6 +39,10 @@ from mmdiff.nets.tokenizers import Autoencoder, VQAutoencoder
 META, WEIGHTS, WORDS, BEGUN = "cache.json", "weights.npz", "words.json", "begun.json"
 PART = 250  # examples that are encoded or decoded at once,
 PIXELS = 2**20  # if they have no more pixels (samples) than these
+NO_FOLDER = (
+    "config.data.dir is empty: name the folder of a token cache (the head of configs/cdcd/pictures_tokenizer.py says how to write one), "
+    "or try the config out on made-up tokens with config.data.source=random."
+)
 NETWORKS = {network.__name__: network for network in (VQAutoencoder, AudioAutoencoder)}
 
 
@@ -188,10 +192,7 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
     if data.source != "tokens":
         raise UserError(f"config.data.source is {data.source!r}: choose tokens or random.")
     if not data.dir:
-        raise UserError(
-            "config.data.dir is empty: name the folder of a token cache (the head of configs/cdcd/pictures_tokenizer.py says how to "
-            "write one), or try the config out on made-up tokens with config.data.source=random."
-        )
+        raise UserError(NO_FOLDER)
     source, meta = token_source(data.dir, split), read_meta(data.dir)
     name = meta.get("tokens", "tokens")
     if name not in modalities:
@@ -266,6 +267,8 @@ class Captioned:
 
 def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
     """The values of DIR/cache.json: "grid" [h, w], "codes", "config", "step", ... Raises UserError where there is no cache."""
+    if not os.fspath(folder):
+        raise UserError(NO_FOLDER)
     folder = _path(folder)
     try:
         meta = files.read_json(folder / META)
