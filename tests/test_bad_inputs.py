@@ -404,9 +404,13 @@ for change, *words in (
     (lambda run: (run / "config.json").write_text("{"), "config.json"),
     (lambda run: (run / "config.json").write_text("[1]"), "config.json"),
     (lambda run: (run / "config.json").write_bytes(b"\xff\xfe"), "config.json"),
+    (lambda run: (run / "config.json").write_text('{"name": "a package"}'), "copy/config.json is not the config of a run"),
+    (lambda run: (run / "data.json").write_text("[]"), "copy/data.json is not what a run writes"),
 ):
     for command in ("sample --config TINY --workdir copy", "eval --config TINY --workdir copy"):
         row(command, *words, files=damaged(change), name=f"{len(ROWS)}: damaged run, {command[:6]}")
+row("train --config TINY --workdir copy", "copy/config.json is not the config of a run", "another folder",
+    files=damaged(lambda run: (run / "config.json").write_text('{"name": "a package"}')))
 
 
 # ---- Caches and folders of data ----
