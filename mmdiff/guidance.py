@@ -70,8 +70,8 @@ def dropped(drop: Sequence[str], process: Joint) -> tuple[str, ...]:
 
 
 def _check_weight(what: str, w: Any) -> None:
-    if not callable(w) and concrete(w) and not np.all(np.isfinite(np.asarray(w, np.float64))):
-        raise UserError(f"{what}: the weight of guidance must be finite (1 is none), not {w}.")
+    if not callable(w) and concrete(w) and not np.all(np.abs(np.asarray(w, np.float64)) <= np.finfo(np.float32).max):
+        raise UserError(f"{what}: the weight of guidance must be finite in float32 (1 is none), not {w}.")
 
 
 def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Callable:

@@ -290,7 +290,7 @@ def test_guidance_of_the_first_channels():
             sampling.guided(network, 2.0, ("label",), PROCESS, channels)
 
 
-@pytest.mark.parametrize("w", [float("nan"), float("inf"), 1e39 * 1e300])
+@pytest.mark.parametrize("w", [float("nan"), float("inf"), 1e39, np.asarray([2.0, float("nan")])])
 def test_weights_of_guidance_are_finite(w):
     for make in (lambda: sampling.guided(network, w, ("label",), PROCESS), lambda: sampling.autoguided(network, w, 0.5),
                  lambda: sampling.interval(w, 0.2, 0.8, of="image")):  # fmt: skip
