@@ -518,6 +518,11 @@ def _open(args: argparse.Namespace):
         if not any(key == name or key.startswith(f"{name}.") for name in IN_USE):
             free = ", ".join(f"config.{name}" for name in IN_USE)
             raise UserError(f"config.{key} is {old!r} in the run in {args.workdir}, not {new!r}: only {free} can be set here.")
+    for key, value in stored.items():
+        old = configs.flatten(config).get(key)
+        if (key == "seed" or key.startswith("sample.")) and old is not None and not configs.is_like(value, old):
+            there = f"{args.workdir}/config.json"
+            raise UserError(f"config.{key} is {checks.short(value)} in {there}, where {old!r} was possible: restore that file.")
     configs.put(config, stored)
     configs.put(config, asked)
     _start_jax()
@@ -549,9 +554,9 @@ def _given(experiment, args: argparse.Namespace):
             near = suggest.word(name, experiment.shape)
             meant = f", did you mean {near!r}?" if near else "."
             raise UserError(f"{flag} names an unknown modality {checks.short(name)}: this model has {', '.join(experiment.shape)}{meant}")
-    for name, equals, _ in pairs:
-        if not equals:
-            raise UserError(f"--given {name} has no value: write --given {name}=VALUE.")
+    for name, _, value in pairs:
+        if not value.strip():
+            raise UserError(f"--given {name} has no value: write --given {name}=VALUE, or leave it out by --absent {name}.")
         if names.count(name) > 1 or name in args.absent:
             raise UserError(f"the modality {name} is set twice: use one --given or one --absent for it.")
     if set(experiment.shape) <= {*names, *args.absent}:

@@ -159,6 +159,13 @@ def put(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:
                 section[name] = _like(value, known[key])
 
 
+def is_like(value: Any, old: Any) -> bool:
+    """Whether a stored value has the type of another: numbers are alike, and so are lists and tuples."""
+    kinds = ((bool,), (int, float), (str,), (list, tuple))
+    kind = next((kind for kind in kinds if isinstance(old, kind)), None)
+    return kind is None or value in NOT_FINITE or isinstance(value, kind) and (kind == (bool,) or not isinstance(value, bool))
+
+
 def _like(value: Any, old: Any) -> Any:
     if isinstance(old, tuple) and isinstance(value, list):
         return tuple(_like(item, old[0] if old else None) for item in value)

@@ -329,25 +329,26 @@ def pictures(folder):
 
 for given, *words in (
     ("lable=7", "unknown modality 'lable'", "did you mean 'label'"), ("x=1", "unknown modality 'x'"), ("=1", "unknown modality ''"),
-    ("label", "write --given label=VALUE"), ("label=", "label"), ("label=3", "label 3 does not exist", "0..2"), ("label=-1", "0..2"),
-    ("label=1e9", "label"), ("label=nan", "label"), ("label=ct", "cat, dog, hen"), ("label=1,2,", "label"),
+    ("label", "write --given label=VALUE"), ("label=", "--given label has no value"), ("label=3", "label 3 does not exist", "0..2"),
+    ("label=-1", "0..2"), ("label=1e9", "label"), ("label=nan", "label"), ("label=ct", "cat, dog, hen"), ("label=1,2,", "label"),
     ("label=99999999999999999999", "0..2"), ("label=missing.npy", "no such file: missing.npy"), ("label=fractions.npz", "integers"),
     ("label=ids.npz", "label"), ("label=other.npz", "no entry 'label'", "a, b"), ("image=missing.png", "no such file: missing.png"),
     ("image=large.png", "9 x 8 pixels", "8 x 8"), ("image=text.png", "text.png cannot be read"), ("image=cut.png", "cut.png"),
     ("image=nothing.png", "nothing.png"), ("image=folder", "folder", "no pictures"), ("image=text.npz", "text.npz"),
     ("image=nan.npy", "nan.npy", "not finite"), ("image=large.npy", "large.npy", "[-1, 1]"), ("image=letters.npy", "letters.npy"),
     ("image=objects.npy", "objects.npy"), ("image=objects.npz", "objects.npz"), ("image=none.npy", "none.npy"),
-    ("image=huge.npy", "huge.npy"), ("image=", "image"), ("image=/dev/null", "/dev/null"), ("grey=large.png", "large.png"),
-    ("latent=whole.png", "latents come in"), ("latent=nan.npy", "latent"), ("latent=missing.npy", "missing.npy"),
-    ("feature=a.txt", "feature"), ("feature=nan.npy", "feature"), ("row=3 1", "row"), ("row=3 1 99", "row: ids are 0..15"),
-    ("row=a b c", "row", "numbers"), ("row=" + "9" * 30 + " 1 2", "row"), ("row=ids.npz", "row: ids are 0..15"),
-    ("tokens=missing.txt", "no such file: missing.txt"), ("tokens=ids.npz", "ids.npz"), ("map=nan.npy", "map|nan.npy"),
-    ("text=", "no words in ''"), ("text=   ", "no words"), ("text=a zebra", "zebra"), ("text=missing.txt", "missing.txt"),
-    ("text=nothing.txt", "nothing.txt|no words"), ("text=latin.txt", "latin.txt"), ("text=folder", "folder"),
-    ("text=\U0001f600", "text"), ("audio=missing.wav", "no such file"), ("audio=text.wav", "text.wav", "as sound"),
-    ("audio=nothing.wav", "nothing.wav"), ("audio=folder", "folder"), ("audio=nan.npy", "audio"), ("motion=missing.pkl", "missing.pkl"),
-    ("motion=text.pkl", "text.pkl"), ("motion=list.pkl", "list.pkl"), ("motion=danger.pkl", "danger.pkl"),
-    ("motion=whole.png", "whole.png"), ("motion=nan.npy", "motion"), ("music=ids.npz", "music: needs integers of shape"),
+    ("image=huge.npy", "huge.npy"), ("image=", "--given image has no value"), ("image=/dev/null", "/dev/null"),
+    ("grey=large.png", "large.png"), ("latent=whole.png", "latents come in"), ("latent=nan.npy", "latent"),
+    ("latent=missing.npy", "missing.npy"), ("feature=a.txt", "feature"), ("feature=nan.npy", "feature"), ("row=3 1", "row"),
+    ("row=3 1 99", "row: ids are 0..15"), ("row=a b c", "row", "numbers"), ("row=" + "9" * 30 + " 1 2", "row"),
+    ("row=ids.npz", "row: ids are 0..15"), ("tokens=missing.txt", "no such file: missing.txt"), ("tokens=ids.npz", "ids.npz"),
+    ("map=nan.npy", "map|nan.npy"), ("text=", "--given text has no value"), ("text=   ", "--given text has no value"),
+    ("text=a zebra", "zebra"), ("text=missing.txt", "missing.txt"), ("text=nothing.txt", "nothing.txt|no words"),
+    ("text=latin.txt", "latin.txt"), ("text=folder", "folder"), ("text=\U0001f600", "text"), ("audio=missing.wav", "no such file"),
+    ("audio=text.wav", "text.wav", "as sound"), ("audio=nothing.wav", "nothing.wav"), ("audio=folder", "folder"),
+    ("audio=nan.npy", "audio"), ("motion=missing.pkl", "missing.pkl"), ("motion=text.pkl", "text.pkl"), ("motion=list.pkl", "list.pkl"),
+    ("motion=danger.pkl", "danger.pkl"), ("motion=whole.png", "whole.png"), ("motion=nan.npy", "motion"),
+    ("music=ids.npz", "music: needs integers of shape"),
 ):  # fmt: skip
     row(["sample", "--config", "READERS", "--workdir", "empty", "--given", given], *words, files=pictures,
         name=f"{len(ROWS)}: --given {given[:40]}")
@@ -385,6 +386,12 @@ def only_the_last(run):
     return run / "checkpoints" / "4"
 
 
+def edited(run, **values):
+    """A config.json that somebody changed."""
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def flipped(folder):
     """One bit of the largest file."""
     file = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
@@ -401,6 +408,9 @@ for change, *words in (
     (lambda run: flipped(only_the_last(run) / "ema"), "no checkpoint in copy"),
     (lambda run: (only_the_last(run) / "manifest.json").write_text("[1]"), "no checkpoint in copy"),
     (lambda run: (run / "config.json").write_text('{"a": 1}'), "config.json|another config"),
+    (lambda run: edited(run, sample={"steps": "many"}), "config.sample.steps is 'many' in copy/config.json"),
+    (lambda run: edited(run, sample={"guidance": None}), "config.sample.guidance is None in copy/config.json"),
+    (lambda run: edited(run, seed=[1]), "config.seed is [1] in copy/config.json"),
     (lambda run: (run / "config.json").write_text("{"), "config.json"),
     (lambda run: (run / "config.json").write_text("[1]"), "config.json"),
     (lambda run: (run / "config.json").write_bytes(b"\xff\xfe"), "config.json"),
