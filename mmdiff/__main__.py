@@ -448,7 +448,7 @@ def _zeroshot(args: argparse.Namespace) -> list[tuple[str, str]]:
         raise UserError("--zeroshot-dir is where --zeroshot looks: say which data sets, --zeroshot all or --zeroshot cifar10,food101.")
     if args.split != "test":
         raise UserError("--zeroshot measures published test sets, on which nothing is to be chosen: leave --split validation out.")
-    if "zeroshot" not in configs.load(args.config)[0].get("eval", {}):
+    if "zeroshot" not in configs.load(args.config, args.overrides)[0].get("eval", {}):
         raise UserError(
             f"{args.config} has no vectors of images and texts to classify by: --zeroshot is for configs/diffdis/sd_scale.py, scenes.py, "
             "scenes_towers.py and what sets config.eval.zeroshot.")
