@@ -89,8 +89,8 @@ def make_step(
 
         params' = params + optimizer(g),   ema' = d ema + (1 - d) params',   d = min(ema, (1 + step) / (10 + step)).
 
-    A step whose loss, gradient norm or result (params', the optimizer's state, the loss's statistics) is not finite leaves params, opt,
-    ema and the loss's statistics as they were, bit for bit, and adds one to stats["skipped"].
+    A step whose loss, gradient norm or result (params', numbers of the optimizer's own, the loss's statistics) is not finite leaves
+    params, opt, ema and the loss's statistics as they were, bit for bit, and adds one to stats["skipped"].
 
     Args:
       loss: `(params, batch, key) -> (scalar, metrics)`, a mean over the batch of what each example gives on its own, or a `BatchLoss`
@@ -183,22 +183,21 @@ def noise_scale_of(metrics: Mapping[str, float]) -> float:
 
 
 def _guarded_norm(new: Any, old: Any) -> jax.Array:
-    """The norm of the new parameters; not finite if another new number is not that was before, such as an optimizer's moment.
+    """The norm of the new parameters; not finite if a new number of the optimizer's or the loss's own is not that was before.
 
-    (Some numbers are infinite on purpose: the best loss before the first.) The numbers that an optimizer keeps of a parameter are
-    tested with it, in one loop: hundreds of small ones would cost time to compile.
+    (Some are infinite on purpose: the best loss before the first.) What an optimizer keeps of each parameter, its moments, is not read:
+    a CPU's compiler would store it twice, up to twice the time of a step. One that is not finite makes the next update so: it is skipped.
     """
     (params, opt, _, stats), (_, opt_before, _, stats_before) = new, old  # an average of finite numbers is finite
-    rest, rest_before = (opt, stats), (opt_before, stats_before)
-    others: dict[tuple, list] = {}
-    for (path, leaf), before in zip(jax.tree_util.tree_leaves_with_path(rest), jax.tree.leaves(rest_before), strict=True):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            zero = jnp.where(jnp.isfinite(before), leaf - leaf, 0).astype(jnp.float32)  # or NaN
-            others.setdefault((_names(path), leaf.shape), []).append(zero)
-    total = jnp.zeros(())
+    total, moments = jnp.zeros(()), set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        total += jnp.sum(sum(others.pop((_names(path), leaf.shape), []), jnp.abs(leaf.astype(jnp.float32)) ** 2))
-    return jnp.sqrt(total + sum(jnp.sum(zero) for group in others.values() for zero in group))
+        total += jnp.sum(jnp.abs(leaf.astype(jnp.float32)) ** 2)
+        moments.add((_names(path), leaf.shape))
+    rest = jax.tree_util.tree_leaves_with_path((opt, stats))
+    for (path, leaf), before in zip(rest, jax.tree.leaves((opt_before, stats_before)), strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and (_names(path), leaf.shape) not in moments:
+            total += jnp.sum(jnp.where(jnp.isfinite(before), leaf - leaf, 0).astype(jnp.float32))  # 0 or NaN
+    return jnp.sqrt(total)
 
 
 def _names(path: tuple) -> tuple:

@@ -118,7 +118,7 @@ def test_a_non_finite_gradient_of_a_finite_loss_is_void():
 
 
 def spoils(where):
-    """An optimizer of finite gradients whose second answer is not finite, in the update, in a moment or in a number of its own."""
+    """An optimizer of finite gradients whose second answer is not finite, in the update or in a number of its own."""
 
     def init(params):
         return {"count": jnp.zeros((), jnp.int32), "moment": params, "number": jnp.zeros(()), "best": jnp.full((), jnp.inf)}
@@ -138,7 +138,7 @@ def spoils(where):
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
-@pytest.mark.parametrize("where", ["update", "moment", "number"])
+@pytest.mark.parametrize("where", ["update", "number"])
 def test_a_non_finite_update_of_a_finite_gradient_is_never_kept(where, target):
     optimizer = spoils(where)
     step = jax.jit(make_step(toy.loss, optimizer))
