@@ -264,6 +264,7 @@ def test_no_config_of_ours_imports_what_is_heavy_before_its_keys_are_checked():
     """In a process of its own, for all of them: a wrong key is answered within 3 s of processor time, and the help at once."""
     program = f"""
 import contextlib, io, pathlib, sys, time
+from mmdiff import checks, config as configs
 from mmdiff.__main__ import main
 for path in sorted(pathlib.Path({str(CONFIGS)!r}).rglob("*.py")):
     began, said = time.process_time(), io.StringIO()
@@ -271,6 +272,8 @@ for path in sorted(pathlib.Path({str(CONFIGS)!r}).rglob("*.py")):
         assert main(["train", "--config", str(path), "--workdir", "x", "--config.train.lr=1"]) == 2
     assert "did you mean 'train.learning_rate'" in said.getvalue(), said.getvalue()
     assert time.process_time() - began < 3, path
+    values = configs._values_alone(path)
+    checks.check(configs.flatten(values))  # its own values are in their ranges
     heavy = [name for name in ("jax", "flax", "optax", "orbax", "sklearn", "librosa") if name in sys.modules]
     assert not heavy, (path, heavy)
 """
