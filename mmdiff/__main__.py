@@ -310,12 +310,12 @@ def _calls(text: str) -> int:
 def _step(text: str) -> int | str:
     if text != "best" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"it must be the step of a checkpoint or best, not {text!r}")
-    return text if text == "best" else int(text)
+    return text if text == "best" else _integer(text, checks.Range(0, checks.STEPS))
 
 
 def _seed(text: str) -> int:
     try:
-        seed = int(text) if text.removeprefix("-").isdecimal() else text
+        seed = int(text) if text.removeprefix("-").isdecimal() and len(text) < 4000 else checks.short(text)[1:-1]
         check_seed(seed, "it")
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None

@@ -16,7 +16,7 @@ from typing import Any
 from mmdiff.errors import UserError
 
 INTEGERS, STEPS = 2**63 - 1, 2**31 - 1  # the step counter is an int32
-FLOATS = 3.4e38  # float32
+FLOATS, SMALLEST = 3.4e38, 1.2e-38  # float32: what is smaller than the second counts as 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Range:
         """What is allowed, "1 or more", if `value` is not; else nothing."""
         low = value <= self.low if self.above else value < self.low
         high = value >= self.high if self.below else value > self.high
-        if value in self.also or not (low or high or math.isnan(value)):
+        if value in self.also or not (low or high or value != value):
             return ""
         lower = f"above {number(self.low)}" if self.above else f"{number(self.low)} or more"
         upper = f"below {number(self.high)}" if self.below else f"at most {number(self.high)}"
         if self.high <= 1:  # a share
             return f"{lower if self.above else f'at least {number(self.low)}'} and {upper}"
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return "a finite number"
         return " or ".join([*map(number, self.also), lower]) if low else upper
 
@@ -140,6 +140,8 @@ def _wrong(key: str, value: Any, infinite: bool) -> str:
         return ""
     if isinstance(value, float) and not math.isfinite(value) and (rule is None or rule.high == math.inf):
         return "a finite number"
+    if isinstance(value, float) and 0 < abs(value) < SMALLEST:
+        return f"0 or at least {SMALLEST:g} in size, as float32 has it" if rule is None else rule.wrong(0.0)
     rule = rule or (Range(-INTEGERS, INTEGERS) if isinstance(value, int) else Range(-FLOATS, FLOATS))
     return rule.wrong(value)
 
@@ -161,5 +163,8 @@ def number(value: float) -> str:
 
 def short(value: Any, most: int = 80) -> str:
     """`repr`, cut in the middle where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"{value:#x}"
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
+from mmdiff.processes.discrete import sample_classes
 
 Times = Callable[[jax.Array, jax.Array], Any]
 
@@ -170,7 +171,7 @@ def importance(steps: int, term: str) -> Adaptive:
 
     def draw(key, index, stats):
         density = source.density(stats)
-        place = jax.vmap(lambda k: jax.random.categorical(k, jnp.log(density)))(example_keys(key, index))
+        place = jax.vmap(lambda k: sample_classes(k, density))(example_keys(key, index))
         return Drawn((place + 1).astype(jnp.float32) / steps, 1.0 / density[place], place)
 
     return Adaptive(source, draw)

@@ -29,7 +29,7 @@ def captions_of(value: Any, name: Any) -> list[str]:
     """The captions that a value of JSON is: a text, or several in a list.
 
     Raises:
-      FileError: null, a number, an empty list or anything else; `name` is what it calls the picture.
+      FileError: null, a number, an empty list or text, or anything else; `name` is what it calls the picture.
     """
     said = value if isinstance(value, list) and value else [value]
     kinds = {type(None): "null", bool: "true or false", float: "a number", int: "a number", list: "a list without texts"}
@@ -37,14 +37,21 @@ def captions_of(value: Any, name: Any) -> list[str]:
         if not isinstance(each, str):
             what = kinds.get(type(each), "an object")
             raise FileError(name, f"has {what} for a caption", "write a text, or a list of texts, or remove the picture")
-    return [files.check_text(each, f"the caption of {name}").strip() for each in said]
+    return [caption(each, name) for each in said]
+
+
+def caption(text: str, name: Any) -> str:
+    """A picture's caption, without blanks around it. Raises FileError for one without words, or that is no text."""
+    if not (said := files.check_text(text, f"the caption of {name}").strip()):
+        raise FileError(name, "has an empty caption", "write one, or remove the picture")
+    return said
 
 
 def read_captions(name: Any, beside: Mapping[str, Callable[[], bytes]]) -> list[str]:
     """A picture's captions, by what reads the "txt" or else the "json" beside it. Raises FileError where there are none."""
     try:
         if "txt" in beside:
-            return [files.decode(beside["txt"](), f"the caption of {name}").strip()]
+            return [caption(files.decode(beside["txt"](), f"the caption of {name}"), name)]
         return captions_of(files.parse_json(beside["json"](), f"the .json of {name}")["caption"], name)
     except FileError as error:
         if " is not valid JSON " not in str(error):
@@ -147,7 +154,7 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
     "members" int64 [n, 3]: shard, start and size of every picture; "counts" [n]: its captions; "captions" uint8: the texts of all one after
     the other; "ends": where each ends in it.
     """
-    members, counts, captions = [], [], []
+    members, counts, texts = [], [], []
     for shard, path in enumerate(paths):
         pictures, beside, end = {}, {}, 0
         try:
@@ -158,6 +165,8 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                     folder, _, name = own_path.rpartition("/")
                     stem, _, kind = name.partition(".")
                     kind = kind.lower()
+                    if f".{kind}" in files.OTHER_PICTURES and not files.hidden(name):
+                        raise files.not_read(f"{member.name} in {path}")
                     if member.isdir() or any(map(files.hidden, own_path.split("/"))) or f".{kind}" not in (*PICTURES, ".txt", ".json"):
                         continue
                     if not member.isreg() or member.issparse():
@@ -177,13 +186,13 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                     said = read_captions(f"{member.name} in {path}", readers)[:MOST]
                     members.append((shard, member.offset_data, member.size))
                     counts.append(len(said))
-                    captions += [each.encode() for each in said]
+                    texts += [each.encode() for each in said]
         except (tarfile.TarError, OSError, EOFError) as error:
             raise UserError(f"{path} cannot be read as a tar file ({error}): it is damaged or compressed, copy it again.") from error
     if not members:
         raise UserError(f"there are no pictures ({', '.join(PICTURES)}) in the tar files of {paths[0].parent}.")
-    ends = np.cumsum([len(caption) for caption in captions], dtype=np.int64)
-    said = np.frombuffer(b"".join(captions), np.uint8)
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    said = np.frombuffer(b"".join(texts), np.uint8)
     return {"members": np.array(members, np.int64), "counts": np.array(counts, np.int64), "ends": ends, "captions": said}
 
 

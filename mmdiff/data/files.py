@@ -29,7 +29,8 @@ from mmdiff.errors import UserError
 log = logging.getLogger(__name__)
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 OTHER_PICTURES = (  # that are not read: beside others they would be left out without a word
-    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".psd", ".svg", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw")
+    ".jfif", ".jpe", ".apng", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".psd", ".svg", ".exr", ".hdr", ".dng",
+    ".cr2", ".nef", ".arw")
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # some others of Pillow's start programs
 SYSTEM = (  # names that operating systems and archivers leave behind; those that begin with a dot are hidden anyway
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found", "@eadir",
@@ -37,6 +38,8 @@ SYSTEM = (  # names that operating systems and archivers leave behind; those tha
 KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 LOUDEST = 4.0  # compressed sound comes back a little beyond 1, integers stored as floats far
+RATES = 1_000, 1_000_000  # Hz
+STREAMED = 2**31 - 2**16  # bytes that programs which do not know the length say that a wav file has, or more
 MOST_SAMPLES = 2**29  # of all channels: 6 hours of one at 22,050 Hz
 
 
@@ -125,7 +128,9 @@ def decode(content: bytes, name: Any) -> str:
 
 
 def check_text(text: str, name: Any) -> str:
-    """The text. Raises FileError if it holds half a character (a lone surrogate), as JSON and command lines can."""
+    """The text. Raises FileError if it holds half a character (a lone surrogate) or a zero byte, as JSON and command lines can."""
+    if "\0" in text:
+        raise FileError(name, "holds a zero byte, which is no text", "remove it")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -223,6 +228,12 @@ def pictures(path: str | os.PathLike, below: bool = True) -> list[pathlib.Path]:
     return matching(path, PICTURES, OTHER_PICTURES, below)
 
 
+def not_read(name: Any) -> FileError:
+    """What is said of a file that is one of OTHER_PICTURES."""
+    reason = f"is a kind of picture that is not read ({', '.join(PICTURES)} are)"
+    return FileError(name, reason, "rename (.jfif is .jpg), convert or remove it")
+
+
 def matching(path: str | os.PathLike, kinds: Sequence[str], refused: Sequence[str] = (), below: bool = True) -> list[pathlib.Path]:
     """As `pictures`, of files whose names end in one of `kinds`; one that ends in one of `refused` is an error."""
     found: list[pathlib.Path] = []
@@ -238,7 +249,7 @@ def matching(path: str | os.PathLike, kinds: Sequence[str], refused: Sequence[st
                 if below:
                     visit(entry.path, above | {own})
             elif kind in refused:
-                raise FileError(entry.path, f"is a kind of picture that is not read ({', '.join(PICTURES)} are)", "convert or remove it")
+                raise not_read(entry.path)
             elif kind in kinds:
                 if not entry.is_file():
                     open_regular(entry.path).close()  # says what it is
@@ -338,7 +349,10 @@ def _bytes(picture: Any, name: Any) -> np.ndarray:
         top = 2 ** (bits - (kind == 2)) - 1
     white = tags.get(262) == 0  # is zero
     if values.dtype == np.uint16:  # by a table: pictures can be large
-        return _scaled(np.arange(2**16), top, white)[values]
+        table = _scaled(np.arange(2**16), top, white)
+        if isinstance(clear := picture.info.get("transparency"), int):  # of a PNG: the value that is transparent
+            table[clear] = 255
+        return table[values]
     return _scaled(values, top, white)
 
 
@@ -358,11 +372,18 @@ def read_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
 
     path, remedy = expand(path), "give a wav, flac, ogg or mp3 file"
     with open_regular(path) as file:
+        head, size = file.read(8), file.seek(0, io.SEEK_END)
+        claim = int.from_bytes(head[4:], "little") + 8 if head[:4] == b"RIFF" else 0
+        if size < claim < STREAMED:  # libsndfile reads what there is
+            raise FileError(path, f"is cut short: it has {size:,} of its {claim:,} bytes", "copy it again")
+        file.seek(0)
         try:
             with soundfile.SoundFile(file) as sound:
                 if sound.frames * sound.channels > MOST_SAMPLES:
                     claim = f"says that it has {sound.frames:,} samples of {sound.channels} channels"
                     raise FileError(path, claim, "cut it, or copy it again")
+                if not RATES[0] <= sound.samplerate <= RATES[1]:
+                    raise FileError(path, f"says that it has {sound.samplerate:,} samples a second", "correct its header, or copy it again")
                 samples, rate = sound.read(dtype="float32", always_2d=True), sound.samplerate
         except FileError:
             raise

@@ -296,14 +296,19 @@ class Labels:
 
     def _number(self, word: str) -> int:
         for words in filter(None, (self.names, self.synonyms)):
-            if word in words:
-                return list(words).index(word)
+            if places := [place for place, each in enumerate(words) if each == word]:
+                if len(places) > 1:
+                    raise UserError(f"{self.name} {word!r} is the name of several classes: write the number of one, {places}.")
+                return places[0]
         try:
             number = int(word)
         except ValueError:
             raise self._out_of_range(repr(word)) from None
         if not 0 <= number < self.count:
             raise self._out_of_range(number)
+        if self.names and all(str(each).isdecimal() for each in self.names):
+            named = ", ".join(map(str, self.names[:20]))
+            raise UserError(f"{self.name} {number} is the name of no class, and the classes have numbers for names: write one of {named}.")
         return number
 
     def _out_of_range(self, found) -> UserError:

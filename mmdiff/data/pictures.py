@@ -37,6 +37,7 @@ import logging
 import os
 import pathlib
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -324,6 +325,11 @@ def _folder(folder: pathlib.Path, split: str) -> Files:
         if loose := files.pictures(folder / part, below=False):
             raise UserError(f"{loose[0]} is in no folder of a class: move it to {folder / part}/CLASS, or remove it.")
     numbers = {name: i for i, name in enumerate(files.folders(folder / "train"))}
+    alike: dict[str, str] = {}
+    for name in numbers:
+        if (other := alike.setdefault(unicodedata.normalize("NFC", name), name)) is not name:
+            written = " and ".join(map(ascii, (other, name)))
+            raise UserError(f"{folder / 'train'} has two classes that read {name}, by other characters ({written}): make them one.")
     records = []
     for name in files.folders(folder / split):
         if name not in numbers:
@@ -363,7 +369,7 @@ def _captioned(folder: pathlib.Path, split: str) -> Records:
             name, tab, caption = line.partition("\t")
             if not tab:
                 raise UserError(f"line {number} of {listed} has no tab: it is a picture's file, a tab and its caption.")
-            records.append({"image": folder / name, "captions": [caption.strip()]})
+            records.append({"image": folder / name, "captions": [captions.caption(caption, f"line {number} of {listed}")]})
         return nonempty(records, folder, f"lines in {listed}")
     records = [{"image": path, "captions": said} for path, said in zip(loose, captions.of_each(loose))]
     return nonempty(records, folder, f"tar files and no pictures ({', '.join(PICTURES)}) in {folder}")

@@ -25,7 +25,7 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def squared_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
     """d^2 as above ("FID" is this squared distance). In units of the features, squared; never negative."""
     cross = np.linalg.svd(_root(cov_1) @ _root(cov_2), compute_uv=False).sum()
-    return max(0.0, float(np.sum((mean_1 - mean_2) ** 2) + np.trace(cov_1) + np.trace(cov_2) - 2 * cross))
+    return float(np.maximum(0.0, np.sum((mean_1 - mean_2) ** 2) + np.trace(cov_1) + np.trace(cov_2) - 2 * cross))  # NaN stays
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray, features: Callable[[np.ndarray], np.ndarray] | None = None) -> float:

@@ -101,11 +101,13 @@ def read_metrics(path) -> dict[str, tuple[list[float], list[float]]]:
         try:
             record = json.loads(line)
             step = float(record.pop("step"))
-        except (ValueError, KeyError, AttributeError, TypeError):
+            numbers = {
+                name: float(value) for name, value in record.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
+            }
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError):
             continue
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                curves.setdefault(name, {})[step] = float(value)
+        for name, value in numbers.items():
+            curves.setdefault(name, {})[step] = value
     return {name: (list(points), list(points.values())) for name, points in curves.items()}
 
 

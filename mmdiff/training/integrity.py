@@ -79,7 +79,7 @@ def _manifest(checkpoint: pathlib.Path) -> dict[str, dict[str, Any]]:
         found = json.loads(text)
     except FileNotFoundError:
         raise _Damaged(f"{MANIFEST} is missing") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _Damaged(f"{MANIFEST} is cut off or changed") from None
     except PermissionError:
         raise
@@ -113,7 +113,7 @@ def _damage(path: pathlib.Path, name: str, noted: dict[str, Any], read: bool) ->
             return f"{name} is not as it was written: its checksum differs"
     except FileNotFoundError:
         return f"{name} is missing"
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return f"{name} is cut off or changed"
     except PermissionError:
         raise

@@ -165,9 +165,9 @@ class _Lock:
 def _read(path: pathlib.Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and isinstance(found.get("beat"), (int, float)) else None
 
 
 def _life(process: int) -> dict[str, str]:

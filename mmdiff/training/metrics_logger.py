@@ -203,7 +203,7 @@ def _lines_until(path: pathlib.Path, step: int) -> list[str]:
     """The lines of metrics.jsonl up to `step`; a last line that a crash cut off is dropped."""
     kept = []
     for line in path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() and step else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
     return kept

@@ -57,8 +57,12 @@ def check_config(
       UserError: `workdir` holds checkpoints of another config (it names each other key that differs, with both values), or something else.
     """
     stored = read_config(workdir)
-    if not stored or not steps(checkpoint_folder(workdir)):
+    if not steps(checkpoint_folder(workdir)):
         return {}
+    if not stored and may_differ is MAY_DIFFER_IN_USE:
+        return {}  # weights that fit can be used, but to train them on, with another seed perhaps, would be another run
+    if not stored:
+        raise UserError(f"{workdir} holds checkpoints without their config.json, so nobody knows what they are of: restore it.")
     differs = configs.difference(stored, json.loads(configs.to_json(config)))
     differs = {key: (old, new) for key, (old, new) in differs.items() if not (key in configs.OPTIONAL and old is None)}
 
@@ -181,6 +185,7 @@ def read_data(workdir: str | os.PathLike) -> dict[str, Any]:
     path = pathlib.Path(workdir) / "data.json"
     found = read_json(path)
     whole = isinstance(found, Mapping) and isinstance(found.get("fingerprint"), str) and isinstance(found.get("classes"), Mapping)
+    whole = whole and all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in found["classes"].values())
     if found is not None and not whole:
         raise UserError(f"{path} is not what a run writes: restore it, or remove it and name classes by their numbers.")
     return dict(found or {})
@@ -212,13 +217,17 @@ def steps(folder: pathlib.Path) -> list[int]:
     with reading(folder):
         if not folder.is_dir():
             return []
-        return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir())
+        names = [entry.name for entry in folder.iterdir() if entry.name.isascii() and entry.name.isdecimal() and entry.is_dir()]
+        return sorted(int(name) for name in names if name == str(int(name)))  # 007 is nobody's step
 
 
 def read_json(path: pathlib.Path) -> Any:
     """What a JSON file holds; None if there is no file. Raises UserError if it may not be read or is damaged."""
     try:
-        return files.read_json(path)
+        found = files.read_json(path)
+        if found is None:
+            raise files.FileError(path, "is not a JSON file of a run (it is null)", "restore it")
+        return found
     except files.Missing:
         if path.is_symlink():
             raise UserError(f"{path} is a link to what is not there: restore it, or use another workdir.") from None
@@ -247,7 +256,10 @@ def writing(workdir: str | os.PathLike):
     try:
         yield
     except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be written ({error.strerror or error}): choose another.") from error
+        reason = error.strerror or error
+        if error.filename and os.path.dirname(str(error.filename)) == os.path.realpath(workdir):
+            reason = f"{os.path.basename(str(error.filename))}: {reason}"
+        raise UserError(f"the workdir {workdir} cannot be written ({reason}): choose another.") from error
 
 
 def _words(modality: Any) -> Sequence[str]:

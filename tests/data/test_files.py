@@ -187,6 +187,7 @@ SEEN = {  # file, what is seen
     "transparent grey": (stored(Image.fromarray(RGBA[..., [0, 3]], "LA"), "PNG"), np.where(RGBA[..., 3:] == 0, 255, 200).repeat(3, -1)),
     "a transparent colour": (stored(ON_WHITE, "PNG", transparency=(200, 10, 90)), np.full((4, 6, 3), 255)),
     "a transparent palette": (stored(Image.fromarray(RGBA).quantize(4), "PNG"), ON_WHITE),
+    "transparent, 16 bits": (stored(DEEP, "PNG", transparency=int(DEEP[1, 1])), np.where(GREY == GREY[1, 1], 255, GREY)),
     "half transparent": (stored(np.full((4, 6, 4), [0, 0, 0, 51], np.uint8), "PNG"), np.full((4, 6, 3), 204)),
     "16 bits, white is zero": (stored(255 * 257 - DEEP, "TIFF", tiffinfo={262: 0}), GREY),
     "CMYK": (stored(Image.fromarray(ON_WHITE).convert("CMYK"), "TIFF"), ON_WHITE),
@@ -302,6 +303,8 @@ def test_folders_in_folders_are_read(tmp_path):
     (lambda path: folder(path, {"train/cow/notes.txt": b"moo"}), "the class 'cow' has no pictures"),
     (lambda path: folder(path, {"train/2.png": PNG}), "train/2.png is in no folder of a class"),
     (lambda path: folder(path, {"train/cat/0.heic": PNG}), "0.heic is a kind of picture that is not read"),
+    (lambda path: folder(path, {"train/cat/0.jfif": PNG}), "0.jfif is a kind of picture that is not read"),
+    (lambda path: folder(path, {"train/\u00e9/0.png": PNG, "train/e\u0301/0.png": PNG}), "two classes that read"),
     (lambda path: folder(path, {"train/2.avif": PNG}), "2.avif is a kind of picture that is not read"),
     (lambda path: (path / "train/cow").symlink_to(path / "unmounted"), "train/cow is a symbolic link to what is not there"),
     (lambda path: (path / "train/cat/9.png").symlink_to(path / "gone.png"), "cat/9.png is a symbolic link to what is not there"),
@@ -386,7 +389,8 @@ def test_half_a_character_on_the_command_line():
 @pytest.mark.parametrize("caption, right", [
     ("null", "has null for a caption"), ("NaN", "has a number for a caption"), ("7", "has a number"), ("true", "has true or false"),
     ("[]", "has a list without texts"), ('["a dog", null]', "has null"), ('{"en": "a dog"}', "has an object"),
-    ('"\\ud800 dog"', "half a character"), ('[["a dog"]]', "has a list without texts"),
+    ('"\\ud800 dog"', "half a character"), ('"a\\u0000dog"', "holds a zero byte"),
+    ('" "', "an empty caption"), ('["a", ""]', "an empty caption"), ('[["a dog"]]', "has a list without texts"),
     ('"a dog"', ["a dog"]), ('["a dog", " a red square "]', ["a dog", "a red square"]), ('"a\\u2028dog\\n"', ["a\u2028dog"]),
 ])  # fmt: skip
 def test_captions_in_json(caption, right, tmp_path):
@@ -447,6 +451,8 @@ def shard(path, members):
     ([("0.png", PNG), ("0.txt", b"a"), ("0.jpg", PNG)], "0.jpg in .*is the second of its key there, beside 0.png"),
     ([("0.png", PNG), ("0.txt", b"a"), ("./0.txt", b"b")], "./0.txt in .*is the second"),
     ([("0.png", PNG), ("0.txt", b"a"), ("1.png", "0.png"), ("1.txt", b"b")], "1.png in .*is a link"),
+    ([("0.png", PNG), ("0.txt", b"a"), ("1.jfif", PNG), ("1.txt", b"b")], "1.jfif in .*is a kind of picture that is not read"),
+    ([("0.png", PNG), ("0.txt", b" \n")], "0.png in .*has an empty caption"),
 ])  # fmt: skip
 def test_two_of_one_key(members, said, tmp_path):
     (tmp_path / "train").mkdir()
@@ -462,7 +468,7 @@ def test_two_pictures_of_one_name_beside_one_caption(tmp_path):
 
 def test_hidden_members_and_tar_files_are_left_out(tmp_path):
     (tmp_path / "train").mkdir()
-    shard(tmp_path / "train/0.tar", [("._0.png", PNG), ("__MACOSX/0.png", PNG), ("0.png", PNG), ("0.txt", b""), ("._0.txt", b"x")])
+    shard(tmp_path / "train/0.tar", [("._0.png", PNG), ("__MACOSX/0.png", PNG), ("0.png", PNG), ("0.txt", b"a"), ("._0.txt", b"x")])
     (tmp_path / "train/._0.tar").write_bytes(b"Mac OS X")
     assert len(Pictures("captioned", "train", tmp_path, 8)) == 1
     folder(tmp_path, {"train/1.png": PNG})
@@ -481,6 +487,12 @@ def test_sounds_that_are_refused(tmp_path):
             said = refusal(read, str(tmp_path / "x.wav"))
             why = "samples up to 9" if bad == 9 else "1 samples that are not finite, the first at 1.361 s"
             assert "x.wav" in said and why in said
+    audio[30_000] = 0
+    soundfile.write(tmp_path / "x.wav", audio, 1)
+    assert "says that it has 1 samples a second" in refusal(Waveforms(1000).parse, str(tmp_path / "x.wav"))
+    soundfile.write(tmp_path / "x.wav", audio, 22_050)
+    os.truncate(tmp_path / "x.wav", 30_000)
+    assert "is cut short: it has 30,000 of its 88,244 bytes" in refusal(Waveforms(1000).parse, str(tmp_path / "x.wav"))
     soundfile.write(tmp_path / "x.wav", audio[:0], 22_050)
     assert "no samples" in refusal(Waveforms(1000).parse, str(tmp_path / "x.wav"))
 

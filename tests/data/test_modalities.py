@@ -135,6 +135,12 @@ def test_labels():
     np.testing.assert_array_equal(named.parse("dog,0,3"), [1, 0, 2])  # a name goes before a number
     assert named.show(np.array([0, 1, 2, 3])) == ["cat", "dog", "3", "-"]
     assert "one of cat, dog, 3" in refusal(named.parse, "bird")
+    numbered = Labels(3, ("1", "10", "2"))  # as folders of these names are ordered
+    np.testing.assert_array_equal(numbered.parse("2,1,10"), [2, 0, 1])
+    assert "0 is the name of no class, and the classes have numbers for names: write one of 1, 10, 2" in refusal(numbered.parse, "0")
+    cranes = Labels(3, ("crane", "dog", "crane"))
+    assert "'crane' is the name of several classes: write the number of one, [0, 2]" in refusal(cranes.parse, "crane")
+    np.testing.assert_array_equal(cranes.parse("dog,2"), [1, 2])
 
 
 @pytest.mark.parametrize("text", ["10", "-1", "seven", "", "1,10", "1.5"])

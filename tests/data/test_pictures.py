@@ -223,7 +223,7 @@ def test_shards_are_gone_through_once(shards, monkeypatch):
     assert len(Pictures("captioned", "train", shards, 8)) == 4  # one has changed
     (shards / "train/index.npz").write_bytes(b"PK\x03\x04 and so on")
     assert len(Pictures("captioned", "train", shards, 8)) == 4
-    shard(shards / "train/00002.tar", {"8.png": small_sets.picture(8, "PNG"), "8.txt": b""})
+    shard(shards / "train/00002.tar", {"8.png": small_sets.picture(8, "PNG"), "8.txt": said(8).encode()})
     assert len(Pictures("captioned", "train", shards, 8)) == 5
 
 

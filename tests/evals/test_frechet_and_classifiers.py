@@ -34,6 +34,11 @@ def test_singular_covariances():
     assert squared_distance(np.zeros(4), left, np.zeros(4), right) == pytest.approx(10, rel=1e-12)
 
 
+def test_what_is_too_large_for_a_distance_is_not_the_best_one():
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert np.isnan(squared_distance(np.full(2, np.nan), np.eye(2), np.zeros(2), np.eye(2)))
+
+
 def test_distance_of_samples_uses_float64_moments():
     rng = np.random.default_rng(0)
     shift = np.float32(4096)  # float32 moments would lose the variance next to the mean

@@ -164,6 +164,8 @@ def test_metrics_survive_a_killed_run(tmp_path):
     steps, values = curves["loss/image"]
     assert steps == list(range(10, 510, 10)) and values[-1] == 7  # the later line of a step that was repeated counts
     assert report.read_metrics(tmp_path / "none") == {}
+    (tmp_path / "metrics.jsonl").write_text("[" * 10_000 + '\n{"step": 1, "a": %s}\n{"step": 2, "a": 3}\n' % ("9" * 400))
+    assert report.read_metrics(tmp_path / "metrics.jsonl") == {"a": ([2.0], [3.0])}  # and a damaged file costs no report
 
 
 ODD = [([1, 2], [3, 3]), ([5], [0.1]), (range(5000), np.linspace(1, 1e-5, 5000)), ([1, 2, 3], [-1, np.nan, 4]), ([1], [np.nan])]

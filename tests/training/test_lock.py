@@ -133,7 +133,7 @@ def test_without_record_locks_the_process_itself_is_looked_for(tmp_path, monkeyp
 
 
 def test_a_damaged_note_of_the_holder_does_not_stop_anybody(tmp_path):
-    for text in ("", "[]", '{"beat":', "{}"):
+    for text in ("", "[]", '{"beat":', "{}", '{"host": "h", "beat": "now"}', '{"boot": 5, "beat": null}', "[" * 10_000):
         (tmp_path / "trainer.json").write_text(text)
         with lock.held(tmp_path):
             pass

@@ -55,5 +55,7 @@ def test_the_progress_of_a_closed_terminal_ends_nothing(logger, monkeypatch):
 
 def test_damaged_lines_of_the_metrics_do_not_stop_a_run(tmp_path):
     path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"[" * 10_000 + b'\n')
+    assert _lines_until(path, 5) == []
     path.write_bytes(b'{"step": 2, "loss": 1.0}\n\xff\xfe\n[1]\n3\n{"loss": 2}\n{"step": "x"}\n\n{"step": 4}\n{"step": 9}\n{"step": 5')
     assert _lines_until(path, 5) == ['{"step": 2, "loss": 1.0}\n', '{"step": 4}\n']

@@ -47,6 +47,8 @@ def test_a_run_continues_with_its_own_config_only(tmp_path):
     with pytest.raises(UserError, match="config.json is not valid JSON"):
         check_config(tmp_path, config)
     (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="holds checkpoints without their config.json"):
+        check_config(tmp_path, config)
     os.mkfifo(tmp_path / "config.json")  # nobody will ever write into it
     with pytest.raises(UserError, match="config.json is a named pipe"):
         check_config(tmp_path, config)
@@ -125,7 +127,7 @@ def test_classes_are_called_by_the_names_that_a_run_has_stored(tmp_path):
     assert label.show(np.array([1, 2])) == ["dog, wild", "2"]
     with pytest.raises(UserError, match="label 'cow' does not exist: labels are 0..2 or one of cat, "):
         label.parse("cow")
-    for text in ("", "[]", "{}", '{"fingerprint": 3, "classes": {}}'):
+    for text in ("", "[]", "{}", '{"fingerprint": 3, "classes": {}}', '{"fingerprint": "1-a", "classes": {"label": 5}}'):
         (tmp_path / "data.json").write_text(text)
         with pytest.raises(UserError, match="data.json is not "):
             with_class_names(experiment, tmp_path)
@@ -160,7 +162,7 @@ def test_other_data_are_refused_or_said(tmp_path):
 
 
 def test_a_folder_with_a_config_of_something_else_is_refused_and_left_alone(tmp_path):
-    for text in ("[1]", "{}", '{"name": "a package"}', '{"train": 3}', "3", "{", "\udcff"):
+    for text in ("[1]", "{}", '{"name": "a package"}', '{"train": 3}', "3", "{", "\udcff", "null"):
         (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
         before = (tmp_path / "config.json").read_bytes()
         for use in (check_config, write_config):
