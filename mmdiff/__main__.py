@@ -310,7 +310,7 @@ def _calls(text: str) -> int:
 def _step(text: str) -> int | str:
     if text != "best" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"it must be the step of a checkpoint or best, not {text!r}")
-    return text if text == "best" else _integer(text, checks.Range(0, checks.STEPS))
+    return text if text == "best" else _integer(text, checks.Range(0, math.inf))
 
 
 def _seed(text: str) -> int:

@@ -135,14 +135,15 @@ row("train --config READERS --workdir x --config.zzz=1", "'zzz'", "choose one of
 TRAIN = ["train", "--config", "READERS", "--workdir", "x"]
 row([*TRAIN, f"--config.{'k' * 9000}=1"], "there is no config key 'kkk", name="a very long key")
 row([*TRAIN, "--config.train.\nsteps=1"], "did you mean 'train.steps'", name="a key with a line break")
+row([*TRAIN, f"--config.train.steps={'9' * 400}"], "at most 2,147,483,647")
+row([*TRAIN, "--config.train.learning_rate=1e-46"], "above 0, not 1e-46")  # 0 in float32
 row("train --config READERS --workdir x --config.train=1", "config.train is a section", "config.train.")
 row("train --config READERS --workdir x --config.train.mesh=1", "config.train.mesh is a section")
 
 for value, *words in (
     ("seed=-1", "0 or more"), ("seed=1.5", "an integer"), ("seed=18446744073709551616", "at most"), ("seed=", "an integer"),
     ("train.steps=0", "1 or more"), ("train.steps=-5", "1 or more"), ("train.steps=9e24", "an integer"),
-    ("train.steps=9" + "0" * 24, "at most 2,147,483,647"), ("train.steps=" + "9" * 400, "at most 2,147,483,647"),
-    ("train.learning_rate=1e-46", "above 0"),
+    ("train.steps=9" + "0" * 24, "at most 2,147,483,647"),
     ("train.steps=3.5", "an integer"), ("train.steps=many", "'many'"),
     ("train.steps=True", "an integer"), ("train.steps=" + "1" * 5000, "an integer"), ("train.global_batch=0", "1 or more"),
     ("train.global_batch=-8", "1 or more"), ("train.global_batch=1000000000000", "at most"), ("train.microbatches=0", "1 or more"),
