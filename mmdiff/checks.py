@@ -156,6 +156,11 @@ def _infinite(value: Any) -> bool:
     return isinstance(value, float) and math.isinf(value)
 
 
+def is_whole(value: Any, low: int) -> bool:
+    """Whether a value is a whole number of `low` or more: NaN, 2.5 and True are none."""
+    return not isinstance(value, bool) and hasattr(type(value), "__index__") and value >= low
+
+
 def number(value: float) -> str:
     """A bound as a person writes it: 65,536, 0.5, 1e+06."""
     return f"{int(value):,}" if isinstance(value, int) or value.is_integer() and abs(value) < 1e15 else f"{value:g}"

@@ -25,6 +25,7 @@ and negatives as its docstring has them: here the scores see x_t, too, which com
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -289,6 +290,7 @@ def weighted(temperature: float = 1.0) -> Form:
     `linear` with weights that vanish for negatives already explained badly: the negatives' part of the gradient of `temperature *
     infonce(temperature)`.
     """
+    _check_temperature(temperature)
 
     def form(positive, values, valid):
         w = jax.lax.stop_gradient(jax.nn.softmax(_scores(positive, values, valid, temperature), axis=0))[1:]
@@ -303,12 +305,18 @@ def infonce(temperature: float = 1.0) -> Form:
     With log density ratios for scores and negatives from the marginal, `log(N + 1)` minus its mean is a lower bound on the mutual
     information (van den Oord et al. 2018). A term is per dimension: temperature 1 / (number of dimensions) makes scores of whole examples.
     """
+    _check_temperature(temperature)
 
     def form(positive, values, valid):
         scores = _scores(positive, values, valid, temperature)
         return jax.nn.logsumexp(scores, axis=0) - scores[0]
 
     return form
+
+
+def _check_temperature(value):
+    if not 0 < value < math.inf:
+        raise UserError(f"the temperature of a contrast must be a finite number above 0, not {value}.")
 
 
 def _scores(positive, values, valid, temperature):

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff import schedules
+from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
 
 
 def uniform_grid(steps: int, first: float = 1.0) -> jax.Array:
     """`first, first (1 - 1/N), ..., 0`: N steps. Below 1 (`first` in (0, 1]) `sample` has to be told where to start."""
-    if steps < 1:
+    if not is_whole(steps, 1):
         raise UserError(f"a sampler needs at least one step, got {steps}.")
     if not 0 < first <= 1:
         raise UserError(f"a grid of times starts in (0, 1], not at {first}.")

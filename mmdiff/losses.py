@@ -22,6 +22,7 @@ parameters as batch["ema"], for a process whose encoder is the network itself.
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -232,6 +233,8 @@ def snr() -> Callable:
 
 def min_snr(gamma: float = 5.0) -> Callable:
     """`min(SNR, gamma)` on x_0, i.e. `min(1, gamma / SNR)` on eps (Hang et al. 2023)."""
+    if not 0 < gamma < math.inf:
+        raise UserError(f"min_snr needs a finite gamma above 0, got {gamma}.")
 
     def weight(schedule, t):
         return jnp.minimum(1.0, gamma * jnp.exp(-schedules.log_snr(schedule, t)))

@@ -202,7 +202,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> 
     sigma(0) is 0, not `sigma_min`: time 0 means clean. Karras' grid of N calls, whose last is at sigma_min, is uniform in t but for
     its step to 0: `sampling.karras_grid`; with `uniform_grid(N)` the last call is at sigma(1 / N). Source: Karras et al. 2022, equation 5.
     """
-    if not 0 < sigma_min < sigma_max or rho <= 0:
+    if not 0 < sigma_min < sigma_max or not rho > 0:
         raise ValueError(f"edm needs 0 < sigma_min < sigma_max and rho > 0, got {sigma_min}, {sigma_max}, {rho}.")
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
@@ -220,7 +220,7 @@ def shift(schedule: Schedule, factor: float) -> Schedule:
     For `flow` this multiplies sigma / alpha by `factor` exactly, i.e. log-SNR is lowered by `2 log factor`
     (Esser et al. 2024, section 5.3.2: more tokens need more noise).
     """
-    if factor <= 0:
+    if not 0 < factor < np.inf:
         raise ValueError(f"shift needs factor > 0, got {factor}.")
 
     def shifted(t):
@@ -235,7 +235,7 @@ def scaled(schedule: Schedule, factor: float) -> Schedule:
 
     Log-SNR rises by `2 log factor` at every t, whatever the schedule; for `flow`, `shift(flow(), 1 / factor)` has the same log-SNR.
     """
-    if factor <= 0:
+    if not 0 < factor < np.inf:
         raise ValueError(f"scaled needs factor > 0, got {factor}.")
 
     def rescaled(t):

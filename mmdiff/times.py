@@ -16,6 +16,7 @@ Importance-sampled times need statistics of the training so far: they, and combi
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
 from mmdiff.processes.discrete import sample_classes
 
@@ -75,6 +77,9 @@ def stratified(walk: int = 0) -> Times:
 def logit_normal(mean: float = 0.0, std: float = 1.0) -> Times:
     """`t = sigmoid(mean + std n)`, n normal: more weight in the middle (Esser et al. 2024, section 3.1)."""
 
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise UserError(f"logit_normal times need a finite mean and a std above 0, got {mean} and {std}.")
+
     def times(key, index):
         n = jax.vmap(jax.random.normal)(example_keys(key, index))
         return jax.nn.sigmoid(mean + std * n)
@@ -84,7 +89,7 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Times:
 
 def on_grid(steps: int) -> Times:
     """t uniform on 1/T, 2/T, ..., 1: the times of a chain with T steps."""
-    if steps < 1:
+    if not is_whole(steps, 1):
         raise UserError(f"on_grid needs at least one step, got {steps}.")
 
     def times(key, index):
@@ -165,7 +170,7 @@ class Adaptive:
 
 def importance(steps: int, term: str) -> Adaptive:
     """t on 1/T, 2/T, ..., 1 with probabilities in proportion to the typical size of the loss's term `term`; see `Importance`."""
-    if steps < 2:
+    if not is_whole(steps, 2):
         raise UserError(f"importance needs at least two steps, got {steps}.")
     source = Importance(steps, term)
 
@@ -222,7 +227,7 @@ def shared(*names: str, times: Times | None = None, **others: Times) -> Times:
 def mixture(*choices: tuple[float, Times]) -> Times:
     """Each example follows one of several rules, with the given weights: `mixture((0.5, a), (0.5, b))`."""
     weights = [weight for weight, _ in choices]
-    if not weights or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+    if not (weights and min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):  # so that NaN is none
         raise UserError(f"mixture: the weights must be >= 0 and sum to 1, got {weights}.")
 
     def draw(key, index, stats):

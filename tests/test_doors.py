@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdiff import nets, sampling, schedules, times
+from mmdiff import contrastive, losses, nets, processes, sampling, schedules, times
 from mmdiff.errors import UserError
 from mmdiff.evals import accuracy
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, uniform, velocity
@@ -99,7 +99,7 @@ def test_stratified_walks_fill_the_square():
 
 def test_networks_that_do_not_fit():
     net = nets.MMDiT({"image": nets.Patches(4, 4, 1, 2)}, depth=1, width=20, heads=3)
-    with pytest.raises(UserError, match="3 heads must divide it"):
+    with pytest.raises(UserError, match="width 20 does not fit 3 heads"):
         net.init(jax.random.key(0), {"image": jnp.zeros((1, 4, 4, 1))}, {"image": jnp.zeros(1)})
     with pytest.raises(UserError, match="patches of 3 do not tile"):
         nets.Patches(8, 8, 1, 3)
@@ -109,3 +109,26 @@ def test_a_tensor_axis_that_no_rule_uses():
     mesh = sharding.make_mesh({"data": 4, "tensor": 2})
     with pytest.raises(UserError, match="no sharding rule of this experiment names the tensor axis"):
         sharding.abstract_state(lambda key: {"w": jnp.zeros((4, 4))}, None, mesh, [(".*", "fsdp")])
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("make", [
+    lambda: times.logit_normal(NAN), lambda: times.logit_normal(0, -1), lambda: times.on_grid(2.5), lambda: times.on_grid(NAN),
+    lambda: times.importance(NAN, "vlb"), lambda: times.mixture((NAN, times.uniform()), (0.5, times.uniform())),
+    lambda: processes.Categorical((NAN, 1.0)), lambda: processes.Categorical(()), lambda: processes.absorbing(0),
+    lambda: processes.absorbing(2.5), lambda: processes.uniform(0), lambda: processes.mixed(0, 0.5),
+    lambda: processes.Markov(np.full((2, 3, 3), NAN)), lambda: processes.Markov(np.zeros((0, 3, 3))),
+    lambda: processes.Markov(np.eye(3)[None], classes=9), lambda: processes.Markov(np.eye(3)[None], classes=-1),
+    lambda: processes.MaskReplace(NAN, schedules.vqd_paper(4)), lambda: processes.MaskReplace(True, schedules.vqd_paper(4)),
+    lambda: processes.Gaussian(schedules.flow(), processes.velocity, eta=NAN),
+    lambda: processes.Gaussian(schedules.flow(), processes.velocity, eta=2.0),
+    lambda: schedules.shift(schedules.flow(), NAN), lambda: schedules.scaled(schedules.flow(), NAN), lambda: schedules.edm(rho=NAN),
+    lambda: sampling.uniform_grid(2.5), lambda: losses.min_snr(NAN), lambda: losses.min_snr(-5.0),
+    lambda: contrastive.infonce(0.0), lambda: contrastive.weighted(NAN), lambda: contrastive.form("infonce", -1.0),
+])  # fmt: skip
+def test_what_is_no_number_or_no_whole_one_is_refused_at_construction(make):
+    """A comparison with NaN is false, so a refusal must be written as what is demanded."""
+    with pytest.raises(ValueError, match=" "):
+        make()

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff import schedules
+from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
 from mmdiff.processes.base import Array, Noised, Process, bcast, check_time, concrete, per_example, per_example_mean, per_example_sum
 
@@ -172,9 +173,9 @@ class Categorical(Discrete):
     def __post_init__(self):
         object.__setattr__(self, "redraw", tuple(float(p) for p in self.redraw))
         object.__setattr__(self, "classes", self.classes or len(self.redraw))
-        if min(self.redraw) < 0 or abs(sum(self.redraw) - 1) > 1e-6:
+        if not (min(self.redraw, default=-1) >= 0 and abs(sum(self.redraw) - 1) <= 1e-6):  # so that NaN is none
             raise ValueError(f"Categorical: the redraw probabilities must be >= 0 and sum to 1, they sum to {sum(self.redraw):.6g}.")
-        if not 1 <= self.classes <= len(self.redraw):
+        if not is_whole(self.classes, 1) or self.classes > len(self.redraw):
             raise ValueError(f"Categorical: {self.classes} classes do not fit {len(self.redraw)} states.")
         with jax.ensure_compile_time_eval():
             alpha, sigma = self.keep(jnp.linspace(0.0, 1.0, 5))
@@ -234,16 +235,19 @@ class Categorical(Discrete):
 
 def absorbing(classes: int, keep: schedules.Schedule | None = None) -> Categorical:
     """Masked diffusion: tokens turn into a mask, state `classes` (D3PM absorbing, MD4, MDLM)."""
+    _check_classes("absorbing", classes)
     return Categorical((0.0,) * classes + (1.0,), keep or schedules.flow(), classes)
 
 
 def uniform(classes: int, keep: schedules.Schedule | None = None) -> Categorical:
     """Tokens are redrawn uniformly from the classes (multinomial diffusion)."""
+    _check_classes("uniform", classes)
     return Categorical((1.0 / classes,) * classes, keep or schedules.flow(), classes)
 
 
 def mixed(classes: int, mask: float, keep: schedules.Schedule | None = None) -> Categorical:
     """A redraw hits the mask with probability `mask`, else a uniform class. Masks can be redrawn too: rank one, unlike VQ-Diffusion."""
+    _check_classes("mixed", classes)
     if not 0 <= mask <= 1:
         raise ValueError(f"mixed needs a mask probability in [0, 1], got {mask}.")
     return Categorical(((1.0 - mask) / classes,) * classes + (mask,), keep or schedules.flow(), classes)
@@ -270,8 +274,7 @@ class MaskReplace(Discrete):
     evidence: bool = False
 
     def __post_init__(self):
-        if self.classes < 1:
-            raise ValueError(f"MaskReplace needs at least one class, got {self.classes}.")
+        _check_classes("MaskReplace", self.classes)
         if not isinstance(self.schedule, schedules.ReplaceTable):
             raise ValueError("MaskReplace needs a table of (kept, replaced, masked), such as schedules.vqd_released(steps).")
 
@@ -368,9 +371,11 @@ class Markov(Discrete):
 
     def __post_init__(self):
         steps = np.asarray(self.steps, np.float64)
-        if steps.ndim != 3 or steps.shape[1] != steps.shape[2]:
+        if steps.ndim != 3 or steps.shape[1] != steps.shape[2] or not steps.size:
             raise ValueError(f"Markov needs matrices of shape [T, S, S], got {steps.shape}.")
-        if steps.min() < 0 or np.abs(steps.sum(-1) - 1).max() > 1e-6:
+        if not is_whole(self.classes, 0) or self.classes > steps.shape[1]:
+            raise ValueError(f"Markov: {self.classes} classes do not fit {steps.shape[1]} states.")
+        if not (steps.min() >= 0 and np.abs(steps.sum(-1) - 1).max() <= 1e-6):
             raise ValueError("Markov: every row of every matrix must be a probability distribution.")
         total, products = np.eye(steps.shape[1]), [np.eye(steps.shape[1])]
         for matrix in steps:
@@ -422,6 +427,11 @@ class Markov(Discrete):
         """p [B, ..., S] times one matrix per leading index of `matrix` [..., S, S]."""
         matrix = matrix.reshape(matrix.shape[:-2] + (1,) * (p.ndim - matrix.ndim + 1) + matrix.shape[-2:])
         return (p[..., None, :] @ matrix)[..., 0, :]
+
+
+def _check_classes(what, classes):
+    if not is_whole(classes, 1):
+        raise UserError(f"{what} needs at least one class, and a whole number of them, got {classes}.")
 
 
 def _floored_log(p):

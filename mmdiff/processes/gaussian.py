@@ -84,6 +84,8 @@ class Gaussian(Process):
     prior_std: float | None = None
 
     def __post_init__(self):
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"Gaussian: eta is at least 0 (DDIM) and at most 1 (the exact posterior), not {self.eta}.")
         t = np.linspace(0.0, 1.0, 65, dtype=np.float32)[1:]
         with jax.ensure_compile_time_eval():
             rows = jax.jit(lambda t: (*self.schedule(t), *self.predict(self.schedule, t)))(t)
