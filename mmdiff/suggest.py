@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 SYNONYMS = {
     "train.learning_rate": "lr eta baselr maxlr peaklr initlr stepsize",
     "train.global_batch": "bs batchsize batch minibatch globalbatchsize trainbatchsize totalbatchsize perdevicebatchsize ngpubatch",
-    "train.steps": "epoch epochs numepochs nepochs maxepochs iter iters iterations numiterations maxiters niter numsteps nsteps maxsteps "
-    "totalsteps trainsteps numtrainsteps maxtrainsteps trainingsteps numupdates kimg",
+    "train.steps": "epoch epochs numepochs nepochs maxepochs iter iters maxiter iterations numiterations maxiters niter numsteps nsteps "
+    "maxsteps totalsteps trainsteps numtrainsteps maxtrainsteps trainingsteps numupdates kimg",
     "train.microbatches": "accum accumulation accumsteps gradaccum gradaccumsteps gradientaccumulation gradientaccumulationsteps "
-    "accumulategradbatches microbatch microbatchsize",
+    "accumulategradbatches accumulate microbatch microbatchsize",
     "train.warmup_steps": "warmup warm warmuplen warmupiters numwarmupsteps lrwarmup warmupepochs",
     "train.weight_decay": "wd decay l2 regularization adamwd",
-    "train.clip": "gradclip clipnorm clipgrad gradclipnorm gradientclip gradientclipping maxgradnorm maxnorm clipping",
+    "train.clip": "gradclip gradnorm clipnorm clipgrad gradclipnorm gradientclip gradientclipping maxgradnorm maxnorm clipping",
     "train.ema": "emadecay emarate emabeta averaging polyak average momentumema",
     "train.log_every": "logsteps loggingsteps logfreq logfrequency loginterval logeverynsteps printevery printfreq",
     "train.eval_every": "evalsteps evalfreq evalinterval valevery validateevery valinterval evaluationsteps testevery",

@@ -131,6 +131,8 @@ for asked, meant in (
     ("label_wt", "label_weight"), ("loss.windows.0", "loss.windows"), ("temprature", "temperature"),
 ):  # fmt: skip
     row(f"{next(COMMANDS)} --config.{asked}=1", f"'{asked}'", f"did you mean '{meant}'?")
+for asked, meant in (("train.max_iter", "train.steps"), ("train.grad_norm", "train.clip"), ("accumulate", "train.microbatches")):
+    row(f"train --config READERS --workdir x --config.{asked}=1", f"did you mean '{meant}'?")
 row("train --config READERS --workdir x --config.zzz=1", "'zzz'", "choose one of config.")
 TRAIN = ["train", "--config", "READERS", "--workdir", "x"]
 row([*TRAIN, f"--config.{'k' * 9000}=1"], "there is no config key 'kkk", name="a very long key")

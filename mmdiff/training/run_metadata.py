@@ -54,7 +54,8 @@ def check_config(
     is nothing to protect: {}.
 
     Raises:
-      UserError: `workdir` holds checkpoints of another config (it names each other key that differs, with both values), or something else.
+      UserError: `workdir` holds checkpoints of another config (it names each other key that differs, with both values) or, if it is to be
+        trained, of none, or something else.
     """
     stored = read_config(workdir)
     if not steps(checkpoint_folder(workdir)):
