@@ -108,7 +108,7 @@ def main(description: str, settings: Sequence[Setting], run: Callable, bases: Ma
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "runs.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    every = [(seed, *each) for part in args.parts for seed in SEEDS for each in settings if each[0] == part]
+    every = [(seed, *each) for seed in SEEDS for part in args.parts for each in settings if each[0] == part]  # a seed of all first
     wanted = {(seed, part, setting): overrides for seed, part, setting, _, overrides in every}
     rows = [row for row in rows if wanted.get((row["seed"], row["part"], row["setting"])) == row["overrides"]]  # not of other values
     done = {(row["seed"], row["part"], row["setting"]) for row in rows}

@@ -30,7 +30,7 @@ NAMES = (
 )  # fmt: skip
 STEPS = 500
 OVERRIDES = {"diffdis/scenes": {"tasks": "draw"}}
-REFERENCE, COUNT = 100, 500
+REFERENCE, COUNT = 50, 500
 
 
 def second_order_multistep(process, name="image"):

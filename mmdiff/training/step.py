@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 
 from mmdiff.errors import UserError
-from mmdiff.nets.target import platform
 from mmdiff.training.accumulation import float32, make_gradient
 
 Metrics = Mapping[str, jax.Array]
@@ -135,10 +134,10 @@ def make_step(
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), average, params)
             return params, opt, average, loss.stats.update(stats, seen) if learns else None
 
-        # A norm is finite only if every number is. The compiler computes the update once more for it: nothing is stored.
-        param_norm = _guarded_norm(update(*old), old)
+        new = update(*old)
+        param_norm = _guarded_norm(new, old)  # a norm is finite only if every number is
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-        params, opt, average, stats = _if(finite, update, *old)
+        params, opt, average, stats = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
         state = state.replace(
             step=state.step + 1,
             params=params,
@@ -185,8 +184,9 @@ def noise_scale_of(metrics: Mapping[str, float]) -> float:
 def _guarded_norm(new: Any, old: Any) -> jax.Array:
     """The norm of the new parameters; not finite if a new number of the optimizer's or the loss's own is not that was before.
 
-    (Some are infinite on purpose: the best loss before the first.) What an optimizer keeps of each parameter, its moments, is not read:
-    a CPU's compiler would store it twice, up to twice the time of a step. One that is not finite makes the next update so: it is skipped.
+    (Some are infinite on purpose: the best loss before the first.) What an optimizer keeps of each parameter, its moments, is not read,
+    which would cost a pass over them: they are sums of what the gradient's norm has tested, and one that is not finite makes the next
+    update so, which is skipped.
     """
     (params, opt, _, stats), (_, opt_before, _, stats_before) = new, old  # an average of finite numbers is finite
     total, moments = jnp.zeros(()), set()
@@ -205,15 +205,6 @@ def _names(path: tuple) -> tuple:
     keys = [getattr(entry, "key", None) for entry in path]
     start = max((i + 1 for i, key in enumerate(keys) if key is None), default=0)
     return tuple(keys[start:])
-
-
-def _if(wanted: jax.Array, update: Callable, *old: Any) -> Any:
-    """`update(*old)` if `wanted`, else `old`, bit for bit."""
-    if platform() == "cpu":
-        # The select would take as long as the update: this compiler stores what is selected from, having copied the old state.
-        return jax.lax.cond(wanted, update, lambda *old: old, *old)
-    # Accelerators fuse the select with the update, in place, in one straight program.
-    return jax.tree.map(lambda new, old: jnp.where(wanted, new, old), update(*old), old)
 
 
 def _noise_moments(metrics: dict, whole_sq: jax.Array, size: int, parts: int) -> dict:
