@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from mmdiff.data import files
 from mmdiff.errors import UserError
 from mmdiff.training import distributed, run_metadata
 from mmdiff.training.integrity import write_whole
@@ -164,8 +165,8 @@ class _Lock:
 
 def _read(path: pathlib.Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        found = files.read_json(path)
+    except UserError:  # there is none, or it is damaged
         return None
     return found if isinstance(found, dict) and isinstance(found.get("beat"), (int, float)) else None
 

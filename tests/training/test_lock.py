@@ -137,3 +137,7 @@ def test_a_damaged_note_of_the_holder_does_not_stop_anybody(tmp_path):
         (tmp_path / "trainer.json").write_text(text)
         with lock.held(tmp_path):
             pass
+    (tmp_path / "trainer.json").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "trainer.json")  # nobody will ever write into it
+    with lock.held(tmp_path):
+        pass
