@@ -111,7 +111,7 @@ class Images:
             )
         if array.dtype == np.uint8:
             return array.reshape(-1, *shape).astype(np.float32) / 127.5 - 1
-        if array.dtype.kind not in "fiu" or not np.isfinite(array).all() or np.abs(array).max() > 1 + OVERSHOOT:
+        if array.dtype.kind not in "fiu" or not (np.abs(array.astype(np.float64)) <= 1 + OVERSHOOT).all():
             raise UserError(f"{path} holds {span(array)}: pixels must be floats in [-1, 1], or uint8 in 0..255.")
         return array.reshape(-1, *shape).astype(np.float32)
 
@@ -159,7 +159,7 @@ class Latents:
         if array.ndim != 4 or array.shape[1:] != self.shape:
             size = ", ".join(map(str, self.shape))
             raise UserError(f"{self.name}: latents need the shape [n, {size}], got {list(array.shape)}.")
-        if not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
+        if not finite_floats(array):
             raise UserError(f"{self.name}: latents must be finite floats, got {span(array)}.")
         return array.astype(np.float32)
 
@@ -219,7 +219,7 @@ class Features:
         array = np.asarray(array)
         if array.ndim != len(self.shape) + 1 or array.shape[1:] != self.shape:
             raise UserError(f"{self.name}: vectors need the shape [n, {', '.join(map(str, self.shape))}], got {list(array.shape)}.")
-        if not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
+        if not finite_floats(array):
             raise UserError(f"{self.name}: vectors must be finite floats, got {span(array)}.")
         lengths = np.linalg.norm(array.astype(np.float32), axis=-1)
         if self.norm is not None and np.abs(lengths - self.norm).max() > 0.01 * self.norm:
@@ -278,7 +278,7 @@ class Labels:
           UserError: a wrong shape, a type that is not integer, or a class outside 0..count-1.
         """
         array = np.asarray(array)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
+        if array.ndim != 1 or array.dtype.kind not in "iu" or not array.size:
             raise UserError(f"{self.name}: labels must be integers of shape [n], got {array.dtype} {list(array.shape)}.")
         wrong = array[(array < 0) | (array >= self.count)]
         if wrong.size:
@@ -554,6 +554,11 @@ def decoded(tokens, states: int, decode: Callable[[np.ndarray], np.ndarray] | No
     if decode is None:
         return tokens.astype(np.float32) / np.float32((states - 1) / 2) - 1
     return np.clip(np.asarray(decode(tokens), np.float32), -1, 1)
+
+
+def finite_floats(array: np.ndarray) -> bool:
+    """Whether an array holds something, and all of it floats that are finite in float32."""
+    return bool(array.size) and array.dtype.kind == "f" and bool((np.abs(array) <= np.finfo(np.float32).max).all())
 
 
 def span(array: np.ndarray) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmdiff.data import files
 from mmdiff.data.arrays import read_array
-from mmdiff.data.modalities import decoded, ids, span
+from mmdiff.data.modalities import decoded, finite_floats, ids, span
 from mmdiff.errors import UserError
 
 
@@ -139,7 +139,7 @@ class Motion:
         array = np.asarray(array)
         if array.ndim != 4 or array.shape[1:] != self.shape:
             raise UserError(f"{self.name}: dances need the shape [n, {self.frames}, {self.joints}, 3], got {list(array.shape)}.")
-        if not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
+        if not finite_floats(array):
             raise UserError(f"{self.name}: dances must be finite floats, got {span(array)}.")
         return array.astype(np.float32)
 

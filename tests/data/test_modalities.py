@@ -7,7 +7,7 @@ from PIL import Image
 
 from mmdiff.data import aist
 from mmdiff.data.dance import PARENTS, DanceMusic
-from mmdiff.data.modalities import ClassMaps, Images, Labels, Latents, Sequences, TokenImages
+from mmdiff.data.modalities import ClassMaps, Features, Images, Labels, Latents, Sequences, TokenImages
 from mmdiff.data.sounds import Motion, TokenAudio, Waveforms
 from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
@@ -326,3 +326,10 @@ def test_a_random_source_is_a_function_of_the_index():
     for wrong in (-1, 10**9):
         with pytest.raises(IndexError):
             source.take(np.array([wrong]))
+
+
+def test_what_is_finite_in_float64_alone_is_refused():
+    for modality in (LATENTS, Features(3), Motion(2, 24)):
+        with pytest.raises(UserError, match="finite floats"):
+            modality.check(np.full((1, *modality.shape), 1e300))
+    assert "integers of shape [n]" in refusal(LABELS.check, np.array([], int))
