@@ -7,7 +7,7 @@ thing for another. The rules, for every reader:
   files; a link that leads nowhere or in a circle is an error, not an absence;
 * text is UTF-8, with or without a byte order mark, and ends its lines with \\n or \\r\\n and with nothing else;
 * a picture is seen upright, on white, with the values of its type mapped onto 0..255; of several frames the first;
-* a sound has finite samples.
+* a sound has finite samples, and all that its header says.
 """
 
 from __future__ import annotations

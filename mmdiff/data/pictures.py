@@ -15,6 +15,7 @@
                          captions.tsv                      FILE, a tab and its caption on every line; or
                          NAME.jpg, FOLDER/NAME.jpg, ...    beside NAME.txt, or a NAME.json with "caption"
                      A "caption" that is a list of texts is several. Of each picture as many are used as the one with the most has, up to 10
+                     A caption without words is an error
 
 Folders are read with all that lies below, in the order of names; hidden and system names (.ipynb_checkpoints, __MACOSX, ._0.png, Thumbs.db)
 are left out. What else a file of them can be, and how a picture of any kind becomes values, says `data.files`.
