@@ -43,7 +43,7 @@ def shares(**times):
     return {f"times.{name}": str(value) for name, value in times.items()}
 
 
-LABEL = {"sample.guidance": "1.0"}
+LABEL = {"sample.guidance": "1.0", "sample.settle": "0.5"}
 ENCODERS = {"none": {"kappa": "0.0"}, "mean image": {"encoder": "mean"}, "network": {}}
 LABELS = {
     "DDPM": {"kappa": "0.0", "task": "draw"},
