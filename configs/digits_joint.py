@@ -38,7 +38,7 @@ def get_config():
             "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
-        "sample": {"steps": 25, "guidance": 1.17},
+        "sample": {"steps": 12, "guidance": 1.35, "guided_during": (0.2, 0.7)},  # times of the image
         "eval": {"batch": 250},
     })
 
@@ -80,7 +80,9 @@ def build(config):
         validation_data=lambda: digits_source("validation"),
         test_data=lambda: digits_source("test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=("label",), paths={"label": early}, heun=True),
+        draw=sampling.drawer(
+            process, net.apply, shape, drop=("label",), paths={"label": early}, heun=True,
+            guided_during=("image", *config.sample.guided_during)),
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(10, synonyms=NAMES)},
         evaluators=(JointImageLabel(batch=config.eval.batch),),
     )

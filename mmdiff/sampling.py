@@ -234,6 +234,7 @@ def drawer(
     paths: Mapping[str, Callable] | None = None,
     walk: Callable = lambda steps: (uniform_grid(steps), ()),
     channels: Mapping[str, int] | None = None,
+    guided_during: tuple[str, float, float] | None = None,
     **options: Any,
 ) -> Callable:
     """The sampler of an `Experiment`: `draw(params, keys, given, *, steps, guidance, absent=(), history=False, start=None)`.
@@ -241,6 +242,7 @@ def drawer(
     Args:
       process, apply, shape: as in `sample`.
       drop, channels: what guidance drops, and the channels that it guides (see `guided`). With guidance 1 the network runs once a step.
+      guided_during: (name, low, high): guidance acts only while that modality's time is in (low, high], see `interval`; always by default.
       paths: each modality's own time as a function of the walk's, [0, 1] -> [0, 1] with both ends fixed; the identity by default. A
         model trained at independent times may be walked from (1, ..., 1) to (0, ..., 0) along any path.
       walk: `steps -> (grid, maps)`, the times and what maps they need (see `released_stride`); uniform times by default. With
@@ -249,17 +251,30 @@ def drawer(
     """
     maps, drop = tuple(options.pop("maps", ())), dropped(drop, process)
     paths = {name: (paths or {}).get(name, lambda t: t) for name in shape}
+    during = _interval_of(guided_during, shape)
 
     def draw(params, keys, given, *, steps, guidance, absent=(), history=False, start=None):
         # Guidance has nothing to compare where the condition is absent anyway.
         present = [name for name in drop if name not in absent]
-        network = guided(apply, guidance, present, process, channels) if present and guidance != 1 else apply
+        weight = interval(guidance, *during) if during else guidance
+        network = guided(apply, weight, present, process, channels) if present and guidance != 1 else apply
         times, strides = walk(steps)
         grid = {name: path(times) for name, path in paths.items()}
         rest = {"maps": (*maps, *strides), "history": history, "start": start, **options}
         return sample(process, network, params, keys, grid, shape, given=given, absent=absent, **rest)
 
     return draw
+
+
+def _interval_of(guided_during: tuple[str, float, float] | None, shape: Mapping[str, Any]) -> tuple[float, float, str] | None:
+    """(low, high, modality), as `interval` takes them; None without."""
+    if guided_during is None:
+        return None
+    if len(guided_during) != 3 or guided_during[0] not in shape:
+        raise UserError(f"guided_during is one of {sorted(shape)} and two of its times, low and high, not {tuple(guided_during)}.")
+    name, low, high = guided_during
+    interval(1.0, low, high, name)  # refuses times that make no interval
+    return low, high, name
 
 
 # -------------------------------------------------------------------------------------------------------------------- maps

@@ -225,6 +225,21 @@ def test_guided_sampling():
     assert float(jnp.abs(strong["image"] - plain["image"]).max()) > 1e-3
 
 
+def test_a_sampler_guides_during_its_interval():
+    given = {"label": jnp.asarray([0, 1, 2, 3])}
+
+    def images(during, guidance):
+        draw = sampling.drawer(PROCESS, network, SHAPE, ("label",), guided_during=during)
+        return jax.jit(lambda k: draw(1.0, k, given, steps=4, guidance=guidance)["image"])(keys(4))
+
+    np.testing.assert_array_equal(images(("image", 0.0, 1.0), 3.0), images(None, 3.0))
+    np.testing.assert_allclose(images(("image", 0.0, 0.1), 3.0), images(None, 1.0), atol=1e-6)  # no step starts in there
+    assert np.abs(images(("image", 0.2, 0.7), 3.0) - images(None, 3.0)).max() > 1e-3
+    for during in (("sound", 0.0, 1.0), ("image", 0.5), ("image", 0.7, 0.2), ("image", 0.2, 1.5)):
+        with pytest.raises(UserError, match="sound|guided_during|low < high"):
+            sampling.drawer(PROCESS, network, SHAPE, ("label",), guided_during=during)
+
+
 def test_interval_guidance():
     x, t = inputs()
     w = sampling.interval(3.0, 0.3, 0.7, of="image")
