@@ -2,7 +2,7 @@
 
     WORKDIR/checkpoints/STEP/state      params, optimizer, key, counters, running sums of the metrics
     WORKDIR/checkpoints/STEP/ema        the averaged weights, on their own: all that inference opens
-    WORKDIR/checkpoints/STEP/meta       JSON: position, train_seconds, metrics
+    WORKDIR/checkpoints/STEP/meta       JSON: step, position, train_seconds, metrics
     WORKDIR/checkpoints/STEP/manifest.json   size and checksum of every file: a damaged checkpoint is known before it is opened
     WORKDIR/damaged/STEP                checkpoints that were found damaged
 
@@ -147,7 +147,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave({"state": tree, "averages": averages}),
                     ema=ocp.args.StandardSave(ema),
-                    meta=ocp.args.JsonSave(dict(meta)),
+                    meta=ocp.args.JsonSave({**meta, "step": step}),
                 ),
                 metrics=dict(meta["metrics"]) or None,
                 force=True,
@@ -157,6 +157,9 @@ class Checkpoints:
         """-> (state, averages, meta) of the newest checkpoint, onto the shapes and shardings of these abstract ones.
 
         How many devices wrote it does not matter: each device reads its own part.
+
+        Raises:
+          UserError: it cannot be read, does not fit, or is of another step than its folder says.
         """
         step = self.latest()
         tree, ema = _pack(state)
@@ -171,6 +174,7 @@ class Checkpoints:
                     meta=ocp.args.JsonRestore(),
                 ),
             )
+        _check_step(self.folder / str(step), int(found.state["state"]["step"]))
         return _unpack(found.state["state"], found.ema), found.state["averages"], found.meta
 
     def check(self) -> None:
@@ -223,7 +227,7 @@ def restore_for_inference(
     Raises:
       UserError: no checkpoint, another config, other frozen networks, or a checkpoint that is damaged or does not fit the network.
     """
-    run_metadata.check_config(workdir, config, run_metadata.MAY_DIFFER_IN_USE)
+    run_metadata.check_config(workdir, config, in_use=True)
     run_metadata.check_dependencies(workdir, experiment)
     checkpoint, others = choose(workdir, step, config.train.best)
     ema = averages_of(experiment, mesh)
@@ -256,7 +260,7 @@ def choose(workdir: str | os.PathLike, step: int | str | None = None, metric: st
         raise UserError(f"there is no checkpoint of step {step} in {workdir}: there are {there}.")
     if problem := damages.get(step) or (None if newest else _damage_of_averages(folder / str(step))):
         raise UserError(f"the checkpoint {folder / str(step)} is damaged ({problem}): choose another step (there are {there}).")
-
+    _check_step(folder / str(step), _meta(folder / str(step)).get("step"))
     return folder / str(step), [other for other in intact if other != step]
 
 
@@ -358,6 +362,14 @@ def _pack(state: State) -> tuple[dict[str, Any], Any]:
 
 def _unpack(tree: Mapping[str, Any], ema: Any) -> State:
     return State(**{**tree, "key": jax.random.wrap_key_data(tree["key"])}, ema=ema)
+
+
+def _check_step(checkpoint: pathlib.Path, step: int | None) -> None:
+    """Raises UserError if a checkpoint is of another step than its folder says; those of earlier versions do not note it for inference."""
+    if step not in (None, int(checkpoint.name)):
+        raise UserError(
+            f"the checkpoint {checkpoint} is a copy of that of step {step}, not of step {checkpoint.name}: "
+            f"move it away, or name its folder {step} again.")
 
 
 def _check_fit(checkpoint: pathlib.Path, **items: Any) -> None:

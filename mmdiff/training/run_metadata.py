@@ -46,12 +46,12 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_config(
-    workdir: str | os.PathLike, config: ml_collections.ConfigDict, may_differ=MAY_DIFFER
+    workdir: str | os.PathLike, config: ml_collections.ConfigDict, *, in_use: bool = False
 ) -> dict[str, tuple[Any, Any]]:
     """-> {key: (there, here)}: what differs from the run in `workdir`, and may.
 
-    Keys in `may_differ` (full keys or sections) may, unless a longer one in MUST_AGREE says that they may not. Without a checkpoint there
-    is nothing to protect: {}.
+    Keys in MAY_DIFFER (full keys or sections) may, unless a longer one in MUST_AGREE says that they may not; those in MAY_DIFFER_IN_USE if
+    the weights are only used (`in_use`), not trained on. Without a checkpoint there is nothing to protect: {}.
 
     Raises:
       UserError: `workdir` holds checkpoints of another config (it names each other key that differs, with both values) or, if it is to be
@@ -60,10 +60,11 @@ def check_config(
     stored = read_config(workdir)
     if not steps(checkpoint_folder(workdir)):
         return {}
-    if not stored and may_differ is MAY_DIFFER_IN_USE:
+    if not stored and in_use:
         return {}  # weights that fit can be used, but to train them on, with another seed perhaps, would be another run
     if not stored:
         raise UserError(f"{workdir} holds checkpoints without their config.json, so nobody knows what they are of: restore it.")
+    may_differ = MAY_DIFFER_IN_USE if in_use else MAY_DIFFER
     differs = configs.difference(stored, json.loads(configs.to_json(config)))
     differs = {key: (old, new) for key, (old, new) in differs.items() if not (key in configs.OPTIONAL and old is None)}
 

@@ -83,7 +83,7 @@ def test_eight_devices_then_one_then_four(tmp_path):
         with Checkpoints(tmp_path, keep=1) as saved:
             state, averages, found = saved.restore(*abstract(mesh))
         assert_same(original.replace(step=state.step), state)
-        assert found == meta()
+        assert found == {**meta(), "step": int(state.step)}
         assert jax.tree.map(lambda x: x.sharding, (state.params, state.ema)) == jax.tree.map(
             lambda x: x.sharding, (abstract(mesh)[0].params, abstract(mesh)[0].ema)
         )
@@ -189,6 +189,27 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_log_says_so(tmp_pat
     [message] = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
     assert victim.name in message and "bytes" in message and f"continuing from {tmp_path / 'checkpoints/1'}" in message
     assert steps(tmp_path) == [1, 2] and (tmp_path / "damaged/2").is_dir()
+
+
+def test_a_checkpoint_under_another_step_is_refused(tmp_path):
+    """`cp -r 4 8` continued from step 8 with the weights of step 4."""
+    config = toy.get_config()
+    config.model.width = WIDTH
+    write_config(tmp_path, config)
+    save(tmp_path, 4)
+    shutil.copytree(tmp_path / "checkpoints/4", tmp_path / "checkpoints/8")
+    said = f"{tmp_path}/checkpoints/8 is a copy of that of step 4, not of step 8: move it away"
+    with Checkpoints(tmp_path, keep=5) as saved, pytest.raises(UserError, match=said):
+        saved.restore(*abstract(mesh_of(1)))
+    for step in (None, 8):
+        with pytest.raises(UserError, match=said):
+            checkpoints.choose(tmp_path, step)
+    assert checkpoints.choose(tmp_path, 4) == (tmp_path / "checkpoints/4", [8])
+    shutil.copytree(tmp_path / "checkpoints/4", tmp_path / "checkpoints/9")
+    (tmp_path / "checkpoints/9/meta/metadata").write_text("{}")  # as earlier versions wrote it: the state says it all the same
+    integrity.write_manifest(tmp_path / "checkpoints/9")
+    with Checkpoints(tmp_path, keep=5) as saved, pytest.raises(UserError, match="copy of that of step 4, not of step 9"):
+        saved.restore(*abstract(mesh_of(1)))
 
 
 def test_an_interrupted_save_is_no_checkpoint(tmp_path):

@@ -49,6 +49,7 @@ def test_a_run_continues_with_its_own_config_only(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="holds checkpoints without their config.json"):
         check_config(tmp_path, config)
+    assert check_config(tmp_path, config, in_use=True) == {}
     os.mkfifo(tmp_path / "config.json")  # nobody will ever write into it
     with pytest.raises(UserError, match="config.json is a named pipe"):
         check_config(tmp_path, config)
@@ -183,3 +184,7 @@ def test_what_a_config_need_not_state_is_no_difference(tmp_path):
     assert check_config(tmp_path, config) == {}
     config.train.learning_rate = 1.0
     assert check_config(tmp_path, config) == {"train.learning_rate": (0.01, 1.0)}
+    config.seed += 1  # another run if it is trained on, the same weights if they are used
+    with pytest.raises(UserError, match="holds a run of another config: seed "):
+        check_config(tmp_path, config)
+    assert set(check_config(tmp_path, config, in_use=True)) == {"seed", "train.learning_rate"}
