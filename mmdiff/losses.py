@@ -115,7 +115,7 @@ def diffusion(
         own, embeddings = {}, {}
         for name, (weight, term) in terms_of(bound).items():
             if isinstance(term, InBatchTerm):
-                embeddings[name] = term.embed(out, noised), importance, place
+                embeddings[name] = _used(weight, term.embed(out, noised)), importance, place
             else:
                 own[name] = weight, term(out, noised)
         return *reduced(own, importance, place), embeddings
@@ -150,7 +150,10 @@ def prepared(loss: Loss, prepare: Callable) -> BatchLoss:
 
 
 def combine(**losses: tuple[float, Loss]) -> BatchLoss:
-    """`sum_i weight_i loss_i`, each with its own key and its metrics under its name: `combine(draw=(1.0, a), name=(0.1, b))`."""
+    """`sum_i weight_i loss_i`, each with its own key and its metrics under its name: `combine(draw=(1.0, a), name=(0.1, b))`.
+
+    With weight 0 a loss is reported and nothing else.
+    """
     parts = {name: (weight, BatchLoss.of(loss)) for name, (weight, loss) in losses.items()}
     sources = {name: part.stats for name, (_, part) in parts.items() if part.stats is not None}
 
@@ -161,7 +164,7 @@ def combine(**losses: tuple[float, Loss]) -> BatchLoss:
             extra = dict(extra)
             if "stats" in extra:
                 seen[name] = extra.pop("stats")
-            total = total + parts[name][0] * value
+            total = total + parts[name][0] * value if parts[name][0] else total  # as in `diffusion`
             metrics |= {f"{name}/loss": value, **{f"{name}/{key}": item for key, item in extra.items()}}
         return total, metrics | ({"stats": seen} if seen else {})
 
@@ -169,11 +172,11 @@ def combine(**losses: tuple[float, Loss]) -> BatchLoss:
         stats = batch.get("stats", {})
         batch = {name: array for name, array in batch.items() if name != "stats"}
         results, embeddings = {}, {}
-        for name, (_, part) in parts.items():
+        for name, (weight, part) in parts.items():
             own = batch | ({"stats": stats[name]} if name in stats else {})
             *results[name], embedded = part.pieces(params, own, jax.random.fold_in(key, zlib.crc32(name.encode())), micro)
             if jax.tree.leaves(embedded):
-                embeddings[name] = embedded
+                embeddings[name] = _used(weight, embedded)
         return *summed(results), embeddings
 
     def contrast(params, embeddings):
@@ -185,6 +188,11 @@ def combine(**losses: tuple[float, Loss]) -> BatchLoss:
 
     averaged = any(part.averaged for _, part in parts.values())
     return BatchLoss(pieces=pieces, contrast=contrast, stats=_Several(sources) if sources else None, averaged=averaged, check=check)
+
+
+def _used(weight: float, embeddings: Any) -> Any:
+    """Embeddings of a term with this weight; with 0 they have no gradient, which could be NaN even if what comes back is 0."""
+    return embeddings if weight else jax.lax.stop_gradient(embeddings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +252,8 @@ def min_snr(gamma: float = 5.0) -> Callable:
 
 def sigmoid(bias: float = 0.0) -> Callable:
     """`-dlogSNR/dt sigmoid(bias - logSNR)` on eps (Kingma & Gao 2023; Hoogeboom et al. 2024)."""
+    if not math.isfinite(bias):
+        raise UserError(f"sigmoid needs a finite bias, got {bias}.")
 
     def weight(schedule, t):
         value, slope = jax.jvp(lambda u: schedules.log_snr(schedule, u), (t,), (jnp.ones_like(t),))

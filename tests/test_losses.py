@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmdiff import losses, processes, schedules, times
+from mmdiff.microbatches import BatchLoss
 from mmdiff.processes import Gaussian, Joint, Noised
 
 B = 8
@@ -90,6 +91,25 @@ def test_combine_adds_whole_losses():
     assert alone["draw/loss"] == metrics["draw/loss"]
     gradient = jax.grad(lambda p: both(p, batch(), jax.random.key(0))[0])(1.5)
     assert np.isfinite(gradient)
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_a_loss_of_weight_0_is_reported_and_nothing_else(compared):
+    """0 times NaN is NaN, and so is a gradient of 0 times the slope of a square root at 0: of a loss, and of its embeddings."""
+    def broken(params):
+        return jnp.sqrt(0.0 * params)
+
+    def pieces(params, batch, key, micro=None):
+        return jnp.zeros(()), {}, broken(params) * jnp.ones(B)
+
+    bad = BatchLoss(pieces=pieces, contrast=lambda params, e: (jnp.nan * e.sum(), {})) if compared else (
+        lambda params, batch, key: (jnp.nan * broken(params), {}))
+    both = losses.combine(use=(1.0, lambda params, batch, key: (3.0 * params, {})), look=(0.0, bad))
+    (value, metrics), gradient = jax.value_and_grad(both, has_aux=True)(1.5, batch(), jax.random.key(0))
+    assert (value, gradient) == (4.5, 3.0) and np.isnan(metrics["look/loss"])
+    # As micro-batches have it: the cotangents of the embeddings are arrays of zeros.
+    embeddings, back = jax.vjp(lambda p: both.pieces(p, batch(), jax.random.key(0))[2], 1.5)
+    assert not compared or back(jax.tree.map(jnp.zeros_like, embeddings)) == (0.0,)
 
 
 def test_on_picks_one_modality():
