@@ -13,12 +13,25 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mmdiff.errors import UserError
+
+LARGEST = 1e70  # features whose products' products are within float64
+
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean [d] and the unbiased covariance [d, d] of features [n, d], in float64."""
+    """The mean [d] and the unbiased covariance [d, d] of features [n, d], in float64.
+
+    Raises:
+      UserError: features that are not finite, or so large that the distance would not be. ValueError: of another shape, or fewer than two.
+    """
     features = np.asarray(features, np.float64)
-    if features.ndim != 2 or len(features) < 2 or not np.isfinite(features).all():
-        raise ValueError(f"moments: needs finite features [n, d] with n >= 2, got shape {features.shape}.")
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"moments: needs features [n, d] with n >= 2, got shape {features.shape}.")
+    wrong = np.flatnonzero(~(np.abs(features) <= LARGEST).all(1))
+    if len(wrong):
+        raise UserError(
+            f"moments: the features of {len(wrong):,} of {len(features):,} examples, the first of them {wrong[0]}, are not finite or "
+            f"beyond {LARGEST:g}: check the examples and what makes features of them.")
     return features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], features.shape[1])
 
 
@@ -41,8 +54,21 @@ def frechet_ratio(
 
     With as many generated as training examples the finite-sample bias of both distances is the same and cancels at the limit.
     It has no unit and does not change when the features are scaled.
+
+    Raises:
+      UserError: training and test data of the same moments, to which nothing can be compared; or what `moments` refuses.
     """
-    return frechet_distance(generated, test, features) / frechet_distance(train, test, features)
+    return frechet_distance(generated, test, features) / real_distance(train, test, features)
+
+
+def real_distance(train: np.ndarray, test: np.ndarray, features: Callable[[np.ndarray], np.ndarray] | None = None) -> float:
+    """d^2(train, test), the unit of ratios. Raises UserError if it is 0."""
+    unit = frechet_distance(train, test, features)
+    if not unit > 0:
+        raise UserError(
+            "frechet_ratio: the training and the test data have the same mean and covariance, so there is no distance to compare with: "
+            "measure on data that are not those of the training.")
+    return unit
 
 
 def flatten(examples: np.ndarray) -> np.ndarray:

@@ -72,11 +72,29 @@ def scores(vectors: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     return (vectors / lengths[0]) @ (candidates / lengths[1]).T
 
 
-def ensemble(vectors: np.ndarray) -> np.ndarray:
-    """[classes, wordings, D] -> [classes, D]: the mean of the unit vectors of one class' wordings, normalised."""
+def ensemble(vectors: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
+    """[classes, wordings, D] -> [classes, D]: the mean of the unit vectors of one class' wordings, normalised.
+
+    Args:
+      vectors: of the texts.
+      names: of the classes, for messages; by default their numbers.
+
+    Raises:
+      UserError: vectors that are not finite; a class without a direction, as a text is a vector of zeros or the texts cancel out.
+    """
     vectors = np.asarray(finite("texts", vectors), np.float64)
-    mean = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).mean(-2)
-    return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+    scale = np.abs(vectors).max(-1, keepdims=True, initial=0)  # so that no square overflows
+    vectors = vectors / np.where(scale > 0, scale, 1)
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    mean = (vectors / np.where(lengths > 0, lengths, 1)).mean(-2)
+    norm = np.linalg.norm(mean, axis=-1, keepdims=True)
+    wrong = np.argwhere((lengths == 0).any((-2, -1)) | (norm < 1e-6)[..., 0])  # float32 embeddings leave 1e-8 of opposites
+    if len(wrong):
+        first = int(wrong[0][-1])
+        name = repr(names[first]) if len(names) else str(first)
+        why = "a text of it has a vector of zeros" if (lengths[tuple(wrong[0])] == 0).any() else "the vectors of its texts cancel out"
+        raise UserError(f"texts: the class {name} has no direction, as {why}: choose other templates, or check the text encoder.")
+    return mean / norm
 
 
 def class_vectors(encode: Callable, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
@@ -85,7 +103,7 @@ def class_vectors(encode: Callable, names: Sequence[str], templates: Sequence[st
     if wrong or not templates:
         raise UserError(f"prompt templates hold the class' name as {{}}, 'a photo of a {{}}.', and there is at least one, not {wrong}.")
     texts = [template.format(name) for name in names for template in templates]
-    return ensemble(np.asarray(encode(texts)).reshape(len(names), len(templates), -1))
+    return ensemble(np.asarray(encode(texts)).reshape(len(names), len(templates), -1), names)
 
 
 def mean_per_class(predicted: np.ndarray, true: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from mmdiff.data.sources import Some, whole
 from mmdiff.evals import pictures
 from mmdiff.evals.accuracy import posterior
 from mmdiff.evals.base import Clock, Findings, Picture, draw_samples, example_keys, in_batches, states
-from mmdiff.evals.frechet import frechet_distance
+from mmdiff.evals.frechet import frechet_distance, real_distance
 from mmdiff.evals.scenes import trained_judge
 
 RULES = {
@@ -66,7 +66,7 @@ class ImageTransition:
         clock.start("judge", "comparing the pictures")
         # Images drawn for held-out pictures are nearer to these than fresh ones would be: they are compared with training images.
         real = {"given": train["image"], "joint": test["image"], "absent": test["image"]}
-        unit = frechet_distance(train["image"], test["image"])
+        unit = real_distance(train["image"], test["image"])
         figures = {f"frechet_ratio_{name}": frechet_distance(drawn[name]["image"], real[name]) / unit for name in drawn}
         implied = {name: self._implied(pair["image"]) for name, pair in {**drawn, "test": test}.items() if name != "absent"}
         apart = np.roll(test[other], 1, 0)

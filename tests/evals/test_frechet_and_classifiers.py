@@ -3,6 +3,7 @@ import pytest
 import scipy.linalg
 
 from mmdiff.data.sources import whole
+from mmdiff.errors import UserError
 from mmdiff.evals import classifiers
 from mmdiff.evals.frechet import frechet_distance, frechet_ratio, moments, squared_distance
 
@@ -48,6 +49,19 @@ def test_distance_of_samples_uses_float64_moments():
     np.testing.assert_allclose(covariance, np.cov((x - shift).T.astype(np.float64)), rtol=1e-9)
     assert 0 < frechet_distance(x, y) < 0.05
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_what_gives_no_distance_is_a_sentence():
+    rng = np.random.default_rng(0)
+    data, same = rng.normal(size=(8, 2)), np.ones((4, 2))
+    with pytest.raises(UserError, match="the training and the test data have the same mean and covariance"):
+        frechet_ratio(data, same, same)
+    for bad in (1e200, -1e80, np.inf, np.nan):
+        wrong = np.where(np.arange(8)[:, None] == 3, bad, data)
+        for order in ((wrong, data, -data), (data, wrong, data), (data, data, wrong)):
+            with pytest.raises(UserError, match="features of 1 of 8 examples, the first of them 3, are not finite or beyond 1e\\+70"):
+                frechet_ratio(*order)
+    assert np.isfinite(frechet_distance(1e69 * np.sign(data), data))
 
 
 def test_ratio_has_no_unit_and_takes_features():

@@ -89,6 +89,19 @@ def test_ensembles_of_prompts():
             retrieval.class_vectors(encode, names, wrong)
 
 
+def test_a_class_without_a_direction_is_named():
+    """Opposite texts, and texts of zeros, gave NaN."""
+    good = np.float32([[3, 4, 0], [3, 4, 0]])
+    third = np.float32([1, 1, 1]) / 3
+    for texts, why in (([third, -third], "its texts cancel out"), ([third, 0 * third], "a text of it has a vector of zeros")):
+        with pytest.raises(UserError, match=f"class 1 has no direction, as .*{why}"):
+            retrieval.ensemble(np.stack([good, texts]))
+        with pytest.raises(UserError, match=f"class 'dog' has no direction, as .*{why}"):
+            retrieval.class_vectors(lambda _: np.concatenate([good, texts]), ["cat", "dog"], ["a {}", "no {}"])
+    for scale in (1e-200, 1e200):
+        np.testing.assert_allclose(retrieval.ensemble(np.float64(good)[None] * scale), [[0.6, 0.8, 0]])
+
+
 def test_mean_per_class():
     assert retrieval.mean_per_class([0, 0, 0, 1, 0], [0, 0, 0, 1, 1]) == pytest.approx((1 + 0.5) / 2)
 
