@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmdiff.checks import is_whole
+
 Schedule = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -82,14 +84,14 @@ def linear_beta(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.0
     Exact at t = i / steps (i = 0 .. steps, alpha_bar_0 = 1); between the nodes log alpha_bar is interpolated linearly.
     The table is computed in float64. Source: Ho et al. 2020, section 4.
     """
-    if steps < 1 or not 0 < beta_min <= beta_max < 1:
+    if not is_whole(steps, 1) or not 0 < beta_min <= beta_max < 1:
         raise ValueError(f"linear_beta needs steps >= 1 and 0 < beta_min <= beta_max < 1, got {steps}, {beta_min}, {beta_max}.")
     return table(np.concatenate([[0.0], np.cumsum(np.log1p(-np.linspace(beta_min, beta_max, steps)))]))
 
 
 def scaled_linear_beta(steps: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012) -> Schedule:
     """Stable Diffusion's table: as `linear_beta`, with sqrt(beta) linear instead. alpha_bar(1) is 0.00466: some signal is left."""
-    if steps < 1 or not 0 < beta_min <= beta_max < 1:
+    if not is_whole(steps, 1) or not 0 < beta_min <= beta_max < 1:
         raise ValueError(f"scaled_linear_beta needs steps >= 1 and 0 < beta_min <= beta_max < 1, got {steps}, {beta_min}, {beta_max}.")
     betas = np.linspace(beta_min**0.5, beta_max**0.5, steps) ** 2
     return table(np.concatenate([[0.0], np.cumsum(np.log1p(-betas))]))
@@ -100,7 +102,7 @@ def cosine_beta(steps: int = 1000, largest: float = 0.999) -> Schedule:
 
     Unlike `cosine` it keeps a little signal, alpha(1) = 4.9e-5: `eps` is of use with it.
     """
-    if steps < 1 or not 0 < largest < 1:
+    if not is_whole(steps, 1) or not 0 < largest < 1:
         raise ValueError(f"cosine_beta needs steps >= 1 and 0 < largest < 1, got {steps}, {largest}.")
     alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
     return table(np.concatenate([[0.0], np.cumsum(np.log(np.maximum(alpha_bar[1:] / alpha_bar[:-1], 1 - largest)))]))
@@ -178,7 +180,7 @@ def mask_replace(steps: int, kept: tuple[float, float], masked: tuple[float, flo
 
     What is left, `1 - kept - masked`, is replaced. At t = 0 everything is kept.
     """
-    if steps < 2:
+    if not is_whole(steps, 2):
         raise ValueError(f"mask_replace needs at least two steps, got {steps}.")
     kept, masked = (np.linspace(*ends, steps) for ends in (kept, masked))
     rest = 1.0 - kept - masked

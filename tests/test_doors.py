@@ -7,7 +7,7 @@ import pytest
 
 from mmdiff import contrastive, losses, nets, processes, sampling, schedules, times
 from mmdiff.errors import UserError
-from mmdiff.evals import accuracy
+from mmdiff.evals import accuracy, likelihood
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, uniform, velocity
 from mmdiff.training import sharding
 
@@ -125,6 +125,10 @@ NAN = float("nan")
     lambda: processes.Gaussian(schedules.flow(), processes.velocity, eta=2.0),
     lambda: schedules.shift(schedules.flow(), NAN), lambda: schedules.scaled(schedules.flow(), NAN), lambda: schedules.edm(rho=NAN),
     lambda: sampling.uniform_grid(2.5), lambda: losses.min_snr(NAN), lambda: losses.min_snr(-5.0),
+    lambda: losses.sigmoid(NAN), lambda: losses.sigmoid(-np.inf), lambda: Given(NAN), lambda: Given(np.float32([0, np.inf])),
+    lambda: Given(1e39), lambda: likelihood.discretized([0, np.inf]), lambda: likelihood.levels([NAN, 0]),
+    lambda: schedules.linear_beta(NAN), lambda: schedules.linear_beta(2.5), lambda: schedules.scaled_linear_beta(True),
+    lambda: schedules.cosine_beta(2.5), lambda: schedules.mask_replace(NAN, (1, 0), (0, 1)),
     lambda: contrastive.infonce(0.0), lambda: contrastive.weighted(NAN), lambda: contrastive.form("infonce", -1.0),
 ])  # fmt: skip
 def test_what_is_no_number_or_no_whole_one_is_refused_at_construction(make):

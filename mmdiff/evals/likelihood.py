@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
 from mmdiff.processes.base import Joint, Noised, Process, bcast, fold, per_example_sum
 
@@ -97,7 +98,7 @@ def discrete_time(
 
     Returns nats [B], or a dict of them by modality: their sum is the bound, zero for what does not move.
     """
-    if steps < 1:
+    if not is_whole(steps, 1):
         raise ValueError(f"discrete_time needs at least one step, got {steps}.")
     process, count = process.bound(params), keys.shape[0]
 
@@ -125,7 +126,7 @@ def continuous_time(
     The arguments and the result are those of `discrete_time`. The path may be any increasing function of u: its slope is part of
     the integrand. `Markov` chains have no continuous time; they get T times the KL of one step.
     """
-    if draws < 1:
+    if not is_whole(draws, 1):
         raise ValueError(f"continuous_time needs at least one draw, got {draws}.")
     process, offset = process.bound(params), jax.vmap(jax.random.uniform)(fold(keys, "time"))
 
@@ -220,9 +221,10 @@ def _fold_in(keys, i):
 
 
 def _increasing(name, values):
-    values = np.asarray(values, np.float32)
-    if values.ndim != 1 or values.size < 2 or not (np.diff(values) > 0).all():
-        raise UserError(f"{name} needs at least two values in a row that increase, got {np.array2string(values, threshold=8)}.")
+    with np.errstate(over="ignore"):
+        values = np.asarray(values, np.float32)
+    if values.ndim != 1 or values.size < 2 or not (np.isfinite(values).all() and (np.diff(values) > 0).all()):
+        raise UserError(f"{name} needs at least two finite values in a row that increase, got {np.array2string(values, threshold=8)}.")
     return values
 
 

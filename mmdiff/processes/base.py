@@ -190,6 +190,12 @@ class Given(Process):
     null: Any = 0
     learnt = False
 
+    def __post_init__(self):
+        with np.errstate(over="ignore"):
+            finite = not concrete(self.null) or np.isfinite(np.asarray(self.null).astype(np.float32)).all()
+        if not finite:
+            raise UserError(f"Given needs a finite null, got {self.null}.")
+
     def _absent(self, shape, dtype):
         return jnp.broadcast_to(jnp.asarray(self.null, dtype), shape)
 

@@ -311,8 +311,8 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="t_min < 1"):
         likelihood.geometric(0.0)
     for decoder in (likelihood.levels, likelihood.discretized):
-        for values in ([1.0], [1.0, 0.0], [[0.0, 1.0]]):
-            with pytest.raises(ValueError, match="two values in a row that increase"):
+        for values in ([1.0], [1.0, 0.0], [[0.0, 1.0]], [0.0, np.inf], [-np.inf, 0.0], [0.0, np.nan], [0.0, 1e39]):
+            with pytest.raises(ValueError, match="two finite values in a row that increase"):
                 decoder(values)
     with pytest.raises(ValueError, match="belongs to a Gaussian; Categorical has no use for the levels"):
         likelihood.discretized([0, 1])(process.parts["label"], None, None)
