@@ -32,6 +32,7 @@ OTHER_PICTURES = (  # that are not read: beside others they would be left out wi
     ".jfif", ".jpe", ".apng", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".psd", ".svg", ".exr", ".hdr", ".dng",
     ".cr2", ".nef", ".arw")
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # some others of Pillow's start programs
+HEADS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"BM": "BMP"}
 SYSTEM = (  # names that operating systems and archivers leave behind; those that begin with a dot are hidden anyway
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found", "@eadir",
     "__pycache__")
@@ -307,11 +308,29 @@ def read_image(file: str | os.PathLike | bytes, name: Any = None, ids: bool = Fa
             reason = f"has more pixels than are read ({str(error).partition(',')[0]})"
             raise FileError(name, reason, "shrink it, which loses nothing that a model sees") from error
         except Image.UnidentifiedImageError as error:
-            what = "it is none of " + ", ".join(PICTURES) if stream.seek(0, io.SEEK_END) else "it is empty"
-            raise FileError(name, f"cannot be read as an image ({what})", "give a PNG or JPEG file, or copy it again") from error
+            what, remedy = _unidentified(stream)
+            raise FileError(name, f"cannot be read as an image ({what})", remedy) from error
         except Exception as error:  # whatever a damaged file makes Pillow raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FileError(name, f"cannot be read as an image ({reason})", "it is damaged, copy it again") from error
+
+
+def _unidentified(stream: BinaryIO) -> tuple[str, str]:
+    """What a file is that Pillow takes for no picture, and what to do."""
+    stream.seek(0)
+    head = stream.read(8)
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        what = "it is a TIFF file of values that are not read, such as 64-bit floats, or damaged"
+        return what, "save it with 8 or 16 bits, or as 32-bit floats"
+    if kind := next((kind for start, kind in HEADS.items() if head.startswith(start)), None):
+        return f"it begins as a {kind} file and goes on as none", "it is damaged, copy it again"
+    what = "it is none of " + ", ".join(PICTURES) if head else "it is empty"
+    return what, "give a PNG or JPEG file, or copy it again"
+
+
+def _signed(picture: Any) -> bool:
+    """Whether a picture's values are integers with a sign, as those of a TIFF file can be."""
+    return getattr(picture, "tag_v2", {}).get(339, (1,))[0] == 2
 
 
 def _plain(picture: Any, name: Any) -> Any:
@@ -322,7 +341,7 @@ def _plain(picture: Any, name: Any) -> Any:
         ImageOps.exif_transpose(picture, in_place=True)
     except Exception:  # what stands beside the pixels is damaged, they are not
         log.debug("the EXIF data of %s cannot be read: it is taken to be upright.", name)
-    if picture.mode.startswith("I") or picture.mode == "F":
+    if picture.mode.startswith("I") or picture.mode == "F" or picture.mode == "L" and _signed(picture):
         return Image.fromarray(_bytes(picture, name))
     if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
         whole = {"La": "LA", "RGBa": "RGBA"}.get(picture.mode, picture.mode)
@@ -341,12 +360,14 @@ def _bytes(picture: Any, name: Any) -> np.ndarray:
             raise FileError(name, f"holds floats from {low:g} to {high:g}", "a picture's floats must be in [0, 1], scale them")
         top = 1
     else:
-        bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]
-        if kind == 1 and bits == 32:
+        bits, signed = tags.get(258, (16,))[0], _signed(picture)
+        if signed and bits == 8:  # Pillow takes them for unsigned ones, and those of 32 bits the other way round
+            values = values.view(np.int8)
+        if not signed and bits == 32:
             values = values.astype(np.int32).view(np.uint32)
         if values.min() < 0:
             raise FileError(name, f"holds negative numbers ({values.min()})", "a picture's values must be 0 or more, shift them")
-        top = 2 ** (bits - (kind == 2)) - 1
+        top = 2 ** (bits - signed) - 1
     white = tags.get(262) == 0  # is zero
     if values.dtype == np.uint16:  # by a table: pictures can be large
         table = _scaled(np.arange(2**16), top, white)

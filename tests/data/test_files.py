@@ -165,6 +165,7 @@ RGBA = np.dstack([np.full((4, 6, 3), [200, 10, 90], np.uint8), np.where(GREY < 1
 ON_WHITE = np.where(RGBA[..., 3:] == 0, 255, RGBA[..., :3])
 SIGNED = TiffImagePlugin.ImageFileDirectory_v2()
 SIGNED[339] = 2
+BITS_64 = (struct.pack("<HHIH", 258, 3, 1, 32), struct.pack("<HHIH", 258, 3, 1, 64))  # an entry of a TIFF file, before and after
 
 
 def big_endian(array):
@@ -178,6 +179,7 @@ SEEN = {  # file, what is seen
     "16 bits, PGM": (b"P5 6 4 65535\n" + big_endian(DEEP).tobytes(), GREY),
     "32 bits, TIFF": (stored((GREY.astype(np.int64) * (2**31 - 1) // 255).astype(np.int32), "TIFF"), GREY),
     "floats, TIFF": (stored(GREY.astype(np.float32) / 255, "TIFF"), GREY),
+    "signed 8 bits, TIFF": (stored(np.rint(GREY / 255 * 127).astype(np.uint8), "TIFF", tiffinfo=SIGNED), GREY),
     "one bit": (stored(Image.fromarray(GREY > 100), "PNG"), np.where(GREY > 100, 255, 0)),
     "a palette": (stored(Image.fromarray(ON_WHITE).quantize(4), "PNG"), ON_WHITE),
     "a palette, GIF": (stored(Image.fromarray(ON_WHITE).quantize(4), "GIF"), ON_WHITE),
@@ -230,6 +232,9 @@ REFUSED = {
     "floats beyond 1": (stored(GREY.astype(np.float32), "TIFF"), "holds floats from 0 to 230: a picture's floats must be in [0, 1]"),
     "floats below 0": (stored(GREY.astype(np.float32) / 255 - 1, "TIFF"), "holds floats from -1"),
     "floats that are none": (stored(np.full((4, 6), np.nan, np.float32), "TIFF"), "holds floats from nan"),
+    "negative numbers of 8 bits": (stored(GREY, "TIFF", tiffinfo=SIGNED), "holds negative numbers (-1"),
+    "64-bit floats": (stored(GREY.astype(np.float32), "TIFF").replace(*BITS_64), "it is a TIFF file of values that are not read"),
+    "the beginning of a PNG": (stored(GREY, "PNG")[:12], "it begins as a PNG file and goes on as none"),
     "negative numbers": (stored(GREY.astype(np.int32) - 9, "TIFF"), "holds negative numbers (-9)"),
     "cut short": (stored(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8), "PNG")[:2000], "it is damaged, copy it again"),
     "a web page": (b"<!DOCTYPE html><html>404</html>", "it is none of .png, .jpg"),
