@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import pathlib
 import posixpath
@@ -20,6 +21,7 @@ from mmdiff.data.files import PICTURES, FileError
 from mmdiff.data.sources import sizes
 from mmdiff.errors import UserError
 
+log = logging.getLogger(__name__)
 INDEX, FORMAT = "index.npz", 2  # the format: 2 knows several captions of a picture, and refuses what is none
 MOST = 10  # captions of a picture that are used; the rest is left out
 BELONGS = 'beside it belongs a .txt of its name, or a .json with "caption", a text or a list of texts'
@@ -156,7 +158,7 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
     """
     members, counts, texts = [], [], []
     for shard, path in enumerate(paths):
-        pictures, beside, end = {}, {}, 0
+        pictures, beside, end, left_out = {}, {}, 0, []
         try:
             with files.open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
@@ -165,9 +167,12 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                     folder, _, name = own_path.rpartition("/")
                     stem, _, kind = name.partition(".")
                     kind = kind.lower()
+                    unseen = any(map(files.hidden, own_path.split("/")))
+                    if posixpath.splitext(kind)[1] in (*PICTURES, *files.OTHER_PICTURES) and not unseen:
+                        left_out.append(member.name)  # a.mask.png, or cat v1.0.png
                     if f".{kind}" in files.OTHER_PICTURES and not files.hidden(name):
                         raise files.not_read(f"{member.name} in {path}")
-                    if member.isdir() or any(map(files.hidden, own_path.split("/"))) or f".{kind}" not in (*PICTURES, ".txt", ".json"):
+                    if member.isdir() or unseen or f".{kind}" not in (*PICTURES, ".txt", ".json"):
                         continue
                     if not member.isreg() or member.issparse():
                         remedy = "write the tar file with --hard-dereference --dereference and without --sparse"
@@ -187,6 +192,10 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                     members.append((shard, member.offset_data, member.size))
                     counts.append(len(said))
                     texts += [each.encode() for each in said]
+            if left_out:
+                log.warning(
+                    "%s: %d pictures are left out, the first of them %s: a name ends at its first dot, and what follows is no ending of a "
+                    "picture; rename them if they are examples of their own.", path, len(left_out), left_out[0])
         except (tarfile.TarError, OSError, EOFError) as error:
             raise UserError(f"{path} cannot be read as a tar file ({error}): it is damaged or compressed, copy it again.") from error
     if not members:

@@ -213,6 +213,16 @@ def test_shards(shards):
     check(shards, 6)
 
 
+def test_a_picture_with_a_second_dot_in_a_shard_is_left_out_with_a_word(shards, caplog):
+    picture = small_sets.picture(7)
+    shard(shards / "train/00001.tar", {
+        "a.png": picture, "a.txt": b"a square", "a.mask.png": picture, "b v1.0.JPG": picture, "b v1.0.txt": b"a circle",
+        "._c.png": picture, "a.b.csv": b"1"})  # fmt: skip
+    assert len(Pictures("captioned", "train", shards, 8)) == 4
+    [said] = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert "00001.tar: 2 pictures are left out, the first of them a.mask.png: a name ends at its first dot" in said
+
+
 def test_shards_are_gone_through_once(shards, monkeypatch):
     first = whole(Pictures("captioned", "train", shards, 8))["image"]
     assert (shards / "train/index.npz").exists() and len(list((shards / "train").iterdir())) == 5
