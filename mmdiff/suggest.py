@@ -46,6 +46,10 @@ SYNONYMS = {
     "label_dropout": "classdropout conddropout cfgdropout uncondprob classdropoutprob labeldrop",
     "text_dropout": "captiondropout conddropout cfgdropout uncondprob textdrop",
 }
+# Keys of other programs that no config here has.
+ELSEWHERE = (
+    "beta beta1 beta2 betas adambeta1 adambeta2 adambetas momentum nesterov eps epsilon adameps adamepsilon optimizer optim scheduler "
+    "lrscheduler wandb project runname device gpu cuda backend compile debug verbose profile tags notes")
 _SYNONYMS: dict[str, list[str]] = {}
 for _key, _words in SYNONYMS.items():
     for _word in _words.split():
@@ -74,17 +78,19 @@ def key(asked: str, known: Sequence[str]) -> str | None:
             return (inside or [name for name in found if name in targets] or found)[0]
     if same:
         return by_letters(same, 0.0)
-    # A slip of the finger ("stpes"); then its words, of which "learn_rate" and "train.learning_rate" share two; then letters.
-    ends, words = [name.rpartition(".")[2] for name in known], _words(last)
+    if not {_letters(asked), _letters(last)}.isdisjoint({*_SYNONYMS, *ELSEWHERE.split()}):
+        return None  # it means something that this config does not have: what is spelt like it means something else
+    # A slip of the finger ("stpes"), within the section that is named; then its words, of which "learn_rate" and "train.learning_rate"
+    # share two.
+    words = _words(last)
+    inside = [name for name in known if name.startswith(f"{section.lower()}.")] or known if section else known
+    ends = [name.rpartition(".")[2] for name in inside]
     shared = {name: _shared(words, _words(name.rpartition(".")[2])) for name in known}
     likest = [name for name in known if shared[name] == max(shared.values()) >= 0.5]
-    for cutoff in (0.75, 0.6):
-        close = difflib.get_close_matches(last.lower(), ends, n=1, cutoff=cutoff)
-        if close:
-            return by_letters([name for name, end in zip(known, ends) if end == close[0]], 0.0)
-        if likest:
-            return by_letters(likest, 0.0)
-    return None
+    close = difflib.get_close_matches(last.lower(), ends, n=1, cutoff=0.75)
+    if close:
+        return by_letters([name for name, end in zip(inside, ends) if end == close[0]], 0.0)
+    return by_letters(likest, 0.0) if likest else None
 
 
 def word(asked: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

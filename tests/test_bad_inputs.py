@@ -12,6 +12,7 @@ import pickle
 import shlex
 import shutil
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -114,10 +115,17 @@ for argv, *words in (
 
 # ---- Overrides: of a key that does not exist, and values that no key may have ----
 
-COMMANDS = itertools.cycle((
+COMMANDS = (
     "train --config READERS --workdir x", "sample --config READERS --workdir x", "eval --config READERS --workdir x",
     "cache --config READERS --workdir x --out y", "bench --config READERS", "aot --config READERS --topology v5e:4x4",
-))  # fmt: skip
+)  # fmt: skip
+
+
+def command_of(text):
+    """One of the commands, the same for a row wherever it stands."""
+    return COMMANDS[zlib.crc32(text.encode()) % len(COMMANDS)]
+
+
 for asked, meant in (
     ("train.stpes", "train.steps"), ("train.lr", "train.learning_rate"), ("lr", "train.learning_rate"), ("bs", "train.global_batch"),
     ("batch_size", "train.global_batch"), ("train.batch_size", "train.global_batch"), ("num_steps", "train.steps"),
@@ -129,8 +137,11 @@ for asked, meant in (
     ("save_every", "train.checkpoint_every"), ("log_interval", "train.log_every"), ("precision", "model.dtype"),
     ("tp", "train.mesh.tensor"), ("data_dir", "data.dir"), ("dataset", "data.name"), ("learn_rate", "train.learning_rate"),
     ("label_wt", "label_weight"), ("loss.windows.0", "loss.windows"), ("temprature", "temperature"),
+    ("data.path", "data.dir"), ("train.guidance_scale", "sample.guidance"),
 ):  # fmt: skip
-    row(f"{next(COMMANDS)} --config.{asked}=1", f"'{asked}'", f"did you mean '{meant}'?")
+    row(f"{command_of(asked)} --config.{asked}=1", f"'{asked}'", f"did you mean '{meant}'?")
+for asked in ("train.beta1", "train.optimizer", "model.betas", "train.pathc"):
+    row(f"train --config READERS --workdir x --config.{asked}=1", f"'{asked}': choose one of config.")
 for asked, meant in (("train.max_iter", "train.steps"), ("train.grad_norm", "train.clip"), ("accumulate", "train.microbatches")):
     row(f"train --config READERS --workdir x --config.{asked}=1", f"did you mean '{meant}'?")
 row("train --config READERS --workdir x --config.zzz=1", "'zzz'", "choose one of config.")
@@ -180,7 +191,7 @@ for value, *words in (
     ("data.classes=-1", "0 or more"), ("data.size=0", "1 or more"), ("data.size=1000000", "at most 65,536"),
 ):  # fmt: skip
     key = value.partition("=")[0]
-    row([*shlex.split(next(COMMANDS)), f"--config.{value}"], f"config.{key} must be", *words, name=f"{len(ROWS)}: {value[:40]}")
+    row([*shlex.split(command_of(value)), f"--config.{value}"], f"config.{key} must be", *words, name=f"{len(ROWS)}: {value[:40]}")
 row([*TRAIN, "--config.data.dir=a\0b"], "config.data.dir must be text without a NUL", name="NUL in a path")
 
 for values, *words in (
@@ -237,7 +248,7 @@ for name, content, *words in (
     ("wrong_call.py", GOOD.replace("processes.absorbing(10)", "processes.absorbing()"), "cannot be built", "absorbing()"),
     ("spelt.json", "{}", "spelt.json is no config file", "a Python file"),
 ):  # fmt: skip
-    command = next(COMMANDS).replace("READERS", name)
+    command = command_of(name).replace("READERS", name)
     if "sample" in command or "eval" in command or "cache" in command or "aot" in command:
         command = f"train --config {name} --workdir x" if "build" in name or name in ("lacking.py", "wrong_call.py") else command
     row(command, *words, files=written(name, content), name=f"{len(ROWS)}: config {name}")
