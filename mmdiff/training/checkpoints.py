@@ -260,7 +260,8 @@ def choose(workdir: str | os.PathLike, step: int | str | None = None, metric: st
         raise UserError(f"there is no checkpoint of step {step} in {workdir}: there are {there}.")
     if problem := damages.get(step) or (None if newest else _damage_of_averages(folder / str(step))):
         raise UserError(f"the checkpoint {folder / str(step)} is damaged ({problem}): choose another step (there are {there}).")
-    _check_step(folder / str(step), _meta(folder / str(step)).get("step"))
+    if (folder / str(step) / "meta").exists():  # weights can be used without
+        _check_step(folder / str(step), _meta(folder / str(step)).get("step"))
     return folder / str(step), [other for other in intact if other != step]
 
 
@@ -345,8 +346,11 @@ def _set_aside(folder: pathlib.Path, damages: Mapping[int, str]) -> None:
 
 
 def _meta(checkpoint: pathlib.Path) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(checkpoint / "meta")
+    with _unreadable(checkpoint), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        meta = reader.restore(checkpoint / "meta")
+        if not isinstance(meta, Mapping):
+            raise ValueError(f"its meta is {meta!r:.50}")
+        return meta
 
 
 def _pack(state: State) -> tuple[dict[str, Any], Any]:

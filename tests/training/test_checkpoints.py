@@ -210,6 +210,14 @@ def test_a_checkpoint_under_another_step_is_refused(tmp_path):
     integrity.write_manifest(tmp_path / "checkpoints/9")
     with Checkpoints(tmp_path, keep=5) as saved, pytest.raises(UserError, match="copy of that of step 4, not of step 9"):
         saved.restore(*abstract(mesh_of(1)))
+    for text in ("null", "{"):
+        (tmp_path / "checkpoints/9/meta/metadata").write_text(text)
+        integrity.write_manifest(tmp_path / "checkpoints/9")
+        with pytest.raises(UserError, match="checkpoints/9 cannot be read"):
+            checkpoints.choose(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/9/meta")
+    integrity.write_manifest(tmp_path / "checkpoints/9")
+    assert checkpoints.choose(tmp_path)[0].name == "9"
 
 
 def test_an_interrupted_save_is_no_checkpoint(tmp_path):
