@@ -425,6 +425,7 @@ for change, *words in (
     (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint in copy"),
     (lambda run: flipped(only_the_last(run) / "ema"), "no checkpoint in copy"),
     (lambda run: (only_the_last(run) / "manifest.json").write_text("[1]"), "no checkpoint in copy"),
+    (lambda run: shutil.copytree(run / "checkpoints/2", run / "checkpoints/8"), "checkpoints/8 is a copy of that of step 2, not of step 8"),
     (lambda run: (run / "config.json").write_text('{"a": 1}'), "config.json|another config"),
     (lambda run: edited(run, sample={"steps": "many"}), "config.sample.steps is 'many' in copy/config.json"),
     (lambda run: edited(run, sample={"guidance": None}), "config.sample.guidance is None in copy/config.json"),
@@ -439,6 +440,8 @@ for change, *words in (
         row(command, *words, files=damaged(change), name=f"{len(ROWS)}: damaged run, {command[:6]}")
 row("train --config TINY --workdir copy", "copy/config.json is not the config of a run", "another folder",
     files=damaged(lambda run: (run / "config.json").write_text('{"name": "a package"}')))
+row("train --config TINY --workdir copy --config.train.steps=9", "checkpoints/8 is a copy of that of step 2, not of step 8",
+    files=damaged(lambda run: shutil.copytree(run / "checkpoints/2", run / "checkpoints/8")))
 
 
 # ---- Caches and folders of data ----
