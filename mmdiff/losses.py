@@ -31,9 +31,10 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff import schedules
+from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
 from mmdiff.microbatches import BatchLoss, whole_batch
-from mmdiff.processes.base import Noised, Process, fold, per_example_mean
+from mmdiff.processes.base import Noised, Process, concrete, fold, per_example_mean
 from mmdiff.processes.discrete import LOG_FLOOR
 from mmdiff.times import Adaptive, Times, example_keys
 
@@ -79,6 +80,8 @@ def diffusion(
     def terms_of(process):
         return {"": (1.0, process.loss)} if terms is None else terms(process) if callable(terms) else terms
 
+    if isinstance(terms, Mapping):
+        _check_weights("diffusion", terms)
     source = times.source if isinstance(times, Adaptive) else None
     if source and source.term not in terms_of(process):
         names = sorted(terms_of(process))
@@ -154,6 +157,7 @@ def combine(**losses: tuple[float, Loss]) -> BatchLoss:
 
     With weight 0 a loss is reported and nothing else.
     """
+    _check_weights("combine", losses)
     parts = {name: (weight, BatchLoss.of(loss)) for name, (weight, loss) in losses.items()}
     sources = {name: part.stats for name, (_, part) in parts.items() if part.stats is not None}
 
@@ -188,6 +192,19 @@ def combine(**losses: tuple[float, Loss]) -> BatchLoss:
 
     averaged = any(part.averaged for _, part in parts.values())
     return BatchLoss(pieces=pieces, contrast=contrast, stats=_Several(sources) if sources else None, averaged=averaged, check=check)
+
+
+def _check_weights(where: str, parts: Mapping[str, tuple[float, Any]]) -> None:
+    """Raises UserError for a weight that is not finite."""
+    for name, (weight, _) in parts.items():
+        if concrete(weight) and not math.isfinite(weight):
+            raise UserError(f"{where} needs finite weights, got {weight} for {name!r}.")
+
+
+def _check_steps(where: str, steps: int) -> None:
+    """Raises UserError unless T is a whole number of 1 or more."""
+    if not is_whole(steps, 1):
+        raise UserError(f"{where} needs at least one step, got {steps}.")
 
 
 def _used(weight: float, embeddings: Any) -> Any:
@@ -282,6 +299,8 @@ def vlb(process, steps: int | None = None) -> Term:
     continuous-time integrand. The constant prior term is left out, and so is a Gaussian's step to t = 0, which a decoder without
     parameters takes.
     """
+    if steps is not None:
+        _check_steps("vlb", steps)
 
     def term(out, noised):
         x0_hat = process.clean(out, noised.xt, noised.t)
@@ -318,6 +337,7 @@ def auxiliary(process, steps: int, falling: bool = True) -> Term:
 
     `vlb(process, T)` counts all T steps and this one does not: a weight lambda of theirs, on one step's sum, is T lambda here.
     """
+    _check_steps("auxiliary", steps)
     plain = x0_ce(process)
 
     def term(out, noised):

@@ -125,6 +125,8 @@ NAN = float("nan")
     lambda: processes.Gaussian(schedules.flow(), processes.velocity, eta=2.0),
     lambda: schedules.shift(schedules.flow(), NAN), lambda: schedules.scaled(schedules.flow(), NAN), lambda: schedules.edm(rho=NAN),
     lambda: sampling.uniform_grid(2.5), lambda: losses.min_snr(NAN), lambda: losses.min_snr(-5.0),
+    lambda: losses.combine(a=(NAN, lambda *_: None)), lambda: losses.vlb(absorbing(3), 2.5), lambda: losses.auxiliary(absorbing(3), NAN),
+    lambda: losses.diffusion(absorbing(3), None, times.uniform(), {"a": (np.inf, None)}), lambda: likelihood.discretized([0, 1], 0),
     lambda: losses.sigmoid(NAN), lambda: losses.sigmoid(-np.inf), lambda: Given(NAN), lambda: Given(np.float32([0, np.inf])),
     lambda: Given(1e39), lambda: likelihood.discretized([0, np.inf]), lambda: likelihood.levels([NAN, 0]),
     lambda: schedules.linear_beta(NAN), lambda: schedules.linear_beta(2.5), lambda: schedules.scaled_linear_beta(True),

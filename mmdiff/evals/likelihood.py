@@ -153,6 +153,8 @@ def discretized(values: Sequence[float], steps: int | None = None) -> Decoder:
       steps: T of the chain, for beta~ as Sigma. Without it (continuous time), Sigma = (sigma / alpha)^2.
     """
     values = _increasing("discretized", values)
+    if steps is not None and not is_whole(steps, 1):
+        raise UserError(f"discretized needs at least one step, got {steps}.")
 
     def decoder(process, noised, x0_hat):
         return process.decoder(noised, x0_hat, values, None if steps is None else noised.t + 1.0 / steps)
