@@ -1,6 +1,6 @@
 """Which second-order solver should a config sample with? Heun against DPM-Solver++(2M) at equal network calls, on validation data.
 
-    python launch/solver_experiments.py --out runs/solvers [--parts digits_joint scenes ...]
+    python launch/solver_experiments.py --out runs/solvers [--parts digits_joint diffdis_scenes ...]
 
 Each config is trained with three seeds and shortened (`STEPS`); then both solvers sample with the same weights, the same noise and the same
 conditions. Heun of N steps makes 2N - 1 network calls, and so does 2M of 2N - 1 steps. Measured:

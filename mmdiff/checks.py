@@ -2,7 +2,7 @@
 
 A key is known by its last name, "train.learning_rate" by "learning_rate", so a new config that uses the field's names is checked without
 a line of its own. What the table does not name must be plain JSON, integers of 64 bits and numbers of float32; there an infinity is
-allowed where the config file itself states one (a clip of infinity is none).
+allowed where the config file itself states one (an infinite clip means no clipping).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a person sees: every message passes `say` (stderr) or `out` (stdout), and neither ever ends what the program is doing.
+"""What a person sees: every message passes `say` (stderr) or `out` (stdout), and neither ever stops the program.
 
 A terminal can be closed, a disk be full, the reader of a pipe be gone: the work goes on, and what could not be shown is dropped.
 """

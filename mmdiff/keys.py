@@ -1,4 +1,4 @@
-"""From a seed to a random key: all 64 bits count. Nothing here imports jax before it is needed: the door checks seeds at once."""
+"""From a seed to a random key: all 64 bits count. jax is imported only where it is needed: the command line checks seeds before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person meant by a name that does not exist: by the field's other words for it, by its words, then by its letters."""
+"""What was meant by a name that does not exist: found by the field's other words for it, then by its words, then by its letters."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
     python -m mmdiff sample --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes \\
         --given text="a small red seven on a blue background, top left"
     python -m mmdiff sample --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes --given image=scene.png
-    python -m mmdiff eval   --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes --zeroshot cifar10 (of pictures it never saw)
+    python -m mmdiff eval   --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes --zeroshot cifar10  # unseen photographs
 
 The query is the vector of the frozen text tower. The caption is a stream of ids, which masked diffusion fills in beside an image (not in
 the paper, whose captions are states of the tower and a condition alone: sd_scale.py). One in ten combinations of digit, colour and position

@@ -13,7 +13,7 @@ Of the paper: 0.1 times the head's loss beside that of eps, the network itself a
 and, where it guesses, of embeddings), the head an MLP on its middle (M) or, by config.model.head=output, a classifier on its output
 (E), a million steps from nothing. Its M* and E* were tuned further on one task: to draw,
 
-    --config.train.start=runs/label --config.head_weight=0.0 --config.times.hidden=0.0 --config.times.known=0.9 \
+    --config.train.start=runs/label --config.head_weight=0.0 --config.times.hidden=0.0 --config.times.known=0.9 \\
         --config.times.absent=0.1 --config.times.clean=0.0
 
 or, with times.clean=1.0 alone, to name. It builds on ADM (Dhariwal & Nichol 2021) and prints no more; of ADM are 1,000 steps, betas by

@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: written beside their place under another name, and continued if the writer was killed."""
+"""Folders that are whole or absent: written next to their final place under another name, and continued if the writer was killed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Files that come from outside: every reader of the library opens, decodes and lists them through here (arrays through `data.arrays`).
 
-What a file is instead of what it should be is a `FileError`, at once: nothing here waits for a pipe, runs what a file holds, or takes one
-thing for another. The rules, for every reader:
+A file that is not what it should be is a `FileError`, at once, that says what it is: nothing here waits for a pipe, runs what a file holds,
+or takes one thing for another. The rules, for every reader:
 
 * a file is a regular file, or a link to one; a folder holds what lies in it and below, in the order of names, without hidden and system
   files; a link that leads nowhere or in a circle is an error, not an absence;

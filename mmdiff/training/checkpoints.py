@@ -249,6 +249,8 @@ def choose(workdir: str | os.PathLike, step: int | str | None = None, metric: st
         whole = " that is whole" if damages else ""
         raise UserError(f"there is no checkpoint in {workdir}{whole}: train first, or name the workdir of a run.")
     if step == "best":
+        if not metric:
+            raise UserError(f"config.train.best of the run in {workdir} names no metric, so no checkpoint is its best: name a step.")
         values = {step: _meta(folder / str(step))["metrics"].get(metric, math.nan) for step in intact}
         values = {step: value for step, value in values.items() if math.isfinite(value)}
         if not values:

@@ -1,4 +1,4 @@
-"""The weights that a run begins with, from a run of another network, other data or other classes: what fits of them."""
+"""The weights that a run starts from, of a run with another network, other data or other classes: those that fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One trainer to a workdir: a lock that dies with its process, whatever ends it.
+"""One trainer per workdir: a lock that dies with its process, whatever ends it.
 
     WORKDIR/.trainer.lock   a POSIX record lock on it is the lock: the kernel gives it up when the process ends, on a network file system
                             the server does; forked workers that outlive the process do not hold it

@@ -105,6 +105,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             if options.get("start"):  # fine-tuning
                 strict = options.get("start_strict", False)
                 weights, noted = finetune.start_from(options.start, experiment, here, state.ema, mesh, strict)
+                noted = [f"starting from the averaged weights of {options.start}", *noted]
                 where = jax.tree.map(lambda x: x.sharding, (state.params, state.ema))
                 cast = jax.tree.map(lambda new, old: new.astype(old.dtype), weights, state.params)
                 params, ema = jax.jit(lambda *both: jax.tree.map(jnp.copy, both), out_shardings=where)(cast, weights)

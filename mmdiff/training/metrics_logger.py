@@ -1,4 +1,4 @@
-"""What a run writes of itself while it trains: metrics.jsonl, TensorBoard events, run.json and the progress on stderr."""
+"""What a run writes about itself while it trains: metrics.jsonl, TensorBoard events, run.json and the progress on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lifelines between the processes of a run: each knows at once when another is gone, and ends with a sentence.
+"""Lifelines between the processes of a run: each knows at once when another is gone, and ends with a clear error.
 
 JAX's coordination service does the same later, or by aborting with a stack of C++ functions: at once if process 0 is gone, as its client
 then loses its connection. So every process i > 0 reaches the service through a relay of its own, which never breaks, and process 0
@@ -7,8 +7,8 @@ serves the relays at its public port:
     process i:  JAX's client -> relay at 127.0.0.1  ->  process 0, HOST:PORT: relay -> JAX's service at 127.0.0.1
                 lifeline                            ->  process 0, HOST:PORT: lifeline
 
-A lifeline begins with HELLO and the number of its process. Both ends then send a byte now and then, and LEAVING before they end in
-peace. One that breaks, or is silent for too long, belongs to a process that is gone.
+A lifeline begins with HELLO and the number of its process. Both ends then send a byte now and then, and LEAVING before they end as
+they should. One that breaks, or is silent for too long, belongs to a process that is gone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Signals: a run that is asked to stop saves itself first, in all of its processes after the same step."""
+"""Signals: a run that is asked to stop saves a checkpoint first, in all of its processes after the same step."""
 
 from __future__ import annotations
 

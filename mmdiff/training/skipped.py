@@ -1,4 +1,4 @@
-"""Skipped steps: the first is said, and many in a row end a run that no longer learns."""
+"""Skipped steps: the first is reported, and many in a row end a run that no longer learns."""
 
 from __future__ import annotations
 

@@ -244,6 +244,9 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     ema, step = restore_for_inference(Experiment, config, tmp_path, step="best")
     assert step == 2
     assert_same(ema, make(mesh, 2, seed=2)[0].ema)
+    config.train.best = ""
+    with pytest.raises(UserError, match="config.train.best of the run in .* names no metric, so no checkpoint is its best"):
+        restore_for_inference(Experiment, config, tmp_path, step="best")
 
 
 def test_inference_opens_the_average_only(tmp_path, caplog):
