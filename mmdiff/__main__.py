@@ -41,14 +41,15 @@ Every value of the config can be replaced on the command line, as in
 TRAIN = """\
 Trains, and writes config.json, checkpoints, metrics.jsonl and TensorBoard
 events to the workdir. The same command continues a run that was stopped (by
-Ctrl-C, SIGTERM or a crash) as if it had not been; a finished run returns at
-once."""
+Ctrl-C, SIGTERM, SIGUSR1 or a crash) as if it had not been; a finished run
+returns at once."""
 
 EVAL = """\
 Runs every evaluator of the config on the averaged (EMA) weights of the last
 checkpoint, prints the figures, and writes report.json (all figures) and
 report.html (figures and pictures) to the workdir. The values of the config are
-the run's own, with config.sample, config.eval and config.seed open to change.
+the run's own; config.sample, config.eval, config.seed and the folders of the
+data can be set.
 
 Whatever you choose by its figures, choose with --split validation, which writes
 report-validation.json and .html and leaves the test data alone: what is
@@ -89,7 +90,8 @@ Each modality is drawn, unless it is given (--given NAME=VALUE holds its value)
 or absent (--absent NAME: it says nothing about the others). So one model draws
 both, images of a label, the label of an image, and images alone. Sample i
 depends on the seed and on i only, not on --number. The values of the config are
-the run's own, with config.sample, config.eval and config.seed open to change."""
+the run's own; config.sample, config.eval, config.seed and the folders of the
+data can be set."""
 
 USE = "--config configs/digits_joint.py --workdir runs/digits_joint"
 TOKENIZER = "--config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer"
@@ -115,7 +117,10 @@ EXAMPLES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C, 141 for a closed pipe."""
+    """Runs one command; returns the exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C, 141 for a closed pipe.
+
+    A training that a signal stopped raises SystemExit with 128 + the signal.
+    """
     console.open_standard_files()
     # TensorFlow only writes events here: its notes at start-up would be all that is seen of it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
