@@ -38,7 +38,7 @@ def get_config():
             "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
             "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
-        "sample": {"steps": 12, "guidance": 1.35, "guided_during": (0.2, 0.7)},  # times of the image
+        "sample": {"steps": 12, "guidance": 1.4, "guided_during": (0.2, 0.7)},  # times of the image
         "eval": {"batch": 250},
     })
 

@@ -378,8 +378,9 @@ def test_what_jax_says_of_its_own_variables(capsys, tmp_path, monkeypatch, error
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_any_work(capsys, tmp_path):
     (tmp_path / "file").write_text("kept")
-    for workdir in tmp_path / "file", tmp_path / "file" / "below", "/proc/mmdiff":
-        assert f"cannot write to {workdir}" in complaint(capsys, ["train", "--config", TINY, "--workdir", workdir])
+    for workdir in tmp_path / "file", tmp_path / "file" / "below", pathlib.Path("/proc/mmdiff"):
+        said = complaint(capsys, ["train", "--config", TINY, "--workdir", workdir])
+        assert said.startswith("mmdiff: error: cannot write to /") and f"/{workdir.name} (" in said  # a long path is shortened
     assert files(tmp_path) == {"file": b"kept"}
 
 

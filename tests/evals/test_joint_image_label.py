@@ -29,6 +29,8 @@ FIGURES = {
     "frechet_ratio",
 }
 
+MEASURED = types.SimpleNamespace(split="test")  # all that a report reads of the experiment
+
 
 def config():
     return ml_collections.ConfigDict({"seed": 3, "sample": {"steps": 4, "guidance": 1.5}})
@@ -84,7 +86,7 @@ def test_real_digits_get_full_marks(findings):
     assert figures["label_accuracy"] == pytest.approx(figures["label_accuracy_diffusion_classifier"], abs=0.02)
     assert figures["conditional_agreement"] > 0.99
     assert figures["joint_agreement"] > 0.99
-    assert figures["svm_real_accuracy"] == 0.99
+    assert figures["svm_real_accuracy"] == 0.988
     assert 0.97 < figures["classification_accuracy_score"] <= 0.992
     assert 1 < figures["frechet_ratio"] < 1.4  # above 1: drawing with replacement leaves out a third of the digits
 
@@ -133,7 +135,7 @@ def test_report(findings, tmp_path):
         writer.save(tmp_path / "checkpoints/500/meta", {"train_seconds": 321.5, "position": 643000, "metrics": {}})
     drawing = Picture(pictures.matrix(np.eye(2, dtype=int), "ab", "x", "y"), "c & d")
     odd = Findings(figures={"odd": float("nan")}, pictures={"a <b>": drawing})
-    json_path, html_path = report.write(tmp_path, None, config(), [findings, odd], 500)
+    json_path, html_path = report.write(tmp_path, MEASURED, config(), [findings, odd], 500)
     found = json.loads(json_path.read_text())
     assert FIGURES < set(found)
     assert found["frechet_ratio"] == findings.figures["frechet_ratio"] and found["odd"] is None
@@ -150,11 +152,11 @@ def test_report(findings, tmp_path):
 
 
 def test_report_without_a_run(tmp_path):
-    json_path, html_path = report.write(tmp_path, None, config(), [Findings({"a": 1.0})], 0)
+    json_path, html_path = report.write(tmp_path, MEASURED, config(), [Findings({"a": 1.0})], 0)
     found = json.loads(json_path.read_text())
     assert found["a"] == 1 and found["train_seconds"] is None and found["steps"] is None
     with pytest.raises(UserError, match="cannot write the report"):
-        report.write(tmp_path / "gone", None, config(), [Findings({"a": 1.0})], 0)
+        report.write(tmp_path / "gone", MEASURED, config(), [Findings({"a": 1.0})], 0)
 
 
 def test_metrics_survive_a_killed_run(tmp_path):

@@ -30,6 +30,7 @@ LAYERS, WIDTH = 6, 256
 
 def get_config():
     return ConfigDict({
+        "seed": 0,
         "model": {"remat": "none"},
         "train": {"global_batch": 512, "microbatches": 1, "ema": 0.999, "mesh": {"data": 1, "fsdp": -1}},
     })
