@@ -43,10 +43,9 @@ def scene_retrieval(vectors: np.ndarray, captions: np.ndarray, said: Mapping[str
         part = slice(start, start + AMONG)
         scores = retrieval.scores(vectors[part], captions[part])
         one = {name: said[name][part] for name in scenes.ATTRIBUTES}
-        first = best("scores", scores)
-        right = np.logical_and.reduce([first >= 0, *(one[name][first] == one[name] for name in ASKED)])
+        right = np.logical_and.reduce([one[name][:, None] == one[name] for name in ASKED])  # equal captions are equally right
         same = np.logical_and.reduce([one[name][:, None] == one[name] for name in scenes.ATTRIBUTES])
-        found.append({"r1": float(right.mean()), **retrieval.recalls(scores, same)})
+        found.append({"r1": retrieval.recall(scores, right, 1), **retrieval.recalls(scores, same)})
     return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
 
 
@@ -64,9 +63,9 @@ def held_out_retrieval(vectors: np.ndarray, encode: Any, said: Mapping[str, np.n
     for start in range(0, len(vectors) - size + 1, size):
         one = {name: said[name][start : start + size] for name in scenes.ATTRIBUTES}
         all_digits = {name: np.repeat(column, digits) for name, column in one.items()} | {"digit": np.tile(np.arange(digits), size)}
-        first = best("scores", retrieval.scores(vectors[start : start + size], encode(scenes.captions(all_digits))))
-        right.append(np.logical_and.reduce([first >= 0, *(all_digits[name][first] == one[name] for name in ASKED)]))
-    return float(np.concatenate(right).mean())
+        relevant = np.logical_and.reduce([one[name][:, None] == all_digits[name] for name in ASKED])
+        right.append(retrieval.recall(retrieval.scores(vectors[start : start + size], encode(scenes.captions(all_digits))), relevant, 1))
+    return float(np.mean(right))
 
 
 def prompts(attribute: str, wordings: int) -> list[list[str]]:

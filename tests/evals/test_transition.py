@@ -15,7 +15,7 @@ from mmdiff.data.modalities import ClassMaps, Images
 from mmdiff.data.paired import PALETTE, PairedScenes
 from mmdiff.data.sources import whole
 from mmdiff.evals import transition
-from mmdiff.evals.frechet import frechet_distance
+from mmdiff.evals.frechet import frechet_distance, real_distance
 from mmdiff.evals.transition import ImageTransition, error, linear, miou
 from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, absorbing, identity, moving_target, template, velocity
 
@@ -34,7 +34,8 @@ def fewer_features(monkeypatch):
     def few(images):
         return images.reshape(len(images), 4, 4, 4, 4, 3).mean((2, 4)).reshape(len(images), -1)
 
-    monkeypatch.setattr(transition, "frechet_distance", lambda first, second: frechet_distance(first, second, few))
+    for distance in (frechet_distance, real_distance):
+        monkeypatch.setattr(transition, distance.__name__, lambda first, second, distance=distance: distance(first, second, few))
 
 
 def config():
