@@ -7,9 +7,9 @@
 One set of weights draws pairs, draws images of a label, names images, and draws images without labels: the four are the same
 network at different times. Image: flow matching, velocity. Label: absorbing diffusion, x_0 cross-entropy.
 
-Measured (seed 0, 500 held-out digits, EMA weights, two CPU cores): label accuracy 0.988, conditional agreement 0.981, joint agreement
-0.956, classification accuracy score 0.962, Fréchet ratio 1.67; another run 0.994, 0.989, 0.971, 0.964, 1.69. Cost: 0.74M parameters,
-seven minutes of training, one of evaluation.
+Measured (seed 0, 500 test digits, EMA weights, two CPU cores; settings chosen on the validation digits): label accuracy 0.984 (another run
+0.988), conditional agreement 0.981, joint agreement 0.964, classification accuracy score 0.958, Fréchet ratio 1.62. Cost: 0.74M parameters,
+seven minutes of training on two quiet cores, half a minute of evaluation.
 """
 
 import jax.numpy as jnp
