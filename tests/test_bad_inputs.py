@@ -302,7 +302,7 @@ for argv, *words in (
     ("cache --config TINY --workdir RUN --out y", "nothing to cache"),
     ("sample --config TINY --workdir RUN --step 5", "no checkpoint of step 5", "2, 4"),
     ("eval --config TINY --workdir RUN --step 999999999999999999999", "no checkpoint of step 9999", "2, 4"),
-    ("eval --config TINY --workdir RUN --step best", "the metric ''", "config.train.best"),
+    ("eval --config TINY --workdir RUN --step best", "names no metric", "config.train.best"),
     ("eval --config TINY --workdir RUN --config.train.ema=0.5", "config.train.ema", "only config.sample"),
     ("sample --config TINY --workdir RUN --config.train.steps=7", "config.train.steps", "only config.sample"),
     ("train --config TINY --workdir RUN --config.train.ema=0.5", "train.ema"),

@@ -93,7 +93,7 @@ def test_the_truth_is_perfect(other):
     figures = found.figures
     assert set(figures) == set(found.notes) == FIGURES[other] | RATIOS
     assert figures["frechet_ratio_joint"] < 1  # draws are the test scenes, with replacement
-    assert figures["frechet_ratio_given"] == pytest.approx(1, rel=0.02)  # the test scenes, of which some share a segmentation
+    assert figures["frechet_ratio_given"] == pytest.approx(1, rel=0.06)  # the test scenes, of which some share a segmentation
     if other == "night":
         assert figures["error_read"] == figures["error_given"] == 0 and figures["error_joint"] < 1e-12 and figures["error_shuffled"] > 0.1
         # The night is an affine map of the colours: one exact without a network, both ways.
