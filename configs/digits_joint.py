@@ -17,11 +17,11 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
-from mmdiff.data.digits import NAMES, digits_source
 from mmdiff.data.modalities import Images, Labels
-from mmdiff.evals.digits import JointImageLabel
+from mmdiff.evals.joint_image_label import JointImageLabel
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
+from mmdiff.projects.digits.digits import NAMES, digits_source
 
 
 def get_config():

@@ -30,11 +30,11 @@ import numpy as np
 from mmdiff import config as configs
 from mmdiff import contrastive, losses, times
 from mmdiff.contrastive import l2_normalize
-from mmdiff.data import scenes
 from mmdiff.data.sources import whole
-from mmdiff.evals.base import example_keys, in_batches
-from mmdiff.evals.scene_alignment import SPLITS, held_out_retrieval, scene_retrieval, zero_shot
+from mmdiff.evals.evaluator import example_keys, in_batches
 from mmdiff.processes import Given, Joint
+from mmdiff.projects.scenes import scenes
+from mmdiff.projects.scenes.scene_alignment import SPLITS, held_out_retrieval, scene_retrieval, zero_shot
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs/diffdis"
 COUNT = 600  # scenes of each split

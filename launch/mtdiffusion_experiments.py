@@ -28,9 +28,9 @@ from mmdiff import losses, sampling, times
 from mmdiff.data.sources import whole
 from mmdiff.evals import classifiers, conditional
 from mmdiff.evals.accuracy import accuracy, denoising_losses
-from mmdiff.evals.base import draw_samples, example_keys, in_batches
-from mmdiff.evals.digits import read_labels
+from mmdiff.evals.evaluator import draw_samples, example_keys, in_batches
 from mmdiff.evals.frechet import frechet_ratio
+from mmdiff.evals.joint_image_label import read_labels
 from mmdiff.processes import Joint, absorbing
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs/mtdiffusion"

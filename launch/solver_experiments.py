@@ -21,10 +21,10 @@ import numpy as np
 
 from mmdiff import config as configs
 from mmdiff import sampling
-from mmdiff.data.scenes import Scenes
 from mmdiff.data.sources import whole
-from mmdiff.evals.base import draw_samples
+from mmdiff.evals.evaluator import draw_samples
 from mmdiff.evals.frechet import frechet_ratio
+from mmdiff.projects.scenes.scenes import Scenes
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = (

@@ -577,7 +577,7 @@ def _given(experiment, args: argparse.Namespace):
 
 def _draw(experiment, params, given, number: int, seed: int, absent: tuple[str, ...], **options) -> dict:
     """Draws `number` samples in equal batches; the modalities that are absent are left out of the answer."""
-    from mmdiff.evals.base import example_keys, in_batches
+    from mmdiff.evals.evaluator import example_keys, in_batches
 
     keys = example_keys(_key(seed, "sample"), number)
     draw = functools.partial(experiment.draw, absent=absent, **options)
@@ -593,7 +593,7 @@ def _write_samples(experiment, samples: Mapping, out: pathlib.Path) -> list[path
     """
     import numpy as np
 
-    from mmdiff.evals.pictures import grid
+    from mmdiff.evals.plots import grid
 
     samples = {name: getattr(experiment.modalities[name], "quantize", np.asarray)(array) for name, array in samples.items()}
     shown = {name: experiment.modalities[name].show(array) for name, array in samples.items()}

@@ -38,7 +38,7 @@ class Experiment:
       modalities: how a person writes and sees each modality (`parse`, `check`, `show`), `{"image": Images(...), ...}`.
       evaluators: callables `(experiment, params, config, key, step) -> Findings`, run by `mmdiff eval` in this order.
       rules: the sharding table (see `training.sharding`); the first match wins.
-      cache: of a tokenizer, what `mmdiff cache` encodes: a `data.tokens.Recipe`.
+      cache: of a tokenizer, what `mmdiff cache` encodes: a `data.token_cache.Recipe`.
       split: the name of what is in `test_data`, for evaluators that have more data than these: "test", or "validation" (`on_validation`).
       beside: frozen networks that the weights are of use beside alone (a tokenizer, towers): name -> `() -> fingerprint`, None where they
         are not at hand. A run remembers them and is refused beside others.

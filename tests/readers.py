@@ -25,18 +25,19 @@ def build(config):
     import jax.numpy as jnp
     import optax
 
-    from mmdiff.data import latents, modalities, paired, pictures, sounds, text, tokens
+    from mmdiff.data import bpe, image_datasets, latents, modalities, paired, token_cache
     from mmdiff.experiment import Experiment
     from mmdiff.processes import Given, Joint
+    from mmdiff.projects.dance import sounds
 
     data = config.data
     labels = modalities.Labels(data.classes)
-    tokenizer = text.train(["a small red seven", "a large blue one"], 12)
+    tokenizer = bpe.train(["a small red seven", "a large blue one"], 12)
     readers = {
-        "tokens": lambda split: tokens.open_tokens(data, split, {"tokens": modalities.TokenImages(2, 2, 16), "label": labels}),
+        "tokens": lambda split: token_cache.open_tokens(data, split, {"tokens": modalities.TokenImages(2, 2, 16), "label": labels}),
         "latents": lambda split: latents.open_source(data, split, {"image": modalities.Latents(2, 2, 4), "label": labels}),
-        "pictures": lambda split: pictures.open_pictures(data, split, data.size),
-        "captions": lambda split: pictures.open_pictures(data, split, data.size, tokenizer),
+        "pictures": lambda split: image_datasets.open_pictures(data, split, data.size),
+        "captions": lambda split: image_datasets.open_pictures(data, split, data.size, tokenizer),
         "pairs": lambda split: paired.open_pairs(data, split, data.size),
     }
     parts = {

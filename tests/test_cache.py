@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mmdiff.__main__ import main
-from mmdiff.data.scenes import ATTRIBUTES, Scenes
 from mmdiff.data.sources import whole
-from mmdiff.data.tokens import decoder, read_meta, token_source
+from mmdiff.data.token_cache import decoder, read_meta, token_source
+from mmdiff.projects.scenes.scenes import ATTRIBUTES, Scenes
 
 CONFIG = "configs/cdcd/scenes_tokenizer.py"
 SMALL = [

@@ -12,10 +12,10 @@ import small_sets
 
 from mmdiff import config as configs
 from mmdiff.__main__ import main
-from mmdiff.data import tokens
+from mmdiff.data import token_cache
 from mmdiff.data.loader import batches
 from mmdiff.data.sources import whole
-from mmdiff.data.tokens import open_words, read_meta, token_source
+from mmdiff.data.token_cache import open_words, read_meta, token_source
 from mmdiff.errors import UserError
 from mmdiff.training import sharding
 from mmdiff.training.step import init_state, make_step, step_of
@@ -75,8 +75,8 @@ def caches(sets, tmp_path_factory):
             experiment, _ = load("pictures_tokenizer", **underscored(TINY), data__name=SETS[name], data__dir=sets[SETS[name]])
             params = jax.jit(experiment.init)(jax.random.key(0))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(tokens, "PIXELS", 2 * 256**2)
-                assert tokens.write(made[name], experiment.cache, params, {"config": {}, "step": 0})
+                patch.setattr(token_cache, "PIXELS", 2 * 256**2)
+                assert token_cache.write(made[name], experiment.cache, params, {"config": {}, "step": 0})
         return made[name]
 
     return cache
@@ -114,10 +114,10 @@ def test_the_full_width_lowers(name):
 
 @pytest.mark.parametrize("name", ["imagenet256_class", *(pytest.param(name, marks=pytest.mark.slow) for name in TEXTS)])
 def test_a_step_and_a_sample_from_a_cache(name, caches, monkeypatch):
-    monkeypatch.setattr(tokens, "PIXELS", 2 * 256**2)
+    monkeypatch.setattr(token_cache, "PIXELS", 2 * 256**2)
     cache, condition = caches(name), "text" if name in TEXTS else "label"
     experiment, _ = load(name, **underscored(small(name)), data__dir=cache, loss__count=2, train__warmup_steps=0, sample__top_p=1e-6)
-    assert (experiment.beside["tokenizer"]() == tokens.read_meta(cache)["fingerprint"]) == (name not in TEXTS)  # words count, too
+    assert (experiment.beside["tokenizer"]() == token_cache.read_meta(cache)["fingerprint"]) == (name not in TEXTS)  # words count, too
     step = jax.jit(make_step(experiment.loss, experiment.optimizer))
     before = jax.jit(lambda key: init_state(experiment.init, experiment.optimizer, key, experiment.loss))(jax.random.key(0))
     after, metrics = step(before, next(batches(experiment.train_data(), 0, 2)))

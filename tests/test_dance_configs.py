@@ -13,12 +13,13 @@ import soundfile
 
 from mmdiff import config as configs
 from mmdiff.__main__ import main
-from mmdiff.data import aist, dance, tokens
+from mmdiff.data import token_cache
 from mmdiff.data.loader import batches
 from mmdiff.data.sources import ArraySource, whole
 from mmdiff.errors import UserError
-from mmdiff.evals.speed import Speed
 from mmdiff.nets.audio import AudioAutoencoder
+from mmdiff.projects.dance import aist, dance
+from mmdiff.projects.dance.speed import Speed
 from mmdiff.training import sharding
 from mmdiff.training.step import init_state, make_step, step_of
 
@@ -106,9 +107,9 @@ def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
     data = name.split("_")[0]
     heard = published(tmp_path, data, {"train", "test"} | ({"val"} if data == "aist" else set()))
     net = dataclasses.replace(TINY_AUDIO, codes=2048)
-    recipe = tokens.Recipe(net, {split: lambda split=split: aist.Segments(tmp_path, split, data) for split in heard}, "audio", "music")
+    recipe = token_cache.Recipe(net, {split: lambda split=split: aist.Segments(tmp_path, split, data) for split in heard}, "audio", "music")
     params = jax.jit(lambda key: net.init(key, jnp.zeros((1, 44_032))))(jax.random.key(0))
-    assert tokens.write(tmp_path / "tokens", recipe, params, {"config": {}, "step": 0})
+    assert token_cache.write(tmp_path / "tokens", recipe, params, {"config": {}, "step": 0})
 
     cached = {"data__dir": tmp_path / "tokens", "sample__steps": 1, "eval__examples": 20, "eval__batch": 20}
     assert load(name, **cached)[0].evaluators == ()
@@ -127,7 +128,7 @@ def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
     evaluator = dataclasses.replace(tokenizer.evaluators[0], net=net, windows=(256,))
     found = evaluator(tokenizer, params, config, jax.random.key(1), 0)
     assert found.figures["beat_f1_real"] == 1 and "onsets of the real music" in found.notes["beat_f1"]
-    used = len(np.unique(whole(tokens.token_source(tmp_path / "tokens", "test"))["music"]))
+    used = len(np.unique(whole(token_cache.token_source(tmp_path / "tokens", "test"))["music"]))
     assert found.figures["codebook_usage"] == used / 2048 and set(found.notes) <= set(found.figures)
     assert ("genre_accuracy" in found.figures) == (name == "aist_music")
 
@@ -183,9 +184,9 @@ def cache(tmp_path_factory):
     """The tokens of an untrained tokenizer."""
     out = tmp_path_factory.mktemp("caches") / "music"
     splits = {split: lambda split=split: dance.DanceMusic(split, count=20) for split in dance.COUNTS}
-    recipe = tokens.Recipe(TINY_AUDIO, splits, image="audio", tokens="music")
+    recipe = token_cache.Recipe(TINY_AUDIO, splits, image="audio", tokens="music")
     params = jax.jit(lambda key: TINY_AUDIO.init(key, jnp.zeros((1, 44_032))))(jax.random.key(0))
-    assert tokens.write(out, recipe, params, {"config": {}, "step": 0})
+    assert token_cache.write(out, recipe, params, {"config": {}, "step": 0})
     return out
 
 
@@ -224,8 +225,8 @@ def test_drawing_starts_from_masks_and_never_sees_the_real_music(small, walk, mo
     def stop(self, audio, real, suffix=""):
         raise Heard(audio)
 
-    monkeypatch.setattr("mmdiff.evals.music.Listener.__init__", lambda self, clips: None)
-    monkeypatch.setattr("mmdiff.evals.music.Listener.figures", stop)
+    monkeypatch.setattr("mmdiff.projects.dance.music.Listener.__init__", lambda self, clips: None)
+    monkeypatch.setattr("mmdiff.projects.dance.music.Listener.figures", stop)
 
     def heard(seed):
         rng = np.random.default_rng(seed)

@@ -14,13 +14,13 @@ from mmdiff import __main__ as cli
 from mmdiff import config as configs
 from mmdiff.data.loader import batches
 from mmdiff.data.sources import RandomSource
-from mmdiff.data.towers import Towers
+from mmdiff.data.tower_cache import Towers
 from mmdiff.errors import UserError
 from mmdiff.evals import report
-from mmdiff.evals.alignment import DigitAlignment
-from mmdiff.evals.scene_alignment import SceneAlignment, SceneTowers
-from mmdiff.evals.scenes import CaptionedScenes
 from mmdiff.nets.dit import SIZES
+from mmdiff.projects.digits.digit_alignment import DigitAlignment
+from mmdiff.projects.scenes.captioned_scenes import CaptionedScenes
+from mmdiff.projects.scenes.scene_alignment import SceneAlignment, SceneTowers
 from mmdiff.training import loop
 from mmdiff.training.step import init_state, step_of
 

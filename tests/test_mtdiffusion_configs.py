@@ -10,12 +10,12 @@ import pytest
 
 from mmdiff import __main__ as cli
 from mmdiff import config as configs
-from mmdiff.data import digits
 from mmdiff.data.sources import ArraySource, whole
 from mmdiff.errors import UserError
 from mmdiff.evals import report
-from mmdiff.evals.digits import read_labels
+from mmdiff.evals.joint_image_label import read_labels
 from mmdiff.processes import fold
+from mmdiff.projects.digits import digits
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs/mtdiffusion"
 SMALL = {

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from mmdiff.__main__ import main
-from mmdiff.data import dance
 from mmdiff.data.modalities import Sequences
-from mmdiff.data.sounds import Waveforms, wav
 from mmdiff.data.sources import whole
-from mmdiff.data.tokens import decoder, open_tokens, read_meta
+from mmdiff.data.token_cache import decoder, open_tokens, read_meta
 from mmdiff.errors import UserError
+from mmdiff.projects.dance import dance
+from mmdiff.projects.dance.sounds import Waveforms, wav
 
 CONFIG = "configs/cdcd/music_tokenizer.py"
 SMALL = [

@@ -6,9 +6,9 @@ import pathlib
 import pytest
 
 from mmdiff import config as configs
-from mmdiff.data import features
 from mmdiff.data.sources import Some, whole
-from mmdiff.data.towers import Described
+from mmdiff.data.tower_cache import Described
+from mmdiff.projects.digits import digit_features
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 EMBEDDED = (
@@ -20,13 +20,15 @@ SPLITS = ("train", "validation", "test")
 
 
 def test_no_config_of_an_embedded_set_is_left_out():
-    imports = ("data.digits", "data.scenes", "data.markov", "data.dance", "data.paired", "data import digits", "data import scenes")
+    imports = (
+        "digits.digits", "digits import digits", "scenes.scenes", "scenes import scenes", "scenes.paired_scenes", "markov.markov_chains",
+        "dance.dance")  # fmt: skip
     found = set()
     for path in CONFIGS.rglob("*.py"):
         text = path.read_text()
-        if any(f"mmdiff.{name} import" in text or f"mmdiff.{name}" in text for name in imports):
+        if any(f"mmdiff.projects.{name}" in text for name in imports):
             found.add(str(path.relative_to(CONFIGS).with_suffix("")))
-    assert found - {"cdcd/aist_music", "mtdiffusion/pairs_transition"} == set(EMBEDDED)  # which have data of their own
+    assert found - {"cdcd/aist_music"} == set(EMBEDDED)  # which have data of their own
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -40,8 +42,8 @@ def test_train_validation_and_test_share_no_example(name, monkeypatch):
 
     if name in ("cdcd/scenes_text", "cdcd/dance_music"):  # which read caches: of which split is all that there is to see
         monkeypatch.setattr(module, "token_source" if "scenes" in name else "open_tokens", cached)
-    monkeypatch.setattr(features, "represented", lambda source: source)
-    monkeypatch.setattr(features, "digit_features", lambda: None)  # which are trained
+    monkeypatch.setattr(digit_features, "represented", lambda source: source)
+    monkeypatch.setattr(digit_features, "digit_features", lambda: None)  # which are trained
     monkeypatch.setattr(Described, "__init__", lambda self, source, towers, size: vars(self).update(source=source))
     experiment = module.build(config)
     sources = [experiment.train_data(), experiment.validation_data(), experiment.test_data()]

@@ -63,7 +63,7 @@ def build(config):
         return sampling.sample(process, guided, params, keys, grid, shape, given=given, absent=absent)
 
     def measure(experiment, params, config, key, step):
-        from mmdiff.evals.base import Findings
+        from mmdiff.evals.evaluator import Findings
 
         return Findings({"weight_norm": float(optax.tree.norm(params)), "seen": 3, "examples": len(experiment.test_data())})
 

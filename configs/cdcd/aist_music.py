@@ -9,7 +9,7 @@
     python -m mmdiff aot    --config configs/cdcd/aist_music.py --topology v5e:4x4 --config.data.source=random \\
         --config.train.mesh.data=1 --config.train.mesh.fsdp=16
 
-The head of mmdiff/data/aist.py says what the folder of segments holds. 6 s: --config.data.seconds=6, for the tokenizer, too;
+The head of mmdiff/projects/dance/aist.py says what the folder of segments holds. 6 s: --config.data.seconds=6, for the tokenizer, too;
 --config.data.video=true adds the features of the videos. The tokenizer is ours, in place of Jukebox's weights.
 
 The condition is theirs, one token, a Dense of the dance's features beside the genre's and the video's, with an encoder of the dance of
@@ -35,15 +35,15 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.aist import SEGMENTS, Segments
-from mmdiff.data.dance import GENRES, RATE, TICK
 from mmdiff.data.modalities import Features, Labels
-from mmdiff.data.sounds import Motion, TokenAudio
 from mmdiff.data.sources import Some
-from mmdiff.data.tokens import decoder, maker, open_tokens
-from mmdiff.evals.music import CLASSIFIED, MusicForDances
+from mmdiff.data.token_cache import decoder, maker, open_tokens
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
+from mmdiff.projects.dance.aist import SEGMENTS, Segments
+from mmdiff.projects.dance.dance import GENRES, RATE, TICK
+from mmdiff.projects.dance.music import CLASSIFIED, MusicForDances
+from mmdiff.projects.dance.sounds import Motion, TokenAudio
 from mmdiff.training import optim
 
 CODES, VIDEO = 2048, 2048

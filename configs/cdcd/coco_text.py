@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Labels, Texts, TokenImages
 from mmdiff.data.sources import Some
-from mmdiff.data.tokens import decoder, maker, open_tokens, open_words
+from mmdiff.data.token_cache import decoder, maker, open_tokens, open_words
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim

@@ -26,14 +26,14 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.dance import FPS, GENRES, PARENTS, DanceMusic
 from mmdiff.data.modalities import Labels
-from mmdiff.data.sounds import Motion, TokenAudio
-from mmdiff.data.tokens import decoder, maker, open_tokens
-from mmdiff.evals.music import MusicForDances
-from mmdiff.evals.speed import Speed
+from mmdiff.data.token_cache import decoder, maker, open_tokens
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
+from mmdiff.projects.dance.dance import FPS, GENRES, PARENTS, DanceMusic
+from mmdiff.projects.dance.music import MusicForDances
+from mmdiff.projects.dance.sounds import Motion, TokenAudio
+from mmdiff.projects.dance.speed import Speed
 from mmdiff.training import optim
 
 SECONDS, LENGTH, CODES = 2, 344, 512  # of configs/cdcd/music_tokenizer.py

@@ -19,13 +19,13 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.digits import NAMES, digits_tokens
 from mmdiff.data.modalities import Labels, TokenImages
 from mmdiff.errors import UserError
 from mmdiff.evals.calls import Calls
-from mmdiff.evals.tokens import ClassTokenImages
+from mmdiff.evals.class_token_images import ClassTokenImages
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
+from mmdiff.projects.digits.digits import NAMES, digits_tokens
 
 CLASSES, LEVELS = 10, 17  # the null label is CLASSES
 

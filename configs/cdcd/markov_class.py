@@ -18,11 +18,11 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.markov import chains, markov_source
 from mmdiff.data.modalities import Labels, Sequences
-from mmdiff.evals.markov import MarkovSequences
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
+from mmdiff.projects.markov.markov_chains import chains, markov_source
+from mmdiff.projects.markov.markov_sequences import MarkovSequences
 
 CLASSES, STATES, LENGTH = 10, 16, 32  # the null label is CLASSES
 

@@ -5,7 +5,7 @@
     python -m mmdiff sample --config configs/cdcd/music_tokenizer.py --workdir runs/music_tokenizer --given audio=FILE.wav
     python -m mmdiff cache  --config configs/cdcd/music_tokenizer.py --workdir runs/music_tokenizer --out runs/music_tokens
 
-Music of AIST++ and TikTok: --config.data.name=aist (or tiktok) --config.data.dir=DIR, see mmdiff/data/aist.py.
+Music of AIST++ and TikTok: --config.data.name=aist (or tiktok) --config.data.dir=DIR, see mmdiff/projects/dance/aist.py.
 
 It learns from crops of half a second. `cache` encodes every clip once, as `music` beside `motion`, `genre` and `beats`, for
 configs/cdcd/dance_music.py. Jukebox's own codebook is `--config.model.codes=2048 --config.model.code_size=64`; these songs, made from a
@@ -21,15 +21,15 @@ after 750 steps.
 import optax
 from ml_collections import ConfigDict
 
-from mmdiff.data.aist import Segments
-from mmdiff.data.dance import COUNTS, GENRES, RATE, TICK, DanceMusic
-from mmdiff.data.sounds import Waveforms
 from mmdiff.data.sources import Some
-from mmdiff.data.tokens import Recipe
+from mmdiff.data.token_cache import Recipe
 from mmdiff.errors import UserError
-from mmdiff.evals.music import CLASSIFIED, MusicReconstructions
 from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.audio import AudioAutoencoder, audio_loss
+from mmdiff.projects.dance.aist import Segments
+from mmdiff.projects.dance.dance import COUNTS, GENRES, RATE, TICK, DanceMusic
+from mmdiff.projects.dance.music import CLASSIFIED, MusicReconstructions
+from mmdiff.projects.dance.sounds import Waveforms
 
 SPLITS = {"dance_music": tuple(COUNTS), "aist": ("train", "val", "test"), "tiktok": ("train", "test")}
 VALIDATION = {"dance_music": "validation", "aist": "val", "tiktok": "test"}  # TikTok is published without one

@@ -7,7 +7,8 @@
     python -m mmdiff cache  --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer --out tokens/coco
 
 FOLDER holds pictures of 256x256 pixels. config.data.name is imagenet2012, coco_captions, cub200 or folder (one's own pictures in classes,
-as 16x16 tokens); what config.data.dir then holds, and where to get it, says mmdiff/data/pictures.py. name=random makes pictures up and
+as 16x16 tokens); what config.data.dir then holds, and where to get it, says
+mmdiff/data/image_datasets.py. name=random makes pictures up and
 needs nothing.
 
 `cache` encodes every picture once, beside its label or the ids of its captions, for imagenet256_class.py, coco_text.py and
@@ -24,10 +25,10 @@ import functools
 import optax
 from ml_collections import ConfigDict
 
-from mmdiff.data import pictures
+from mmdiff.data import image_datasets
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import Some
-from mmdiff.data.tokens import Recipe
+from mmdiff.data.token_cache import Recipe
 from mmdiff.evals.tokenizer import Reconstructions
 from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.tokenizers import VQAutoencoder, vq_loss
@@ -56,12 +57,12 @@ def get_config():
 
 def build(config):
     data, train = config.data, config.train
-    net = VQAutoencoder(SIZE, SIZE, 3, **(TEXT if data.name in pictures.CAPTIONS else CLASS), **config.model)
+    net = VQAutoencoder(SIZE, SIZE, 3, **(TEXT if data.name in image_datasets.CAPTIONS else CLASS), **config.model)
     # Only `cache` needs the captions.
-    words = functools.cache(lambda: pictures.tokenizer(data.name, data.dir)) if data.name in pictures.CAPTIONS else None
+    words = functools.cache(lambda: image_datasets.tokenizer(data.name, data.dir)) if data.name in image_datasets.CAPTIONS else None
 
     def split(name, words=None):
-        return pictures.open_pictures(data, name, SIZE, words() if words else None)
+        return image_datasets.open_pictures(data, name, SIZE, words() if words else None)
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     modalities = {name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")}

@@ -23,12 +23,12 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data import scenes
 from mmdiff.data.modalities import Texts, TokenImages
-from mmdiff.data.tokens import decoder, maker, token_source
-from mmdiff.evals.scenes import CaptionedScenes
+from mmdiff.data.token_cache import decoder, maker, token_source
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
+from mmdiff.projects.scenes import scenes
+from mmdiff.projects.scenes.captioned_scenes import CaptionedScenes
 from mmdiff.training import optim
 
 GRID, CODES = (8, 8), 128  # of configs/cdcd/scenes_tokenizer.py

@@ -18,12 +18,12 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff.data.modalities import Images
-from mmdiff.data.scenes import COUNTS, Scenes
-from mmdiff.data.tokens import Recipe
-from mmdiff.evals.scenes import ASKED, Judge
+from mmdiff.data.token_cache import Recipe
 from mmdiff.evals.tokenizer import Reconstructions
 from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.tokenizers import VQAutoencoder, vq_loss
+from mmdiff.projects.scenes.captioned_scenes import ASKED, Judge
+from mmdiff.projects.scenes.scenes import COUNTS, Scenes
 
 SIZE = 16
 

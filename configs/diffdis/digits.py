@@ -18,11 +18,12 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data import digits
 from mmdiff.data.modalities import Features, Images, Texts
-from mmdiff.evals.alignment import Aligner, DigitAlignment
+from mmdiff.evals.alignment import Aligner
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Gaussian, Given, Joint, velocity, x0
+from mmdiff.projects.digits import digits
+from mmdiff.projects.digits.digit_alignment import DigitAlignment
 from mmdiff.training import optim
 
 SHAPE = (8, 8, 1)

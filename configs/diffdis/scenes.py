@@ -32,16 +32,16 @@ import optax.contrib
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data import scenes
 from mmdiff.data.modalities import Features, Images, Texts
-from mmdiff.data.towers import Described, Towers
+from mmdiff.data.tower_cache import Described, Towers
 from mmdiff.errors import UserError
 from mmdiff.evals import zeroshot
 from mmdiff.evals.alignment import Aligner
-from mmdiff.evals.scene_alignment import SceneAlignment
-from mmdiff.evals.scenes import CaptionedScenes
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity, x0
+from mmdiff.projects.scenes import scenes
+from mmdiff.projects.scenes.captioned_scenes import CaptionedScenes
+from mmdiff.projects.scenes.scene_alignment import SceneAlignment
 from mmdiff.training import optim
 
 SIZE = 16

@@ -16,14 +16,14 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, times
-from mmdiff.data import scenes
 from mmdiff.data.modalities import Images, Texts
-from mmdiff.data.towers import Recipe
+from mmdiff.data.tower_cache import Recipe
 from mmdiff.errors import UserError
 from mmdiff.evals import zeroshot
-from mmdiff.evals.scene_alignment import SceneTowers
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint
+from mmdiff.projects.scenes import scenes
+from mmdiff.projects.scenes.scene_alignment import SceneTowers
 from mmdiff.training import optim
 
 SIZE = 16

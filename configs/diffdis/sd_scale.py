@@ -15,7 +15,8 @@ tower makes of its caption: the tokens' states (zeros where there is padding), a
     write_latents(folder, "train", batches, {
         "image": Latents(32, 32, 4), "text": Features(768, "text", 77), "query": Features(768, "query", norm=1.0)})
 
-mmdiff.data.pictures reads CC3M-style folders and tar shards; neither the autoencoder nor the tower comes along. config.data.source=random
+mmdiff.data.image_datasets reads CC3M-style folders and tar shards; neither the autoencoder nor the tower comes along.
+config.data.source=random
 makes all three up. Zero-shot classification of the twelve data sets (mmdiff/evals/zeroshot.py) needs both, in a Python file with
 encode_image(images [n, 256, 256, 3] in [-1, 1]) -> latents [n, 32, 32, 4], scaled as in the cache, and encode_text(texts) -> [n, 768].
 

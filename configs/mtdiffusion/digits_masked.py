@@ -13,13 +13,13 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
-from mmdiff.data import features
-from mmdiff.data.digits import digits_source
 from mmdiff.data.masks import masking
 from mmdiff.data.modalities import Images
 from mmdiff.evals.restoration import Restoration
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Addend, Aggregate, Gaussian, Given, Hidden, identity, moving_target, velocity
+from mmdiff.projects.digits import digit_features
+from mmdiff.projects.digits.digits import digits_source
 
 SHAPE = (8, 8, 1)
 
@@ -78,6 +78,6 @@ def build(config):
         draw=sampling.drawer(process, net.apply, shape, drop=("masked", "mask"), heun=True),
         modalities=dict.fromkeys(shape, pictures),
         evaluators=(Restoration(
-            config.patches.size, config.patches.most, features.distance, "digits' features: data.features",
+            config.patches.size, config.patches.most, digit_features.distance, "digits' features",
             draws=config.eval.draws, batch=config.eval.batch),),
     )

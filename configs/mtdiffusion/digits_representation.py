@@ -3,7 +3,7 @@
     python -m mmdiff train --config configs/mtdiffusion/digits_representation.py --workdir runs/digits_representation
     python -m mmdiff eval  --config configs/mtdiffusion/digits_representation.py --workdir runs/digits_representation
 
-The extractor is a small classifier that is trained here and fixed (data.features), in the place of CLIP.
+The extractor is a small classifier that is trained here and fixed (projects.digits.digit_features), in the place of CLIP.
 
 Measured (seed 0, 1,297 training and 500 held-out digits, EMA weights): images drawn for the training images' representations have a cosine
 of 0.974 to them and a Fréchet ratio of 1.75 at guidance 1.5, 0.960 and 1.41 without guidance; drawn together with a representation 0.942
@@ -15,12 +15,12 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
-from mmdiff.data import features
-from mmdiff.data.digits import digits_source
 from mmdiff.data.modalities import Features, Images
 from mmdiff.evals.representation import ImageRepresentation
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, moving_target, velocity
+from mmdiff.projects.digits import digit_features
+from mmdiff.projects.digits.digits import digits_source
 
 SHAPE = (8, 8, 1)
 
@@ -47,9 +47,9 @@ def get_config():
 def build(config):
     model, train = config.model, config.train
     net = nets.MultiTaskDiT(
-        nets.Patches(*SHAPE, model.patch), {"representation": nets.Vector(features.SIZE)},
+        nets.Patches(*SHAPE, model.patch), {"representation": nets.Vector(digit_features.SIZE)},
         depth=model.depth, width=model.width, heads=model.heads, scan=False)
-    encode = features.projection(features.SIZE, SHAPE, 0.85)  # as large as the digits
+    encode = digit_features.projection(digit_features.SIZE, SHAPE, 0.85)  # as large as the digits
     process = Aggregate(
         "image", {"representation": Addend(encode, moving_target(config.kappa))},
         image=Gaussian(schedules.flow(), velocity), representation=Hidden(0.0))
@@ -67,7 +67,7 @@ def build(config):
     }
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"image": SHAPE, "representation": (features.SIZE,)}
+    shape = {"image": SHAPE, "representation": (digit_features.SIZE,)}
     return Experiment(
         process=process,
         init=initialiser(net, process, shape),
@@ -75,11 +75,11 @@ def build(config):
         loss=losses.diffusion(process, net.apply, when, terms),
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
-        train_data=lambda: features.represented(digits_source("train")),
-        validation_data=lambda: features.represented(digits_source("validation")),
-        test_data=lambda: features.represented(digits_source("test")),
+        train_data=lambda: digit_features.represented(digits_source("train")),
+        validation_data=lambda: digit_features.represented(digits_source("validation")),
+        test_data=lambda: digit_features.represented(digits_source("test")),
         shape=shape,
         draw=sampling.drawer(process, net.apply, shape, drop=("representation",), heun=True),
-        modalities={"image": Images(8, 8, 1, levels=17), "representation": Features(features.SIZE)},
-        evaluators=(ImageRepresentation(features.digit_features(), batch=config.eval.batch),),
+        modalities={"image": Images(8, 8, 1, levels=17), "representation": Features(digit_features.SIZE)},
+        evaluators=(ImageRepresentation(digit_features.digit_features(), batch=config.eval.batch),),
     )

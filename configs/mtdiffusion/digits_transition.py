@@ -20,11 +20,11 @@ from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import ClassMaps, Images
-from mmdiff.data.paired import PALETTE, PairedScenes
 from mmdiff.errors import UserError
-from mmdiff.evals.transition import ImageTransition
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, absorbing, moving_target, template, velocity
+from mmdiff.projects.scenes.image_transition import ImageTransition
+from mmdiff.projects.scenes.paired_scenes import PALETTE, PairedScenes
 
 SIZE = 16
 SHAPE = (SIZE, SIZE, 3)

@@ -7,7 +7,7 @@
     python -m mmdiff aot    --config configs/mtdiffusion/imagenet64_label.py --topology v5e:4x4 --config.data.name=random
 
 config.data.name is imagenet2012 (TFDS), folder (one's own copy of it) or random, which makes pictures up and needs nothing; what
-config.data.dir holds says mmdiff/data/pictures.py. FOLDER holds pictures of 64x64 pixels, whose classes the third command names.
+config.data.dir holds says mmdiff/data/image_datasets.py. FOLDER holds pictures of 64x64 pixels, whose classes the third command names.
 
 Of the paper: 0.1 times the head's loss beside that of eps, the network itself as the encoder of labels (here its average, of weights
 and, where it guesses, of embeddings), the head an MLP on its middle (M) or, by config.model.head=output, a classifier on its output
@@ -37,8 +37,8 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
+from mmdiff.data.image_datasets import open_pictures
 from mmdiff.data.modalities import Images, Labels
-from mmdiff.data.pictures import open_pictures
 from mmdiff.data.sources import Some
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Addend, Aggregate, Gaussian, absorbing, eps, moving_target

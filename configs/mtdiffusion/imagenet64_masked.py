@@ -7,7 +7,8 @@
     python -m mmdiff aot    --config configs/mtdiffusion/imagenet64_masked.py --topology v5e:4x4 --config.data.name=random
 
 config.data.name is imagenet2012 (TFDS), folder (one's own pictures in classes, which are not used) or random, which makes pictures up and
-needs nothing; what config.data.dir holds says mmdiff/data/pictures.py. A.npy holds images [n, 64, 64, 3] in [-1, 1] with zeros where they
+needs nothing; what config.data.dir holds says mmdiff/data/image_datasets.py.
+A.npy holds images [n, 64, 64, 3] in [-1, 1] with zeros where they
 are hidden, B.npy [n, 64, 64, 1] is 1 there and 0 elsewhere: ones everywhere draw whole images, as the paper's X does.
 
 Of the paper: up to ten patches of 16x16, hidden as zeros in the masked image, which is encoded by the identity; 0.1 times the loss of its
@@ -28,9 +29,9 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
+from mmdiff.data.image_datasets import open_pictures
 from mmdiff.data.masks import masking
 from mmdiff.data.modalities import Images
-from mmdiff.data.pictures import open_pictures
 from mmdiff.data.sources import Some
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Addend, Aggregate, Gaussian, Given, Hidden, eps, identity, moving_target

@@ -32,11 +32,11 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
-from mmdiff.data.features import projection
 from mmdiff.data.latents import open_source
 from mmdiff.data.modalities import Features, Latents
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, eps, moving_target
+from mmdiff.projects.digits.digit_features import projection
 from mmdiff.training import optim
 
 STEPS = 1000  # of the chain

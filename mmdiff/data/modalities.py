@@ -15,8 +15,8 @@ import numpy as np
 
 from mmdiff.data import files
 from mmdiff.data.arrays import read_array
+from mmdiff.data.bpe import Tokenizer
 from mmdiff.data.files import PICTURES
-from mmdiff.data.text import Tokenizer
 from mmdiff.errors import UserError
 
 # Samplers end a little outside the data's range: such values are clipped, whereas others are a different convention.
@@ -483,7 +483,7 @@ class Texts:
     """Sentences: int32 [n, tokenizer.length], the ids of a tokenizer; a row of padding is an absent text.
 
     Attributes:
-      tokenizer: a `data.text.Tokenizer`.
+      tokenizer: a `data.bpe.Tokenizer`.
       name: the modality's name, which is its key in an `.npz` file.
     """
 

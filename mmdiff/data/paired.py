@@ -1,9 +1,4 @@
-"""Pairs of pictures of one scene, for MT-Diffusion's image transition (Chen et al. 2024, section 5.1): an image and another picture.
-
-Of the digit scenes (`PairedScenes`) the other picture is made here:
-
-    segmentation    what is where: a class for each pixel, 0 the background, 1 to 10 the digits; int32 [n, size, size]
-    night           the same scene at night: a fixed linear map of every pixel's colour, which can be undone
+"""Pairs of images of one scene, for MT-Diffusion's image transition (Chen et al. 2024, section 5.1): an image and another image.
 
 The paper's sets (`Pairs`) lie in a folder, with the splits "train" and "val":
 
@@ -13,7 +8,7 @@ The paper's sets (`Pairs`) lie in a folder, with the splits "train" and "val":
                      2048 x 1024 pixels, and their central square is what is seen, whereas pix2pix squeezes them
     night2day        night: as cityscapes, the night left and the day, which is the image, right
 
-All other pictures, segmentations of the paper's sets among them, are float32 [n, size, size, 3] in [-1, 1].
+All images, segmentations among them, are float32 [n, size, size, 3] in [-1, 1].
 """
 
 from __future__ import annotations
@@ -23,17 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff.data import files, pictures, scenes
+from mmdiff.data import files, image_datasets
 from mmdiff.data.files import PICTURES
 from mmdiff.data.modalities import Images
-from mmdiff.data.sources import RandomSource, Source, check_range, digest, fingerprint
+from mmdiff.data.sources import RandomSource, Source, check_range, digest
 from mmdiff.errors import UserError
 
 OTHER = {"cityscapes": "segmentation", "cityscapes_tfds": "segmentation", "night2day": "night"}  # the name of the other picture
-# The colours of the scenes' classes, background and digits 0 to 9: corners of the cube and middles of its faces, at least 180 apart.
-PALETTE = (
-    (0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255), (0, 255, 255), (255, 255, 255), (255, 128, 128),
-    (0, 128, 128), (128, 128, 255))  # fmt: skip
 # The official colours of Cityscapes' ids 0 to 33; 255 is what its files have for id -1, a licence plate. The ids between do not occur.
 CITYSCAPES = np.zeros((256, 3), np.uint8)
 CITYSCAPES[5:34] = [
@@ -42,50 +33,6 @@ CITYSCAPES[5:34] = [
     [107, 142, 35], [152, 251, 152], [70, 130, 180], [220, 20, 60], [255, 0, 0], [0, 0, 142], [0, 0, 70], [0, 60, 100], [0, 0, 90],
     [0, 0, 110], [0, 80, 100], [0, 0, 230], [119, 11, 32]]
 CITYSCAPES[255] = 0, 0, 142
-# Night's red, green and blue of day's, all in 0..1: the channels change places, darker, and everything turns blue.
-DARKEN = np.array([[0.05, 0.4, 0.05], [0.05, 0.05, 0.45], [0.6, 0.1, 0.1]])
-GLOW = np.array([0.0, 0.0, 0.15])
-
-
-class PairedScenes:
-    """A `Source` of digit scenes with another picture of each: what `Scenes` gives, and `other`.
-
-    Args:
-      split, size, count: as of `Scenes`.
-      other: "segmentation" (a pixel is of the digit's class where the digit covers more than half of it) or "night".
-
-    Raises:
-      UserError: another `other`, or what `Scenes` refuses.
-    """
-
-    def __init__(self, split: str, other: str, size: int = 16, count: int | None = None):
-        if other not in OTHER.values():
-            raise UserError(f"the digit scenes have no picture {other!r} beside the image: choose segmentation or night.")
-        self._scenes, self._other = scenes.Scenes(split, size, count), other
-
-    def __len__(self):
-        return len(self._scenes)
-
-    def take(self, indices):
-        found = self._scenes.take(indices)
-        return {**found, self._other: night(found["image"]) if self._other == "night" else self._classes(indices, found)}
-
-    def fingerprint(self):
-        return digest(len(self), self._other, fingerprint(self._scenes))
-
-    def _classes(self, indices, found):
-        inside = scenes.cover(self._scenes.ink(indices), found, self._scenes.size) > 0.5
-        return np.where(inside, found["digit"][:, None, None] + 1, 0).astype(np.int32)
-
-
-def night(day: np.ndarray) -> np.ndarray:
-    """Day's pictures [..., 3] in [-1, 1] at night: `DARKEN u + GLOW` of every pixel u in 0..1."""
-    return (2 * ((np.asarray(day, np.float64) + 1) / 2 @ DARKEN.T + GLOW) - 1).astype(np.float32)
-
-
-def day(night: np.ndarray) -> np.ndarray:
-    """The inverse of `night`; of what is no night it is outside [-1, 1]."""
-    return (2 * (((np.asarray(night, np.float64) + 1) / 2 - GLOW) @ np.linalg.inv(DARKEN).T) - 1).astype(np.float32)
 
 
 class Pairs:
@@ -112,16 +59,16 @@ class Pairs:
         self._name, self._size = name, size
         if name == "cityscapes_tfds":
             part = {"train": "train", "val": "validation"}[split]
-            self._records = pictures.Tfds("cityscapes", part, folder, ("image_left", "segmentation_label"))
-            self._sound = pictures.Sound(self._records, damaged)
+            self._records = image_datasets.Tfds("cityscapes", part, folder, ("image_left", "segmentation_label"))
+            self._sound = image_datasets.Sound(self._records, damaged)
             return
         if not files.is_folder(folder / split):
             raise UserError(
                 f"there is no folder {folder / split}: unpack pix2pix's {name}.tar.gz (efrosgans.eecs.berkeley.edu/pix2pix/datasets), "
                 "and name the folder in which its train and val are.")
         records = [{"image": path} for path in files.pictures(folder / split)]
-        self._records = pictures.nonempty(records, folder, f"pictures ({', '.join(PICTURES)}) in {folder / split}")
-        self._sound = pictures.Sound(self._records, damaged)
+        self._records = image_datasets.nonempty(records, folder, f"pictures ({', '.join(PICTURES)}) in {folder / split}")
+        self._sound = image_datasets.Sound(self._records, damaged)
 
     def __len__(self):
         return len(self._records)
@@ -139,15 +86,15 @@ class Pairs:
     def _pair(self, record):
         """The image and the other picture, [2, size, size, 3]."""
         if self._name == "cityscapes_tfds":
-            photograph, classes = pictures.decode(record["image_left"]), pictures.decode(record["segmentation_label"], ids=True)
-            colours = CITYSCAPES[np.asarray(pictures.square(classes, self._size, ids=True))]
-            return np.stack([pictures.values(pictures.square(photograph, self._size)), pictures.values(colours)])
-        picture = pictures.decode(record["image"])
+            photograph, classes = image_datasets.decode(record["image_left"]), image_datasets.decode(record["segmentation_label"], ids=True)
+            colours = CITYSCAPES[np.asarray(image_datasets.square(classes, self._size, ids=True))]
+            return np.stack([image_datasets.values(image_datasets.square(photograph, self._size)), image_datasets.values(colours)])
+        picture = image_datasets.decode(record["image"])
         width, height = picture.size
         if width != 2 * height:
             raise UserError(f"{record['image']} has {width} x {height} pixels: a pair is one file with two squares side by side.")
         left, right = (picture.crop((start, 0, start + height, height)) for start in (0, height))
-        pair = np.stack([pictures.values(pictures.square(half, self._size)) for half in (left, right)])
+        pair = np.stack([image_datasets.values(image_datasets.square(half, self._size)) for half in (left, right)])
         return pair[::-1] if self._name == "night2day" else pair
 
 

@@ -125,7 +125,7 @@ def eliminated(
         values = jax.vmap(lambda rows, places: rows[places])(candidates, left)
         total = total + draws * denoising_losses(process, apply, params, own, given, target, values, shape, draws)
         lost = lost | ~jnp.isfinite(total).all(1)
-        if keep == 1:  # as `evals.base.best`
+        if keep == 1:  # as `evals.evaluator.best`
             lost = lost | ((total == total.min(1, keepdims=True)).sum(1) > 1)
         order = jax.lax.top_k(-total, keep)[1]
         left, total = (jnp.take_along_axis(array, order, axis=1) for array in (left, total))

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mmdiff.evals import pictures
-from mmdiff.evals.base import Findings, Picture, say
+from mmdiff.evals import plots
+from mmdiff.evals.evaluator import Findings, Picture, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Calls:
                     x.append(steps)
                     y.append(found.figures[name])
         charts = {
-            f"{name.replace('_', ' ')} against steps": Picture(pictures.lines(curves[name]), f"Guidance {guidance:g}; {first.notes[name]}.")
+            f"{name.replace('_', ' ')} against steps": Picture(plots.lines(curves[name]), f"Guidance {guidance:g}; {first.notes[name]}.")
             for name in self.names
         }
         return Findings(figures, notes, charts, {"steps_compared": list(self.steps), "samplers_compared": ["default", *self.draws]})

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from mmdiff.evals import classifiers
-from mmdiff.evals import pictures as drawings
+from mmdiff.evals import plots as drawings
 from mmdiff.evals.accuracy import accuracy, confusion
-from mmdiff.evals.base import Picture
+from mmdiff.evals.evaluator import Picture
 from mmdiff.evals.frechet import frechet_ratio
 
 

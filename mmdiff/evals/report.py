@@ -20,8 +20,8 @@ import jax
 from mmdiff import config as configs
 from mmdiff.data import files
 from mmdiff.errors import UserError
-from mmdiff.evals import pictures
-from mmdiff.evals.base import Findings
+from mmdiff.evals import plots
+from mmdiff.evals.evaluator import Findings
 from mmdiff.training import checkpoints
 
 PACKAGES = ("mmdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "tensorflow-datasets")
@@ -183,7 +183,7 @@ def _charts(path: pathlib.Path) -> Iterator[str]:
         if name != "train_seconds" and any(curve[1]):  # what is always zero needs no picture
             groups.setdefault(name.removeprefix("val/").partition("/")[0], {})[name] = curve
     for group, curves in sorted(groups.items(), key=lambda item: item[0] != "loss"):  # the loss comes first
-        chart = pictures.lines(curves)
+        chart = plots.lines(curves)
         if chart:
             yield _figure(group.replace("_", " "), chart, "")
 

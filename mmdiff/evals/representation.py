@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.data.sources import whole
-from mmdiff.evals import classifiers, pictures
+from mmdiff.evals import classifiers, plots
 from mmdiff.evals.accuracy import accuracy, posterior
-from mmdiff.evals.base import Clock, Findings, Picture, draw_samples, example_keys, in_batches, states
+from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples, example_keys, in_batches, states
 from mmdiff.evals.frechet import frechet_ratio
 
 NAME = "representation"
@@ -74,11 +74,11 @@ class ImageRepresentation:
             notes={name: note for name, note in self._notes(count, len(test["image"])).items() if name in figures},
             pictures={
                 "Representation to image": Picture(
-                    pictures.grid(show(rows), 10, rows=list("abcde")),
+                    plots.grid(show(rows), 10, rows=list("abcde")),
                     f"a: the real images whose representations are given to b ({sampler}) and c (without guidance); d: drawn together with "
                     "a representation; e: without any."),
                 "From noise to image": Picture(
-                    pictures.grid(show(chain), 10),
+                    plots.grid(show(chain), 10),
                     f"States of ten walks with held-out representations, from noise, above, to the image; {sampler}."),
             },
             settings={

@@ -11,8 +11,8 @@ import numpy as np
 
 from mmdiff.data import masks
 from mmdiff.data.sources import whole
-from mmdiff.evals import pictures
-from mmdiff.evals.base import Clock, Findings, Picture, draw_samples, example_keys, states
+from mmdiff.evals import plots
+from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples, example_keys, states
 from mmdiff.evals.frechet import frechet_ratio
 
 
@@ -85,15 +85,15 @@ class Restoration:
         sampler, show = f"{steps} steps, guidance {guidance:g}", modality.show
         result = {
             f"{count} hidden patches": Picture(
-                pictures.grid(show(np.concatenate([array[:10] for array in arrays])), 10, rows=list("abcde")),
+                plots.grid(show(np.concatenate([array[:10] for array in arrays])), 10, rows=list("abcde")),
                 f"a: real, held out; b: what the model is given; c: drawn, {sampler}; d: drawn, the seen pixels copied in; e: linear "
                 f"regression. Trained with at most {self.most} patches, or everything hidden.")
             for count, arrays in shown.items()
         } | {
             "From noise to image": Picture(
-                pictures.grid(show(chain), 10),
+                plots.grid(show(chain), 10),
                 f"States of ten walks with {self.counts[-1]} hidden patches, from noise, above, to the image; {sampler}."),
-            "Drawn from nothing": Picture(pictures.grid(show(whole_images[:50]), 10), f"Everything hidden; {sampler}; the first fifty."),
+            "Drawn from nothing": Picture(plots.grid(show(whole_images[:50]), 10), f"Everything hidden; {sampler}; the first fifty."),
         }  # fmt: skip
         return Findings(figures=figures, notes=self._notes(len(test), len(train)), pictures=result, settings={
             "sample_steps": steps, "guidance": guidance, "patch_size": self.size, "draws": self.draws, "test_images": len(test),

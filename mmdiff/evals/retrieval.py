@@ -20,7 +20,7 @@ import numpy as np
 from mmdiff import sampling
 from mmdiff.contrastive import l2_normalize
 from mmdiff.errors import UserError
-from mmdiff.evals.base import finite
+from mmdiff.evals.evaluator import finite
 from mmdiff.processes.base import Joint, fold
 
 

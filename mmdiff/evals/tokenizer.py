@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from mmdiff.data.sources import whole
-from mmdiff.data.tokens import by_parts, part_of
-from mmdiff.evals import pictures
-from mmdiff.evals.base import Clock, Findings, Picture
+from mmdiff.data.token_cache import by_parts, part_of
+from mmdiff.evals import plots
+from mmdiff.evals.evaluator import Clock, Findings, Picture
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.nets.tokenizers import VQAutoencoder, usage
 
@@ -23,7 +23,7 @@ class Reconstructions:
 
     Attributes:
       net: the network.
-      judge: `() -> judge`, and `judge(images) -> {name: values [n]}` reads what the source says of its pictures (`evals.scenes.Judge`);
+      judge: `() -> judge`, and `judge(images) -> {name: values [n]}` reads what the source says of its pictures (`captioned_scenes.Judge`);
         then it is measured whether the reconstructions still show it.
       all_of: the names that must be right together for `reading_correctness`.
       image: the pictures' entry in the source.
@@ -100,4 +100,4 @@ class Reconstructions:
         count = min(len(real), columns * lines) // columns * columns or len(real)
         pairs = [part[:count].reshape(-1, min(columns, count), *part.shape[1:]) for part in (real, images)]
         rows = np.stack(pairs, 1).reshape(-1, *real.shape[1:])
-        return pictures.grid(np.rint((rows + 1) * 127.5).astype(np.uint8), min(columns, count))
+        return plots.grid(np.rint((rows + 1) * 127.5).astype(np.uint8), min(columns, count))

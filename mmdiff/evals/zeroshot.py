@@ -8,8 +8,8 @@
     eurosat/rgb (all)         27,000     top-1                     sun397/standard-part1-120k      19,850     top-1
     (fgvc_aircraft)            3,333     mean per class            imagenet2012 (validation)       50,000     top-1
 
-of the test sets where nothing else is said. FGVC-Aircraft is not in TFDS, so its official archive is read; mmdiff/data/pictures.py says
-what lies where.
+of the test sets where nothing else is said. FGVC-Aircraft is not in TFDS, so its official archive is read;
+mmdiff/data/image_datasets.py says what lies where.
 
 The prompts are our own, fewer than CLIP's (18 for the CIFARs, 34 for Caltech101, 80 for ImageNet, ...), and so are the classes' names,
 those of TFDS in plain words: figures are comparable with each other, less so with published ones. A file DATA_DIR/SET/classes.txt,
@@ -37,11 +37,11 @@ import jax
 import numpy as np
 
 from mmdiff.data import files
-from mmdiff.data.pictures import Absent, Pictures
+from mmdiff.data.image_datasets import Absent, Pictures
 from mmdiff.data.sources import Some, Source
 from mmdiff.errors import UserError
 from mmdiff.evals.accuracy import accuracy
-from mmdiff.evals.base import Clock, Findings, best, example_keys, say
+from mmdiff.evals.evaluator import Clock, Findings, best, example_keys, say
 from mmdiff.evals.retrieval import class_vectors, mean_per_class, scores
 
 CLASSES = "classes.txt"
@@ -126,9 +126,9 @@ class ZeroShot:
         if not sources:
             raise UserError(
                 f"none of the data sets {', '.join(self.names)} can be classified: in {self.data_dir} they are missing or have no names of "
-                "their classes (mmdiff/data/pictures.py and mmdiff/evals/zeroshot.py say what lies where).")
+                "their classes (mmdiff/data/image_datasets.py and mmdiff/evals/zeroshot.py say what lies where).")
         if not_run:
-            say(f"not run for want of data or names (data/pictures.py, evals/zeroshot.py say what lies where): {', '.join(not_run)}")
+            say(f"not run for want of data or names (data/image_datasets.py, evals/zeroshot.py say what lies where): {', '.join(not_run)}")
         for name, (source, names) in sources.items():
             clock.start(name, f"naming {len(source):,} pictures of {name}, {len(names)} classes")
             predicted, true = self._named(params, key, source, self._classes(params, names, TASKS[name].templates))
@@ -187,7 +187,7 @@ def asked(options: Any, see: Callable, read: Callable, size: int) -> tuple[ZeroS
     if not pathlib.Path(folder).expanduser().is_dir():
         raise UserError(
             f"there is no folder {folder}: name the one with the zero-shot data sets, --zeroshot-dir DIR (config.eval.zeroshot_dir; "
-            "mmdiff/data/pictures.py says what is in it).")
+            "mmdiff/data/image_datasets.py says what is in it).")
     return (ZeroShot(see, read, folder, size, batch=options.batch, names=names),)
 
 

@@ -20,17 +20,18 @@ import pytest
 import soundfile
 from PIL import Image, TiffImagePlugin
 
-from mmdiff.data import aist, arrays, captions, files, text
+from mmdiff.data import arrays, bpe, captions, files
+from mmdiff.data.image_datasets import Pictures, tokenizer
 from mmdiff.data.latents import LatentSource
 from mmdiff.data.modalities import ClassMaps, Features, Images, Labels, Latents, Sequences, Texts, TokenImages
-from mmdiff.data.pictures import Pictures, tokenizer
-from mmdiff.data.sounds import Motion, TokenAudio, Waveforms
-from mmdiff.data.tokens import read_meta
-from mmdiff.data.towers import words
+from mmdiff.data.token_cache import read_meta
+from mmdiff.data.tower_cache import words
 from mmdiff.errors import UserError
 from mmdiff.evals.zeroshot import class_names
+from mmdiff.projects.dance import aist
+from mmdiff.projects.dance.sounds import Motion, TokenAudio, Waveforms
 
-WORDS = text.train(["a red square", "a dog"], 8, 300)
+WORDS = bpe.train(["a red square", "a dog"], 8, 300)
 
 
 def refusal(call, *args):
@@ -428,12 +429,12 @@ def test_as_many_captions_as_the_picture_with_the_most(tmp_path):
 ])  # fmt: skip
 def test_what_is_no_tokenizer(content, tmp_path):
     (tmp_path / "words.json").write_bytes(content)
-    assert "words.json" in refusal(text.read, tmp_path / "words.json")
+    assert "words.json" in refusal(bpe.read, tmp_path / "words.json")
 
 
 def test_a_tokenizer_comes_back(tmp_path):
     files.write_json(tmp_path / "words.json", dataclasses.asdict(WORDS))
-    assert text.read(tmp_path / "words.json") == WORDS
+    assert bpe.read(tmp_path / "words.json") == WORDS
 
 
 # ---------------------------------------------------------------------------------------------------------------------- tar files

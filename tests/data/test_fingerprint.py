@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import small_sets
 
-from mmdiff.data.dance import DanceMusic
+from mmdiff.data.image_datasets import Pictures
 from mmdiff.data.latents import LatentSource, write_latents
 from mmdiff.data.modalities import Labels, Latents
 from mmdiff.data.negatives import WithNegatives
-from mmdiff.data.pictures import Pictures
-from mmdiff.data.scenes import Scenes
 from mmdiff.data.sources import HASHED, ArraySource, RandomSource, Some, digest, fingerprint
+from mmdiff.projects.dance.dance import DanceMusic
+from mmdiff.projects.scenes.scenes import Scenes
 
 X, Y = np.arange(24, dtype=np.float32).reshape(6, 4), np.arange(6, dtype=np.int32)
 

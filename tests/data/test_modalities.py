@@ -5,12 +5,12 @@ import pytest
 import soundfile
 from PIL import Image
 
-from mmdiff.data import aist
-from mmdiff.data.dance import PARENTS, DanceMusic
 from mmdiff.data.modalities import ClassMaps, Features, Images, Labels, Latents, Sequences, TokenImages
-from mmdiff.data.sounds import Motion, TokenAudio, Waveforms
 from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
+from mmdiff.projects.dance import aist
+from mmdiff.projects.dance.dance import PARENTS, DanceMusic
+from mmdiff.projects.dance.sounds import Motion, TokenAudio, Waveforms
 
 IMAGES = Images(8, 8, 1, levels=17)
 COLOUR = Images(4, 6, 3)

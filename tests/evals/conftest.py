@@ -1,6 +1,6 @@
 import pytest
 
-from mmdiff.data.digits import digits_source
+from mmdiff.projects.digits.digits import digits_source
 
 
 @pytest.fixture(scope="session")

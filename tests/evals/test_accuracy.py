@@ -5,7 +5,7 @@ import pytest
 
 from mmdiff import schedules
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, eliminated, posterior
-from mmdiff.evals.base import example_keys, in_batches
+from mmdiff.evals.evaluator import example_keys, in_batches
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, velocity
 
 CLASSES, SIZE = 4, 6

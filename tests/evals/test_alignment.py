@@ -9,7 +9,7 @@ import pytest
 
 from mmdiff import nets, schedules
 from mmdiff.evals import alignment
-from mmdiff.evals.base import costs, example_keys
+from mmdiff.evals.evaluator import costs, example_keys
 from mmdiff.processes import Gaussian, x0
 
 SHAPE, D, N = (4, 4, 1), 6, 5

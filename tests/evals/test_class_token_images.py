@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from mmdiff import schedules
-from mmdiff.data.digits import digits_tokens
 from mmdiff.data.modalities import Labels, TokenImages
 from mmdiff.data.sources import ArraySource, whole
 from mmdiff.evals.calls import Calls
-from mmdiff.evals.tokens import ClassTokenImages, by_class, held_out_bits, independent_bits, raster_markov_bits
+from mmdiff.evals.class_token_images import ClassTokenImages, by_class, held_out_bits, independent_bits, raster_markov_bits
 from mmdiff.experiment import Experiment
 from mmdiff.processes import Given, Joint, MaskReplace, absorbing
+from mmdiff.projects.digits.digits import digits_tokens
 
 CONFIG = types.SimpleNamespace(sample=types.SimpleNamespace(steps=4, guidance=1.5))
 SPACED = ("conditional_agreement", "classification_accuracy_score", "frechet_ratio")

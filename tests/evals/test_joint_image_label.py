@@ -13,10 +13,10 @@ from mmdiff import schedules
 from mmdiff.data.modalities import Images, Labels
 from mmdiff.data.sources import whole
 from mmdiff.errors import UserError
-from mmdiff.evals import pictures, report
-from mmdiff.evals.base import Findings, Picture
+from mmdiff.evals import plots, report
 from mmdiff.evals.conditional import labels_to_ask
-from mmdiff.evals.digits import JointImageLabel
+from mmdiff.evals.evaluator import Findings, Picture
+from mmdiff.evals.joint_image_label import JointImageLabel
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
 
 FIGURES = {
@@ -133,7 +133,7 @@ def test_report(findings, tmp_path):
     write_metrics(tmp_path)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
         writer.save(tmp_path / "checkpoints/500/meta", {"train_seconds": 321.5, "position": 643000, "metrics": {}})
-    drawing = Picture(pictures.matrix(np.eye(2, dtype=int), "ab", "x", "y"), "c & d")
+    drawing = Picture(plots.matrix(np.eye(2, dtype=int), "ab", "x", "y"), "c & d")
     odd = Findings(figures={"odd": float("nan")}, pictures={"a <b>": drawing})
     json_path, html_path = report.write(tmp_path, MEASURED, config(), [findings, odd], 500)
     found = json.loads(json_path.read_text())
@@ -175,7 +175,7 @@ ODD = [([1, 2], [3, 3]), ([5], [0.1]), (range(5000), np.linspace(1, 1e-5, 5000))
 
 @pytest.mark.parametrize("curve", ODD)
 def test_charts_of_odd_curves(curve):
-    chart = pictures.lines({"loss": curve})
+    chart = plots.lines({"loss": curve})
     assert "nan" not in chart and chart.count("<svg") == np.isfinite(np.asarray(curve[1])).any()
 
 

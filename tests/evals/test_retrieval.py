@@ -11,7 +11,7 @@ from mmdiff import schedules
 from mmdiff.errors import UserError
 from mmdiff.evals import retrieval
 from mmdiff.evals.accuracy import accuracy, confusion, eliminated
-from mmdiff.evals.base import best, example_keys, in_batches
+from mmdiff.evals.evaluator import best, example_keys, in_batches
 from mmdiff.processes import Gaussian, Given, Joint
 from mmdiff.processes.gaussian import x0
 

@@ -12,7 +12,7 @@ import pytest
 from mmdiff import contrastive, losses, sampling, schedules, times
 from mmdiff.evals import retrieval
 from mmdiff.evals.accuracy import denoising_losses
-from mmdiff.evals.base import example_keys
+from mmdiff.evals.evaluator import example_keys
 from mmdiff.processes import Gaussian, Given, Joint, Noised
 from mmdiff.processes.gaussian import eps, v, velocity, x0
 from mmdiff.training import sharding

@@ -1,0 +1,456 @@
+"""Sets of pictures with their labels or captions: ImageNet, COCO, CUB-200, the sets of zero-shot classification, or one's own.
+
+    imagenet2012     TFDS, prepared as array_record in the folder: label (1,000 classes)
+    coco_captions    TFDS, the same, "coco_captions/2014": 5 captions each (the few that have more lose the rest)
+    cub200           a folder: 10 captions each, and the label; the classes of the two splits differ (Reed et al. 2016)
+                         CUB_200_2011/images/CLASS/NAME.jpg            the official archive
+                         text_c10/CLASS/NAME.txt                       a caption on every line
+                         trainvalclasses.txt, testclasses.txt          a CLASS on every line: 150 and 50
+    fgvc_aircraft    a folder with the official archive, fgvc-aircraft-2013b/data: label (100 variants)
+    cifar10, cifar100, caltech101, dtd, eurosat, oxford_flowers102, food101, oxford_iiit_pet, cars196, sun397
+                     TFDS, the same: label; "eurosat/rgb", and of SUN397 "standard-part1-120k", the first of the published partitions
+    folder           one's own: train/CLASS/NAME.jpg and val/CLASS/NAME.jpg (or another format): label, the classes in the order of names
+    captioned        one's own, or what img2dataset writes of CC3M: in train and val, each with a caption of its own,
+                         00000.tar, ...                    NAME.jpg beside NAME.txt, or a NAME.json with "caption" (WebDataset); or
+                         captions.tsv                      FILE, a tab and its caption on every line; or
+                         NAME.jpg, FOLDER/NAME.jpg, ...    beside NAME.txt, or a NAME.json with "caption"
+                     A "caption" that is a list of texts is several. Of each picture as many are used as the one with the most has, up to 10
+                     A caption without words is an error
+
+Folders are read with all that lies below, in the order of names; hidden and system names (.ipynb_checkpoints, __MACOSX, ._0.png, Thumbs.db)
+are left out. What else a file of them can be, and how a picture of any kind becomes values, says `data.files`.
+
+The splits are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 pictures; TFDS calls its parts val,
+restval and test), of CUB-200 the test classes, of EuroSAT all (it is published without splits, and has no "train"), else the test set.
+
+A damaged picture ends the run with a sentence that names it. Where config.data.damaged is above 0, that share of the pictures may be: each
+is named in the log, and the next sound one stands in its place.
+
+A picture's central square, shrunk or enlarged, is what is seen of it, in training as in evaluation. The released CDCD crops at random
+in training; here every picture is encoded once. Pictures are upright (EXIF) and, where transparent, on white.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+import pathlib
+import threading
+import unicodedata
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from mmdiff.data import bpe, captions, files
+from mmdiff.data.files import PICTURES, FileError
+from mmdiff.data.modalities import Images, Labels
+from mmdiff.data.sources import RandomSource, Source, check_range, digest, sizes
+from mmdiff.errors import UserError
+
+log = logging.getLogger(__name__)
+CAPTIONS = {"coco_captions": 5, "cub200": 10, "captioned": None}  # of a picture; None is as many as the one with the most has
+SPLITS = {
+    "imagenet2012": {"train": "train", "val": "validation"},
+    "coco_captions": {"train": "train", "val": "val+restval+test"},
+    "cub200": {"train": "trainvalclasses.txt", "val": "testclasses.txt"},
+    "folder": {"train": "train", "val": "val"},
+    "captioned": {"train": "train", "val": "val"},
+    "eurosat": {"val": "train"},
+    "fgvc_aircraft": {"train": "trainval", "val": "test"},
+    "food101": {"train": "train", "val": "validation"},
+} | {
+    name: {"train": "train", "val": "test"}
+    for name in ("cifar10", "cifar100", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "cars196", "sun397")
+}
+BUILDERS = {  # of TFDS, where a set has several
+    "coco_captions": "coco_captions/2014",
+    "cityscapes": "cityscapes/semantic_segmentation",
+    "eurosat": "eurosat/rgb",
+    "sun397": "sun397/standard-part1-120k",
+}
+VOCABULARY = 49408  # CLIP's
+BY_HAND = {  # what TFDS cannot download
+    "imagenet2012": "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org",
+    "cityscapes": "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com",
+}
+PREPARE = (
+    "python -c \"import tensorflow_datasets as tfds; tfds.builder('{}', data_dir='{}', file_format='array_record').download_and_prepare()\""
+)
+NEAREST = 100  # pictures after a damaged one that may take its place
+
+
+class Absent(UserError):
+    """Data that are not there at all."""
+
+
+class Records(Protocol):
+    """Pictures as they are stored. `names` are those of the classes, by label; `captions` how many the picture with the most has."""
+
+    names: Sequence[str]
+    captions: int
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def identity(self) -> Any:
+        """What tells these pictures from others, as JSON values, wherever they lie."""
+
+    def get(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Of each "image", a file's path or content or a `Member`, and "label" (int) or "captions" (strings), or both."""
+
+
+class Pictures:
+    """A `Source` of one split of a set: image float32 [n, size, size, 3] in [-1, 1], and label int32 [n] where there are classes.
+
+    Args:
+      name, split: of the set, as above.
+      data_dir: its folder; of a TFDS set, where TFDS keeps data sets.
+      size: the side of a picture.
+      words: what encodes the captions; then text is int32 [n, captions, length]. A picture with fewer captions repeats its own.
+      damaged: the share of the pictures that may be damaged, and are then left out; see above.
+
+    Attributes:
+      names: of the classes, as they are stored, by label; none where there are no classes.
+
+    Raises:
+      UserError: an unknown set or split, data that are not there, and what to do about it; from `take`, a damaged picture.
+    """
+
+    def __init__(
+        self, name: str, split: str, data_dir: str | os.PathLike, size: int = 256, words: bpe.Tokenizer | None = None, damaged: float = 0.0
+    ):
+        self._records, self._size, self._words = _records(name, split, data_dir), size, words
+        self._sound, self.names = Sound(self._records, damaged), tuple(self._records.names)
+        self._captions = CAPTIONS.get(name) or self._records.captions
+
+    def __len__(self):
+        return len(self._records)
+
+    def take(self, indices):
+        indices = np.asarray(indices, np.int64)
+        check_range(indices, len(self))
+        records, images = self._sound.read(indices.tolist(), lambda record: values(square(decode(record["image"]), self._size)))
+        found = {"image": np.stack(images) if images else np.zeros((0, self._size, self._size, 3), np.float32)}
+        if all("label" in record for record in records):
+            found["label"] = np.array([record["label"] for record in records], np.int32)
+        if self._words:
+            said = [itertools.islice(itertools.cycle(record["captions"]), self._captions) for record in records]
+            ids = self._words.encode(list(itertools.chain.from_iterable(said)))
+            found["text"] = ids.reshape(len(records), self._captions, self._words.length)
+        return found
+
+    def fingerprint(self):
+        return digest(len(self), list(self.names), self._records.identity())
+
+
+def open_pictures(data: Any, split: str, size: int, words: bpe.Tokenizer | None = None) -> Source:
+    """What a config's `data` section names: {"name": SET, "dir": FOLDER}, or made-up pictures of 1,000 classes by {"name": "random"}.
+
+    Raises:
+      UserError: no folder, or what `Pictures` refuses.
+    """
+    if data.name == "random":
+        return RandomSource({"image": Images(size, size, 3), "label": Labels(1000)}, 1_000_000 if split == "train" else 1024)
+    return Pictures(data.name, split, data.dir, size, words, data.get("damaged", 0.0))
+
+
+def tokenizer(name: str, data_dir: str | os.PathLike, length: int = 77, size: int = VOCABULARY) -> bpe.Tokenizer:
+    """The tokenizer of a set's captions, trained on those of its training pictures, of at most `size` ids.
+
+    Raises:
+      UserError: a set without captions, or what `Pictures` refuses.
+    """
+    if name not in CAPTIONS:
+        raise UserError(f"the pictures of {name} have no captions: choose one of {', '.join(CAPTIONS)}.")
+    records = _records(name, "train", data_dir)
+    parts = (records.get(range(start, min(start + 1000, len(records)))) for start in range(0, len(records), 1000))
+    count = CAPTIONS[name] or records.captions
+    said = itertools.chain.from_iterable(record["captions"][:count] for part in parts for record in part)
+    return bpe.train(said, length, size)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the sets
+
+
+def _records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
+    if name not in SPLITS:
+        raise UserError(f"there is no set of pictures {name!r}: set config.data.name to {', '.join(SPLITS)} or random.")
+    if split not in SPLITS[name]:
+        raise UserError(f"the set {name} has no split {split!r}: choose one of {', '.join(SPLITS[name])}.")
+    if not data_dir:
+        raise UserError(f"config.data.dir is empty: name the folder of the set {name} (mmdiff/data/image_datasets.py says what is in it).")
+    folder, part = files.expand(data_dir), SPLITS[name][split]
+    readers = {"cub200": _cub200, "fgvc_aircraft": _aircraft, "folder": _folder, "captioned": _captioned}
+    return readers[name](folder, part) if name in readers else Tfds(name, part, folder)
+
+
+class Tfds:
+    """The `Records` of a TFDS data set that somebody has prepared as array_record. Neither its code nor TensorFlow is imported.
+
+    `images` names the entries that are pictures, and that a record has as they are stored.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: pathlib.Path, images: Sequence[str] = ("image",)):
+        import tensorflow_datasets as tfds
+
+        full = BUILDERS.get(name, name)
+        versions = [path.parent for path in (data_dir / full).glob("*/dataset_info.json")]
+        command = PREPARE.format(full, data_dir)
+        if not versions:
+            first = f"put {BY_HAND.get(name)} into {data_dir}/downloads/manual, then run "
+            what = first if name in BY_HAND else "download and prepare it with "
+            raise Absent(f"there is no TFDS data set {full} in {data_dir}: {what}{command}")
+        self._images, self.captions = images, CAPTIONS.get(name) or 0
+        newest = max(versions, key=lambda path: [int(part) if part.isdecimal() else -1 for part in path.name.split(".")])
+        try:
+            builder = tfds.builder_from_directory(str(newest))
+            features = dict(builder.info.features.items())
+            pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+            self._source = builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in pictures})
+        except (NotImplementedError, ValueError, OSError, KeyError) as error:
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{newest} cannot be read ({what}): prepare it anew, with {command}") from error
+        self._identity = [full, newest.name, split]
+        self.names = features["label"].names if isinstance(features.get("label"), tfds.features.ClassLabel) else ()
+
+    def __len__(self):
+        return len(self._source)
+
+    def identity(self):
+        return self._identity
+
+    def get(self, indices):
+        try:
+            examples = self._source.__getitems__(list(indices))
+        except Exception as error:  # whatever a damaged record makes TFDS and ArrayRecord raise
+            what = (str(error).splitlines() or [type(error).__name__])[0][:100]
+            raise UserError(f"{'/'.join(self._identity)} has a record that cannot be read ({what}): prepare it anew.") from error
+        return [
+            {image: Stored(bytes(example[image]), i, self._identity) for image in self._images} | _said(example)
+            for i, example in zip(indices, examples)
+        ]
+
+
+def _said(example: dict[str, Any]) -> dict[str, Any]:
+    """What a TFDS example says of its picture."""
+    if "label" in example:
+        return {"label": int(example["label"])}
+    if "captions" in example:
+        return {"captions": [files.decode(caption, "a caption of the data set") for caption in example["captions"]["text"]]}
+    return {}
+
+
+class Stored(NamedTuple):
+    """A picture in a TFDS data set: its content, and where it stands."""
+
+    content: bytes
+    index: int
+    place: Sequence[str]
+
+    def read(self) -> bytes:
+        """The content."""
+        return self.content
+
+    def __str__(self):
+        return f"picture {self.index} of {'/'.join(self.place[:2])}, {self.place[2]},"
+
+
+class Files:
+    """`Records` in memory, of pictures in the files of a folder."""
+
+    def __init__(self, records: Sequence[dict[str, Any]], folder: pathlib.Path, names: Sequence[str] = ()):
+        self._all, self._folder, self.names = records, folder, names
+        self.captions = min(max((len(record.get("captions", ())) for record in records), default=0), captions.MOST)
+
+    def __len__(self):
+        return len(self._all)
+
+    def identity(self):
+        said = [[record.get("label"), record.get("captions")] for record in self._all]
+        return [said, sizes([record["image"] for record in self._all], self._folder)]
+
+    def get(self, indices):
+        return [self._all[i] for i in indices]
+
+
+def _cub200(folder: pathlib.Path, classes: str) -> Files:
+    images, texts, listed = folder / "CUB_200_2011/images", folder / "text_c10", folder / classes
+    for path, source in ((images, "the official archive CUB_200_2011.tgz"), (texts, "the captions"), (listed, "the list of classes")):
+        if not os.path.lexists(path):
+            raise UserError(
+                f"{path} does not exist: unpack {source} into {folder}. CUB-200-2011 is published by Caltech (data.caltech.edu), captions "
+                "and lists by Reed et al. 2016 (github.com/reedscot/cvpr2016, cvpr2016_cub.tar.gz)."
+            )
+    numbers = {name: i for i, name in enumerate(files.folders(images))}
+    records = []
+    for name in files.read_names(listed):
+        if name not in numbers:
+            raise UserError(f"{listed} names the class {name!r}, but {images} has no such folder.")
+        for path in _of_class(images / name):
+            beside = texts / name / f"{path.stem}.txt"
+            try:
+                said = [line.strip() for line in files.read_lines(beside) if line.strip()]
+            except FileError as error:
+                raise UserError(f"the captions {beside} of {path} cannot be read ({error.reason}): unpack them again.") from error
+            if not said:
+                raise UserError(f"{beside} holds no captions: unpack it again.")
+            records.append({"image": path, "label": numbers[name], "captions": said})
+    return nonempty(records, folder, f"pictures of the classes in {listed}", list(numbers))
+
+
+def _aircraft(folder: pathlib.Path, split: str) -> Files:
+    data = folder / "fgvc-aircraft-2013b/data"
+    variants, listed = data / "variants.txt", data / f"images_variant_{split}.txt"
+    for path in (variants, listed):
+        if not os.path.lexists(path):
+            source = "fgvc-aircraft-2013b.tar.gz (robots.ox.ac.uk/~vgg/data/fgvc-aircraft)"
+            raise Absent(f"{path} does not exist: unpack {source} into {folder}.")
+    numbers = {name: i for i, name in enumerate(files.read_names(variants))}
+    records = []
+    for line in files.read_names(listed):
+        number, _, name = line.partition(" ")
+        if name not in numbers:
+            raise UserError(f"{listed} names the variant {name!r}, but {variants} has none of that name.")
+        records.append({"image": data / f"images/{number}.jpg", "label": numbers[name]})
+    return nonempty(records, folder, f"pictures in {listed}", list(numbers))
+
+
+def _folder(folder: pathlib.Path, split: str) -> Files:
+    for part in dict.fromkeys(("train", split)):
+        if not files.is_folder(folder / part):
+            raise UserError(f"there is no folder {folder / part}: pictures lie in {folder}/train/CLASS and {folder}/val/CLASS.")
+        if loose := files.pictures(folder / part, below=False):
+            raise UserError(f"{loose[0]} is in no folder of a class: move it to {folder / part}/CLASS, or remove it.")
+    numbers = {name: i for i, name in enumerate(files.folders(folder / "train"))}
+    alike: dict[str, str] = {}
+    for name in numbers:
+        if (other := alike.setdefault(unicodedata.normalize("NFC", name), name)) is not name:
+            written = " and ".join(map(ascii, (other, name)))
+            raise UserError(f"{folder / 'train'} has two classes that read {name}, by other characters ({written}): make them one.")
+    records = []
+    for name in files.folders(folder / split):
+        if name not in numbers:
+            raise UserError(f"{folder / split} has a class {name!r}, but {folder / 'train'} has none of that name.")
+        records += [{"image": path, "label": numbers[name]} for path in _of_class(folder / split / name)]
+    return nonempty(records, folder, f"pictures ({', '.join(PICTURES)}) in the folders of {folder / split}", list(numbers))
+
+
+def nonempty(records: Sequence[dict[str, Any]], folder: pathlib.Path, what: str, names: Sequence[str] = ()) -> Files:
+    """`Files` of the records of a folder, or a UserError: there are none of `what`."""
+    if not records:
+        raise UserError(f"there are no {what}.")
+    return Files(records, folder, names)
+
+
+def _of_class(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The pictures of a class."""
+    if not (found := files.pictures(folder)):
+        raise UserError(f"the class {folder.name!r} has no pictures ({', '.join(PICTURES)}) in {folder}: add some, or remove the folder.")
+    return found
+
+
+def _captioned(folder: pathlib.Path, split: str) -> Records:
+    folder = folder / split
+    if not files.is_folder(folder):
+        raise UserError(f"there is no folder {folder}: pictures with captions lie in {folder.parent}/train and {folder.parent}/val.")
+    shards, listed = files.matching(folder, (".tar",), below=False), folder / "captions.tsv"
+    loose = files.pictures(folder, below=not shards and not os.path.lexists(listed))
+    if shards:
+        if loose or os.path.lexists(listed):
+            other = loose[0] if loose else listed
+            raise UserError(f"{folder} holds tar files and {other.name}: choose one of both, and move the other elsewhere.")
+        return captions.Shards(shards)
+    if os.path.lexists(listed):
+        records = []
+        for number, line in enumerate(files.read_lines(listed), 1):
+            name, tab, caption = line.partition("\t")
+            if not tab:
+                raise UserError(f"line {number} of {listed} has no tab: it is a picture's file, a tab and its caption.")
+            records.append({"image": folder / name, "captions": [captions.caption(caption, f"line {number} of {listed}")]})
+        return nonempty(records, folder, f"lines in {listed}")
+    records = [{"image": path, "captions": said} for path, said in zip(loose, captions.of_each(loose))]
+    return nonempty(records, folder, f"tar files and no pictures ({', '.join(PICTURES)}) in {folder}")
+
+
+# --------------------------------------------------------------------------------------------------------------- a picture
+
+
+class Sound:
+    """Pictures that can be read: `Records` of which a share may be damaged.
+
+    Args:
+      records: as above.
+      share: of them that may be; each is named in the log, and the next one that can be read stands in its place.
+
+    Raises:
+      UserError: no share; from `read`, one damaged picture more than that.
+    """
+
+    def __init__(self, records: Records, share: float = 0.0):
+        if not 0 <= share < 1:
+            raise UserError(f"config.data.damaged is the share of pictures that may be damaged, at least 0 and below 1, not {share}.")
+        self._records, self._share, self._bad, self._lock = records, share, {}, threading.Lock()
+
+    def read(self, indices: Sequence[int], see: Callable[[dict[str, Any]], np.ndarray]) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+        """Records, and what `see` makes of each."""
+
+        def sound(index, record):
+            for _ in range(NEAREST):
+                try:
+                    return record, see(record)
+                except FileError as error:
+                    self._leave_out(index, error)
+                index = (index + 1) % len(self._records)
+                [record] = self._records.get([index])
+            raise UserError(f"{NEAREST} pictures one after the other are damaged: copy the data again.")
+
+        found = list(threads().map(sound, indices, self._records.get(indices)))
+        return [record for record, _ in found], [seen for _, seen in found]
+
+    def _leave_out(self, index: int, error: FileError) -> None:
+        allowed, total = int(self._share * len(self._records)), len(self._records)
+        with self._lock:
+            if index in self._bad:
+                return
+            if not self._share:
+                remedy = "a share of damaged pictures may be left out by config.data.damaged"
+                raise UserError(f"{str(error).rstrip('.')} ({remedy}).") from error
+            if len(self._bad) == allowed:
+                why = f"{allowed + 1} of {total:,} pictures are damaged, more than config.data.damaged={self._share:g} allows"
+                raise UserError(f"{why}: copy the data again, or raise it; the last is {error}") from error
+            self._bad[index] = str(error)
+            log.warning("%s It is left out, the %d. of at most %d of %d pictures.", error, len(self._bad), allowed, total)
+
+
+def decode(file: pathlib.Path | captions.Member | Stored, ids: bool = False) -> Any:
+    """A stored picture as `files.read_image` reads it. Raises FileError for a missing or damaged file."""
+    try:
+        content = file if isinstance(file, pathlib.Path) else file.read()
+        return files.read_image(content, str(file), ids)
+    except files.Missing as error:
+        raise FileError(file, "cannot be read as an image (No such file or directory)", "copy it again") from error
+
+
+def values(picture: Any) -> np.ndarray:
+    """Values 0..255 of a Pillow picture or an array as float32 in [-1, 1]."""
+    return np.asarray(picture, np.float32) / np.float32(127.5) - 1
+
+
+def square(picture: Any, size: int, ids: bool = False) -> Any:
+    """The central square of a Pillow picture, `size` pixels wide: in colour, resampled (bicubic, antialiased); or ids, the nearest."""
+    from PIL import Image
+
+    side = min(picture.size)
+    left, top = ((length - side) // 2 for length in picture.size)
+    how = Image.Resampling.NEAREST if ids else Image.Resampling.BICUBIC
+    return (picture if ids else picture.convert("RGB")).resize((size, size), how, (left, top, left + side, top + side))
+
+
+@functools.cache
+def threads() -> ThreadPoolExecutor:
+    """Pillow decodes outside of Python's lock."""
+    return ThreadPoolExecutor(min(32, os.cpu_count() or 1), "pictures")

@@ -1,0 +1,137 @@
+"""Everything that is measured of class-conditional token images, and what two simple models reach on the same tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from mmdiff.data.sources import whole
+from mmdiff.evals import conditional, likelihood
+from mmdiff.evals.evaluator import Clock, Findings, draw_samples, example_keys, in_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTokenImages:
+    """The figures and pictures of a model of token images given a label: `TokenImages` whose tokens are pixels, as the digits' are.
+
+    As many samples are drawn as there are training images, with their labels, and more of a class that comes up less than `per_class`
+    times; see `evals.conditional` for what is measured of them. The bound on the likelihood of the held-out images given their labels
+    stands beside models fitted to the training tokens by counting (`independent_bits`, `raster_markov_bits`).
+
+    Attributes:
+      bound_steps: T, the steps of the chain whose likelihood is bounded; T + 1 network calls for every held-out image.
+      tokens, label: the names of the two modalities; the label has classes 0..classes-1.
+      classes: the number of classes.
+      per_class: samples of every class that count for `conditional_agreement`.
+      batch: examples in a network call or a drawing.
+    """
+
+    bound_steps: int
+    tokens: str = "tokens"
+    label: str = "label"
+    classes: int = 10
+    per_class: int = 100
+    batch: int = 250
+
+    def __call__(self, experiment, params, config, key, step) -> Findings:
+        sample_key, bound_key = jax.random.split(key)
+        found = self.samples(experiment, params, sample_key, int(config.sample.steps), float(config.sample.guidance))
+        train, test = whole(experiment.train_data()), whole(experiment.test_data())
+        clock = Clock()
+        clock.start("bits_per_dim", f"bounding the likelihood of {len(test[self.label])} images, {self.bound_steps + 1} calls each")
+        bits = held_out_bits(experiment, params, bound_key, test, self.tokens, self.bound_steps, self.batch)
+        clock.stop()
+        states = experiment.modalities[self.tokens].states
+        pair = train[self.tokens], test[self.tokens]
+        labels = train[self.label], test[self.label]
+        figures = {
+            "bits_per_dim": float(bits.mean()),
+            "bits_per_dim_independent": independent_bits(*pair, states),
+            "bits_per_dim_independent_class": by_class(independent_bits, *pair, *labels, states),
+            "bits_per_dim_raster_markov": raster_markov_bits(*pair, states),
+            "bits_per_dim_raster_markov_class": by_class(raster_markov_bits, *pair, *labels, states),
+        }
+        notes = {
+            "bits_per_dim": f"upper bound on -log2 p(tokens | label) per token by the chain of {self.bound_steps} steps, one draw at every "
+            f"step; {len(bits)} held-out images, standard error {bits.std() / math.sqrt(len(bits)):.3f}",
+            "bits_per_dim_independent": "the same, exact, of the training tokens' frequencies at each place (add-one smoothing)",
+            "bits_per_dim_raster_markov": "the same, exact, of each token's frequencies given the token before it in raster order",
+            "bits_per_dim_independent_class": "independent tokens, counted for each class: this one knows the label, too",
+            "bits_per_dim_raster_markov_class": "raster-order Markov, counted for each class",
+        }
+        settings = {"bound_steps": self.bound_steps, "bound_images": len(bits)}
+        seconds = {**found.settings["evaluation_seconds"], **clock.seconds}
+        return Findings(
+            figures={**found.figures, **figures},
+            notes={**found.notes, **notes},
+            pictures=found.pictures,
+            settings={**found.settings, **settings, "evaluation_seconds": seconds},
+        )
+
+    def samples(self, experiment, params, key, steps: int, guidance: float) -> Findings:
+        """What depends on the sampler: figures, notes, pictures and settings of one set of samples."""
+        modality, name = experiment.modalities[self.tokens], experiment.modalities[self.label].show
+        train, test = whole(experiment.train_data()), whole(experiment.test_data())
+        images, test_images = (modality.images(data[self.tokens]) for data in (train, test))
+        asked = conditional.labels_to_ask(train[self.label], self.classes, self.per_class)
+        clock = Clock()
+        clock.start("conditional_samples", f"drawing {len(asked)} label-conditioned samples in {steps} steps")
+        options = {"batch": self.batch, "steps": steps, "guidance": guidance}
+        tokens = draw_samples(experiment, params, key, {self.label: asked}, len(asked), **options)[self.tokens]
+        drawn = modality.images(tokens)
+        clock.start("classifiers", "training the independent classifier")
+        real = (images, train[self.label]), (test_images, test[self.label])
+        found = conditional.judge(drawn, asked, *real, self.classes, self.per_class)
+        clock.stop()
+        sampler = f"{steps} steps, guidance {guidance:g}"
+        shown, names = modality.show(tokens), name(np.arange(self.classes))
+        return Findings(
+            figures=found.figures,
+            notes=found.notes,
+            pictures=conditional.pictures(shown, asked, modality.show(test[self.tokens]), test[self.label], names, found, sampler),
+            settings={"sample_steps": steps, "guidance": guidance, **found.settings, "evaluation_seconds": clock.seconds},
+        )
+
+
+def held_out_bits(experiment, params, key, data: Mapping[str, np.ndarray], target: str, steps: int, batch: int) -> np.ndarray:
+    """The bound of a chain of `steps` steps on -log2 p(target | the other modalities) per token, [n]; one draw at every step."""
+    process, shape = experiment.process, experiment.shape
+    others = [name for name in shape if name != target]
+    path = likelihood.along(process, likelihood.line(), pinned=others)
+
+    def bound(params, keys, x0):
+        nats = likelihood.discrete_time(process, experiment.apply, params, keys, x0, path, steps)
+        return likelihood.bits_per_dim(nats[target], shape[target])
+
+    x0 = {name: data[name] for name in shape}
+    return in_batches(bound, params, example_keys(key, len(data[target])), x0, batch)
+
+
+def independent_bits(train: np.ndarray, test: np.ndarray, states: int) -> float:
+    """Mean -log2 p per token of `test` [m, L] when every place has its own distribution, counted on `train` [n, L] (add-one smoothing)."""
+    counts = np.ones((train.shape[1], states))
+    places = np.arange(train.shape[1])
+    np.add.at(counts, (places, train), 1)
+    return float(-np.log2(counts / counts.sum(-1, keepdims=True))[places, test].mean())
+
+
+def raster_markov_bits(train: np.ndarray, test: np.ndarray, states: int) -> float:
+    """The same when every token depends on the one before it, by a table for every place: first-order Markov in raster order."""
+    counts = np.ones((train.shape[1] - 1, states, states))
+    places = np.arange(train.shape[1] - 1)
+    np.add.at(counts, (places, train[:, :-1], train[:, 1:]), 1)
+    rest = -np.log2(counts / counts.sum(-1, keepdims=True))[places, test[:, :-1], test[:, 1:]]
+    first = independent_bits(train[:, :1], test[:, :1], states)
+    return float((first + rest.sum(1).mean()) / train.shape[1])
+
+
+def by_class(
+    bits: Callable, train: np.ndarray, test: np.ndarray, train_labels: np.ndarray, test_labels: np.ndarray, states: int
+) -> float:
+    """`bits(train, test, states)` counted and measured for every class by itself, averaged over `test`."""
+    parts = [bits(train[train_labels == c], test[test_labels == c], states) * np.sum(test_labels == c) for c in np.unique(test_labels)]
+    return float(sum(parts) / len(test_labels))

@@ -1,0 +1,170 @@
+"""Everything that is measured of a joint model of small images and labels, with one setting of the sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmdiff.data.sources import whole
+from mmdiff.evals import classifiers, conditional, plots
+from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
+from mmdiff.evals.evaluator import Clock, Findings, Picture, best, draw_samples, example_keys, in_batches, states
+
+
+@dataclasses.dataclass(frozen=True)
+class JointImageLabel:
+    """The figures and pictures of a joint image-label model.
+
+    One setting of steps and guidance, that of `config.sample`, serves every figure. The training set's labels are the condition
+    of the first samples, one each, so that those have its size and its class frequencies; if a class comes up less than
+    `per_class` times, more are drawn. From this one set of label-conditioned samples come
+
+    * `classification_accuracy_score` and `frechet_ratio`: as many samples as there are training images, with their labels;
+    * `conditional_agreement`: the first `per_class` of every class.
+
+    `joint_agreement` has samples of its own, `joint` of them. Before a classifier or the Fréchet distance sees a sample, its
+    pixels go to the nearest level of the data (`modalities[image].quantize`), where all real images are.
+
+    Attributes:
+      image, label: the names of the two modalities; the label has classes 0..classes-1.
+      classes: the number of classes.
+      per_class: label-conditioned samples of every class that count for `conditional_agreement`.
+      joint: joint samples.
+      draws: noisy copies of an image in the diffusion classifier, for each class.
+      batch: examples in a network call or a drawing.
+    """
+
+    image: str = "image"
+    label: str = "label"
+    classes: int = 10
+    per_class: int = 100
+    joint: int = 1000
+    draws: int = 16
+    batch: int = 250
+
+    def __call__(self, experiment, params, config, key, step) -> Findings:
+        steps, guidance = int(config.sample.steps), float(config.sample.guidance)
+        images, labels = (whole(experiment.train_data())[name] for name in (self.image, self.label))
+        test_images, test_labels = (whole(experiment.test_data())[name] for name in (self.image, self.label))
+        quantize = experiment.modalities[self.image].quantize
+        read_key, loss_key, given_key, joint_key, bare_key = jax.random.split(key, 5)
+        draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
+        clock = Clock()
+
+        clock.start("label_accuracy", f"reading the labels of {len(test_images)} images in one network call each")
+        read = best("p(label | image)", read_labels(experiment, params, read_key, {self.image: test_images}, self.label, self.batch))
+        clock.start("diffusion_classifier", f"the same by denoising losses, {self.draws} x {self.classes} calls each")
+        read_by_loss = best("minus the denoising losses", -self._losses(experiment, params, loss_key, test_images))
+
+        asked = conditional.labels_to_ask(labels, self.classes, self.per_class)
+        clock.start("conditional_samples", f"drawing {len(asked)} label-conditioned samples")
+        drawn = quantize(draw(given_key, {self.label: asked}, len(asked))[self.image])
+        clock.start("joint_samples", f"drawing {self.joint} joint samples")
+        joint = draw(joint_key, {}, self.joint)
+        joint_images, joint_labels = quantize(joint[self.image]), joint[self.label]
+        clock.start("unconditional_samples", "drawing 100 unconditional images")
+        bare = quantize(draw(bare_key, {}, 100, absent=(self.label,))[self.image])
+        clock.start("chain", "keeping the states of ten walks")
+        each = {self.label: np.arange(10, dtype=np.int32) % self.classes}
+        chain = states(experiment, params, given_key, each, self.image, steps=steps, guidance=guidance)
+
+        clock.start("classifiers", "training the independent classifier")
+        found = conditional.judge(drawn, asked, (images, labels), (test_images, test_labels), self.classes, self.per_class)
+        judged_joint = classifiers.predict(found.classifier, joint_images)
+        figures = {
+            "label_accuracy": accuracy(read, test_labels),
+            "label_accuracy_diffusion_classifier": accuracy(read_by_loss, test_labels),
+            **found.figures,
+            "joint_agreement": accuracy(judged_joint, joint_labels),
+        }
+        clock.stop()
+
+        levels = experiment.modalities[self.image].levels
+        settings = {
+            "sample_steps": steps,
+            "guidance": guidance,
+            "test_images": len(test_images),
+            "diffusion_classifier_draws": self.draws,
+            "joint_agreement_samples": self.joint,
+            **found.settings,
+            "generated_pixels": f"clipped and rounded to the data's {levels} levels" if levels else "clipped to [-1, 1]",
+            "evaluation_seconds": clock.seconds,
+        }
+        return Findings(
+            figures=figures,
+            notes={**self._notes(len(test_images)), **found.notes},
+            pictures=self._pictures(
+                experiment,
+                real=(test_images, test_labels, read),
+                given=(drawn, asked, found),
+                joint=(joint_images, joint_labels, judged_joint),
+                bare=bare,
+                chain=chain,
+                sampler=f"{steps} steps, guidance {guidance:g}",
+            ),
+            settings=settings,
+        )
+
+    def _losses(self, experiment, params, key, images) -> np.ndarray:
+        """The diffusion classifier's losses, [n, classes]."""
+
+        def losses(params, keys, given):
+            process, apply, shape = experiment.process, experiment.apply, experiment.shape
+            return denoising_losses(process, apply, params, keys, given, self.label, self.classes, shape, self.draws)
+
+        # A network call holds every class of each image.
+        size = max(1, self.batch // self.classes)
+        return in_batches(losses, params, example_keys(key, len(images)), {self.image: images}, size)
+
+    def _notes(self, test: int) -> Mapping[str, str]:
+        return {
+            "label_accuracy": "argmax of p(label | image): image at t = 0, label at t = 1, one network call; "
+            f"{test} held-out images",
+            "label_accuracy_diffusion_classifier": f"argmin over labels of the image's mean denoising loss at {self.draws} "
+            f"stratified times, with the same times and noise for every label; {test} held-out images",
+            "joint_agreement": f"share of {self.joint} joint samples to which an SVM trained on the real training images gives the "
+            "label drawn with them",
+        }
+
+    def _pictures(self, experiment, *, real, given, joint, bare, chain, sampler: str) -> Mapping[str, Picture]:
+        show, name = experiment.modalities[self.image].show, experiment.modalities[self.label].show
+        names = name(np.arange(self.classes))
+        (images, labels, read), (drawn, asked, found) = real, given
+        joint_images, joint_labels, judged_joint = (array[:70] for array in joint)
+        result = {
+            **conditional.pictures(show(drawn), asked, show(images), labels, names, found, sampler),
+            "Joint samples": Picture(
+                plots.grid(show(joint_images), 10, name(joint_labels), wrong=judged_joint != joint_labels),
+                f"Image and label drawn together; {sampler}. A label is red where the SVM sees another one.",
+            ),
+            "Unconditional images": Picture(plots.grid(show(bare), 10), f"Drawn with the label held absent (t = 1); {sampler}."),
+            "From noise to image": Picture(
+                plots.grid(show(chain), 10), f"States of ten walks, a label each, from noise, above, to the image; {sampler}."),
+            "Image to label": Picture(
+                plots.matrix(confusion(read, labels, self.classes), names, "true label", "label read by the model"),
+                f"{len(labels)} held-out images, one network call each.",
+            ),
+        }
+        wrong = np.flatnonzero(read != labels)
+        if wrong.size:
+            words = [f"{true} as {found}" for true, found in zip(name(labels[wrong[:30]]), name(read[wrong[:30]]))]
+            result["Misread images"] = Picture(
+                plots.grid(show(images[wrong[:30]]), 10, words),
+                f"True label, then the label read by the model: {min(30, wrong.size)} of {wrong.size} mistake(s).",
+            )
+        return result
+
+
+def read_labels(experiment, params, key, given: Mapping[str, Any], label: str, batch: int) -> np.ndarray:
+    """p(label | given) [n, K] for all examples of `given`, by one network call each; example i's key is `fold_in(key, i)`."""
+
+    def read(params, keys, given):
+        return posterior(experiment.process, experiment.apply, params, keys, given, label, experiment.shape)
+
+    keys = example_keys(key, len(next(iter(given.values()))))
+    return in_batches(read, params, keys, given, batch)

@@ -1,0 +1,193 @@
+"""How well an image and another picture of the same scene are drawn together, and each from the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff.data.sources import Some, whole
+from mmdiff.evals import plots
+from mmdiff.evals.accuracy import posterior
+from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples, example_keys, in_batches, states
+from mmdiff.evals.frechet import frechet_distance, real_distance
+from mmdiff.projects.scenes import paired_scenes
+from mmdiff.projects.scenes.captioned_scenes import trained_judge
+
+RULES = {
+    "segmentation": "the scenes' judge, which saw real scenes only: digit where more than half of a pixel is ink",
+    "night": "the map from day to night, exact",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTransition:
+    """Figures and pictures of a joint model of digit scenes and their segmentation, or their night (`paired_scenes`).
+
+    Over as many held-out pairs, and as many draws of each kind, as `test_data` holds.
+
+    * night, mean squared errors: `error_read`, of the night that the network reads off an image in one call; `error_read_mean` (the
+      training pictures' mean) and `error_read_linear` (linear regression, pixel by pixel) without a network; `error_given...`, the same
+      of images drawn for their night, which determines the day; `error_joint`, of the night drawn together with an image to that
+      image's night;
+    * segmentation, mean IoU: `miou_read`, of the likeliest classes that the network reads off an image in one call; `miou_given`, of
+      what an independent rule sees in an image drawn for a segmentation, to that segmentation; `miou_joint`, of both drawn together;
+      `miou_rule`, the rule's on real images: the ceiling of the last two;
+    * `..._shuffled`: of pairs that do not belong together;
+    * `frechet_ratio_given`, `_joint`, `_absent`: images drawn for another picture, with one, and without any.
+
+    Attributes:
+      other: "segmentation" or "night".
+      batch: examples in a network call or a drawing.
+    """
+
+    other: str
+    batch: int = 250
+
+    def __call__(self, experiment, params, config, key, step) -> Findings:
+        other, steps, guidance = self.other, int(config.sample.steps), float(config.sample.guidance)
+        test = whole(experiment.test_data())
+        count = len(test["image"])
+        train = whole(Some(experiment.train_data(), count))
+        read_key, *keys = jax.random.split(key, 4)
+        options = {"batch": self.batch, "steps": steps, "guidance": guidance}
+        clock = Clock()
+        clock.start("read", f"reading the {other} of {count} images in one network call each")
+        read = self._read(experiment, params, read_key, test["image"])
+        drawn = {}
+        settings = {"given": ({other: test[other]}, ()), "joint": ({}, ()), "absent": ({}, (other,))}
+        for (name, (given, absent)), own in zip(settings.items(), keys):
+            clock.start(name, f"drawing {count} images, {other} {name}")
+            found = draw_samples(experiment, params, own, given, count, absent=absent, **options)
+            drawn[name] = {each: _seen(experiment, each, found[each]) for each in ("image", other)}
+        clock.start("judge", "comparing the pictures")
+        # Images drawn for held-out pictures are nearer to these than fresh ones would be: they are compared with training images.
+        real = {"given": train["image"], "joint": test["image"], "absent": test["image"]}
+        unit = real_distance(train["image"], test["image"])
+        figures = {f"frechet_ratio_{name}": frechet_distance(drawn[name]["image"], real[name]) / unit for name in drawn}
+        implied = {name: self._implied(pair["image"]) for name, pair in {**drawn, "test": test}.items() if name != "absent"}
+        apart = np.roll(test[other], 1, 0)
+        if other == "night":
+            figures |= self._errors("read", other, "image", read, test, train)
+            figures |= self._errors("given", "image", other, drawn["given"]["image"], test, train)
+            figures["error_joint"] = error(implied["joint"], drawn["joint"][other])
+            figures["error_shuffled"] = error(implied["test"], apart)
+        else:
+            pairs = {
+                "read": (read, test[other]), "given": (implied["given"], test[other]), "joint": (implied["joint"], drawn["joint"][other]),
+                "rule": (implied["test"], test[other]), "shuffled": (test[other], apart),
+            }  # fmt: skip
+            figures |= {f"miou_{name}": miou(*pair, len(paired_scenes.PALETTE)) for name, pair in pairs.items()}
+        clock.start("chain", "keeping the states of ten walks")
+        walk = functools.partial(states, experiment, params, steps=steps, guidance=guidance)
+        chains = {"given": walk(keys[0], {other: test[other]}, "image"), "joint": walk(keys[1], {}, "image")}
+        clock.stop()
+        return Findings(
+            figures=figures,
+            notes={name: note for name, note in self._notes(count).items() if name in figures},
+            pictures=self._pictures(experiment, test, read, drawn, implied, chains, f"{steps} steps, guidance {guidance:g}"),
+            settings={
+                "sample_steps": steps, "guidance": guidance, "test_images": count, "samples_of_each_kind": count,
+                "what_an_image_implies": RULES[other], "frechet_features": "raw pixels", "evaluation_seconds": clock.seconds},
+        )  # fmt: skip
+
+    def _read(self, experiment, params, key, images):
+        def read(params, keys, given):
+            return posterior(experiment.process, experiment.apply, params, keys, given, self.other, experiment.shape)
+
+        found = in_batches(read, params, example_keys(key, len(images)), {"image": jnp.asarray(images)}, self.batch)
+        return _seen(experiment, self.other, found if self.other == "night" else found.argmax(-1))
+
+    def _implied(self, images):
+        """The other picture of images, by a rule that has nothing to do with the network."""
+        return paired_scenes.night(images) if self.other == "night" else trained_judge(images.shape[1]).segments(images)
+
+    def _errors(self, way, target, source, found, test, train):
+        """The errors of `target` pictures made from `source` pictures, by the network and without one."""
+        plain = {"": found, "_mean": train[target].mean(0), "_linear": linear(test[source], train[source], train[target])}
+        return {f"error_{way}{name}": error(np.clip(made, -1, 1), test[target]) for name, made in plain.items()}
+
+    def _notes(self, count):
+        other = self.other
+        notes = {
+            "error_read": f"mean squared error of the {other} that the network reads off an image in one call; {count} held-out images",
+            "error_given": f"mean squared error of an image drawn for its {other} to the true one; {count} held-out pairs",
+            "error_joint": f"mean squared error of the {other} drawn together with an image to that image's {other} ({RULES[other]}); "
+            f"{count} pairs",
+            "error_shuffled": f"the same of a real image and the {other} of another one",
+            "miou_read": f"mean over 11 classes of intersection over union, all pixels counted together, of the {other} that the network "
+            f"reads off an image in one call; {count} held-out images",
+            "miou_given": f"the same of what the rule sees in an image drawn for a {other}, to that; {count} held-out ones; the rule: "
+            f"{RULES[other]}",
+            "miou_joint": f"the same of what the rule sees in an image to the {other} drawn together with it; {count} pairs",
+            "miou_rule": "the same of what the rule sees in real images to the truth: the ceiling of the two",
+            "miou_shuffled": f"the same of the {other} of two real images",
+        }
+        for way in ("read", "given"):
+            notes[f"error_{way}_mean"] = "the same of the training pictures' mean"
+            notes[f"error_{way}_linear"] = "the same of linear regression of a pixel's colour on its colour in the other picture"
+        ratio = f"squared Fréchet distance (raw pixels) of {count} images"
+        return notes | {
+            "frechet_ratio_given": f"{ratio} drawn for held-out {other}s to as many training images, over that of the held-out images",
+            "frechet_ratio_joint": f"{ratio} drawn together with their {other} to as many held-out ones, over that of training images",
+            "frechet_ratio_absent": f"the same of images drawn without a {other}: plain DDPM",
+        }
+
+    def _pictures(self, experiment, test, read, drawn, implied, chains, sampler):
+        other = self.other
+        show, show_other = (experiment.modalities[name].show for name in ("image", other))
+        given, joint = drawn["given"]["image"], drawn["joint"]
+
+        def rows(*shown):
+            return plots.grid(np.concatenate([each[:10] for each in shown]), 10, rows=list("abcd"[: len(shown)]))
+
+        rule = f"the {other} that b implies" if other == "night" else "what the independent rule sees in b"
+        return {
+            f"Image to {other}": Picture(
+                rows(show(test["image"]), show_other(read), show_other(test[other])),
+                "a: real, held out; b: read off a in one network call; c: the truth."),
+            f"{other.capitalize()} to image": Picture(
+                rows(show_other(test[other]), show(given), show_other(implied["given"]), show(test["image"])),
+                f"a: real, held out; b: drawn for a, {sampler}; c: {rule}; d: the image that a is of."),
+            "Both drawn together": Picture(
+                rows(show_other(joint[other]), show(joint["image"]), show_other(implied["joint"])),
+                f"a: {other}; b: image; c: {rule}; {sampler}."),
+            "From noise to image": Picture(
+                plots.grid(show(chains["given"]), 10),
+                f"States of ten walks with a held-out {other} given, from noise, above, to the image; {sampler}."),
+            "From noise to both": Picture(
+                plots.grid(show(chains["joint"]), 10),
+                f"The same where the {other} is drawn, too: the mean carries what is believed of it."),
+            "Images alone": Picture(plots.grid(show(drawn["absent"]["image"][:50]), 10), f"Drawn without a {other}; {sampler}."),
+        }  # fmt: skip
+
+
+def _seen(experiment, name, array):
+    return getattr(experiment.modalities[name], "quantize", np.asarray)(array)
+
+
+def error(images: np.ndarray, real: np.ndarray) -> float:
+    """Mean squared error."""
+    return float(np.mean((images - real) ** 2))
+
+
+def miou(found: np.ndarray, true: np.ndarray, classes: int) -> float:
+    """The mean of intersection over union of integer maps of one shape; classes that neither of them has do not count."""
+    counts = np.zeros((classes, classes))
+    np.add.at(counts, (found.ravel(), true.ravel()), 1)
+    both, either = np.diag(counts), counts.sum(0) + counts.sum(1) - np.diag(counts)
+    return float(np.mean(both[either > 0] / either[either > 0]))
+
+
+def linear(source: np.ndarray, train_source: np.ndarray, train_target: np.ndarray) -> np.ndarray:
+    """Pictures [n, ..., C] made of `source` pixel by pixel, by the affine map of colours with the least squared error in training."""
+
+    def padded(pixels):
+        pixels = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64)
+        return np.append(pixels, np.ones((len(pixels), 1)), 1)
+
+    weights = np.linalg.lstsq(padded(train_source), train_target.reshape(-1, train_target.shape[-1]), rcond=None)[0]
+    return (padded(source) @ weights).reshape(*source.shape[:-1], -1).astype(np.float32)

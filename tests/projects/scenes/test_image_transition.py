@@ -1,0 +1,142 @@
+"""The evaluator of pairs of pictures, with an oracle in the network's place: the truth is perfect, and what is no pair is found out."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from mmdiff import schedules
+from mmdiff.data.modalities import ClassMaps, Images
+from mmdiff.data.sources import whole
+from mmdiff.evals.frechet import frechet_distance, real_distance
+from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, absorbing, identity, moving_target, template, velocity
+from mmdiff.projects.scenes import image_transition, paired_scenes
+from mmdiff.projects.scenes.image_transition import ImageTransition, error, linear, miou
+from mmdiff.projects.scenes.paired_scenes import PALETTE, PairedScenes
+
+COUNT, SHAPE = 150, (16, 16, 3)
+RATIOS = {"frechet_ratio_given", "frechet_ratio_joint", "frechet_ratio_absent"}
+FIGURES = {
+    "night": {f"error_{way}{name}" for way in ("read", "given") for name in ("", "_mean", "_linear")} | {"error_joint", "error_shuffled"},
+    "segmentation": {f"miou_{name}" for name in ("read", "given", "joint", "rule", "shuffled")},
+}
+
+
+@pytest.fixture(autouse=True)
+def fewer_features(monkeypatch):
+    """The Fréchet distance of 4 x 4 pixels: of all 768 numbers it takes seconds."""
+
+    def few(images):
+        return images.reshape(len(images), 4, 4, 4, 4, 3).mean((2, 4)).reshape(len(images), -1)
+
+    for distance in (frechet_distance, real_distance):
+        monkeypatch.setattr(image_transition, distance.__name__, lambda first, second, distance=distance: distance(first, second, few))
+
+
+def config():
+    return ml_collections.ConfigDict({"seed": 3, "sample": {"steps": 6, "guidance": 1.5}})
+
+
+def measured(other, change=lambda pictures, keys: pictures):
+    """The findings of a model that knows the test scenes by heart, with a `change` of all that it draws or reads.
+
+    The parameters are the scenes: what is found is tested to come from them.
+    """
+    train, test = PairedScenes("train", other, count=2 * COUNT), PairedScenes("test", other, count=COUNT)
+    scenes = {name: jnp.asarray(whole(test)[name]) for name in ("image", other)}
+
+    def nearest(scenes, name, array):
+        flat, known = (a.reshape(len(a), -1) for a in (array, scenes[name]))
+        return ((known**2).sum(1) - 2 * flat @ known.T).argmin(1)
+
+    def apply(scenes, x, t):
+        found = scenes[other][nearest(scenes, "image", x["image"])]
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(5), i))(jnp.arange(len(found)))
+        out = jax.nn.one_hot(found, 11) if other == "segmentation" else found
+        return {"image": jnp.zeros_like(x["image"]), other: change(out, keys)}
+
+    def draw(scenes, keys, given, *, steps, guidance, absent=(), history=False):
+        assert (steps, guidance) == (6, 1.5)
+        rows = jax.vmap(lambda key: jax.random.randint(key, (), 0, COUNT))(keys)
+        if other in given:
+            rows = nearest(scenes, other, given[other])
+        drawn = {"image": change(scenes["image"][rows], keys), other: given.get(other, scenes[other][rows])}
+        return {name: jnp.stack([array] * 7) for name, array in drawn.items()} if history else drawn
+
+    encode, hidden, modality = {
+        "segmentation": (template(np.zeros((11, 3))), absorbing(11, schedules.at_once()), ClassMaps(16, 16, PALETTE)),
+        "night": (identity, Hidden(0.0), Images(*SHAPE, name="night")),
+    }[other]
+    experiment = types.SimpleNamespace(
+        process=Aggregate("image", {other: Addend(encode, moving_target())}, image=Gaussian(schedules.flow(), velocity), **{other: hidden}),
+        apply=apply, draw=draw, train_data=lambda: train, test_data=lambda: test, shape={"image": SHAPE, other: modality.shape},
+        modalities={"image": Images(*SHAPE), other: modality})  # fmt: skip
+    return ImageTransition(other, batch=100)(experiment, scenes, config(), jax.random.key(0), 7)
+
+
+def noise(pictures, keys):
+    return jax.vmap(lambda key: jax.random.uniform(key, pictures.shape[1:], minval=-1.0, maxval=1.0))(keys)
+
+
+def mean(pictures, keys):
+    return jnp.broadcast_to(pictures.mean((0, 1, 2)), pictures.shape)
+
+
+@pytest.mark.parametrize("other", ["night", pytest.param("segmentation", marks=pytest.mark.slow)])
+def test_the_truth_is_perfect(other):
+    found = measured(other)
+    figures = found.figures
+    assert set(figures) == set(found.notes) == FIGURES[other] | RATIOS
+    assert figures["frechet_ratio_joint"] < 1  # draws are the test scenes, with replacement
+    assert figures["frechet_ratio_given"] == pytest.approx(1, rel=0.06)  # the test scenes, of which some share a segmentation
+    if other == "night":
+        assert figures["error_read"] == figures["error_given"] == 0 and figures["error_joint"] < 1e-12 and figures["error_shuffled"] > 0.1
+        # The night is an affine map of the colours: one exact without a network, both ways.
+        assert figures["error_read_linear"] < 1e-10 and figures["error_given_linear"] < 1e-10
+        assert figures["error_read_mean"] > 0.1 and figures["error_given_mean"] > 0.3
+    else:
+        assert figures["miou_read"] == 1 and figures["miou_shuffled"] < 0.2
+        assert figures["miou_given"] == figures["miou_rule"] > 0.9
+        assert figures["miou_joint"] > 0.9
+    json.dumps(found.settings)
+    assert found.settings["test_images"] == COUNT
+    assert len(found.pictures) == 6 and all(picture.caption and min(picture.image.size) > 100 for picture in found.pictures.values())
+
+
+@pytest.mark.parametrize("other", ["night", pytest.param("segmentation", marks=pytest.mark.slow)])
+def test_noise_is_as_bad_as_what_does_not_belong(other):
+    figures = measured(other, noise).figures
+    assert figures["frechet_ratio_given"] > 3 and figures["frechet_ratio_joint"] > 3 and figures["frechet_ratio_absent"] > 3
+    if other == "night":
+        assert figures["error_read"] > figures["error_read_mean"]
+        assert figures["error_given"] > figures["error_given_mean"] and figures["error_joint"] > 0.1
+        assert figures["error_given_linear"] < 1e-10
+    else:
+        assert max(figures["miou_given"], figures["miou_joint"], figures["miou_read"]) < 0.15 < 0.9 < figures["miou_rule"]
+
+
+def test_the_mean_scores_as_the_mean_fill():
+    figures = measured("night", mean).figures
+    for way in ("read", "given"):  # one colour for the whole batch and every pixel: a little worse than each pixel's mean
+        assert 1 < figures[f"error_{way}"] / figures[f"error_{way}_mean"] < 1.25
+    assert figures["frechet_ratio_joint"] > 3
+
+
+def test_miou_by_hand():
+    true = np.array([[0, 0, 1, 1], [0, 0, 3, 3]])
+    found = np.array([[0, 0, 1, 0], [0, 2, 3, 3]])
+    # Class 0: 3 of 5; 1: 1 of 2; 2: 0 of 1; 3: 2 of 2; 4 is nowhere.
+    assert miou(found, true, 5) == pytest.approx((3 / 5 + 1 / 2 + 0 + 1) / 4)
+    assert miou(true, true, 5) == 1 and miou(found, true, 9) == miou(true, found, 4)
+
+
+def test_linear_finds_an_affine_map_and_errors_are_mean_squares():
+    rng = np.random.default_rng(0)
+    train, test = (rng.uniform(-1, 1, (n, 4, 4, 3)) for n in (20, 5))
+    np.testing.assert_allclose(linear(paired_scenes.night(test), paired_scenes.night(train), train), test, atol=1e-5)
+    np.testing.assert_allclose(linear(test, train, np.full_like(train, 0.3)), 0.3, atol=1e-6)
+    assert error(test, test + 2) == pytest.approx(4) and error(test.mean(0), test) == pytest.approx(test.var(0).mean())
