@@ -437,7 +437,9 @@ def _eval(args: argparse.Namespace) -> None:
     if not (args.reuse and _is_report_of(json_path, config, step) and html_path.exists()):
         key = _key(config.seed, "eval")
         findings = [evaluate(experiment, params, config, key, step) for evaluate in experiment.evaluators]
-        json_path, html_path = report.write(args.workdir, experiment, config, findings, step)
+        meta = checkpoints.read_meta(args.workdir, step)  # of the checkpoint itself: run.json is only written when a run ends
+        cost = {**checkpoints.cost(meta), "steps": step} if meta else None
+        json_path, html_path = report.write(args.workdir, experiment, config, findings, step, cost)
     written = json.loads(json_path.read_text())
     console.out(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
     console.out(json_path)

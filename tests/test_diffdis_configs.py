@@ -67,9 +67,9 @@ def towers(tmp_path_factory):
 def measured(monkeypatch, given, workdir):
     found = []
 
-    def write(workdir, experiment, config, findings, step, real=report.write):
+    def write(workdir, experiment, config, findings, *rest, real=report.write):
         found.extend(findings)
-        return real(workdir, experiment, config, findings, step)
+        return real(workdir, experiment, config, findings, *rest)
 
     monkeypatch.setattr(report, "write", write)
     assert cli.main(["eval", *given]) == 0

@@ -51,9 +51,9 @@ def test_there_is_a_case_of_every_config():
 def test_a_config_trains_and_all_its_figures_are_there_and_explained(name, tmp_path, monkeypatch):
     found = []
 
-    def write(workdir, experiment, config, findings, step, real=report.write):
+    def write(workdir, experiment, config, findings, *rest, real=report.write):
         found.extend(findings)
-        return real(workdir, experiment, config, findings, step)
+        return real(workdir, experiment, config, findings, *rest)
 
     monkeypatch.setattr(digits, "digits_source", few)
     monkeypatch.setattr(report, "write", write)

@@ -112,3 +112,76 @@ def test_no_name_of_a_package_shadows_one_of_its_modules():
     for package in packages:
         for _, name, _ in pkgutil.iter_modules(package.__path__):
             assert isinstance(getattr(package, name, package), types.ModuleType), f"{package.__name__}.{name}"
+
+
+# What a part of the package may import of it, inside functions too; a part is a module at the top, or a folder.
+BASE = {"errors", "checks", "keys", "suggest", "console", "microbatches"}  # import nothing but each other
+OBJECTIVES = {"times", "losses", "contrastive", "sampling", "grids", "guidance"}
+CORE_PARTS = BASE | OBJECTIVES | {"schedules", "processes", "nets"}
+ARROWS = {
+    **dict.fromkeys(BASE, BASE),
+    "schedules": BASE,
+    "processes": BASE | {"schedules"},
+    **dict.fromkeys(OBJECTIVES, BASE | OBJECTIVES | {"schedules", "processes"}),
+    "nets": BASE,
+    "config": BASE,
+    "data": BASE | {"nets"},
+    "evals": CORE_PARTS | {"config", "data"},
+    "experiment": CORE_PARTS,
+    "training": CORE_PARTS | {"config", "data", "experiment"},
+    "runs": CORE_PARTS | {"config", "data", "evals", "experiment", "training"},
+    "projects": CORE_PARTS | {"config", "data", "evals"},
+    "__main__": CORE_PARTS | {"config", "data", "evals", "experiment", "training", "runs"},
+}
+STILL = {("experiment", "training.sharding"), ("config", "configdict")}  # arrows that are to go
+PLAIN = {"jax", "flax", "optax", "chex", "numpy"}
+BESIDE_PLAIN = {"config": {"ml_collections"}, "aot": {"ml_collections", "libtpu"}}
+OUTER = {"data", "evals", "projects", "runs", "__main__"}  # what may import more than PLAIN; of training these modules
+OUTER_TRAINING = {"loop", "checkpoints", "metrics_logger", "run_metadata", "skipped", "validation"}
+
+
+def imports(path):
+    """The modules that a file imports, anywhere in it, with the line: "mmdiff.data.files" for `from mmdiff.data import files`, too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: a relative import"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def files_of_parts():
+    """(part, path) of every file of the package."""
+    for path in sorted((ROOT / "mmdiff").rglob("*.py")):
+        parts = path.relative_to(ROOT / "mmdiff").with_suffix("").parts
+        if parts != ("__init__",):
+            yield parts[0], path
+
+
+def test_imports_follow_the_layers():
+    """schedules <- processes <- times, losses, contrastive, sampling <- training <- runs <- __main__; networks know no process, data and
+    evaluators no trainer, and nothing in the package knows a project."""
+    wrong = []
+    for part, path in files_of_parts():
+        for name, line in imports(path):
+            if name.startswith("mmdiff."):
+                other = name.removeprefix("mmdiff.")
+                target = other.split(".")[0]
+                if target not in ARROWS[part] | {part, "__version__"} and not any(other.startswith(s) for p, s in STILL if p == part):
+                    wrong.append(f"{path.relative_to(ROOT)}:{line}: {part} must not import {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_core_needs_jax_flax_optax_chex_and_numpy_only():
+    wrong = []
+    for part, path in files_of_parts():
+        if part in OUTER or (part == "training" and path.stem in OUTER_TRAINING):
+            continue
+        allowed = PLAIN | sys.stdlib_module_names | {"mmdiff"} | BESIDE_PLAIN.get(path.stem, set())
+        wrong += [f"{path.relative_to(ROOT)}:{line}: {name}" for name, line in imports(path) if name.split(".")[0] not in allowed]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_module_name_exists_once():
+    names = [path.stem for _, path in files_of_parts() if path.stem != "__init__"]
+    assert sorted(names) == sorted(set(names))

@@ -22,7 +22,6 @@ from mmdiff.data import files
 from mmdiff.errors import UserError
 from mmdiff.evals import plots
 from mmdiff.evals.evaluator import Findings
-from mmdiff.training import checkpoints
 
 PACKAGES = ("mmdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "tensorflow-datasets")
 
@@ -33,11 +32,13 @@ def paths(workdir, split: str = "test") -> tuple[pathlib.Path, pathlib.Path]:
     return pathlib.Path(workdir, f"{name}.json"), pathlib.Path(workdir, f"{name}.html")
 
 
-def write(workdir, experiment, config, findings: Sequence[Findings], step: int) -> tuple[pathlib.Path, pathlib.Path]:
+def write(
+    workdir, experiment, config, findings: Sequence[Findings], step: int, cost: Mapping[str, float] | None = None
+) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes the two files of what was measured on `experiment.split`; returns their `paths`.
 
-    report.json is flat: every figure by name, then `train_seconds`, `images_per_second` and `steps` that the measured weights
-    took (null without their checkpoint), their `step`, `seed`, the `split` that was measured, and the dicts `settings` (counts,
+    report.json is flat: every figure by name, then the `cost` of the measured weights, `train_seconds`, `images_per_second` and `steps`
+    (null if it is not known), their `step`, `seed`, the `split` that was measured, and the dicts `settings` (counts,
     sampler, features), `versions`, `device` and `config`. report.html is one self-contained page with the pictures and the curves of
     metrics.jsonl.
 
@@ -48,7 +49,8 @@ def write(workdir, experiment, config, findings: Sequence[Findings], step: int) 
     figures = {name: value for found in findings for name, value in found.figures.items()}
     report = {
         **{name: _number(value) for name, value in figures.items()},
-        **_cost(workdir, int(step)),
+        **dict.fromkeys(("train_seconds", "images_per_second", "steps")),
+        **(cost or {}),
         "step": int(step),
         "seed": int(config.seed),
         "split": experiment.split,
@@ -216,14 +218,6 @@ def _table(rows: Sequence[tuple[str, str, str]]) -> str:
 
 
 # ---- Parts ----
-
-
-def _cost(workdir: pathlib.Path, step: int) -> dict[str, float | None]:
-    # Of the checkpoint itself: run.json is only written when a run ends.
-    meta = checkpoints.read_meta(workdir, step)
-    if not meta:
-        return {"train_seconds": None, "images_per_second": None, "steps": None}
-    return {**checkpoints.cost(meta), "steps": step}
 
 
 def _lines(path: pathlib.Path) -> list[str]:
