@@ -21,7 +21,7 @@ import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 
-from mmdiff import __version__, checks, console, suggest
+from mmdiff import __version__, checks, console, former_names, suggest
 from mmdiff import config as configs
 from mmdiff.errors import UserError
 from mmdiff.keys import check_seed
@@ -79,8 +79,8 @@ With --peer it takes turns with another program, and prints the ratio. That
 program must print a last line of JSON with its "seconds_per_step"; on a GPU the
 memory must suffice for both.
 
-Needs no data, and of Python packages only jax, flax, optax, chex, numpy and
-what the config imports."""
+Needs no data, and of Python packages only jax, flax, optax, chex, numpy,
+ml_collections and what the config imports."""
 
 SAMPLE = """\
 Draws samples with the averaged (EMA) weights of the last checkpoint, and writes
@@ -520,7 +520,7 @@ def _open(args: argparse.Namespace):
     from mmdiff.training import run_metadata
 
     asked = {key: configs.flatten(config)[key] for key, _ in args.overrides}
-    stored = configs.flatten(run_metadata.read_config(args.workdir))
+    stored = former_names.keys(configs.flatten(run_metadata.read_config(args.workdir)), configs.flatten(config))
     for key, (old, new) in configs.difference({key: stored.get(key) for key in asked} if stored else asked, asked).items():
         if not any(key == name or key.startswith(f"{name}.") for name in IN_USE):
             free = ", ".join(f"config.{name}" for name in IN_USE)

@@ -20,15 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import ml_collections
+
 from mmdiff import checks, suggest
 from mmdiff.errors import UserError
-
-try:
-    import ml_collections
-except ModuleNotFoundError:
-    from mmdiff import configdict as ml_collections
-
-    sys.modules["ml_collections"] = ml_collections  # config files import it by that name
 
 SECTIONS = (Mapping, ml_collections.ConfigDict)
 OPTIONAL = {  # what a config file need not state, nor an earlier run have stored
@@ -100,7 +95,7 @@ def build(config: ml_collections.ConfigDict, module: ModuleType) -> Any:
 def _is_of_the_file(error: BaseException, path: str) -> bool:
     """Whether an error is raised by the config file, or is a value that a constructor of this package refuses."""
     modules = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    name, file = next(module for module in reversed(modules) if not module[0].startswith(("ml_collections.", "mmdiff.configdict")))
+    name, file = next(module for module in reversed(modules) if not module[0].startswith("ml_collections."))
     refused = isinstance(error, (ValueError, TypeError)) and name.startswith("mmdiff.")
     return refused or isinstance(error, SystemExit) or os.path.abspath(file) == os.path.abspath(path)
 

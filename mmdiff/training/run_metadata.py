@@ -1,7 +1,7 @@
 """What a run's folder says of the run, and whether it may continue: its config, its data, its classes, what it depends on.
 
     WORKDIR/config.json         the run's config
-    WORKDIR/dependencies.json   fingerprints of the frozen networks that it is trained with, if there are any (once beside.json)
+    WORKDIR/dependencies.json   fingerprints of the frozen networks that it is trained with, if there are any
     WORKDIR/data.json           the fingerprint of its training data and the names of the classes (each checkpoint has them as well)
     WORKDIR/checkpoints/STEP    a run that has none may begin anew with any config
 """
@@ -20,6 +20,7 @@ from typing import Any
 import ml_collections
 
 from mmdiff import config as configs
+from mmdiff import former_names
 from mmdiff.data import files
 from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import fingerprint
@@ -65,7 +66,8 @@ def check_config(
     if not stored:
         raise UserError(f"{workdir} holds checkpoints without their config.json, so nobody knows what they are of: restore it.")
     may_differ = MAY_DIFFER_IN_USE if in_use else MAY_DIFFER
-    differs = configs.difference(stored, json.loads(configs.to_json(config)))
+    here = json.loads(configs.to_json(config))
+    differs = configs.difference(former_names.keys(configs.flatten(stored), configs.flatten(here)), here)
     differs = {key: (old, new) for key, (old, new) in differs.items() if not (key in configs.OPTIONAL and old is None)}
 
     def longest(key, names):
@@ -273,7 +275,7 @@ def _dependencies(workdir: str | os.PathLike) -> dict[str, str]:
     """What is noted of a run; a folder without checkpoints holds none, whatever an earlier attempt has left."""
     if not steps(checkpoint_folder(workdir)):
         return {}
-    for name in ("dependencies.json", "beside.json"):
+    for name in ("dependencies.json", former_names.FILES["dependencies.json"]):
         path = pathlib.Path(workdir) / name
         found = read_json(path)
         if found is not None:

@@ -56,7 +56,7 @@ print(json.dumps(["not it"]))
 
 # What is not in the core, and what the core's own packages do not need either.
 BEYOND = {
-    "ml_collections", "clu", "orbax", "tensorflow", "tensorflow_datasets", "tensorboard", "sklearn", "scipy", "matplotlib", "PIL",
+    "clu", "orbax", "tensorflow", "tensorflow_datasets", "tensorboard", "sklearn", "scipy", "matplotlib", "PIL",
     "pandas", "grain", "array_record", "torch",
 }  # fmt: skip
 BARE = f"""

@@ -1,0 +1,54 @@
+"""The names that files of earlier versions use: one table. Stored runs are read through it; nothing else in the package knows an old name.
+
+Whoever renames something that a run stores adds a line here in the same commit. `tests/test_stored_runs.py` opens runs of before.
+
+    KEYS      keys of config.json, or whole sections: {old: new}; new is "" where a key is gone and runs without it are the same runs
+    ADDED     keys that configs have got since: {key: the value that stands for runs without it}
+    METRICS   metrics in report.json, metrics.jsonl, a checkpoint and config.train.best: {old: new}, whole or as the first part ("match")
+    FILES     files of a workdir: {new: old}
+
+A config file of a user's own may still use an old key: a stored key is renamed only where the config at hand has the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+KEYS: dict[str, str] = {}
+ADDED: dict[str, Any] = {}
+METRICS: dict[str, str] = {}
+FILES = {"dependencies.json": "beside.json"}
+
+T = TypeVar("T")
+
+
+def keys(stored: Mapping[str, T], known: Iterable[str]) -> dict[str, T | Any]:
+    """The values of a stored config by dotted key, under the names that a config with the `known` keys has for them.
+
+    >>> KEYS["eval.tries"] = "eval.count"  # doctest: +SKIP
+    >>> keys({"eval.tries": 3}, known=["eval.count"])  # doctest: +SKIP
+    {'eval.count': 3}
+    """
+    known = set(known)
+    found = {}
+    for key, value in stored.items():
+        new = key if key in known else _renamed(key, KEYS)
+        if new in known:
+            found[new] = value
+        elif new or key in known:
+            found[key] = value
+    return {key: value for key, value in ADDED.items() if key in known and key not in found} | found
+
+
+def metrics(stored: Mapping[str, T]) -> dict[str, T]:
+    """Stored values under the names that their metrics have now."""
+    return {_renamed(name, METRICS): value for name, value in stored.items()}
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    """The name of today: by the longest entry that is the name or, up to a dot or slash, its beginning."""
+    for end in range(len(name), 0, -1):
+        if name[:end] in table and name[end : end + 1] in ("", ".", "/"):
+            return table[name[:end]] + name[end:] if table[name[:end]] else ""
+    return name
