@@ -80,7 +80,7 @@ def build(config):
         validation_data=lambda: digits_source("validation"),
         test_data=lambda: digits_source("test"),
         shape=shape,
-        draw=sampling.drawer(
+        sample=sampling.make_sampler(
             process, net.apply, shape, drop=("label",), paths={"label": early}, heun=True,
             guided_during=("image", *config.sample.guided_during)),
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(10, synonyms=NAMES)},

@@ -105,7 +105,7 @@ def as_joint(experiment, config):
     return dataclasses.replace(
         experiment, process=process,
         loss=losses.diffusion(process, experiment.apply, when, losses.weighted(process, label=config.label_weight)),
-        draw=sampling.drawer(process, experiment.apply, experiment.shape, drop=("label",), heun=True))
+        sample=sampling.make_sampler(process, experiment.apply, experiment.shape, drop=("label",), heun=True))
 
 
 def labels(experiment, params, config, key, data):
@@ -144,8 +144,8 @@ def estimates(experiment):
     process = experiment.process
 
     def by(*maps):
-        draw = sampling.drawer(process, experiment.apply, experiment.shape, drop=("label",), maps=maps)
-        return dataclasses.replace(experiment, draw=draw)
+        draw = sampling.make_sampler(process, experiment.apply, experiment.shape, drop=("label",), maps=maps)
+        return dataclasses.replace(experiment, sample=draw)
 
     return {
         "_mean": by(),

@@ -44,18 +44,10 @@ def second_order_multistep(process, name="image"):
 
 def build(module, config, solver):
     """The config's experiment, whose sampler takes `solver` in the place of Heun."""
-    make = sampling.drawer
-
-    def drawer(process, *args, heun=False, maps=(), **options):
-        if solver == "heun" or not heun:
-            return make(process, *args, heun=heun, maps=maps, **options)
-        return make(process, *args, maps=(*maps, second_order_multistep(process)), **options)
-
-    sampling.drawer = drawer
-    try:
-        experiment = module.build(config)
-    finally:
-        sampling.drawer = make
+    experiment = module.build(config)
+    if solver != "heun":
+        maps = (*experiment.sampler.get("maps", ()), second_order_multistep(experiment.process))
+        experiment = dataclasses.replace(experiment, sample=None, sampler={**experiment.sampler, "heun": False, "maps": maps})
     if "towers" in config.get("data", {}):  # the query's vectors, which come from frozen towers, have no part in sampling images
         train, validation = (Scenes(split, experiment.shape["image"][0]) for split in ("train", "validation"))
         experiment = dataclasses.replace(experiment, train_data=lambda: train, validation_data=lambda: validation)

@@ -582,7 +582,7 @@ def _draw(experiment, params, given, number: int, seed: int, absent: tuple[str, 
     from mmdiff.evals.evaluator import example_keys, in_batches
 
     keys = example_keys(_key(seed, "sample"), number)
-    draw = functools.partial(experiment.draw, absent=absent, **options)
+    draw = functools.partial(experiment.sample, absent=absent, **options)
     size = -(-number // -(-number // LARGEST_BATCH))
     samples = in_batches(draw, params, keys, given, size)
     return {name: array for name, array in samples.items() if name not in absent}

@@ -1,8 +1,9 @@
-"""What a config's `build(config)` returns: every part of a run, already constructed."""
+"""What a config's `build(config)` returns: every part of a run. A config states some of them, and the others follow."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from mmdiff.errors import UserError
 from mmdiff.processes import Given, Joint
-from mmdiff.training.sharding import TRANSFORMER, Rules
+from mmdiff.sampling import make_sampler
 
 Params = Any
 Batch = Mapping[str, jax.Array]
@@ -21,55 +22,113 @@ Batch = Mapping[str, jax.Array]
 class Experiment:
     """The parts of a run. The trainer, the sampler command and the evaluators read nothing else of the system they serve.
 
+    A joint model of images and labels needs six; what is left out follows from them:
+
+    >>> import optax
+    >>> from mmdiff import losses, nets, schedules, times
+    >>> from mmdiff.data.modalities import Images, Labels
+    >>> from mmdiff.data.sources import RandomSource
+    >>> from mmdiff.processes import Gaussian, Joint, absorbing, velocity
+    >>> modalities = {"image": Images(8, 8, 1), "label": Labels(10)}
+    >>> process = Joint(image=Gaussian(schedules.flow(), velocity), label=absorbing(10))
+    >>> net = nets.MMDiT({"image": nets.Patches(8, 8, 1, 2), "label": nets.Label(11, 10)}, depth=1, width=32, heads=2)
+    >>> noise_levels = times.joint(image=times.uniform(), label=times.uniform())
+    >>> experiment = Experiment(
+    ...     process=process, net=net, modalities=modalities,
+    ...     loss=losses.diffusion(process, net.apply, noise_levels), optimizer=optax.adamw(1e-3),
+    ...     data=lambda split: RandomSource(modalities), sampler={"drop": ("label",)})
+    >>> params = experiment.init(jax.random.key(0))
+    >>> sevens = {"label": jnp.array([7, 7])}
+    >>> experiment.sample(params, jax.random.split(jax.random.key(1)), sevens, steps=2, guidance=1.5)["image"].shape
+    (2, 8, 8, 1)
+
+    `dataclasses.replace` keeps what has followed: with another process or network, set `init`, `apply`, `shape` or `sample` to None, and
+    they follow anew.
+
     Attributes:
       process: the corruption process (usually a `Joint`).
-      init: `key -> params`, the network's initialiser; pure, so that it can be jitted onto a mesh.
-      apply: `(params, net_x, net_t) -> out`.
+      net: a linen network, `net.apply(params, net_x, net_t) -> out`; needless where `init` and `apply` are given.
+      modalities: how a person writes and sees each modality, and its size (`parse`, `check`, `show`, `shape`): `{"image": Images(8, 8)}`.
       loss: `(params, batch, key) -> (scalar, metrics)`.
       optimizer: an `optax.GradientTransformation`.
-      train_data, validation_data, test_data: `() -> source`, called by what reads the data; a source has `len(source)` and
-        `source.take(indices) -> {name: array}`. Whatever is chosen is chosen on `validation_data`: training sees it in "val/..." and
-        `train.best`, and `mmdiff eval --split validation` measures on it. What is reported is measured on `test_data`, which nothing
+      data: `split -> source` of "train", "validation" and "test", called by what reads the data; a source has `len(source)` and
+        `source.take(indices) -> {name: array}`. Whatever is chosen is chosen on "validation": training sees it in "val/..." and
+        `train.best`, and `mmdiff eval --split validation` measures on it. What is reported is measured on "test", which nothing
         else reads. Of a set that is published with one of the two alone they are the same.
-      shape: the shape of one example of every modality, `{"image": (8, 8, 1), "label": ()}`.
-      draw: `(params, keys, given, *, steps, guidance, absent=(), history=False) -> {name: array}`: a sampler that holds the modalities
+      sampler: the options of `sampling.make_sampler` (paths, heun, maps, ...). Without `drop`, guidance drops the conditions.
+      evaluators: callables `(experiment, params, config, key, step) -> Findings`, run by `mmdiff eval` in this order.
+      init: `key -> params`, pure, so that it can be jitted onto a mesh; the network's own by default.
+      apply: `(params, net_x, net_t) -> out`; the network's own by default.
+      shape: the shape of one example of every modality of the process, `{"image": (8, 8, 1), "label": ()}`; those of `modalities`.
+      sample: `(params, keys, given, *, steps, guidance, absent=(), history=False) -> {name: array}`: a sampler that holds the modalities
         in `given` at t = 0 and those in `absent` at t = 1; with `history` it returns every state on the way, see `sampling.sample`.
         `steps` (int), `guidance` (float), `absent` and `history` are static under jit.
-      modalities: how a person writes and sees each modality (`parse`, `check`, `show`), `{"image": Images(...), ...}`.
-      evaluators: callables `(experiment, params, config, key, step) -> Findings`, run by `mmdiff eval` in this order.
-      rules: the sharding table (see `training.sharding`); the first match wins.
+      train_data, validation_data, test_data: `() -> source`; those of `data`.
+      rules: the sharding table (see `training.sharding`), the first match wins; that of the transformers by default.
       cache: of a tokenizer, what `mmdiff cache` encodes: a `data.token_cache.Recipe`.
       split: the name of what is in `test_data`, for evaluators that have more data than these: "test", or "validation" (`on_validation`).
-      beside: frozen networks that the weights are of use beside alone (a tokenizer, towers): name -> `() -> fingerprint`, None where they
-        are not at hand. A run remembers them and is refused beside others.
+      frozen_deps: the frozen networks that the weights were trained with and need (a tokenizer, towers): name -> `() -> fingerprint`,
+        None where they are not available. A run remembers them and is refused with others.
+
+    Raises:
+      UserError: a modality of the process is missing in `modalities`.
     """
 
     process: Any
-    init: Callable[[jax.Array], Params]
-    apply: Callable[..., Any]
+    modalities: Mapping[str, Any]
     loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     optimizer: Any
-    train_data: Callable[[], Any]
-    validation_data: Callable[[], Any]
-    test_data: Callable[[], Any]
-    shape: Mapping[str, tuple[int, ...]]
-    draw: Callable[..., Mapping[str, jax.Array]]
-    modalities: Mapping[str, Any]
+    net: Any = None
+    data: Callable[[str], Any] | None = None
+    sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     evaluators: Sequence[Callable[..., Any]] = ()
-    rules: Rules = TRANSFORMER
+    init: Callable[[jax.Array], Params] | None = None
+    apply: Callable[..., Any] | None = None
+    shape: Mapping[str, tuple[int, ...]] | None = None
+    sample: Callable[..., Mapping[str, jax.Array]] | None = None
+    train_data: Callable[[], Any] | None = None
+    validation_data: Callable[[], Any] | None = None
+    test_data: Callable[[], Any] | None = None
+    rules: Any = None
     cache: Any = None
     split: str = "test"
-    beside: Mapping[str, Callable[[], str | None]] = dataclasses.field(default_factory=dict)
+    frozen_deps: Mapping[str, Callable[[], str | None]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        def follow(name, value):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+        if self.data is not None:
+            for split in ("train", "validation", "test"):
+                follow(f"{split}_data", functools.partial(self.data, split))
+        if isinstance(self.process, Joint):
+            missing = [name for name in self.process.parts if name not in self.modalities]
+            if missing and self.shape is None:
+                raise UserError(f"Experiment: the process has the modality {missing[0]!r}, but `modalities` has {sorted(self.modalities)}.")
+            follow("shape", {name: modality.shape for name, modality in self.modalities.items() if name in self.process.parts})
+        if self.net is not None:
+            follow("init", initialiser(self.net, self.process, self.shape))
+            follow("apply", self.net.apply)
+        if isinstance(self.process, Joint) and self.apply is not None and self.sample is None:
+            conditions = self.process.conditions
+            nothing = len(conditions) == len(self.process.parts)
+            options = {"drop": conditions, **self.sampler}
+            follow("sample", _samples_nothing if nothing else make_sampler(self.process, self.apply, self.shape, **options))
 
     def on_validation(self) -> Experiment:
         """The experiment whose evaluators measure on the validation data: for choosing, never for reporting."""
         return dataclasses.replace(self, test_data=self.validation_data, split="validation")
 
 
+def _samples_nothing(params, keys, given, *, steps, guidance, absent=(), history=False):
+    raise UserError("this model samples nothing: all its modalities are conditions. See the head of its config for its use.")
+
+
 def reconstructing(net: Any, name: str = "image") -> dict[str, Any]:
     """What the experiment of a tokenizer has from its network alone, `Experiment(**reconstructing(net), loss=..., ...)`.
 
-    Nothing is diffused and nothing drawn: the image (or music) is a condition, and a sample is what its tokens decode to,
+    Nothing is diffused and nothing sampled: the image (or music) is a condition, and a sample is what its tokens decode to,
     "reconstruction".
 
     Args:
@@ -80,9 +139,9 @@ def reconstructing(net: Any, name: str = "image") -> dict[str, Any]:
     def reconstruct(params, examples):
         return {"reconstruction": net.apply(params, examples)[1]}
 
-    def draw(params, keys, given, *, steps, guidance, absent=()):
+    def sample(params, keys, given, *, steps, guidance, absent=()):
         if name not in given:
-            raise UserError(f"a tokenizer draws nothing by itself: give it something to encode, --given {name}=FILE.")
+            raise UserError(f"a tokenizer samples nothing by itself: give it something to encode, --given {name}=FILE.")
         return {**given, **reconstruct(params, given[name])}
 
     return {
@@ -90,12 +149,12 @@ def reconstructing(net: Any, name: str = "image") -> dict[str, Any]:
         "init": lambda key: net.init(key, jnp.zeros((1, *net.shape))),
         "apply": lambda params, x, t: reconstruct(params, x[name]),
         "shape": {name: net.shape, "reconstruction": net.shape},
-        "draw": draw,
+        "sample": sample,
     }
 
 
 def initialiser(net: Any, process: Any, shape: Any) -> Callable[[jax.Array], Params]:
-    """`key -> params` of a linen network, shown one example as the process feeds it (a draw from the prior at t = 1)."""
+    """`key -> params` of a linen network, called on one example as the process feeds it (a sample of the prior at t = 1)."""
 
     def init(key):
         xt = process.prior(jax.random.split(key, 1), shape)

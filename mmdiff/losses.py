@@ -248,6 +248,14 @@ def weighted(process, **weights: float) -> dict[str, tuple[float, Term]]:
     return {name: (weights.get(name, 1.0), of(name)) for name, part in process.parts.items() if part.learnt}
 
 
+def of_parts(process, **weights: float) -> dict[str, tuple[float, Term]]:
+    """The modalities' own losses with these weights, in this order, each by itself: `of_parts(process, image=1.0, label=0.1)`.
+
+    Of an `Aggregate`, other than by `weighted`, a modality also counts where it is absent: its head learns to predict it from the target.
+    """
+    return {name: (weight, on(name, process.parts[name].loss)) for name, weight in weights.items()}
+
+
 # Weights of the squared error in eps, functions of (schedule, t). Constant 1 is DDPM's simple loss.
 
 

@@ -226,26 +226,26 @@ def _started(process, start, shape, count, held):
     return found
 
 
-def drawer(
+def make_sampler(
     process: Process,
     apply: Callable,
     shape: Mapping[str, Any],
     drop: Sequence[str] = (),
     paths: Mapping[str, Callable] | None = None,
-    walk: Callable = lambda steps: (uniform_grid(steps), ()),
+    grid: Callable = lambda steps: (uniform_grid(steps), ()),
     channels: Mapping[str, int] | None = None,
     guided_during: tuple[str, float, float] | None = None,
     **options: Any,
 ) -> Callable:
-    """The sampler of an `Experiment`: `draw(params, keys, given, *, steps, guidance, absent=(), history=False, start=None)`.
+    """The sampler of an `Experiment`: `sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None)`.
 
     Args:
       process, apply, shape: as in `sample`.
       drop, channels: what guidance drops, and the channels that it guides (see `guided`). With guidance 1 the network runs once a step.
       guided_during: (name, low, high): guidance acts only while that modality's time is in (low, high], see `interval`; always by default.
-      paths: each modality's own time as a function of the walk's, [0, 1] -> [0, 1] with both ends fixed; the identity by default. A
-        model trained at independent times may be walked from (1, ..., 1) to (0, ..., 0) along any path.
-      walk: `steps -> (grid, maps)`, the times and what maps they need (see `released_stride`); uniform times by default. With
+      paths: each modality's own time as a function of the trajectory's, [0, 1] -> [0, 1] with both ends fixed; the identity by
+        default. A model trained at independent times may go from (1, ..., 1) to (0, ..., 0) along any path.
+      grid: `steps -> (grid, maps)`, the times and what maps they need (see `released_stride`); uniform times by default. With
         `uniform_grid(steps, 0.6)` `start` is x_t at the time that each modality's path makes of 0.6.
       options: go to `sample` (maps, heun).
     """
@@ -253,17 +253,17 @@ def drawer(
     paths = {name: (paths or {}).get(name, lambda t: t) for name in shape}
     during = _interval_of(guided_during, shape)
 
-    def draw(params, keys, given, *, steps, guidance, absent=(), history=False, start=None):
+    def sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None):
         # Guidance has nothing to compare where the condition is absent anyway.
         present = [name for name in drop if name not in absent]
         weight = interval(guidance, *during) if during else guidance
         network = guided(apply, weight, present, process, channels) if present and guidance != 1 else apply
-        times, strides = walk(steps)
-        grid = {name: path(times) for name, path in paths.items()}
+        times, strides = grid(steps)
+        times = {name: path(times) for name, path in paths.items()}
         rest = {"maps": (*maps, *strides), "history": history, "start": start, **options}
-        return sample(process, network, params, keys, grid, shape, given=given, absent=absent, **rest)
+        return sample(process, network, params, keys, times, shape, given=given, absent=absent, **rest)
 
-    return draw
+    return sampler
 
 
 def _interval_of(guided_during: tuple[str, float, float] | None, shape: Mapping[str, Any]) -> tuple[float, float, str] | None:

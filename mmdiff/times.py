@@ -182,6 +182,11 @@ def importance(steps: int, term: str) -> Adaptive:
     return Adaptive(source, draw)
 
 
+def _rule(times: Times | float) -> Times:
+    """A rule; a number stands for a constant one."""
+    return times if callable(times) else constant(times)
+
+
 def _drawn(times, key, index, stats):
     if isinstance(times, Adaptive):
         return times.draw(key, index, stats)
@@ -196,8 +201,9 @@ def _combined(draw, parts):
     return Adaptive(sources.pop(), draw) if sources else lambda key, index: draw(key, index, None).t
 
 
-def joint(**times: Times) -> Times:
-    """Independent times, one rule per modality; at most one of them is adaptive."""
+def joint(**times: Times | float) -> Times:
+    """Independent times, one rule per modality (a number is constant); at most one of them is adaptive."""
+    times = {name: _rule(rule) for name, rule in times.items()}
     adaptive = [name for name, rule in times.items() if isinstance(rule, Adaptive)]
     if len(adaptive) > 1:
         raise UserError(f"joint: only one modality's times can be importance-sampled on their own, not {adaptive}; see shared.")
@@ -210,8 +216,9 @@ def joint(**times: Times) -> Times:
     return _combined(draw, times.values())
 
 
-def shared(*names: str, times: Times | None = None, **others: Times) -> Times:
-    """One time for all the named modalities, uniform by default; `others` have their own: `shared("image", "text", mask=constant(1.0))`."""
+def shared(*names: str, times: Times | None = None, **others: Times | float) -> Times:
+    """One time for all the named modalities, uniform by default; `others` have their own: `shared("image", "text", mask=1.0)`."""
+    others = {name: _rule(other) for name, other in others.items()}
     rule, adaptive = times or uniform(), [name for name, other in others.items() if isinstance(other, Adaptive)]
     if adaptive:
         raise UserError(f"shared: only the time that is shared can be importance-sampled, not those of {adaptive}.")
@@ -224,8 +231,32 @@ def shared(*names: str, times: Times | None = None, **others: Times) -> Times:
     return _combined(draw, [rule])
 
 
-def mixture(*choices: tuple[float, Times]) -> Times:
+def conditional(*conditions: str, dropout: float, **noisy: Times) -> Times:
+    """The modalities `noisy` given `conditions`, all of which are absent for a share `dropout` of the examples (classifier-free guidance).
+
+    >>> rule = conditional("label", dropout=0.1, image=uniform())
+    >>> rule(jax.random.key(0), jnp.arange(4))["label"].shape
+    (4,)
+    """
+    return mixture(*(
+        (share, joint(**noisy, **dict.fromkeys(conditions, time))) for share, time in ((1 - dropout, 0.0), (dropout, 1.0))))
+
+
+def multitask(target: str, other: str, noisy: Times, **shares: float) -> Times:
+    """MT-Diffusion's times of an `Aggregate`, by the shares of what an example trains (Chen et al. 2024): `known=0.4, hidden=0.4, ...`.
+
+    known: the target given the other modality (X). hidden: the other is in the target's mean alone, at one time with it (U).
+    absent: the target alone (plain DDPM). clean: the other is to be predicted from a clean target.
+    """
+    rules = {
+        "known": joint(**{target: noisy, other: 0.0}), "hidden": shared(target, other, times=noisy),
+        "absent": joint(**{target: noisy, other: 1.0}), "clean": joint(**{target: 0.0, other: 1.0})}
+    return mixture(*((share, rules[name]) for name, share in shares.items()))
+
+
+def mixture(*choices: tuple[float, Times | float]) -> Times:
     """Each example follows one of several rules, with the given weights: `mixture((0.5, a), (0.5, b))`."""
+    choices = [(weight, _rule(rule)) for weight, rule in choices]
     weights = [weight for weight, _ in choices]
     if not (weights and min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):  # so that NaN is none
         raise UserError(f"mixture: the weights must be >= 0 and sum to 1, got {weights}.")

@@ -75,7 +75,7 @@ def build(config):
         validation_data=lambda: source("val"),
         test_data=lambda: source("val"),
         shape={name: modality.shape for name, modality in parts.items()},
-        draw=draw,
+        sample=draw,
         modalities=parts,
         evaluators=[lambda experiment, params, config, key, step: None],
     )

@@ -44,7 +44,7 @@ def test_a_config_trains_and_samples(name, condition):
     assert all(np.isfinite(value) for value in metrics.values()) and metrics["skipped"] == 0
     assert int(state.stats["loss"]["count"].sum()) == 16  # every example's time was counted
     given = {condition: first[condition][:3]}
-    drawn = jax.jit(lambda params, keys, given: experiment.draw(params, keys, given, steps=2, guidance=1.5))(
+    drawn = jax.jit(lambda params, keys, given: experiment.sample(params, keys, given, steps=2, guidance=1.5))(
         state.ema, jax.random.split(jax.random.key(1), 3), given)
     np.testing.assert_array_equal(drawn[condition], given[condition])
     tokens = np.asarray(drawn["tokens"])

@@ -117,7 +117,7 @@ def test_a_step_and_a_sample_from_a_cache(name, caches, monkeypatch):
     monkeypatch.setattr(token_cache, "PIXELS", 2 * 256**2)
     cache, condition = caches(name), "text" if name in TEXTS else "label"
     experiment, _ = load(name, **underscored(small(name)), data__dir=cache, loss__count=2, train__warmup_steps=0, sample__top_p=1e-6)
-    assert (experiment.beside["tokenizer"]() == token_cache.read_meta(cache)["fingerprint"]) == (name not in TEXTS)  # words count, too
+    assert (experiment.frozen_deps["tokenizer"]() == token_cache.read_meta(cache)["fingerprint"]) == (name not in TEXTS)  # words count, too
     step = jax.jit(make_step(experiment.loss, experiment.optimizer))
     before = jax.jit(lambda key: init_state(experiment.init, experiment.optimizer, key, experiment.loss))(jax.random.key(0))
     after, metrics = step(before, next(batches(experiment.train_data(), 0, 2)))
@@ -130,7 +130,7 @@ def test_a_step_and_a_sample_from_a_cache(name, caches, monkeypatch):
     words = "a red square, seen here" if condition == "text" else "7"
     given = {condition: np.repeat(experiment.modalities[condition].parse(words), 2, 0)}
     assert experiment.modalities[condition].show(given[condition]) == [words] * 2
-    draw = jax.jit(lambda params, keys, given: experiment.draw(params, keys, given, steps=1, guidance=1.5)["tokens"])
+    draw = jax.jit(lambda params, keys, given: experiment.sample(params, keys, given, steps=1, guidance=1.5)["tokens"])
     drawn = np.asarray(draw(after.ema, jax.random.split(jax.random.key(1), 2), given))
     experiment.process.check({"tokens": drawn, **given})  # no mask is left
     np.testing.assert_array_equal(*drawn)  # truncated to the likeliest token, in one step: nothing is left to chance
@@ -201,7 +201,7 @@ def test_what_decays(name, freeze):
 def test_mistakes(caches, tmp_path):
     for name in NAMES:
         experiment, _ = load(name)  # without data: the doors are passed later
-        assert experiment.beside["tokenizer"]() is None
+        assert experiment.frozen_deps["tokenizer"]() is None
         with pytest.raises(UserError, match="config.data.dir is empty: name the folder of a token cache"):
             experiment.train_data()
         with pytest.raises(UserError, match="choose tokens or random"):

@@ -74,7 +74,7 @@ def test_a_step_and_a_sample(name, overrides):
     conditions = [each for each in experiment.shape if each != "music"]
     assert conditions == {"aist_music": ["motion", "genre", "video"], "tiktok_music": ["motion"]}.get(name, ["motion", "genre"])
     given = {each: first[each][:2] for each in conditions}
-    draw = jax.jit(lambda params, keys, given: experiment.draw(params, keys, given, steps=2, guidance=1.5))
+    draw = jax.jit(lambda params, keys, given: experiment.sample(params, keys, given, steps=2, guidance=1.5))
     drawn = draw(after.ema, jax.random.split(jax.random.key(1), 2), given)
     experiment.process.check({"music": drawn["music"], **given})  # no mask is left
 
@@ -203,7 +203,7 @@ def walk(small):
     keys = jax.random.split(jax.random.key(2), 3)
 
     def states(given, absent):
-        return experiment.draw(params, keys, given, steps=4, guidance=1.5, absent=absent, history=True)["music"]
+        return experiment.sample(params, keys, given, steps=4, guidance=1.5, absent=absent, history=True)["music"]
 
     return jax.jit(states, static_argnames="absent")
 

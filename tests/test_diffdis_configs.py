@@ -100,7 +100,7 @@ def test_towers_are_measured_and_kept(towers, monkeypatch, capsys):
     assert cli.main(["cache", *given, "--out", str(towers / "towers")]) == 0
     assert f"nothing to do: {towers / 'towers'} holds the towers of step 3" in capsys.readouterr().out
     assert cli.main(["sample", *given]) == 2
-    assert "two towers draw nothing" in capsys.readouterr().err
+    assert "this model samples nothing" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ def test_the_setting_of_the_paper_steps_in_small(monkeypatch):
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params["params"], after.params["params"])
     assert moved["image_out"]["kernel"] == pytest.approx(1e-5, rel=0.05)  # AdamW's first step is the rate
     assert moved["query_out"]["kernel"] == pytest.approx(1e-4, rel=0.05)
-    drawn = experiment.draw(
+    drawn = experiment.sample(
         after.params, jax.random.split(jax.random.key(1), 2), {"text": jnp.asarray(batch["text"][:2])}, steps=2, guidance=2.0)
     assert drawn["image"].shape == (2, 32, 32, 4) and bool(jnp.isfinite(drawn["image"]).all())
 

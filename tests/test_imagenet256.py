@@ -94,7 +94,7 @@ def test_dit_samples_at_its_own_times_and_guides_three_channels(monkeypatch):
     config, module = configs.load(DIT)
     monkeypatch.setattr(nets.DiT, "preset", lambda *args, **options: Labelled())
     experiment, keys = module.build(config), jax.random.split(jax.random.key(0), 1)
-    draw = jax.jit(experiment.draw, static_argnames=("steps", "guidance"))
+    draw = jax.jit(experiment.sample, static_argnames=("steps", "guidance"))
     images = {w: draw(None, keys, {"label": jnp.zeros(1, jnp.int32)}, steps=250, guidance=w)["image"] for w in (1.5, 1.0)}
     jax.effects_barrier()
     stride, place, expected = 999 / 249, 0.0, []

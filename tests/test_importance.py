@@ -257,7 +257,7 @@ def test_a_run_that_continues_is_bit_equal(tmp_path):
     data = ArraySource({"tokens": batch(0, 40)["tokens"], "label": batch(0, 40)["label"]})
     experiment = Experiment(
         process=PROCESS, init=init, apply=network, loss=loss_of(), optimizer=optax.adam(1e-2), train_data=lambda: data,
-        validation_data=lambda: data, test_data=lambda: data, shape={"tokens": (5,), "label": ()}, draw=None, modalities={}, rules=(),
+        validation_data=lambda: data, test_data=lambda: data, shape={"tokens": (5,), "label": ()}, sample=None, modalities={}, rules=(),
     )
     config = tiny.get_config()
     config.train.update({"global_batch": B, "eval_every": 16, "checkpoint_every": 12})

@@ -91,7 +91,7 @@ def test_a_step_and_samples(name, monkeypatch):
 
     @jax.jit
     def draw(given):
-        return experiment.draw(after.params, jax.random.split(jax.random.key(1), 2), given, steps=2, guidance=1.5)
+        return experiment.sample(after.params, jax.random.split(jax.random.key(1), 2), given, steps=2, guidance=1.5)
 
     modality = experiment.modalities[other]
     held = {other: modality.random(np.random.default_rng(0), 2)}

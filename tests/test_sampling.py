@@ -96,7 +96,7 @@ def test_a_walk_may_start_below_one():
     joint = sampling.sample(PROCESS, network, 1.0, keys(2), grids, SHAPE, start={"image": xt}, history=True)
     np.testing.assert_array_equal(joint["image"][0], xt)
     np.testing.assert_array_equal(joint["label"][0], [4, 4])
-    draw = sampling.drawer(PROCESS, network, SHAPE, walk=lambda steps: (sampling.uniform_grid(steps, 0.6), ()))
+    draw = sampling.make_sampler(PROCESS, network, SHAPE, grid=lambda steps: (sampling.uniform_grid(steps, 0.6), ()))
     start = {"image": xt, "label": jnp.asarray([4, 1])}
     drawn = draw(1.0, keys(2), {}, steps=3, guidance=1.0, start=start, history=True)
     np.testing.assert_array_equal(drawn["label"][0], [4, 1])
@@ -229,7 +229,7 @@ def test_a_sampler_guides_during_its_interval():
     given = {"label": jnp.asarray([0, 1, 2, 3])}
 
     def images(during, guidance):
-        draw = sampling.drawer(PROCESS, network, SHAPE, ("label",), guided_during=during)
+        draw = sampling.make_sampler(PROCESS, network, SHAPE, ("label",), guided_during=during)
         return jax.jit(lambda k: draw(1.0, k, given, steps=4, guidance=guidance)["image"])(keys(4))
 
     np.testing.assert_array_equal(images(("image", 0.0, 1.0), 3.0), images(None, 3.0))
@@ -237,7 +237,7 @@ def test_a_sampler_guides_during_its_interval():
     assert np.abs(images(("image", 0.2, 0.7), 3.0) - images(None, 3.0)).max() > 1e-3
     for during in (("sound", 0.0, 1.0), ("image", 0.5), ("image", 0.7, 0.2), ("image", 0.2, 1.5)):
         with pytest.raises(UserError, match="sound|guided_during|low < high"):
-            sampling.drawer(PROCESS, network, SHAPE, ("label",), guided_during=during)
+            sampling.make_sampler(PROCESS, network, SHAPE, ("label",), guided_during=during)
 
 
 def test_interval_guidance():
@@ -277,7 +277,7 @@ def test_the_process_owns_its_null():
         with pytest.raises(UserError, match="has no null"):
             sampling.guided(network, 2.0, (name,), process)
         with pytest.raises(UserError, match="has no null"):
-            sampling.drawer(process, network, {}, drop=(name,))
+            sampling.make_sampler(process, network, {}, drop=(name,))
     with pytest.raises(UserError, match="no modality 'sound' to drop"):
         process.null("sound")
     for drop in ({"words": 0}, {"depth": 0.0}, "words"):
@@ -295,7 +295,7 @@ def test_guidance_of_the_first_channels():
     np.testing.assert_allclose(out[:, :2], (2.5 * conditional["image"] - 1.5 * bare["image"])[:, :2], atol=1e-6)
     np.testing.assert_array_equal(out[:, 2], conditional["image"][:, 2])
     few, all_of_them = (
-        sampling.drawer(PROCESS, network, SHAPE, ("label",), channels=channels)(
+        sampling.make_sampler(PROCESS, network, SHAPE, ("label",), channels=channels)(
             1.0, keys(2), {"label": jnp.asarray([0, 1])}, steps=1, guidance=3.0)["image"]
         for channels in ({"image": 1}, None))  # fmt: skip
     np.testing.assert_allclose(few[:, 0], all_of_them[:, 0], atol=1e-6)

@@ -84,7 +84,7 @@ def build(config):
         validation_data=lambda: ArraySource({name: array[:24] for name, array in data.arrays.items()}),
         test_data=lambda: data,
         shape=shape,
-        draw=draw,
+        sample=draw,
         modalities={"image": Images(8, 8), "label": Labels(10)},
         evaluators=[measure],
     )

@@ -132,8 +132,8 @@ def build(config):
         validation_data=lambda: Some(open_tokens(data, held_out["validation"], modalities), config.eval.examples),
         test_data=lambda: Some(open_tokens(data, held_out["test"], modalities), config.eval.examples),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=tuple(nulls), maps=(truncated,)),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=tuple(nulls), maps=(truncated,)),
         modalities=modalities,
-        beside={"tokenizer": lambda: maker(data.dir)},
+        frozen_deps={"tokenizer": lambda: maker(data.dir)},
         evaluators=(judged,) if config.eval.segments else (),
     )

@@ -104,7 +104,7 @@ def build(config):
         validation_data=lambda: Some(open_tokens(data, "val", modalities), config.eval.examples),
         test_data=lambda: Some(open_tokens(data, "val", modalities), config.eval.examples),  # the set has no third part with answers
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=("text",), maps=(truncated,)),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=("text",), maps=(truncated,)),
         modalities=modalities,
-        beside={"tokenizer": lambda: maker(data.dir)},
+        frozen_deps={"tokenizer": lambda: maker(data.dir)},
     )

@@ -105,9 +105,9 @@ def build(config):
         validation_data=lambda: open_tokens(data, "validation", modalities),
         test_data=lambda: open_tokens(data, "test", modalities),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, ("motion", "genre"), maps=[truncation]),
+        sample=sampling.make_sampler(process, net.apply, shape, ("motion", "genre"), maps=[truncation]),
         modalities=modalities,
-        beside={"tokenizer": lambda: maker(data.dir)},
+        frozen_deps={"tokenizer": lambda: maker(data.dir)},
         evaluators=(
             MusicForDances(
                 decode, clips=DanceMusic, training=lambda: DanceMusic("train"), genres=GENRES,

@@ -76,7 +76,7 @@ def build(config):
         return grid, [sampling.only("tokens", stride)]
 
     figures = ClassTokenImages(bound_steps=steps, batch=config.eval.batch)
-    strided = {"released": sampling.drawer(process, net.apply, shape, drop, walk=released)}
+    strided = {"released": sampling.make_sampler(process, net.apply, shape, drop, grid=released)}
     return Experiment(
         process=process,
         init=initialiser(net, process, shape),
@@ -88,7 +88,7 @@ def build(config):
         validation_data=lambda: digits_tokens("validation"),
         test_data=lambda: digits_tokens("test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop),
+        sample=sampling.make_sampler(process, net.apply, shape, drop),
         modalities={"tokens": TokenImages(8, 8, LEVELS), "label": Labels(CLASSES, synonyms=NAMES)},
         evaluators=(
             figures,

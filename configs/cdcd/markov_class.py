@@ -75,7 +75,7 @@ def build(config):
         validation_data=lambda: markov_source("validation"),
         test_data=lambda: markov_source("test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=("label",)),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=("label",)),
         modalities={"tokens": Sequences(LENGTH, STATES), "label": Labels(CLASSES)},
         evaluators=(MarkovSequences(chains(), bound_steps=steps, batch=config.eval.batch),),
     )

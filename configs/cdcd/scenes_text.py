@@ -88,8 +88,8 @@ def build(config):
         validation_data=lambda: token_source(config.data.dir, "validation"),
         test_data=lambda: token_source(config.data.dir, "test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, ("text",), maps=[truncation]),
+        sample=sampling.make_sampler(process, net.apply, shape, ("text",), maps=[truncation]),
         modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(words)},
-        beside={"tokenizer": lambda: maker(config.data.dir)},
+        frozen_deps={"tokenizer": lambda: maker(config.data.dir)},
         evaluators=(CaptionedScenes(batch=config.eval.batch),),
     )

@@ -87,7 +87,7 @@ def build(config):
         validation_data=lambda: digits.captioned(digits.digits_source("validation"), digits.random_prompts(size)),
         test_data=lambda: digits.captioned(digits.digits_source("test"), digits.random_prompts(size)),
         shape=seen,
-        draw=sampling.drawer(drawing, draw, seen, drop=("text",), heun=True),
+        sample=sampling.make_sampler(drawing, draw, seen, drop=("text",), heun=True),
         modalities={"image": Images(*SHAPE, levels=17), "text": Texts(words), "query": Features(size, "query", norm=1.0)},
         evaluators=(DigitAlignment(Aligner(net, query, size, SHAPE), digits.random_prompts(size), batch=config.eval.batch),),
     )

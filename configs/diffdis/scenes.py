@@ -119,9 +119,9 @@ def build(config):
         validation_data=lambda: Described(scenes.Scenes("validation", SIZE), towers, size),
         test_data=lambda: Described(scenes.Scenes("test", SIZE), towers, size),
         shape=seen,
-        draw=sampling.drawer(drawing, draw, seen, drop=("text",), heun=True),
+        sample=sampling.make_sampler(drawing, draw, seen, drop=("text",), heun=True),
         modalities={"image": Images(*SHAPE), "text": Texts(words), "query": Features(size, "query", norm=1.0)},
-        beside={"towers": towers.fingerprint},
+        frozen_deps={"towers": towers.fingerprint},
         evaluators=(
             *zeroshot.asked(config.eval, jax.jit(see), lambda params, texts: towers.encode(texts), SIZE),
             SceneAlignment(aligner, towers, judged)),

@@ -69,7 +69,7 @@ def build(config):
         validation_data=lambda: scenes.Scenes("validation", SIZE),
         test_data=lambda: scenes.Scenes("test", SIZE),
         shape=shape,
-        draw=draws_nothing,
+        sample=draws_nothing,
         modalities={"image": Images(SIZE, SIZE, 3), "text": Texts(words)},
         evaluators=(
             *zeroshot.asked(config.eval, see, lambda params, texts: read(params, words.encode(texts)), SIZE),

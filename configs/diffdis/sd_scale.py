@@ -119,7 +119,7 @@ def build(config):
         validation_data=partial(open_source, data, "val", modalities),
         test_data=partial(open_source, data, "val", modalities),  # the set has no third part with answers
         shape=seen,
-        draw=sampling.drawer(drawing, draw, seen, drop=("text",)),
+        sample=sampling.make_sampler(drawing, draw, seen, drop=("text",)),
         modalities=modalities,
         evaluators=(
             *classifiers(config.eval, aligner.function(10, cached=not model.two_way), modalities["image"], PIXELS * data.size),

@@ -88,8 +88,8 @@ def build(config):
         validation_data=partial(open_source, config.data, "val", modalities),
         test_data=partial(open_source, config.data, "val", modalities),  # the set has no third part with answers
         shape=shape,
-        draw=sampling.drawer(
+        sample=sampling.make_sampler(
             process, apply, shape, drop=("label",), channels={"image": GUIDED},
-            walk=lambda steps: (sampling.spaced_grid(steps, STEPS), ())),  # fmt: skip
+            grid=lambda steps: (sampling.spaced_grid(steps, STEPS), ())),  # fmt: skip
         modalities=modalities,
     )

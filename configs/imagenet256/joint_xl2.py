@@ -86,6 +86,6 @@ def build(config):
         validation_data=partial(open_source, config.data, "val", modalities),
         test_data=partial(open_source, config.data, "val", modalities),  # the set has no third part with answers
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=("label",), paths={"label": early}),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=("label",), paths={"label": early}),
         modalities=modalities,
     )

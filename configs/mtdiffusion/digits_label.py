@@ -116,7 +116,7 @@ def build(config):
         validation_data=lambda: digits_source("validation"),
         test_data=lambda: digits_source("test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=("label",), paths={"label": label_time}, heun=True),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=("label",), paths={"label": label_time}, heun=True),
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(CLASSES, synonyms=NAMES)},
         evaluators=(JointImageLabel(batch=config.eval.batch),),
     )

@@ -75,7 +75,7 @@ def build(config):
         validation_data=lambda: digits_source("validation"),
         test_data=lambda: digits_source("test"),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=("masked", "mask"), heun=True),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=("masked", "mask"), heun=True),
         modalities=dict.fromkeys(shape, pictures),
         evaluators=(Restoration(
             config.patches.size, config.patches.most, digit_features.distance, "digits' features",

@@ -79,7 +79,7 @@ def build(config):
         validation_data=lambda: digit_features.represented(digits_source("validation")),
         test_data=lambda: digit_features.represented(digits_source("test")),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=("representation",), heun=True),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=("representation",), heun=True),
         modalities={"image": Images(8, 8, 1, levels=17), "representation": Features(digit_features.SIZE)},
         evaluators=(ImageRepresentation(digit_features.digit_features(), batch=config.eval.batch),),
     )

@@ -95,7 +95,7 @@ def build(config):
         validation_data=lambda: PairedScenes("validation", other, SIZE, config.eval.count),
         test_data=lambda: PairedScenes("test", other, SIZE, config.eval.count),
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=(other,), heun=True),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=(other,), heun=True),
         modalities=modalities,
         evaluators=(ImageTransition(other, batch=config.eval.batch),),
     )

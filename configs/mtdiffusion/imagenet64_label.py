@@ -104,7 +104,7 @@ def build(config):
         validation_data=lambda: Some(open_pictures(data, "val", data.size), config.eval.examples),
         test_data=lambda: Some(open_pictures(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
         shape=shape,
-        draw=sampling.drawer(
+        sample=sampling.make_sampler(
             process, net.apply, shape, drop=("label",), maps=(sampling.only("image", sampling.clip(-1, 1)),)),
         modalities=modalities,
     )

@@ -97,6 +97,6 @@ def build(config):
         validation_data=partial(open_source, data, "val", modalities),
         test_data=partial(open_source, data, "val", modalities),  # the set has no third part with answers
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=("representation",)),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=("representation",)),
         modalities=modalities,
     )

@@ -94,6 +94,6 @@ def build(config):
         validation_data=lambda: Some(open_pairs(data, "val", data.size), config.eval.examples),
         test_data=lambda: Some(open_pairs(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
         shape=shape,
-        draw=sampling.drawer(process, net.apply, shape, drop=(other,), maps=(sampling.only("image", sampling.clip(-1, 1)),)),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=(other,), maps=(sampling.only("image", sampling.clip(-1, 1)),)),
         modalities=modalities,
     )

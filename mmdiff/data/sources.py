@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -118,6 +118,22 @@ class Some:
 
     def fingerprint(self):
         return digest(self._count, "some", fingerprint(self._source))
+
+
+def published(open_split: Callable[[str], Source], count: int = 0, validation: str = "val", test: str = "val") -> Callable[[str], Source]:
+    """The `data` of an `Experiment` from a set that is published with other splits: its names of them, the same where there is one alone.
+
+    Args:
+      open_split: the set's own split -> source.
+      count: of what is held out, so many examples are measured, evenly spread over all of them; all by default.
+      validation, test: the set's own names.
+    """
+
+    def data(split: str) -> Source:
+        source = open_split({"validation": validation, "test": test}.get(split, split))
+        return Some(source, count) if count and split != "train" else source
+
+    return data
 
 
 def whole(source: Source) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ class Calls:
       evaluator: has `samples(experiment, params, key, steps, guidance) -> Findings`.
       names: which of its figures; `x` becomes `x_at_40_steps`.
       steps: the numbers of steps.
-      draws: other samplers by name, as `Experiment.draw`, beside the experiment's own: `x_released_at_40_steps`.
+      draws: other samplers by name, as `Experiment.sample`, beside the experiment's own: `x_released_at_40_steps`.
     """
 
     evaluator: Any
@@ -32,10 +32,10 @@ class Calls:
         guidance = float(config.sample.guidance)
         figures, notes, first = {}, {}, None
         curves = {name: {} for name in self.names}
-        for sampler, draw in {"": experiment.draw, **self.draws}.items():
+        for sampler, draw in {"": experiment.sample, **self.draws}.items():
             for steps in self.steps:
                 say(f"comparing: {steps} steps{f' of the sampler {sampler}' if sampler else ''}")
-                other = dataclasses.replace(experiment, draw=draw)
+                other = dataclasses.replace(experiment, sample=draw)
                 found = self.evaluator.samples(other, params, key, int(steps), guidance)
                 first = first or found
                 for name in self.names:

@@ -113,8 +113,8 @@ def say(message: str) -> None:
 def draw_samples(
     experiment, params, key, given, count: int, *, batch: int, steps: int, guidance: float, absent=()
 ) -> dict[str, np.ndarray]:
-    """`count` draws of `experiment.draw`; example i's key is `fold_in(key, i)`."""
-    draw = functools.partial(experiment.draw, steps=steps, guidance=guidance, absent=tuple(absent))
+    """`count` draws of `experiment.sample`; example i's key is `fold_in(key, i)`."""
+    draw = functools.partial(experiment.sample, steps=steps, guidance=guidance, absent=tuple(absent))
     return in_batches(draw, params, example_keys(key, count), given, batch)
 
 
@@ -123,7 +123,7 @@ def states(experiment, params, key, given, name: str, *, steps: int, guidance: f
 
     `given` holds at least `count` examples each, or nothing.
     """
-    walk = jax.jit(functools.partial(experiment.draw, steps=steps, guidance=guidance, history=True))
+    walk = jax.jit(functools.partial(experiment.sample, steps=steps, guidance=guidance, history=True))
     passed = walk(params, example_keys(key, count), jax.tree.map(lambda array: jnp.asarray(array[:count]), dict(given)))[name]
     picked = np.linspace(0, len(passed) - 1, rows).round().astype(int)
     return np.concatenate(np.asarray(passed)[picked])

@@ -49,6 +49,36 @@ def warmup(rate: float, steps: int) -> optax.Schedule:
     return lambda step: rate * jnp.minimum(1.0, (step + 1) / max(steps, 1))
 
 
+def cosine(train: Any) -> optax.Schedule:
+    """From 0 to `train.learning_rate` in `train.warmup_steps`, then to 0 by half a cosine at `train.steps`."""
+    return optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
+
+
+def adamw(train: Any, mask: Any = None) -> optax.GradientTransformation:
+    """The optimizer of the small configs: gradients clipped at `train.clip`, AdamW (b2 0.99) with the rate `cosine(train)`.
+
+    Args:
+      train: the section of a config: steps, learning_rate, warmup_steps, weight_decay, clip.
+      mask: which weights decay, see `all_but`; all by default.
+    """
+    decayed = optax.adamw(cosine(train), b2=0.99, weight_decay=train.weight_decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(train.clip), decayed)
+
+
+def vq_diffusion(train: Any, mask: Any = None) -> optax.GradientTransformationExtraArgs:
+    """The released VQ-Diffusion's and CDCD's optimizer: gradients clipped at `train.clip`, AdamW (0.9, 0.96), `plateau` as the rate.
+
+    Args:
+      train: the section of a config: learning_rate, warmup_steps, patience, weight_decay, clip.
+      mask: which weights decay, see `all_but`; all by default.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip),
+        optax.scale_by_adam(b1=0.9, b2=0.96),
+        optax.add_decayed_weights(train.weight_decay, mask),
+        plateau(train.learning_rate, train.warmup_steps, train.patience))
+
+
 class Plateau(NamedTuple):
     """What `plateau` keeps: updates done, the factor on the rate, the best loss and the updates since it was found."""
 

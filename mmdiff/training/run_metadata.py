@@ -90,7 +90,7 @@ def write_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
 
 
 def check_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
-    """Raises UserError if the run in `workdir` was trained with other frozen networks than those available (`Experiment.beside`)."""
+    """Raises UserError if the run in `workdir` was trained with other frozen networks than those available (`Experiment.frozen_deps`)."""
     for name, (there, here) in other_dependencies(workdir, experiment).items():
         raise UserError(
             f"{workdir} was trained with {name} of fingerprint {there[:12]}, and available is {here[:12]}: bring the former back, or train "
@@ -99,14 +99,14 @@ def check_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
 
 def other_dependencies(workdir: str | os.PathLike, experiment: Any) -> dict[str, tuple[str, str]]:
     """The available frozen networks that are not those of the run in `workdir`: name -> fingerprints (there, here)."""
-    stored = _dependencies(workdir) if experiment.beside else {}
-    found = {name: (stored[name], fingerprint()) for name, fingerprint in experiment.beside.items() if name in stored}
+    stored = _dependencies(workdir) if experiment.frozen_deps else {}
+    found = {name: (stored[name], fingerprint()) for name, fingerprint in experiment.frozen_deps.items() if name in stored}
     return {name: (there, here) for name, (there, here) in found.items() if here and here != there}
 
 
 def write_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
     """Writes WORKDIR/dependencies.json, where there is something to say. Raises UserError if that is not possible."""
-    found = _dependencies(workdir) | {name: here for name, fingerprint in experiment.beside.items() if (here := fingerprint())}
+    found = _dependencies(workdir) | {name: here for name, fingerprint in experiment.frozen_deps.items() if (here := fingerprint())}
     path = pathlib.Path(workdir) / "dependencies.json"
     if found or path.exists():
         with writing(workdir):

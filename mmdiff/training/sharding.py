@@ -84,7 +84,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     return Mesh(np.concatenate([mesh.devices for mesh in inner]), AXES, axis_types=kinds)
 
 
-def specs(tree: Any, rules: Rules, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE) -> Any:
+def specs(tree: Any, rules: Rules | None, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE) -> Any:
     """The PartitionSpec of every leaf of `tree`, by its path.
 
     A path reads "params/params/blocks/mlp/kernel"; the optimizer's and the average's paths contain the parameters' own
@@ -95,13 +95,15 @@ def specs(tree: Any, rules: Rules, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE)
 
     Args:
       tree: a pytree of arrays or of their shapes.
-      rules: pairs of a regular expression and a PartitionSpec, "fsdp", or a mapping from mesh axes to dimensions.
+      rules: pairs of a regular expression and a PartitionSpec, "fsdp", or a mapping from mesh axes to dimensions; `TRANSFORMER` if None.
       mesh: the mesh that the specs are for.
       min_size: the smallest array that "fsdp" splits.
 
     Raises:
       UserError: a rule that is none of these, or one that does not fit an array; it names the path.
     """
+
+    rules = TRANSFORMER if rules is None else rules
 
     def spec(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -120,13 +122,14 @@ def specs(tree: Any, rules: Rules, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE)
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
-def shardings(tree: Any, rules: Rules, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE) -> Any:
+def shardings(tree: Any, rules: Rules | None, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE) -> Any:
     """`specs` on the mesh: the NamedSharding of every leaf."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, rules, mesh, min_size=min_size))
 
 
-def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules, loss: Callable | None = None) -> State:
+def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules | None, loss: Callable | None = None) -> State:
     """The shapes, types and shardings of the state, without any arrays: what checkpoints are restored onto. See `init_state`."""
+    rules = TRANSFORMER if rules is None else rules
     named = {axis for _, rule in rules if isinstance(rule, (PartitionSpec, Mapping)) for axis in jax.tree.leaves(tuple(rule))}
     if mesh.shape["tensor"] > 1 and "tensor" not in named:
         raise UserError(
@@ -160,14 +163,14 @@ def check_memory(state: State, batch: Mapping[str, jax.ShapeDtypeStruct], mesh: 
 
 
 def place_state(
-    init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules, loss: Callable | None = None
+    init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules | None, loss: Callable | None = None
 ) -> State:
     """`init_state` on the mesh: each device makes its own part, no host ever holds the whole."""
     return lower_init(init, optimizer, key, mesh, rules, loss).compile()(key)
 
 
 def lower_init(
-    init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules, loss: Callable | None = None
+    init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules | None, loss: Callable | None = None
 ) -> jax.stages.Lowered:
     """`init_state`, lowered for the mesh: `.compile()` gives the program `key -> state`."""
     target = jax.tree.map(lambda x: x.sharding, abstract_state(init, optimizer, mesh, rules, loss))

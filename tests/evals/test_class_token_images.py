@@ -56,7 +56,7 @@ def experiment(tokens, wrong=0):
         validation_data=None,
         test_data=lambda: tokens["test"],
         shape={"tokens": (64,), "label": ()},
-        draw=draw,
+        sample=draw,
         modalities={"tokens": TokenImages(8, 8, 17), "label": Labels(10)},
     )
     return made, jnp.log(jnp.asarray(frequencies, jnp.float32))
@@ -145,7 +145,7 @@ def test_quality_against_calls(tokens):
     small = ArraySource({name: array[:300] for name, array in whole(tokens["train"]).items()})
     made = Experiment(**{**made.__dict__, "train_data": lambda: small})
     mismatched, _ = experiment(tokens, wrong=1)
-    compare = Calls(ClassTokenImages(1, per_class=10), SPACED, steps=[4, 2], draws={"other": mismatched.draw})
+    compare = Calls(ClassTokenImages(1, per_class=10), SPACED, steps=[4, 2], draws={"other": mismatched.sample})
     found = compare(made, params, CONFIG, jax.random.key(0), 7)
     expected = {f"{name}{sampler}_at_{steps}_steps" for name in SPACED for sampler in ("", "_other") for steps in (4, 2)}
     assert set(found.figures) == set(found.notes) == expected

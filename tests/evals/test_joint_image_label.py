@@ -63,7 +63,7 @@ def experiment(train, test, wrong=0):
     made = types.SimpleNamespace(
         process=Joint(image=Gaussian(schedules.flow(), velocity), label=absorbing(10)),
         apply=apply,
-        draw=draw,
+        sample=draw,
         train_data=lambda: train,
         test_data=lambda: test,
         shape={"image": (8, 8, 1), "label": ()},

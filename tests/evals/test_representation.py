@@ -60,7 +60,7 @@ def measured(train, test, belongs=True):
         process=Aggregate(
             "image", {"representation": Addend(lambda x: jnp.zeros((len(x), 8, 8, 1)), moving_target())},
             image=Gaussian(schedules.flow(), velocity), representation=Hidden(0.0)),
-        apply=apply, draw=draw, train_data=lambda: sources[0], test_data=lambda: sources[1],
+        apply=apply, sample=draw, train_data=lambda: sources[0], test_data=lambda: sources[1],
         shape={"image": (8, 8, 1), "representation": (SIZE,)},
         modalities={"image": Images(8, 8, 1, levels=17), "representation": Features(SIZE)})  # fmt: skip
     found = ImageRepresentation(features, batch=250)(experiment, known, config(), jax.random.key(0), 7)

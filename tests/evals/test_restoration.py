@@ -40,7 +40,7 @@ def measured(train, test, fill):
         return {"image": jnp.stack([images] * 7) if history else images}
 
     experiment = types.SimpleNamespace(
-        draw=draw, train_data=lambda: train, test_data=lambda: test, modalities={"image": Images(8, 8, 1)})
+        sample=draw, train_data=lambda: train, test_data=lambda: test, modalities={"image": Images(8, 8, 1)})
     evaluate = Restoration(2, 10, lambda a, b: ((a - b) ** 2).mean((1, 2, 3)), "pixels", counts=COUNTS, draws=DRAWS)
     return evaluate(experiment, known, config(), jax.random.key(0), 7)
 

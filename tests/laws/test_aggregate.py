@@ -706,7 +706,8 @@ def test_the_joint_law_is_reproduced(label):
 def test_a_label_may_be_told_on_the_way():
     """Drawn at half time, and known from there on: z carries what was drawn."""
     process = toy()
-    draw = sampling.drawer(process, seeing(process), {"image": (1,), "label": ()}, (), {"label": lambda t: jnp.maximum(2 * t - 1, 0.0)})
+    paths = {"label": lambda t: jnp.maximum(2 * t - 1, 0.0)}
+    draw = sampling.make_sampler(process, seeing(process), {"image": (1,), "label": ()}, paths=paths)
     out = jax.jit(functools.partial(draw, steps=80, guidance=1.0))(None, keys(4000), {})
     assert (out["label"] == (out["image"][:, 0] > 0)).mean() > 0.995 and abs(float(out["label"].mean()) - 0.7) < 0.03
 

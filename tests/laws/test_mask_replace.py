@@ -384,8 +384,8 @@ def test_generation_starts_from_masks_alone():
         jax.debug.callback(lambda x, t: first.append((t[0].item(), x)), x["tokens"], t["tokens"])
         return {"tokens": jnp.cos(x["tokens"][..., None] + jnp.arange(4.0))}
 
-    drawer = sampling.drawer(process, apply, shape, drop=("label",))
-    draw = jax.jit(lambda k, given: drawer(None, k, given, steps=4, guidance=1.0))
+    sampler = sampling.make_sampler(process, apply, shape, drop=("label",))
+    draw = jax.jit(lambda k, given: sampler(None, k, given, steps=4, guidance=1.0))
     out = draw(keys(5), {"label": jnp.arange(5)})
     jax.effects_barrier()
     assert (dict(first)[1.0] == 4).all() and (out["tokens"] < 4).all()

@@ -188,7 +188,8 @@ def test_an_unbound_encoder_is_refused_and_a_bound_one_is_any_other():
     draws = [sampling.sample(each, pair_apply, params, k, grid, shape)["image"] for each in (process, fixed)]
     np.testing.assert_allclose(*draws, atol=1e-4)
     given = {"label": jnp.asarray([0, 1, 2])}
-    draw = [sampling.drawer(each, pair_apply, shape, ("label",))(params, k, given, steps=3, guidance=2.0) for each in (process, fixed)]
+    samplers = [sampling.make_sampler(each, pair_apply, shape, ("label",)) for each in (process, fixed)]
+    draw = [sampler(params, k, given, steps=3, guidance=2.0) for sampler in samplers]
     np.testing.assert_allclose(draw[0]["image"], draw[1]["image"], atol=1e-4)
     scores = [accuracy.denoising_losses(each, pair_apply, params, k, {"image": data["image"]}, "label", K, shape, 2)
               for each in (process, fixed)]  # fmt: skip

@@ -345,7 +345,7 @@ def test_it_is_the_network_of_a_joint():
     loss = losses.diffusion(process, net.apply, rule, {"ce": (1.0, losses.on("tokens", process.parts["tokens"].loss))})
     value, grads = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, jax.random.key(0))[0]))(params)
     assert value > 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-    draw = sampling.drawer(process, net.apply, shape, drop=("label", "text"))
+    draw = sampling.make_sampler(process, net.apply, shape, drop=("label", "text"))
     out = jax.jit(functools.partial(draw, steps=2, guidance=1.5))(params, jax.random.split(jax.random.key(0), B), given)
     assert out["tokens"].shape == (B, 16) and int(out["tokens"].max()) < K
     np.testing.assert_array_equal(out["text"], X["text"])

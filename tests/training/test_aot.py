@@ -53,7 +53,7 @@ def build(config):
     return Experiment(
         process=None, init=init, apply=None, loss=loss, optimizer=optax.adam(1e-3), train_data=None,
         validation_data=None, test_data=None,
-        shape={"image": (16, 16, 1)}, draw=None, modalities={"image": Images(16, 16)})
+        shape={"image": (16, 16, 1)}, sample=None, modalities={"image": Images(16, 16)})
 '''
 LAYERS, WIDTH = 6, 256
 

@@ -42,7 +42,7 @@ def loss(params, batch, key):
 def build(config):
     return Experiment(
         process=Process(), init=lambda key: jnp.zeros((64, 10)), apply=None, loss=loss, optimizer=optax.adam(1e-3), train_data=None,
-        validation_data=None, test_data=None, shape={"image": (8, 8, 1)}, draw=None, modalities={"image": Images(8, 8)})
+        validation_data=None, test_data=None, shape={"image": (8, 8, 1)}, sample=None, modalities={"image": Images(8, 8)})
 """
 PEER = """
 import json, pathlib, sys

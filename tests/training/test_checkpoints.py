@@ -237,7 +237,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert steps(tmp_path) == [2, 4, 5]
 
     class Experiment:
-        init, beside = staticmethod(INIT), {}
+        init, frozen_deps = staticmethod(INIT), {}
 
     config = toy.get_config()
     config.train.best = "val/loss"

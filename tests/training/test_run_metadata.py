@@ -66,7 +66,7 @@ def test_a_run_of_before_pictures_could_be_damaged_continues(tmp_path):
 def test_a_run_is_refused_with_other_frozen_networks(tmp_path):
     config = toy.get_config()
     said = {"tokenizer": "a" * 64, "towers": None}  # the towers are not available
-    experiment = dataclasses.replace(toy.build(config), beside={name: functools.partial(said.get, name) for name in said})
+    experiment = dataclasses.replace(toy.build(config), frozen_deps={name: functools.partial(said.get, name) for name in said})
     check_dependencies(tmp_path, experiment)  # nothing is there yet
     write_config(tmp_path, config)
     (tmp_path / "checkpoints/3").mkdir(parents=True)

@@ -94,7 +94,7 @@ def build(config):
         validation_data=functools.partial(data, 20, 1),
         test_data=functools.partial(data, 20, 2),
         shape={"x": (4,)},
-        draw=None,
+        sample=None,
         modalities={},
         # The wide dimension of both kernels, over whatever axis there is.
         rules=(("first/kernel", PartitionSpec(None, ("fsdp", "tensor"))), ("second/kernel", PartitionSpec(("fsdp", "tensor")))),

@@ -35,7 +35,7 @@ class Speed:
         count = len(given[self.given[0]])
         few = max(1, steps // 4)
         ways = {
-            name: (functools.partial(experiment.draw, steps=n, guidance=guidance), given, count)
+            name: (functools.partial(experiment.sample, steps=n, guidance=guidance), given, count)
             for name, n in (("music_per_second", steps), ("music_per_second_quarter", few))
         }
         figures = {name: self.seconds / each for name, each in costs(params, key, ways, self.repeats).items()}

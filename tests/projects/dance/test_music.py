@@ -40,7 +40,7 @@ def judge(draw, count=COUNT, lacking=(), **changes):
     """The findings for a drawer of one token for a clip; token i is decoded to held-out clip i. Clips can lack beats or genres."""
     told = tuple(name for name in ("motion", "genre") if name not in lacking)
     known = {name: REAL[name] for name in told} | {"music": np.arange(COUNT, dtype=np.int32)[:, None]}
-    experiment = types.SimpleNamespace(draw=draw, split="test", test_data=lambda: ArraySource({**known, **changes}))
+    experiment = types.SimpleNamespace(sample=draw, split="test", test_data=lambda: ArraySource({**known, **changes}))
     evaluator = MusicForDances(
         decode=lambda tokens: REAL["audio"][np.asarray(tokens)[:, 0]],
         clips=lambda split: ArraySource({name: REAL[name] for name in REAL if name not in lacking}),

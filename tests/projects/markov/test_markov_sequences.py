@@ -49,7 +49,7 @@ def experiment(shift=0, shuffled=False, sharp=1.0):
         validation_data=None,
         test_data=lambda: TEST,
         shape={"tokens": (32,), "label": ()},
-        draw=draw,
+        sample=draw,
         modalities={"tokens": Sequences(32, 16), "label": Labels(10)},
     )
 

@@ -73,7 +73,7 @@ def experiment():
     modalities = {"tokens": types.SimpleNamespace(images=painter()), "text": Texts(tokenizer())}
     parts = {"process": None, "init": None, "apply": None, "loss": None, "optimizer": None, "train_data": None}
     parts |= {"validation_data": None, "test_data": None}
-    return Experiment(**parts, shape=shape, draw=draw, modalities=modalities)
+    return Experiment(**parts, shape=shape, sample=draw, modalities=modalities)
 
 
 def measure(**options):

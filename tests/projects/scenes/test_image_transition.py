@@ -73,7 +73,7 @@ def measured(other, change=lambda pictures, keys: pictures):
     }[other]
     experiment = types.SimpleNamespace(
         process=Aggregate("image", {other: Addend(encode, moving_target())}, image=Gaussian(schedules.flow(), velocity), **{other: hidden}),
-        apply=apply, draw=draw, train_data=lambda: train, test_data=lambda: test, shape={"image": SHAPE, other: modality.shape},
+        apply=apply, sample=draw, train_data=lambda: train, test_data=lambda: test, shape={"image": SHAPE, other: modality.shape},
         modalities={"image": Images(*SHAPE), other: modality})  # fmt: skip
     return ImageTransition(other, batch=100)(experiment, scenes, config(), jax.random.key(0), 7)
 
