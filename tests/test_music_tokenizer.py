@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mmdiff.__main__ import main
-from mmdiff.data.modalities import Sequences
 from mmdiff.data.sources import whole
 from mmdiff.data.token_cache import decoder, open_tokens, read_meta
+from mmdiff.data.token_modalities import Sequences
 from mmdiff.errors import UserError
 from mmdiff.projects.dance import dance
 from mmdiff.projects.dance.sounds import Waveforms, wav

@@ -41,9 +41,10 @@ from mmdiff.data.token_cache import decoder, maker, open_tokens
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.dance.aist import SEGMENTS, Segments
-from mmdiff.projects.dance.dance import GENRES, RATE, TICK
+from mmdiff.projects.dance.dance import RATE, TICK
 from mmdiff.projects.dance.music import CLASSIFIED, MusicForDances
 from mmdiff.projects.dance.sounds import Motion, TokenAudio
+from mmdiff.projects.dance.styles import GENRES
 from mmdiff.training import optim
 
 CODES, VIDEO = 2048, 2048

@@ -31,9 +31,10 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Labels, Texts, TokenImages
+from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import Some
 from mmdiff.data.token_cache import decoder, maker, open_tokens, open_words
+from mmdiff.data.token_modalities import Texts, TokenImages
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim

@@ -31,10 +31,12 @@ from mmdiff.data.modalities import Labels
 from mmdiff.data.token_cache import decoder, maker, open_tokens
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
-from mmdiff.projects.dance.dance import FPS, GENRES, PARENTS, DanceMusic
+from mmdiff.projects.dance.dance import DanceMusic
 from mmdiff.projects.dance.music import MusicForDances
+from mmdiff.projects.dance.skeleton import FPS, PARENTS
 from mmdiff.projects.dance.sounds import Motion, TokenAudio
 from mmdiff.projects.dance.speed import Speed
+from mmdiff.projects.dance.styles import GENRES
 from mmdiff.training import optim
 
 SECONDS, LENGTH, CODES = 2, 344, 512  # of configs/cdcd/music_tokenizer.py

@@ -19,7 +19,8 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Labels, TokenImages
+from mmdiff.data.modalities import Labels
+from mmdiff.data.token_modalities import TokenImages
 from mmdiff.errors import UserError
 from mmdiff.evals.calls import Calls
 from mmdiff.evals.class_token_images import ClassTokenImages

@@ -30,9 +30,10 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Labels, TokenImages
+from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import Some
 from mmdiff.data.token_cache import decoder, maker, open_tokens
+from mmdiff.data.token_modalities import TokenImages
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim

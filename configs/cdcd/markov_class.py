@@ -18,7 +18,8 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Labels, Sequences
+from mmdiff.data.modalities import Labels
+from mmdiff.data.token_modalities import Sequences
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.markov.markov_chains import chains, markov_source

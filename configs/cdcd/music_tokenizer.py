@@ -27,9 +27,10 @@ from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.audio import AudioAutoencoder, audio_loss
 from mmdiff.projects.dance.aist import Segments
-from mmdiff.projects.dance.dance import COUNTS, GENRES, RATE, TICK, DanceMusic
+from mmdiff.projects.dance.dance import COUNTS, RATE, TICK, DanceMusic
 from mmdiff.projects.dance.music import CLASSIFIED, MusicReconstructions
 from mmdiff.projects.dance.sounds import Waveforms
+from mmdiff.projects.dance.styles import GENRES
 
 SPLITS = {"dance_music": tuple(COUNTS), "aist": ("train", "val", "test"), "tiktok": ("train", "test")}
 VALIDATION = {"dance_music": "validation", "aist": "val", "tiktok": "test"}  # TikTok is published without one

@@ -23,8 +23,8 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Texts, TokenImages
 from mmdiff.data.token_cache import decoder, maker, token_source
+from mmdiff.data.token_modalities import Texts, TokenImages
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.scenes import scenes

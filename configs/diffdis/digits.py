@@ -19,7 +19,8 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Features, Images, Texts
+from mmdiff.data.modalities import Features, Images
+from mmdiff.data.token_modalities import Texts
 from mmdiff.evals.alignment import Aligner
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Gaussian, Given, Joint, velocity, x0

@@ -32,7 +32,8 @@ import optax.contrib
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Features, Images, Texts
+from mmdiff.data.modalities import Features, Images
+from mmdiff.data.token_modalities import Texts
 from mmdiff.data.tower_cache import Described, Towers
 from mmdiff.errors import UserError
 from mmdiff.evals import zeroshot

@@ -16,7 +16,8 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, times
-from mmdiff.data.modalities import Images, Texts
+from mmdiff.data.modalities import Images
+from mmdiff.data.token_modalities import Texts
 from mmdiff.data.tower_cache import Recipe
 from mmdiff.errors import UserError
 from mmdiff.evals import zeroshot

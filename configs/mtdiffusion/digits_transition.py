@@ -19,7 +19,8 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import ClassMaps, Images
+from mmdiff.data.modalities import Images
+from mmdiff.data.token_modalities import ClassMaps
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, absorbing, moving_target, template, velocity

@@ -22,6 +22,7 @@ from mmdiff.data import files, image_datasets
 from mmdiff.data.files import PICTURES
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import RandomSource, Source, check_range, digest
+from mmdiff.data.stored_images import Sound, decode, square, values
 from mmdiff.errors import UserError
 
 OTHER = {"cityscapes": "segmentation", "cityscapes_tfds": "segmentation", "night2day": "night"}  # the name of the other picture
@@ -60,7 +61,7 @@ class Pairs:
         if name == "cityscapes_tfds":
             part = {"train": "train", "val": "validation"}[split]
             self._records = image_datasets.Tfds("cityscapes", part, folder, ("image_left", "segmentation_label"))
-            self._sound = image_datasets.Sound(self._records, damaged)
+            self._sound = Sound(self._records, damaged)
             return
         if not files.is_folder(folder / split):
             raise UserError(
@@ -68,7 +69,7 @@ class Pairs:
                 "and name the folder in which its train and val are.")
         records = [{"image": path} for path in files.pictures(folder / split)]
         self._records = image_datasets.nonempty(records, folder, f"pictures ({', '.join(PICTURES)}) in {folder / split}")
-        self._sound = image_datasets.Sound(self._records, damaged)
+        self._sound = Sound(self._records, damaged)
 
     def __len__(self):
         return len(self._records)
@@ -86,15 +87,15 @@ class Pairs:
     def _pair(self, record):
         """The image and the other picture, [2, size, size, 3]."""
         if self._name == "cityscapes_tfds":
-            photograph, classes = image_datasets.decode(record["image_left"]), image_datasets.decode(record["segmentation_label"], ids=True)
-            colours = CITYSCAPES[np.asarray(image_datasets.square(classes, self._size, ids=True))]
-            return np.stack([image_datasets.values(image_datasets.square(photograph, self._size)), image_datasets.values(colours)])
-        picture = image_datasets.decode(record["image"])
+            photograph, classes = decode(record["image_left"]), decode(record["segmentation_label"], ids=True)
+            colours = CITYSCAPES[np.asarray(square(classes, self._size, ids=True))]
+            return np.stack([values(square(photograph, self._size)), values(colours)])
+        picture = decode(record["image"])
         width, height = picture.size
         if width != 2 * height:
             raise UserError(f"{record['image']} has {width} x {height} pixels: a pair is one file with two squares side by side.")
         left, right = (picture.crop((start, 0, start + height, height)) for start in (0, height))
-        pair = np.stack([image_datasets.values(image_datasets.square(half, self._size)) for half in (left, right)])
+        pair = np.stack([values(square(half, self._size)) for half in (left, right)])
         return pair[::-1] if self._name == "night2day" else pair
 
 

@@ -29,9 +29,9 @@ import numpy as np
 
 from mmdiff.data import arrays, drafts, files
 from mmdiff.data.bpe import Tokenizer, read, train
-from mmdiff.data.modalities import TokenImages
 from mmdiff.data.sources import ArraySource, RandomSource, Source, check_range, digest
 from mmdiff.data.sources import fingerprint as source_fingerprint
+from mmdiff.data.token_modalities import TokenImages
 from mmdiff.errors import UserError
 from mmdiff.nets.audio import AudioAutoencoder
 from mmdiff.nets.tokenizers import Autoencoder, VQAutoencoder

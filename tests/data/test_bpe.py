@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmdiff.data import bpe
-from mmdiff.data.modalities import Texts
+from mmdiff.data.token_modalities import Texts
 from mmdiff.errors import UserError
 
 CAPTIONS = [

@@ -20,11 +20,12 @@ import pytest
 import soundfile
 from PIL import Image, TiffImagePlugin
 
-from mmdiff.data import arrays, bpe, captions, files
+from mmdiff.data import arrays, bpe, captions, files, media
 from mmdiff.data.image_datasets import Pictures, tokenizer
 from mmdiff.data.latents import LatentSource
-from mmdiff.data.modalities import ClassMaps, Features, Images, Labels, Latents, Sequences, Texts, TokenImages
+from mmdiff.data.modalities import Features, Images, Labels, Latents
 from mmdiff.data.token_cache import read_meta
+from mmdiff.data.token_modalities import ClassMaps, Sequences, Texts, TokenImages
 from mmdiff.data.tower_cache import words
 from mmdiff.errors import UserError
 from mmdiff.evals.zeroshot import class_names
@@ -200,7 +201,7 @@ SEEN = {  # file, what is seen
 @pytest.mark.parametrize("name", SEEN)
 def test_pictures_of_every_kind(name, tmp_path):
     content, right = SEEN[name]
-    found = np.asarray(files.read_image(content))
+    found = np.asarray(media.read_image(content))
     np.testing.assert_allclose(found if found.ndim == right.ndim else found[..., None].repeat(3, -1), right, atol=1)
     (tmp_path / "x.png").write_bytes(content)  # by a modality, and in a data set
     colour = right if right.ndim == 3 else right[..., None].repeat(3, -1)
@@ -214,7 +215,7 @@ def test_pictures_are_upright(orientation, tmp_path):
             7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: lambda x: np.rot90(x, -1)}.get(orientation, lambda x: x)  # fmt: skip
     for kind, options in (("JPEG", {"quality": 100}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
         content = stored(np.ascontiguousarray(turn(right)), kind, exif=exif(orientation), **options)
-        np.testing.assert_allclose(np.asarray(files.read_image(content)).astype(int), right, atol=4)
+        np.testing.assert_allclose(np.asarray(media.read_image(content)).astype(int), right, atol=4)
     folder(tmp_path, {"train/a/0.jpg": stored(np.ascontiguousarray(turn(right)), "JPEG", quality=100, exif=exif(orientation))})
     found = Pictures("folder", "train", tmp_path, 32).take(np.array([0]))["image"]
     np.testing.assert_allclose(found[0], right[:, 8:40] / 127.5 - 1, atol=0.05)
@@ -226,7 +227,7 @@ def test_damage_beside_the_pixels_does_no_harm():
     content[at : at + 8] = b"\xff" * 8
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert files.read_image(bytes(content)).size == (6, 4)
+        assert media.read_image(bytes(content)).size == (6, 4)
 
 
 REFUSED = {
@@ -260,7 +261,7 @@ def test_a_sound_picture_that_is_too_large():
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", 14_000, 14_000, 1, 0, 0, 0, 0)
-    said = refusal(files.read_image, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""), "big.png")
+    said = refusal(media.read_image, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""), "big.png")
     assert "big.png has more pixels than are read (Image size (196000000 pixels) exceeds limit of 178956970 pixels): shrink it" in said
 
 

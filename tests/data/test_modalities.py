@@ -5,11 +5,13 @@ import pytest
 import soundfile
 from PIL import Image
 
-from mmdiff.data.modalities import ClassMaps, Features, Images, Labels, Latents, Sequences, TokenImages
+from mmdiff.data.modalities import Features, Images, Labels, Latents
 from mmdiff.data.sources import RandomSource
+from mmdiff.data.token_modalities import ClassMaps, Sequences, TokenImages
 from mmdiff.errors import UserError
 from mmdiff.projects.dance import aist
-from mmdiff.projects.dance.dance import PARENTS, DanceMusic
+from mmdiff.projects.dance.dance import DanceMusic
+from mmdiff.projects.dance.skeleton import PARENTS
 from mmdiff.projects.dance.sounds import Motion, TokenAudio, Waveforms
 
 IMAGES = Images(8, 8, 1, levels=17)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mmdiff import schedules
-from mmdiff.data.modalities import Labels, TokenImages
+from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import ArraySource, whole
+from mmdiff.data.token_modalities import TokenImages
 from mmdiff.evals.calls import Calls
 from mmdiff.evals.class_token_images import ClassTokenImages, by_class, held_out_bits, independent_bits, raster_markov_bits
 from mmdiff.experiment import Experiment

@@ -29,13 +29,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmdiff.data import files
+from mmdiff.data import files, media
 from mmdiff.data.arrays import read_array, read_pickled_arrays
 from mmdiff.data.sources import check_range, digest, sizes
 from mmdiff.errors import UserError
-from mmdiff.projects.dance.dance import FPS, RATE, TICK, centred, joints
+from mmdiff.projects.dance.dance import RATE, TICK
+from mmdiff.projects.dance.skeleton import FPS, centred, joints
 
-CODES = ("BR", "PO", "LO", "MH", "LH", "HO", "WA", "KR", "JS", "JB")  # in the order of `dance.GENRES`
+CODES = ("BR", "PO", "LO", "MH", "LH", "HO", "WA", "KR", "JS", "JB")  # in the order of `styles.GENRES`
 SPLITS = ("train", "val", "test")
 LOUD = 0.95  # the largest sample of a clip,
 SILENCE = 1e-3  # unless none is larger than this (-60 dB, 33 steps of 16 bits): dither is not music
@@ -50,7 +51,7 @@ class Aist:
     """A `Source` of AIST++'s dances, cut into clips one after another; what is left at the end is left out.
 
     motion float32 [n, 60 seconds, 24, 3], metres from the clip's mean pelvis; audio float32 [n, samples], whole blocks of 128 samples with
-    the peak 0.95; genre int32 [n], numbered as in `dance.GENRES`. All dances of the list are used: the paper's 980 for training, which give
+    the peak 0.95; genre int32 [n], by `styles.GENRES`. All dances of the list are used: the paper's 980 for training, which give
     6,632 clips of 2 s.
 
     Args:
@@ -170,7 +171,7 @@ class Segments:
 def read_motion(path: str | os.PathLike) -> np.ndarray:
     """The joints of an AIST++ motion file, float32 [frames, joints, 3] in metres from the mean place of joint 0, at 60 fps.
 
-    SMPL's 24, by `dance.joints` of smpl_poses, at smpl_trans / smpl_scaling; in a file without these COCO's 17, keypoints3d_optim or
+    SMPL's 24, by `skeleton.joints` of smpl_poses, at smpl_trans / smpl_scaling; in a file without these COCO's 17, keypoints3d_optim or
     keypoints3d, taken to be in centimetres. Nothing but arrays is unpickled.
 
     Raises:
@@ -216,7 +217,7 @@ def read_wav(path: str | os.PathLike) -> np.ndarray:
     """
     path = files.expand(path)
     try:
-        samples, rate = files.read_sound(path)
+        samples, rate = media.read_sound(path)
     except files.Missing:
         raise _missing(path) from None
     except files.FileError as error:

@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from mmdiff.data.sources import check_range, digest
 from mmdiff.errors import UserError
+from mmdiff.projects.dance.skeleton import ANKLE, FPS, HIP, KNEE, LEFT, PARENTS, WAIST, centred, joints
+from mmdiff.projects.dance.styles import GENRES, STYLES
 
-RATE = 22_050  # samples and
-FPS = 60  # frames in a second
-GENRES = ("break", "pop", "lock", "middle-hip-hop", "la-hip-hop", "house", "waack", "krump", "street-jazz", "ballet-jazz")
+RATE = 22_050  # samples a second
 COUNTS = {"train": 2000, "validation": 200, "test": 200}
 SONGS = {"train": 200, "validation": 40, "test": 40}
 _STREAMS = {"train": 0, "test": 1, "validation": 2}  # independent random numbers
@@ -39,263 +38,6 @@ LOUDEST = 32_767  # of 16-bit audio
 LEVELS = {"X": 1.0, "x": 0.08}  # how loud a pattern's sixteenth is
 KICKS = {"deep": (48, 138, 0.12, 0.2), "punch": (62, 302, 0.07, 0.25), "soft": (80, 140, 0.06, 0.1)}  # two pitches, decay in s, click
 HATS = {"closed": 0.015, "open": 0.04}  # decay in s
-
-# SMPL's tree: every joint's parent, and where it is from there in the T-pose, in metres (x to the dancer's left, y up, z to the front). The
-# lengths are those of somebody of 1.7 m, rounded; SMPL's own need its licence.
-PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
-_LEFT = {  # left joint: (right joint, offset of the left one)
-    1: (2, (0.06, -0.09, 0.0)),  # hip
-    4: (5, (0.04, -0.38, 0.0)),  # knee
-    7: (8, (-0.01, -0.42, -0.03)),  # ankle
-    10: (11, (0.03, -0.06, 0.12)),  # foot
-    13: (14, (0.08, 0.11, -0.02)),  # collar bone
-    16: (17, (0.10, 0.04, -0.01)),  # shoulder
-    18: (19, (0.26, -0.01, -0.02)),  # elbow
-    20: (21, (0.25, 0.01, 0.0)),  # wrist
-    22: (23, (0.08, -0.01, -0.01)),  # hand
-}
-_MIDDLE = {
-    0: (0.0, 0.0, 0.0),  # pelvis
-    3: (0.0, 0.12, -0.03),
-    6: (0.0, 0.13, 0.02),
-    9: (0.0, 0.06, 0.0),  # spine
-    12: (0.0, 0.21, -0.03),  # neck
-    15: (0.0, 0.09, 0.05),  # head
-}
-OFFSETS = np.zeros((len(PARENTS), 3))
-for _joint, _offset in _MIDDLE.items():
-    OFFSETS[_joint] = _offset
-for _left, (_right, _offset) in _LEFT.items():
-    OFFSETS[_left] = _offset
-    OFFSETS[_right] = _offset * np.array([-1, 1, 1])
-HIP, KNEE, ANKLE, SHOULDER, ELBOW, ROOT, WAIST, CHEST, NECK = 1, 4, 7, 16, 18, 0, 3, 9, 12
-
-
-@dataclasses.dataclass(frozen=True)
-class Style:
-    """A genre.
-
-    Attributes:
-      tempo: beats a minute, from and to.
-      wait: the share of a beat for which a key pose is held.
-      bounce: how far the knees bend on the beat, in radians, and how short they do it.
-      stance: joint -> rotation vector in radians, of left joints also for the right ones.
-      moves: (joint, rotation vector, keys a beat, whether left and right move against each other).
-      drums: the names of its kick, snare and hat in `_drum`.
-      kick, snare, hat, tone: a pattern or some to choose from: 16 sixteenths, "X" loud, "x" soft, "." nothing.
-      timbre: strengths of the harmonics of its tone, and seconds until it has decayed to 1/e.
-      octave: the register of its melody, 0 from 110 Hz on.
-    """
-
-    tempo: tuple[int, int]
-    wait: float
-    bounce: tuple[float, float]
-    stance: Mapping[int, tuple[float, float, float]]
-    moves: tuple[tuple[int, tuple[float, float, float], int, bool], ...]
-    drums: tuple[str, str, str]
-    kick: tuple[str, ...]
-    snare: tuple[str, ...]
-    hat: tuple[str, ...]
-    tone: tuple[str, ...]
-    timbre: tuple[tuple[float, ...], float]
-    octave: int
-
-
-_BACKBEAT = ("....X.......X...",)
-# In the order of GENRES.
-STYLES = (
-    Style(
-        tempo=(105, 132),
-        wait=0.2,
-        bounce=(0.35, 2),
-        stance={HIP: (-1.1, 0, 0.2), KNEE: (1.5, 0, 0), WAIST: (0.5, 0, 0), SHOULDER: (0.3, -0.4, -1.0), ELBOW: (0, -0.4, 0)},
-        moves=(
-            (HIP, (-0.5, 0, 0.2), 1, True),
-            (KNEE, (0.4, 0, 0), 1, True),
-            (SHOULDER, (0, -0.4, 0.3), 1, True),
-            (ROOT, (0, 0.35, 0), 1, False),
-        ),
-        drums=("punch", "snare", "closed"),
-        kick=("X.....x.X.......", "X.......X.x....."),
-        snare=_BACKBEAT,
-        hat=("X.x.X.x.X.x.X.x.", "X.x.X.xxX.x.X.x."),
-        tone=("X.....x.........", "X.........x....."),
-        timbre=((1, 0.6, 0.4, 0.3), 0.12),
-        octave=0,
-    ),
-    Style(
-        tempo=(90, 115),
-        wait=0.6,
-        bounce=(0.2, 3),
-        stance={SHOULDER: (0.2, -0.5, -0.8), ELBOW: (0, -1.4, 0)},
-        moves=(
-            (SHOULDER, (0.3, -0.3, 0.3), 1, True),
-            (ELBOW, (0, 0.7, 0.4), 1, True),
-            (CHEST, (0.2, 0, 0), 2, False),
-            (NECK, (0, 0.4, 0), 1, False),
-        ),
-        drums=("punch", "clap", "closed"),
-        kick=("X.......X.......",),
-        snare=_BACKBEAT,
-        hat=("X...X...X...X...", "X...X..xX...X..x"),
-        tone=("X..xX...X..xX...", "X..xX..xX...X..."),
-        timbre=((1, 0, 0.6, 0, 0.4, 0, 0.3), 0.08),
-        octave=1,
-    ),
-    Style(
-        tempo=(100, 120),
-        wait=0.45,
-        bounce=(0.25, 2),
-        stance={SHOULDER: (0, -0.2, 0.3), ELBOW: (0, -0.5, 0.5)},
-        moves=(
-            (SHOULDER, (0, -0.3, 0.8), 1, True),
-            (ELBOW, (0, -0.6, 0), 1, True),
-            (WAIST, (0.15, 0.2, 0), 1, False),
-            (HIP, (-0.2, 0, 0), 1, True),
-        ),
-        drums=("deep", "snare", "open"),
-        kick=("X.......X.......", "X..x....X......."),
-        snare=_BACKBEAT,
-        hat=("X.......X.......", "X.....x.X......."),
-        tone=("X.x.....X.x.....", "X.....x.X.....x."),
-        timbre=((1, 0.9, 0.8, 0.7, 0.6, 0.5), 0.06),
-        octave=1,
-    ),
-    Style(
-        tempo=(84, 105),
-        wait=0.1,
-        bounce=(0.55, 1.5),
-        stance={SHOULDER: (0, -0.2, -1.1), ELBOW: (0, -0.9, 0), WAIST: (0.2, 0, 0), HIP: (-0.2, 0, 0.15), KNEE: (0.4, 0, 0)},
-        moves=(
-            (WAIST, (0.2, 0, 0.2), 1, False),
-            (CHEST, (0.1, 0.2, 0.15), 1, False),
-            (ELBOW, (0, -0.4, 0), 1, True),
-            (SHOULDER, (0.3, 0, 0), 1, False),
-        ),
-        drums=("deep", "snare", "closed"),
-        kick=("X.......X.x.....", "X.....x.X......."),
-        snare=_BACKBEAT,
-        hat=("X.x.X.x.X.x.X.x.",),
-        tone=("X...............", "X.......X......."),
-        timbre=((1, 0.3), 0.25),
-        octave=0,
-    ),
-    Style(
-        tempo=(84, 110),
-        wait=0.3,
-        bounce=(0.4, 2),
-        stance={SHOULDER: (0, -0.9, -0.5), ELBOW: (0, -0.8, 0), WAIST: (0.1, 0, 0)},
-        moves=(
-            (SHOULDER, (0, 0.8, 0.2), 1, True),
-            (ELBOW, (0, -0.5, 0), 1, False),
-            (WAIST, (0, 0.35, 0), 1, False),
-            (HIP, (-0.3, 0, 0), 1, True),
-        ),
-        drums=("deep", "clap", "closed"),
-        kick=("X.......X.......", "X.......X..x...."),
-        snare=_BACKBEAT,
-        hat=("X.x.X.xxX.x.X.xx", "X.x.X.x.X.xxX.x."),
-        tone=("X.....X.....X...", "X..X..X.....X..."),
-        timbre=((1, 0.1, 0.4), 0.2),
-        octave=2,
-    ),
-    Style(
-        tempo=(110, 132),
-        wait=0.0,
-        bounce=(0.4, 1.2),
-        stance={SHOULDER: (0, -0.3, -1.0), ELBOW: (0, -1.2, 0), HIP: (-0.3, 0, 0), KNEE: (0.5, 0, 0)},
-        moves=(
-            (HIP, (-0.3, 0, 0), 2, True),
-            (KNEE, (0.3, 0, 0), 2, True),
-            (CHEST, (0.2, 0, 0), 1, False),
-            (SHOULDER, (0.2, 0, 0.1), 1, True),
-        ),
-        drums=("deep", "clap", "open"),
-        kick=("X...X...X...X...",),
-        snare=_BACKBEAT,
-        hat=("X.x.X.x.X.x.X.x.", "X.x.X.x.X.x.X.xx"),
-        tone=("X..X..X.X..X..X.", "X.....X.X.....X."),
-        timbre=((1, 0.8, 0.5, 0.2), 0.1),
-        octave=1,
-    ),
-    Style(
-        tempo=(105, 130),
-        wait=0.0,
-        bounce=(0.15, 1),
-        stance={SHOULDER: (0, -0.2, 0.9), ELBOW: (0, -0.9, 0.7)},
-        moves=(
-            (SHOULDER, (0.5, 0.5, 0.5), 2, True),
-            (ELBOW, (0, -0.8, 0.5), 2, True),
-            (ROOT, (0, 0.2, 0.05), 1, False),
-            (HIP, (0, 0, 0.1), 1, False),
-        ),
-        drums=("punch", "clap", "open"),
-        kick=("X...X...X...X...",),
-        snare=_BACKBEAT,
-        hat=("X...X...X...X...", "X..xX...X..xX..."),
-        tone=("X.X.X.x.X.X.X.x.", "X.xXX.x.X.xXX.x."),
-        timbre=((1, 0.5, 0.25, 0.12), 0.09),
-        octave=2,
-    ),
-    Style(
-        tempo=(84, 100),
-        wait=0.4,
-        bounce=(0.5, 4),
-        stance={SHOULDER: (0.2, -0.6, -0.4), ELBOW: (0, -1.0, 0.3), WAIST: (0.4, 0, 0), HIP: (-0.4, 0, 0.35), KNEE: (0.6, 0, 0)},
-        moves=(
-            (CHEST, (0.4, 0, 0), 1, False),
-            (SHOULDER, (0.4, 0.5, 0.5), 1, False),
-            (HIP, (-0.6, 0, 0), 1, True),
-            (KNEE, (0.6, 0, 0), 1, True),
-        ),
-        drums=("punch", "snare", "open"),
-        kick=("X.x.....X.......", "X.......X.x....."),
-        snare=("....X.......X...", "....X.......X.x."),
-        hat=("X...X...X...X...",),
-        tone=("X.......X.......", "X...X...X......."),
-        timbre=((1, 0.9, 0.7, 0.5, 0.4, 0.3), 0.2),
-        octave=0,
-    ),
-    Style(
-        tempo=(90, 120),
-        wait=0.15,
-        bounce=(0.2, 1.5),
-        stance={SHOULDER: (0, 0, -0.2), ELBOW: (0, -0.2, 0), WAIST: (-0.1, 0, 0)},
-        moves=(
-            (ROOT, (0, 0.1, 0.2), 1, False),
-            (WAIST, (0, 0, -0.3), 1, False),
-            (SHOULDER, (0, 0.2, 0.6), 1, False),
-            (HIP, (0, 0, 0.25), 1, True),
-        ),
-        drums=("soft", "clap", "closed"),
-        kick=("X.......X.......", "X......xX......."),
-        snare=_BACKBEAT,
-        hat=("X..xX..xX..xX..x", "X.xxX..xX.xxX..x"),
-        tone=("X...X...X...X...", "X...X.x.X...X.x."),
-        timbre=((1, 0.2, 0.1), 0.15),
-        octave=2,
-    ),
-    Style(
-        tempo=(84, 112),
-        wait=0.0,
-        bounce=(0.12, 1),
-        stance={SHOULDER: (0, -0.3, 1.1), ELBOW: (0, -0.3, 0.3), CHEST: (-0.15, 0, 0)},
-        moves=(
-            (HIP, (-0.7, 0, 0.4), 1, True),
-            (SHOULDER, (0, 0, 0.3), 1, False),
-            (ROOT, (0, 0.5, 0), 1, False),
-            (NECK, (-0.2, 0.2, 0), 1, False),
-        ),
-        drums=("soft", "rim", "closed"),
-        kick=("X.......X.......",),
-        snare=_BACKBEAT,
-        hat=("X...X.x.X...X.x.", "X..xX...X..xX..."),
-        tone=("X.......X.......", "X...X...X...X..."),
-        timbre=((1, 0.5, 0, 0.3), 0.35),
-        octave=3,
-    ),
-)
-
 
 class DanceMusic:
     """A `Source` of dances with their music.
@@ -367,28 +109,6 @@ def song(split: str, number: int) -> Song:
     patterns = tuple(some[rng.integers(len(some))] for some in (style.kick, style.snare, style.hat, style.tone))
     semitones = 12 * style.octave + rng.choice((0, 3, 5)) + rng.choice((0, 3, 5, 7, 10), 16)  # a key, and minor pentatonic degrees
     return Song(number % len(GENRES), period, patterns, tuple((110 * 2 ** (semitones / 12)).tolist()))
-
-
-def joints(rotations: np.ndarray) -> np.ndarray:
-    """Where the joints [..., 24, 3] are, in metres from the pelvis, by their rotation vectors [..., 24, 3] relative to their parents.
-
-    Joint j is at `x_p + R_0 ... R_p offset_j`, p its parent, the product over the joints from the pelvis to p; R by Rodrigues' formula.
-    """
-    angle = np.linalg.norm(rotations, axis=-1)[..., None, None]
-    x, y, z = np.moveaxis(rotations / np.maximum(angle[..., 0], 1e-8), -1, 0)
-    zero = np.zeros_like(x)
-    cross = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*x.shape, 3, 3)
-    turned = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * (cross @ cross)
-    found = np.zeros(rotations.shape)
-    for joint, parent in enumerate(PARENTS[1:], 1):
-        found[..., joint, :] = found[..., parent, :] + turned[..., parent, :, :] @ OFFSETS[joint]
-        turned[..., joint, :, :] = turned[..., parent, :, :] @ turned[..., joint, :, :]
-    return found
-
-
-def centred(motion: np.ndarray) -> np.ndarray:
-    """Joints [frames, joints, 3] from the mean place of joint 0, float32."""
-    return (motion - motion[:, 0].mean(0)).astype(np.float32)
 
 
 @functools.cache
@@ -505,8 +225,8 @@ def _dance(rng, piece: Song, first: int, times: np.ndarray, seconds: int) -> tup
 def _turn(rotations: np.ndarray, joint: int, vector: np.ndarray, against: bool = False) -> None:
     """Adds a vector [3] or [frames, 3] to a joint's rotations, and its mirror image, or the opposite of that, to the other side's."""
     rotations[:, joint] += vector
-    if joint in _LEFT:
-        rotations[:, _LEFT[joint][0]] += vector * np.array([1, -1, -1]) * (-1 if against else 1)
+    if joint in LEFT:
+        rotations[:, LEFT[joint][0]] += vector * np.array([1, -1, -1]) * (-1 if against else 1)
 
 
 def _drift(rng, frames: int, size: float, shape: tuple[int, ...]) -> np.ndarray:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmdiff.data import files
+from mmdiff.data import files, media
 from mmdiff.data.arrays import read_array
-from mmdiff.data.modalities import decoded, finite_floats, ids, span
+from mmdiff.data.modalities import finite_floats, span
+from mmdiff.data.token_modalities import decoded, ids
 from mmdiff.errors import UserError
 
 
@@ -46,7 +47,7 @@ class Waveforms:
         path = files.expand(text)
         if path.suffix.lower() in (".npy", ".npz"):
             return self.check(np.atleast_2d(read_array(path, self.name)))
-        sound, rate = files.read_sound(path)
+        sound, rate = media.read_sound(path)
         import librosa
 
         sound = librosa.resample(sound.mean(1), orig_sr=rate, target_sr=self.rate)[: self.samples]
@@ -120,15 +121,15 @@ class Motion:
             if array.ndim == 2 and array.shape == (self.frames, 3 * self.joints):  # a released segment
                 array = array.reshape(self.shape)
             return self.check(array[None] if array.ndim == 3 else array)
-        from mmdiff.projects.dance import aist, dance
+        from mmdiff.projects.dance import aist, skeleton
 
         if path.suffix.lower() != ".pkl":
             raise UserError(f"{self.name}: give a dance as a motion file of AIST++ (.pkl) or in a .npy or .npz file, not {path}.")
         motion = aist.read_motion(path)
         if len(motion) < self.frames or motion.shape[1] != self.joints:
             found = f"{len(motion)} frames of {motion.shape[1]} joints"
-            raise UserError(f"{path} has {found}, but the model needs {self.frames} (at {dance.FPS} a second) of {self.joints}.")
-        return dance.centred(motion[: self.frames])[None]
+            raise UserError(f"{path} has {found}, but the model needs {self.frames} (at {skeleton.FPS} a second) of {self.joints}.")
+        return skeleton.centred(motion[: self.frames])[None]
 
     def check(self, array) -> np.ndarray:
         """`array` as float32 [n, frames, joints, 3].

@@ -10,7 +10,9 @@ import soundfile
 from mmdiff.data.sources import whole
 from mmdiff.errors import UserError
 from mmdiff.projects.dance.aist import CODES, Aist, Segments, read_motion, read_wav, write_motion
-from mmdiff.projects.dance.dance import GENRES, RATE, DanceMusic, joints
+from mmdiff.projects.dance.dance import RATE, DanceMusic
+from mmdiff.projects.dance.skeleton import joints
+from mmdiff.projects.dance.styles import GENRES
 
 DANCES = {"train": ["gBR_sBM_cAll_d04_mBR1_ch01", "gHO_sFM_cAll_d20_mHO2_ch03"], "test": ["gJB_sBM_cAll_d09_mJB5_ch02"]}
 

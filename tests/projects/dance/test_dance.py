@@ -9,21 +9,9 @@ from sklearn.preprocessing import StandardScaler
 from mmdiff.errors import UserError
 from mmdiff.projects.dance import beats as scores
 from mmdiff.projects.dance import dance
-from mmdiff.projects.dance.dance import (
-    EDGE,
-    FPS,
-    GENRES,
-    OFFSETS,
-    PARENTS,
-    RATE,
-    SONGS,
-    STYLES,
-    TICK,
-    DanceMusic,
-    DanceMusicBuilder,
-    joints,
-    song,
-)
+from mmdiff.projects.dance.dance import EDGE, RATE, SONGS, TICK, DanceMusic, DanceMusicBuilder, song
+from mmdiff.projects.dance.skeleton import FPS, OFFSETS, PARENTS, joints
+from mmdiff.projects.dance.styles import GENRES, STYLES
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdiff.data.modalities import Labels, Sequences
+from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import whole
+from mmdiff.data.token_modalities import Sequences
 from mmdiff.experiment import Experiment
 from mmdiff.processes import Given, Joint, absorbing
 from mmdiff.projects.markov.markov_chains import chains, markov_source

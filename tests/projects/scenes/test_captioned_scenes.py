@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from mmdiff.data.modalities import Texts
 from mmdiff.data.sources import whole
+from mmdiff.data.token_modalities import Texts
 from mmdiff.experiment import Experiment
 from mmdiff.projects.digits.digits import digits_tokens
 from mmdiff.projects.scenes import scenes

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mmdiff import schedules
-from mmdiff.data.modalities import ClassMaps, Images
+from mmdiff.data.modalities import Images
 from mmdiff.data.sources import whole
+from mmdiff.data.token_modalities import ClassMaps
 from mmdiff.evals.frechet import frechet_distance, real_distance
 from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, absorbing, identity, moving_target, template, velocity
 from mmdiff.projects.scenes import image_transition, paired_scenes
