@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from mmdiff import losses
 from mmdiff.errors import UserError
 from mmdiff.losses import InBatchTerm, Term
-from mmdiff.microbatches import BatchLoss, whole_batch
+from mmdiff.microbatches import BatchLoss, Pieces, whole_batch
 from mmdiff.processes.base import Noised, Process, fold
 from mmdiff.times import Times, example_keys
 
@@ -144,7 +144,7 @@ def own_chain(
     """
     form = form or linear()
 
-    def pieces(params, batch, key, micro=None):
+    def pieces(params, batch, key, *, micro=None, **_):
         index, x0 = batch["index"], process.take(batch)
         keys = fold(example_keys(key, index), "corrupt")
         t = times(jax.random.fold_in(key, zlib.crc32(b"times")), index)
@@ -162,7 +162,7 @@ def own_chain(
 
         negative = jax.checkpoint(negative, prevent_cse=False)
         values = jax.lax.map(lambda item: negative(*item), (jnp.arange(len(z)), z))
-        return form(value(x0, keys), values, valid).mean(), {}, ()
+        return Pieces(form(value(x0, keys), values, valid).mean(), {})
 
     return BatchLoss(pieces=pieces)
 

@@ -13,10 +13,9 @@ A batch holds the modalities by name and `index` [B], the examples' global posit
 `fold_in(key, index)`, so the loss does not depend on the mesh, the number of hosts, the micro-batching or the batch's order. That holds
 for terms that compare the examples of a batch, too, an `InBatchTerm` or negatives from the batch: see `microbatches`.
 
-A loss with importance-sampled times (`times.importance`) has a field `stats`: `init() -> stats` and `update(stats, seen) -> stats`.
-It reads the statistics from batch["stats"] (without them they are those of `init`) and then returns what it saw as metrics["stats"],
-sums over the batch. `training.make_step` keeps them in its state. A loss whose field `averaged` is true gets the averaged
-parameters as batch["ema"], for a process whose encoder is the network itself.
+A loss with importance-sampled times (`times.importance`) has a state, as an optimizer of optax has, the statistics of its times:
+`loss.init(params)`, `loss(params, batch, key, state)`, `loss.update(state, seen)`; `training.make_step` keeps it. Without the state it is
+evaluated at that of `init`. See `microbatches.BatchLoss`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ import jax.numpy as jnp
 from mmdiff import schedules
 from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
-from mmdiff.microbatches import BatchLoss, whole_batch
+from mmdiff.microbatches import BatchLoss, Pieces, whole_batch, without_state
 from mmdiff.processes.base import Noised, Process, concrete, fold, per_example_mean
 from mmdiff.processes.discrete import LOG_FLOOR
 from mmdiff.times import Adaptive, Times, example_keys
@@ -88,29 +87,29 @@ def diffusion(
         raise UserError(f"the times are importance-sampled by the term {source.term!r}, but the loss has the terms {names}.")
 
     def reduced(values, importance=None, place=None):
-        """The weighted sum and the metrics of name -> (weight, values [B] or a dict of them)."""
-        total, metrics = jnp.zeros((), jnp.float32), {}
+        """The weighted sum, the metrics and what was seen of name -> (weight, values [B] or a dict of them)."""
+        total, metrics, seen = jnp.zeros((), jnp.float32), {}, {}
         for name, (weight, value) in values.items():
-            if place is not None and name == source.term:
-                metrics["stats"] = source.observe(place, value)
+            if source and name == source.term:
+                seen = source.observe(place, value)
             for part, value in value.items() if isinstance(value, Mapping) else (("", value),):
                 value = value.astype(jnp.float32)
                 value = (value if importance is None else importance * value).mean()
                 metrics["/".join(["loss", *filter(None, (name, part))])] = value
                 total = total + weight * value if weight else total  # 0 times a term could still be NaN, or change the last bit
-        return total, metrics
+        return Pieces(total, metrics, seen=seen)
 
-    def pieces(params, batch, key, micro=None):
-        index, stats = batch["index"], batch.get("stats")
-        bound = process.bound(batch.get("ema", params))
-        batch = {name: array for name, array in batch.items() if name not in ("stats", "ema")}
+    def pieces(params, batch, key, *, state=None, average=None, micro=None):
+        index = batch["index"]
+        if process.shared and average is None:
+            average = without_state(params)
+        bound = process.bound(average)
         micro = micro and micro.replace(x0=bound.take(micro.batch))
         keys = example_keys(key, index)
         times_key = jax.random.fold_in(key, zlib.crc32(b"times"))
         importance = place = None
         if source:
-            t, importance, place = times.draw(times_key, index, source.init() if stats is None else stats)
-            place = None if stats is None else place
+            t, importance, place = times.draw(times_key, index, without_state(source.init()) if state is None else state)
         else:
             t = times(times_key, index)
         noised = bound.corrupt(fold(keys, "corrupt"), bound.take(batch), t).replace(batch=batch, key=key, micro=micro)
@@ -121,21 +120,22 @@ def diffusion(
                 embeddings[name] = _used(weight, term.embed(out, noised)), importance, place
             else:
                 own[name] = weight, term(out, noised)
-        return *reduced(own, importance, place), embeddings
+        return reduced(own, importance, place)._replace(embeddings=embeddings)
 
     def contrast(params, embeddings):
-        total, metrics = jnp.zeros((), jnp.float32), {}
+        each = []
         for name, (weight, term) in terms_of(process).items():
             if name in embeddings:
                 embedded, *weights = embeddings[name]
-                value, more = reduced({name: (weight, term.contrast(embedded))}, *weights)
-                total, metrics = total + value, metrics | more
-        return total, metrics
+                each.append(reduced({name: (weight, term.contrast(embedded))}, *weights))
+        metrics, seen = ({name: value for one in each for name, value in one[i].items()} for i in (1, 3))
+        return Pieces(sum((one.value for one in each), jnp.zeros((), jnp.float32)), metrics, seen=seen)
 
     def check(batch):
         process.check(batch.get("x0", batch))
 
-    return BatchLoss(pieces=pieces, contrast=contrast, stats=source, averaged=process.shared, check=check)
+    learning = {"init": lambda params: source.init(), "update": source.update} if source else {}
+    return BatchLoss(pieces=pieces, contrast=contrast, check=check, **learning)
 
 
 def prepared(loss: Loss, prepare: Callable) -> BatchLoss:
@@ -145,9 +145,9 @@ def prepared(loss: Loss, prepare: Callable) -> BatchLoss:
     def more(batch, key):
         return {**batch, **prepare(batch, fold(example_keys(key, batch["index"]), "prepare"))}
 
-    def pieces(params, batch, key, micro=None):
+    def pieces(params, batch, key, *, micro=None, **given):
         micro = micro and micro.replace(batch=more(micro.batch, key))
-        return loss.pieces(params, more(batch, key), key, micro)
+        return loss.pieces(params, more(batch, key), key, micro=micro, **given)
 
     return dataclasses.replace(loss, pieces=pieces)
 
@@ -159,39 +159,42 @@ def combine(**losses: tuple[float, Loss]) -> BatchLoss:
     """
     _check_weights("combine", losses)
     parts = {name: (weight, BatchLoss.of(loss)) for name, (weight, loss) in losses.items()}
-    sources = {name: part.stats for name, (_, part) in parts.items() if part.stats is not None}
 
     def summed(results):
-        """Of name -> (value, metrics) the weighted sum and all metrics."""
-        total, metrics, seen = jnp.zeros((), jnp.float32), {}, {}
-        for name, (value, extra) in results.items():
-            extra = dict(extra)
-            if "stats" in extra:
-                seen[name] = extra.pop("stats")
-            total = total + parts[name][0] * value if parts[name][0] else total  # as in `diffusion`
-            metrics |= {f"{name}/loss": value, **{f"{name}/{key}": item for key, item in extra.items()}}
-        return total, metrics | ({"stats": seen} if seen else {})
+        """Of name -> Pieces the weighted sum, all metrics, embeddings and what was seen."""
+        total, metrics, embeddings, seen = jnp.zeros((), jnp.float32), {}, {}, {}
+        for name, each in results.items():
+            weight = parts[name][0]
+            total = total + weight * each.value if weight else total  # as in `diffusion`
+            metrics |= {f"{name}/loss": each.value, **{f"{name}/{key}": item for key, item in each.metrics.items()}}
+            if jax.tree.leaves(each.embeddings):
+                embeddings[name] = _used(weight, each.embeddings)
+            if each.seen:
+                seen[name] = each.seen
+        return Pieces(total, metrics, embeddings, seen)
 
-    def pieces(params, batch, key, micro=None):
-        stats = batch.get("stats", {})
-        batch = {name: array for name, array in batch.items() if name != "stats"}
-        results, embeddings = {}, {}
-        for name, (weight, part) in parts.items():
-            own = batch | ({"stats": stats[name]} if name in stats else {})
-            *results[name], embedded = part.pieces(params, own, jax.random.fold_in(key, zlib.crc32(name.encode())), micro)
-            if jax.tree.leaves(embedded):
-                embeddings[name] = _used(weight, embedded)
-        return *summed(results), embeddings
+    def pieces(params, batch, key, *, state=None, **given):
+        def of(name, part):
+            own = None if state is None else state.get(name)
+            return part.pieces(params, batch, jax.random.fold_in(key, zlib.crc32(name.encode())), state=own, **given)
+
+        return summed({name: of(name, part) for name, (_, part) in parts.items()})
 
     def contrast(params, embeddings):
         return summed({name: parts[name][1].contrast(params, embedded) for name, embedded in embeddings.items()})
+
+    def init(params):
+        states = {name: part.init(params) for name, (_, part) in parts.items()}
+        return {name: state for name, state in states.items() if state is not None} or None
+
+    def update(state, seen):
+        return state and {name: parts[name][1].update(own, seen.get(name, {})) for name, own in state.items()}
 
     def check(batch):
         for _, part in parts.values():
             part.check(batch)
 
-    averaged = any(part.averaged for _, part in parts.values())
-    return BatchLoss(pieces=pieces, contrast=contrast, stats=_Several(sources) if sources else None, averaged=averaged, check=check)
+    return BatchLoss(pieces=pieces, contrast=contrast, init=init, update=update, check=check)
 
 
 def _check_weights(where: str, parts: Mapping[str, tuple[float, Any]]) -> None:
@@ -210,19 +213,6 @@ def _check_steps(where: str, steps: int) -> None:
 def _used(weight: float, embeddings: Any) -> Any:
     """Embeddings of a term with this weight; with 0 they have no gradient, which could be NaN even if what comes back is 0."""
     return embeddings if weight else jax.lax.stop_gradient(embeddings)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Several:
-    """The statistics of several losses, by name."""
-
-    parts: Mapping[str, Any]
-
-    def init(self):
-        return {name: part.init() for name, part in self.parts.items()}
-
-    def update(self, stats, seen):
-        return {name: part.update(stats[name], seen[name]) for name, part in self.parts.items()}
 
 
 def on(name: str, term: Term) -> Term:

@@ -1,24 +1,28 @@
-r"""Losses that compare the examples of a batch (InfoNCE, SigLIP, negatives from the batch), and the micro-batches they are computed in.
+r"""`BatchLoss`: a loss with a state of its own, or one that compares the examples of a batch, as an explicit object.
 
-Such a loss is no mean over micro-batches: 8 examples have fewer negatives than 64. So it says what it needs of the whole batch, in two
-pure pieces,
+**Comparisons** (InfoNCE, SigLIP, negatives from the batch). Such a loss is no mean over micro-batches: 8 examples have fewer negatives
+than 64. It therefore states what it needs of the whole batch, in two pure pieces,
 
-    value_j, metrics_j, e_j = pieces(params, batch_j, key, micro_j)      a mean over the micro-batch, and embeddings [b, ...]
+    value_j, metrics_j, e_j = pieces(params, batch_j, key, micro=micro_j)    a mean over the micro-batch, and embeddings [b, ...]
     value, metrics          = contrast(params, e),   e = all e_j, [B, ...]   of the whole batch
 
 whose sum, mean_j value_j + value, is the loss. `training.make_step` computes its gradient for m micro-batches: first all e_j without
 derivatives, then contrast, its gradient and dL/de, then, with each micro-batch computed again, the gradient of
 value_j + m <dL/de_j, e_j> (GradCache, Gao et al. 2021). Where there are no embeddings, the last pass is the only one.
 
-`losses.diffusion`, `combine`, `prepared` and `contrastive.own_chain` make a `BatchLoss`; a loss of one's own may be one. What compares
-examples within a plain function cannot be computed so, and is refused: `compares_examples` finds it.
+**State** (statistics of importance-sampled times). As optax has it: `state = loss.init(params)`, the pieces take the state and return
+what they saw, sums over their examples, and `state = loss.update(state, seen)` once a step. They also take the averaged parameters, for
+a process whose encoder is the network itself. `training.make_step` keeps both in its own state.
+
+`losses.diffusion`, `combine`, `prepared` and `contrastive.own_chain` make a `BatchLoss`; a loss of one's own may be one. A plain function
+around one that compares examples, or has a state, would hide that from the step, and is refused: `hides` finds it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -28,7 +32,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mmdiff.errors import UserError
 
-MARK = "mmdiff: of the whole batch"
+WHOLE_BATCH = "mmdiff: of the whole batch"
+NO_STATE = "mmdiff: without the loss's state"
 
 
 @flax.struct.dataclass
@@ -77,42 +82,69 @@ def _check(x, parts):
         raise UserError(f"a batch of {x.shape[0]} cannot be split into {parts} equal micro-batches.")
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class BatchLoss:
-    """A loss `(params, batch, key) -> (scalar, metrics)` in the two pieces that micro-batches need.
+class Pieces(NamedTuple):
+    """What a loss makes of a micro-batch (`BatchLoss.pieces`) or of all embeddings (`BatchLoss.contrast`).
 
     Attributes:
-      pieces: `(params, batch, key, micro=None) -> (value, metrics, embeddings)`: the mean of what examples give on their own, and a
-        pytree of arrays [b, ...], empty where no examples are compared. With a `MicroBatch` the batch is that share of micro.batch.
-      contrast: `(params, embeddings [B, ...]) -> (value, metrics)`, the comparison.
-      stats: the statistics of importance-sampled times, see `losses`; None without.
-      averaged: whether it needs the averaged parameters, batch["ema"].
+      value: the scalar.
+      metrics: name -> scalar.
+      embeddings: a pytree of arrays [b, ...], empty where no examples are compared.
+      seen: what `BatchLoss.update` learns from, a dict of sums over the examples, nested or not.
+    """
+
+    value: jax.Array
+    metrics: Mapping[str, jax.Array]
+    embeddings: Any = ()
+    seen: Mapping[str, Any] = {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class BatchLoss:
+    """A loss `(params, batch, key) -> (scalar, metrics)` in the pieces that micro-batches and a state of its own need.
+
+    Attributes:
+      pieces: `(params, batch, key, *, state=None, average=None, micro=None) -> Pieces`: the mean of what examples give on their own, their
+        embeddings and what they add to `seen`. `state` is the loss's own (that of `init` by default), `average` the averaged parameters
+        (`params` by default). With a `MicroBatch` the batch is that share of micro.batch.
+      contrast: `(params, embeddings [B, ...]) -> Pieces`, the comparison.
+      init: `params -> state`, a pytree of arrays; None of a loss that has no state.
+      update: `(state, seen of the whole batch) -> state`.
       check: raises ValueError for a batch (NumPy arrays) that its processes refuse.
     """
 
-    pieces: Callable[..., tuple[jax.Array, dict, Any]]
-    contrast: Callable[[Any, Any], tuple[jax.Array, dict]] | None = None
-    stats: Any = None
-    averaged: bool = False
+    pieces: Callable[..., Pieces]
+    contrast: Callable[[Any, Any], Pieces] | None = None
+    init: Callable[[Any], Any] = lambda params: None
+    update: Callable[[Any, Any], Any] = lambda state, seen: state
     check: Callable[[Mapping], None] = lambda batch: None
 
-    def __call__(self, params, batch, key):
-        value, metrics, embeddings = self.pieces(params, batch, key)
-        if not jax.tree.leaves(embeddings):
-            return value, metrics
-        more, extra = self.contrast(params, whole_batch(embeddings))
-        return value + more, added(metrics, extra)
+    def __call__(self, params, batch, key, state=None, average=None):
+        value, (metrics, _) = self.evaluate(params, batch, key, state, average)
+        return value, metrics
+
+    def evaluate(self, params, batch, key, state=None, average=None):
+        """`(scalar, (metrics, seen))` of a whole batch."""
+        own = self.pieces(params, batch, key, state=state, average=average)
+        if not jax.tree.leaves(own.embeddings):
+            return own.value, (own.metrics, own.seen)
+        more = self.contrast(params, whole_batch(own.embeddings))
+        return own.value + more.value, (added(own.metrics, more.metrics), added(own.seen, more.seen))
 
     @classmethod
     def of(cls, loss: Callable) -> BatchLoss:
-        """The loss itself, or a plain function as one without embeddings."""
+        """The loss itself, or a plain function `(params, batch, key) -> (scalar, metrics)` as one without embeddings and state."""
         if isinstance(loss, cls):
             return loss
-        return cls(
-            pieces=lambda params, batch, key, micro=None: (*loss(params, batch, key), ()),
-            stats=getattr(loss, "stats", None),
-            averaged=getattr(loss, "averaged", False),
-        )
+
+        def pieces(params, batch, key, **_):
+            if hides(jax.make_jaxpr(loss)(params, batch, key), NO_STATE):
+                raise UserError(
+                    "a function of your own wraps a loss that has a state (importance-sampled times, or an encoder that is the network), "
+                    "which would be lost: use what mmdiff.losses makes unwrapped (losses.combine, losses.prepared), or wrap its pieces by "
+                    "dataclasses.replace(loss, pieces=...).")
+            return Pieces(*loss(params, batch, key))
+
+        return cls(pieces=pieces)
 
 
 def added(metrics: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,17 +157,27 @@ def added(metrics: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
 
 
 def whole_batch(tree: Any) -> Any:
-    """`tree`, unchanged, marked for `compares_examples`: what follows compares its rows, and would be another thing for some of them."""
-    return jax.tree.map(lambda x: checkpoint_name(x, MARK), tree)
+    """`tree`, unchanged, marked for `hides`: what follows compares its rows, and would be another thing for some of them."""
+    return jax.tree.map(lambda x: checkpoint_name(x, WHOLE_BATCH), tree)
+
+
+def without_state(tree: Any) -> Any:
+    """`tree`, unchanged, marked for `hides`: it stands in for a state, or for averaged parameters, that a loss was not given."""
+    return jax.tree.map(lambda x: checkpoint_name(x, NO_STATE), tree)
+
+
+def hides(jaxpr: ClosedJaxpr | Jaxpr, mark: str) -> bool:
+    """Whether a traced function holds something with this mark, in whatever functions it is wrapped."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "name" and equation.params["name"] == mark:
+            return True
+        inner = [leaf for leaf in jax.tree.leaves(list(equation.params.values())) if isinstance(leaf, (ClosedJaxpr, Jaxpr))]
+        if any(hides(each, mark) for each in inner):
+            return True
+    return False
 
 
 def compares_examples(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
-    """Whether a traced function holds something that was marked by `whole_batch`, in whatever functions it is wrapped."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "name" and equation.params["name"] == MARK:
-            return True
-        inner = [leaf for leaf in jax.tree.leaves(list(equation.params.values())) if isinstance(leaf, (ClosedJaxpr, Jaxpr))]
-        if any(map(compares_examples, inner)):
-            return True
-    return False
+    """Whether a traced loss compares the examples of its batch."""
+    return hides(jaxpr, WHOLE_BATCH)

@@ -145,24 +145,25 @@ def test_what_cannot_be_sampled_is_refused():
 
 @functools.cache
 def measured():
-    return jax.jit(loss_of())
+    """(value, (metrics, seen))."""
+    return jax.jit(loss_of().evaluate)
 
 
 @pytest.mark.slow
 def test_the_loss_is_weighted_and_tells_what_the_named_term_was():
     params, data, p = init(KEY), batch(), probabilities(LEARNT)
-    value, metrics = measured()(params, data | {"stats": LEARNT}, KEY)
+    value, (metrics, seen) = measured()(params, data, KEY, LEARNT)
     np.testing.assert_allclose(value, metrics["loss/vlb"] + 0.1 * metrics["loss/aux"], rtol=1e-6)
     # The same by hand: an example alone is a batch, whose values are its own.
     square, vlb = np.zeros(T), []
     for b in range(B):
-        _, own = measured()(params, {name: array[b : b + 1] for name, array in data.items()} | {"stats": LEARNT}, KEY)
-        place = int(own["stats"]["count"].argmax())
+        _, (own, one) = measured()(params, {name: array[b : b + 1] for name, array in data.items()}, KEY, LEARNT)
+        place = int(one["count"].argmax())
         vlb.append(float(own["loss/vlb"]))
         square[place] += (vlb[-1] * T * p[place]) ** 2  # without its weight
-    np.testing.assert_allclose(metrics["stats"]["square"], square, rtol=1e-4)
+    np.testing.assert_allclose(seen["square"], square, rtol=1e-4)
     np.testing.assert_allclose(metrics["loss/vlb"], np.mean(vlb), rtol=1e-5)
-    assert metrics["stats"]["count"].sum() == B
+    assert seen["count"].sum() == B
 
 
 @pytest.mark.slow
@@ -170,7 +171,7 @@ def test_importance_sampling_changes_the_noise_and_not_the_mean():
     params, data = init(KEY), batch()
 
     def values(stats):
-        each = [float(measured()(params, data | {"stats": stats}, jax.random.key(seed))[0]) for seed in range(200)]
+        each = [float(measured()(params, data, jax.random.key(seed), stats)[0]) for seed in range(200)]
         return np.mean(each), np.std(each) / len(each) ** 0.5
 
     (uniform, error), (learnt, other) = values(SOURCE.init()), values(LEARNT)
@@ -180,20 +181,20 @@ def test_importance_sampling_changes_the_noise_and_not_the_mean():
 def test_a_loss_without_the_statistics_is_that_of_a_beginning():
     params, data = init(KEY), batch()
     value, metrics = jax.jit(loss_of())(params, data, KEY)
-    np.testing.assert_allclose(value, measured()(params, data | {"stats": SOURCE.init()}, KEY)[0], rtol=1e-6)
+    np.testing.assert_allclose(value, measured()(params, data, KEY, SOURCE.init())[0], rtol=1e-6)
     assert set(metrics) == {"loss/vlb", "loss/aux"}
 
 
 def test_combined_losses_keep_their_statistics_apart():
     plain = losses.diffusion(PROCESS, network, times.joint(tokens=times.on_grid(T), label=times.constant(0.0)), TERMS)
     both = losses.combine(a=(1.0, loss_of()), b=(0.5, plain), c=(2.0, loss_of()))
-    stats = both.stats.init()
-    assert set(stats) == {"a", "c"} and losses.combine(b=(1.0, plain)).stats is None
-    assert "stats" not in jax.eval_shape(both, init(KEY), batch(), KEY)[1]
+    params = init(KEY)
+    stats = both.init(params)
+    assert set(stats) == {"a", "c"} and losses.combine(b=(1.0, plain)).init(params) is None
     told = {"a": SOURCE.observe(jnp.asarray([1]), jnp.ones(1)), "c": SOURCE.observe(jnp.asarray([2, 2]), jnp.ones(2))}
-    _, metrics = jax.eval_shape(both, init(KEY), batch() | {"stats": stats}, KEY)
-    assert jax.tree.map(jnp.shape, metrics["stats"]) == jax.tree.map(jnp.shape, told) and "a/stats" not in metrics
-    after = both.stats.update({**stats, "c": LEARNT}, told)
+    _, (metrics, seen) = jax.eval_shape(both.evaluate, params, batch(), KEY, stats)
+    assert jax.tree.map(jnp.shape, seen) == jax.tree.map(jnp.shape, told) and not [name for name in metrics if "stats" in name]
+    after = both.update({**stats, "c": LEARNT}, told)
     assert int(after["a"]["count"].sum()) == 1 and int(after["c"]["count"].sum()) == 2 + 11 * T
 
 
@@ -221,12 +222,12 @@ def trained(steps, **options):
 def test_the_state_learns_what_the_loss_was():
     """The first step, with the statistics from the loss itself; later every draw is counted and times are no longer uniform."""
     state = init_state(init, optax.adam(1e-2), KEY, loss_of())
-    _, told = measured()(state.params, batch() | {"stats": SOURCE.init()}, jax.random.fold_in(state.key, 0))
-    expected = SOURCE.update(SOURCE.init(), told["stats"])
+    _, (_, seen) = measured()(state.params, batch(), jax.random.fold_in(state.key, 0), SOURCE.init())
+    expected = SOURCE.update(SOURCE.init(), seen)
     after, metrics = trained(1)
     np.testing.assert_allclose(after.stats["loss"]["square"], expected["square"], rtol=1e-5)
     np.testing.assert_array_equal(after.stats["loss"]["count"], expected["count"])
-    assert "stats" not in metrics and metrics["skipped"] == 0
+    assert metrics["skipped"] == 0
     late, _ = trained(12)
     assert int(late.stats["loss"]["count"].sum()) == 12 * B and late.stats["loss"]["count"].min() > 10
     assert float(np.ptp(SOURCE.density(late.stats["loss"]))) > 0.1
@@ -287,5 +288,4 @@ def test_a_checkpoint_without_statistics_is_refused(tmp_path):
 
 def test_a_loss_without_statistics_has_none():
     plain = losses.diffusion(PROCESS, network, times.joint(tokens=times.on_grid(T), label=times.constant(0.0)), TERMS)
-    assert plain.stats is None
     assert set(init_state(init, optax.adam(1e-2), KEY, plain).stats) == {"skipped"}

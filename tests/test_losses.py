@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmdiff import losses, processes, schedules, times
-from mmdiff.microbatches import BatchLoss
+from mmdiff.microbatches import BatchLoss, Pieces
 from mmdiff.processes import Gaussian, Joint, Noised
 
 B = 8
@@ -99,16 +99,16 @@ def test_a_loss_of_weight_0_is_reported_and_nothing_else(compared):
     def broken(params):
         return jnp.sqrt(0.0 * params)
 
-    def pieces(params, batch, key, micro=None):
-        return jnp.zeros(()), {}, broken(params) * jnp.ones(B)
+    def pieces(params, batch, key, **_):
+        return Pieces(jnp.zeros(()), {}, broken(params) * jnp.ones(B))
 
-    bad = BatchLoss(pieces=pieces, contrast=lambda params, e: (jnp.nan * e.sum(), {})) if compared else (
+    bad = BatchLoss(pieces=pieces, contrast=lambda params, e: Pieces(jnp.nan * e.sum(), {})) if compared else (
         lambda params, batch, key: (jnp.nan * broken(params), {}))
     both = losses.combine(use=(1.0, lambda params, batch, key: (3.0 * params, {})), look=(0.0, bad))
     (value, metrics), gradient = jax.value_and_grad(both, has_aux=True)(1.5, batch(), jax.random.key(0))
     assert (value, gradient) == (4.5, 3.0) and np.isnan(metrics["look/loss"])
     # As micro-batches have it: the cotangents of the embeddings are arrays of zeros.
-    embeddings, back = jax.vjp(lambda p: both.pieces(p, batch(), jax.random.key(0))[2], 1.5)
+    embeddings, back = jax.vjp(lambda p: both.pieces(p, batch(), jax.random.key(0)).embeddings, 1.5)
     assert not compared or back(jax.tree.map(jnp.zeros_like, embeddings)) == (0.0,)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mmdiff import contrastive, losses, schedules, times
 from mmdiff.errors import UserError
-from mmdiff.microbatches import BatchLoss, MicroBatch, compares_examples, join, split, whole_batch
+from mmdiff.microbatches import BatchLoss, MicroBatch, Pieces, compares_examples, join, split, whole_batch
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, eps, x0
 from mmdiff.training import sharding
 from mmdiff.training.accumulation import make_gradient
@@ -126,8 +126,7 @@ TASKS = {
 @functools.cache
 def gradient(task, microbatches):
     loss = TASKS[task]()
-    stats = None if loss.stats is None else loss.stats.init()
-    return jax.device_get(compiled(make_gradient(loss, microbatches))(PARAMS, BATCH, KEY, stats))
+    return jax.device_get(compiled(make_gradient(loss, microbatches))(PARAMS, BATCH, KEY, loss.init(PARAMS)))
 
 
 CHEAP = {("infonce", 8), ("infonce", 16), ("siglip", 8), ("inter", 8), ("diffdis", 16), ("adaptive", 8)}
@@ -199,6 +198,24 @@ def test_a_comparison_within_a_plain_function_is_refused(task, wrap):
         jax.eval_shape(make_gradient(loss, 2), PARAMS, BATCH, KEY)
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda loss: lambda params, batch, key: loss(params, batch, key),
+        lambda loss: losses.combine(a=(1.0, loss), b=(1.0, jax.checkpoint(lambda params, batch, key: loss(params, batch, key)))),
+        lambda loss: losses.prepared(jax.jit(loss), lambda batch, keys: {}),
+    ],
+)
+def test_a_state_within_a_plain_function_is_refused(wrap, microbatches):
+    loss = adaptive()
+    jax.eval_shape(make_gradient(loss, microbatches), PARAMS, BATCH, KEY)  # without a state: that of `init`
+    with pytest.raises(UserError, match="wraps a loss that has a state .* which would be lost"):
+        jax.eval_shape(make_gradient(wrap(loss), microbatches), PARAMS, BATCH, KEY)
+    own = jax.jit(lambda params, batch, key: loss(params, batch, key, loss.init(params)))  # one that says which
+    jax.eval_shape(make_gradient(own), PARAMS, BATCH, KEY)
+
+
 @pytest.mark.parametrize("task", ["infonce", "own_chain", "diffdis"])
 def test_the_noise_scale_is_refused(task):
     with pytest.raises(UserError, match="set config.train.noise_scale=False"):
@@ -220,14 +237,14 @@ def test_other_losses_are_computed_as_they_are():
 def test_a_loss_of_ones_own_in_two_pieces():
     """Supervised contrast: labels, no floats, are embeddings as well, and the comparison has a parameter."""
 
-    def pieces(params, batch, key, micro=None):
+    def pieces(params, batch, key, **_):
         vectors = contrastive.l2_normalize(batch["image"] @ params["tower"])
-        return (batch["image"] @ params["draw"][:-1]).mean(), {"mean": vectors.mean()}, (vectors, batch["label"])
+        return Pieces((batch["image"] @ params["draw"][:-1]).mean(), {"mean": vectors.mean()}, (vectors, batch["label"]))
 
     def contrast(params, embeddings):
         vectors, label = embeddings
         log_p = jax.nn.log_softmax(params["logit_scale"] * vectors @ vectors.T)
-        return -jnp.where(label[:, None] == label, log_p, 0.0).mean(), {"classes": jnp.unique(label, size=3).max()}
+        return Pieces(-jnp.where(label[:, None] == label, log_p, 0.0).mean(), {"classes": jnp.unique(label, size=3).max()})
 
     loss = BatchLoss(pieces=pieces, contrast=contrast)
     one, many = (compiled(make_gradient(loss, m))(PARAMS, BATCH, KEY)[0] for m in (1, 8))

@@ -194,9 +194,9 @@ def audio_loss(
         start = net.hop * jax.random.randint(key, (), 0, (net.samples - crop) // net.hop + 1)
         return jax.lax.dynamic_slice(x, (start,), (crop,))
 
-    def cropped(params, batch: Mapping[str, jax.Array], key, micro=None):
+    def cropped(params, batch: Mapping[str, jax.Array], key, **given):
         cut_key, key = jax.random.split(key)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(cut_key, batch["index"])
-        return loss.pieces(params, {**batch, audio: jax.vmap(cut)(keys, batch[audio])}, key, micro)
+        return loss.pieces(params, {**batch, audio: jax.vmap(cut)(keys, batch[audio])}, key, **given)
 
     return dataclasses.replace(loss, pieces=cropped)

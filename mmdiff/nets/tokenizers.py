@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
-from mmdiff.microbatches import BatchLoss
+from mmdiff.microbatches import BatchLoss, Pieces
 from mmdiff.nets.embed import Dense, patchify, unpatchify
 from mmdiff.nets.fields import Network
 
@@ -251,7 +251,7 @@ def vq_loss(
     "codebook/perplexity" (see `usage`).
     """
 
-    def pieces(params, batch: Mapping[str, jax.Array], key, micro=None):
+    def pieces(params, batch: Mapping[str, jax.Array], key, **_):
         images = batch[image]
         z, codes = net.apply(params, images, method="embed")
         ids = nearest(z, codes)
@@ -264,14 +264,14 @@ def vq_loss(
             "codebook": (1.0, ((e - stop(z)) ** 2).sum(-1).mean()),
             "commitment": (commitment, ((stop(e) - z) ** 2).sum(-1).mean()),
         }
-        return *_total(parts), (error.measure(rendered, images), _revival_scores(*rows))
+        return Pieces(*_total(parts), (error.measure(rendered, images), _revival_scores(*rows)))
 
     def contrast(params, embeddings):
         measured, scores = embeddings
         codes = net.apply(params, method="entries")
         total, metrics = _total({**error.reduce(measured), "revival": (revive, _revival(codes, *scores))})
         share, perplexity = usage(jnp.zeros(len(codes)).at[scores[1].reshape(-1)].add(1.0))
-        return total, metrics | {"codebook/usage": share, "codebook/perplexity": perplexity}
+        return Pieces(total, metrics | {"codebook/usage": share, "codebook/perplexity": perplexity})
 
     return BatchLoss(pieces=pieces, contrast=contrast)
 

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from mmdiff.errors import UserError
-from mmdiff.microbatches import BatchLoss, MicroBatch, added, compares_examples, join, split
+from mmdiff.microbatches import BatchLoss, MicroBatch, Pieces, added, compares_examples, join, split
 
 
 def make_gradient(loss: Callable, microbatches: int = 1, noise_scale: bool = False) -> Callable:
-    """`(params, batch, key, stats, average) -> ((value, metrics, gradient), seen)`, in float32.
+    """`(params, batch, key, state, average) -> ((value, metrics, gradient), seen)`, in float32.
 
     The value of m micro-batches is the mean of theirs, except for a loss that compares examples: that is computed in two passes, see
-    `microbatches`, and is the same for any m. `stats` and `average` are what a loss with statistics or an averaged network reads, `seen`
-    the sums that statistics are updated with.
+    `microbatches`, and is the same for any m. `state`, `average` and `seen` are those of `BatchLoss`.
 
     Args:
       loss: `(params, batch, key) -> (scalar, metrics)`, a plain function or a `BatchLoss`.
@@ -26,37 +25,34 @@ def make_gradient(loss: Callable, microbatches: int = 1, noise_scale: bool = Fal
       noise_scale: adds the metric "noise_scale/part_sq", the mean squared norm of the micro-batches' gradients.
 
     Raises:
-      UserError: when traced, for m >= 2 and a loss that compares examples: where this is hidden in a plain function, or with `noise_scale`.
+      UserError: when traced, for a loss with a state within a plain function; and for m >= 2 and a loss that compares examples, where this
+        is hidden in a plain function, or with `noise_scale`.
     """
-    learns, averaged = getattr(loss, "stats", None) is not None, getattr(loss, "averaged", False)
+    loss = BatchLoss.of(loss)
 
-    def given(batch, stats, average):
-        return batch | ({"stats": stats} if learns else {}) | ({"ema": average} if averaged else {})
-
-    def evaluate(params, batch, key, stats, average):
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, given(batch, stats, average), key)
-        value, metrics, grads = float32((value, metrics, grads))
-        seen = metrics.pop("stats", {})
+    def evaluate(params, batch, key, state, average):
+        (value, (metrics, seen)), grads = jax.value_and_grad(loss.evaluate, has_aux=True)(params, batch, key, state, average)
+        value, metrics, seen, grads = float32((value, dict(metrics), seen, grads))
         if noise_scale:
             metrics = {**metrics, "noise_scale/part_sq": optax.tree.norm(grads, squared=True)}
         return (value, metrics, grads), seen
 
-    def gradient(params, batch, key, stats=None, average=None):
+    def gradient(params, batch, key, state=None, average=None):
         if microbatches == 1:
-            return evaluate(params, batch, key, stats, average)
+            return evaluate(params, batch, key, state, average)
         parts = jax.tree.map(lambda x: split(x, microbatches), batch)
         first = jax.tree.map(lambda x: x[0], parts)
-        traced, shapes = jax.make_jaxpr(evaluate, return_shape=True)(params, first, key, stats, average)
+        traced, shapes = jax.make_jaxpr(evaluate, return_shape=True)(params, first, key, state, average)
         if compares_examples(traced):
-            return compare(params, batch, parts, key, stats, average)
+            return compare(params, batch, parts, key, state, average)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, evaluate(params, part, key, stats, average)), None
+            return jax.tree.map(jnp.add, total, evaluate(params, part, key, state, average)), None
 
         (total, seen), _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)
         return jax.tree.map(lambda x: x / microbatches, total), seen
 
-    def compare(params, batch, parts, key, stats, average):
+    def compare(params, batch, parts, key, state, average):
         if noise_scale:
             raise UserError(
                 "config.train.noise_scale compares the gradients of micro-batches, which depend on each other here: the loss compares "
@@ -65,34 +61,33 @@ def make_gradient(loss: Callable, microbatches: int = 1, noise_scale: bool = Fal
 
         def pieces(params, part, number):
             micro = MicroBatch(batch, number, microbatches)
-            value, metrics, embeddings = loss.pieces(params, given(part, stats, average), key, micro)
-            return float32((value, metrics)), embeddings
+            own = loss.pieces(params, part, key, state=state, average=average, micro=micro)
+            value, metrics, seen = float32((own.value, dict(own.metrics), own.seen))
+            return Pieces(value, metrics, own.embeddings, seen)
 
         places = parts, jnp.arange(microbatches)
         first = jax.tree.map(lambda x: x[0], places)
-        if not isinstance(loss, BatchLoss) or compares_examples(jax.make_jaxpr(pieces)(params, *first)):
+        traced, shapes = jax.make_jaxpr(pieces, return_shape=True)(params, *first)
+        if compares_examples(traced):
             raise UserError(
                 f"the loss compares the examples of a batch within a function of your own, and {microbatches} micro-batches would compare "
                 "fewer: give make_step, losses.combine and losses.diffusion what mmdiff.contrastive and mmdiff.losses make, unwrapped (or "
                 "a mmdiff.microbatches.BatchLoss of your own), or set config.train.microbatches=1."
             )
-        _, embedded = jax.eval_shape(pieces, params, *first)
-        slopes, value, metrics, by_params = [], jnp.zeros((), jnp.float32), {}, None
-        if jax.tree.leaves(embedded):
-            whole = jax.tree.map(join, jax.lax.map(lambda place: pieces(params, *place)[1], places))
-            (value, metrics), (by_params, slopes) = _value_and_slopes(loss.contrast, params, whole)
-            value, metrics, by_params = float32((value, metrics, by_params))
+        slopes, whole, by_params = [], Pieces(jnp.zeros((), jnp.float32), {}), None
+        if jax.tree.leaves(shapes.embeddings):
+            embeddings = jax.tree.map(join, jax.lax.map(lambda place: pieces(params, *place).embeddings, places))
+            whole, (by_params, slopes) = _value_and_slopes(loss.contrast, params, embeddings)
+            whole, by_params = float32((whole, by_params))
             slopes = [split(slope, microbatches) for slope in slopes]
 
         def objective(params, place, slopes):
-            (value, metrics), embeddings = pieces(params, *place)
-            linear = sum((leaf * slope).sum() for leaf, slope in zip(_floats(embeddings), slopes, strict=True))
-            return value + microbatches * linear, (value, metrics)
+            own = pieces(params, *place)
+            linear = sum((leaf * slope).sum() for leaf, slope in zip(_floats(own.embeddings), slopes, strict=True))
+            return own.value + microbatches * linear, (own.value, own.metrics, own.seen)
 
         def evaluate(place, slopes):
-            grads, (value, metrics) = jax.grad(objective, has_aux=True)(params, place, slopes)
-            metrics = dict(metrics)
-            seen = metrics.pop("stats", {})
+            grads, (value, metrics, seen) = jax.grad(objective, has_aux=True)(params, place, slopes)
             return (value, metrics, float32(grads)), seen
 
         def add(total, item):
@@ -102,9 +97,7 @@ def make_gradient(loss: Callable, microbatches: int = 1, noise_scale: bool = Fal
         (total, seen), _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), (places, slopes))
         own, own_metrics, grads = jax.tree.map(lambda x: x / microbatches, total)
         grads = grads if by_params is None else jax.tree.map(jnp.add, grads, by_params)
-        metrics = added({**own_metrics, "stats": seen}, metrics)
-        seen = metrics.pop("stats")
-        return (own + value, metrics, grads), seen
+        return (own + whole.value, added(own_metrics, whole.metrics), grads), added(seen, whole.seen)
 
     return gradient
 
@@ -117,13 +110,15 @@ def _floats(tree: Any) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
-def _value_and_slopes(contrast: Callable, params: Any, embeddings: Any) -> tuple[tuple[jax.Array, dict], tuple[Any, list[jax.Array]]]:
-    """The comparison's value, its metrics and its derivatives by the parameters and by all leaves that are floats."""
+def _value_and_slopes(contrast: Callable, params: Any, embeddings: Any) -> tuple[Pieces, tuple[Any, list[jax.Array]]]:
+    """The comparison, and its value's derivatives by the parameters and by all leaves of the embeddings that are floats."""
     leaves, structure = jax.tree.flatten(embeddings)
     places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
     def of_floats(params, floats):
         filled = dict(enumerate(leaves)) | dict(zip(places, floats, strict=True))
-        return contrast(params, jax.tree.unflatten(structure, [filled[i] for i in range(len(leaves))]))
+        whole = contrast(params, jax.tree.unflatten(structure, [filled[i] for i in range(len(leaves))]))
+        return whole.value, whole
 
-    return jax.value_and_grad(of_floats, argnums=(0, 1), has_aux=True)(params, [leaves[i] for i in places])
+    slopes, whole = jax.grad(of_floats, argnums=(0, 1), has_aux=True)(params, [leaves[i] for i in places])
+    return whole, slopes

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from mmdiff.errors import UserError
+from mmdiff.microbatches import BatchLoss
 from mmdiff.training.accumulation import float32, make_gradient
 
 Metrics = Mapping[str, jax.Array]
@@ -32,8 +33,8 @@ class State:
       opt: the optimizer's state.
       ema: the running average of `params`, float32.
       key: a typed key that never changes: step i draws from fold_in(key, i).
-      stats: {"skipped": int32 []}, the steps that were skipped because a number was not finite, and under "loss" the loss's own statistics,
-        if it has any (see `losses`).
+      stats: {"skipped": int32 []}, the steps that were skipped because a number was not finite, and under "loss" the loss's own state, if
+        it has one (`BatchLoss.init`).
     """
 
     step: jax.Array
@@ -53,10 +54,11 @@ def init_state(
       init: `key -> params`, float32.
       optimizer: the gradient transformation whose state is initialised.
       key: a typed key; one half initialises the weights, the other drives the steps.
-      loss: the loss of the steps to come, whose statistics the state holds.
+      loss: the loss of the steps to come, whose own state this one holds.
     """
     init_key, step_key = jax.random.split(key)
     params = init(init_key)
+    learned = None if loss is None else BatchLoss.of(loss).init(params)
     for path, leaf in jax.tree.leaves_with_path(params):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
             where = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
@@ -69,7 +71,7 @@ def init_state(
         opt=optimizer.init(params),
         ema=float32(params),
         key=step_key,
-        stats={"skipped": jnp.zeros((), jnp.int32)} | ({"loss": loss.stats.init()} if getattr(loss, "stats", None) is not None else {}),
+        stats={"skipped": jnp.zeros((), jnp.int32)} | ({} if learned is None else {"loss": learned}),
     )
 
 
@@ -88,13 +90,13 @@ def make_step(
 
         params' = params + optimizer(g),   ema' = d ema + (1 - d) params',   d = min(ema, (1 + step) / (10 + step)).
 
-    A step whose loss, gradient norm or result (params', numbers of the optimizer's own, the loss's statistics) is not finite leaves
-    params, opt, ema and the loss's statistics as they were, bit for bit, and adds one to stats["skipped"].
+    A step whose loss, gradient norm or result (params', numbers of the optimizer's own, the loss's state) is not finite leaves params,
+    opt, ema and the loss's state as they were, bit for bit, and adds one to stats["skipped"].
 
     Args:
       loss: `(params, batch, key) -> (scalar, metrics)`, a mean over the batch of what each example gives on its own, or a `BatchLoss`
-        that says how it compares them (see `microbatches`). Every micro-batch gets the same key, so examples must take their
-        randomness from their index (as `losses.diffusion` does). If it has statistics, see `losses`.
+        that says how it compares them and what state it has (see `microbatches`). Every micro-batch gets the same key, so examples must
+        take their randomness from their index (as `losses.diffusion` does).
       optimizer: what turns gradients into updates, clipping and the learning rate's schedule included. It may take the loss, `value`.
       ema: the decay that the average's warm-up ends at.
       microbatches: m; the batch is split in m, which costs time and saves memory.
@@ -114,36 +116,38 @@ def make_step(
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.train.norm_groups: {pattern!r}, the group {name!r}, is no regular expression ({error}).") from error
-    learns = getattr(loss, "stats", None) is not None
+    loss = BatchLoss.of(loss)
     gradient = make_gradient(loss, microbatches, noise_scale)
     takes_value = optax.with_extra_args_support(optimizer)  # the loss, for rates that follow it
 
     def step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
-        stats = state.stats["loss"] if learns else None
-        (value, metrics, grads), seen = gradient(state.params, batch, key, stats, state.ema)
+        learned = state.stats.get("loss")
+        if learned is None and jax.eval_shape(loss.init, state.params) is not None:
+            raise UserError("the loss has a state of its own, which this state does not hold: give it to init_state, too, loss=...")
+        (value, metrics, grads), seen = gradient(state.params, batch, key, learned, state.ema)
         grad_norm = optax.tree.norm(grads)
         if noise_scale:
             metrics = _noise_moments(metrics, grad_norm**2, len(jax.tree.leaves(batch)[0]), microbatches)
-        old = state.params, state.opt, state.ema, stats
+        old = state.params, state.opt, state.ema, learned
 
-        def update(params, opt, average, stats):
+        def update(params, opt, average, learned):
             updates, opt = takes_value.update(grads, opt, params, value=value)
             params = optax.apply_updates(params, updates)
             decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), average, params)
-            return params, opt, average, loss.stats.update(stats, seen) if learns else None
+            return params, opt, average, loss.update(learned, seen)
 
         new = update(*old)
         param_norm = _guarded_norm(new, old)  # a norm is finite only if every number is
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-        params, opt, average, stats = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        params, opt, average, learned = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
         state = state.replace(
             step=state.step + 1,
             params=params,
             opt=opt,
             ema=average,
-            stats={"skipped": state.stats["skipped"] + ~finite} | ({"loss": stats} if learns else {}),
+            stats={"skipped": state.stats["skipped"] + ~finite} | ({} if learned is None else {"loss": learned}),
         )
         return state, {
             **metrics,
@@ -188,13 +192,13 @@ def _guarded_norm(new: Any, old: Any) -> jax.Array:
     which would cost a pass over them: they are sums of what the gradient's norm has tested, and one that is not finite makes the next
     update so, which is skipped.
     """
-    (params, opt, _, stats), (_, opt_before, _, stats_before) = new, old  # an average of finite numbers is finite
+    (params, opt, _, learned), (_, opt_before, _, learned_before) = new, old  # an average of finite numbers is finite
     total, moments = jnp.zeros(()), set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         total += jnp.sum(jnp.abs(leaf.astype(jnp.float32)) ** 2)
         moments.add((_names(path), leaf.shape))
-    rest = jax.tree_util.tree_leaves_with_path((opt, stats))
-    for (path, leaf), before in zip(rest, jax.tree.leaves((opt_before, stats_before)), strict=True):
+    rest = jax.tree_util.tree_leaves_with_path((opt, learned))
+    for (path, leaf), before in zip(rest, jax.tree.leaves((opt_before, learned_before)), strict=True):
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and (_names(path), leaf.shape) not in moments:
             total += jnp.sum(jnp.where(jnp.isfinite(before), leaf - leaf, 0).astype(jnp.float32))  # 0 or NaN
     return jnp.sqrt(total)

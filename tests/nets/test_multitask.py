@@ -220,7 +220,7 @@ def test_training_encodes_with_the_averaged_parameters(microbatches):
     values = [float(jax.jit(step)(each, batch)[1]["loss"]) for each in (state, other)]
     assert abs(values[0] - values[1]) > 1e-5
     whole = jax.jit(loss)
-    expected = [float(whole(pair_params(), {**batch, "ema": each.ema}, key)[0]) for each in (state, other)]
+    expected = [float(whole(pair_params(), batch, key, average=each.ema)[0]) for each in (state, other)]
     np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 
@@ -262,4 +262,4 @@ def test_prepared_entries_depend_on_the_example_alone():
     whole = seen["mask"]
     wrapped(None, {"index": jnp.asarray([5, 2])}, key)
     np.testing.assert_array_equal(seen["mask"], whole[jnp.asarray([5, 2])])
-    assert len(np.unique(whole)) == 6 and wrapped.stats is None
+    assert len(np.unique(whole)) == 6 and wrapped.init(None) is None

@@ -12,6 +12,7 @@ import pytest
 import toy
 
 from mmdiff.errors import UserError
+from mmdiff.microbatches import BatchLoss, Pieces
 from mmdiff.training.step import init_state, make_step, noise_scale_of, step_of
 
 
@@ -134,18 +135,16 @@ def test_a_non_finite_update_of_a_finite_gradient_is_never_kept(where):
     assert int(after.step) == 2 and int(after.stats["skipped"]) == 1
 
 
-def test_statistics_of_the_loss_that_are_not_finite_are_never_kept():
-    class Stats:
-        init = staticmethod(lambda: jnp.zeros(3))
-        update = staticmethod(lambda stats, seen: stats + seen)
+def test_a_state_of_the_loss_that_is_not_finite_is_never_kept():
+    def pieces(params, batch, key, **_):
+        return Pieces((params - batch["x"].mean()) ** 2, {}, seen={"x": batch["x"][:3]})
 
-    def loss(params, batch, key):
-        return (params - batch["x"].mean()) ** 2, {"stats": batch["x"][:3]}
-
-    loss.stats = Stats
+    loss = BatchLoss(pieces=pieces, init=lambda params: jnp.zeros(3), update=lambda state, seen: state + seen["x"])
     optimizer = optax.sgd(0.1)
     state = init_state(lambda key: jnp.ones(()), optimizer, jax.random.key(0), loss)
     step = jax.jit(make_step(loss, optimizer))
+    with pytest.raises(UserError, match="give it to init_state, too"):
+        step(state.replace(stats={"skipped": state.stats["skipped"]}), {"x": jnp.arange(4.0)})
     state, metrics = step(state, {"x": jnp.arange(4.0)})
     assert metrics["skipped"] == 0 and state.stats["loss"].tolist() == [0, 1, 2]
     state = state.replace(stats=state.stats | {"loss": jnp.full(3, 3e38)})
