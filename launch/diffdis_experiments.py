@@ -15,7 +15,7 @@ once. All but the two towers, which learn to read as well, name by the vectors o
 noise is such a network without diffusion.
 
 About an hour on two CPU cores. All are small and briefly trained: compare them with each other, not with the configs' own figures. The
-results are in the README.
+results are in configs/diffdis/README.md.
 """
 
 import dataclasses
