@@ -30,7 +30,7 @@ import numpy as np
 from mmdiff import config as configs
 from mmdiff import contrastive, losses, times
 from mmdiff.contrastive import l2_normalize
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.evals.evaluator import example_keys, in_batches
 from mmdiff.processes import Given, Joint
 from mmdiff.projects.scenes import scenes
@@ -122,7 +122,7 @@ def run(seed, data, overrides):
         wanted = [f"{figure}{suffix}" for figure in ("retrieval_r1", "digit_accuracy") for suffix in ("", "_held_out")]
         return {figure: found[figure] for figure in wanted}, seconds
     towers, aligner = experiment.evaluators[0].towers, experiment.evaluators[0].aligner
-    scenes_of = {split: whole(scenes.Scenes(split, 16, COUNT)) for split in SPLITS}
+    scenes_of = {split: load_all(scenes.Scenes(split, 16, COUNT)) for split in SPLITS}
     if data == "without noise":
         experiment, told = silent(experiment, config, module)
     params, seconds = experiments.train(experiment, config)

@@ -25,7 +25,7 @@ import jax
 
 from mmdiff import config as configs
 from mmdiff import losses, sampling, times
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, conditional
 from mmdiff.evals.accuracy import accuracy, denoising_losses
 from mmdiff.evals.evaluator import draw_samples, example_keys, in_batches
@@ -110,7 +110,7 @@ def as_joint(experiment, config):
 
 def labels(experiment, params, config, key, data):
     """What is measured of a model of images and labels."""
-    train, test = whole(experiment.train_data()), whole(experiment.test_data())
+    train, test = load_all(experiment.train_data()), load_all(experiment.test_data())
     keys = jax.random.split(key, 5)
     quantize = experiment.modalities["image"].quantize
     draw = functools.partial(draw_samples, experiment, params, batch=250, steps=config.sample.steps, guidance=config.sample.guidance)

@@ -21,7 +21,7 @@ import numpy as np
 
 from mmdiff import config as configs
 from mmdiff import sampling
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.evals.evaluator import draw_samples
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.projects.scenes.scenes import Scenes
@@ -59,7 +59,7 @@ def run(seed, data, overrides):
     config, module = configs.load(str(CONFIGS / f"{data}.py"), [*overrides.items(), ("seed", str(seed))])
     heun, multistep = (build(module, config, solver) for solver in ("heun", "2m"))
     params, seconds = experiments.train(heun, config)
-    train, validation = whole(heun.train_data()), whole(heun.validation_data())
+    train, validation = load_all(heun.train_data()), load_all(heun.validation_data())
     count = min(COUNT, len(train["image"]))
     known = {name: np.asarray(train[name][:count]) for name in heun.shape if name != "image" and name in train}
     key, quantize = jax.random.key(1000 + seed), getattr(heun.modalities["image"], "quantize", np.asarray)

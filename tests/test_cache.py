@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmdiff.__main__ import main
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.data.token_cache import decoder, read_meta, token_source
 from mmdiff.projects.scenes.scenes import ATTRIBUTES, Scenes
 
@@ -44,7 +44,7 @@ def test_the_cache_holds_the_scenes(cache):
     assert meta["grid"] == [8, 8] and meta["codes"] == 128 and meta["step"] == 4
     assert meta["config"]["model"]["features"] == 8
     for split in ("test", "held_out"):
-        found, real = whole(token_source(cache, split)), whole(Scenes(split))
+        found, real = load_all(token_source(cache, split)), load_all(Scenes(split))
         assert set(found) == {"tokens", "text", *ATTRIBUTES}
         assert found["tokens"].shape == (2000, 64) and 0 <= found["tokens"].min() and found["tokens"].max() < 128
         for name in ("text", *ATTRIBUTES):

@@ -14,8 +14,8 @@ from mmdiff import config as configs
 from mmdiff.__main__ import main
 from mmdiff.data import token_cache
 from mmdiff.data.loader import batches
-from mmdiff.data.sources import whole
-from mmdiff.data.token_cache import open_words, read_meta, token_source
+from mmdiff.data.sources import load_all
+from mmdiff.data.token_cache import open_tokenizer, read_meta, token_source
 from mmdiff.errors import UserError
 from mmdiff.training import sharding
 from mmdiff.training.step import init_state, make_step, step_of
@@ -165,14 +165,14 @@ def test_the_cache_and_what_training_reads(name, caches):
     experiment, config = load(name, data__dir=cache, **underscored(small(name)))
     meta, train = read_meta(cache), experiment.train_data()
     assert [meta["grid"], meta["codes"]] == {"imagenet256_class": [[16, 16], 974]}.get(name, [[32, 32], 2887])
-    stored = whole(token_source(cache, "train"))
+    stored = load_all(token_source(cache, "train"))
     if name in TEXTS:
-        words = open_words(config.data, 77)
+        words = open_tokenizer(config.data, 77)
         assert words.size <= 49408 and stored["text"].shape == (6, {"coco_text": 5, "cub200_text": 10}[name], 77)
-        assert len(train) == 6 * stored["text"].shape[1] and whole(train)["text"].shape == (len(train), 77)
+        assert len(train) == 6 * stored["text"].shape[1] and load_all(train)["text"].shape == (len(train), 77)
         assert words.decode(stored["text"][2, :1]) == ["a blue square, seen once" + (", take 0" if name == "cub200_text" else "")]
     else:
-        np.testing.assert_array_equal(whole(train)["label"], 7 * np.arange(6))
+        np.testing.assert_array_equal(load_all(train)["label"], 7 * np.arange(6))
     batch = next(batches(train, 0, 4))
     experiment.process.check(batch)
     kinds = {"label": ()} if name == "cub200_text" else {}  # negatives are of another kind of bird

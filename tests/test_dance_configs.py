@@ -15,7 +15,7 @@ from mmdiff import config as configs
 from mmdiff.__main__ import main
 from mmdiff.data import token_cache
 from mmdiff.data.loader import batches
-from mmdiff.data.sources import ArraySource, whole
+from mmdiff.data.sources import ArraySource, load_all
 from mmdiff.errors import UserError
 from mmdiff.nets.audio import AudioAutoencoder
 from mmdiff.projects.dance import aist, dance
@@ -83,7 +83,7 @@ def published(folder, data, splits, count=20):
     """Writes segments of made-up dances as those of AIST++ or TikTok lie in their folders; -> what was heard of each split."""
     heard = {}
     for part, split in enumerate(sorted(splits)):
-        clips = whole(dance.DanceMusic("train" if split == "train" else "test", count=count))
+        clips = load_all(dance.DanceMusic("train" if split == "train" else "test", count=count))
         inner, numbers = (f"{split}/", 219) if data == "aist" else ("", 75)
         names = [f"g{aist.CODES[genre]}_sBM_c01_d04_mBR0_ch02_seg{100 * part + i}" for i, genre in enumerate(clips["genre"])]
         motion = np.random.default_rng(len(split)).normal(size=(count, 120 if data == "aist" else 60, numbers))
@@ -107,7 +107,8 @@ def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
     data = name.split("_")[0]
     heard = published(tmp_path, data, {"train", "test"} | ({"val"} if data == "aist" else set()))
     net = dataclasses.replace(TINY_AUDIO, codes=2048)
-    recipe = token_cache.Recipe(net, {split: lambda split=split: aist.Segments(tmp_path, split, data) for split in heard}, "audio", "music")
+    splits = {split: lambda split=split: aist.Segments(tmp_path, split, data) for split in heard}
+    recipe = token_cache.CacheWriter(net, splits, "audio", "music")
     params = jax.jit(lambda key: net.init(key, jnp.zeros((1, 44_032))))(jax.random.key(0))
     assert token_cache.write(tmp_path / "tokens", recipe, params, {"config": {}, "step": 0})
 
@@ -115,7 +116,7 @@ def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
     assert load(name, **cached)[0].evaluators == ()
     experiment, config = load(name, eval__segments=tmp_path, **cached)
     evaluator, = experiment.evaluators
-    clips, known = whole(evaluator.clips("test")), whole(experiment.test_data())
+    clips, known = load_all(evaluator.clips("test")), load_all(experiment.test_data())
     np.testing.assert_array_equal(clips["motion"], known["motion"])
     assert np.corrcoef(clips["audio"][7], heard["test"]["audio"][7][: len(clips["audio"][7])])[0, 1] > 0.999
     assert ("genre" in clips) == (name == "aist_music") and evaluator.decode(known["music"][:2]).shape == clips["audio"][:2].shape
@@ -128,7 +129,7 @@ def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
     evaluator = dataclasses.replace(tokenizer.evaluators[0], net=net, windows=(256,))
     found = evaluator(tokenizer, params, config, jax.random.key(1), 0)
     assert found.figures["beat_f1_real"] == 1 and "onsets of the real music" in found.notes["beat_f1"]
-    used = len(np.unique(whole(token_cache.token_source(tmp_path / "tokens", "test"))["music"]))
+    used = len(np.unique(load_all(token_cache.token_source(tmp_path / "tokens", "test"))["music"]))
     assert found.figures["codebook_usage"] == used / 2048 and set(found.notes) <= set(found.figures)
     assert ("genre_accuracy" in found.figures) == (name == "aist_music")
 
@@ -184,7 +185,7 @@ def cache(tmp_path_factory):
     """The tokens of an untrained tokenizer."""
     out = tmp_path_factory.mktemp("caches") / "music"
     splits = {split: lambda split=split: dance.DanceMusic(split, count=20) for split in dance.COUNTS}
-    recipe = token_cache.Recipe(TINY_AUDIO, splits, image="audio", tokens="music")
+    recipe = token_cache.CacheWriter(TINY_AUDIO, splits, image="audio", tokens="music")
     params = jax.jit(lambda key: TINY_AUDIO.init(key, jnp.zeros((1, 44_032))))(jax.random.key(0))
     assert token_cache.write(out, recipe, params, {"config": {}, "step": 0})
     return out

@@ -8,7 +8,7 @@ import pytest
 
 from mmdiff import __main__ as cli
 from mmdiff import config as configs
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 
 CONFIG = "configs/digits_joint.py"
 SMALL = [
@@ -39,7 +39,7 @@ def test_the_loss_falls_and_labels_are_read(run):
     experiment = module.build(config)
     params, step = restore_for_inference(experiment, config, run)
     assert step == 300
-    test = whole(experiment.test_data())
+    test = load_all(experiment.test_data())
     read = read_labels(experiment, params, jax.random.key(0), {"image": test["image"]}, "label", 250)
     assert (read.argmax(-1) == test["label"]).mean() > 0.6  # chance is 0.1
 

@@ -10,7 +10,7 @@ import pytest
 
 from mmdiff import __main__ as cli
 from mmdiff import config as configs
-from mmdiff.data.sources import ArraySource, whole
+from mmdiff.data.sources import ArraySource, load_all
 from mmdiff.errors import UserError
 from mmdiff.evals import report
 from mmdiff.evals.joint_image_label import read_labels
@@ -89,7 +89,7 @@ def test_labels_are_read_from_images_alone(encoder, head, monkeypatch):
         experiment = build("digits_label", encoder=encoder, **{"model.head": head, "model.depth": 2})
         params = jax.tree.map(  # nothing is zero, so that outputs depend on inputs
             lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), experiment.init(jax.random.key(0)))
-        images = {"image": whole(experiment.test_data())["image"]}
+        images = {"image": load_all(experiment.test_data())["image"]}
         read[name] = read_labels(experiment, params, jax.random.key(1), images, "label", 100)
     np.testing.assert_array_equal(read["right"], read["wrong"])
     assert len(np.unique(read["right"].argmax(-1))) > 1 and read["right"].std(0).min() > 1e-4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmdiff.__main__ import main
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.data.token_cache import decoder, open_tokens, read_meta
 from mmdiff.data.token_modalities import Sequences
 from mmdiff.errors import UserError
@@ -49,7 +49,7 @@ def test_the_cache_holds_music_and_what_goes_with_it(cache):
     meta = read_meta(cache)
     assert meta["grid"] == [344] and meta["codes"] == 16 and meta["tokens"] == "music" and meta["network"] == "AudioAutoencoder"
     modalities = {"music": Sequences(344, 16, name="music")}
-    found, real = whole(open_tokens(data(cache), "test", modalities)), whole(dance.DanceMusic("test", count=20))
+    found, real = load_all(open_tokens(data(cache), "test", modalities)), load_all(dance.DanceMusic("test", count=20))
     assert found["music"].shape == (20, 344) and found["music"].dtype == np.int32
     for name in ("motion", "genre", "beats"):
         np.testing.assert_array_equal(np.load(cache / "test" / f"{name}.npy"), real[name])

@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 from mmdiff import config as configs
-from mmdiff.data.sources import Some, whole
-from mmdiff.data.tower_cache import Described
+from mmdiff.data.sources import Subset, load_all
+from mmdiff.data.tower_cache import WithTextEmbedding
 from mmdiff.projects.digits import digit_features
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -44,7 +44,7 @@ def test_train_validation_and_test_share_no_example(name, monkeypatch):
         monkeypatch.setattr(module, "token_source" if "scenes" in name else "open_tokens", cached)
     monkeypatch.setattr(digit_features, "represented", lambda source: source)
     monkeypatch.setattr(digit_features, "digit_features", lambda: None)  # which are trained
-    monkeypatch.setattr(Described, "__init__", lambda self, source, towers, size: vars(self).update(source=source))
+    monkeypatch.setattr(WithTextEmbedding, "__init__", lambda self, source, towers, size: vars(self).update(source=source))
     experiment = module.build(config)
     sources = [experiment.train_data(), experiment.validation_data(), experiment.test_data()]
     if opened:
@@ -58,6 +58,6 @@ def test_train_validation_and_test_share_no_example(name, monkeypatch):
 
 
 def examples_of(source, count):
-    arrays = whole(Some(source, count))
+    arrays = load_all(Subset(source, count))
     name = next(name for name in ("image", "audio", "tokens") if name in arrays)
     return {example.tobytes() for example in arrays[name]}

@@ -36,8 +36,8 @@ from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Features, Labels
-from mmdiff.data.sources import Some
-from mmdiff.data.token_cache import decoder, maker, open_tokens
+from mmdiff.data.sources import Subset
+from mmdiff.data.token_cache import decoder, open_tokens, tokenizer_fingerprint
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.dance.aist import SEGMENTS, Segments
@@ -117,7 +117,7 @@ def build(config):
     held_out = {"validation": VALIDATION[data.name], "test": "test"}
 
     def clips(split, count=config.eval.examples):
-        return Some(Segments(config.eval.segments, held_out.get(split, split), data.name, data.seconds), count)
+        return Subset(Segments(config.eval.segments, held_out.get(split, split), data.name, data.seconds), count)
 
     judged = MusicForDances(
         decode, clips=clips, training=lambda: clips("train", CLASSIFIED * config.eval.examples),
@@ -130,11 +130,11 @@ def build(config):
         loss=losses.diffusion(process, net.apply, when, terms),
         optimizer=optimizer,
         train_data=lambda: open_tokens(data, "train", modalities),
-        validation_data=lambda: Some(open_tokens(data, held_out["validation"], modalities), config.eval.examples),
-        test_data=lambda: Some(open_tokens(data, held_out["test"], modalities), config.eval.examples),
+        validation_data=lambda: Subset(open_tokens(data, held_out["validation"], modalities), config.eval.examples),
+        test_data=lambda: Subset(open_tokens(data, held_out["test"], modalities), config.eval.examples),
         shape=shape,
         sample=sampling.make_sampler(process, net.apply, shape, drop=tuple(nulls), maps=(truncated,)),
         modalities=modalities,
-        frozen_deps={"tokenizer": lambda: maker(data.dir)},
+        frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(data.dir)},
         evaluators=(judged,) if config.eval.segments else (),
     )

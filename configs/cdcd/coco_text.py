@@ -32,8 +32,8 @@ from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Labels
-from mmdiff.data.sources import Some
-from mmdiff.data.token_cache import decoder, maker, open_tokens, open_words
+from mmdiff.data.sources import Subset
+from mmdiff.data.token_cache import decoder, open_tokenizer, open_tokens, tokenizer_fingerprint
 from mmdiff.data.token_modalities import Texts, TokenImages
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
@@ -90,7 +90,7 @@ def build(config):
         optim.plateau(train.learning_rate, train.warmup_steps, train.patience))
 
     decode = decoder(data.dir) if data.dir else None
-    modalities = {"tokens": TokenImages(*GRID, CODES, decode=decode), "text": Texts(open_words(data, LENGTH))}
+    modalities = {"tokens": TokenImages(*GRID, CODES, decode=decode), "text": Texts(open_tokenizer(data, LENGTH))}
     shape = {name: modality.shape for name, modality in modalities.items()}
     if data.classes:
         modalities["label"] = Labels(data.classes)
@@ -102,10 +102,10 @@ def build(config):
         loss=losses.diffusion(process, net.apply, when, terms),
         optimizer=optimizer,
         train_data=lambda: open_tokens(data, "train", modalities),
-        validation_data=lambda: Some(open_tokens(data, "val", modalities), config.eval.examples),
-        test_data=lambda: Some(open_tokens(data, "val", modalities), config.eval.examples),  # the set has no third part with answers
+        validation_data=lambda: Subset(open_tokens(data, "val", modalities), config.eval.examples),
+        test_data=lambda: Subset(open_tokens(data, "val", modalities), config.eval.examples),  # the set has no third part with answers
         shape=shape,
         sample=sampling.make_sampler(process, net.apply, shape, drop=("text",), maps=(truncated,)),
         modalities=modalities,
-        frozen_deps={"tokenizer": lambda: maker(data.dir)},
+        frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(data.dir)},
     )

@@ -31,8 +31,8 @@ from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Labels
-from mmdiff.data.sources import Some
-from mmdiff.data.token_cache import decoder, maker, open_tokens
+from mmdiff.data.sources import Subset
+from mmdiff.data.token_cache import decoder, open_tokens, tokenizer_fingerprint
 from mmdiff.data.token_modalities import TokenImages
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
@@ -92,10 +92,10 @@ def build(config):
         loss=losses.diffusion(process, net.apply, when, terms),
         optimizer=optimizer,
         train_data=lambda: open_tokens(data, "train", modalities),
-        validation_data=lambda: Some(open_tokens(data, "val", modalities), config.eval.examples),
-        test_data=lambda: Some(open_tokens(data, "val", modalities), config.eval.examples),  # the set has no third part with answers
+        validation_data=lambda: Subset(open_tokens(data, "val", modalities), config.eval.examples),
+        test_data=lambda: Subset(open_tokens(data, "val", modalities), config.eval.examples),  # the set has no third part with answers
         shape=shape,
         sample=sampling.make_sampler(process, net.apply, shape, drop=("label",), maps=(truncated,)),
         modalities=modalities,
-        frozen_deps={"tokenizer": lambda: maker(data.dir)},
+        frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(data.dir)},
     )

@@ -21,8 +21,8 @@ genres are there after 750 steps.
 import optax
 from ml_collections import ConfigDict
 
-from mmdiff.data.sources import Some
-from mmdiff.data.token_cache import Recipe
+from mmdiff.data.sources import Subset
+from mmdiff.data.token_cache import CacheWriter
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.audio import AudioAutoencoder, audio_loss
@@ -67,7 +67,7 @@ def build(config):
     splits = {split: lambda split=split: clips(split) for split in SPLITS[data.name]}
 
     # The lists of real segments may go genre by genre.
-    training = splits["train"] if data.name == "dance_music" else lambda: Some(splits["train"](), CLASSIFIED * MusicReconstructions.count)
+    training = splits["train"] if data.name == "dance_music" else lambda: Subset(splits["train"](), CLASSIFIED * MusicReconstructions.count)
     judged = MusicReconstructions(net, training, () if data.name == "tiktok" else GENRES, config.loss.windows)
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     return Experiment(
@@ -80,5 +80,5 @@ def build(config):
         test_data=splits["test"],
         modalities={name: Waveforms(samples, name=name) for name in ("audio", "reconstruction")},
         evaluators=(judged,),
-        cache=Recipe(net, splits, image="audio", tokens="music"),
+        cache=CacheWriter(net, splits, image="audio", tokens="music"),
     )

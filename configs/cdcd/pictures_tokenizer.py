@@ -27,8 +27,8 @@ from ml_collections import ConfigDict
 
 from mmdiff.data import image_datasets
 from mmdiff.data.modalities import Images
-from mmdiff.data.sources import Some
-from mmdiff.data.token_cache import Recipe
+from mmdiff.data.sources import Subset
+from mmdiff.data.token_cache import CacheWriter
 from mmdiff.evals.tokenizer import Reconstructions
 from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.tokenizers import VQAutoencoder, vq_loss
@@ -59,10 +59,10 @@ def build(config):
     data, train = config.data, config.train
     net = VQAutoencoder(SIZE, SIZE, 3, **(TEXT if data.name in image_datasets.CAPTIONS else CLASS), **config.model)
     # Only `cache` needs the captions.
-    words = functools.cache(lambda: image_datasets.tokenizer(data.name, data.dir)) if data.name in image_datasets.CAPTIONS else None
+    tokenizer = functools.cache(lambda: image_datasets.tokenizer(data.name, data.dir)) if data.name in image_datasets.CAPTIONS else None
 
-    def split(name, words=None):
-        return image_datasets.open_pictures(data, name, SIZE, words() if words else None)
+    def split(name, tokenizer=None):
+        return image_datasets.open_pictures(data, name, SIZE, tokenizer() if tokenizer else None)
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     modalities = {name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")}
@@ -72,9 +72,9 @@ def build(config):
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
         train_data=lambda: split("train"),
-        validation_data=lambda: Some(split("val"), config.eval.pictures),
-        test_data=lambda: Some(split("val"), config.eval.pictures),  # the set has no third part with answers
+        validation_data=lambda: Subset(split("val"), config.eval.pictures),
+        test_data=lambda: Subset(split("val"), config.eval.pictures),  # the set has no third part with answers
         modalities=modalities,
         evaluators=(Reconstructions(net, pool=16),),
-        cache=Recipe(net, {name: functools.partial(split, name, words) for name in ("train", "val")}, words=words),
+        cache=CacheWriter(net, {name: functools.partial(split, name, tokenizer) for name in ("train", "val")}, tokenizer=tokenizer),
     )

@@ -23,7 +23,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.token_cache import decoder, maker, token_source
+from mmdiff.data.token_cache import decoder, token_source, tokenizer_fingerprint
 from mmdiff.data.token_modalities import Texts, TokenImages
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
@@ -60,8 +60,8 @@ def build(config):
     steps, model, train = config.chain.steps, config.model, config.train
     tokens = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
     process = Joint(tokens=tokens, text=Given(null=0))
-    words = scenes.tokenizer()
-    encoder = nets.TextEncoder(words.size, words.length, scan=False, **config.text)
+    tokenizer = scenes.tokenizer()
+    encoder = nets.TextEncoder(tokenizer.size, tokenizer.length, scan=False, **config.text)
     net = nets.TokenTransformer(
         classes=CODES, grid=GRID, depth=model.depth, width=model.width, heads=model.heads, context=("text",),
         encoder=encoder, pooled=model.pooled, mlp_ratio=model.mlp_ratio, patch=model.patch, scan=False)
@@ -75,7 +75,7 @@ def build(config):
     terms = contrastive.cdcd(tokens, steps, of="tokens", given="text", others=others, form=form, **config.loss)
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"tokens": (GRID[0] * GRID[1],), "text": (words.length,)}
+    shape = {"tokens": (GRID[0] * GRID[1],), "text": (tokenizer.length,)}
     truncation = sampling.only("tokens", sampling.top_p(config.sample.top_p))
     return Experiment(
         process=process,
@@ -89,7 +89,7 @@ def build(config):
         test_data=lambda: token_source(config.data.dir, "test"),
         shape=shape,
         sample=sampling.make_sampler(process, net.apply, shape, ("text",), maps=[truncation]),
-        modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(words)},
-        frozen_deps={"tokenizer": lambda: maker(config.data.dir)},
+        modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(tokenizer)},
+        frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(config.data.dir)},
         evaluators=(CaptionedScenes(batch=config.eval.batch),),
     )

@@ -18,7 +18,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff.data.modalities import Images
-from mmdiff.data.token_cache import Recipe
+from mmdiff.data.token_cache import CacheWriter
 from mmdiff.evals.tokenizer import Reconstructions
 from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.tokenizers import VQAutoencoder, vq_loss
@@ -60,5 +60,5 @@ def build(config):
         test_data=splits["test"],
         modalities=pictures,
         evaluators=(Reconstructions(net, judge=lambda: Judge(SIZE), all_of=ASKED),),
-        cache=Recipe(net, splits),
+        cache=CacheWriter(net, splits),
     )

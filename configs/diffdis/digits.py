@@ -52,10 +52,10 @@ def get_config():
 
 
 def build(config):
-    model, train, words = config.model, config.train, digits.caption_words()
+    model, train, tokenizer = config.model, config.train, digits.caption_tokenizer()
     size = config.query.size
     net = nets.DualStream(
-        nets.Patches(*SHAPE, model.patch), nets.Tokens(words.length, words.size, words.size), size,
+        nets.Patches(*SHAPE, model.patch), nets.Tokens(tokenizer.length, tokenizer.size, tokenizer.size), size,
         depth=model.depth, width=model.width, heads=model.heads, shared=model.shared, head_depth=model.head_depth,
         fusion=model.fusion, two_way=model.two_way, reinject=model.reinject,
         logits=contrastive.first_logits(config.query.loss), scan=False)
@@ -72,7 +72,7 @@ def build(config):
     match = losses.on("query", query.loss) if config.query.loss == "mse" else contrastive.match(query, "query", config.query.loss)
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"image": SHAPE, "text": (words.length,), "query": (size,)}
+    shape = {"image": SHAPE, "text": (tokenizer.length,), "query": (size,)}
     seen = {name: shape[name] for name in ("image", "text")}
     return Experiment(
         process=drawing,
@@ -89,6 +89,6 @@ def build(config):
         test_data=lambda: digits.captioned(digits.digits_source("test"), digits.random_prompts(size)),
         shape=seen,
         sample=sampling.make_sampler(drawing, draw, seen, drop=("text",), heun=True),
-        modalities={"image": Images(*SHAPE, levels=17), "text": Texts(words), "query": Features(size, "query", norm=1.0)},
+        modalities={"image": Images(*SHAPE, levels=17), "text": Texts(tokenizer), "query": Features(size, "query", norm=1.0)},
         evaluators=(DigitAlignment(Aligner(net, query, size, SHAPE), digits.random_prompts(size), batch=config.eval.batch),),
     )

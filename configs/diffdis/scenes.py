@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Features, Images
 from mmdiff.data.token_modalities import Texts
-from mmdiff.data.tower_cache import Described, Towers
+from mmdiff.data.tower_cache import Towers, WithTextEmbedding
 from mmdiff.errors import UserError
 from mmdiff.evals import zeroshot
 from mmdiff.evals.alignment import Aligner
@@ -73,15 +73,15 @@ def get_config():
 
 
 def build(config):
-    model, train, words, towers = config.model, config.train, scenes.tokenizer(), Towers(config.data.towers)
+    model, train, tokenizer, towers = config.model, config.train, scenes.tokenizer(), Towers(config.data.towers)
     size = config.query.size
     net = nets.DualStream(
-        nets.Patches(*SHAPE, model.patch), nets.Tokens(words.length, words.size + 1, words.size), size,
+        nets.Patches(*SHAPE, model.patch), nets.Tokens(tokenizer.length, tokenizer.size + 1, tokenizer.size), size,
         depth=model.depth, width=model.width, heads=model.heads, shared=model.shared, head_depth=model.head_depth,
         fusion=model.fusion, two_way=model.two_way, reinject=model.reinject, pooled=model.pooled, captions=True,
         logits=contrastive.first_logits(config.query.loss), scan=False)
     image = Gaussian(schedules.flow(), velocity)
-    text = absorbing(words.size)
+    text = absorbing(tokenizer.size)
     query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
     drawing, naming = Joint(image=image, text=text), Joint(image=image, query=query)
     draw, name = (partial(net.apply, tasks=(task,)) for task in ("draw", "name"))
@@ -101,7 +101,7 @@ def build(config):
         raise UserError(f"config.tasks is {config.tasks!r}: choose both, draw or name.")
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"image": SHAPE, "text": (words.length,), "query": (size,)}
+    shape = {"image": SHAPE, "text": (tokenizer.length,), "query": (size,)}
     seen = {name: shape[name] for name in ("image", "text")}
     judged = CaptionedScenes("image", decode=lambda images: images, asked=tuple(scenes.ATTRIBUTES), batch=config.eval.batch)
     aligner = Aligner(net, query, size, SHAPE)
@@ -116,12 +116,12 @@ def build(config):
             optax.contrib.muon(
                 rate, weight_decay=train.weight_decay, adam_b2=0.99, consistent_rms=0.2,
                 muon_weight_dimension_numbers=optim.muon_dimensions)),
-        train_data=lambda: Described(scenes.Scenes("train", SIZE), towers, size),
-        validation_data=lambda: Described(scenes.Scenes("validation", SIZE), towers, size),
-        test_data=lambda: Described(scenes.Scenes("test", SIZE), towers, size),
+        train_data=lambda: WithTextEmbedding(scenes.Scenes("train", SIZE), towers, size),
+        validation_data=lambda: WithTextEmbedding(scenes.Scenes("validation", SIZE), towers, size),
+        test_data=lambda: WithTextEmbedding(scenes.Scenes("test", SIZE), towers, size),
         shape=seen,
         sample=sampling.make_sampler(drawing, draw, seen, drop=("text",), heun=True),
-        modalities={"image": Images(*SHAPE), "text": Texts(words), "query": Features(size, "query", norm=1.0)},
+        modalities={"image": Images(*SHAPE), "text": Texts(tokenizer), "query": Features(size, "query", norm=1.0)},
         frozen_deps={"towers": towers.fingerprint},
         evaluators=(
             *zeroshot.asked(config.eval, jax.jit(see), lambda params, texts: towers.encode(texts), SIZE),

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from mmdiff import contrastive, losses, nets, times
 from mmdiff.data.modalities import Images
 from mmdiff.data.token_modalities import Texts
-from mmdiff.data.tower_cache import Recipe
+from mmdiff.data.tower_cache import CacheWriter
 from mmdiff.errors import UserError
 from mmdiff.evals import zeroshot
 from mmdiff.experiment import Experiment, initialiser
@@ -47,15 +47,15 @@ def get_config():
 
 
 def build(config):
-    model, train, words = config.model, config.train, scenes.tokenizer()
+    model, train, tokenizer = config.model, config.train, scenes.tokenizer()
     net = nets.TwoTowers(
-        nets.Patches(SIZE, SIZE, 3, model.patch), words.size, words.length, model.size, model.depth, model.width,
+        nets.Patches(SIZE, SIZE, 3, model.patch), tokenizer.size, tokenizer.length, model.size, model.depth, model.width,
         model.text_depth, model.text_width, model.heads, logits=contrastive.first_logits(config.loss), scan=False)
     process = Joint(image=Given(0.0), text=Given(0))
     known = times.joint(image=times.constant(0.0), text=times.constant(0.0))
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"image": (SIZE, SIZE, 3), "text": (words.length,)}
+    shape = {"image": (SIZE, SIZE, 3), "text": (tokenizer.length,)}
     see = jax.jit(lambda params, keys, given: net.apply(params, given["image"], method="see"))
     read = jax.jit(lambda params, ids: net.apply(params, ids, method="read")[1])
     return Experiment(
@@ -71,11 +71,11 @@ def build(config):
         test_data=lambda: scenes.Scenes("test", SIZE),
         shape=shape,
         sample=draws_nothing,
-        modalities={"image": Images(SIZE, SIZE, 3), "text": Texts(words)},
+        modalities={"image": Images(SIZE, SIZE, 3), "text": Texts(tokenizer)},
         evaluators=(
-            *zeroshot.asked(config.eval, see, lambda params, texts: read(params, words.encode(texts)), SIZE),
+            *zeroshot.asked(config.eval, see, lambda params, texts: read(params, tokenizer.encode(texts)), SIZE),
             SceneTowers(net, size=SIZE)),
-        cache=Recipe(net, scenes.tokenizer),
+        cache=CacheWriter(net, scenes.tokenizer),
     )
 
 

@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.data.image_datasets import open_pictures
 from mmdiff.data.modalities import Images, Labels
-from mmdiff.data.sources import Some
+from mmdiff.data.sources import Subset
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Addend, Aggregate, Gaussian, absorbing, eps, moving_target
 from mmdiff.training import optim
@@ -101,8 +101,8 @@ def build(config):
         loss=losses.diffusion(process, net.apply, when, terms),
         optimizer=optax.adamw(rate, weight_decay=train.weight_decay),
         train_data=lambda: open_pictures(data, "train", data.size),
-        validation_data=lambda: Some(open_pictures(data, "val", data.size), config.eval.examples),
-        test_data=lambda: Some(open_pictures(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
+        validation_data=lambda: Subset(open_pictures(data, "val", data.size), config.eval.examples),
+        test_data=lambda: Subset(open_pictures(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
         shape=shape,
         sample=sampling.make_sampler(
             process, net.apply, shape, drop=("label",), maps=(sampling.only("image", sampling.clip(-1, 1)),)),

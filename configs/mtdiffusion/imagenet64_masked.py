@@ -32,7 +32,7 @@ from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.data.image_datasets import open_pictures
 from mmdiff.data.masks import masking
 from mmdiff.data.modalities import Images
-from mmdiff.data.sources import Some
+from mmdiff.data.sources import Subset
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Addend, Aggregate, Gaussian, Given, Hidden, eps, identity, moving_target
 from mmdiff.training import optim
@@ -91,8 +91,8 @@ def build(config):
         loss=losses.prepared(loss, masking(**config.patches)),
         optimizer=optax.adamw(rate, weight_decay=train.weight_decay),
         train_data=lambda: open_pictures(data, "train", data.size),
-        validation_data=lambda: Some(open_pictures(data, "val", data.size), config.eval.examples),
-        test_data=lambda: Some(open_pictures(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
+        validation_data=lambda: Subset(open_pictures(data, "val", data.size), config.eval.examples),
+        test_data=lambda: Subset(open_pictures(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
         shape=shape,
         sample=sampling.make_sampler(
             process, net.apply, shape, drop=("masked", "mask"), maps=(sampling.only("image", sampling.clip(-1, 1)),)),

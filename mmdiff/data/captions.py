@@ -33,20 +33,20 @@ def captions_of(value: Any, name: Any) -> list[str]:
     Raises:
       FileError: null, a number, an empty list or text, or anything else; `name` is what it calls the picture.
     """
-    said = value if isinstance(value, list) and value else [value]
+    captions = value if isinstance(value, list) and value else [value]
     kinds = {type(None): "null", bool: "true or false", float: "a number", int: "a number", list: "a list without texts"}
-    for each in said:
+    for each in captions:
         if not isinstance(each, str):
             what = kinds.get(type(each), "an object")
             raise FileError(name, f"has {what} for a caption", "write a text, or a list of texts, or remove the picture")
-    return [caption(each, name) for each in said]
+    return [caption(each, name) for each in captions]
 
 
 def caption(text: str, name: Any) -> str:
     """A picture's caption, without blanks around it. Raises FileError for one without words, or that is no text."""
-    if not (said := files.check_text(text, f"the caption of {name}").strip()):
+    if not (captions := files.check_text(text, f"the caption of {name}").strip()):
         raise FileError(name, "has an empty caption", "write one, or remove the picture")
-    return said
+    return captions
 
 
 def read_captions(name: Any, beside: Mapping[str, Callable[[], bytes]]) -> list[str]:
@@ -128,7 +128,7 @@ class Shards:
             ):
                 np.savez(pathlib.Path(own) / INDEX, **index)
                 os.replace(pathlib.Path(own) / INDEX, kept)
-        self._members, self._counts, self._ends, self._said = (index[name] for name in ("members", "counts", "ends", "captions"))
+        self._members, self._counts, self._ends, self._captions = (index[name] for name in ("members", "counts", "ends", "captions"))
         self._last = np.cumsum(self._counts)
         self.captions = int(self._counts.max())
 
@@ -136,17 +136,17 @@ class Shards:
         return len(self._members)
 
     def identity(self):
-        return [len(self), hashlib.sha256(self._said).hexdigest(), sizes(self._paths, self._paths[0].parent)]
+        return [len(self), hashlib.sha256(self._captions).hexdigest(), sizes(self._paths, self._paths[0].parent)]
 
     def get(self, indices):
         found = []
         for i in indices:
             shard, start, size = self._members[i].tolist()
-            said = [
-                self._said[self._ends[j - 1] if j else 0 : self._ends[j]].tobytes().decode()
+            captions = [
+                self._captions[self._ends[j - 1] if j else 0 : self._ends[j]].tobytes().decode()
                 for j in range(self._last[i] - self._counts[i], self._last[i])
             ]
-            found.append({"image": Member(self._paths[shard], start, size), "captions": said})
+            found.append({"image": Member(self._paths[shard], start, size), "captions": captions})
         return found
 
 
@@ -188,10 +188,10 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                 for key, member in pictures.items():
                     own = {kind: beside[*key, kind] for kind in ("txt", "json") if (*key, kind) in beside}
                     readers = {kind: functools.partial(_content, tar, each) for kind, each in own.items()}
-                    said = read_captions(f"{member.name} in {path}", readers)[:MOST]
+                    captions = read_captions(f"{member.name} in {path}", readers)[:MOST]
                     members.append((shard, member.offset_data, member.size))
-                    counts.append(len(said))
-                    texts += [each.encode() for each in said]
+                    counts.append(len(captions))
+                    texts += [each.encode() for each in captions]
             if left_out:
                 log.warning(
                     "%s: %d pictures are left out, the first of them %s: a name ends at its first dot, and what follows is no ending of a "
@@ -201,8 +201,8 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
     if not members:
         raise UserError(f"there are no pictures ({', '.join(PICTURES)}) in the tar files of {paths[0].parent}.")
     ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-    said = np.frombuffer(b"".join(texts), np.uint8)
-    return {"members": np.array(members, np.int64), "counts": np.array(counts, np.int64), "ends": ends, "captions": said}
+    captions = np.frombuffer(b"".join(texts), np.uint8)
+    return {"members": np.array(members, np.int64), "counts": np.array(counts, np.int64), "ends": ends, "captions": captions}
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

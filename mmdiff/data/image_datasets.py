@@ -91,7 +91,7 @@ class Pictures:
       name, split: of the set, as above.
       data_dir: its folder; of a TFDS set, where TFDS keeps data sets.
       size: the side of a picture.
-      words: what encodes the captions; then text is int32 [n, captions, length]. A picture with fewer captions repeats its own.
+      tokenizer: what encodes the captions; then text is int32 [n, captions, length]. A picture with fewer captions repeats its own.
       damaged: the share of the pictures that may be damaged, and are then left out; see above.
 
     Attributes:
@@ -102,9 +102,10 @@ class Pictures:
     """
 
     def __init__(
-        self, name: str, split: str, data_dir: str | os.PathLike, size: int = 256, words: bpe.Tokenizer | None = None, damaged: float = 0.0
+        self, name: str, split: str, data_dir: str | os.PathLike, size: int = 256, tokenizer: bpe.Tokenizer | None = None,
+        damaged: float = 0.0,
     ):
-        self._records, self._size, self._words = _records(name, split, data_dir), size, words
+        self._records, self._size, self._tokenizer = _records(name, split, data_dir), size, tokenizer
         self._sound, self.names = Sound(self._records, damaged), tuple(self._records.names)
         self._captions = CAPTIONS.get(name) or self._records.captions
 
@@ -118,17 +119,17 @@ class Pictures:
         found = {"image": np.stack(images) if images else np.zeros((0, self._size, self._size, 3), np.float32)}
         if all("label" in record for record in records):
             found["label"] = np.array([record["label"] for record in records], np.int32)
-        if self._words:
-            said = [itertools.islice(itertools.cycle(record["captions"]), self._captions) for record in records]
-            ids = self._words.encode(list(itertools.chain.from_iterable(said)))
-            found["text"] = ids.reshape(len(records), self._captions, self._words.length)
+        if self._tokenizer:
+            repeated = [itertools.islice(itertools.cycle(record["captions"]), self._captions) for record in records]
+            ids = self._tokenizer.encode(list(itertools.chain.from_iterable(repeated)))
+            found["text"] = ids.reshape(len(records), self._captions, self._tokenizer.length)
         return found
 
     def fingerprint(self):
         return digest(len(self), list(self.names), self._records.identity())
 
 
-def open_pictures(data: Any, split: str, size: int, words: bpe.Tokenizer | None = None) -> Source:
+def open_pictures(data: Any, split: str, size: int, tokenizer: bpe.Tokenizer | None = None) -> Source:
     """What a config's `data` section names: {"name": SET, "dir": FOLDER}, or made-up pictures of 1,000 classes by {"name": "random"}.
 
     Raises:
@@ -136,7 +137,7 @@ def open_pictures(data: Any, split: str, size: int, words: bpe.Tokenizer | None 
     """
     if data.name == "random":
         return RandomSource({"image": Images(size, size, 3), "label": Labels(1000)}, 1_000_000 if split == "train" else 1024)
-    return Pictures(data.name, split, data.dir, size, words, data.get("damaged", 0.0))
+    return Pictures(data.name, split, data.dir, size, tokenizer, data.get("damaged", 0.0))
 
 
 def tokenizer(name: str, data_dir: str | os.PathLike, length: int = 77, size: int = VOCABULARY) -> bpe.Tokenizer:
@@ -150,8 +151,8 @@ def tokenizer(name: str, data_dir: str | os.PathLike, length: int = 77, size: in
     records = _records(name, "train", data_dir)
     parts = (records.get(range(start, min(start + 1000, len(records)))) for start in range(0, len(records), 1000))
     count = CAPTIONS[name] or records.captions
-    said = itertools.chain.from_iterable(record["captions"][:count] for part in parts for record in part)
-    return bpe.train(said, length, size)
+    texts = itertools.chain.from_iterable(record["captions"][:count] for part in parts for record in part)
+    return bpe.train(texts, length, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the sets
@@ -211,12 +212,12 @@ class Tfds:
             what = (str(error).splitlines() or [type(error).__name__])[0][:100]
             raise UserError(f"{'/'.join(self._identity)} has a record that cannot be read ({what}): prepare it anew.") from error
         return [
-            {image: Stored(bytes(example[image]), i, self._identity) for image in self._images} | _said(example)
+            {image: Stored(bytes(example[image]), i, self._identity) for image in self._images} | _annotations(example)
             for i, example in zip(indices, examples)
         ]
 
 
-def _said(example: dict[str, Any]) -> dict[str, Any]:
+def _annotations(example: dict[str, Any]) -> dict[str, Any]:
     """What a TFDS example says of its picture."""
     if "label" in example:
         return {"label": int(example["label"])}
@@ -236,8 +237,8 @@ class Files:
         return len(self._all)
 
     def identity(self):
-        said = [[record.get("label"), record.get("captions")] for record in self._all]
-        return [said, sizes([record["image"] for record in self._all], self._folder)]
+        annotations = [[record.get("label"), record.get("captions")] for record in self._all]
+        return [annotations, sizes([record["image"] for record in self._all], self._folder)]
 
     def get(self, indices):
         return [self._all[i] for i in indices]
@@ -259,12 +260,12 @@ def _cub200(folder: pathlib.Path, classes: str) -> Files:
         for path in _of_class(images / name):
             beside = texts / name / f"{path.stem}.txt"
             try:
-                said = [line.strip() for line in files.read_lines(beside) if line.strip()]
+                lines = [line.strip() for line in files.read_lines(beside) if line.strip()]
             except FileError as error:
                 raise UserError(f"the captions {beside} of {path} cannot be read ({error.reason}): unpack them again.") from error
-            if not said:
+            if not lines:
                 raise UserError(f"{beside} holds no captions: unpack it again.")
-            records.append({"image": path, "label": numbers[name], "captions": said})
+            records.append({"image": path, "label": numbers[name], "captions": lines})
     return nonempty(records, folder, f"pictures of the classes in {listed}", list(numbers))
 
 
@@ -338,5 +339,5 @@ def _captioned(folder: pathlib.Path, split: str) -> Records:
                 raise UserError(f"line {number} of {listed} has no tab: it is a picture's file, a tab and its caption.")
             records.append({"image": folder / name, "captions": [captions.caption(caption, f"line {number} of {listed}")]})
         return nonempty(records, folder, f"lines in {listed}")
-    records = [{"image": path, "captions": said} for path, said in zip(loose, captions.of_each(loose))]
+    records = [{"image": path, "captions": texts} for path, texts in zip(loose, captions.of_each(loose))]
     return nonempty(records, folder, f"tar files and no pictures ({', '.join(PICTURES)}) in {folder}")

@@ -102,7 +102,7 @@ class RandomSource:
         return digest(self._size, "random", self._shapes)
 
 
-class Some:
+class Subset:
     """A `Source` of `count` examples of another, evenly spread over it; all of them, if it has no more."""
 
     def __init__(self, source: Source, count: int):
@@ -131,12 +131,12 @@ def published(open_split: Callable[[str], Source], count: int = 0, validation: s
 
     def data(split: str) -> Source:
         source = open_split({"validation": validation, "test": test}.get(split, split))
-        return Some(source, count) if count and split != "train" else source
+        return Subset(source, count) if count and split != "train" else source
 
     return data
 
 
-def whole(source: Source) -> dict[str, np.ndarray]:
+def load_all(source: Source) -> dict[str, np.ndarray]:
     """Every example of a source that fits in memory, in its own order."""
     return source.take(np.arange(len(source), dtype=np.int64))
 

@@ -36,7 +36,7 @@ from mmdiff.errors import UserError
 from mmdiff.nets.audio import AudioAutoencoder
 from mmdiff.nets.tokenizers import Autoencoder, VQAutoencoder
 
-META, WEIGHTS, WORDS, BEGUN = "cache.json", "weights.npz", "words.json", "begun.json"
+META, WEIGHTS, TOKENIZER, BEGUN = "cache.json", "weights.npz", "words.json", "begun.json"
 PART = 250  # examples that are encoded or decoded at once,
 PIXELS = 2**20  # if they have no more pixels (samples) than these
 NO_FOLDER = (
@@ -47,7 +47,7 @@ NETWORKS = {network.__name__: network for network in (VQAutoencoder, AudioAutoen
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class CacheWriter:
     """What `mmdiff cache` writes for an experiment that trains a tokenizer.
 
     Attributes:
@@ -55,14 +55,14 @@ class Recipe:
       splits: name -> `() -> source` of the pictures.
       image: their entry in the source.
       tokens: what their tokens are called in the cache.
-      words: `() -> tokenizer` of their captions, which goes into the cache.
+      tokenizer: `() -> tokenizer` of their captions, which goes into the cache.
     """
 
     net: Autoencoder
     splits: Mapping[str, Callable[[], Source]]
     image: str = "image"
     tokens: str = "tokens"
-    words: Callable[[], Tokenizer] | None = None
+    tokenizer: Callable[[], Tokenizer] | None = None
 
     def write(self, folder: str | os.PathLike, params: Any, made_by: Mapping[str, Any], splits: Sequence[str] = ()) -> bool:
         """As the function `write`."""
@@ -74,7 +74,7 @@ class Recipe:
         return f"the tokens of step {step} ({', '.join(f'{split} {count:,}' for split, count in counts.items())})"
 
 
-def write(folder: str | os.PathLike, recipe: Recipe, params: Any, made_by: Mapping[str, Any], splits: Sequence[str] = ()) -> bool:
+def write(folder: str | os.PathLike, recipe: CacheWriter, params: Any, made_by: Mapping[str, Any], splits: Sequence[str] = ()) -> bool:
     """Writes a cache, and returns False if it was there already: the same weights and splits.
 
     Args:
@@ -115,15 +115,16 @@ def write(folder: str | os.PathLike, recipe: Recipe, params: Any, made_by: Mappi
     encode = jax.jit(lambda images: recipe.net.apply(params, images, method="encode"))
     try:
         sources = {split: recipe.splits[split]() for split in splits}
-        words = dataclasses.asdict(recipe.words()) if recipe.words else None
-        made_of = [meta["fingerprint"], meta["net"], words, {split: source_fingerprint(source) for split, source in sources.items()}, PART]
+        tokenizer = dataclasses.asdict(recipe.tokenizer()) if recipe.tokenizer else None
+        made_of = [
+            meta["fingerprint"], meta["net"], tokenizer, {split: source_fingerprint(source) for split, source in sources.items()}, PART]
         with drafts.draft(folder, json.loads(json.dumps(made_of))) as draft:
             for split, source in sources.items():
                 meta["splits"][split] = _write_split(draft / split, recipe, source, encode)
             for split in sources:
                 (draft / split / BEGUN).unlink(missing_ok=True)
-            if words:
-                files.write_json(draft / WORDS, words)
+            if tokenizer:
+                files.write_json(draft / TOKENIZER, tokenizer)
             np.savez(draft / WEIGHTS, **weights)
             files.write_json(draft / META, meta)
     except OSError as error:
@@ -170,7 +171,7 @@ def decoder(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
 
     def images(tokens):
         function, part = decode()
-        return by_parts(function, np.asarray(tokens), part)
+        return map_batched(function, np.asarray(tokens), part)
 
     return images
 
@@ -215,7 +216,7 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
     return Captioned(source) if "text" in modalities and source.arrays["text"].ndim == 3 else source
 
 
-def open_words(data: Any, length: int) -> Tokenizer:
+def open_tokenizer(data: Any, length: int) -> Tokenizer:
     """The tokenizer of the captions in the cache that a config's `data` section names; a small one where it names none.
 
     So a config can be built before its data are there (`open_tokens` asks for them), and on made-up data.
@@ -226,16 +227,16 @@ def open_words(data: Any, length: int) -> Tokenizer:
     if data.source == "random" or not data.dir:
         return train(["a picture"], length)
     read_meta(data.dir)
-    path = _path(data.dir) / WORDS
+    path = _path(data.dir) / TOKENIZER
     try:
-        words = read(path)
+        tokenizer = read(path)
     except files.Missing:
-        raise UserError(f"the token cache {data.dir} has no captions (no {WORDS}): choose one of pictures with captions.") from None
+        raise UserError(f"the token cache {data.dir} has no captions (no {TOKENIZER}): choose one of pictures with captions.") from None
     except files.FileError as error:
         raise UserError(f"{path} cannot be read (it {error.reason}): copy it again, or write the cache anew.") from error
-    if words.length != length:
-        raise UserError(f"the captions in the token cache {data.dir} have {words.length} ids, but the config needs {length}.")
-    return words
+    if tokenizer.length != length:
+        raise UserError(f"the captions in the token cache {data.dir} have {tokenizer.length} ids, but the config needs {length}.")
+    return tokenizer
 
 
 class Captioned:
@@ -287,16 +288,16 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{folder / META} cannot be read ({error!r}): write the cache anew.") from error
 
 
-def maker(folder: str | os.PathLike) -> str | None:
+def tokenizer_fingerprint(folder: str | os.PathLike) -> str | None:
     """A fingerprint of the tokenizer that wrote a cache, and of the words of its captions; None where there is no cache."""
     folder = _path(folder)
-    return with_words(folder, read_meta(folder)["fingerprint"]) if folder.name and (folder / META).exists() else None
+    return with_tokenizer(folder, read_meta(folder)["fingerprint"]) if folder.name and (folder / META).exists() else None
 
 
-def with_words(folder: pathlib.Path, found: str) -> str:
+def with_tokenizer(folder: pathlib.Path, found: str) -> str:
     """A fingerprint of weights and, where there are texts, of the tokenizer that gives their words numbers."""
-    words = folder / WORDS
-    return hashlib.sha256(found.encode() + files.read_bytes(words)).hexdigest() if os.path.lexists(words) else found
+    tokenizer = folder / TOKENIZER
+    return hashlib.sha256(found.encode() + files.read_bytes(tokenizer)).hexdigest() if os.path.lexists(tokenizer) else found
 
 
 def part_of(net: Autoencoder) -> int:
@@ -304,14 +305,14 @@ def part_of(net: Autoencoder) -> int:
     return min(PART, max(1, PIXELS // math.prod(net.shape[:2])))
 
 
-def by_parts(function: Callable[[np.ndarray], Any], array: np.ndarray, part: int) -> Any:
+def map_batched(function: Callable[[np.ndarray], Any], array: np.ndarray, part: int) -> Any:
     """`function` [n, ...] -> pytree of [n, ...] over `part` examples at a time, always that many: it is compiled once."""
     starts = range(0, max(len(array), 1), part)
     parts = [jax.device_get(function(np.resize(array[i : i + part], (part, *array.shape[1:])))) for i in starts]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(array)], *parts)
 
 
-def _write_split(folder: pathlib.Path, recipe: Recipe, source: Source, encode: Callable) -> dict[str, Any]:
+def _write_split(folder: pathlib.Path, recipe: CacheWriter, source: Source, encode: Callable) -> dict[str, Any]:
     """Encodes a source, from where a killed process has stopped; -> {name: [dtype, shape]}."""
     folder.mkdir(exist_ok=True)
     begun, written = folder / BEGUN, {}
@@ -320,7 +321,7 @@ def _write_split(folder: pathlib.Path, recipe: Recipe, source: Source, encode: C
         written[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "r+")
     for start in range(done, len(source), PART):
         part = dict(source.take(np.arange(start, min(start + PART, len(source)))))
-        part[recipe.tokens] = by_parts(encode, part.pop(recipe.image), part_of(recipe.net))
+        part[recipe.tokens] = map_batched(encode, part.pop(recipe.image), part_of(recipe.net))
         for name, array in part.items():
             if name not in written:
                 shape = (len(source), *array.shape[1:])

@@ -4,7 +4,7 @@
     DIR/words.json     the tokenizer of the texts
     DIR/towers.json    what made them: config, step, sizes, fingerprint of the weights
 
-`python -m mmdiff cache` writes it (`Recipe.write`) from a run of configs/diffdis/scenes_towers.py; the folder is whole or absent.
+`python -m mmdiff cache` writes it (`CacheWriter.write`) from a run of configs/diffdis/scenes_towers.py; the folder is whole or absent.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ OLDER = {"norm_eps": 1e-6}  # of towers that were written before it was a field
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class CacheWriter:
     """What `mmdiff cache` writes for an experiment that trains two towers: the towers themselves, with the tokenizer of their texts."""
 
     net: TwoTowers
-    words: Callable[[], Tokenizer]
+    tokenizer: Callable[[], Tokenizer]
 
     def write(self, folder: str | os.PathLike, params: Any, made_by: Mapping[str, Any], splits: Sequence[str] = ()) -> bool:
         """Writes the folder, and returns False if it holds these weights already.
@@ -58,7 +58,7 @@ class Recipe:
         try:
             with drafts.draft(folder, meta["fingerprint"]) as draft:
                 np.savez(draft / token_cache.WEIGHTS, **weights)
-                files.write_json(draft / token_cache.WORDS, dataclasses.asdict(self.words()))
+                files.write_json(draft / token_cache.TOKENIZER, dataclasses.asdict(self.tokenizer()))
                 files.write_json(draft / META, meta)
         except OSError as error:
             raise UserError(f"the towers' folder {folder} cannot be written ({error.strerror or error}): choose another.") from error
@@ -85,12 +85,12 @@ class Towers:
         ids = np.asarray(ids)
         if ids.shape[1:] != (net.length,):
             raise UserError(f"the towers in {self.folder} read texts of {net.length} ids, not {list(ids.shape[1:])}.")
-        return token_cache.by_parts(read, ids, PART)
+        return token_cache.map_batched(read, ids, PART)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> vectors [n, size]."""
         read = _opened(self.folder)[1]
-        return token_cache.by_parts(lambda part: read(part)[1], words(self.folder).encode(list(texts)), PART)
+        return token_cache.map_batched(lambda part: read(part)[1], tokenizer(self.folder).encode(list(texts)), PART)
 
     def images(self, images: np.ndarray) -> np.ndarray:
         """Images [n, H, W, C] -> vectors [n, size]."""
@@ -98,12 +98,12 @@ class Towers:
         images, shape = np.asarray(images), (net.patches.height, net.patches.width, net.patches.channels)
         if images.shape[1:] != shape:
             raise UserError(f"the towers in {self.folder} see images of {list(shape)}, not {list(images.shape[1:])}.")
-        return token_cache.by_parts(see, images, PART)
+        return token_cache.map_batched(see, images, PART)
 
     def fingerprint(self) -> str | None:
         """Of their weights and words; None where there are none."""
         folder = files.expand(self.folder)
-        return token_cache.with_words(folder, _meta(folder)["fingerprint"]) if folder.name and (folder / META).exists() else None
+        return token_cache.with_tokenizer(folder, _meta(folder)["fingerprint"]) if folder.name and (folder / META).exists() else None
 
     def check(self, size: int) -> None:
         """Raises UserError unless vectors have this size."""
@@ -113,7 +113,7 @@ class Towers:
                 "config.query.size.")
 
 
-class Described:
+class WithTextEmbedding:
     """A `Source` of images with texts, to which frozen towers add the text's vector, "query" float32 [n, size].
 
     Every text is encoded once, when the source is made; for that all examples are read once.
@@ -145,15 +145,15 @@ class Described:
         return digest(len(self), "described", fingerprint(self._source))  # the towers have a fingerprint of their own
 
 
-def words(folder: str | os.PathLike) -> Tokenizer:
+def tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """The tokenizer of the towers' texts. Raises UserError where there are no towers."""
     path = files.expand(folder)
     _meta(path)
     try:
-        return bpe.read(path / token_cache.WORDS)
+        return bpe.read(path / token_cache.TOKENIZER)
     except files.FileError as error:
         raise UserError(
-            f"{path / token_cache.WORDS} cannot be read (it {error.reason}): copy it again, or write the towers again.") from error
+            f"{path / token_cache.TOKENIZER} cannot be read (it {error.reason}): copy it again, or write the towers again.") from error
 
 
 def _meta(folder: pathlib.Path) -> dict[str, Any]:

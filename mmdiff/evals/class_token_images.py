@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.evals import conditional, likelihood
 from mmdiff.evals.evaluator import Clock, Findings, draw_samples, example_keys, in_batches
 
@@ -40,7 +40,7 @@ class ClassTokenImages:
     def __call__(self, experiment, params, config, key, step) -> Findings:
         sample_key, bound_key = jax.random.split(key)
         found = self.samples(experiment, params, sample_key, int(config.sample.steps), float(config.sample.guidance))
-        train, test = whole(experiment.train_data()), whole(experiment.test_data())
+        train, test = load_all(experiment.train_data()), load_all(experiment.test_data())
         clock = Clock()
         clock.start("bits_per_dim", f"bounding the likelihood of {len(test[self.label])} images, {self.bound_steps + 1} calls each")
         bits = held_out_bits(experiment, params, bound_key, test, self.tokens, self.bound_steps, self.batch)
@@ -75,7 +75,7 @@ class ClassTokenImages:
     def samples(self, experiment, params, key, steps: int, guidance: float) -> Findings:
         """What depends on the sampler: figures, notes, pictures and settings of one set of samples."""
         modality, name = experiment.modalities[self.tokens], experiment.modalities[self.label].show
-        train, test = whole(experiment.train_data()), whole(experiment.test_data())
+        train, test = load_all(experiment.train_data()), load_all(experiment.test_data())
         images, test_images = (modality.images(data[self.tokens]) for data in (train, test))
         asked = conditional.labels_to_ask(train[self.label], self.classes, self.per_class)
         clock = Clock()

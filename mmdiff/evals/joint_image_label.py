@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, conditional, plots
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
 from mmdiff.evals.evaluator import Clock, Findings, Picture, best, draw_samples, example_keys, in_batches, states
@@ -49,8 +49,8 @@ class JointImageLabel:
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
-        images, labels = (whole(experiment.train_data())[name] for name in (self.image, self.label))
-        test_images, test_labels = (whole(experiment.test_data())[name] for name in (self.image, self.label))
+        images, labels = (load_all(experiment.train_data())[name] for name in (self.image, self.label))
+        test_images, test_labels = (load_all(experiment.test_data())[name] for name in (self.image, self.label))
         quantize = experiment.modalities[self.image].quantize
         read_key, loss_key, given_key, joint_key, bare_key = jax.random.split(key, 5)
         draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps, guidance=guidance)

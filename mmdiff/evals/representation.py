@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, plots
 from mmdiff.evals.accuracy import accuracy, posterior
 from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples, example_keys, in_batches, states
@@ -41,7 +41,7 @@ class ImageRepresentation:
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
-        train, test = whole(experiment.train_data()), whole(experiment.test_data())
+        train, test = load_all(experiment.train_data()), load_all(experiment.test_data())
         modality = experiment.modalities["image"]
         keys = jax.random.split(key, 6)
         classifier = classifiers.svm(train["image"], train["label"])

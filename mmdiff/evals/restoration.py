@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mmdiff.data import masks
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.evals import plots
 from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples, example_keys, states
 from mmdiff.evals.frechet import frechet_ratio
@@ -45,7 +45,7 @@ class Restoration:
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
-        train, test = (whole(data())["image"] for data in (experiment.train_data, experiment.test_data))
+        train, test = (load_all(data())["image"] for data in (experiment.train_data, experiment.test_data))
         modality = experiment.modalities["image"]
         draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
         clock, figures, shown = Clock(), {}, {}

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from mmdiff.data.sources import whole
-from mmdiff.data.token_cache import by_parts, part_of
+from mmdiff.data.sources import load_all
+from mmdiff.data.token_cache import map_batched, part_of
 from mmdiff.evals import plots
 from mmdiff.evals.evaluator import Clock, Findings, Picture
 from mmdiff.evals.frechet import frechet_ratio
@@ -37,15 +37,15 @@ class Reconstructions:
     pool: int = 0
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
-        test = whole(experiment.test_data())
+        test = load_all(experiment.test_data())
         real, train = test[self.image], experiment.train_data()
         fresh = train.take(np.arange(min(len(real), len(train))))[self.image]
         clock = Clock()
         clock.start("reconstructions", f"encoding and decoding {len(real) + len(fresh)} pictures")
         encode, decode = (jax.jit(lambda x, method=method: self.net.apply(params, x, method=method)) for method in ("encode", "decode"))
         part, features = part_of(self.net), f"pictures of {self.pool} x {self.pool}" if self.pool else "raw pixels"
-        ids = by_parts(encode, real, part)
-        images, train_images = by_parts(decode, ids, part), by_parts(decode, by_parts(encode, fresh, part), part)
+        ids = map_batched(encode, real, part)
+        images, train_images = map_batched(decode, ids, part), map_batched(decode, map_batched(encode, fresh, part), part)
         mse = float(((images - real) ** 2).mean())
         share, perplexity = usage(np.bincount(ids.reshape(-1), minlength=self.net.codes))
         figures = {

@@ -38,7 +38,7 @@ import numpy as np
 
 from mmdiff.data import files
 from mmdiff.data.image_datasets import Absent, Pictures
-from mmdiff.data.sources import Some, Source
+from mmdiff.data.sources import Source, Subset
 from mmdiff.errors import UserError
 from mmdiff.evals.accuracy import accuracy
 from mmdiff.evals.evaluator import Clock, Findings, best, example_keys, say
@@ -120,7 +120,7 @@ class ZeroShot:
                 not_run[name] = "not on disk"
                 continue
             if names := class_names(name, source.names, self.data_dir):
-                sources[name] = (Some(source, self.count) if self.count else source), names
+                sources[name] = (Subset(source, self.count) if self.count else source), names
             else:
                 not_run[name] = f"names of classes are missing: write them into {pathlib.Path(self.data_dir) / name / CLASSES}"
         if not sources:

@@ -32,7 +32,7 @@ from mmdiff.evals.zeroshot import class_names
 from mmdiff.projects.dance import aist
 from mmdiff.projects.dance.sounds import Motion, TokenAudio, Waveforms
 
-WORDS = bpe.train(["a red square", "a dog"], 8, 300)
+TOKENIZER = bpe.train(["a red square", "a dog"], 8, 300)
 
 
 def refusal(call, *args):
@@ -58,8 +58,8 @@ READERS = {
     "tokens": (TokenImages(2, 2, 3).parse, "x.npy"),
     "tokens as pixels": (TokenImages(2, 2, 3).parse, "x.png"),
     "a map": (ClassMaps(2, 2, ((0, 0, 0), (9, 9, 9))).parse, "x.bmp"),
-    "sentences": (Texts(WORDS).parse, "x.txt"),
-    "ids": (Texts(WORDS).parse, "x.npy"),
+    "sentences": (Texts(TOKENIZER).parse, "x.txt"),
+    "ids": (Texts(TOKENIZER).parse, "x.npy"),
     "a sound": (Waveforms(10).parse, "x.wav"),
     "samples": (Waveforms(10).parse, "x.npy"),
     "music": (TokenAudio(3, 5).parse, "x.npy"),
@@ -128,7 +128,7 @@ def test_what_may_not_be_read(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", refuse)
-        assert "may not be read (permission denied)" in refusal(Texts(WORDS).parse, str(path))
+        assert "may not be read (permission denied)" in refusal(Texts(TOKENIZER).parse, str(path))
         assert "may not be read (permission denied): ask its owner" in refusal(Waveforms(9).parse, str(path))
     (tmp_path / "data/train/cat").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -141,7 +141,7 @@ def test_what_may_not_be_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [
     "gs://bucket/x", "a\nb", "a\udcffb", "x" * 5000, "a\0b", "~nobody_of_that_name/x", "none", "/etc/passwd/x"])  # fmt: skip
 def test_names_of_no_file(name):
-    for read in (Images(8, 8).parse, Waveforms(9).parse, Latents(2, 2, 1).parse, Texts(WORDS).parse):
+    for read in (Images(8, 8).parse, Waveforms(9).parse, Latents(2, 2, 1).parse, Texts(TOKENIZER).parse):
         for ending in (".png", ".npy", ".txt"):
             refusal(read, name + ending)
 
@@ -381,7 +381,7 @@ def test_what_is_no_utf8(name, tmp_path):
         path = folder(tmp_path / place.replace("/", "_"), {"train/0.png": PNG, place: content})
         assert "UTF-8" in refusal(Pictures, "captioned", "train", path, 8)
     path = folder(tmp_path / "sentences", {"x.txt": content}) / "x.txt"
-    assert "UTF-8" in refusal(Texts(WORDS).parse, str(path))
+    assert "UTF-8" in refusal(Texts(TOKENIZER).parse, str(path))
     tar = tmp_path / "tar/train"
     tar.mkdir(parents=True)
     shard(tar / "0.tar", [("0.png", PNG), ("0.txt", content)])
@@ -390,7 +390,7 @@ def test_what_is_no_utf8(name, tmp_path):
 
 
 def test_half_a_character_on_the_command_line():
-    assert "half a character ('\\udcff', a lone surrogate)" in refusal(Texts(WORDS).parse, "a \udcff dog")
+    assert "half a character ('\\udcff', a lone surrogate)" in refusal(Texts(TOKENIZER).parse, "a \udcff dog")
 
 
 @pytest.mark.parametrize("caption, right", [
@@ -410,7 +410,7 @@ def test_captions_in_json(caption, right, tmp_path):
             said = refusal(Pictures, "captioned", "train", place, 8)
             assert right in said and "0.png" in said
         else:
-            found = Pictures("captioned", "train", place, 4, WORDS)
+            found = Pictures("captioned", "train", place, 4, TOKENIZER)
             assert found._records.get([0])[0]["captions"] == right
             assert found.take(np.array([0]))["text"].shape == (1, len(right), 8)
 
@@ -434,8 +434,8 @@ def test_what_is_no_tokenizer(content, tmp_path):
 
 
 def test_a_tokenizer_comes_back(tmp_path):
-    files.write_json(tmp_path / "words.json", dataclasses.asdict(WORDS))
-    assert bpe.read(tmp_path / "words.json") == WORDS
+    files.write_json(tmp_path / "words.json", dataclasses.asdict(TOKENIZER))
+    assert bpe.read(tmp_path / "words.json") == TOKENIZER
 
 
 # ---------------------------------------------------------------------------------------------------------------------- tar files

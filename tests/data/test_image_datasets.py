@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmdiff.data import image_datasets
 from mmdiff.data.image_datasets import Pictures, open_pictures
-from mmdiff.data.sources import ArraySource, Some, whole
+from mmdiff.data.sources import ArraySource, Subset, load_all
 from mmdiff.data.token_cache import Captioned
 from mmdiff.errors import UserError
 
@@ -56,7 +56,7 @@ def test_imagenet(tfds_dir):
     assert {name: (array.dtype.name, array.shape) for name, array in found.items()} == {
         "image": ("float32", (3, 32, 32, 3)), "label": ("int32", (3,))}
     np.testing.assert_array_equal(found["label"], [28, 0, 28])
-    np.testing.assert_array_equal(whole(val)["label"], [42, 49, 56])
+    np.testing.assert_array_equal(load_all(val)["label"], [42, 49, 56])
     for row, i in zip(found["image"], [4, 0, 4]):
         np.testing.assert_allclose(row, seen(i, 32), atol=0.01)  # a level of 256
     assert found["image"].min() >= -1 and found["image"].max() <= 1 and train.take(np.zeros(0, int))["image"].shape == (0, 32, 32, 3)
@@ -90,7 +90,7 @@ def test_no_tensorflow_is_needed(tfds_dir):
 
 def test_cub200_splits_by_class(birds):
     words = image_datasets.tokenizer("cub200", birds, 16, 400)
-    train, test = (whole(Pictures("cub200", split, birds, 16, words)) for split in ("train", "val"))
+    train, test = (load_all(Pictures("cub200", split, birds, 16, words)) for split in ("train", "val"))
     np.testing.assert_array_equal(train["label"], [0, 0, 1, 1, 3, 3])
     np.testing.assert_array_equal(test["label"], [2, 2])
     np.testing.assert_allclose(test["image"][1], seen(5, 16), atol=0.01)  # a level of 256
@@ -105,14 +105,14 @@ def test_ones_own_folder(tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "one.png").write_bytes(small_sets.picture(ord(name), "PNG"))
             (tmp_path / split / name / "notes.txt").write_text("not a picture")
-    np.testing.assert_array_equal(whole(Pictures("folder", "train", tmp_path, 8))["label"], [0, 1, 2])
-    assert whole(Pictures("folder", "val", tmp_path, 8))["image"].shape == (2, 8, 8, 3)
+    np.testing.assert_array_equal(load_all(Pictures("folder", "train", tmp_path, 8))["label"], [0, 1, 2])
+    assert load_all(Pictures("folder", "val", tmp_path, 8))["image"].shape == (2, 8, 8, 3)
     (tmp_path / "val" / "d").mkdir()
     assert "has a class 'd'" in refused("folder", "val", tmp_path)
     assert "there is no folder" in refused("folder", "train", tmp_path / "none")
     (tmp_path / "train/a/two.jpg").write_bytes(small_sets.picture(0)[:200])
     with pytest.raises(UserError, match=r"two.jpg cannot be read as an image"):
-        whole(Pictures("folder", "train", tmp_path, 8))
+        load_all(Pictures("folder", "train", tmp_path, 8))
 
 
 def test_what_is_missing_is_named(tfds_dir, birds, tmp_path):
@@ -148,7 +148,7 @@ def test_made_up_pictures():
 def test_every_caption_comes_once_with_its_picture():
     text = np.arange(4 * 3 * 2, dtype=np.int32).reshape(4, 3, 2)
     source = Captioned(ArraySource({"tokens": np.arange(4), "text": text}))
-    found = whole(source)
+    found = load_all(source)
     assert len(source) == 12 and found["text"].shape == (12, 2)
     np.testing.assert_array_equal(found["text"], text.reshape(12, 2))
     np.testing.assert_array_equal(found["tokens"], np.repeat(np.arange(4), 3))
@@ -158,10 +158,10 @@ def test_every_caption_comes_once_with_its_picture():
 
 def test_some_of_a_source():
     source = ArraySource({"x": np.arange(10)})
-    np.testing.assert_array_equal(whole(Some(source, 4))["x"], [0, 2, 5, 7])
-    np.testing.assert_array_equal(whole(Some(source, 40))["x"], np.arange(10))
+    np.testing.assert_array_equal(load_all(Subset(source, 4))["x"], [0, 2, 5, 7])
+    np.testing.assert_array_equal(load_all(Subset(source, 40))["x"], np.arange(10))
     with pytest.raises(IndexError):
-        Some(source, 4).take(np.array([4]))
+        Subset(source, 4).take(np.array([4]))
 
 
 # ----------------------------------------------------------------------------------------------------- pictures with captions
@@ -206,7 +206,7 @@ def check(folder, count):
     assert words.decode(found["text"][:, 0]) == [said(4), said(0), said(4), said(1)]
     for row, i in zip(found["image"], [4, 0, 4, 1]):
         np.testing.assert_allclose(row, seen(i, 16), atol=0.01)
-    assert whole(Captioned(source))["text"].shape == (count, 32)
+    assert load_all(Captioned(source))["text"].shape == (count, 32)
 
 
 def test_shards(shards):
@@ -224,11 +224,11 @@ def test_a_picture_with_a_second_dot_in_a_shard_is_left_out_with_a_word(shards, 
 
 
 def test_shards_are_gone_through_once(shards, monkeypatch):
-    first = whole(Pictures("captioned", "train", shards, 8))["image"]
+    first = load_all(Pictures("captioned", "train", shards, 8))["image"]
     assert (shards / "train/index.npz").exists() and len(list((shards / "train").iterdir())) == 5
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)
-        np.testing.assert_array_equal(whole(Pictures("captioned", "train", shards, 8))["image"], first)
+        np.testing.assert_array_equal(load_all(Pictures("captioned", "train", shards, 8))["image"], first)
     shard(shards / "train/00001.tar", {"7.webp": small_sets.picture(7, "WEBP"), "7.txt": said(7).encode()})
     assert len(Pictures("captioned", "train", shards, 8)) == 4  # one has changed
     (shards / "train/index.npz").write_bytes(b"PK\x03\x04 and so on")
@@ -256,10 +256,10 @@ def test_plain_folders_with_captions(tmp_path, listed):
             (tmp_path / f"train/00000/{i}.{'json' if i == 1 else 'txt'}").write_text(content)
     if listed == "tsv":
         (tmp_path / "train/captions.tsv").write_text("".join(f"00000/{i}.jpg\t{said(i)}\n" for i in range(5)))
-    found = whole(Pictures("captioned", "train", tmp_path, 16))["image"]
+    found = load_all(Pictures("captioned", "train", tmp_path, 16))["image"]
     np.testing.assert_allclose(found, [seen(i, 16) for i in range(5)], atol=0.01)
     words = image_datasets.tokenizer("captioned", tmp_path, 32, 400)
-    assert words.decode(whole(Captioned(Pictures("captioned", "train", tmp_path, 16, words)))["text"]) == [said(i) for i in range(5)]
+    assert words.decode(load_all(Captioned(Pictures("captioned", "train", tmp_path, 16, words)))["text"]) == [said(i) for i in range(5)]
 
 
 def test_damaged_pairs_are_named(shards, tmp_path):
@@ -306,7 +306,7 @@ def test_aircraft(tmp_path):
         (data / f"images/000000{i}.jpg").write_bytes(small_sets.picture(i))
     source = Pictures("fgvc_aircraft", "val", tmp_path, 16)
     assert source.names == ("707-320", "F-16A/B", "Hawk T1")
-    found = whole(source)
+    found = load_all(source)
     np.testing.assert_array_equal(found["label"], [2, 0])
     np.testing.assert_allclose(found["image"][0], seen(1, 16), atol=0.01)
     (data / "images_variant_test.txt").write_text("0000001 Concorde\n")

@@ -9,7 +9,7 @@ import pytest
 from mmdiff.data import latents
 from mmdiff.data.latents import LatentSource, open_source, write_latents
 from mmdiff.data.modalities import Features, Labels, Latents
-from mmdiff.data.sources import RandomSource, whole
+from mmdiff.data.sources import RandomSource, load_all
 from mmdiff.errors import UserError
 
 MODALITIES = {"image": Latents(4, 4, 2), "label": Labels(10)}
@@ -42,7 +42,7 @@ def refusal(call, *args, **options):
 def test_what_goes_in_comes_out(cache):
     source, data = LatentSource(cache, "train", MODALITIES), examples()
     assert len(source) == COUNT and len(list((cache / "train").glob("image-*.npy"))) == 4  # 8 + 8 + 8 + 1
-    every = whole(source)
+    every = load_all(source)
     assert {name: array.dtype for name, array in every.items()} == {"image": np.float32, "label": np.int32}
     np.testing.assert_array_equal(every["image"], data["image"].astype(np.float16).astype(np.float32))
     np.testing.assert_array_equal(every["label"], data["label"])
@@ -60,7 +60,7 @@ def test_what_goes_in_comes_out(cache):
 @pytest.mark.parametrize("ends, shard", [((), 8), ((5, 10, 15), 5), ((1, 2), 100), ((24,), 25)])
 def test_neither_batches_nor_shards_matter(ends, shard, cache, tmp_path):
     write_latents(tmp_path / "other", "train", in_batches(examples(), *ends), MODALITIES, shard=shard)
-    one, other = (whole(LatentSource(folder, "train", MODALITIES)) for folder in (cache, tmp_path / "other"))
+    one, other = (load_all(LatentSource(folder, "train", MODALITIES)) for folder in (cache, tmp_path / "other"))
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
 
@@ -76,7 +76,7 @@ def test_a_cache_that_is_not_there_or_not_finished(cache, tmp_path):
         write_latents(tmp_path / "cut", "train", broken(), MODALITIES, shard=8)
     assert "is not finished" in refusal(LatentSource, tmp_path / "cut", "train", MODALITIES)
     write_latents(tmp_path / "cut", "train", [examples()], MODALITIES, shard=16)  # the same call again
-    assert len(whole(LatentSource(tmp_path / "cut", "train", MODALITIES))["label"]) == COUNT
+    assert len(load_all(LatentSource(tmp_path / "cut", "train", MODALITIES))["label"]) == COUNT
     assert "holds a finished cache" in refusal(write_latents, cache, "train", [examples()], MODALITIES)
     assert "mount the bucket" in refusal(LatentSource, "gs://bucket/latents", "train", MODALITIES)
 

@@ -9,7 +9,7 @@ import pytest
 
 from mmdiff.data import order
 from mmdiff.data.loader import batches
-from mmdiff.data.sources import ArraySource, first_non_finite, whole
+from mmdiff.data.sources import ArraySource, first_non_finite, load_all
 from mmdiff.errors import UserError
 
 SIZE, BATCH = 21, 8
@@ -157,7 +157,7 @@ def test_a_source_takes_what_it_is_asked_for():
     taken = source().take(np.array([20, 0, 0]))
     np.testing.assert_array_equal(taken["label"], [20, 0, 0])
     assert taken["x"].shape == (3, 1)
-    assert len(whole(source())["x"]) == SIZE == len(source())
+    assert len(load_all(source())["x"]) == SIZE == len(source())
     for index in (-1, SIZE):
         with pytest.raises(IndexError):
             source().take(np.array([index]))

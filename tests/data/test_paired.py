@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmdiff.data import paired
 from mmdiff.data.paired import CITYSCAPES, Pairs, open_pairs
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
 
 
@@ -90,7 +90,7 @@ def test_cityscapes_by_tfds(tmp_path):
     small_sets.prepare(Cityscapes, tmp_path)
     train, val = (Pairs("cityscapes_tfds", split, tmp_path, 32) for split in ("train", "val"))
     assert (len(train), len(val)) == (3, 2)
-    found = whole(val)
+    found = load_all(val)
     for image, value in zip(found["image"], (60, 80)):
         np.testing.assert_allclose(image, np.full((32, 32, 3), value / 127.5 - 1), atol=1e-6)
     np.testing.assert_array_equal(found["segmentation"], np.stack([coloured(Cityscapes.ids()[:, 16:48])] * 2))
@@ -109,10 +109,10 @@ def test_what_is_missing_is_named(folder, tmp_path):
     assert "gtFine_trainvaltest.zip" in missing and "tfds.builder('cityscapes/semantic_segmentation'" in missing
     (folder / "val/0.png").write_bytes(side_by_side(0)[:90])
     with pytest.raises(UserError, match="0.png cannot be read as an image"):
-        whole(Pairs("cityscapes", "val", folder, 8))
+        load_all(Pairs("cityscapes", "val", folder, 8))
     (folder / "val/0.png").write_bytes(small_sets.picture(0, "PNG"))
     with pytest.raises(UserError, match="0.png has 80 x 48 pixels: a pair is one file with two squares side by side"):
-        whole(Pairs("cityscapes", "val", folder, 8))
+        load_all(Pairs("cityscapes", "val", folder, 8))
     for file in (folder / "val").iterdir():
         file.unlink()
     assert "there are no pictures" in refused("cityscapes", "val", folder)
@@ -120,7 +120,7 @@ def test_what_is_missing_is_named(folder, tmp_path):
 
 def test_open_pairs(folder):
     opened = open_pairs(ConfigDict({"name": "cityscapes", "dir": str(folder)}), "val", 8)
-    assert whole(opened)["segmentation"].shape == (2, 8, 8, 3)
+    assert load_all(opened)["segmentation"].shape == (2, 8, 8, 3)
     made_up = open_pairs(ConfigDict({"name": "random", "dir": ""}), "train", 8).take(np.arange(3))
     assert {name: array.shape for name, array in made_up.items()} == dict.fromkeys(("image", "segmentation", "night"), (3, 8, 8, 3))
     assert not np.array_equal(made_up["image"], made_up["night"])

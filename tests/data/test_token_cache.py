@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mmdiff.data import drafts, token_cache
-from mmdiff.data.sources import ArraySource, whole
-from mmdiff.data.token_cache import Recipe, decoder, read_meta, token_source
+from mmdiff.data.sources import ArraySource, load_all
+from mmdiff.data.token_cache import CacheWriter, decoder, read_meta, token_source
 from mmdiff.errors import UserError
 from mmdiff.nets.tokenizers import VQAutoencoder
 
@@ -30,7 +30,7 @@ def pictures(split):
     return {"image": images, "text": rng.integers(0, 9, (n, 4), np.int32), "label": np.arange(n, dtype=np.int32)}
 
 
-RECIPE = Recipe(NET, {split: lambda split=split: ArraySource(pictures(split)) for split in COUNTS})
+RECIPE = CacheWriter(NET, {split: lambda split=split: ArraySource(pictures(split)) for split in COUNTS})
 
 
 def apply(method, params, x):
@@ -69,7 +69,7 @@ def test_what_goes_in_comes_out(cache, params):
     for split in COUNTS:
         source, data = token_source(cache, split), pictures(split)
         assert len(source) == COUNTS[split] and isinstance(source.arrays["tokens"], np.memmap)
-        found = whole(source)
+        found = load_all(source)
         assert set(found) == {"tokens", "text", "label"} and {array.dtype for array in found.values()} == {np.dtype(np.int32)}
         np.testing.assert_array_equal(found["tokens"], apply("encode", params, data["image"]))
         for name in ("text", "label"):
@@ -84,7 +84,7 @@ def test_pictures_come_back_from_the_folder_alone(cache, params, tmp_path):
     moved = shutil.move(cache, tmp_path / "elsewhere")
     decode = decoder(moved)
     for split in COUNTS:
-        ids = whole(token_source(moved, split))["tokens"]
+        ids = load_all(token_source(moved, split))["tokens"]
         images = decode(ids)
         assert images.dtype == np.float32 and images.shape == (COUNTS[split], 8, 8, 3)
         np.testing.assert_allclose(images, apply("decode", params, ids), rtol=1e-5, atol=1e-6)
@@ -146,7 +146,7 @@ class Breaks(ArraySource):
 
 
 def test_an_interrupted_cache_leaves_nothing(tmp_path, params):
-    recipe = Recipe(NET, {**RECIPE.splits, "test": RECIPE.splits["test"], "more": lambda: Breaks(pictures("train"))})
+    recipe = CacheWriter(NET, {**RECIPE.splits, "test": RECIPE.splits["test"], "more": lambda: Breaks(pictures("train"))})
     with pytest.raises(KeyboardInterrupt):
         token_cache.write(tmp_path / "cache", recipe, params, MADE_BY)
     assert os.listdir(tmp_path) == []
@@ -174,8 +174,8 @@ def killed(monkeypatch, folder, recipe, params):
 
 def test_a_killed_cache_is_continued(cache, tmp_path, params, monkeypatch):
     sources = {split: Counts(pictures(split)) for split in ("test", "train")}
-    recipe = Recipe(NET, {"test": lambda: sources["test"], "train": lambda: sources["train"]})
-    breaks = Recipe(NET, {"test": recipe.splits["test"], "train": lambda: Breaks(pictures("train"))})
+    recipe = CacheWriter(NET, {"test": lambda: sources["test"], "train": lambda: sources["train"]})
+    breaks = CacheWriter(NET, {"test": recipe.splits["test"], "train": lambda: Breaks(pictures("train"))})
     killed(monkeypatch, tmp_path / "again", breaks, params)
     assert (tmp_path / ".again.partial").exists() and sources["test"].taken == list(range(5))
     assert token_cache.write(tmp_path / "again", recipe, params, MADE_BY)
@@ -189,10 +189,10 @@ def test_a_killed_cache_is_continued(cache, tmp_path, params, monkeypatch):
 
 
 def test_what_a_killed_cache_of_other_data_has_left_is_removed(tmp_path, params, monkeypatch):
-    killed(monkeypatch, tmp_path / "cache", Recipe(NET, {"train": lambda: Breaks(pictures("train"))}), params)
+    killed(monkeypatch, tmp_path / "cache", CacheWriter(NET, {"train": lambda: Breaks(pictures("train"))}), params)
     (tmp_path / ".cache-a1_b2c3d/cache/train").mkdir(parents=True)  # of an earlier version
     other = Counts({name: array[::-1] for name, array in pictures("train").items()})
-    assert token_cache.write(tmp_path / "cache", Recipe(NET, {"train": lambda: other}), params, MADE_BY)
+    assert token_cache.write(tmp_path / "cache", CacheWriter(NET, {"train": lambda: other}), params, MADE_BY)
     assert other.taken == list(range(21)) and os.listdir(tmp_path) == ["cache"]
 
 
@@ -222,9 +222,10 @@ class Kills(t.ArraySource):
         if indices.min() > 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().take(indices)
-t.tokens.PART = 8
+t.token_cache.PART = 8
 params = jax.jit(t.NET.init)(jax.random.key(0), t.pictures("test")["image"])
-t.tokens.write(sys.argv[1], t.Recipe(t.NET, {"test": t.RECIPE.splits["test"], "train": lambda: Kills(t.pictures("train"))}), params, {})
+t.token_cache.write(sys.argv[1], t.CacheWriter(t.NET, {"test": t.RECIPE.splits["test"],
+    "train": lambda: Kills(t.pictures("train"))}), params, {})
 """
 
 

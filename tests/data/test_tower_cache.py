@@ -9,19 +9,20 @@ import pytest
 
 from mmdiff import nets
 from mmdiff.data import bpe, tower_cache
-from mmdiff.data.sources import ArraySource, whole
-from mmdiff.data.tower_cache import Described, Recipe, Towers
+from mmdiff.data.sources import ArraySource, load_all
+from mmdiff.data.tower_cache import CacheWriter, Towers, WithTextEmbedding
 from mmdiff.errors import UserError
 
 CAPTIONS = ["a red square", "a blue circle", "a green square on a red one"]
-WORDS = bpe.train(CAPTIONS, 10, 300)
-NET = nets.TwoTowers(nets.Patches(4, 4, 3, 2), WORDS.size, WORDS.length, size=6, depth=1, width=8, text_depth=1, text_width=8, heads=2)
-RECIPE = Recipe(NET, lambda: WORDS)
+TOKENIZER = bpe.train(CAPTIONS, 10, 300)
+NET = nets.TwoTowers(nets.Patches(4, 4, 3, 2), TOKENIZER.size, TOKENIZER.length, size=6,
+    depth=1, width=8, text_depth=1, text_width=8, heads=2)
+RECIPE = CacheWriter(NET, lambda: TOKENIZER)
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (5, 4, 4, 3)).astype(np.float32)
 
 
 def new(seed):
-    shapes = jax.eval_shape(NET.init, jax.random.key(0), {"image": IMAGES, "text": WORDS.encode(CAPTIONS)}, {})
+    shapes = jax.eval_shape(NET.init, jax.random.key(0), {"image": IMAGES, "text": TOKENIZER.encode(CAPTIONS)}, {})
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda shape: rng.normal(size=shape.shape, scale=0.3).astype(np.float32), shapes)
 
@@ -63,7 +64,7 @@ def unit(x):
 def test_what_is_written_is_read(written, params):
     assert {path.name for path in written.iterdir()} == {"weights.npz", "words.json", "towers.json"}
     assert {path.name for path in written.parent.iterdir()} == {"own"}
-    own, ids = Towers(str(written)), WORDS.encode(CAPTIONS)
+    own, ids = Towers(str(written)), TOKENIZER.encode(CAPTIONS)
     states, vectors = own.texts(ids)
     expected_states, expected = jax.jit(lambda: NET.apply(params, ids, method="read"))()
     np.testing.assert_allclose(states, expected_states, atol=1e-5)
@@ -71,7 +72,7 @@ def test_what_is_written_is_read(written, params):
     np.testing.assert_allclose(own.encode(CAPTIONS), vectors, atol=1e-6)
     np.testing.assert_allclose(own.images(IMAGES), unit(jax.jit(lambda: NET.apply(params, IMAGES, method="see"))()), atol=1e-5)
     assert (states.shape, vectors.shape, own.images(IMAGES).dtype) == ((3, 10, 8), (3, 6), np.float32)
-    assert tower_cache.words(written) == WORDS
+    assert tower_cache.tokenizer(written) == TOKENIZER
     meta = json.loads((written / "towers.json").read_text())
     assert (meta["step"], meta["config"], meta["net"]["size"]) == (7, {"seed": 0}, 6)
 
@@ -84,7 +85,7 @@ def test_older_towers_keep_the_epsilon_they_were_trained_with(folder):
 
 
 def test_any_number_of_texts(written):
-    own, ids = Towers(str(written)), WORDS.encode(CAPTIONS)
+    own, ids = Towers(str(written)), TOKENIZER.encode(CAPTIONS)
     assert [array.shape for array in own.texts(ids[:0])] == [(0, 10, 8), (0, 6)]
     for many, few in zip(own.texts(np.tile(ids, (3, 1))), own.texts(ids)):
         np.testing.assert_allclose(many, np.concatenate([few] * 3), atol=1e-6)
@@ -121,7 +122,7 @@ def test_an_interrupted_write_leaves_no_towers(params, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Recipe(NET, breaks).write(tmp_path / "new", params, {})
+        CacheWriter(NET, breaks).write(tmp_path / "new", params, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -171,22 +172,22 @@ class Counted:
 
 
 def source(count):
-    ids = WORDS.encode(CAPTIONS)[np.arange(count) % 3]
+    ids = TOKENIZER.encode(CAPTIONS)[np.arange(count) % 3]
     return ArraySource({"image": np.arange(count), "text": ids, "label": np.arange(count) % 3})
 
 
 def test_described_gives_every_text_its_vector(written):
     own, given = Towers(str(written)), source(2500)
     counted = Counted(own)
-    described = Described(given, counted, 6)
+    described = WithTextEmbedding(given, counted, 6)
     assert len(described) == 2500
-    expected = own.texts(WORDS.encode(CAPTIONS))[1]
+    expected = own.texts(TOKENIZER.encode(CAPTIONS))[1]
     found = described.take(np.array([2, 0, 2499, 0]))
     which = np.array([2, 0, 2499 % 3, 0])
     np.testing.assert_allclose(found["query"], expected[which], atol=1e-6)
-    np.testing.assert_array_equal(found["text"], WORDS.encode(CAPTIONS)[which])
+    np.testing.assert_array_equal(found["text"], TOKENIZER.encode(CAPTIONS)[which])
     np.testing.assert_array_equal(found["label"], which)
     np.testing.assert_array_equal(found["image"], [2, 0, 2499, 0])
     assert [ids.shape for ids in counted.read] == [(3, 10)]  # each text once
-    np.testing.assert_array_equal(whole(described)["label"], np.arange(2500) % 3)
+    np.testing.assert_array_equal(load_all(described)["label"], np.arange(2500) % 3)
     assert len(counted.read) == 1

@@ -7,7 +7,7 @@ import pytest
 
 from mmdiff import schedules
 from mmdiff.data.modalities import Labels
-from mmdiff.data.sources import ArraySource, whole
+from mmdiff.data.sources import ArraySource, load_all
 from mmdiff.data.token_modalities import TokenImages
 from mmdiff.evals.calls import Calls
 from mmdiff.evals.class_token_images import ClassTokenImages, by_class, held_out_bits, independent_bits, raster_markov_bits
@@ -29,7 +29,7 @@ def experiment(tokens, wrong=0):
 
     With fewer than four steps half of its samples are of another class.
     """
-    train = whole(tokens["train"])
+    train = load_all(tokens["train"])
     order = np.argsort(train["label"], kind="stable")
     digits = jnp.asarray(train["tokens"][order])
     starts, counts = jnp.searchsorted(train["label"][order], jnp.arange(10)), jnp.bincount(train["label"])
@@ -97,7 +97,7 @@ def test_the_bound_of_an_independent_model_is_its_likelihood(findings):
 
 def test_the_bound_knows_the_label(tokens):
     made, params = experiment(tokens)
-    test = {name: array[:100] for name, array in whole(tokens["test"]).items()}
+    test = {name: array[:100] for name, array in load_all(tokens["test"]).items()}
     right = held_out_bits(made, params, jax.random.key(0), test, "tokens", 5, 64)
     wrong = held_out_bits(made, params, jax.random.key(0), {**test, "label": (test["label"] + 1) % 10}, "tokens", 5, 64)
     assert right.shape == (100,) and right.mean() < wrong.mean() - 0.5
@@ -143,7 +143,7 @@ def test_pictures(findings):
 
 def test_quality_against_calls(tokens):
     made, params = experiment(tokens)
-    small = ArraySource({name: array[:300] for name, array in whole(tokens["train"]).items()})
+    small = ArraySource({name: array[:300] for name, array in load_all(tokens["train"]).items()})
     made = Experiment(**{**made.__dict__, "train_data": lambda: small})
     mismatched, _ = experiment(tokens, wrong=1)
     compare = Calls(ClassTokenImages(1, per_class=10), SPACED, steps=[4, 2], draws={"other": mismatched.sample})

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
 from mmdiff.evals import classifiers
 from mmdiff.evals.frechet import frechet_distance, frechet_ratio, moments, squared_distance
@@ -81,7 +81,7 @@ def test_moments_refuse(bad):
 
 
 def test_the_classifier_is_as_good_as_stated(train, test):
-    train, test = whole(train), whole(test)
+    train, test = load_all(train), load_all(test)
     judge = classifiers.svm(train["image"], train["label"])
     assert classifiers.agreement(judge, test["image"], test["label"]) == 0.988
     score = classifiers.classification_accuracy_score(train["image"], train["label"], test["image"], test["label"])
@@ -89,7 +89,7 @@ def test_the_classifier_is_as_good_as_stated(train, test):
 
 
 def test_classification_accuracy_score_sees_mismatch_and_collapse(train, test):
-    train, test = whole(train), whole(test)
+    train, test = load_all(train), load_all(test)
     real = test["image"], test["label"]
     wrong = classifiers.classification_accuracy_score(train["image"], (train["label"] + 1) % 10, *real)
     assert wrong < 0.05

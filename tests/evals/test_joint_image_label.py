@@ -11,7 +11,7 @@ import pytest
 
 from mmdiff import schedules
 from mmdiff.data.modalities import Images, Labels
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
 from mmdiff.evals import plots, report
 from mmdiff.evals.conditional import labels_to_ask
@@ -41,7 +41,7 @@ def experiment(train, test, wrong=0):
 
     The parameters are the ten mean images, so that all of it is tested to come from the parameters that are handed in.
     """
-    images, labels = whole(train)["image"], whole(train)["label"]
+    images, labels = load_all(train)["image"], load_all(train)["label"]
     order = np.argsort(labels, kind="stable")
     images, starts, counts = jnp.asarray(images[order]), jnp.searchsorted(labels[order], jnp.arange(10)), jnp.bincount(labels)
 

@@ -11,7 +11,7 @@ import pytest
 
 from mmdiff import schedules
 from mmdiff.data.modalities import Features, Images
-from mmdiff.data.sources import ArraySource, whole
+from mmdiff.data.sources import ArraySource, load_all
 from mmdiff.evals.representation import ImageRepresentation, cosine
 from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, moving_target, velocity
 
@@ -32,7 +32,7 @@ def measured(train, test, belongs=True):
     """The findings of a model that knows every image and its representation by heart, or (not `belongs`) gives those of another."""
     sources = []
     for source, count in ((train, 500), (test, 200)):
-        arrays = {name: array[:count] for name, array in whole(source).items()}
+        arrays = {name: array[:count] for name, array in load_all(source).items()}
         sources.append(ArraySource({**arrays, "representation": features(arrays["image"])}))
     names = ("image", "representation")
     known = {name: jnp.concatenate([jnp.asarray(source.arrays[name]) for source in sources]) for name in names}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmdiff.data.modalities import Images
-from mmdiff.data.sources import ArraySource, whole
+from mmdiff.data.sources import ArraySource, load_all
 from mmdiff.evals.restoration import Restoration, error, linear_fill
 
 COUNTS, DRAWS = (5, 15), 4
@@ -25,7 +25,7 @@ def measured(train, test, fill):
 
     From nothing it draws training images.
     """
-    train, test = (ArraySource({"image": whole(source)["image"][:count]}) for source, count in ((train, 300), (test, 120)))
+    train, test = (ArraySource({"image": load_all(source)["image"][:count]}) for source, count in ((train, 300), (test, 120)))
     known = {"train": jnp.asarray(train.arrays["image"]), "test": jnp.asarray(test.arrays["image"])}
 
     def draw(known, keys, given, *, steps, guidance, absent=(), history=False):

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from mmdiff.data.sources import Some, Source, whole
-from mmdiff.data.token_cache import by_parts, part_of
+from mmdiff.data.sources import Source, Subset, load_all
+from mmdiff.data.token_cache import map_batched, part_of
 from mmdiff.errors import UserError
 from mmdiff.evals import plots
 from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples
@@ -82,7 +82,7 @@ def heard_before(source: Source, count: int, genres: Sequence[str]) -> dict[str,
       UserError: genres, and clips that have none.
     """
     if not genres:
-        return {name: array for name, array in whole(Some(source, count)).items() if name != "genre"}
+        return {name: array for name, array in load_all(Subset(source, count)).items() if name != "genre"}
     found = source.take(np.arange(min(CLASSIFIED * count, len(source))))
     if "genre" not in found:
         raise UserError(f"the genres {', '.join(genres)} are to be told apart, and the training clips have none.")
@@ -140,7 +140,7 @@ class MusicForDances:
         known, clips = experiment.test_data(), self.clips(experiment.split)
         if len(known) != len(clips):
             raise UserError(f"music is measured on the clips that are drawn for: {len(clips)} real clips do not fit {len(known)} examples.")
-        known, real = whole(Some(known, self.count)), whole(Some(clips, self.count))
+        known, real = load_all(Subset(known, self.count)), load_all(Subset(clips, self.count))
         for name in ("genre", "motion"):
             # Made-up dances are computed anew, and another processor may round them otherwise.
             if name in known and name in real and not np.allclose(known[name], real[name], rtol=0, atol=1e-4):
@@ -201,13 +201,13 @@ class MusicReconstructions:
     def __call__(self, experiment, params, config, key, step) -> Findings:
         clock = Clock()
         clock.start("classifier", "learning the genres from real clips")
-        real = whole(Some(experiment.test_data(), self.count))
+        real = load_all(Subset(experiment.test_data(), self.count))
         listener = Listener(heard_before(self.training(), self.count, self.genres))
         count = len(real["audio"])
         clock.start("reconstructions", f"encoding and decoding {count} clips")
         encode, decode = (jax.jit(lambda x, method=method: self.net.apply(params, x, method=method)) for method in ("encode", "decode"))
-        ids = by_parts(encode, real["audio"], part_of(self.net))
-        audio = by_parts(decode, ids, part_of(self.net))
+        ids = map_batched(encode, real["audio"], part_of(self.net))
+        audio = map_batched(decode, ids, part_of(self.net))
         share, perplexity = usage(np.bincount(ids.reshape(-1), minlength=self.net.codes))
         lost = float(((audio - real["audio"]) ** 2).sum() / (real["audio"] ** 2).sum())
         error = jax.jit(lambda a, b: spectral_error(a, b, self.windows))

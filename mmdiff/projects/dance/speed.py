@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from mmdiff.data.sources import Some, whole
+from mmdiff.data.sources import Subset, load_all
 from mmdiff.evals.evaluator import Findings, costs, say
 
 
@@ -30,7 +30,7 @@ class Speed:
     def __call__(self, experiment, params, config, key, step) -> Findings:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         say("measuring how fast music is drawn")
-        known = whole(Some(experiment.test_data(), self.batch))
+        known = load_all(Subset(experiment.test_data(), self.batch))
         given = {name: np.asarray(known[name]) for name in self.given}
         count = len(given[self.given[0]])
         few = max(1, steps // 4)

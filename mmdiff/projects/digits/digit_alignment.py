@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, conditional, retrieval
 from mmdiff.evals import plots as drawings
 from mmdiff.evals.accuracy import accuracy, confusion, eliminated
@@ -38,7 +38,7 @@ class DigitAlignment:
     batch: int = 250
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
-        train, test = whole(experiment.train_data()), whole(experiment.test_data())
+        train, test = load_all(experiment.train_data()), load_all(experiment.test_data())
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         keys = jax.random.split(key, 8)
         clock, figures, labels = Clock(), {}, test["label"]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmdiff.data.sources import ArraySource, Source, fingerprint, whole
+from mmdiff.data.sources import ArraySource, Source, fingerprint, load_all
 from mmdiff.projects.digits.digits import digits_source
 
 SIZE = 32
@@ -56,7 +56,7 @@ def distance(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def represented(source: Source) -> ArraySource:
     """The examples of a source of digits, in memory, with their features as "representation", float32 [n, 32]."""
-    arrays = whole(source)
+    arrays = load_all(source)
     return ArraySource({**arrays, "representation": digit_features()(arrays["image"])}, fingerprint(source))
 
 

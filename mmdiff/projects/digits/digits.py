@@ -172,7 +172,7 @@ def _read(split: str, data_dir: pathlib.Path) -> ArraySource:
 
 
 @functools.cache
-def caption_words() -> bpe.Tokenizer:
+def caption_tokenizer() -> bpe.Tokenizer:
     """The tokenizer of `captioned`'s ten captions."""
     return bpe.train(CAPTIONS, 8)
 
@@ -180,7 +180,7 @@ def caption_words() -> bpe.Tokenizer:
 def captioned(source: ArraySource, vectors: np.ndarray) -> ArraySource:
     """The examples of a source of digits with the ids of their `CAPTIONS`, "text" int32 [n, 8], and `vectors[label]`, "query" [n, D]."""
     label = source.arrays["label"]
-    ids = caption_words().encode(CAPTIONS)
+    ids = caption_tokenizer().encode(CAPTIONS)
     arrays = {**source.arrays, "text": ids[label], "query": np.asarray(vectors, np.float32)[label]}
     return ArraySource(arrays, fingerprint(source))
 

@@ -8,7 +8,7 @@ import math
 import jax
 import numpy as np
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.evals.accuracy import accuracy
 from mmdiff.evals.class_token_images import held_out_bits
 from mmdiff.evals.evaluator import Clock, Findings, best, draw_samples
@@ -38,7 +38,7 @@ class MarkovSequences:
     def __call__(self, experiment, params, config, key, step) -> Findings:
         sample_key, bound_key = jax.random.split(key)
         found = self.samples(experiment, params, sample_key, int(config.sample.steps), float(config.sample.guidance))
-        test = whole(experiment.test_data())
+        test = load_all(experiment.test_data())
         real, _ = self._measure(test[self.tokens], test[self.label])
         clock = Clock()
         clock.start("bits_per_dim", f"bounding the likelihood of {len(test[self.label])} sequences, {self.bound_steps + 1} calls each")
@@ -64,7 +64,7 @@ class MarkovSequences:
 
     def samples(self, experiment, params, key, steps: int, guidance: float) -> Findings:
         """What depends on the sampler: figures, notes and settings of one set of samples."""
-        asked = whole(experiment.test_data())[self.label]
+        asked = load_all(experiment.test_data())[self.label]
         clock = Clock()
         clock.start("conditional_samples", f"drawing {len(asked)} label-conditioned samples in {steps} steps")
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, plots
 from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples
 from mmdiff.evals.frechet import frechet_ratio
@@ -61,14 +61,14 @@ class CaptionedScenes:
         first = ("held-out", "held_out") if experiment.split == "test" else (experiment.split, experiment.split)
         for (name, split), key in zip((first, ("training", "train")), keys):
             clock.start(f"{name} captions", f"drawing {self.count} samples for {name} captions in {steps} steps")
-            captioned = whole(scenes.Scenes(split, self.size, self.count))
+            captioned = load_all(scenes.Scenes(split, self.size, self.count))
             drawn = draw_samples(experiment, params, key, {self.text: captioned["text"]}, self.count, **options)[self.drawn]
             found[name] = captioned, np.clip(np.asarray(decode(drawn), np.float32), -1, 1)
         return found
 
-    def right(self, found: Mapping[str, np.ndarray], said: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Of which scenes all that is asked was `found` as it is `said`: bool [n]."""
-        return np.logical_and.reduce([found[name] == said[name] for name in self.asked])
+    def right(self, found: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Of which scenes all that is asked was `found` as in `labels`: bool [n]."""
+        return np.logical_and.reduce([found[name] == labels[name] for name in self.asked])
 
     def judged(
         self, drawn: Mapping[str, tuple[Mapping, np.ndarray]], steps: int, guidance: float, clock: Clock, split: str = "test"
@@ -76,7 +76,7 @@ class CaptionedScenes:
         """What is found of what `draw` gave for that split."""
         (held, images), (seen, others) = drawn.values()
         kind = "held-out combinations" if split == "test" else f"{split} scenes"
-        test = whole(scenes.Scenes(split, self.size, self.count))
+        test = load_all(scenes.Scenes(split, self.size, self.count))
         clock.start("judge", "reading what the samples show")
         judge = trained_judge(self.size)
         read = judge(images)
@@ -182,8 +182,8 @@ class Judge:
 trained_judge = functools.cache(Judge)  # one serves every setting that is measured
 
 
-def grid(images: np.ndarray, said: Mapping[str, np.ndarray], wrong: np.ndarray | None = None):
-    """The first 20 scenes [n, size, size, 3] with the captions of what is `said` of them, `wrong` ones in red."""
+def grid(images: np.ndarray, labels: Mapping[str, np.ndarray], wrong: np.ndarray | None = None):
+    """The first 20 scenes [n, size, size, 3] with the captions of their `labels`, `wrong` ones in red."""
     first = slice(20)
-    captions = scenes.captions({name: said[name][first] for name in scenes.ATTRIBUTES})
+    captions = scenes.captions({name: labels[name][first] for name in scenes.ATTRIBUTES})
     return plots.grid(np.rint((images[first] + 1) * 127.5).astype(np.uint8), 5, captions, wrong=wrong)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmdiff.data.sources import Some, whole
+from mmdiff.data.sources import Subset, load_all
 from mmdiff.evals import plots
 from mmdiff.evals.accuracy import posterior
 from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples, example_keys, in_batches, states
@@ -49,9 +49,9 @@ class ImageTransition:
 
     def __call__(self, experiment, params, config, key, step) -> Findings:
         other, steps, guidance = self.other, int(config.sample.steps), float(config.sample.guidance)
-        test = whole(experiment.test_data())
+        test = load_all(experiment.test_data())
         count = len(test["image"])
-        train = whole(Some(experiment.train_data(), count))
+        train = load_all(Subset(experiment.train_data(), count))
         read_key, *keys = jax.random.split(key, 4)
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
         clock = Clock()

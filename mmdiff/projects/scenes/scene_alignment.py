@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.data.tower_cache import Towers
 from mmdiff.evals import plots as drawings
 from mmdiff.evals import retrieval
@@ -30,38 +30,38 @@ def splits_of(experiment) -> tuple[str, ...]:
     return SPLITS if experiment.split == "test" else (experiment.split,)
 
 
-def scene_retrieval(vectors: np.ndarray, captions: np.ndarray, said: Mapping[str, np.ndarray]) -> dict[str, float]:
+def scene_retrieval(vectors: np.ndarray, captions: np.ndarray, labels: Mapping[str, np.ndarray]) -> dict[str, float]:
     """`r1`, the share of scenes whose best caption says the right digit, colour and place; and Recall@K both ways for the caption itself.
 
     The scenes are taken `AMONG` at a time, and each is compared with the captions of those.
 
     Args:
-      vectors: of the images [n, D]. captions: of their captions [n, D]. said: the attributes of the scenes, [n] each.
+      vectors: of the images [n, D]. captions: of their captions [n, D]. labels: the attributes of the scenes, [n] each.
     """
     found = []
     for start in range(0, len(vectors) - AMONG + 1, AMONG):
         part = slice(start, start + AMONG)
         scores = retrieval.scores(vectors[part], captions[part])
-        one = {name: said[name][part] for name in scenes.ATTRIBUTES}
+        one = {name: labels[name][part] for name in scenes.ATTRIBUTES}
         right = np.logical_and.reduce([one[name][:, None] == one[name] for name in ASKED])  # equal captions are equally right
         same = np.logical_and.reduce([one[name][:, None] == one[name] for name in scenes.ATTRIBUTES])
         found.append({"r1": retrieval.recall(scores, right, 1), **retrieval.recalls(scores, same)})
     return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
 
 
-def held_out_retrieval(vectors: np.ndarray, encode: Any, said: Mapping[str, np.ndarray]) -> float:
+def held_out_retrieval(vectors: np.ndarray, encode: Any, labels: Mapping[str, np.ndarray]) -> float:
     """The share of scenes for which, among `AMONG` captions, the best says the right digit, colour and place: each with all ten digits.
 
     Where a combination is held out, colour and place give the digit away (`scenes`): captions of held-out scenes alone would be no
     test of it. So the candidates are the captions of a few scenes, `AMONG` / 10, with every digit in its place.
 
     Args:
-      vectors: of the images [n, D]. encode: texts -> vectors [m, D]. said: the attributes of the scenes, [n] each.
+      vectors: of the images [n, D]. encode: texts -> vectors [m, D]. labels: the attributes of the scenes, [n] each.
     """
     digits, right = len(scenes.DIGITS), []
     size = AMONG // digits
     for start in range(0, len(vectors) - size + 1, size):
-        one = {name: said[name][start : start + size] for name in scenes.ATTRIBUTES}
+        one = {name: labels[name][start : start + size] for name in scenes.ATTRIBUTES}
         all_digits = {name: np.repeat(column, digits) for name, column in one.items()} | {"digit": np.tile(np.arange(digits), size)}
         relevant = np.logical_and.reduce([one[name][:, None] == all_digits[name] for name in ASKED])
         right.append(retrieval.recall(retrieval.scores(vectors[start : start + size], encode(scenes.captions(all_digits))), relevant, 1))
@@ -70,11 +70,11 @@ def held_out_retrieval(vectors: np.ndarray, encode: Any, said: Mapping[str, np.n
 
 def prompts(attribute: str, wordings: int) -> list[list[str]]:
     """Captions that differ in one attribute alone, for each of its values: the classes, in the same wordings each."""
-    said = whole(scenes.Scenes("train", count=wordings))
-    return [scenes.captions(said | {attribute: np.full(wordings, value)}) for value in range(len(scenes.ATTRIBUTES[attribute]))]
+    labels = load_all(scenes.Scenes("train", count=wordings))
+    return [scenes.captions(labels | {attribute: np.full(wordings, value)}) for value in range(len(scenes.ATTRIBUTES[attribute]))]
 
 
-def zero_shot(vectors: np.ndarray, encode: Any, said: Mapping[str, np.ndarray], attributes: Sequence[str] = ASKED) -> dict[str, float]:
+def zero_shot(vectors: np.ndarray, encode: Any, labels: Mapping[str, np.ndarray], attributes: Sequence[str] = ASKED) -> dict[str, float]:
     """Accuracy of every attribute by the classes' vectors, each the mean of 100 captions that say it, without what all of them share.
 
     The captions of all classes say the same of the other attributes; left in, that would drown what tells the classes apart.
@@ -83,7 +83,7 @@ def zero_shot(vectors: np.ndarray, encode: Any, said: Mapping[str, np.ndarray], 
     for name in attributes:
         wordings = prompts(name, 100)
         means = np.asarray(encode(sum(wordings, [])), np.float64).reshape(len(wordings), 100, -1).mean(1)
-        found[name] = accuracy(best("scores", retrieval.scores(vectors, means - means.mean(0))), said[name])
+        found[name] = accuracy(best("scores", retrieval.scores(vectors, means - means.mean(0))), labels[name])
     return found
 
 
@@ -110,7 +110,7 @@ class SceneAlignment:
         align = functools.partial(self.aligner, params, batch=batch)
         splits = splits_of(experiment)
         main, last = splits[0], splits[-1]
-        data = {split: whole(scenes.Scenes(split, size, count)) for split in splits}
+        data = {split: load_all(scenes.Scenes(split, size, count)) for split in splits}
         captions = {split: self.towers.texts(data[split]["text"])[1] for split in splits}
 
         def found(split, vectors):
@@ -121,19 +121,19 @@ class SceneAlignment:
         clock.start("alignment", f"retrieving captions of {count} scenes of each split")
         for split in splits:
             suffix = "" if split == main else f"_{split}"
-            images, said = data[split]["image"], data[split]
+            images, labels = data[split]["image"], data[split]
             read = {name: align(keys[0], images, steps=n, seeds=seeds) for name, (n, seeds) in READINGS.items()}
             shares = {name: found(split, vectors) for name, vectors in read.items()}
             figures[f"retrieval_r1{suffix}"] = shares["10"]
-            figures |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(read["10"], self.towers.encode, said).items()}
+            figures |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(read["10"], self.towers.encode, labels).items()}
             frozen = self.towers.images(images)
             figures[f"towers_retrieval_r1{suffix}"] = found(split, frozen)
             figures |= {f"retrieval_r1_{name}{suffix}": share for name, share in shares.items()}
             figures[f"retrieval_r1_guided{suffix}"] = found(split, align(keys[0], images, steps=10, guidance=2.0))
             if split == main:
                 every = {"retrieval_r1_all_digits": read["10"], "towers_retrieval_r1_all_digits": frozen}
-                figures |= {name: held_out_retrieval(vectors, self.towers.encode, said) for name, vectors in every.items()}
-                recalls = scene_retrieval(read["10"], captions[split], said)
+                figures |= {name: held_out_retrieval(vectors, self.towers.encode, labels) for name, vectors in every.items()}
+                recalls = scene_retrieval(read["10"], captions[split], labels)
                 figures |= {name: value for name, value in recalls.items() if name != "r1"}
         figures["retrieval_r1_dropped"] = found(main, align(keys[1], None, count=count, steps=10))
 
@@ -215,7 +215,7 @@ class SceneTowers:
             return in_batches(lambda p, k, x: read(p, x)[1], params, jax.random.split(key, len(ids)), ids, self.batch)
 
         for split in splits_of(experiment):
-            data = whole(scenes.Scenes(split, self.size, self.count))
+            data = load_all(scenes.Scenes(split, self.size, self.count))
             images = in_batches(lambda p, k, x: see(p, x), params, keys, data["image"], self.batch)
             suffix = "_held_out" if split == "held_out" else ""
             if not suffix:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
 from mmdiff.projects.dance.aist import CODES, Aist, Segments, read_motion, read_wav, write_motion
 from mmdiff.projects.dance.dance import RATE, DanceMusic
@@ -164,7 +164,7 @@ def test_wrong_wav_files(tmp_path):
 def test_aist(folder):
     source = Aist(folder, "train")
     assert len(source) == 6
-    clips = whole(source)
+    clips = load_all(source)
     assert clips["motion"].shape == (6, 120, 24, 3) and clips["motion"].dtype == np.float32
     assert clips["audio"].shape == (6, 44_032) and clips["audio"].dtype == np.float32
     assert clips["genre"].tolist() == [0, 0, 0, 5, 5, 5] and GENRES[5] == "house"
@@ -204,7 +204,7 @@ def test_aist_that_is_not_whole(folder):
 
 def test_segments(segments):
     source = Segments(segments, "test", video=True)
-    clips = whole(source)
+    clips = load_all(source)
     assert {name: (array.dtype.name, array.shape) for name, array in clips.items()} == {
         "motion": ("float32", (3, 120, 73, 3)),
         "audio": ("float32", (3, 44_032)),
@@ -215,11 +215,11 @@ def test_segments(segments):
     stored = np.load(segments / "motion_s2" / "test" / "gJB_sBM_c01_d08_mJB5_ch02_seg2.npy")
     np.testing.assert_allclose(clips["motion"][1].reshape(120, 219), stored, rtol=1e-6)
     np.testing.assert_allclose(np.abs(clips["audio"]).max(1), 0.95, rtol=1e-3)
-    assert set(whole(Segments(segments, "test"))) == {"motion", "audio", "genre"}
+    assert set(load_all(Segments(segments, "test"))) == {"motion", "audio", "genre"}
 
 
 def test_tiktok(segments):
-    clips = whole(Segments(segments, "test", data="tiktok", video=True))
+    clips = load_all(Segments(segments, "test", data="tiktok", video=True))
     assert clips["motion"].shape == (2, 60, 25, 3) and clips["audio"].shape == (2, 44_032) and clips["video"].shape == (2, 2048)
     assert "genre" not in clips
     stored = np.load(segments / "motion_s2" / "000007_7_188_seg5.npy")
@@ -231,14 +231,14 @@ def test_segments_that_are_wrong(segments):
     motion = np.load(first)
     np.save(first, motion[:60])
     with pytest.raises(UserError, match=r"seg1.npy holds float64 \[60, 219\].*\[120, 219\]"):
-        whole(Segments(segments, "test"))
+        load_all(Segments(segments, "test"))
     np.save(first, motion)
     sound = segments / "audio_s2" / "test" / f"{first.stem}.wav"
     soundfile.write(sound, np.zeros(RATE), RATE)
     with pytest.raises(UserError, match="lasts 1.00 s, not 2"):
-        whole(Segments(segments, "test"))
+        load_all(Segments(segments, "test"))
     soundfile.write(sound, np.zeros(2 * RATE), RATE)
-    assert not whole(Segments(segments, "test"))["audio"][0].any()
+    assert not load_all(Segments(segments, "test"))["audio"][0].any()
     with pytest.raises(UserError, match="choose one of aist, tiktok"):
         Segments(segments, "test", data="youtube")
     with pytest.raises(UserError, match="no such file: .*aist_motion_test_segment_s6.txt"):

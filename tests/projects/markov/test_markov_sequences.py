@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmdiff.data.modalities import Labels
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.data.token_modalities import Sequences
 from mmdiff.experiment import Experiment
 from mmdiff.processes import Given, Joint, absorbing
@@ -98,4 +98,4 @@ def test_bigram_distance():
     assert large < 0.02 < small
     constant = bigram_distance(CHAINS, np.zeros((1, 32), int), np.array([4]))
     assert constant == pytest.approx(1 - CHAINS.bigrams[4, 0, 0])
-    assert len(whole(TEST)["label"]) == 1000
+    assert len(load_all(TEST)["label"]) == 1000

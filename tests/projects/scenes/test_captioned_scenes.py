@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.data.token_modalities import Texts
 from mmdiff.experiment import Experiment
 from mmdiff.projects.digits.digits import digits_tokens
@@ -22,7 +22,7 @@ def judge():
 
 @pytest.mark.parametrize("split", ["test", "held_out"])
 def test_the_judge_reads_real_scenes(judge, split):
-    real = whole(Scenes(split))
+    real = load_all(Scenes(split))
     found = judge(real["image"])
     right = {name: np.mean(found[name] == real[name]) for name in ATTRIBUTES}
     assert right["digit"] > 0.98
@@ -34,7 +34,7 @@ def test_the_judge_reads_real_scenes(judge, split):
 
 @pytest.mark.slow
 def test_the_judge_on_a_larger_canvas():
-    real = whole(Scenes("test", size=24, count=300))
+    real = load_all(Scenes("test", size=24, count=300))
     found = Judge(24)(real["image"])
     assert np.mean(found["digit"] == real["digit"]) > 0.97
     for name in ("colour", "background", "size", "position"):

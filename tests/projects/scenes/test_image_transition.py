@@ -11,7 +11,7 @@ import pytest
 
 from mmdiff import schedules
 from mmdiff.data.modalities import Images
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.data.token_modalities import ClassMaps
 from mmdiff.evals.frechet import frechet_distance, real_distance
 from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, absorbing, identity, moving_target, template, velocity
@@ -48,7 +48,7 @@ def measured(other, change=lambda pictures, keys: pictures):
     The parameters are the scenes: what is found is tested to come from them.
     """
     train, test = PairedScenes("train", other, count=2 * COUNT), PairedScenes("test", other, count=COUNT)
-    scenes = {name: jnp.asarray(whole(test)[name]) for name in ("image", other)}
+    scenes = {name: jnp.asarray(load_all(test)[name]) for name in ("image", other)}
 
     def nearest(scenes, name, array):
         flat, known = (a.reshape(len(a), -1) for a in (array, scenes[name]))

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
 from mmdiff.projects.scenes.paired_scenes import DARKEN, GLOW, PALETTE, PairedScenes, day, night
 from mmdiff.projects.scenes.scenes import Scenes
@@ -13,11 +13,11 @@ from mmdiff.projects.scenes.scenes import Scenes
 
 @pytest.fixture(scope="module")
 def scenes():
-    return {other: whole(PairedScenes("train", other, count=300)) for other in ("segmentation", "night")}
+    return {other: load_all(PairedScenes("train", other, count=300)) for other in ("segmentation", "night")}
 
 
 def test_the_scenes_are_the_scenes(scenes):
-    plain = whole(Scenes("train", count=300))
+    plain = load_all(Scenes("train", count=300))
     for other, found in scenes.items():
         assert set(found) == {*plain, other}
         for name, array in plain.items():

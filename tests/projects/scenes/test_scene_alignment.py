@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.projects.scenes import scene_alignment, scenes
 
 
@@ -20,7 +20,7 @@ def test_scene_retrieval_counts_what_captions_say(monkeypatch):
 
 def test_colour_and_place_do_not_give_held_out_digits_away():
     """They do among held-out captions alone, where each digit has a colour and a place of its own."""
-    data = whole(scenes.Scenes("held_out", count=200))
+    data = load_all(scenes.Scenes("held_out", count=200))
     words = {word: i for i, word in enumerate(word for name in ("digit", "colour", "position") for word in scenes.ATTRIBUTES[name])}
 
     def encode(texts, blind=False):
@@ -40,7 +40,7 @@ def test_colour_and_place_do_not_give_held_out_digits_away():
 
 
 def test_zero_shot_knows_classes_by_the_mean_of_their_wordings():
-    data = whole(scenes.Scenes("test", count=60))
+    data = load_all(scenes.Scenes("test", count=60))
 
     def encode(texts):
         # Words count, the attribute's as much as the others: only the mean over wordings tells the classes apart.

@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mmdiff.data.sources import whole
+from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
 from mmdiff.projects.digits.digits import digits_tokens
 from mmdiff.projects.scenes import scenes
@@ -15,7 +15,7 @@ TRIPLE = ("digit", "colour", "position")
 
 @pytest.fixture(scope="module")
 def splits():
-    return {split: whole(Scenes(split)) for split in scenes.COUNTS}
+    return {split: load_all(Scenes(split)) for split in scenes.COUNTS}
 
 
 def combinations(arrays, names):
@@ -147,7 +147,7 @@ def test_the_tfds_builder_holds_the_same_scenes(tmp_path, monkeypatch):
     tfds.disable_progress_bar()
     DigitScenes(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     stored = tfds.data_source("digit_scenes", split="held_out", data_dir=str(tmp_path), download=False)
-    source = whole(Scenes("held_out"))
+    source = load_all(Scenes("held_out"))
     assert len(stored) == len(source["digit"]) == 10
     for i, caption in enumerate(captions(source)):
         assert stored[i]["caption"].decode() == caption
