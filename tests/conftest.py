@@ -1,7 +1,7 @@
 """Settings that must stand before jax starts: CPU, eight simulated devices, and compiled programs kept between test runs."""
 
 import gc
-import importlib
+import importlib.metadata
 import os
 import pathlib
 import sys
@@ -10,15 +10,22 @@ import tempfile
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-FLAGS = ["--xla_force_host_platform_device_count=8"]
-if "--all" not in sys.argv:  # the default tier compiles with fewer optimisations, in about half the time; --all as users do
-    FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+# Most of a run is compiling small programs, once each: cheap code, in a sixth of the time that XLA's own choice takes.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know it
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):  # else a worker of this run, which inherits them
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
+# Compiled programs are kept between runs, and shared by the workers and the programs that a run starts.
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"mmdiff-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # One process each: two that fill librosa's cache at the same time can crash each other.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(CACHE / "numba" / os.environ.get("PYTEST_XDIST_WORKER", "main")))
 

@@ -149,7 +149,7 @@ def test_neither_task_sees_the_other_ones_text(overrides):
     params = jax.jit(experiment.init)(jax.random.key(0))
     params = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), params)  # zeros would hide things
     t = {"image": jnp.zeros(4), "text": jnp.zeros(4), "query": jnp.full(4, 0.5)}
-    run = jax.jit(net.apply, compiler_options={"xla_backend_optimization_level": 0})
+    run = jax.jit(net.apply)
     x = {name: jnp.asarray(data[name]) for name in t}
     out = run(params, x, t)
     text, query, image = (run(params, {**x, name: x[name][::-1]}, t) for name in ("text", "query", "image"))

@@ -39,8 +39,6 @@ def make_batch():
 
 
 BATCH = make_batch()
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is what takes the time
-compiled = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def init(key):
@@ -126,7 +124,7 @@ TASKS = {
 @functools.cache
 def gradient(task, microbatches):
     loss = TASKS[task]()
-    return jax.device_get(compiled(make_gradient(loss, microbatches))(PARAMS, BATCH, KEY, loss.init(PARAMS)))
+    return jax.device_get(jax.jit(make_gradient(loss, microbatches))(PARAMS, BATCH, KEY, loss.init(PARAMS)))
 
 
 CHEAP = {("infonce", 8), ("infonce", 16), ("siglip", 8), ("inter", 8), ("diffdis", 16), ("adaptive", 8)}
@@ -152,7 +150,7 @@ def test_one_loss_and_one_gradient_for_any_number_of_micro_batches(task, microba
 def test_for_a_part_of_the_batch_it_is_another_loss(task):
     """What micro-batches by themselves would have: the law above is none that holds for any loss."""
     alone = {key: array[:8] for key, array in BATCH.items()}
-    value = compiled(TASKS[task]())(PARAMS, alone, KEY)[0]
+    value = jax.jit(TASKS[task]())(PARAMS, alone, KEY)[0]
     assert abs(value - gradient(task, 1)[0][0]) > 1e-3
 
 
@@ -164,7 +162,7 @@ def test_meshes_and_micro_batches_change_nothing(task):
         mesh, rules = sharding.make_mesh(axes, jax.devices()[:count]), [(".*", "fsdp")]
         abstract = sharding.abstract_state(init, optimizer, mesh, rules, loss)
         lowered = sharding.lower_step(make_step(loss, optimizer, microbatches=microbatches), abstract, BATCH, mesh)
-        program = lowered.compile(compiler_options=QUICK)
+        program = lowered.compile()
         state, metrics = program(sharding.place_state(init, optimizer, KEY, mesh, rules, loss), sharding.place(BATCH, mesh))
         results.append(jax.device_get((state.params, metrics)))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
@@ -247,7 +245,7 @@ def test_a_loss_of_ones_own_in_two_pieces():
         return Pieces(-jnp.where(label[:, None] == label, log_p, 0.0).mean(), {"classes": jnp.unique(label, size=3).max()})
 
     loss = BatchLoss(pieces=pieces, contrast=contrast)
-    one, many = (compiled(make_gradient(loss, m))(PARAMS, BATCH, KEY)[0] for m in (1, 8))
+    one, many = (jax.jit(make_gradient(loss, m))(PARAMS, BATCH, KEY)[0] for m in (1, 8))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), many, one)
     assert one[2]["logit_scale"] != 0 and one[1]["classes"] == 2
 

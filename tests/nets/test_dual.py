@@ -22,7 +22,6 @@ X = {
     "query": jax.random.normal(jax.random.key(1), (B, D)),
 }
 T = {"image": jnp.linspace(0.1, 0.9, B), "text": jnp.zeros(B), "query": jnp.linspace(0.8, 0.2, B)}
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled sooner
 BOTH = pytest.mark.parametrize("fusion", ["mmdit", "shared"])
 
 
@@ -39,7 +38,7 @@ def weights(fusion="mmdit", **options):
 
 @functools.cache
 def program(fusion, task, options=()):
-    return quick(functools.partial(net_of(fusion, **dict(options)).apply, tasks=(task,)))
+    return jax.jit(functools.partial(net_of(fusion, **dict(options)).apply, tasks=(task,)))
 
 
 def run(fusion, task, x=None, t=None, **options):
@@ -104,7 +103,7 @@ def test_padding_is_hidden(fusion):
     table = params["params"]["text_positions"]["embedding"]
     params["params"]["text_positions"] = {"embedding": table[:2]}
     text = jnp.asarray([[1, 2, 0]] * B)
-    cut = quick(functools.partial(short.apply, tasks=("draw",)))(params, {**X, "text": text[:, :2]}, T)["image"]
+    cut = jax.jit(functools.partial(short.apply, tasks=("draw",)))(params, {**X, "text": text[:, :2]}, T)["image"]
     close(run(fusion, "draw", {"text": text}), cut)
 
 
@@ -134,7 +133,7 @@ def test_the_generator_is_an_mmdit_with_its_weights():
         of[f"{name}_time"] = {**base["time"], "out": {**out, "bias": out["bias"] + base["modality"][i]}}
     params = {"params": merged(of | plain(base, base["blocks"]), weights(qk_norm=True)["params"])}
     found = program("mmdit", "draw", (("qk_norm", True),))(params, {**X, **x}, {**T, **t})["image"]
-    close(found, quick(net.apply)({"params": base}, x, t)["image"])
+    close(found, jax.jit(net.apply)({"params": base}, x, t)["image"])
 
 
 def test_the_generator_starts_as_a_dit_with_its_weights():
@@ -148,12 +147,12 @@ def test_the_generator_starts_as_a_dit_with_its_weights():
     own = {f"image_{name}": blocks["attention"][name] for name in ("qkv", "out")} | {"image_mlp": blocks["mlp"], "image_adaln": adaln}
     of = {name: base[name] for name in ("image_in", "image_out")} | {"image_adaln": base["adaln"], "image_time": base["time"]}
     params = {"params": merged(of | plain(base, own), weights("shared")["params"])}
-    close(program("shared", "draw")(params, X, T)["image"], quick(net.apply)({"params": base}, X["image"], T["image"], label))
+    close(program("shared", "draw")(params, X, T)["image"], jax.jit(net.apply)({"params": base}, X["image"], T["image"], label))
 
 
 @pytest.mark.slow
 def test_fresh_weights_have_closed_gates():
-    fresh = quick(net_of("shared", scan=False, shared=1, depth=2).init)(jax.random.key(0), X, T)["params"]
+    fresh = jax.jit(net_of("shared", scan=False, shared=1, depth=2).init)(jax.random.key(0), X, T)["params"]
     for part in ("trunk", "decoder"):
         for block in fresh[part].values():
             assert not any(leaf.any() for name in block if name.endswith("adaln") for leaf in jax.tree.leaves(block[name]))
@@ -180,7 +179,7 @@ def test_each_loss_trains_its_own_parts_and_both_the_trunk(fusion):
         of = (losses.combine(**{task: part}) for task, part in parts.items())
         return [jax.grad(loss, has_aux=True)(params, {**X, "index": jnp.arange(B)}, jax.random.key(0)) for loss in of]
 
-    (by_draw, seen), (by_name, also_seen) = quick(gradients)(weights(fusion))
+    (by_draw, seen), (by_name, also_seen) = jax.jit(gradients)(weights(fusion))
     assert seen["draw/loss/eps"] > 0 and also_seen["name/loss/match"] > 0
     by_draw, by_name = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): float(jnp.abs(leaf).max()) for path, leaf in leaves}
@@ -205,7 +204,7 @@ def test_a_pass_that_nobody_asks_for_costs_nothing():
         def value(params):
             return (net.apply(params, X, T, tasks=tasks)[wanted] ** 2).sum()
 
-        return quick(jax.grad(value)).lower(weights(depth=4)).compile().cost_analysis()["flops"]
+        return jax.jit(jax.grad(value)).lower(weights(depth=4)).compile().cost_analysis()["flops"]
 
     for task, wanted in (("draw", "image"), ("name", "query")):
         np.testing.assert_allclose(flops(("draw", "name"), wanted), flops((task,), wanted), rtol=0.02)
@@ -216,8 +215,8 @@ def test_kept_keys_and_values_give_the_same_names(fusion):
     options = {"two_way": False}
     net, params = net_of(fusion, **options), weights(fusion, **options)
     for when in (T["image"], jnp.asarray([0.0, 1.0, 0.0, 1.0])):
-        cache = quick(functools.partial(nets.look, net))(params, X["image"], when)
-        step = quick(lambda p, x, t, c: nets.naming(net, c)(p, x, t)["query"])
+        cache = jax.jit(functools.partial(nets.look, net))(params, X["image"], when)
+        step = jax.jit(lambda p, x, t, c: nets.naming(net, c)(p, x, t)["query"])
         for scale in (1.0, -2.0):
             x, t = {"query": scale * X["query"]}, {"query": abs(scale) / 2 * T["query"]}
             close(step(params, x, t, cache), run(fusion, "name", x, {**t, "image": when}, **options))
@@ -237,7 +236,7 @@ def test_one_step_beside_a_cache_is_one_token():
     params = filled(net, {**X, "image": image}, T)
 
     def flops(function, *args):
-        return quick(function).lower(*args).compile().cost_analysis()["flops"]
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
     cache = jax.eval_shape(functools.partial(nets.look, net), params, image)
     step = flops(lambda p, c: nets.naming(net, c)(p, X, T), params, cache)
@@ -268,7 +267,7 @@ def test_scan_and_remat_are_the_loop():
         if isinstance(layers, dict) and "blocks" in layers
     }
     looped = net_of("shared", scan=False, remat="dots")
-    out = quick(looped.apply)({"params": {**params, **loop}}, X, T)
+    out = jax.jit(looped.apply)({"params": {**params, **loop}}, X, T)
     close(out["image"], run("shared", "draw"))
     close(out["query"], run("shared", "name"))
 
@@ -286,7 +285,7 @@ def test_a_caption_may_be_what_is_told():
 
 def test_without_captions():
     params = filled(net_of(text=None), X, T)
-    out = quick(net_of(text=None).apply)(params, {name: X[name] for name in ("image", "query")}, T)
+    out = jax.jit(net_of(text=None).apply)(params, {name: X[name] for name in ("image", "query")}, T)
     assert out["image"].any() and out["query"].any() and not [name for name in params["params"] if "text" in name]
 
 
