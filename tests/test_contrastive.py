@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import integers, normal, uniform
 
 from mmdiff import losses, processes, schedules, times
 from mmdiff.contrastive import cdcd, contrast, infonce, inter, intra, linear, own_chain, rising, shifted, table, weighted
@@ -12,17 +13,15 @@ from mmdiff.processes import Gaussian, Given, Joint, MaskReplace, Noised, absorb
 
 T, K, L, B, N = 8, 5, 16, 6, 3
 TOKENS = MaskReplace(K, schedules.vqd_paper(T))
-X0 = jax.random.randint(jax.random.key(0), (B, L), 0, K)
-OUT = jax.random.normal(jax.random.key(1), (B, L, K))
-Z = jax.random.randint(jax.random.key(2), (N, B, L), 0, K)
+X0 = integers(0, (B, L), 0, K)
+OUT = normal(1, (B, L, K))
+Z = integers(2, (N, B, L), 0, K)
 LABEL = jnp.asarray([0, 1, 2, 0, 1, 2])
-INDEX = jnp.arange(B, dtype=jnp.uint32)
-GRID = (jnp.arange(B) % T + 1.0) / T  # the first step, 1 / T, among others
-BATCH = {"tokens": X0, "label": LABEL, "index": INDEX, "negatives": jnp.moveaxis(Z, 0, 1)}
+INDEX = np.arange(B, dtype=np.uint32)
+GRID = np.float32((np.arange(B) % T + 1.0) / T)  # the first step, 1 / T, among others
+BATCH = {"tokens": X0, "label": LABEL, "index": INDEX, "negatives": np.moveaxis(Z, 0, 1)}
 MODES = {"step": losses.vlb(TOKENS, T), "sample": losses.x0_ce(TOKENS)}
-
-
-XT = jax.jit(TOKENS.corrupt)(jax.random.split(jax.random.key(3), B), X0, GRID).xt
+XT = jnp.where(np.abs(uniform(3, (B, L))) < GRID[:, None], integers(4, (B, L), 0, K + 1), X0)  # the more changed the later
 NOISED = Noised(X0, XT, GRID, batch=BATCH, key=jax.random.key(4))
 MASKED = NOISED.replace(xt=jnp.full((B, L), K))
 
@@ -44,7 +43,7 @@ def network(params, x, t):
 
 PROCESS = Joint(tokens=TOKENS, label=Given(null=3))
 TIMES = times.joint(tokens=times.on_grid(T), label=times.constant(0.0))
-PARAMS = {"w": jax.random.normal(jax.random.key(5), (2 * (K + 1) + 4, K))}
+PARAMS = {"w": normal(5, (2 * (K + 1) + 4, K))}
 
 
 def loss_of(**terms):

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 from mmdiff import schedules
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, eliminated, posterior
@@ -9,7 +10,7 @@ from mmdiff.evals.evaluator import example_keys, in_batches
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, velocity
 
 CLASSES, SIZE = 4, 6
-CENTRES = jax.random.normal(jax.random.key(5), (CLASSES, SIZE))
+CENTRES = normal(5, (CLASSES, SIZE))
 PROCESS = Joint(x=Gaussian(schedules.flow(), velocity), label=absorbing(CLASSES), note=Given(null=-1.0))
 SHAPE = {"x": (SIZE,), "label": (), "note": ()}
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from exact import SCHEDULES, Mixture, keys
 
 from mmdiff import losses, nets, processes, sampling, schedules, times
@@ -251,7 +252,7 @@ def linear_network(params, x, t):
     return {name: features @ weights for name, weights in params.items()}
 
 
-PARAMS = {"image": 0.3 * jax.random.normal(jax.random.key(0), (8, 2)), "label": jax.random.normal(jax.random.key(1), (8, 3))}
+PARAMS = {"image": normal(0, (8, 2), 0.3), "label": normal(1, (8, 3))}
 TIMES = {
     "hidden": (lambda t: t, lambda s: s),
     "known": (jnp.zeros_like, jnp.zeros_like),

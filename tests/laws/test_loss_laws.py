@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from exact import DISCRETE, PREDICTS, SCHEDULES
 
 from mmdiff import losses, nets, processes, schedules, times
@@ -18,7 +19,7 @@ def linear_network(params, x, t):
     return {name: features @ weights for name, weights in params.items()}
 
 
-PARAMS = {"image": 0.1 * jax.random.normal(jax.random.key(0), (11, 3)), "label": 0.1 * jax.random.normal(jax.random.key(1), (11, 4))}
+PARAMS = {"image": normal(0, (11, 3), 0.1), "label": normal(1, (11, 4), 0.1)}
 
 
 def batch(count=BATCH):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import uniform
 
 from mmdiff.errors import UserError
 from mmdiff.nets.audio import AudioAutoencoder, audio_loss, magnitudes, spectral_error
@@ -16,7 +17,7 @@ from mmdiff.training.step import init_state, make_step
 KEY = jax.random.key(1, impl="rbg")  # its numbers take less time to compile
 SMALL = {"codes": 16, "code_size": 4, "widths": (4, 4, 8), "encoder_blocks": (1, 1, 1), "decoder_blocks": (1, 1, 1)}
 NET = AudioAutoencoder(1024, **SMALL)
-BATCH = {"audio": jax.random.uniform(jax.random.key(0), (4, 1024), minval=-1, maxval=1), "index": jnp.arange(4, dtype=jnp.uint32)}
+BATCH = {"audio": uniform(0, (4, 1024)), "index": jnp.arange(4, dtype=jnp.uint32)}
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from filled import filled
 
 from mmdiff.errors import UserError
@@ -12,8 +13,8 @@ from mmdiff.nets.target import compiling_for
 
 KEY = jax.random.key(1, impl="rbg")  # its numbers take less time to compile
 SMALL = dict(patches=Patches(4, 4, 2, 2), classes=3, depth=3, width=16, heads=2)
-X = jax.random.normal(jax.random.key(0), (5, 4, 4, 2))
-T = jnp.linspace(0, 1, 5)
+X = normal(0, (5, 4, 4, 2))
+T = jnp.asarray(np.linspace(0, 1, 5, dtype=np.float32))
 LABEL = jnp.asarray([0, 1, 2, 3, 0])  # 3 is the null row
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from filled import filled
 
 from mmdiff import contrastive, losses, nets, schedules, times
@@ -17,11 +18,12 @@ from mmdiff.training import sharding
 B, D = 4, 6
 IMAGE, TEXT = nets.Patches(4, 4, 1, 2), nets.Tokens(3, 6, 6)
 X = {
-    "image": jax.random.normal(jax.random.key(0), (B, 4, 4, 1)),
+    "image": normal(0, (B, 4, 4, 1)),
     "text": jnp.asarray([[1, 2, 0], [3, 4, 5], [2, 0, 0], [5, 1, 4]]),
-    "query": jax.random.normal(jax.random.key(1), (B, D)),
+    "query": normal(1, (B, D)),
 }
-T = {"image": jnp.linspace(0.1, 0.9, B), "text": jnp.zeros(B), "query": jnp.linspace(0.8, 0.2, B)}
+ENDS = {"image": (0.1, 0.9), "text": (0, 0), "query": (0.8, 0.2)}
+T = {name: jnp.asarray(np.linspace(*ends, B, dtype=np.float32)) for name, ends in ENDS.items()}
 BOTH = pytest.mark.parametrize("fusion", ["mmdit", "shared"])
 
 

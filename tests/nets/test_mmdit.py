@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from filled import filled
 
 from mmdiff.nets import Label, MMDiT, Patches, Tokens, Vectors
@@ -20,13 +21,13 @@ STREAMS = {
 }
 B = 4
 X = {
-    "image": jax.random.normal(jax.random.key(0), (B, 4, 4, 1)),
+    "image": normal(0, (B, 4, 4, 1)),
     "label": jnp.asarray([0, 1, 2, 4]),
-    "text": jnp.arange(12).reshape(4, 3) % 6,
-    "features": jax.random.normal(jax.random.key(1), (B, 6)),
-    "frames": jax.random.normal(jax.random.key(2), (B, 2, 4)),
+    "text": jnp.asarray(np.arange(12, dtype=np.int32).reshape(4, 3) % 6),
+    "features": normal(1, (B, 6)),
+    "frames": normal(2, (B, 2, 4)),
 }
-T = {name: jnp.linspace(0.1, 0.9, B) + 0.01 * i for i, name in enumerate(STREAMS)}
+T = {name: jnp.asarray(np.linspace(0.1, 0.9, B, dtype=np.float32) + np.float32(0.01 * i)) for i, name in enumerate(STREAMS)}
 OUT = {"image": (B, 4, 4, 1), "label": (B, 4), "text": (B, 3, 5), "features": (B, 6), "frames": (B, 2, 4)}
 SETS = [("label",), ("image", "label"), tuple(STREAMS)]
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import integers, normal
 from filled import filled
 
 from mmdiff.errors import UserError
@@ -15,10 +16,10 @@ from mmdiff.nets.tokens import time_features
 B, FRAMES, JOINTS, WIDTH = 3, 16, 5, 8
 MOTION = MotionEncoder(depth=1, width=WIDTH, heads=2, stride=2, fps=8, scan=False)
 X = {
-    "motion": jax.random.normal(jax.random.key(0), (B, FRAMES, JOINTS, 3)),
+    "motion": normal(0, (B, FRAMES, JOINTS, 3)),
     "genre": jnp.asarray([0, 1, 3]),
-    "video": jax.random.normal(jax.random.key(1), (B, 6)),
-    "music": jax.random.randint(jax.random.key(2), (B, 24), 0, 6),
+    "video": normal(1, (B, 6)),
+    "music": integers(2, (B, 24), 0, 6),
 }
 TIMES = {name: jnp.full(B, 0.5) for name in X}
 

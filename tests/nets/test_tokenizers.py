@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import uniform
 
 from mmdiff.errors import UserError
 from mmdiff.nets.tokenizers import VQAutoencoder, nearest, revival, straight_through, usage, vq_loss
@@ -15,7 +16,7 @@ from mmdiff.training.step import init_state, make_step
 
 KEY = jax.random.key(1, impl="rbg")  # its numbers take less time to compile
 NET = VQAutoencoder(8, 8, 3, codes=16, code_size=4, features=8)
-BATCH = {"image": jax.random.uniform(jax.random.key(0), (6, 8, 8, 3), minval=-1, maxval=1), "index": jnp.arange(6, dtype=jnp.uint32)}
+BATCH = {"image": uniform(0, (6, 8, 8, 3)), "index": jnp.arange(6, dtype=jnp.uint32)}
 
 
 @functools.cache

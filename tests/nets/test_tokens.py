@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import integers, normal
 from filled import filled
 from jax.sharding import PartitionSpec as P
 
@@ -21,12 +22,12 @@ from mmdiff.training import sharding
 from mmdiff.training.step import make_step
 
 B, K, T = 4, 5, 10
-TOKENS = jax.random.randint(jax.random.key(0), (B, 16), 0, K + 1)
+TOKENS = integers(0, (B, 16), 0, K + 1)
 X = {
     "tokens": TOKENS,
     "label": jnp.asarray([0, 1, 2, 3]),
     "text": jnp.asarray([[1, 2, 0], [3, 4, 5], [0, 0, 0], [2, 2, 2]]),
-    "features": jax.random.normal(jax.random.key(1), (B, 3, 6)),
+    "features": normal(1, (B, 3, 6)),
 }
 TIMES = {"tokens": jnp.asarray([0.1, 0.3, 0.7, 1.0]), "label": jnp.zeros(B), "text": jnp.zeros(B)}
 SMALL = dict(classes=K, grid=(4, 4), depth=2, width=16, heads=2)

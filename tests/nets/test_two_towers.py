@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from filled import filled
 
 from mmdiff import contrastive, losses, times
@@ -16,7 +17,7 @@ from mmdiff.processes import Given, Joint
 
 B = 5
 X = {
-    "image": jax.random.normal(jax.random.key(0), (B, 4, 4, 3)),
+    "image": normal(0, (B, 4, 4, 3)),
     "text": jnp.asarray([[1, 5, 2, 0, 0, 0], [1, 3, 4, 5, 2, 0], [1, 2, 0, 0, 0, 0], [1, 6, 6, 6, 6, 2], [1, 4, 2, 0, 0, 0]]),
 }
 PROCESS = Joint(image=Given(0.0), text=Given(0))

@@ -2,9 +2,6 @@ import hashlib
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from mmdiff.errors import UserError
 from mmdiff.projects.dance import beats as scores
@@ -96,6 +93,8 @@ def frames(motion, reach=10):
 
 
 def test_the_beats_can_be_seen(train, test):
+    from sklearn.linear_model import Ridge
+
     distance = np.abs(np.arange(120)[:, None] / FPS - np.where(train["beats"] < 0, 9, train["beats"])[:, None])
     near = np.exp(-0.5 * (distance.min(-1) / 0.03) ** 2)
     seen = frames(train["motion"])
@@ -115,6 +114,10 @@ def statistics(motion):
 
 
 def test_the_genre_can_be_seen(train, test):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(statistics(train["motion"]), train["genre"])
     assert model.score(statistics(test["motion"]), test["genre"]) >= 0.9
 

@@ -1,5 +1,7 @@
 """Features of the digits: fixed, of unit size, saying what a digit is; the projection keeps them whole."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,36 +14,39 @@ from mmdiff.evals.plots import grid
 from mmdiff.projects.digits.digit_features import SIZE, digit_features, distance, projection, represented
 from mmdiff.projects.digits.digits import digits_source
 
-TEST = digits_source("test").arrays
+
+@functools.cache
+def digits():
+    return digits_source("test").arrays
 
 
 def test_features_have_root_mean_square_one_and_are_always_the_same():
-    found = digit_features()(TEST["image"])
+    found = digit_features()(digits()["image"])
     assert found.shape == (500, SIZE) and found.dtype == np.float32
     np.testing.assert_allclose(np.sqrt((found**2).mean(1)), 1, atol=1e-6)
     assert digit_features() is digit_features()
     digit_features.cache_clear()
-    np.testing.assert_array_equal(digit_features()(TEST["image"]), found)
-    np.testing.assert_allclose(digit_features()(TEST["image"][7:9]), found[7:9], atol=1e-6)
+    np.testing.assert_array_equal(digit_features()(digits()["image"]), found)
+    np.testing.assert_allclose(digit_features()(digits()["image"][7:9]), found[7:9], atol=1e-6)
 
 
 def test_they_say_what_a_digit_is():
     """A test digit's class is that of the nearest mean of training digits, most of the time."""
     train = digits_source("train").arrays
-    of_train, of_test = (digit_features()(arrays["image"]) for arrays in (train, TEST))
+    of_train, of_test = (digit_features()(arrays["image"]) for arrays in (train, digits()))
     means = np.stack([of_train[train["label"] == c].mean(0) for c in range(10)])
-    assert (np.argmin(((of_test[:, None] - means) ** 2).mean(-1), 1) == TEST["label"]).mean() > 0.95
+    assert (np.argmin(((of_test[:, None] - means) ** 2).mean(-1), 1) == digits()["label"]).mean() > 0.95
 
 
 def test_distance():
-    images, other = TEST["image"][:-1], TEST["image"][1:]
+    images, other = digits()["image"][:-1], digits()["image"][1:]
     far = distance(images, other)
     assert far.shape == (499,) and far.min() > 0 and far.max() <= 4
     np.testing.assert_array_equal(distance(images, images), 0)
     np.testing.assert_array_equal(distance(other, images), far)
     a, b = (digit_features()(x) for x in (images, other))
     np.testing.assert_allclose(far, 2 * (1 - (a * b).mean(1)), atol=1e-5)
-    same = TEST["label"][:-1] == TEST["label"][1:]
+    same = digits()["label"][:-1] == digits()["label"][1:]
     assert far[~same].mean() > 3 * far[same].mean()
     # The more of a digit is hidden, the further it is from itself.
     rows = np.arange(8)[:, None, None]
@@ -50,11 +55,11 @@ def test_distance():
 
 
 def test_digits_with_their_features():
-    source = ArraySource({name: array[:20] for name, array in TEST.items()})
+    source = ArraySource({name: array[:20] for name, array in digits().items()})
     found = represented(source).take(np.array([3, 19, 3]))
     assert set(found) == {"image", "label", "representation"}
-    np.testing.assert_array_equal(found["image"], TEST["image"][[3, 19, 3]])
-    np.testing.assert_allclose(found["representation"], digit_features()(TEST["image"][[3, 19, 3]]), atol=1e-6)
+    np.testing.assert_array_equal(found["image"], digits()["image"][[3, 19, 3]])
+    np.testing.assert_allclose(found["representation"], digit_features()(digits()["image"][[3, 19, 3]]), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (4, 2, 4)])
