@@ -103,14 +103,14 @@ class Member(NamedTuple):
 class Shards:
     """`Records` of pictures with captions in tar files of one folder, in their order.
 
-    What is where, and all captions, is kept beside them in index.npz: the first time every file is gone through, and again when one has
-    changed. A folder that cannot be written is gone through every time.
+    What is where, and all captions, is kept beside them in index.npz (or in `index`): the first time every file is gone through, and again
+    when one has changed. A folder that cannot be written is gone through every time.
     """
 
     names = ()
 
-    def __init__(self, paths: Sequence[pathlib.Path]):
-        self._paths, kept = paths, paths[0].parent / INDEX
+    def __init__(self, paths: Sequence[pathlib.Path], index: pathlib.Path | None = None):
+        self._paths, kept = paths, index or paths[0].parent / INDEX
         stats = [path.stat() for path in paths]
         stamps = {
             "format": np.array(FORMAT),

@@ -9,16 +9,11 @@
     fgvc_aircraft    a folder with the official archive, fgvc-aircraft-2013b/data: label (100 variants)
     cifar10, cifar100, caltech101, dtd, eurosat, oxford_flowers102, food101, oxford_iiit_pet, cars196, sun397
                      TFDS, the same: label; "eurosat/rgb", and of SUN397 "standard-part1-120k", the first of the published partitions
-    folder           one's own: train/CLASS/NAME.jpg and val/CLASS/NAME.jpg (or another format): label, the classes in the order of names
-    captioned        one's own, or what img2dataset writes of CC3M: in train and val, each with a caption of its own,
-                         00000.tar, ...                    NAME.jpg beside NAME.txt, or a NAME.json with "caption" (WebDataset); or
-                         captions.tsv                      FILE, a tab and its caption on every line; or
-                         NAME.jpg, FOLDER/NAME.jpg, ...    beside NAME.txt, or a NAME.json with "caption"
-                     A "caption" that is a list of texts is several. Of each picture as many are used as the one with the most has, up to 10
-                     A caption without words is an error
+    folder           one's own, in folders of classes: label, the classes in the order of names
+    captioned        one's own, or what img2dataset writes of CC3M: captions, in tar files, in a list or beside the pictures
 
-Folders are read with all that lies below, in the order of names; hidden and system names (.ipynb_checkpoints, __MACOSX, ._0.png, Thumbs.db)
-are left out. What else a file of them can be, and how a picture of any kind becomes values, says `data.files`.
+What one's own folder may hold says `data.image_folders`: train and val, or the pictures themselves, of which a tenth is then "val". What
+else a file of them can be, and how a picture of any kind becomes values, says `data.files`.
 
 The splits are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 pictures; TFDS calls its parts val,
 restval and test), of CUB-200 the test classes, of EuroSAT all (it is published without splits, and has no "train"), else the test set.
@@ -36,21 +31,22 @@ import itertools
 import logging
 import os
 import pathlib
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mmdiff.data import bpe, captions, files
-from mmdiff.data.files import PICTURES, FileError
+from mmdiff.data import bpe, files, image_folders
+from mmdiff.data.files import FileError
+from mmdiff.data.image_folders import Files, nonempty, of_class
 from mmdiff.data.modalities import Images, Labels
-from mmdiff.data.sources import RandomSource, Source, check_range, digest, sizes
+from mmdiff.data.sources import RandomSource, Source, check_range, digest
 from mmdiff.data.stored_images import Records, Sound, Stored, decode, square, values
 from mmdiff.errors import UserError
 
 log = logging.getLogger(__name__)
 CAPTIONS = {"coco_captions": 5, "cub200": 10, "captioned": None}  # of a picture; None is as many as the one with the most has
+OWN = {"folder": "label", "captioned": "caption"}  # what `image_folders` reads
 SPLITS = {
     "imagenet2012": {"train": "train", "val": "validation"},
     "coco_captions": {"train": "train", "val": "val+restval+test"},
@@ -165,8 +161,10 @@ def _records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
         raise UserError(f"the set {name} has no split {split!r}: choose one of {', '.join(SPLITS[name])}.")
     if not data_dir:
         raise UserError(f"config.data.dir is empty: name the folder of the set {name} (mmdiff/data/image_datasets.py says what is in it).")
+    if name in OWN:
+        return image_folders.read(data_dir, OWN[name], split, {"val": image_folders.SHARES["val"]}, complete=True)
     folder, part = files.expand(data_dir), SPLITS[name][split]
-    readers = {"cub200": _cub200, "fgvc_aircraft": _aircraft, "folder": _folder, "captioned": _captioned}
+    readers = {"cub200": _cub200, "fgvc_aircraft": _aircraft}
     return readers[name](folder, part) if name in readers else Tfds(name, part, folder)
 
 
@@ -226,24 +224,6 @@ def _annotations(example: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-class Files:
-    """`Records` in memory, of pictures in the files of a folder."""
-
-    def __init__(self, records: Sequence[dict[str, Any]], folder: pathlib.Path, names: Sequence[str] = ()):
-        self._all, self._folder, self.names = records, folder, names
-        self.captions = min(max((len(record.get("captions", ())) for record in records), default=0), captions.MOST)
-
-    def __len__(self):
-        return len(self._all)
-
-    def identity(self):
-        annotations = [[record.get("label"), record.get("captions")] for record in self._all]
-        return [annotations, sizes([record["image"] for record in self._all], self._folder)]
-
-    def get(self, indices):
-        return [self._all[i] for i in indices]
-
-
 def _cub200(folder: pathlib.Path, classes: str) -> Files:
     images, texts, listed = folder / "CUB_200_2011/images", folder / "text_c10", folder / classes
     for path, source in ((images, "the official archive CUB_200_2011.tgz"), (texts, "the captions"), (listed, "the list of classes")):
@@ -257,7 +237,7 @@ def _cub200(folder: pathlib.Path, classes: str) -> Files:
     for name in files.read_names(listed):
         if name not in numbers:
             raise UserError(f"{listed} names the class {name!r}, but {images} has no such folder.")
-        for path in _of_class(images / name):
+        for path in of_class(images / name):
             beside = texts / name / f"{path.stem}.txt"
             try:
                 lines = [line.strip() for line in files.read_lines(beside) if line.strip()]
@@ -284,60 +264,3 @@ def _aircraft(folder: pathlib.Path, split: str) -> Files:
             raise UserError(f"{listed} names the variant {name!r}, but {variants} has none of that name.")
         records.append({"image": data / f"images/{number}.jpg", "label": numbers[name]})
     return nonempty(records, folder, f"pictures in {listed}", list(numbers))
-
-
-def _folder(folder: pathlib.Path, split: str) -> Files:
-    for part in dict.fromkeys(("train", split)):
-        if not files.is_folder(folder / part):
-            raise UserError(f"there is no folder {folder / part}: pictures lie in {folder}/train/CLASS and {folder}/val/CLASS.")
-        if loose := files.pictures(folder / part, below=False):
-            raise UserError(f"{loose[0]} is in no folder of a class: move it to {folder / part}/CLASS, or remove it.")
-    numbers = {name: i for i, name in enumerate(files.folders(folder / "train"))}
-    alike: dict[str, str] = {}
-    for name in numbers:
-        if (other := alike.setdefault(unicodedata.normalize("NFC", name), name)) is not name:
-            written = " and ".join(map(ascii, (other, name)))
-            raise UserError(f"{folder / 'train'} has two classes that read {name}, by other characters ({written}): make them one.")
-    records = []
-    for name in files.folders(folder / split):
-        if name not in numbers:
-            raise UserError(f"{folder / split} has a class {name!r}, but {folder / 'train'} has none of that name.")
-        records += [{"image": path, "label": numbers[name]} for path in _of_class(folder / split / name)]
-    return nonempty(records, folder, f"pictures ({', '.join(PICTURES)}) in the folders of {folder / split}", list(numbers))
-
-
-def nonempty(records: Sequence[dict[str, Any]], folder: pathlib.Path, what: str, names: Sequence[str] = ()) -> Files:
-    """`Files` of the records of a folder, or a UserError: there are none of `what`."""
-    if not records:
-        raise UserError(f"there are no {what}.")
-    return Files(records, folder, names)
-
-
-def _of_class(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The pictures of a class."""
-    if not (found := files.pictures(folder)):
-        raise UserError(f"the class {folder.name!r} has no pictures ({', '.join(PICTURES)}) in {folder}: add some, or remove the folder.")
-    return found
-
-
-def _captioned(folder: pathlib.Path, split: str) -> Records:
-    folder = folder / split
-    if not files.is_folder(folder):
-        raise UserError(f"there is no folder {folder}: pictures with captions lie in {folder.parent}/train and {folder.parent}/val.")
-    shards, listed = files.matching(folder, (".tar",), below=False), folder / "captions.tsv"
-    loose = files.pictures(folder, below=not shards and not os.path.lexists(listed))
-    if shards:
-        if loose or os.path.lexists(listed):
-            other = loose[0] if loose else listed
-            raise UserError(f"{folder} holds tar files and {other.name}: choose one of both, and move the other elsewhere.")
-        return captions.Shards(shards)
-    if os.path.lexists(listed):
-        records = []
-        for number, line in enumerate(files.read_lines(listed), 1):
-            name, tab, caption = line.partition("\t")
-            if not tab:
-                raise UserError(f"line {number} of {listed} has no tab: it is a picture's file, a tab and its caption.")
-            records.append({"image": folder / name, "captions": [captions.caption(caption, f"line {number} of {listed}")]})
-        return nonempty(records, folder, f"lines in {listed}")
-    records = [{"image": path, "captions": texts} for path, texts in zip(loose, captions.of_each(loose))]
-    return nonempty(records, folder, f"tar files and no pictures ({', '.join(PICTURES)}) in {folder}")

@@ -286,7 +286,7 @@ def test_damaged_pairs_are_named(shards, tmp_path):
 
     assert f"there is no folder {shards / 'val'}" in refused("captioned", "val", shards)
     (tmp_path / "train").mkdir()
-    assert "there are no tar files and no pictures" in refused("captioned", "train", tmp_path)
+    assert "there are no tar files and no images" in refused("captioned", "train", tmp_path)
     (tmp_path / "train/a.jpg").write_bytes(small_sets.picture(0))
     assert f"{tmp_path / 'train/a.jpg'} has no caption" in refused("captioned", "train", tmp_path)
     (tmp_path / "train/captions.tsv").write_text("a.jpg\ta square\nb.jpg a circle\n")
