@@ -44,7 +44,7 @@ def get_config():
 
 
 def early(t):
-    """Joint samples settle their label in the first half of the walk, while the image is still mostly noise and can follow it."""
+    """Joint samples settle their label in the first half of the trajectory, while the image is still mostly noise and can follow it."""
     return jnp.maximum(2.0 * t - 1.0, 0.0)
 
 

@@ -28,10 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff import config as configs
-from mmdiff import contrastive, losses, times
-from mmdiff.contrastive import l2_normalize
+from mmdiff import losses, matching, times
 from mmdiff.data.sources import load_all
 from mmdiff.evals.evaluator import example_keys, in_batches
+from mmdiff.matching import l2_normalize
 from mmdiff.processes import Given, Joint
 from mmdiff.projects.scenes import scenes
 from mmdiff.projects.scenes.scene_alignment import SPLITS, held_out_retrieval, scene_retrieval, zero_shot
@@ -83,7 +83,7 @@ def silent(experiment, config, module):
     process = Joint(image=experiment.process.parts["image"], query=Given(0.0))
     when = times.joint(query=times.constant(1.0), image=module.beheld(config.times))
     apply = functools.partial(aligner.net.apply, tasks=("name",))
-    term = contrastive.match(aligner.query, "query", config.query.loss)
+    term = matching.embedding_loss(aligner.query, "query", config.query.loss)
     loss = losses.combine(name=(config.query.weight, losses.diffusion(process, apply, when, {config.query.loss: (1.0, term)})))
 
     def vectors(params, keys, images):

@@ -94,7 +94,7 @@ def settings():
 
 
 def as_joint(experiment, config):
-    """The experiment with a `Joint` in the place of the `Aggregate`: the label walks by a time of its own, or a few are pinned."""
+    """The experiment with a `Joint` in the place of the `Aggregate`: the label has a time of its own, or a few are pinned."""
     process = Joint(image=experiment.process.chain, label=absorbing(10))
     noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
     when = times.mixture(
@@ -143,13 +143,13 @@ def estimates(experiment):
     """What may stand in for a label that is not known: the mean of E, E of a draw, E of the best class; all by the same plain steps."""
     process = experiment.process
 
-    def by(*maps):
-        draw = sampling.make_sampler(process, experiment.apply, experiment.shape, drop=("label",), maps=maps)
+    def by(*transforms):
+        draw = sampling.make_sampler(process, experiment.apply, experiment.shape, drop=("label",), transforms=transforms)
         return dataclasses.replace(experiment, sample=draw)
 
     return {
         "_mean": by(),
-        "_drawn": by(sampling.following(process, "label", sampling.drawn())),
+        "_sampled": by(sampling.following(process, "label", sampling.sampled())),
         "_best": by(sampling.following(process, "label", sampling.top_p(0.0))),
     }
 

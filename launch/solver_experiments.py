@@ -46,8 +46,8 @@ def build(module, config, solver):
     """The config's experiment, whose sampler takes `solver` in the place of Heun."""
     experiment = module.build(config)
     if solver != "heun":
-        maps = (*experiment.sampler.get("maps", ()), second_order_multistep(experiment.process))
-        experiment = dataclasses.replace(experiment, sample=None, sampler={**experiment.sampler, "heun": False, "maps": maps})
+        transforms = (*experiment.sampler.get("transforms", ()), second_order_multistep(experiment.process))
+        experiment = dataclasses.replace(experiment, sample=None, sampler={**experiment.sampler, "heun": False, "transforms": transforms})
     if "towers" in config.get("data", {}):  # the query's vectors, which come from frozen towers, have no part in sampling images
         train, validation = (Scenes(split, experiment.shape["image"][0]) for split in ("train", "validation"))
         experiment = dataclasses.replace(experiment, train_data=lambda: train, validation_data=lambda: validation)

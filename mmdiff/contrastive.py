@@ -3,23 +3,23 @@ r"""Contrast: terms that keep a network from explaining its noisy input by data 
 A **negative** z^j is such data. `contrast` takes any diffusion term (a step's KL, a cross-entropy, a squared error) and evaluates it
 on the same x_t and the same network output as if x_t had come from z^j,
 
-    s_0 = -term(out, noised),      s_j = -term(out, process.explain(noised, z^j)),      j = 1 .. N,
+    s_0 = -term(out, noised),      s_j = -term(out, process.with_x0(noised, z^j)),      j = 1 .. N,
 
 so that N negatives cost no network call. A **form** makes one number of the scores: `linear` (CDCD's), `weighted` or `infonce`.
 
     tokens = process.parts["tokens"]
     losses.diffusion(process, net.apply, times, {
         "vlb": (1.0, on("tokens", vlb(tokens, T))),
-        "step_intra": (5e-5, on("tokens", rising(contrast(tokens, vlb(tokens, T), intra()), T))),
-        "sample_inter": (T * 5e-6, beside("label", on("tokens", rising(contrast(tokens, x0_ce(tokens), inter(by="label")), T)))),
+        "step_intra": (5e-5, on("tokens", time_weighted(contrast(tokens, vlb(tokens, T), intra()), T))),
+        "sample_inter": (T * 5e-6, where_present("label", on("tokens", time_weighted(contrast(tokens, x0_ce(tokens), inter()), T)))),
     })
 
 Negatives are functions `noised (x0 of one modality, batch and key) -> z [N, B, ...]`, or `-> (z, valid [N, B])` where some do not exist.
 They see the data of the whole batch, also where the loss is computed in micro-batches.
 
 Source: Zhu et al. 2023 (CDCD), whose released code is `linear` on one forward pass; the paper lets negatives run their own chains
-(`own_chain`). `linear` is no bound on the mutual information of data and condition. `infonce` is one of its kind, but only for scores
-and negatives as its docstring has them: here the scores see x_t, too, which comes from the positive.
+(`resampled_negatives`). `linear` is no bound on the mutual information of data and condition. `infonce` is one of its kind, but only
+for scores and negatives as its docstring has them: here the scores see x_t, too, which comes from the positive.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 from mmdiff import losses
 from mmdiff.errors import UserError
-from mmdiff.losses import InBatchTerm, Term
+from mmdiff.losses import Term
 from mmdiff.microbatches import BatchLoss, Pieces, whole_batch
 from mmdiff.processes.base import Noised, Process, fold
 from mmdiff.times import Times, example_keys
@@ -48,7 +48,7 @@ def contrast(process: Process, term: Term, negatives: Negatives, form: Form | No
     """`form(term of x_0, terms of the negatives)`, [B], on the forward pass that all terms share.
 
     Args:
-      process: the modality's, whose `explain` says what changes with x_0.
+      process: the modality's, whose `with_x0` says what changes with x_0.
       term: `vlb(process, T)` is CDCD's step mode, `x0_ce(process)` its sample mode (of one step, not of T: their weight times T is the
         one here); any other will do. Of a `Gaussian`, take one that stays bounded, `mse(process, min_snr(5.0))`: at small t a negative
         would have needed noise without limit.
@@ -59,7 +59,7 @@ def contrast(process: Process, term: Term, negatives: Negatives, form: Form | No
 
     def contrasted(out, noised):
         z, valid = _sampled(negatives, noised)
-        values = jax.vmap(lambda x0: term(out, process.explain(noised, x0)))(z)
+        values = jax.vmap(lambda x0: term(out, process.with_x0(noised, x0)))(z)
         return form(term(out, noised), values, valid)
 
     return contrasted
@@ -86,8 +86,8 @@ def cdcd(
 
         L = vlb + T auxiliary a(t) CE + step_* w(t) contrast(vlb, *) + T sample_* w(t) contrast(CE, *),    * intra or inter,
 
-    with w(t) = 1 + (i - 1) / T at t = i / T (`rising`). The released weights (auxiliary 5e-4, step_intra 5e-5, sample_inter 5e-6) are
-    of one step of the chain and so are the arguments. A contrast of weight 0 is left out.
+    with w(t) = 1 + (i - 1) / T at t = i / T (`time_weighted`). The released weights (auxiliary 5e-4, step_intra 5e-5, sample_inter 5e-6)
+    are of one step of the chain and so are the arguments. A contrast of weight 0 is left out.
 
     Args:
       process, steps: the discrete chain and its T.
@@ -96,7 +96,7 @@ def cdcd(
       others: negatives of other conditions; `inter(count)` by default.
       form: of all contrasts; `linear()`, the released one, by default.
       of: the modality's name, for a joint pass.
-      given: the condition's name there. Data of another condition are negatives only beside a condition: where it is dropped, for
+      given: the condition's name there. Data of another condition are negatives only where a condition is present: where it is dropped, for
         guidance, they are data like any other, and the inter contrasts are 0.
     """
     if given and not of:
@@ -111,18 +111,18 @@ def cdcd(
         ("sample_intra", steps * sample_intra, ce, within), ("sample_inter", steps * sample_inter, ce, between),
     ):  # fmt: skip
         if weight:
-            found = rising(contrast(process, term, negatives, form), steps)
+            found = time_weighted(contrast(process, term, negatives, form), steps)
             found = losses.on(of, found) if of else found
-            terms[name] = (weight, beside(given, found) if given and negatives is between else found)
+            terms[name] = (weight, where_present(given, found) if given and negatives is between else found)
     return terms
 
 
-def beside(name: str, term: Term) -> Term:
+def where_present(name: str, term: Term) -> Term:
     """A term of a joint pass where its condition `name` is there, 0 where it is absent (at t = 1)."""
     return lambda out, noised: jnp.where(noised.t[name] < 1, term(out, noised), 0.0)
 
 
-def own_chain(
+def resampled_negatives(
     process: Process,
     apply: Callable,
     times: Times,
@@ -145,7 +145,7 @@ def own_chain(
     form = form or linear()
 
     def pieces(params, batch, key, *, micro=None, **_):
-        index, x0 = batch["index"], process.take(batch)
+        index, x0 = batch["index"], process.select(batch)
         keys = fold(example_keys(key, index), "corrupt")
         t = times(jax.random.fold_in(key, zlib.crc32(b"times")), index)
 
@@ -153,7 +153,7 @@ def own_chain(
             noised = process.corrupt(keys, x0, t).replace(batch=batch, key=key)
             return term(apply(params, *process.inputs(noised.xt, noised.t)), noised)
 
-        micro = micro and micro.replace(x0=process.take(micro.batch))
+        micro = micro and micro.replace(x0=process.select(micro.batch))
         clean = Noised(x0=x0, xt=x0, t=t, batch=batch, key=key, micro=micro)
         z, valid = _sampled(negatives, clean if of is None else clean.of(of))
 
@@ -165,79 +165,6 @@ def own_chain(
         return Pieces(form(value(x0, keys), values, valid).mean(), {})
 
     return BatchLoss(pieces=pieces)
-
-
-def match(process: Process, of: str, loss: str = "infonce") -> InBatchTerm:
-    r"""Which clean vector is the denoised one's? CLIP's loss with the belief about x_0 in the place of the image's vector (DiffDis).
-
-        s_ij = scale cos(x0_hat_i, x_0j) + bias,
-        infonce:  -1/2 (log softmax_j s_ij + log softmax_j s_ji) at j = i       (symmetric: by rows and by columns)
-        siglip:   -sum_j log sigmoid(+-s_ij), + for j = i and for vectors equal to it      (Zhai et al. 2023)
-
-    All other examples of the global batch are negatives, on whatever devices and in whatever micro-batches they are. No gradient reaches
-    x_0. Equal vectors need no care in infonce: it has the gradient of the loss in which every copy is right, and a floor of mean
-    log(number of copies). Its value without any information is log B, which a scale of 1 hardly lowers: hence the learned one.
-
-    Args:
-      process: of the modality, a `Gaussian` of vectors [B, D], whatever it predicts; with `norm=1.0`, for a longer x_0 gives itself away
-        in x_t. Its own loss, `on(of, process.loss)`, is the regression on the same vectors.
-      of: the modality's name in the joint pass. The network returns out["logit_scale"] and, for siglip, out["logit_bias"], [B] with
-        equal entries: its learned numbers.
-      loss: "infonce" or "siglip".
-    """
-
-    def embed(out, noised):
-        part = noised.of(of)
-        x0_hat, x0 = process.clean(out[of], part.xt, part.t), jax.lax.stop_gradient(part.x0)
-        return l2_normalize(x0_hat), l2_normalize(x0), _logits(out)
-
-    return InBatchTerm(embed, _compared(loss))
-
-
-def pair(one: str = "image_vector", other: str = "text_vector", loss: str = "infonce") -> InBatchTerm:
-    """CLIP's loss of two towers: `match` with the network's output `one` for the belief and its output `other` for x_0.
-
-    A term of conditions alone (`Given`), whose network returns out[one], out[other] [B, D], out["logit_scale"] and
-    out["logit_bias"] [B]: `nets.TwoTowers`. Gradients reach both towers.
-    """
-    return InBatchTerm(lambda out, noised: (l2_normalize(out[one]), l2_normalize(out[other]), _logits(out)), _compared(loss))
-
-
-def first_logits(loss: str) -> tuple[float, float]:
-    """What the learned scale and bias start from: CLIP's (1 / 0.07, 0), of "siglip" (10, -10)."""
-    return (10.0, -10.0) if loss == "siglip" else (1 / 0.07, 0.0)
-
-
-def _logits(out):
-    return {name: out[name].astype(jnp.float32) for name in ("logit_scale", "logit_bias") if name in out}
-
-
-def _compared(loss: str) -> Callable:
-    """The comparison of `match` as `(unit vectors [B, D], unit vectors [B, D], logits) -> [B]`."""
-    if loss not in ("infonce", "siglip"):
-        raise UserError(f"match: there is no loss {loss!r}; choose infonce or siglip.")
-
-    def values(embeddings):
-        one, other, logits = embeddings
-        scores = logits["logit_scale"][:, None] * jnp.matmul(one, other.T, precision=jax.lax.Precision.HIGHEST)
-        if loss == "infonce":
-            right = jnp.diagonal(scores)
-            return 0.5 * (jax.nn.logsumexp(scores, axis=1) + jax.nn.logsumexp(scores, axis=0)) - right
-        scores = scores + logits["logit_bias"][:, None]
-        same = jnp.matmul(other, other.T, precision=jax.lax.Precision.HIGHEST) > 1 - 1e-6
-        same |= jnp.eye(len(same), dtype=bool)  # a vector of zeros is like no other, and yet its own
-        return -jax.nn.log_sigmoid(jnp.where(same, scores, -scores)).sum(1)
-
-    return values
-
-
-def l2_normalize(x: jax.Array) -> jax.Array:
-    """x / |x| along the last dimension, float32, whatever the size of x; 0 stays 0, and all gradients are finite."""
-    x = x.astype(jnp.float32)
-    largest = jax.lax.stop_gradient(jnp.abs(x).max(-1, keepdims=True))  # 1e30 squared is infinite, 1e-30 squared is 0
-    there = largest > 0
-    x = x / jnp.where(there, largest, 1.0)
-    return x * jax.lax.rsqrt(jnp.where(there, (x * x).sum(-1, keepdims=True), 1.0))
 
 
 def _sampled(negatives: Negatives, noised: Noised) -> tuple[jax.Array, jax.Array]:
@@ -254,7 +181,7 @@ def _sampled(negatives: Negatives, noised: Noised) -> tuple[jax.Array, jax.Array
     return whole_batch((z, valid)) if micro is None else (jax.vmap(micro.rows)(z), jax.vmap(micro.rows)(valid))
 
 
-def rising(term: Term, steps: int) -> Term:
+def time_weighted(term: Term, steps: int) -> Term:
     """`(1 + (i - 1) / T) term` at t = i / T: CDCD's weight of a contrast over time. Inside of it: the scores' temperature."""
     return lambda out, noised: (1.0 + (jnp.round(noised.t * steps) - 1.0) / steps) * term(out, noised)
 

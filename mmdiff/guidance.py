@@ -39,11 +39,11 @@ def guided(
             raise UserError(f"guided: channels={channels} must give a modality of {sorted(process.parts)} its number of guided channels.")
 
     def apply_guided(params, x, t):
-        bare_x, bare_t = dict(x), dict(t)
+        null_x, null_t = dict(x), dict(t)
         for name in drop:
-            bare_x[name], bare_t[name] = process.null_like(name, x[name]), jnp.ones_like(t[name])
-        bare_x, bare_t = process.bound(params).bare(x, t, bare_x, bare_t)
-        both_x, both_t = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (x, t), (bare_x, bare_t))
+            null_x[name], null_t[name] = process.null_like(name, x[name]), jnp.ones_like(t[name])
+        null_x, null_t = process.bind(params).unconditional_inputs(x, t, null_x, null_t)
+        both_x, both_t = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (x, t), (null_x, null_t))
         out = apply(params, both_x, both_t)
         scale = w(t) if callable(w) else w
 
@@ -92,10 +92,10 @@ def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Call
         hidden_x, hidden_t, known, data = dict(x), dict(t), {}, {}
         for name in process.heads:
             known[name] = t[name] == 0
-            held = bcast(known[name], x[name])
-            hidden_x[name] = jnp.where(held, process.null_like(name, x[name]), x[name])
+            pinned = bcast(known[name], x[name])
+            hidden_x[name] = jnp.where(pinned, process.null_like(name, x[name]), x[name])
             hidden_t[name] = jnp.where(known[name], time, t[name])
-            data[name] = jnp.where(held, x[name], 0)
+            data[name] = jnp.where(pinned, x[name], 0)
 
         def log_p(z):
             out = apply(params, {**hidden_x, process.target: z}, hidden_t)
@@ -103,7 +103,8 @@ def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Call
             return -nats.sum(), out
 
         score, out = jax.grad(log_p, has_aux=True)(x[process.target])
-        return {**out, process.target: process.bound(params).told(out, {**data, process.target: x[process.target]}, t, scale * score)}
+        data[process.target] = x[process.target]
+        return {**out, process.target: process.bind(params).guided_output(out, data, t, scale * score)}
 
     return apply_guided
 

@@ -71,7 +71,7 @@ def diffusion(
       times: `(key, index) -> t`.
       terms: name -> (weight, term); a term may return [B], or a dict of [B] by modality. The process's own loss by default. With
         weight 0 a term is reported and nothing else. Or a function that gives them, `process -> terms`, called with
-        `process.bound(params)`.
+        `process.bind(params)`.
 
     Returns a `Loss`; its metrics are "loss/<term>" and, for terms that return a dict, "loss/<modality>".
     """
@@ -103,8 +103,8 @@ def diffusion(
         index = batch["index"]
         if process.shared and average is None:
             average = without_state(params)
-        bound = process.bound(average)
-        micro = micro and micro.replace(x0=bound.take(micro.batch))
+        bound = process.bind(average)
+        micro = micro and micro.replace(x0=bound.select(micro.batch))
         keys = example_keys(key, index)
         times_key = jax.random.fold_in(key, zlib.crc32(b"times"))
         importance = place = None
@@ -112,7 +112,7 @@ def diffusion(
             t, importance, place = times.draw(times_key, index, without_state(source.init()) if state is None else state)
         else:
             t = times(times_key, index)
-        noised = bound.corrupt(fold(keys, "corrupt"), bound.take(batch), t).replace(batch=batch, key=key, micro=micro)
+        noised = bound.corrupt(fold(keys, "corrupt"), bound.select(batch), t).replace(batch=batch, key=key, micro=micro)
         out = apply(params, *bound.inputs(noised.xt, noised.t))
         own, embeddings = {}, {}
         for name, (weight, term) in terms_of(bound).items():
@@ -303,7 +303,7 @@ def vlb(process, steps: int | None = None) -> Term:
     def term(out, noised):
         x0_hat = process.clean(out, noised.xt, noised.t)
         if steps is None:
-            nats = process.rate(noised, x0_hat)
+            nats = process.elbo_rate(noised, x0_hat)
         else:
             # i/T - 1/T in float32 may miss (i-1)/T by an ulp: snap to the grid.
             s = jax.tree.map(lambda t: jnp.maximum(jnp.round(t * steps) - 1.0, 0.0) / steps, noised.t)

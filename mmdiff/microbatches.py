@@ -14,8 +14,8 @@ value_j + m <dL/de_j, e_j> (GradCache, Gao et al. 2021). Where there are no embe
 what they saw, sums over their examples, and `state = loss.update(state, seen)` once a step. They also take the averaged parameters, for
 a process whose encoder is the network itself. `training.make_step` keeps both in its own state.
 
-`losses.diffusion`, `combine`, `prepared` and `contrastive.own_chain` make a `BatchLoss`; a loss of one's own may be one. A plain function
-around one that compares examples, or has a state, would hide that from the step, and is refused: `hides` finds it.
+`losses.diffusion`, `combine`, `prepared` and `contrastive.resampled_negatives` make a `BatchLoss`; a loss of one's own may be one. A plain
+function around one that compares examples, or has a state, would hide that from the step, and is refused: `hides` finds it.
 """
 
 from __future__ import annotations

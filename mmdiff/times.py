@@ -26,11 +26,11 @@ import jax.numpy as jnp
 
 from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
-from mmdiff.processes.discrete import sample_classes
+from mmdiff.processes.class_sampling import sample_classes
 
 Times = Callable[[jax.Array, jax.Array], Any]
 
-# Irrational steps, independent over the rationals: modalities that walk by different ones fill the square (Kronecker sequences).
+# Irrational steps, independent over the rationals: modalities with different ones fill the square (Kronecker sequences).
 STEPS = (0.6180339887498949, 0.4142135623730951, 0.7320508075688772, 0.6457513110645906)
 
 
@@ -55,18 +55,18 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Times:
     return times
 
 
-def stratified(walk: int = 0) -> Times:
+def stratified(stride: int = 0) -> Times:
     """Evenly spread over any run of consecutive positions: `t = frac(u + index * step)`, u one draw per step.
 
     A Kronecker sequence has the low variance of antithetic or stratified times (VDM, appendix I.1) without knowing the batch.
-    Modalities that are to be independent need different walks, 0 to 3: `joint(image=stratified(0), label=stratified(1))`.
+    Modalities that are to be independent need different strides, 0 to 3: `joint(image=stratified(0), label=stratified(1))`.
     """
-    if walk not in range(len(STEPS)):
-        raise UserError(f"stratified has the walks 0 to {len(STEPS) - 1}, not {walk}.")
+    if stride not in range(len(STEPS)):
+        raise UserError(f"stratified has the strides 0 to {len(STEPS) - 1}, not {stride}.")
 
     def times(key, index):
         # step * 2^32 in wrapping integers is exact where floats would lose the index's low bits.
-        place = index.astype(jnp.uint32) * jnp.uint32(round(STEPS[walk] * 2**32))
+        place = index.astype(jnp.uint32) * jnp.uint32(round(STEPS[stride] * 2**32))
         fraction = (place >> 8).astype(jnp.float32) / 2**24
         t = jnp.mod(jax.random.uniform(key) + fraction, 1.0)
         return 1.0 - t

@@ -7,7 +7,7 @@ import pytest
 from arrays import integers, normal, uniform
 
 from mmdiff import losses, processes, schedules, times
-from mmdiff.contrastive import cdcd, contrast, infonce, inter, intra, linear, own_chain, rising, shifted, table, weighted
+from mmdiff.contrastive import cdcd, contrast, infonce, inter, intra, linear, resampled_negatives, shifted, table, time_weighted, weighted
 from mmdiff.errors import UserError
 from mmdiff.processes import Gaussian, Given, Joint, MaskReplace, Noised, absorbing
 
@@ -66,7 +66,7 @@ def test_without_weight_or_negatives_nothing_changes():
 
     base = value_and_grad()
     full = {mode: contrast(TOKENS, term, table("negatives")) for mode, term in MODES.items()}
-    none = {mode: contrast(TOKENS, rising(term, T), lambda noised: Z[:0]) for mode, term in MODES.items()}
+    none = {mode: contrast(TOKENS, time_weighted(term, T), lambda noised: Z[:0]) for mode, term in MODES.items()}
     assert same(value_and_grad(**{mode: (0.0, term) for mode, term in full.items()}), base)
     assert same(value_and_grad(**{mode: (0.5, term) for mode, term in none.items()}), base)
     assert not same(value_and_grad(**{mode: (1e-3, term) for mode, term in full.items()}), base)
@@ -76,7 +76,7 @@ def test_without_weight_or_negatives_nothing_changes():
 @pytest.mark.parametrize("mode", MODES)
 def test_a_negative_that_is_the_positive_takes_it_back(mode):
     same = lambda noised: jnp.stack([noised.x0] * N)  # noqa: E731
-    value, positive = run(contrast(TOKENS, rising(MODES[mode], T), same)), run(MODES[mode])
+    value, positive = run(contrast(TOKENS, time_weighted(MODES[mode], T), same)), run(MODES[mode])
     w = 1 + (np.arange(B) % T) / T
     np.testing.assert_allclose(value, -w * positive, rtol=1e-5)
     # So a weight of lambda leaves (1 - lambda w) of the term.
@@ -85,7 +85,7 @@ def test_a_negative_that_is_the_positive_takes_it_back(mode):
 
 def test_the_weight_over_time():
     noised = Noised(X0[:2], X0[:2], jnp.asarray([1 / T, 1.0]))
-    np.testing.assert_allclose(rising(lambda out, noised: jnp.ones(2), T)(None, noised), [1.0, 2 - 1 / T])
+    np.testing.assert_allclose(time_weighted(lambda out, noised: jnp.ones(2), T)(None, noised), [1.0, 2 - 1 / T])
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_the_weight_over_time():
 def test_value_and_gradient_are_those_of_each_negative(mode):
     term = MODES[mode]
     contrasted = contrast(TOKENS, term, table("negatives"))
-    alone = [Noised(z, XT, GRID) for z in Z]  # by hand, without `explain`
+    alone = [Noised(z, XT, GRID) for z in Z]  # by hand, without `with_x0`
     np.testing.assert_allclose(run(contrasted), -sum(run(term, noised) for noised in alone) / N, rtol=1e-5)
     np.testing.assert_allclose(gradient(contrasted), -sum(gradient(term, noised) for noised in alone) / N, atol=1e-5)
     # Their order does not matter.
@@ -126,7 +126,7 @@ def test_sample_mode_is_the_divergence_from_a_one_hot():
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_reward_is_bounded_and_ends(mode):
-    contrasted, bound = contrast(TOKENS, rising(MODES[mode], T), table("negatives")), 2 * 70.01 * (T if mode == "step" else 1)
+    contrasted, bound = contrast(TOKENS, time_weighted(MODES[mode], T), table("negatives")), 2 * 70.01 * (T if mode == "step" else 1)
     grad_and_value = jax.jit(jax.grad(lambda out, noised: (lambda v: (v.sum(), v))(contrasted(out, noised)), has_aux=True))
     for size in (1.0, 50.0, 1e4):
         for xt in (XT, MASKED.xt, X0):
@@ -232,7 +232,7 @@ def test_infonce_bounds_the_mutual_information():
 
 
 @pytest.mark.parametrize("t", [1.0, 1 / T])
-def test_own_chains_start_as_the_shared_one(t):
+def test_resampled_negatives_start_as_the_shared_ones(t):
     """All masked, both are the same; later the network sees z^j in the one case and z_0 in the other."""
     tokens = absorbing(K)
     process, seen = Joint(tokens=tokens, label=Given(null=3)), []
@@ -247,7 +247,7 @@ def test_own_chains_start_as_the_shared_one(t):
     def evaluate(params):
         terms = {"": (1.0, on("tokens", contrast(tokens, term, table("negatives"), spy)))}
         losses.diffusion(process, network, rule, terms)(params, BATCH, jax.random.key(0))
-        chains = own_chain(process, network, rule, on("tokens", term), table("negatives"), spy, of="tokens")
+        chains = resampled_negatives(process, network, rule, on("tokens", term), table("negatives"), spy, of="tokens")
         return chains(params, BATCH, jax.random.key(0))[0], seen
 
     value, (shared, own) = evaluate(PARAMS)
@@ -279,23 +279,23 @@ def test_network_calls():
     }
     assert count(losses.diffusion(PROCESS, counted, TIMES, both)) == 1
     term = losses.on("tokens", MODES["step"])
-    assert count(own_chain(PROCESS, counted, TIMES, term, table("negatives"), infonce(), of="tokens")) == N + 1
+    assert count(resampled_negatives(PROCESS, counted, TIMES, term, table("negatives"), infonce(), of="tokens")) == N + 1
 
 
 @pytest.mark.slow
-def test_own_chains_learn_beside_the_base():
+def test_resampled_negatives_learn_beside_the_base():
     loss = losses.combine(
         base=(1.0, loss_of()),
-        contrast=(0.1, own_chain(PROCESS, network, TIMES, losses.on("tokens", MODES["step"]), table("negatives"), of="tokens")),
+        contrast=(0.1, resampled_negatives(PROCESS, network, TIMES, losses.on("tokens", MODES["step"]), table("negatives"), of="tokens")),
     )
     (value, metrics), grads = jax.jit(jax.value_and_grad(lambda p: loss(p, BATCH, jax.random.key(0)), has_aux=True))(PARAMS)
     np.testing.assert_allclose(value, metrics["base/loss"] + 0.1 * metrics["contrast/loss"], rtol=1e-6)
     assert metrics["contrast/loss"] < 0 and np.isfinite(grads["w"]).all()
 
 
-def test_own_chains_of_a_single_process():
+def test_resampled_negatives_of_a_single_process():
     process = Gaussian(schedules.flow())
-    loss = own_chain(process, lambda p, x, t: p * x, times.constant(0.5), process.loss, shifted(2))
+    loss = resampled_negatives(process, lambda p, x, t: p * x, times.constant(0.5), process.loss, shifted(2))
     x0 = jax.random.normal(jax.random.key(0), (B, 3))
     # A network that says nothing: (eps - z^j)^2, in which z^j runs through the batch.
     value, _ = jax.jit(loss)(0.0, {"x0": 100.0 * x0, "index": INDEX}, jax.random.key(0))
@@ -440,7 +440,7 @@ def test_the_continuous_counterpart(kind, predict):
     contrasted, positive = contrast(process, term, shifted(2)), run(term, noised, out)
     np.testing.assert_allclose(run(contrasted, noised, out), -expected.mean(0), rtol=2e-3)
     # Its gradient is that of the negatives' own losses, and a negative that is the positive takes it back.
-    each = [gradient(term, process.explain(noised, z), out) for z in z]
+    each = [gradient(term, process.with_x0(noised, z), out) for z in z]
     np.testing.assert_allclose(gradient(contrasted, noised, out), -(each[0] + each[1]) / 2, rtol=1e-4, atol=1e-5)
     same = contrast(process, term, lambda noised: noised.x0[None])
     np.testing.assert_allclose(run(same, noised, out), -positive, rtol=1e-3)

@@ -198,7 +198,7 @@ def small(cache):
 
 
 @pytest.fixture(scope="module")
-def walk(small):
+def trajectory(small):
     """`(motion, genre, absent) -> states`, with the same keys."""
     experiment, _, params = small
     keys = jax.random.split(jax.random.key(2), 3)
@@ -210,11 +210,11 @@ def walk(small):
 
 
 @pytest.mark.slow
-def test_drawing_starts_from_masks_and_never_sees_the_real_music(small, walk, monkeypatch):
+def test_drawing_starts_from_masks_and_never_sees_the_real_music(small, trajectory, monkeypatch):
     experiment, config, params = small
     clips = {name: array[:3] for name, array in experiment.test_data().arrays.items()}
     given = {name: np.asarray(clips[name]) for name in ("motion", "genre")}
-    states = np.asarray(walk(given, ()))
+    states = np.asarray(trajectory(given, ()))
     mask = experiment.process.parts["music"].mask
     assert (states[0] == mask).all() and (states[-1] < mask).all()
     assert ((states[:-1] == mask) >= (states[1:] == mask)).all()
@@ -244,7 +244,7 @@ def test_drawing_starts_from_masks_and_never_sees_the_real_music(small, walk, mo
 
 
 @pytest.mark.slow
-def test_an_absent_dance_has_no_say(small, walk):
+def test_an_absent_dance_has_no_say(small, trajectory):
     experiment, _, params = small
     clips = {name: np.asarray(array[:3]) for name, array in experiment.test_data().arrays.items()}
     x = {name: jnp.asarray(clips[name]) for name in experiment.shape}
@@ -258,7 +258,7 @@ def test_an_absent_dance_has_no_say(small, walk):
     other = {**x, "motion": x["motion"][::-1] + 0.1}
     np.testing.assert_array_equal(out(x, jnp.ones(3)), out(other, jnp.ones(3)))
     assert float(jnp.abs(out(x, jnp.zeros(3)) - out(other, jnp.zeros(3))).max()) > 0
-    assert walk({"genre": clips["genre"]}, ("motion",)).shape == (5, 3, 344)
+    assert trajectory({"genre": clips["genre"]}, ("motion",)).shape == (5, 3, 344)
 
 
 @pytest.mark.slow

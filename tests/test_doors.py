@@ -75,15 +75,15 @@ def test_the_last_belief_is_the_corrected_one():
     """2M extrapolates from clipped beliefs: with a network that overshoots, every x0 it sees and keeps is within the bounds."""
     process, kept = Gaussian(schedules.flow(), velocity), []
 
-    def spy(move):
-        jax.debug.callback(lambda a: kept.append(np.abs(a).max()), move.last_x0)
-        return move
+    def spy(state):
+        jax.debug.callback(lambda a: kept.append(np.abs(a).max()), state.last_x0)
+        return state
 
     def apply(params, x, t):
         return x - 3.0  # far away from any data
 
-    maps = (sampling.clip(-1, 1), spy, sampling.dpmpp_2m(process.schedule))
-    sampling.sample(process, apply, None, KEYS, sampling.uniform_grid(4), (2,), maps=maps)
+    transforms = (sampling.clip(-1, 1), spy, sampling.dpmpp_2m(process.schedule))
+    sampling.sample(process, apply, None, KEYS, sampling.uniform_grid(4), (2,), transforms=transforms)
     jax.effects_barrier()
     assert len(kept) == 4 and max(kept[1:]) <= 1.0
 
@@ -93,7 +93,7 @@ def test_stratified_walks_fill_the_square():
     t = rule(jax.random.key(0), jnp.arange(256, dtype=jnp.uint32))
     counts = np.histogram2d(np.asarray(t["image"]), np.asarray(t["label"]), bins=4, range=[[0, 1], [0, 1]])[0]
     assert counts.min() >= 8 and counts.max() <= 24  # 16 expected in each of 16 cells; one line of the square would leave most empty
-    with pytest.raises(UserError, match="walks 0 to 3"):
+    with pytest.raises(UserError, match="strides 0 to 3"):
         times.stratified(9)
 
 

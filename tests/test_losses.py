@@ -162,7 +162,7 @@ def test_vlb_terms():
     noised = process.corrupt(keys(B), x0, (jnp.arange(B) + 1.0) / B)
     out = jax.random.normal(jax.random.key(0), (B, 3, 4))
     x0_hat = process.clean(out, noised.xt, noised.t)
-    np.testing.assert_allclose(losses.vlb(process)(out, noised), process.rate(noised, x0_hat) / 3, rtol=1e-6)
+    np.testing.assert_allclose(losses.vlb(process)(out, noised), process.elbo_rate(noised, x0_hat) / 3, rtol=1e-6)
     expected = B * process.kl(noised, x0_hat, jnp.arange(B) / B) / 3
     np.testing.assert_allclose(losses.vlb(process, steps=B)(out, noised), expected, rtol=1e-5, atol=1e-6)
 

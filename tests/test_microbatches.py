@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mmdiff import contrastive, losses, schedules, times
+from mmdiff import contrastive, losses, matching, schedules, times
 from mmdiff.errors import UserError
 from mmdiff.microbatches import BatchLoss, MicroBatch, Pieces, compares_examples, join, split, whole_batch
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, eps, x0
@@ -76,8 +76,8 @@ def towers(params, x, t):
 NAMED = times.joint(image=times.constant(0.0), query=times.uniform())
 
 
-def matching(loss):
-    return losses.diffusion(NAMING, name, NAMED, {loss: (1.0, contrastive.match(QUERY, "query", loss))})
+def matched(loss):
+    return losses.diffusion(NAMING, name, NAMED, {loss: (1.0, matching.embedding_loss(QUERY, "query", loss))})
 
 
 def contrasting(negatives, mode="sample_inter"):
@@ -87,7 +87,7 @@ def contrasting(negatives, mode="sample_inter"):
 
 def chains():
     term = losses.on("tokens", losses.vlb(TOKENS, T))
-    return contrastive.own_chain(CHAIN, predict, GRID, term, contrastive.inter(2), of="tokens")
+    return contrastive.resampled_negatives(CHAIN, predict, GRID, term, contrastive.inter(2), of="tokens")
 
 
 def rolled(noised):
@@ -99,23 +99,23 @@ def adaptive():
     """Times that follow a term that compares examples, beside one that does not."""
     sampled = times.joint(image=times.constant(0.0), query=times.importance(8, "match"))
     return losses.diffusion(NAMING, name, sampled, {
-        "match": (1.0, contrastive.match(QUERY, "query")), "mse": (0.5, losses.on("query", QUERY.loss))})  # fmt: skip
+        "match": (1.0, matching.embedding_loss(QUERY, "query")), "mse": (0.5, losses.on("query", QUERY.loss))})  # fmt: skip
 
 
 TASKS = {
-    "infonce": lambda: matching("infonce"),
-    "siglip": lambda: matching("siglip"),
+    "infonce": lambda: matched("infonce"),
+    "siglip": lambda: matched("siglip"),
     "towers": lambda: losses.diffusion(
         Joint(image=Given(0.0), query=Given(0.0)), towers, times.joint(image=times.constant(0.0), query=times.constant(0.0)),
-        {"siglip": (1.0, contrastive.pair(loss="siglip"))}),
+        {"siglip": (1.0, matching.clip_loss(loss="siglip"))}),
     "inter": lambda: contrasting(contrastive.inter(3)),
     "step_inter": lambda: contrasting(contrastive.shifted(3), "step_inter"),
     "rolled": lambda: contrasting(rolled),
-    "own_chain": chains,
+    "resampled": chains,
     "diffdis": lambda: losses.combine(
-        draw=(1.0, losses.diffusion(DRAWING, draw, times.joint(image=times.uniform()))), name=(0.3, matching("infonce"))),
+        draw=(1.0, losses.diffusion(DRAWING, draw, times.joint(image=times.uniform()))), name=(0.3, matched("infonce"))),
     "several": lambda: losses.combine(
-        name=(0.3, matching("infonce")),
+        name=(0.3, matched("infonce")),
         chain=(0.1, losses.prepared(contrasting(contrastive.inter(3)), lambda batch, keys: {"extra": batch["label"]}))),
     "adaptive": lambda: losses.combine(only=(2.0, adaptive())),
 }  # fmt: skip
@@ -137,7 +137,7 @@ def test_one_loss_and_one_gradient_for_any_number_of_micro_batches(task, microba
     (whole, metrics, grads), seen = gradient(task, 1)
     (value, same, others), told = gradient(task, microbatches)
     np.testing.assert_allclose(value, whole, rtol=1e-5)
-    assert set(same) == set(metrics) and (metrics or task == "own_chain")
+    assert set(same) == set(metrics) and (metrics or task == "resampled")
     for key in metrics:
         np.testing.assert_allclose(same[key], metrics[key], rtol=1e-5, atol=1e-6)
     size = float(optax.tree.norm(grads))
@@ -173,7 +173,7 @@ def test_meshes_and_micro_batches_change_nothing(task):
 
 def scaled_by_hand(task):
     """A term within a function of one's own."""
-    term = contrastive.match(QUERY, "query")
+    term = matching.embedding_loss(QUERY, "query")
     return losses.diffusion(NAMING, name, NAMED, {"x": (1.0, lambda out, noised: noised.t["query"] * term(out, noised))})
 
 
@@ -214,7 +214,7 @@ def test_a_state_within_a_plain_function_is_refused(wrap, microbatches):
     jax.eval_shape(make_gradient(own), PARAMS, BATCH, KEY)
 
 
-@pytest.mark.parametrize("task", ["infonce", "own_chain", "diffdis"])
+@pytest.mark.parametrize("task", ["infonce", "resampled", "diffdis"])
 def test_the_noise_scale_is_refused(task):
     with pytest.raises(UserError, match="set config.train.noise_scale=False"):
         jax.eval_shape(make_gradient(TASKS[task](), 2, noise_scale=True), PARAMS, BATCH, KEY)
@@ -236,7 +236,7 @@ def test_a_loss_of_ones_own_in_two_pieces():
     """Supervised contrast: labels, no floats, are embeddings as well, and the comparison has a parameter."""
 
     def pieces(params, batch, key, **_):
-        vectors = contrastive.l2_normalize(batch["image"] @ params["tower"])
+        vectors = matching.l2_normalize(batch["image"] @ params["tower"])
         return Pieces((batch["image"] @ params["draw"][:-1]).mean(), {"mean": vectors.mean()}, (vectors, batch["label"]))
 
     def contrast(params, embeddings):

@@ -94,7 +94,7 @@ def test_labels_are_read_from_images_alone(encoder, head, monkeypatch):
     np.testing.assert_array_equal(read["right"], read["wrong"])
     assert len(np.unique(read["right"].argmax(-1))) > 1 and read["right"].std(0).min() > 1e-4
 
-    process, keys = experiment.process.bound(params), jax.random.split(jax.random.key(2), 200)
+    process, keys = experiment.process.bind(params), jax.random.split(jax.random.key(2), 200)
 
     def logits(labels, image_time, label_time):
         t = {"image": jnp.full(200, image_time), "label": jnp.full(200, label_time)}

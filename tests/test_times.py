@@ -79,7 +79,7 @@ def test_stratified_is_even_over_any_run():
 
 @pytest.mark.parametrize("one, two", [(i, j) for i in range(4) for j in range(i)])
 def test_two_walks_fill_the_square(one, two):
-    """Modalities that walk by different steps are as good as independent: no cell of a 16 x 16 grid is far from its share."""
+    """Modalities with different strides are as good as independent: no cell of a 16 x 16 grid is far from its share."""
     t = times.joint(a=times.stratified(one), b=times.stratified(two))(KEY, INDEX)
     counts, _, _ = np.histogram2d(t["a"], t["b"], bins=16, range=[[0, 1], [0, 1]])
     assert np.abs(counts - COUNT / 256).max() < 16
@@ -152,7 +152,7 @@ def test_bad_arguments_are_refused():
     for low, high in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.5)):
         with pytest.raises(ValueError, match="low < high"):
             times.uniform(low, high)
-    with pytest.raises(ValueError, match="walks 0 to 3"):
+    with pytest.raises(ValueError, match="strides 0 to 3"):
         times.stratified(4)
     with pytest.raises(ValueError, match="at least one step"):
         times.on_grid(0)

@@ -133,7 +133,7 @@ def build(config):
         validation_data=lambda: Subset(open_tokens(data, held_out["validation"], modalities), config.eval.examples),
         test_data=lambda: Subset(open_tokens(data, held_out["test"], modalities), config.eval.examples),
         shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, drop=tuple(nulls), maps=(truncated,)),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=tuple(nulls), transforms=(truncated,)),
         modalities=modalities,
         frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(data.dir)},
         evaluators=(judged,) if config.eval.segments else (),

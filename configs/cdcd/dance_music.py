@@ -107,7 +107,7 @@ def build(config):
         validation_data=lambda: open_tokens(data, "validation", modalities),
         test_data=lambda: open_tokens(data, "test", modalities),
         shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, ("motion", "genre"), maps=[truncation]),
+        sample=sampling.make_sampler(process, net.apply, shape, ("motion", "genre"), transforms=[truncation]),
         modalities=modalities,
         frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(data.dir)},
         evaluators=(

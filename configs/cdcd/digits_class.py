@@ -72,7 +72,7 @@ def build(config):
 
     def released(calls):  # one call more than those asked for, at t = 1 / steps
         if steps % calls:
-            raise UserError(f"config.eval.calls: the released walk needs a divisor of the chain's {steps} steps, not {calls}.")
+            raise UserError(f"config.eval.calls: the released trajectory needs a divisor of the chain's {steps} steps, not {calls}.")
         grid, stride = sampling.released_stride(steps, steps // calls - 1)
         return grid, [sampling.only("tokens", stride)]
 

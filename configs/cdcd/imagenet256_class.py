@@ -95,7 +95,7 @@ def build(config):
         validation_data=lambda: Subset(open_tokens(data, "val", modalities), config.eval.examples),
         test_data=lambda: Subset(open_tokens(data, "val", modalities), config.eval.examples),  # the set has no third part with answers
         shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, drop=("label",), maps=(truncated,)),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=("label",), transforms=(truncated,)),
         modalities=modalities,
         frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(data.dir)},
     )

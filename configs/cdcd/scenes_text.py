@@ -88,7 +88,7 @@ def build(config):
         validation_data=lambda: token_source(config.data.dir, "validation"),
         test_data=lambda: token_source(config.data.dir, "test"),
         shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, ("text",), maps=[truncation]),
+        sample=sampling.make_sampler(process, net.apply, shape, ("text",), transforms=[truncation]),
         modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(tokenizer)},
         frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(config.data.dir)},
         evaluators=(CaptionedScenes(batch=config.eval.batch),),

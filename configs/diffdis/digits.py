@@ -18,7 +18,7 @@ from functools import partial
 import optax
 from ml_collections import ConfigDict
 
-from mmdiff import contrastive, losses, nets, sampling, schedules, times
+from mmdiff import losses, matching, nets, sampling, schedules, times
 from mmdiff.data.modalities import Features, Images
 from mmdiff.data.token_modalities import Texts
 from mmdiff.evals.alignment import Aligner
@@ -58,7 +58,7 @@ def build(config):
         nets.Patches(*SHAPE, model.patch), nets.Tokens(tokenizer.length, tokenizer.size, tokenizer.size), size,
         depth=model.depth, width=model.width, heads=model.heads, shared=model.shared, head_depth=model.head_depth,
         fusion=model.fusion, two_way=model.two_way, reinject=model.reinject,
-        logits=contrastive.first_logits(config.query.loss), scan=False)
+        logits=matching.init_logits(config.query.loss), scan=False)
     image = Gaussian(schedules.flow(), velocity)
     query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
     drawing, naming = Joint(image=image, text=Given(0)), Joint(image=image, query=query)
@@ -69,7 +69,7 @@ def build(config):
         image=times.uniform(), text=times.mixture((1 - config.text_dropout, clean), (config.text_dropout, absent)))
     named = times.joint(query=times.uniform(), image=times.mixture(
         (config.times.clean, clean), (config.times.noisy, times.uniform(0.0, 0.7)), (config.times.dropped, absent)))
-    match = losses.on("query", query.loss) if config.query.loss == "mse" else contrastive.match(query, "query", config.query.loss)
+    match = losses.on("query", query.loss) if config.query.loss == "mse" else matching.embedding_loss(query, "query", config.query.loss)
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     shape = {"image": SHAPE, "text": (tokenizer.length,), "query": (size,)}

@@ -31,7 +31,7 @@ import optax
 import optax.contrib
 from ml_collections import ConfigDict
 
-from mmdiff import contrastive, losses, nets, sampling, schedules, times
+from mmdiff import losses, matching, nets, sampling, schedules, times
 from mmdiff.data.modalities import Features, Images
 from mmdiff.data.token_modalities import Texts
 from mmdiff.data.tower_cache import Towers, WithTextEmbedding
@@ -79,7 +79,7 @@ def build(config):
         nets.Patches(*SHAPE, model.patch), nets.Tokens(tokenizer.length, tokenizer.size + 1, tokenizer.size), size,
         depth=model.depth, width=model.width, heads=model.heads, shared=model.shared, head_depth=model.head_depth,
         fusion=model.fusion, two_way=model.two_way, reinject=model.reinject, pooled=model.pooled, captions=True,
-        logits=contrastive.first_logits(config.query.loss), scan=False)
+        logits=matching.init_logits(config.query.loss), scan=False)
     image = Gaussian(schedules.flow(), velocity)
     text = absorbing(tokenizer.size)
     query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
@@ -92,7 +92,7 @@ def build(config):
         (config.times.bare, times.joint(image=noisy, text=absent)),
         (config.times.write, times.joint(image=clean, text=noisy)))
     named = times.joint(query=noisy, image=beheld(config.times))
-    match = losses.on("query", query.loss) if config.query.loss == "mse" else contrastive.match(query, "query", config.query.loss)
+    match = losses.on("query", query.loss) if config.query.loss == "mse" else matching.embedding_loss(query, "query", config.query.loss)
     tasks = {
         "draw": (1.0, losses.diffusion(drawing, draw, captioned, losses.weighted(drawing, text=config.text_weight))),
         "name": (config.query.weight, losses.diffusion(naming, name, named, {config.query.loss: (1.0, match)})),

@@ -15,7 +15,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from mmdiff import contrastive, losses, nets, times
+from mmdiff import losses, matching, nets, times
 from mmdiff.data.modalities import Images
 from mmdiff.data.token_modalities import Texts
 from mmdiff.data.tower_cache import CacheWriter
@@ -50,7 +50,7 @@ def build(config):
     model, train, tokenizer = config.model, config.train, scenes.tokenizer()
     net = nets.TwoTowers(
         nets.Patches(SIZE, SIZE, 3, model.patch), tokenizer.size, tokenizer.length, model.size, model.depth, model.width,
-        model.text_depth, model.text_width, model.heads, logits=contrastive.first_logits(config.loss), scan=False)
+        model.text_depth, model.text_width, model.heads, logits=matching.init_logits(config.loss), scan=False)
     process = Joint(image=Given(0.0), text=Given(0))
     known = times.joint(image=times.constant(0.0), text=times.constant(0.0))
 
@@ -62,7 +62,7 @@ def build(config):
         process=process,
         init=initialiser(net, process, shape),
         apply=net.apply,
-        loss=losses.diffusion(process, net.apply, known, {config.loss: (1.0, contrastive.pair(loss=config.loss))}),
+        loss=losses.diffusion(process, net.apply, known, {config.loss: (1.0, matching.clip_loss(loss=config.loss))}),
         optimizer=optax.chain(
             optax.clip_by_global_norm(train.clip),
             optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay, mask=optim.all_but("logit_"))),

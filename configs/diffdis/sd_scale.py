@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from mmdiff import contrastive, losses, nets, sampling, schedules, times
+from mmdiff import losses, matching, nets, sampling, schedules, times
 from mmdiff.data.latents import open_source
 from mmdiff.data.modalities import Features, Latents
 from mmdiff.errors import UserError
@@ -86,7 +86,7 @@ def build(config):
         nets.Patches(*shape["image"], model.patch), nets.Vectors(VECTOR, TOKENS), VECTOR, depth=depth, width=width, heads=heads,
         shared=model.shared, fusion=model.fusion, two_way=model.two_way, reinject=model.reinject,
         head_depth=model.head_depth, head_width=model.head_width, head_heads=model.head_heads,
-        logits=contrastive.first_logits(config.query.loss),
+        logits=matching.init_logits(config.query.loss),
         scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
     noise = schedules.scaled_linear_beta(STEPS)
     image, query = Gaussian(noise, eps), Gaussian(schedules.scaled(noise, config.query.gamma), x0, norm=1.0)
@@ -95,7 +95,7 @@ def build(config):
 
     noisy = times.on_grid(STEPS)
     dropped = times.mixture((1 - config.dropout, times.constant(0.0)), (config.dropout, times.constant(1.0)))
-    match = losses.on("query", query.loss) if config.query.loss == "mse" else contrastive.match(query, "query", config.query.loss)
+    match = losses.on("query", query.loss) if config.query.loss == "mse" else matching.embedding_loss(query, "query", config.query.loss)
     tasks = {
         "draw": (1.0, losses.diffusion(drawing, draw, times.joint(image=noisy, text=dropped))),
         "name": (config.query.weight, losses.diffusion(

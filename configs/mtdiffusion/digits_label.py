@@ -33,7 +33,7 @@ from mmdiff.data.modalities import Images, Labels
 from mmdiff.errors import UserError
 from mmdiff.evals.joint_image_label import JointImageLabel
 from mmdiff.experiment import Experiment, initialiser
-from mmdiff.processes import Addend, Aggregate, Gaussian, absorbing, moving_target, template, velocity
+from mmdiff.processes import Aggregate, Gaussian, MeanShift, absorbing, moving_target, template, velocity
 from mmdiff.projects.digits.digits import NAMES, digits_source
 
 CLASSES, SHAPE = 10, (8, 8, 1)
@@ -82,7 +82,7 @@ def build(config):
     image = Gaussian(schedules.flow(), velocity)
     encode, shared = encoder(config, net, image)
     process = Aggregate(
-        "image", {"label": Addend(encode, moving_target(config.kappa, lambda t: t**config.power), shared)},
+        "image", {"label": MeanShift(encode, moving_target(config.kappa, lambda t: t**config.power), shared)},
         image=image, label=absorbing(CLASSES, schedules.at_once()))
 
     if config.task not in ("both", *TASKS):

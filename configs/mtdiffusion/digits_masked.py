@@ -17,7 +17,7 @@ from mmdiff.data.masks import masking
 from mmdiff.data.modalities import Images
 from mmdiff.evals.restoration import Restoration
 from mmdiff.experiment import Experiment, initialiser
-from mmdiff.processes import Addend, Aggregate, Gaussian, Given, Hidden, identity, moving_target, velocity
+from mmdiff.processes import Aggregate, Gaussian, Given, Hidden, MeanShift, identity, moving_target, velocity
 from mmdiff.projects.digits import digit_features
 from mmdiff.projects.digits.digits import digits_source
 
@@ -51,7 +51,7 @@ def build(config):
     beside = {"masked": nets.Grid(patches), "mask": nets.Grid(patches, head=False)}
     net = nets.MultiTaskDiT(patches, beside, depth=model.depth, width=model.width, heads=model.heads, scan=False)
     process = Aggregate(
-        "image", {"masked": Addend(identity, moving_target(config.kappa))},
+        "image", {"masked": MeanShift(identity, moving_target(config.kappa))},
         image=Gaussian(schedules.flow(), velocity), masked=Hidden(0.0), mask=Given(1.0))
 
     noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)

@@ -18,7 +18,7 @@ from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Features, Images
 from mmdiff.evals.representation import ImageRepresentation
 from mmdiff.experiment import Experiment, initialiser
-from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, moving_target, velocity
+from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, moving_target, velocity
 from mmdiff.projects.digits import digit_features
 from mmdiff.projects.digits.digits import digits_source
 
@@ -51,7 +51,7 @@ def build(config):
         depth=model.depth, width=model.width, heads=model.heads, scan=False)
     encode = digit_features.projection(digit_features.SIZE, SHAPE, 0.85)  # as large as the digits
     process = Aggregate(
-        "image", {"representation": Addend(encode, moving_target(config.kappa))},
+        "image", {"representation": MeanShift(encode, moving_target(config.kappa))},
         image=Gaussian(schedules.flow(), velocity), representation=Hidden(0.0))
 
     noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)

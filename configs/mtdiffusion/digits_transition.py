@@ -23,7 +23,7 @@ from mmdiff.data.modalities import Images
 from mmdiff.data.token_modalities import ClassMaps
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment, initialiser
-from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, absorbing, moving_target, template, velocity
+from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, absorbing, moving_target, template, velocity
 from mmdiff.projects.scenes.image_transition import ImageTransition
 from mmdiff.projects.scenes.paired_scenes import PALETTE, PairedScenes
 
@@ -69,7 +69,7 @@ def build(config):
     modality, hidden, encode, part = of_the_other(other, patches)
     net = nets.MultiTaskDiT(patches, {other: part}, depth=model.depth, width=model.width, heads=model.heads, scan=False)
     process = Aggregate(
-        "image", {other: Addend(encode, moving_target(config.kappa))}, image=Gaussian(schedules.flow(), velocity), **{other: hidden})
+        "image", {other: MeanShift(encode, moving_target(config.kappa))}, image=Gaussian(schedules.flow(), velocity), **{other: hidden})
 
     noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
     when = times.mixture(

@@ -41,7 +41,7 @@ from mmdiff.data.image_datasets import open_pictures
 from mmdiff.data.modalities import Images, Labels
 from mmdiff.data.sources import Subset
 from mmdiff.experiment import Experiment, initialiser
-from mmdiff.processes import Addend, Aggregate, Gaussian, absorbing, eps, moving_target
+from mmdiff.processes import Aggregate, Gaussian, MeanShift, absorbing, eps, moving_target
 from mmdiff.training import optim
 
 CLASSES, STEPS = 1000, 1000  # the null label is CLASSES; STEPS of the chain
@@ -78,7 +78,7 @@ def build(config):
     image = Gaussian(schedules.cosine_beta(STEPS) if data.size <= 64 else schedules.linear_beta(STEPS), eps, eta=1.0)
     encode = nets.by_network(net.apply, image, shape["image"], "label", CLASSES, mixed=True)
     process = Aggregate(
-        "image", {"label": Addend(encode, moving_target(config.kappa), shared=True)},
+        "image", {"label": MeanShift(encode, moving_target(config.kappa), shared=True)},
         image=image, label=absorbing(CLASSES, schedules.at_once()))
 
     noisy, known, absent = times.on_grid(STEPS), times.constant(0.0), times.constant(1.0)
@@ -105,6 +105,6 @@ def build(config):
         test_data=lambda: Subset(open_pictures(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
         shape=shape,
         sample=sampling.make_sampler(
-            process, net.apply, shape, drop=("label",), maps=(sampling.only("image", sampling.clip(-1, 1)),)),
+            process, net.apply, shape, drop=("label",), transforms=(sampling.only("image", sampling.clip(-1, 1)),)),
         modalities=modalities,
     )

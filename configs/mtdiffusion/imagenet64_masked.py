@@ -34,7 +34,7 @@ from mmdiff.data.masks import masking
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import Subset
 from mmdiff.experiment import Experiment, initialiser
-from mmdiff.processes import Addend, Aggregate, Gaussian, Given, Hidden, eps, identity, moving_target
+from mmdiff.processes import Aggregate, Gaussian, Given, Hidden, MeanShift, eps, identity, moving_target
 from mmdiff.training import optim
 
 STEPS = 1000  # of the chain
@@ -73,7 +73,7 @@ def build(config):
         depth=depth, width=width, heads=heads, scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
     schedule = schedules.cosine_beta(STEPS) if data.size <= 64 else schedules.linear_beta(STEPS)
     process = Aggregate(
-        "image", {"masked": Addend(identity, moving_target(config.kappa))},
+        "image", {"masked": MeanShift(identity, moving_target(config.kappa))},
         image=Gaussian(schedule, eps, eta=1.0), masked=Hidden(0.0), mask=Given(1.0))
 
     noisy, known, absent = times.on_grid(STEPS), times.constant(0.0), times.constant(1.0)
@@ -95,6 +95,6 @@ def build(config):
         test_data=lambda: Subset(open_pictures(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
         shape=shape,
         sample=sampling.make_sampler(
-            process, net.apply, shape, drop=("masked", "mask"), maps=(sampling.only("image", sampling.clip(-1, 1)),)),
+            process, net.apply, shape, drop=("masked", "mask"), transforms=(sampling.only("image", sampling.clip(-1, 1)),)),
         modalities=modalities,
     )

@@ -35,7 +35,7 @@ from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.data.latents import open_source
 from mmdiff.data.modalities import Features, Latents
 from mmdiff.experiment import Experiment, initialiser
-from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, eps, moving_target
+from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, eps, moving_target
 from mmdiff.projects.digits.digit_features import projection
 from mmdiff.training import optim
 
@@ -71,7 +71,7 @@ def build(config):
         depth=depth, width=width, heads=heads, scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
     encode = projection(data.vector, shape["image"], 1.0)  # as large as the latents
     process = Aggregate(
-        "image", {"representation": Addend(encode, moving_target(config.kappa))},
+        "image", {"representation": MeanShift(encode, moving_target(config.kappa))},
         image=Gaussian(schedules.linear_beta(STEPS), eps, eta=1.0), representation=Hidden(0.0))
 
     noisy, known, absent = times.on_grid(STEPS), times.constant(0.0), times.constant(1.0)

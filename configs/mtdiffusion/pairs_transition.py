@@ -30,7 +30,7 @@ from mmdiff.data.modalities import Images
 from mmdiff.data.paired import OTHER, open_pairs
 from mmdiff.data.sources import Subset
 from mmdiff.experiment import Experiment, initialiser
-from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, eps, identity, moving_target
+from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, eps, identity, moving_target
 from mmdiff.training import optim
 
 STEPS = 1000  # of the chain
@@ -68,7 +68,7 @@ def build(config):
         depth=depth, width=width, heads=heads, scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
     schedule = schedules.cosine_beta(STEPS) if data.size <= 64 else schedules.linear_beta(STEPS)
     process = Aggregate(
-        "image", {other: Addend(identity, moving_target(config.kappa))},
+        "image", {other: MeanShift(identity, moving_target(config.kappa))},
         {"image": Gaussian(schedule, eps, eta=1.0), other: Hidden(0.0)})
 
     noisy, known, absent = times.on_grid(STEPS), times.constant(0.0), times.constant(1.0)
@@ -94,6 +94,6 @@ def build(config):
         validation_data=lambda: Subset(open_pairs(data, "val", data.size), config.eval.examples),
         test_data=lambda: Subset(open_pairs(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
         shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, drop=(other,), maps=(sampling.only("image", sampling.clip(-1, 1)),)),
+        sample=sampling.make_sampler(process, net.apply, shape, drop=(other,), transforms=(sampling.only("image", sampling.clip(-1, 1)),)),
         modalities=modalities,
     )

@@ -38,7 +38,7 @@ def posterior(
 
     Returns process.clean's belief about the target: probabilities [B, ..., K] if it is categorical.
     """
-    process = process.bound(params)
+    process = process.bind(params)
     xt = sampling.start(process, keys, shape, given)
     t = {name: jnp.full(keys.shape[0], 0.0 if name in given else 1.0) for name in shape}
     return process.clean(apply(params, *process.inputs(xt, t)), xt, t)[target]
@@ -68,7 +68,7 @@ def denoising_losses(
 
     Returns float32 [B, K]; the diffusion classifier answers argmin_k L[b, k]. It costs draws * K network calls.
     """
-    process, count = process.bound(params), keys.shape[0]
+    process, count = process.bind(params), keys.shape[0]
     blank = jax.tree.map(jnp.zeros_like, process.prior(keys, shape))
     if isinstance(candidates, int):
         candidates = jnp.broadcast_to(jnp.arange(candidates), (count, candidates))

@@ -119,12 +119,12 @@ def draw_samples(
 
 
 def states(experiment, params, key, given, name: str, *, steps: int, guidance: float, count: int = 10, rows: int = 6) -> np.ndarray:
-    """What `count` walks pass through on their way from noise to a sample of modality `name`: [rows * count, ...], row by row.
+    """What `count` trajectories pass through on their way from noise to a sample of modality `name`: [rows * count, ...], row by row.
 
     `given` holds at least `count` examples each, or nothing.
     """
-    walk = jax.jit(functools.partial(experiment.sample, steps=steps, guidance=guidance, history=True))
-    passed = walk(params, example_keys(key, count), jax.tree.map(lambda array: jnp.asarray(array[:count]), dict(given)))[name]
+    trajectory = jax.jit(functools.partial(experiment.sample, steps=steps, guidance=guidance, history=True))
+    passed = trajectory(params, example_keys(key, count), jax.tree.map(lambda array: jnp.asarray(array[:count]), dict(given)))[name]
     picked = np.linspace(0, len(passed) - 1, rows).round().astype(int)
     return np.concatenate(np.asarray(passed)[picked])
 

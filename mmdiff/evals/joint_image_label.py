@@ -69,7 +69,7 @@ class JointImageLabel:
         joint_images, joint_labels = quantize(joint[self.image]), joint[self.label]
         clock.start("unconditional_samples", "drawing 100 unconditional images")
         bare = quantize(draw(bare_key, {}, 100, absent=(self.label,))[self.image])
-        clock.start("chain", "keeping the states of ten walks")
+        clock.start("chain", "keeping the states of ten trajectories")
         each = {self.label: np.arange(10, dtype=np.int32) % self.classes}
         chain = states(experiment, params, given_key, each, self.image, steps=steps, guidance=guidance)
 
@@ -144,7 +144,7 @@ class JointImageLabel:
             ),
             "Unconditional images": Picture(plots.grid(show(bare), 10), f"Drawn with the label held absent (t = 1); {sampler}."),
             "From noise to image": Picture(
-                plots.grid(show(chain), 10), f"States of ten walks, a label each, from noise, above, to the image; {sampler}."),
+                plots.grid(show(chain), 10), f"States of ten trajectories, a label each, from noise, above, to the image; {sampler}."),
             "Image to label": Picture(
                 plots.matrix(confusion(read, labels, self.classes), names, "true label", "label read by the model"),
                 f"{len(labels)} held-out images, one network call each.",

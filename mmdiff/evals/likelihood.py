@@ -100,7 +100,7 @@ def discrete_time(
     """
     if not is_whole(steps, 1):
         raise ValueError(f"discrete_time needs at least one step, got {steps}.")
-    process, count = process.bound(params), keys.shape[0]
+    process, count = process.bind(params), keys.shape[0]
 
     def body(total, i):
         t, s = (path(jnp.full(count, u, jnp.float32)) for u in (i / steps, (i - 1) / steps))
@@ -128,7 +128,7 @@ def continuous_time(
     """
     if not is_whole(draws, 1):
         raise ValueError(f"continuous_time needs at least one draw, got {draws}.")
-    process, offset = process.bound(params), jax.vmap(jax.random.uniform)(fold(keys, "time"))
+    process, offset = process.bind(params), jax.vmap(jax.random.uniform)(fold(keys, "time"))
 
     def body(total, j):
         u = (j + offset) / draws
@@ -136,7 +136,7 @@ def continuous_time(
         noised, x0_hat = _look(process, apply, params, _fold_in(keys, j + 1), x0, t)
         # What stands still has no rate, even where its own would be infinite.
         return jax.tree.map(
-            lambda sum_, rate, v: sum_ + jnp.where(v > 0, rate * v, 0.0) / draws, total, process.rate(noised, x0_hat), slope
+            lambda sum_, rate, v: sum_ + jnp.where(v > 0, rate * v, 0.0) / draws, total, process.elbo_rate(noised, x0_hat), slope
         ), None
 
     ends = _ends(process, apply, params, keys, x0, path, decoders)

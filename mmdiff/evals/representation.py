@@ -79,7 +79,7 @@ class ImageRepresentation:
                     "a representation; e: without any."),
                 "From noise to image": Picture(
                     plots.grid(show(chain), 10),
-                    f"States of ten walks with held-out representations, from noise, above, to the image; {sampler}."),
+                    f"States of ten trajectories with held-out representations, from noise, above, to the image; {sampler}."),
             },
             settings={
                 "sample_steps": steps, "guidance": guidance, "samples": count, "test_images": len(test["image"]),

@@ -92,7 +92,7 @@ class Restoration:
         } | {
             "From noise to image": Picture(
                 plots.grid(show(chain), 10),
-                f"States of ten walks with {self.counts[-1]} hidden patches, from noise, above, to the image; {sampler}."),
+                f"States of ten trajectories with {self.counts[-1]} hidden patches, from noise, above, to the image; {sampler}."),
             "Drawn from nothing": Picture(plots.grid(show(whole_images[:50]), 10), f"Everything hidden; {sampler}; the first fifty."),
         }  # fmt: skip
         return Findings(figures=figures, notes=self._notes(len(test), len(train)), pictures=result, settings={

@@ -4,7 +4,7 @@ r"""Alignment: a vector denoised beside an image against the vectors of candidat
     best("scores", scores(vectors, class_vectors(encode, names, templates)))                         zero-shot classes
     recalls(scores(vectors, captions), relevant)                                                     Recall@K both ways
 
-An image is denoised once, whatever the number of candidates. The walk starts from noise and never sees a candidate.
+An image is denoised once, whatever the number of candidates. The trajectory starts from noise and never sees a candidate.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff import sampling
-from mmdiff.contrastive import l2_normalize
 from mmdiff.errors import UserError
 from mmdiff.evals.evaluator import finite
+from mmdiff.matching import l2_normalize
 from mmdiff.processes.base import Joint, fold
 
 
@@ -46,20 +46,20 @@ def align(
     Args:
       process, apply, params, keys, given, shape: as in `sampling.sample`. Beside a cache (`nets.naming`) the process is that of the
         target alone and nothing is given.
-      steps: network calls a seed. seeds: independent walks.
+      steps: network calls a seed. seeds: independent trajectories.
       guidance, drop: as in `sampling.guided`: 1 is none, the paper's w is guidance - 1.
     """
     network = apply if guidance == 1 else sampling.guided(apply, guidance, drop, process)
-    grid, maps = sampling.uniform_grid(steps), [sampling.only(target, unit_belief())]
+    grid, transforms = sampling.uniform_grid(steps), [sampling.only(target, unit_belief())]
 
-    def walk(seed):
+    def trajectory(seed):
         own = fold(keys, seed)
-        return l2_normalize(sampling.sample(process, network, params, own, grid, shape, given=given, maps=maps)[target])
+        return l2_normalize(sampling.sample(process, network, params, own, grid, shape, given=given, transforms=transforms)[target])
 
-    return l2_normalize(jax.lax.map(walk, jnp.arange(seeds)).mean(0))
+    return l2_normalize(jax.lax.map(trajectory, jnp.arange(seeds)).mean(0))
 
 
-def unit_belief() -> sampling.Map:
+def unit_belief() -> sampling.Transform:
     """A map that gives the belief about a vector length 1."""
     return lambda move: move.corrected(l2_normalize(move.x0))
 

@@ -167,7 +167,7 @@ class DualStream(Network):
     `__call__(x, t)`: dicts by modality, x["image"] [B, H, W, C], x["text"] as its stream takes it (or not there: no caption),
     x["query"] [B, size]; t [B] each. Returns, in float32, {"image": ...} of the pass "draw" ("text", too, with `captions`) and
     {"query": [B, size], "logit_scale": [B], "logit_bias": [B]} of "name": the scale and the bias are learned numbers for
-    `contrastive.match`, the same for all examples.
+    `matching.embedding_loss`, the same for all examples.
 
     By default both passes run. Under jit one whose outputs nobody uses costs nothing; `tasks` says it outright:
 

@@ -25,7 +25,7 @@ class TwoTowers(Network):
     """Images [B, H, W, C] and texts int [B, length] (0 is padding) -> vectors [B, size] each, which need not have length 1.
 
     `__call__(x, t)`: dicts by modality, "image" and "text"; times are ignored. Returns, in float32, {"image_vector", "text_vector"
-    [B, size], "logit_scale", "logit_bias" [B]} for `contrastive.pair`. Either tower by itself:
+    [B, size], "logit_scale", "logit_bias" [B]} for `matching.clip_loss`. Either tower by itself:
 
         vectors = net.apply(params, images, method="see")
         states, vectors = net.apply(params, ids, method="read")        states [B, length, text_width], 0 where there is padding
@@ -90,7 +90,7 @@ def learned_logits(param: Callable, first: tuple[float, float]) -> tuple[jax.Arr
 
 
 def logit_outputs(scale: jax.Array, bias: jax.Array, count: int) -> dict[str, jax.Array]:
-    """What `contrastive.match` and `pair` read of `learned_logits`: "logit_scale", at most 100, and "logit_bias", [count] each."""
+    """What the losses of `matching` read of `learned_logits`: "logit_scale", at most 100, and "logit_bias", [count] each."""
     values = {"logit_scale": jnp.exp(jnp.minimum(scale, math.log(MAX_LOGIT_SCALE))), "logit_bias": bias}
     return {name: jnp.broadcast_to(value, count) for name, value in values.items()}
 

@@ -1,12 +1,14 @@
 """Corruption processes: how clean data become noisy, and the way back."""
 
-from mmdiff.processes.aggregate import Addend, Aggregate, Hidden, card, identity, moving_target, stepwise, template
+from mmdiff.processes.aggregate import Aggregate, Hidden
 from mmdiff.processes.base import Given, Joint, Noised, Process, fold
-from mmdiff.processes.discrete import Categorical, Discrete, Markov, MaskReplace, absorbing, mixed, uniform
+from mmdiff.processes.discrete import Categorical, Discrete, Markov, absorbing, mixed, uniform
 from mmdiff.processes.gaussian import Gaussian, LearnedSigma, edm, eps, v, velocity, x0
+from mmdiff.processes.mask_replace import MaskReplace
+from mmdiff.processes.mean_shift import MeanShift, card, identity, moving_target, stepwise, template
 
 __all__ = [
-    "Addend", "Aggregate", "Categorical", "Discrete", "Gaussian", "Given", "Hidden", "Joint", "LearnedSigma", "Markov", "MaskReplace",
+    "Aggregate", "Categorical", "Discrete", "Gaussian", "Given", "Hidden", "Joint", "LearnedSigma", "Markov", "MaskReplace", "MeanShift",
     "Noised", "Process", "absorbing", "card", "edm", "eps", "fold", "identity", "mixed", "moving_target", "stepwise", "template", "uniform",
     "v", "velocity", "x0",
 ]

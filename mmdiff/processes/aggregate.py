@@ -17,7 +17,7 @@ Whatever knows known from hidden may be such a modality. For classes that is `ab
 time starts and drawn in the last step; for arrays it is `Hidden`, for what is always known `Given`. In sampling the belief about a
 hidden x_i, from the network's output for it (its head), stands in for x_i: E_i of the probabilities or of the mean.
 
-    process = Aggregate("image", {"label": Addend(template(table), moving_target())},
+    process = Aggregate("image", {"label": MeanShift(template(table), moving_target())},
                         image=Gaussian(schedules.linear_beta(), eps), label=absorbing(10, schedules.at_once()))
     losses.diffusion(process, apply, times.shared("image", "label"), losses.weighted(process, label=0.1))
 """
@@ -27,90 +27,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mmdiff import schedules
 from mmdiff.processes.base import Joint, Noised, Process, bcast, check_time, fold, per_example, per_example_mean, per_example_sum
-from mmdiff.processes.discrete import Discrete, sample_classes
+from mmdiff.processes.class_sampling import sample_classes
+from mmdiff.processes.discrete import Discrete
 from mmdiff.processes.gaussian import Gaussian
-
-Weight = Callable[[schedules.Schedule, jax.Array], jax.Array]  # (schedule of z, t) -> a(t)
-
-
-def moving_target(kappa: float = 1.0, progress: Callable[[jax.Array], jax.Array] = lambda t: t) -> Weight:
-    """`a = kappa alpha(t) P(t)`: the mean is alpha (z_0 + kappa P E), from z_0 to z_0 + kappa E as time goes on; P(t) = t by default.
-
-    At t = 1 it is as small as alpha, whatever E: the prior stays that of z alone. E should be as large as z_0 (in root mean square).
-    """
-    return lambda schedule, t: kappa * schedule(t)[0] * progress(t)
-
-
-def card() -> Weight:
-    """`a = 1 - alpha(t)`: CARD (Han et al. 2022), w = alpha(s) / alpha(t) - 1. The chain ends at N(E(x), sigma^2): for a known x."""
-    return lambda schedule, t: 1.0 - schedule(t)[0]
-
-
-def stepwise(w: Sequence[float]) -> Weight:
-    """The paper's w_1 .. w_T on a chain of T steps: `a_i = sqrt(alpha_i) (w_i + a_(i-1))`, exact at t = i / T, a / alpha linear between.
-
-    Constants are `stepwise([0.001] * 1000)`; their end is not that of z alone, but a_T E beside it.
-    """
-    w = np.asarray(w, np.float64)
-    if w.ndim != 1 or not w.size:
-        raise ValueError(f"stepwise needs one weight per step of the chain, [T], not an array of shape {w.shape}.")
-
-    def weight(schedule, t):
-        with jax.ensure_compile_time_eval():
-            alpha = np.asarray(schedule(jnp.arange(w.size) / w.size)[0], np.float64)
-        drift = np.cumsum(np.append(0.0, w / alpha))  # a / alpha at the nodes
-        return schedule(t)[0] * jnp.interp(t, jnp.arange(w.size + 1) / w.size, jnp.asarray(drift))
-
-    return weight
-
-
-def transition(weight: Weight, schedule: schedules.Schedule, t: jax.Array, s: jax.Array) -> jax.Array:
-    """`w = a(t) alpha(s) / alpha(t) - a(s)`, so that z_t = (alpha(t) / alpha(s)) (z_s + w E) + noise: what `stepwise` inverts."""
-    return weight(schedule, t) * schedule(s)[0] / schedule(t)[0] - weight(schedule, s)
-
-
-def identity(x: jax.Array) -> jax.Array:
-    """The encoder of what already lives in the space of z."""
-    return x
-
-
-def template(table: Any) -> Callable[[jax.Array], jax.Array]:
-    """The encoder of classes by one array each, `table` [K, *shape]: probabilities [B, K] -> their mean [B, *shape].
-
-    A frozen generator of labels is such a table, too: `template(generator(jnp.arange(K)))`.
-    """
-    table = jnp.asarray(table)
-
-    def encode(probabilities):
-        return jnp.tensordot(probabilities, table, 1, precision=jax.lax.Precision.HIGHEST)
-
-    return encode
-
-
-@dataclasses.dataclass(frozen=True)
-class Addend:
-    """How a modality enters the mean.
-
-    Attributes:
-      encode: E, from what `clean` says of the modality (probabilities [B, ..., K] of a discrete one, else its array) to an array of the
-        target's shape; a fixed function, through which no gradient passes.
-      weight: a, as `(schedule, t) -> a(t)`; a(0) counts as 0.
-      shared: E is the network itself, `encode(params, x)`. It then has to be bound to parameters, which losses and samplers do: in
-        training to the averaged ones, which move slowly.
-    """
-
-    encode: Callable[..., jax.Array]
-    weight: Weight
-    shared: bool = False
+from mmdiff.processes.mean_shift import MeanShift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +74,14 @@ class Hidden(Process):
         return jnp.where(bcast((s < t) & (s == 0), xt), x0_hat, xt)
 
     def kl(self, noised, x0_hat, s):
-        """-log N(x_0; x0_hat, std^2) for the step to s = 0, in which everything is told; nothing for the others."""
+        """-log N(x_0; x0_hat, std^2) for the step to s = 0, in which everything is revealed; nothing for the others."""
         nats = 0.5 * ((noised.x0 - x0_hat) / self.std) ** 2 + 0.5 * math.log(2 * math.pi * self.std**2)
         return jnp.where((s < noised.t) & (s == 0), per_example_sum(nats), 0.0)
 
     def prior_kl(self, x0):
         return jnp.zeros(x0.shape[0], jnp.float32)
 
-    def rate(self, noised, x0_hat):
+    def elbo_rate(self, noised, x0_hat):
         return jnp.zeros_like(noised.t)
 
 
@@ -162,24 +90,24 @@ class Aggregate(Joint):
     r"""A `Joint` of which one modality, the `target`, is a `Gaussian` that carries others in its mean, as the module says.
 
     What is not in `added` is a modality as in any `Joint`; with nothing added this is one. Whatever the weights, the prior is that of
-    the target alone plus what is known of the others, a(1) E(x) (`begin`): a hidden modality enters in the step from t = 1, which draws
-    it for that. Weights far from 0 there (`card`, large constants) are therefore for modalities that are known: a hidden one makes
+    the target alone plus what is known of the others, a(1) E(x) (`condition_prior`): a hidden modality enters in the step from t = 1, which
+    draws it for that. Weights far from 0 there (`card`, large constants) are therefore for modalities that are known: a hidden one makes
     that step, hence the bound, costly, and continuous time has none.
 
-    Mistakes to avoid: the target's own `clean`, `kl` and `rate` do not know of the sum, so a bound is `losses.vlb(process)`, not one of
-    `process.parts[target]`. And a network that was never shown a modality does not draw the target for a known one: use
+    Mistakes to avoid: the target's own `clean`, `kl` and `elbo_rate` do not know of the sum, so a bound is `losses.vlb(process)`, not one
+    of `process.parts[target]`. And a network that was never shown a modality does not draw the target for a known one: use
     `sampling.head_guided`.
 
     Attributes:
       target: the name of z.
-      added: name -> `Addend`.
+      added: name -> `MeanShift`.
       parts: all modalities.
     """
 
     target: str
-    added: Mapping[str, Addend]
+    added: Mapping[str, MeanShift]
 
-    def __init__(self, target: str, added: Mapping[str, Addend], parts: Mapping[str, Process] | None = None, **named: Process):
+    def __init__(self, target: str, added: Mapping[str, MeanShift], parts: Mapping[str, Process] | None = None, **named: Process):
         super().__init__(parts, **named)
         object.__setattr__(self, "target", target)
         object.__setattr__(self, "added", dict(added))
@@ -205,18 +133,18 @@ class Aggregate(Joint):
     @property
     def shared(self) -> bool:
         """Whether an encoder is the network itself."""
-        return any(addend.shared for addend in self.added.values())
+        return any(shift.shared for shift in self.added.values())
 
-    def bound(self, params):
+    def bind(self, params):
         if not self.shared:
             return self
 
-        def of(addend):
-            return Addend(functools.partial(addend.encode, params), addend.weight) if addend.shared else addend
+        def of(shift):
+            return MeanShift(functools.partial(shift.encode, params), shift.weight) if shift.shared else shift
 
-        return Aggregate(self.target, {name: of(addend) for name, addend in self.added.items()}, self.parts)
+        return Aggregate(self.target, {name: of(shift) for name, shift in self.added.items()}, self.parts)
 
-    def begin(self, xt, known):
+    def condition_prior(self, xt, known):
         if self.target in known:
             return xt
         keep = {name: xt[name] for name in self.added if name in known}
@@ -227,19 +155,19 @@ class Aggregate(Joint):
         noised = super().corrupt(keys, x0, t)
         return noised.replace(xt=self._shifted(noised.xt, self._encoded(x0, x0[self.target]), t, 1))
 
-    def explain(self, noised, x0):
+    def with_x0(self, noised, x0):
         if self.target not in x0 and not any(name in self.added for name in x0):
-            return super().explain(noised, x0)
+            return super().with_x0(noised, x0)
         x0 = {**noised.x0, **x0}
-        bare = noised.replace(xt=self._shifted(noised.xt, self._encoded(x0, noised.xt[self.target]), noised.t, -1))
-        return super().explain(bare, x0).replace(xt=noised.xt)
+        y = noised.replace(xt=self._shifted(noised.xt, self._encoded(x0, noised.xt[self.target]), noised.t, -1))
+        return super().with_x0(y, x0).replace(xt=noised.xt)
 
     def clean(self, out, xt, t):
         x0_hat = super().clean(out, xt, t)
         if not self.added:
             return x0_hat
-        bare = self._shifted(xt, self._encoded(x0_hat, xt[self.target]), t, -1)[self.target]
-        return {**x0_hat, self.target: self.chain.clean(out[self.target], bare, t[self.target])}
+        y = self._shifted(xt, self._encoded(x0_hat, xt[self.target]), t, -1)[self.target]
+        return {**x0_hat, self.target: self.chain.clean(out[self.target], y, t[self.target])}
 
     def loss(self, out, noised):
         """The modalities' own losses; zero for one that is added where it is known or absent.
@@ -257,12 +185,12 @@ class Aggregate(Joint):
         # A class that this step reveals or lets enter is drawn, and z_s carries the draw.
         for name, part in self.parts.items():
             if name in self.added and isinstance(part, Discrete):
-                x0_hat = self.follow(x0_hat, t, **{name: self._held(fold(keys, name), name, xs[name], x0_hat[name], t, s)})
+                x0_hat = self.with_belief(x0_hat, t, **{name: self._pinned(fold(keys, name), name, xs[name], x0_hat[name], t, s)})
         z, start, end = (tree[self.target] for tree in (xt, t, s))
         encoded = self._encoded(x0_hat, z)
-        bare = self._shifted(xt, encoded, t, -1)[self.target]
-        bare = self.chain.step(fold(keys, self.target), bare, x0_hat[self.target], start, end)
-        moved = self._shifted({self.target: bare}, encoded, s, 1)[self.target]
+        y = self._shifted(xt, encoded, t, -1)[self.target]
+        y = self.chain.step(fold(keys, self.target), y, x0_hat[self.target], start, end)
+        moved = self._shifted({self.target: y}, encoded, s, 1)[self.target]
         return {**xs, self.target: jnp.where(bcast(end < start, z), moved, z)}
 
     def kl(self, noised, x0_hat, s):
@@ -278,55 +206,55 @@ class Aggregate(Joint):
         log_t, log_s = (schedules.log_snr(self.chain.schedule, u[self.target]) for u in (safe_t, safe_s))
         back = alpha * sigma_s**2 / (alpha_s * sigma**2)
 
-        def lever(name):
+        def mean_weight(name):
             return (self._share(name, safe_s) - back * self._share(name, safe_t)) / (-alpha_s * jnp.expm1(log_t - log_s))
 
-        part, belief = self._told(noised, x0_hat, lever)
+        part, belief = self._target_terms(noised, x0_hat, mean_weight)
         return {**nats, self.target: self.chain.kl(part, belief, end)}
 
-    def rate(self, noised, x0_hat):
+    def elbo_rate(self, noised, x0_hat):
         """The limit of `kl`, in which k = c + c' / (log SNR)', c = a / alpha."""
-        nats = super().rate(noised, x0_hat)
+        nats = super().elbo_rate(noised, x0_hat)
         t = jnp.clip(noised.t[self.target], 1e-6, 1.0 - 1e-6)
         slope = jax.jvp(lambda u: schedules.log_snr(self.chain.schedule, u), (t,), (jnp.ones_like(t),))[1]
 
-        def lever(name):
+        def mean_weight(name):
             def drift(u):
                 return self._share(name, noised.t | {self.target: u}) / self.chain.schedule(u)[0]
 
             value, change = jax.jvp(drift, (t,), (jnp.ones_like(t),))
             return value + change / slope
 
-        return {**nats, self.target: self.chain.rate(*self._told(noised, x0_hat, lever))}
+        return {**nats, self.target: self.chain.elbo_rate(*self._target_terms(noised, x0_hat, mean_weight))}
 
     def split(self, noised):
         """One `Noised` per modality; the target's x_t is without what was added to it, y_t."""
-        bare = self._shifted(noised.xt, self._encoded(noised.x0, noised.xt[self.target]), noised.t, -1)
-        return super().split(noised.replace(xt=bare))
+        y = self._shifted(noised.xt, self._encoded(noised.x0, noised.xt[self.target]), noised.t, -1)
+        return super().split(noised.replace(xt=y))
 
-    def follow(self, x0_hat, t, **beliefs):
+    def with_belief(self, x0_hat, t, **beliefs):
         """x0_hat with other `beliefs` about modalities that are added, and the target's belief that goes with them and the same eps_hat."""
         z, alpha = x0_hat[self.target], self.chain.schedule(t[self.target])[0]
         old, new = (self._encoded({name: tree[name] for name in beliefs}) for tree in (x0_hat, beliefs))
         for name in old:
-            lever = self._share(name, t) / jnp.where(alpha > 0, alpha, 1.0)
-            z = widened(z, bcast(lever, z) * (old[name] - new[name]))
+            mean_weight = self._share(name, t) / jnp.where(alpha > 0, alpha, 1.0)
+            z = widened(z, bcast(mean_weight, z) * (old[name] - new[name]))
         return {**x0_hat, **beliefs, self.target: z}
 
-    def bare(self, x, t, bare_x, bare_t):
+    def unconditional_inputs(self, x, t, null_x, null_t):
         """Dropping what is known takes it out of the mean as well: the plain DDPM of z then sees its own y_t. What is hidden stays so."""
-        bare_x, bare_t, known = dict(bare_x), dict(bare_t), {}
+        null_x, null_t, known = dict(null_x), dict(null_t), {}
         for name in self.added:
-            known[name] = (t[name] == 0) & (bare_t[name] == 1)
+            known[name] = (t[name] == 0) & (null_t[name] == 1)
             changed = known[name] | (t[name] == 1)
-            bare_x[name] = jnp.where(bcast(changed, x[name]), bare_x[name], x[name])
-            bare_t[name] = jnp.where(changed, bare_t[name], t[name])
+            null_x[name] = jnp.where(bcast(changed, x[name]), null_x[name], x[name])
+            null_t[name] = jnp.where(changed, null_t[name], t[name])
         encoded = self._encoded({name: x[name] for name in known}, x[self.target])
         when = {self.target: t[self.target]} | {name: jnp.where(known[name], 0.0, 1.0) for name in known}
         shift = self._shifted({self.target: jnp.zeros_like(x[self.target])}, encoded, when, -1)[self.target]
-        return {**bare_x, self.target: bare_x[self.target] + self._fed(shift, t)}, bare_t
+        return {**null_x, self.target: null_x[self.target] + self._fed(shift, t)}, null_t
 
-    def told(self, out, x, t, score):
+    def guided_output(self, out, x, t, score):
         r"""The network's output for z_t once the modalities x are known, from its output `out` where they are hidden, any parameterisation.
 
             E[eps | z_t, x] = E[eps | z_t] - sigma score,      score = grad log p(x | z_t),
@@ -368,11 +296,11 @@ class Aggregate(Joint):
     def _encoded(self, beliefs, z=None):
         """E of clean data or of beliefs about them, of those that are there, by name; each must be like z."""
         encoded = {}
-        for name, addend in self.added.items():
+        for name, shift in self.added.items():
             if name in beliefs:
-                if addend.shared:
-                    raise ValueError(f"Aggregate: the encoder of {name!r} is the network: use process.bound(params).")
-                encoded[name] = jax.lax.stop_gradient(addend.encode(self._as_belief(name, beliefs[name])))
+                if shift.shared:
+                    raise ValueError(f"Aggregate: the encoder of {name!r} is the network: use process.bind(params).")
+                encoded[name] = jax.lax.stop_gradient(shift.encode(self._as_belief(name, beliefs[name])))
                 if z is not None and encoded[name].shape != z.shape:
                     raise ValueError(
                         f"Aggregate: the encoder of {name!r} gives the shape {encoded[name].shape}, but {self.target!r} has {z.shape}.")
@@ -390,20 +318,20 @@ class Aggregate(Joint):
             z = z + bcast(sign * self._share(name, t), z) * value
         return {**x, self.target: z}
 
-    def _held(self, keys, name, xs, belief, t, s):
+    def _pinned(self, keys, name, xs, belief, t, s):
         """The belief about a discrete modality with which z moves: what x_s tells, and a draw where the modality enters."""
         part = self.parts[name]
-        told = part._conditioned(xs, belief, s[name])
+        known = part._conditioned(xs, belief, s[name])
         drawn = jax.nn.one_hot(per_example(sample_classes, keys, belief), part.classes)
-        told = jnp.where(bcast((t[name] == 1) & (s[name] > 0), belief), drawn, told)
-        return jnp.where(bcast(s[self.target] > 0, belief), told, belief)  # a clean z is x0_hat
+        known = jnp.where(bcast((t[name] == 1) & (s[name] > 0), belief), drawn, known)
+        return jnp.where(bcast(s[self.target] > 0, belief), known, belief)  # a clean z is x0_hat
 
-    def _told(self, noised, x0_hat, lever):
+    def _target_terms(self, noised, x0_hat, mean_weight):
         """The target's `Noised`, and its belief moved by what the errors about the others do to the mean of a step."""
         believed, true = (self._encoded(tree, noised.x0[self.target]) for tree in (x0_hat, noised.x0))
         z = x0_hat[self.target]
         for name in self.added:
-            z = widened(z, bcast(lever(name), noised.x0[self.target]) * (believed[name] - true[name]))
+            z = widened(z, bcast(mean_weight(name), noised.x0[self.target]) * (believed[name] - true[name]))
         return noised.of(self.target), z
 
 

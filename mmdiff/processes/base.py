@@ -4,7 +4,7 @@ A process turns clean data into noisy data and knows the way back. It never sees
 Shapes: B examples; `t`, `s` are float32 [B] with 0 <= s <= t <= 1; `keys` are [B] typed PRNG keys, one per example, so that
 what happens to an example depends on nothing but its own key.
 
-Conditioning is time: a modality held at t = 0 is a condition (`corrupt` and `step` return it bit for bit, and its loss is
+Conditioning is time: a modality pinned at t = 0 is a condition (`corrupt` and `step` return it bit for bit, and its loss is
 zero), at t = 1 it is absent (a draw from the prior, or a null token).
 """
 
@@ -50,13 +50,13 @@ class Noised:
 class Process:
     """The interface. Every method is pure; `...` stands for the dimensions of one example.
 
-    The first six methods are the process; `kl`, `prior_kl`, `rate` and `decoder` serve the bounds on the likelihood.
+    The first six methods are the process; `kl`, `prior_kl`, `elbo_rate` and `decoder` serve the bounds on the likelihood.
     """
 
     learnt = True  # False for a condition, for which a network needs no output
-    shared = False  # True if a part of it is the network itself, so that it has to be `bound`
+    shared = False  # True if a part of it is the network itself, so that it has to be bound (`bind`)
 
-    def take(self, batch: Mapping[str, Array]) -> Any:
+    def select(self, batch: Mapping[str, Array]) -> Any:
         """The clean data of this process within a batch: the entry `x0`, or for a `Joint` one entry per modality."""
         return batch["x0"]
 
@@ -79,11 +79,11 @@ class Process:
         """A draw [B, *shape] at t = 1."""
         raise NotImplementedError
 
-    def bound(self, params: Any) -> Process:
+    def bind(self, params: Any) -> Process:
         """This process with whatever in it depends on the network's parameters; usually nothing does."""
         return self
 
-    def begin(self, xt: Any, known: Collection[str]) -> Any:
+    def condition_prior(self, xt: Any, known: Collection[str]) -> Any:
         """A draw of the prior in which the modalities `known` were replaced by their clean data, and what else this changes."""
         return xt
 
@@ -91,13 +91,13 @@ class Process:
         """A draw from q(x_t | x_0). At t = 0 it is x_0 itself."""
         raise NotImplementedError
 
-    def explain(self, noised: Noised, x0: Array) -> Noised:
+    def with_x0(self, noised: Noised, x0: Array) -> Noised:
         """The same x_t as if it had come from another clean x0 (a negative): what depends on x_0 is replaced."""
         return noised.replace(x0=x0)
 
-    def bare(self, x: Any, t: Any, bare_x: Any, bare_t: Any) -> tuple[Any, Any]:
-        """What the network is fed once guidance has replaced modalities of its inputs (x, t) by absent ones: (bare_x, bare_t), and more."""
-        return bare_x, bare_t
+    def unconditional_inputs(self, x: Any, t: Any, null_x: Any, null_t: Any) -> tuple[Any, Any]:
+        """What the network is fed once guidance has replaced modalities of its inputs (x, t) by absent ones: (null_x, null_t), and more."""
+        return null_x, null_t
 
     def inputs(self, xt: Array, t: Array) -> tuple[Array, Array]:
         """What the network is fed for (x_t, t)."""
@@ -130,7 +130,7 @@ class Process:
         """KL(q(x_1 | x_0) || prior) in nats, summed over the example, [B]."""
         raise NotImplementedError
 
-    def rate(self, noised: Noised, x0_hat: Array) -> Array:
+    def elbo_rate(self, noised: Noised, x0_hat: Array) -> Array:
         """The limit of `kl(noised, x0_hat, t - dt) / dt`: the continuous-time VLB's integrand, [B]."""
         raise NotImplementedError
 
@@ -225,7 +225,7 @@ class Given(Process):
     def prior_kl(self, x0):
         return jnp.zeros(x0.shape[0], jnp.float32)
 
-    def rate(self, noised, x0_hat):
+    def elbo_rate(self, noised, x0_hat):
         return jnp.zeros_like(noised.t)
 
 
@@ -261,7 +261,7 @@ class Joint(Process):
             results[name] = getattr(part, method)(*lead, *(tree[name] for tree in trees))
         return results
 
-    def take(self, batch):
+    def select(self, batch):
         missing = [name for name in self.parts if name not in batch]
         if missing:
             raise KeyError(f"the batch has no {missing}: it holds {sorted(batch)} and the process needs {sorted(self.parts)}.")
@@ -299,8 +299,8 @@ class Joint(Process):
         parts = self._map("corrupt", x0, t, keys=keys)
         return Noised(*({name: getattr(noised, field) for name, noised in parts.items()} for field in ("x0", "xt", "t", "noise")))
 
-    def explain(self, noised, x0):
-        parts = {name: self.parts[name].explain(noised.of(name), value) for name, value in x0.items() if name in self.parts}
+    def with_x0(self, noised, x0):
+        parts = {name: self.parts[name].with_x0(noised.of(name), value) for name, value in x0.items() if name in self.parts}
         new = {field: dict(getattr(noised, field)) for field in ("x0", "noise")}
         for name, part in parts.items():
             new["x0"][name], new["noise"][name] = part.x0, part.noise
@@ -328,8 +328,8 @@ class Joint(Process):
     def prior_kl(self, x0):
         return self._map("prior_kl", x0)
 
-    def rate(self, noised, x0_hat):
-        return self._map("rate", self.split(noised), x0_hat)
+    def elbo_rate(self, noised, x0_hat):
+        return self._map("elbo_rate", self.split(noised), x0_hat)
 
     def split(self, noised: Noised) -> dict[str, Noised]:
         """A joint `Noised` as one `Noised` per modality."""

@@ -9,7 +9,7 @@ sum_k p0[k] q(x_s | x_t, x_0 = k)), is
     q(x_s | x_t, p0) = pull(1[x_t], s, t) * push(p0 / pull(1[x_t], 0, t), 0, s).
 
 A belief gives no weight to what x_t has ruled out: that alone makes unmasked tokens of an absorbing chain stay as they are,
-their cross-entropy zero, and a token held at t = 0 known.
+their cross-entropy zero, and a token pinned at t = 0 known.
 
 Data are integers [B, ...] in 0 .. classes - 1; noisy data live in 0 .. states - 1, where states beyond the classes (a mask) are
 never data. Beliefs are float32 [B, ..., classes]. All mathematics is float32, at O(states) a token for `Categorical` and `MaskReplace`.
@@ -27,7 +27,8 @@ import numpy as np
 from mmdiff import schedules
 from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
-from mmdiff.processes.base import Array, Noised, Process, bcast, check_time, concrete, per_example, per_example_mean, per_example_sum
+from mmdiff.processes.base import Noised, Process, bcast, check_time, concrete, per_example, per_example_mean, per_example_sum
+from mmdiff.processes.class_sampling import descend, sample_classes, tree_of_sums
 
 TINY = 1e-30
 LOG_FLOOR = -70.0  # log-probabilities that are compared with data end here, and so do their gradients
@@ -77,8 +78,8 @@ class Discrete(Process):
             raise ValueError(f"class id {wrong} is out of range: this process has the classes 0..{self.classes - 1}.")
 
     def prior(self, keys, shape):
-        levels = _sums(jnp.asarray(self.stationary, jnp.float32))
-        return per_example(lambda key: _descend(key, levels, shape), keys)
+        levels = tree_of_sums(jnp.asarray(self.stationary, jnp.float32))
+        return per_example(lambda key: descend(key, levels, shape), keys)
 
     def corrupt(self, keys, x0, t):
         self.check(x0)
@@ -122,7 +123,7 @@ class Discrete(Process):
         pulled = self._likelihood(noised.xt, s, noised.t)
         # Normalised by construction.
         q, p = (pulled * self._scaled(noised.xt, belief, noised.t, s) for belief in (truth, x0_hat))
-        each = jnp.where(q > 0, q * (_floored_log(q) - _floored_log(p)), 0.0).sum(-1)
+        each = jnp.where(q > 0, q * (floored_log(q) - floored_log(p)), 0.0).sum(-1)
         return jnp.where(s < noised.t, per_example_sum(each), 0.0)
 
     def prior_kl(self, x0):
@@ -131,7 +132,7 @@ class Discrete(Process):
         return per_example_sum(jnp.where(p > 0, p * ratio, 0.0).sum(-1))
 
     def _last_step(self, steps, noised, x0_hat):
-        """The `rate` of a chain with T steps, which has no continuous time: T times the KL of its own last step."""
+        """The `elbo_rate` of a chain with T steps, which has no continuous time: T times the KL of its own last step."""
         return steps * self.kl(noised, x0_hat, jnp.maximum(noised.t - 1.0 / steps, 0.0))
 
     def _likelihood(self, xt, s, t):
@@ -209,7 +210,7 @@ class Categorical(Discrete):
             b = jnp.where(alive, jnp.where(b < a_s, (b - b_s) / jnp.where(alive, a_s, 1.0), 1.0 - a), 1.0)
         return a, b
 
-    def rate(self, noised, x0_hat):
+    def elbo_rate(self, noised, x0_hat):
         r"""Continuous-time VLB integrand of the reverse jumps y != x_t (Campbell et al. 2022; for a mask it is MD4's weight times CE):
 
             sum_y  r_hat(y) - r(y) + r(y) log(r(y) / r_hat(y)),      r(y) = -a'/a pi[x_t] q_t(y | x_0) / q_t(x_t | x_0).
@@ -235,127 +236,22 @@ class Categorical(Discrete):
 
 def absorbing(classes: int, keep: schedules.Schedule | None = None) -> Categorical:
     """Masked diffusion: tokens turn into a mask, state `classes` (D3PM absorbing, MD4, MDLM)."""
-    _check_classes("absorbing", classes)
+    check_classes("absorbing", classes)
     return Categorical((0.0,) * classes + (1.0,), keep or schedules.flow(), classes)
 
 
 def uniform(classes: int, keep: schedules.Schedule | None = None) -> Categorical:
     """Tokens are redrawn uniformly from the classes (multinomial diffusion)."""
-    _check_classes("uniform", classes)
+    check_classes("uniform", classes)
     return Categorical((1.0 / classes,) * classes, keep or schedules.flow(), classes)
 
 
 def mixed(classes: int, mask: float, keep: schedules.Schedule | None = None) -> Categorical:
     """A redraw hits the mask with probability `mask`, else a uniform class. Masks can be redrawn too: rank one, unlike VQ-Diffusion."""
-    _check_classes("mixed", classes)
+    check_classes("mixed", classes)
     if not 0 <= mask <= 1:
         raise ValueError(f"mixed needs a mask probability in [0, 1], got {mask}.")
     return Categorical(((1.0 - mask) / classes,) * classes + (mask,), keep or schedules.flow(), classes)
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskReplace(Discrete):
-    r"""VQ-Diffusion's chain: a token is kept, replaced by a uniform class (perhaps its own) or masked; a mask stays for ever,
-
-        q(x_t | x_s) = A 1[x_t = x_s] + U / K   (x_t < K),    q(mask | x_s) = C,    q(mask | mask) = 1,
-        A = A_t / A_s,    1 - C = (1 - C_t) / (1 - C_s),    U = 1 - A - C.
-
-    Not of rank one, but its push and pull cost O(K) a token all the same. Source: Gu et al. 2022, equations 7 and 8.
-
-    Attributes:
-      classes: K; the mask is state K.
-      schedule: (A_t, U_t, C_t), such as `schedules.vqd_released(100)` or `schedules.vqd_paper(100)`.
-      evidence: whether to add what a token says of its own clean value, log q(x_t | x_0), to the network's logits, which are then of
-        x_0 given the *other* tokens: the network need not learn to copy what it sees. False is as published.
-    """
-
-    classes: int
-    schedule: schedules.ReplaceTable
-    evidence: bool = False
-
-    def __post_init__(self):
-        _check_classes("MaskReplace", self.classes)
-        if not isinstance(self.schedule, schedules.ReplaceTable):
-            raise ValueError("MaskReplace needs a table of (kept, replaced, masked), such as schedules.vqd_released(steps).")
-
-    @property
-    def states(self):
-        return self.classes + 1
-
-    @property
-    def stationary(self):
-        """The law at t = 1 of what is not kept."""
-        _, replaced, masked = self.schedule.rows[-1]
-        return np.append(np.full(self.classes, replaced / self.classes), masked) / (replaced + masked)
-
-    @property
-    def null(self):
-        """The mask, though the prior may hold a few tokens that were replaced."""
-        return self.mask
-
-    def push(self, p, s, t):
-        kept, replaced, masked = self._weights(s, t, p)
-        tokens, mask = p[..., :-1], p[..., -1:]
-        total = tokens.sum(-1, keepdims=True)
-        return jnp.concatenate([kept * tokens + replaced / self.classes * total, mask + masked * total], -1)
-
-    def pull(self, f, s, t):
-        kept, replaced, masked = self._weights(s, t, f)
-        tokens, mask = f[..., :-1], f[..., -1:]
-        return jnp.concatenate([kept * tokens + replaced * tokens.mean(-1, keepdims=True) + masked * mask, mask], -1)
-
-    def logits(self, out, xt, t):
-        out = out.astype(jnp.float32)
-        if not self.evidence:
-            return out
-        return out + jnp.log(jnp.maximum(self._likelihood(xt, None, t)[..., : self.classes], TINY))
-
-    def kl(self, noised, x0_hat, s):
-        """As for any `Discrete`, but what x_0 says is counted at O(1) a token: an x_0 more, a negative, costs no sum over the classes."""
-        xt, z, t = noised.xt, noised.x0, noised.t
-        # The law by the belief, as a table; its sum over the classes stands for those that are neither x_0 nor x_t.
-        p = self._likelihood(xt, s, t) * self._scaled(xt, self._conditioned(xt, x0_hat, t), t, s)
-        log_p = _floored_log(p)
-        log_all, log_mask = log_p[..., :-1].sum(-1), log_p[..., -1]
-        log_z, log_x = (jnp.take_along_axis(log_p, place[..., None], axis=-1)[..., 0] for place in (z, xt))
-
-        whole, step, start = self._weights(None, t, xt), self._weights(s, t, xt), self._weights(None, s, xt)
-        masked, same = xt == self.mask, xt == z
-        u, u_t, u_s = (weights[1] / self.classes for weights in (step, whole, start))
-        seen = jnp.where(masked, whole[2], jnp.where(same, whole[0], 0.0) + u_t)  # q(x_t | x_0)
-
-        def law(back, forth):
-            return jnp.where(seen > 0, back * forth / jnp.where(seen > 0, seen, 1.0), 0.0)
-
-        apart = ~masked & ~same
-        at_z = law(jnp.where(masked, step[2], jnp.where(same, step[0], 0.0) + u), start[0] + u_s)
-        at_x = jnp.where(apart, law(step[0] + u, u_s), 0.0)
-        other = law(jnp.where(masked, step[2], u), u_s)
-        at_mask = jnp.where(masked, law(1.0, start[2]), 0.0)
-        others = self.classes - 1.0 - apart
-        rest = log_all - log_z - jnp.where(apart, log_x, 0.0)
-        each = other * (others * _floored_log(other) - rest)
-        for q, log_there in ((at_z, log_z), (at_x, log_x), (at_mask, log_mask)):
-            each = each + q * (_floored_log(q) - log_there)
-        return jnp.where(s < t, per_example_sum(each), 0.0)
-
-    def rate(self, noised, x0_hat):
-        return self._last_step(self.schedule.steps, noised, x0_hat)
-
-    def _weights(self, s, t, like):
-        """A, U and C from s to t, each from what keeps its digits."""
-        kept, replaced, masked = (bcast(c, like) for c in self.schedule(t))
-        if s is None:
-            return kept, replaced, masked
-        kept_s, replaced_s, masked_s = (bcast(c, like) for c in self.schedule(s))
-        unmasked, unmasked_s = kept + replaced, kept_s + replaced_s
-        kept = jnp.where(kept_s > 0, kept / jnp.where(kept_s > 0, kept_s, 1.0), 0.0)
-        # Of two equal expressions the one that subtracts the smaller numbers.
-        masked = jnp.where(masked < unmasked_s, masked - masked_s, unmasked_s - unmasked)
-        replaced = replaced - kept * replaced_s
-        alive, safe = unmasked_s > 0, jnp.where(unmasked_s > 0, unmasked_s, 1.0)
-        replaced, masked = (jnp.maximum(c, 0.0) / safe for c in (replaced, masked))
-        return kept, jnp.where(alive, replaced, 0.0), jnp.where(alive, masked, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -416,7 +312,7 @@ class Markov(Discrete):
 
         return jax.lax.fori_loop(0, high.max() - low.min(), body, f)
 
-    def rate(self, noised, x0_hat):
+    def elbo_rate(self, noised, x0_hat):
         return self._last_step(self.steps.shape[0], noised, x0_hat)
 
     def _index(self, t):
@@ -429,56 +325,10 @@ class Markov(Discrete):
         return (p[..., None, :] @ matrix)[..., 0, :]
 
 
-def _check_classes(what, classes):
+def check_classes(what, classes):
     if not is_whole(classes, 1):
         raise UserError(f"{what} needs at least one class, and a whole number of them, got {classes}.")
 
 
-def _floored_log(p):
+def floored_log(p):
     return jnp.log(jnp.maximum(p, math.exp(LOG_FLOOR)))
-
-
-def sample_classes(key: Array, weights: Array) -> Array:
-    """A sample of the last axis, class k with probability weights[k] / sum(weights): int32 [...], for weights >= 0 [..., K].
-
-    Exact to float32's relative precision for every class and every group of classes, however rare: a binary tree of sums is descended
-    from its root, and at each node the rarer side is compared with a uniform number of 64 bits. `jax.random.categorical` has 23 bits: it
-    samples events below 1e-6 too seldom and those below 1e-8 never. Costs O(K) additions and 2 log2(K) random words a sample.
-    """
-    return _descend(key, _sums(weights), weights.shape[:-1])
-
-
-def _sums(weights):
-    """The levels of the tree, root first. Node j of a level with n nodes has the children j and j + m of the next, m = n."""
-    levels = [weights]
-    while (size := levels[-1].shape[-1]) > 1:
-        half = (size + 1) // 2
-        left, right = levels[-1][..., :half], levels[-1][..., half:]
-        levels.append(left.at[..., : size - half].add(right))
-    return levels[::-1]
-
-
-def _descend(key, levels, shape):
-    """The leaf that is reached, int32 of that shape; `levels` are of one tree, [n], or of one for each, [*shape, n]."""
-    place = jnp.zeros(shape, jnp.int32)
-    for level, words in zip(levels[1:], jax.random.bits(key, (len(levels) - 1, 2, *shape), jnp.uint32)):
-        size = level.shape[-1]
-        other = place + (size + 1) // 2
-
-        def weight(at, level=level):
-            return jnp.take(level, at) if level.ndim == 1 else jnp.take_along_axis(level, at[..., None], axis=-1)[..., 0]
-
-        here, there = weight(place), jnp.where(other < size, weight(jnp.minimum(other, size - 1)), 0.0)
-        place = jnp.where(_chance(words, here, there), place, other)
-    return place
-
-
-def _chance(words, a, b):
-    """True with probability a / (a + b), from two random words: the smaller of the two is compared with a number that is fine near 0."""
-
-    def fraction(high, low):
-        return high.astype(jnp.float32) * 2.0**-32 + low.astype(jnp.float32) * 2.0**-64
-
-    high, low = words
-    # The complement of the bits is the number's distance from 1.
-    return jnp.where(a <= b, fraction(high, low) * (a + b) < a, fraction(~high, ~low) * (a + b) >= b)

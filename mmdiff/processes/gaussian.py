@@ -120,7 +120,7 @@ class Gaussian(Process):
         xt = jnp.where(bcast(t, x0) > 0, alpha * x0 + sigma * noise, x0)
         return Noised(x0=x0, xt=xt, t=t, noise=noise)
 
-    def explain(self, noised, x0):
+    def with_x0(self, noised, x0):
         alpha, sigma = self._at(noised.t, x0)
         noise = jnp.where(sigma > 0, (noised.xt - alpha * x0) / jnp.where(sigma > 0, sigma, 1.0), noised.noise)
         return noised.replace(x0=x0, noise=noise)
@@ -195,7 +195,7 @@ class Gaussian(Process):
         nats = self._nats(noised.x0, x0_hat, jnp.where(apart, noised.t, 0.75), jnp.where(apart, s, 0.5))
         return jnp.where(s < noised.t, jnp.where(apart, per_example_sum(nats), jnp.inf), 0.0)
 
-    def rate(self, noised, x0_hat):
+    def elbo_rate(self, noised, x0_hat):
         """`-SNR'(t) / 2 |x_0 - x0_hat|^2` (VDM, equation 17)."""
         t = self._inside(noised.t)
         alpha, sigma = self.schedule(t)
@@ -301,8 +301,8 @@ class LearnedSigma(Gaussian):
         noise = per_example(lambda key: jax.random.normal(key, xt.shape[1:]), keys)  # the same as in xs
         return xs + bcast(narrow, xt) * jnp.expm1(0.5 * jnp.clip(share, 0.0, 1.0) * self._log_ratio(t, s, xt)) * noise
 
-    def rate(self, noised, x0_hat):
-        return super().rate(noised, self._halves(x0_hat, noised.x0)[0])
+    def elbo_rate(self, noised, x0_hat):
+        return super().elbo_rate(noised, self._halves(x0_hat, noised.x0)[0])
 
     def _last(self, x0_hat, x0, t, later):
         # Between that and beta, sigma_t^2 in the step to the data.

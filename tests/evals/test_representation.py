@@ -13,7 +13,7 @@ from mmdiff import schedules
 from mmdiff.data.modalities import Features, Images
 from mmdiff.data.sources import ArraySource, load_all
 from mmdiff.evals.representation import ImageRepresentation, cosine
-from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, moving_target, velocity
+from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, moving_target, velocity
 
 SIZE, SETTINGS = 16, ("given", "given_unguided", "joint", "absent")
 MATRIX = np.random.default_rng(0).normal(size=(64, SIZE))
@@ -58,7 +58,7 @@ def measured(train, test, belongs=True):
 
     experiment = types.SimpleNamespace(
         process=Aggregate(
-            "image", {"representation": Addend(lambda x: jnp.zeros((len(x), 8, 8, 1)), moving_target())},
+            "image", {"representation": MeanShift(lambda x: jnp.zeros((len(x), 8, 8, 1)), moving_target())},
             image=Gaussian(schedules.flow(), velocity), representation=Hidden(0.0)),
         apply=apply, sample=draw, train_data=lambda: sources[0], test_data=lambda: sources[1],
         shape={"image": (8, 8, 1), "representation": (SIZE,)},

@@ -14,8 +14,8 @@ from exact import SCHEDULES, Mixture, keys
 from mmdiff import losses, nets, processes, sampling, schedules, times
 from mmdiff.errors import UserError
 from mmdiff.evals import accuracy, likelihood
-from mmdiff.processes import Addend, Aggregate, Gaussian, Given, Hidden, Joint, aggregate, fold
-from mmdiff.processes.aggregate import card, moving_target, stepwise, template, transition
+from mmdiff.processes import Aggregate, Gaussian, Given, Hidden, Joint, MeanShift, fold, identity
+from mmdiff.processes.mean_shift import card, moving_target, stepwise, template, transition
 
 STEPS = 8
 ALPHAS = np.asarray([0.99, 0.97, 0.9, 0.85, 0.8, 0.6, 0.5, 0.2])  # the paper's alpha_t, 1 - beta_t
@@ -34,10 +34,10 @@ def chain64(alphas):
     return schedule
 
 
-def pair(weight, schedule=None, eta=1.0, predict=processes.eps, encode=aggregate.identity):
+def pair(weight, schedule=None, eta=1.0, predict=processes.eps, encode=identity):
     """z and one array x of its shape, with E = identity."""
     chain = Gaussian(schedule or chain64(ALPHAS), predict, eta)
-    return Aggregate("z", {"x": Addend(encode, weight)}, z=chain, x=Hidden())
+    return Aggregate("z", {"x": MeanShift(encode, weight)}, z=chain, x=Hidden())
 
 
 def at(t, x=None, count=1):
@@ -244,7 +244,7 @@ SHAPE = {"image": (2,), "label": ()}
 
 def labelled(weight=moving_target(), label=LABEL, schedule=None, predict=processes.v, eta=0.0, table=TABLE, added=True):
     chain = Gaussian(schedule or schedules.cosine(), predict, eta)
-    return Aggregate("image", {"label": Addend(template(table), weight)} if added else {}, image=chain, label=label)
+    return Aggregate("image", {"label": MeanShift(template(table), weight)} if added else {}, image=chain, label=label)
 
 
 def linear_network(params, x, t):
@@ -285,23 +285,23 @@ def test_without_a_sum_it_is_the_joint_bit_by_bit(zero, own):
     same(process.clean(out, ours.xt, t), x0_hat)
     same(process.step(keys(6), ours.xt, x0_hat, t, s), plain.step(keys(6), ours.xt, x0_hat, t, s))
     same(process.kl(ours, x0_hat, s), plain.kl(ours, x0_hat, s))
-    same(process.rate(ours, x0_hat), plain.rate(ours, x0_hat))
+    same(process.elbo_rate(ours, x0_hat), plain.elbo_rate(ours, x0_hat))
     same(process.prior_kl(data()), plain.prior_kl(data()))
     same(process.prior(keys(6), SHAPE), plain.prior(keys(6), SHAPE))
     same(process.split(ours), plain.split(ours))
     negative = {"label": (data()["label"] + 1) % 3}
-    same(process.explain(ours, {"image": 2 * data()["image"]}), plain.explain(ours, {"image": 2 * data()["image"]}))
-    same(process.explain(ours, negative).x0, plain.explain(ours, negative).x0)
+    same(process.with_x0(ours, {"image": 2 * data()["image"]}), plain.with_x0(ours, {"image": 2 * data()["image"]}))
+    same(process.with_x0(ours, negative).x0, plain.with_x0(ours, negative).x0)
     one, two = process.loss(out, ours), plain.loss(out, theirs)
     counts = (t["label"] < 1) | (zero == "nothing added")  # an absent modality that is added has no loss
     same(one, {**two, "label": jnp.where(counts, two["label"], 0.0)})
 
 
-@pytest.mark.parametrize("zero, held", [("nothing added", "given"), ("w = 0", "nothing"), ("w = 0", "given"), ("E = 0", "absent")])
-def test_without_a_sum_it_samples_like_the_joint(zero, held):
+@pytest.mark.parametrize("zero, pinned", [("nothing added", "given"), ("w = 0", "nothing"), ("w = 0", "given"), ("E = 0", "absent")])
+def test_without_a_sum_it_samples_like_the_joint(zero, pinned):
     process = labelled(eta=1.0, predict=processes.eps, schedule=schedules.linear_beta(), **ZEROS[zero])
     plain = Joint(image=process.chain, label=LABEL)
-    given, absent = {"label": data()["label"]} if held == "given" else {}, ["label"] if held == "absent" else []
+    given, absent = {"label": data()["label"]} if pinned == "given" else {}, ["label"] if pinned == "absent" else []
     ours, theirs = (
         sampling.sample(p, linear_network, PARAMS, keys(6), sampling.uniform_grid(5), SHAPE, given, absent) for p in (process, plain))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -446,7 +446,7 @@ def test_rate_is_the_limit_of_kl(weight, own):
             noised = process.corrupt(keys(1), scalars(z=0.8, x=-1.3), at(t, own))
             belief = scalars(z=0.5, x=0.4)
             limit = process.kl(noised, belief, at(t - 1e-6, own))["z"] / 1e-6
-            np.testing.assert_allclose(process.rate(noised, belief)["z"], limit, rtol=1e-4)
+            np.testing.assert_allclose(process.elbo_rate(noised, belief)["z"], limit, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -462,7 +462,7 @@ def test_losses_of_the_heads():
     entropy = 2 * math.log(2 * math.pi)  # of N(x_0, 1)'s peak, four dimensions
     np.testing.assert_allclose(head.kl(noised, belief, 0 * t) - jnp.asarray([0, entropy, entropy]),
                                0.5 * ((x0 - 1) ** 2).sum(-1) * jnp.asarray([0, 1, 1]), rtol=1e-5, atol=1e-5)
-    assert not head.kl(noised, belief, jnp.asarray([0.0, 0.2, 0.9])).any() and not head.rate(noised, belief).any()
+    assert not head.kl(noised, belief, jnp.asarray([0.0, 0.2, 0.9])).any() and not head.elbo_rate(noised, belief).any()
     wide = dataclasses.replace(head, std=2.0).kl(noised, belief, 0 * t)[1]
     np.testing.assert_allclose(wide, ((x0[1] - 1) ** 2).sum() / 8 + entropy + 4 * math.log(2), rtol=1e-5)
     np.testing.assert_array_equal(head.step(keys(3), noised.xt, belief, t, 0 * t), belief)
@@ -519,30 +519,30 @@ def network(process, mixture, table, sees=True):
     return apply
 
 
-ESTIMATES = {"soft": lambda move: move, "drawn": sampling.drawn(), "argmax": sampling.top_p(0.0)}
+ESTIMATES = {"soft": lambda state: state, "sampled": sampling.sampled(), "argmax": sampling.top_p(0.0)}
 FAMILIES = {"moving": moving_target(), "card": card(), "constant": stepwise([0.01] * 1000)}
 
 
 @functools.cache
-def walk(network_of):
+def trajectory(network_of):
     """The sampler of a network, for any of the weights and any estimate of a hidden label: compiled once."""
 
     @jax.jit
     def run(k, given, family, estimate):
-        def chosen(move):
-            return move.corrected(sum(estimate[i] * refine(move).x0 for i, refine in enumerate(ESTIMATES.values())))
+        def chosen(state):
+            return state.corrected(sum(estimate[i] * transform(state).x0 for i, transform in enumerate(ESTIMATES.values())))
 
         process = toy(lambda schedule, t: sum(family[i] * weight(schedule, t) for i, weight in enumerate(FAMILIES.values())))
-        maps = [sampling.following(process, "label", chosen)]
+        transforms = [sampling.following(process, "label", chosen)]
         grid = sampling.uniform_grid(80) ** 1.5
-        return sampling.sample(process, network_of(process), None, k, grid, {"image": (1,), "label": ()}, given, maps=maps)
+        return sampling.sample(process, network_of(process), None, k, grid, {"image": (1,), "label": ()}, given, transforms=transforms)
 
     return run
 
 
 def draws(weight, network_of, estimate="soft", given=None, count=16_000):
     family, way = (jnp.asarray([float(one == name) for one in names]) for name, names in ((weight, FAMILIES), (estimate, ESTIMATES)))
-    out = walk(network_of)(keys(count), {} if given is None else {"label": jnp.full(count, given)}, family, way)
+    out = trajectory(network_of)(keys(count), {} if given is None else {"label": jnp.full(count, given)}, family, way)
     return np.asarray(out["image"]), np.asarray(out["label"])
 
 
@@ -612,7 +612,7 @@ def test_the_network_s_encoding_points_to_the_mean_of_its_class(predict, schedul
     means = jnp.asarray(THREE.means, jnp.float32)
     table = added * 0.7 * means / jnp.sqrt((means**2).mean(-1, keepdims=True))
     chain = Gaussian(CHAINS[schedule], getattr(processes, predict), data_std=data_std)
-    process = Aggregate("image", {"label": Addend(template(table), moving_target())}, image=chain, label=LABEL)
+    process = Aggregate("image", {"label": MeanShift(template(table), moving_target())}, image=chain, label=LABEL)
     encoded = encoded_by(process, table, data_std)
     np.testing.assert_allclose(jnp.sqrt((encoded**2).mean(-1)), 0.7, rtol=1e-5)
     cosine = (encoded * means).sum(-1) / (jnp.linalg.norm(encoded, axis=-1) * jnp.linalg.norm(means, axis=-1))
@@ -625,7 +625,7 @@ def test_the_network_s_encoding_finds_the_mean_of_its_class_from_anywhere():
     chain = Gaussian(CHAINS["linear_beta"], processes.eps)
     table = -0.7 * means[:, ::-1]
     for _ in range(12):
-        process = Aggregate("image", {"label": Addend(template(table), moving_target())}, image=chain, label=LABEL)
+        process = Aggregate("image", {"label": MeanShift(template(table), moving_target())}, image=chain, label=LABEL)
         table = encoded_by(process, table)
     cosine = (table * means).sum(-1) / (jnp.linalg.norm(table, axis=-1) * jnp.linalg.norm(means, axis=-1))
     assert cosine.min() > 0.99
@@ -662,7 +662,7 @@ def test_the_head_s_gradient_is_the_conditional_score(predict, schedule, scaled)
         none, twice = (sampling.head_guided(process, make(process, sees=False), s)(None, *net) for s in (0.0, 2.0))
         np.testing.assert_allclose(none["image"], hidden["image"], atol=1e-6)
         np.testing.assert_allclose(twice["image"] - hidden["image"], 2 * (guided["image"] - hidden["image"]), atol=1e-4)
-    # Of a label that is not known nothing is told.
+    # Of a label that is not known nothing is known.
     later = {**t, "label": t["image"]}
     bare = {**net[0], "label": jnp.full(count, 3)}
     again = sampling.head_guided(process, make(process, sees=False))(None, bare, later)
@@ -692,7 +692,7 @@ def test_guidance_compares_with_plain_ddpm(predict, schedule, scaled):
 
 @pytest.mark.parametrize("label", ["at_once", "absorbing"])
 def test_the_joint_law_is_reproduced(label):
-    """A label that is told by one draw at the end, or unmasked on a chain of its own: shares, means and spreads by label."""
+    """A label that is revealed by one draw at the end, or unmasked on a chain of its own: shares, means and spreads by label."""
     chain = processes.absorbing(3, schedules.at_once() if label == "at_once" else None)
     process, count = labelled(label=chain), 8000
     run = jax.jit(lambda k: sampling.sample(process, network(process, THREE, TABLE), None, k, sampling.uniform_grid(64), SHAPE))
@@ -733,7 +733,7 @@ def test_what_is_known_shifts_the_prior():
     np.testing.assert_array_equal(known["label"], labels)
     image = jnp.ones((3, 2))
     np.testing.assert_array_equal(sampling.start(process, keys(3), SHAPE, {"image": image, "label": labels})["image"], image)
-    # A target that is given stays as it is while the label is told.
+    # A target that is given stays as it is while the label is sampled.
     out = sampling.sample(process, linear_network, PARAMS, keys(3), sampling.uniform_grid(3), SHAPE, given={"image": image})
     np.testing.assert_array_equal(out["image"], image)
 
@@ -743,13 +743,13 @@ def test_another_x0_explains_the_same_noisy_state(moved):
     process, t = labelled(), {"image": jnp.linspace(0.1, 0.9, 6), "label": jnp.asarray([0.0, 0.5, 1.0] * 2)}
     noised = process.corrupt(keys(6), data(), t)
     other = {"image": -data()["image"]} if moved == "image" else {"label": (data()["label"] + 1) % 3}
-    explained = process.explain(noised, other)
+    explained = process.with_x0(noised, other)
     np.testing.assert_array_equal(explained.x0[moved], other[moved])
     jax.tree.map(np.testing.assert_array_equal, explained.xt, noised.xt)
     alpha, sigma = (c[:, None] for c in process.chain.schedule(t["image"]))
     bare = process.split(explained)["image"].xt
     np.testing.assert_allclose(bare, alpha * explained.x0["image"] + sigma * explained.noise["image"], atol=1e-5)
-    np.testing.assert_array_equal(process.explain(noised, {}).noise["image"], noised.noise["image"])
+    np.testing.assert_array_equal(process.with_x0(noised, {}).noise["image"], noised.noise["image"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- the losses
@@ -783,7 +783,7 @@ def test_gradients_stop_at_encoders_and_pass_through_heads():
 
 def test_losses_and_gradients_are_finite_at_all_times():
     process = Aggregate(
-        "image", {"label": Addend(template(TABLE), moving_target()), "other": Addend(lambda x: x[..., :2], card())},
+        "image", {"label": MeanShift(template(TABLE), moving_target()), "other": MeanShift(lambda x: x[..., :2], card())},
         image=Gaussian(schedules.cosine(), processes.v), label=LABEL, other=Hidden(), more=Given())
     batch = data() | {"other": jnp.ones((6, 4)), "more": jnp.ones((6, 2)), "index": jnp.arange(6)}
     params = PARAMS | {"other": jnp.ones((8, 4))}
@@ -819,20 +819,20 @@ def test_the_bound_on_pairs():
 
 
 def test_mistakes_are_named():
-    chain, addend = Gaussian(schedules.flow()), Addend(template(TABLE), moving_target())
+    chain, shift = Gaussian(schedules.flow()), MeanShift(template(TABLE), moving_target())
     with pytest.raises(ValueError, match="target 'label' must be one of .* and a Gaussian"):
         Aggregate("label", {}, image=chain, label=LABEL)
     for name in ("image", "text"):
         with pytest.raises(ValueError, match=rf"cannot add \['{name}'\].*beside 'image' are \['label'\]"):
-            Aggregate("image", {name: addend}, image=chain, label=LABEL)
+            Aggregate("image", {name: shift}, image=chain, label=LABEL)
     with pytest.raises(ValueError, match=r"encoder of 'label' gives the shape \(1, 2\), but 'image' has \(1, 3\)"):
         t = {"image": jnp.ones(1), "label": jnp.ones(1)}
         labelled().corrupt(keys(1), {"image": jnp.ones((1, 3)), "label": jnp.zeros(1, jnp.int32)}, t)
     with pytest.raises(ValueError, match=r"one weight per step of the chain, \[T\]"):
         stepwise([[0.1]])
     process = labelled()
-    assert hash(process) == hash(process) and process.take(data()).keys() == {"image", "label"} and process.conditions == ()
-    known = Aggregate("image", {"label": Addend(aggregate.identity, moving_target())}, image=chain, label=Given())
+    assert hash(process) == hash(process) and process.select(data()).keys() == {"image", "label"} and process.conditions == ()
+    known = Aggregate("image", {"label": MeanShift(identity, moving_target())}, image=chain, label=Given())
     assert known.conditions == ("label",) and known.heads == ()
     with pytest.raises(UserError, match="head_guided: the process adds no modality that the network tells"):
         sampling.head_guided(known, linear_network)

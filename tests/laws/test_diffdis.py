@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from mmdiff import contrastive, losses, sampling, schedules, times
+from mmdiff import losses, matching, sampling, schedules, times
 from mmdiff.evals import retrieval
 from mmdiff.evals.accuracy import denoising_losses
 from mmdiff.evals.evaluator import example_keys
@@ -29,7 +29,7 @@ def keys(count, seed=0):
 
 
 def units(count, size, seed=0):
-    return contrastive.l2_normalize(jax.random.normal(jax.random.key(seed), (count, size)))
+    return matching.l2_normalize(jax.random.normal(jax.random.key(seed), (count, size)))
 
 
 # --------------------------------------------------------------------------------------------------------------- the query
@@ -140,7 +140,7 @@ def test_sure_images_are_named_right_from_noise(steps):
     """Also among prompts that are alike: with an average cosine of 0.7."""
     label = jnp.arange(40) % 10
     images = jax.nn.one_hot(label, 10) * (1 - 1e-6) + 1e-7
-    for prompts in (units(10, 32), contrastive.l2_normalize(units(10, 32) + 1.5 * units(1, 32, 5))):
+    for prompts in (units(10, 32), matching.l2_normalize(units(10, 32) + 1.5 * units(1, 32, 5))):
         found = read(prompts, images, steps)
         np.testing.assert_allclose(jnp.linalg.norm(found, axis=1), 1, atol=1e-5)
         s = retrieval.scores(found, prompts)
@@ -150,11 +150,11 @@ def test_sure_images_are_named_right_from_noise(steps):
 
 
 def test_one_step_from_noise_is_the_posterior_mean_and_many_are_draws():
-    """With no signal at t = 1: scores are G pi. A walk ends at one of the prompts, at class j for about pi_j of the seeds."""
+    """With no signal at t = 1: scores are G pi. A trajectory ends at one of the prompts, at class j for about pi_j of the seeds."""
     prompts, pi = units(10, 32), jnp.asarray([0.4, 0.3, 0.2, *[0.1 / 7] * 7])
     images = jnp.tile(pi, (400, 1))
     once = read(prompts, images[:4], 1, schedule=schedules.cosine())
-    np.testing.assert_allclose(once, jnp.tile(contrastive.l2_normalize(pi @ prompts), (4, 1)), atol=1e-4)
+    np.testing.assert_allclose(once, jnp.tile(matching.l2_normalize(pi @ prompts), (4, 1)), atol=1e-4)
     process = naming(0.5, schedules.cosine())
     apply = bayes(process.parts["query"], prompts)
     drawn = jax.jit(lambda k: sampling.sample(process, apply, None, k, sampling.uniform_grid(60), SHAPE, given={"image": images}))
@@ -240,11 +240,11 @@ def value_of(beliefs, clean, scale=1.0, bias=0.0, loss="infonce"):
     t = {"image": jnp.zeros(count), "query": jnp.full(count, 0.5)}
     noised = Noised(x0={"image": None, "query": clean}, xt={"image": None, "query": jnp.zeros_like(clean)}, t=t)
     out = {"query": beliefs, "logit_scale": jnp.full(count, scale), "logit_bias": jnp.full(count, bias)}
-    return contrastive.match(PROCESS.parts["query"], "query", loss)(out, noised)
+    return matching.embedding_loss(PROCESS.parts["query"], "query", loss)(out, noised)
 
 
 def reference(beliefs, clean, scale):
-    s = scale * np.asarray(contrastive.l2_normalize(beliefs), np.float64) @ np.asarray(contrastive.l2_normalize(clean), np.float64).T
+    s = scale * np.asarray(matching.l2_normalize(beliefs), np.float64) @ np.asarray(matching.l2_normalize(clean), np.float64).T
     both = [np.log(np.exp(m).sum(1)) - np.diag(m) for m in (s, s.T)]
     return (both[0] + both[1]) / 2
 
@@ -291,7 +291,7 @@ def test_equal_texts_need_no_care():
         return value_of(beliefs, clean, 7.0).mean()
 
     def every_copy(beliefs):
-        s = 7.0 * contrastive.l2_normalize(beliefs) @ clean.T
+        s = 7.0 * matching.l2_normalize(beliefs) @ clean.T
         share = same / same.sum(1, keepdims=True)
         rows, columns = (-(share * jax.nn.log_softmax(s, axis)).sum() / 8 for axis in (1, 0))
         return (rows + columns) / 2
@@ -324,8 +324,8 @@ def test_gradients_of_the_loss():
 def test_vectors_of_any_size_have_unit_length_and_finite_gradients():
     sizes = jnp.asarray([0.0, 1e-30, 1e-12, 1.0, 1e12, 1e30])[:, None]
     x = sizes * units(6, 8)
-    np.testing.assert_allclose(jnp.linalg.norm(contrastive.l2_normalize(x), axis=1), sizes[:, 0] > 0, rtol=1e-5)
-    slope = jax.grad(lambda x: (contrastive.l2_normalize(x) @ jnp.arange(8.0)).sum())(x)
+    np.testing.assert_allclose(jnp.linalg.norm(matching.l2_normalize(x), axis=1), sizes[:, 0] > 0, rtol=1e-5)
+    slope = jax.grad(lambda x: (matching.l2_normalize(x) @ jnp.arange(8.0)).sum())(x)
     assert np.isfinite(slope).all()
     along = (slope * x).sum(1)  # the length does not matter
     np.testing.assert_allclose(along, jnp.zeros(6), atol=1e-4)
@@ -353,7 +353,7 @@ def test_siglip():
     s = 10.0 * np.asarray(one, np.float64) @ np.asarray(twice, np.float64).T - 3.0
     np.testing.assert_allclose(value_of(one, twice, 10.0, -3.0, "siglip"), np.log1p(np.exp(-signs * s)).sum(1), rtol=1e-4)
     with pytest.raises(Exception, match="no loss 'triplet'; choose infonce or siglip"):
-        contrastive.match(PROCESS.parts["query"], "query", "triplet")
+        matching.embedding_loss(PROCESS.parts["query"], "query", "triplet")
 
 
 @functools.cache
@@ -372,7 +372,7 @@ def one_step(axes, loss, predict):
         return kernels | {"logit_scale": jnp.float32(5.0), "logit_bias": jnp.float32(-2.0)}
 
     when = times.joint(image=times.constant(0.0), query=times.uniform())
-    total = losses.diffusion(process, apply, when, {"match": (1.0, contrastive.match(process.parts["query"], "query", loss))})
+    total = losses.diffusion(process, apply, when, {"match": (1.0, matching.embedding_loss(process.parts["query"], "query", loss))})
     mesh = sharding.make_mesh(dict(axes), jax.devices()[: math.prod(size for _, size in axes)])
     images = np.random.default_rng(1).normal(size=(16, 6)).astype(np.float32)
     batch = {"image": images, "query": np.asarray(units(16, 8)), "index": np.arange(16, dtype=np.uint32)}
@@ -439,7 +439,7 @@ def test_errors_weighted_by_the_change_of_snr_are_the_likelihood_ratio():
     def rate(label, noise):
         xt = alpha * x + sigma * noise
         out = gaussian_network(process)(None, {"x": xt, "label": jnp.full(n, label)}, {"x": t})["x"]
-        return process.rate(Noised(x0=x, xt=xt, t=t, noise=noise), process.clean(out, xt, t))
+        return process.elbo_rate(Noised(x0=x, xt=xt, t=t, noise=noise), process.clean(out, xt, t))
 
     # In the difference of two classes the noise is linear: it and its opposite give the mean.
     found = np.mean([rate(0, sign * noise) - rate(1, sign * noise) for sign in (1, -1)])

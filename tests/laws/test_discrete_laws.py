@@ -23,7 +23,7 @@ from exact import (
 )
 
 from mmdiff import processes, schedules
-from mmdiff.processes import Markov, Noised, discrete, fold
+from mmdiff.processes import Markov, Noised, class_sampling, fold
 
 EVERY = list(DISCRETE)
 # All kinds of pairs (s, t): from the data, to the end, neighbours, far apart.
@@ -149,7 +149,7 @@ def test_the_truth_has_no_kl_and_no_loss(name):
     truth = jax.nn.one_hot(x0, process.classes)
     np.testing.assert_allclose(jitted(name, "kl")(noised, truth, t - 1 / STEPS), 0, atol=1e-5)
     np.testing.assert_allclose(jitted(name, "loss")(100 * truth, noised), 0, atol=1e-6)
-    np.testing.assert_allclose(jitted(name, "rate")(noised, truth), 0, atol=1e-4)
+    np.testing.assert_allclose(jitted(name, "elbo_rate")(noised, truth), 0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -195,11 +195,11 @@ def test_pinned_at_zero_and_standing_still(name):
     t = jnp.asarray([0.5, 1.0])
     xt = process.corrupt(keys(2), x0, t).xt
     np.testing.assert_array_equal(process.step(keys(2), xt, wrong, t, t), xt)
-    # What is held at t = 0 is known, whatever the network says.
+    # What is pinned at t = 0 is known, whatever the network says.
     noised = Noised(x0, x0, zero)
     logits = jax.random.normal(jax.random.key(0), (2, 3, process.classes))
     np.testing.assert_array_equal(process.clean(logits, x0, zero), jax.nn.one_hot(x0, process.classes))
-    for nothing in (process.loss(logits, noised), process.kl(noised, wrong, zero), process.rate(noised, wrong)):
+    for nothing in (process.loss(logits, noised), process.kl(noised, wrong, zero), process.elbo_rate(noised, wrong)):
         np.testing.assert_array_equal(nothing, [0, 0])
 
 
@@ -213,7 +213,7 @@ def test_losses_and_gradients_are_finite_at_every_time(name):
 
     def losses(out):
         x0_hat = process.clean(out, noised.xt, t)
-        values = jnp.stack([process.loss(out, noised), process.kl(noised, x0_hat, s), process.rate(noised, x0_hat)])
+        values = jnp.stack([process.loss(out, noised), process.kl(noised, x0_hat, s), process.elbo_rate(noised, x0_hat)])
         return values.sum(), (values, x0_hat)
 
     value_and_grad = jax.jit(jax.value_and_grad(losses, has_aux=True))
@@ -304,7 +304,7 @@ def test_rate_is_the_limit_of_the_kl(name):
     process = DISCRETE[name]
     t, xt, x0 = (np.asarray(c) for c in zip(*itertools.product((0.05, 0.3, 0.6, 0.95), range(process.states), range(process.classes))))
     beliefs = random_beliefs(process, len(t), sparse=False)
-    got = jitted(name, "rate")(Noised(jnp.asarray(x0), jnp.asarray(xt), jnp.asarray(t, jnp.float32)), beliefs)
+    got = jitted(name, "elbo_rate")(Noised(jnp.asarray(x0), jnp.asarray(xt), jnp.asarray(t, jnp.float32)), beliefs)
     dt = 1e-6
     for row in range(len(t)):
         q = dense_posterior(name, xt[row], np.eye(process.classes)[x0[row]], t[row], t[row] - dt)
@@ -327,7 +327,7 @@ def test_the_absorbing_rate_is_md4_s_weight_times_the_cross_entropy(name):
     xt = jnp.asarray([4, 4, 4, 4, 4, 1])
     out = jax.random.normal(jax.random.key(0), (6, 4))
     noised = Noised(x0, xt, jnp.asarray(t, jnp.float32))
-    got = process.rate(noised, process.clean(out, xt, noised.t))
+    got = process.elbo_rate(noised, process.clean(out, xt, noised.t))
     expected = -slope / (1 - alpha) * np.asarray(process.loss(out, noised))
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 if name in COSINE else 1e-6)
     assert got[-1] == 0
@@ -377,7 +377,7 @@ def test_a_markov_chain_s_rate_is_its_last_step():
     x0, t = jnp.asarray([0, 1, 2]), jnp.asarray([0.25, 0.5, 0.125])
     noised = process.corrupt(keys(3), x0, t)
     beliefs = random_beliefs(process, 3, sparse=False)
-    np.testing.assert_allclose(process.rate(noised, beliefs), STEPS * process.kl(noised, beliefs, t - 1 / STEPS), rtol=1e-6)
+    np.testing.assert_allclose(process.elbo_rate(noised, beliefs), STEPS * process.kl(noised, beliefs, t - 1 / STEPS), rtol=1e-6)
 
 
 def test_bad_chains_are_refused():
@@ -433,7 +433,7 @@ def test_a_thousandth_of_a_chain_over_50257_classes():
 def test_rare_classes_are_sampled_as_often_as_they_should():
     """40 among a million, 1e-9 each (a number of 23 bits finds none below 1e-8), and one that is left with 4e-5."""
     rare = jnp.full(40_000, 1e-9).at[17].set(1.0)
-    sampled = jax.jit(lambda key: discrete._descend(key, discrete._sums(rare), (1_000_000,)))(jax.random.key(0))
+    sampled = jax.jit(lambda key: class_sampling.descend(key, class_sampling.tree_of_sums(rare), (1_000_000,)))(jax.random.key(0))
     assert abs(int((sampled != 17).sum()) - 40) < 4 * 40**0.5
     assert np.std(sampled[sampled != 17]) > 5000
 
@@ -446,17 +446,18 @@ def test_a_chance_has_the_resolution_of_64_bits(chance):
             number = int(factor * chance / (1 + chance) * 2.0**64)  # what the 64 bits say, near 0 or near 1
             number = number if side == chance else 2**64 - 1 - number
             words = jnp.asarray([number >> 32, number & 0xFFFFFFFF], jnp.uint32)
-            assert bool(discrete._chance(words, a, b)) == ((factor < 1) == (side == chance))
+            assert bool(class_sampling._chance(words, a, b)) == ((factor < 1) == (side == chance))
     ends = jnp.asarray([[0, 0], [0xFFFFFFFF, 0xFFFFFFFF]], jnp.uint32)
     one, none = jnp.float32(1), jnp.float32(0)
-    assert [bool(discrete._chance(words, *pair)) for words in ends for pair in ((one, none), (none, one))] == [True, False] * 2
+    assert [bool(class_sampling._chance(words, *pair)) for words in ends for pair in ((one, none), (none, one))] == [True, False] * 2
 
 
 def test_an_impossible_class_is_never_sampled():
     for size in (1, 3, 100):
         weights = jnp.zeros(size).at[size // 2].set(1e-3)
-        np.testing.assert_array_equal(discrete._descend(jax.random.key(1), discrete._sums(weights), (200,)), np.full(200, size // 2))
+        sampled = class_sampling.descend(jax.random.key(1), class_sampling.tree_of_sums(weights), (200,))
+        np.testing.assert_array_equal(sampled, np.full(200, size // 2))
     weights = jnp.asarray([0.1, 0.0, 0.2, 0.4, 0.3])
-    sampled = np.asarray(discrete.sample_classes(jax.random.key(2), jnp.tile(weights, (40_000, 1))))
+    sampled = np.asarray(class_sampling.sample_classes(jax.random.key(2), jnp.tile(weights, (40_000, 1))))
     np.testing.assert_allclose(np.bincount(sampled, minlength=5) / 40_000, weights, atol=4 * 0.5 / 200)
     assert (sampled != 1).all()

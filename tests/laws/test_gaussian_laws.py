@@ -82,7 +82,7 @@ def test_loss_and_gradient_are_finite_and_zero_at_time_zero(schedule, predict):
         x0_hat = process.clean(out, noised.xt, t)
         s = jnp.maximum(t - 0.125, 0.0)
         bounded = jnp.where(s > 0, process.kl(noised, x0_hat, s), 0.0)  # a Gaussian's last step is the decoder's
-        return process.loss(out, noised), process.rate(noised, x0_hat), bounded
+        return process.loss(out, noised), process.elbo_rate(noised, x0_hat), bounded
 
     out = 0.1 * jnp.ones_like(x0)
     for i, value in enumerate(losses(out)):
@@ -176,7 +176,7 @@ def test_rate_is_the_limit_of_kl(schedule):
     x0 = jax.random.normal(jax.random.key(0), (len(t), 4))
     x0_hat = x0 + 0.1
     noised = process.corrupt(keys(len(t)), x0, jnp.asarray(t, jnp.float32))
-    got = process.rate(noised, x0_hat)
+    got = process.elbo_rate(noised, x0_hat)
     dt = 1e-6
 
     def snr(u):
@@ -257,7 +257,7 @@ def test_given_is_present_until_time_one():
     np.testing.assert_array_equal(noised.xt, [0, 1, 3])
     np.testing.assert_array_equal(process.prior(keys(2), (2,)), np.full((2, 2), 3))
     np.testing.assert_array_equal(process.step(keys(3), noised.xt, None, t, 0 * t), noised.xt)
-    for nothing in (process.loss(None, noised), process.kl(noised, None, t), process.rate(noised, None), process.prior_kl(x0)):
+    for nothing in (process.loss(None, noised), process.kl(noised, None, t), process.elbo_rate(noised, None), process.prior_kl(x0)):
         np.testing.assert_array_equal(nothing, np.zeros(3))
     features = processes.Given(null=np.asarray([0.5, -0.5], np.float32))
     vectors = jnp.ones((2, 2))
@@ -271,7 +271,7 @@ def test_the_interface_is_abstract():
     for call in (
         lambda: process.prior(None, ()), lambda: process.corrupt(None, array, array), lambda: process.clean(array, array, array),
         lambda: process.loss(array, noised), lambda: process.step(None, array, array, array, array),
-        lambda: process.kl(noised, array, array), lambda: process.prior_kl(array), lambda: process.rate(noised, array),
+        lambda: process.kl(noised, array, array), lambda: process.prior_kl(array), lambda: process.elbo_rate(noised, array),
     ):
         with pytest.raises(NotImplementedError):
             call()

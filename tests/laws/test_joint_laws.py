@@ -53,10 +53,10 @@ def test_joint_of_one_is_the_one(name):
     same(many.loss(outputs, noised), {"x": one.loss(out, single)})
     same(many.step(k, noised.xt, {"x": x0_hat}, noised.t, {"x": s}), {"x": one.step(inner, single.xt, x0_hat, t, s)})
     same(many.kl(noised, {"x": x0_hat}, {"x": s}), {"x": one.kl(single, x0_hat, s)})
-    same(many.rate(noised, {"x": x0_hat}), {"x": one.rate(single, x0_hat)})
+    same(many.elbo_rate(noised, {"x": x0_hat}), {"x": one.elbo_rate(single, x0_hat)})
     same(many.prior_kl({"x": x0}), {"x": one.prior_kl(x0)})
-    same(many.take({"x": x0, "other": t}), {"x": x0})
-    assert one.take({"x0": x0}) is x0
+    same(many.select({"x": x0, "other": t}), {"x": x0})
+    assert one.select({"x0": x0}) is x0
 
 
 def test_modalities_do_not_disturb_each_other():
@@ -78,8 +78,8 @@ def test_modalities_do_not_disturb_each_other():
 def draws(label, count, steps, given=(), absent=(), heun=False, eta=0.0):
     process = joint(label, eta=eta)
     run = jax.jit(
-        lambda k, held: sampling.sample(
-            process, TOY.joint_network(process), None, k, sampling.uniform_grid(steps), SHAPE, given=held, absent=absent, heun=heun
+        lambda k, pinned: sampling.sample(
+            process, TOY.joint_network(process), None, k, sampling.uniform_grid(steps), SHAPE, given=pinned, absent=absent, heun=heun
         )
     )
     return jax.tree.map(np.asarray, run(keys(count), {name: jnp.asarray(value) for name, value in given}))
@@ -185,7 +185,7 @@ def test_missing_modalities_are_named():
     with pytest.raises(KeyError, match="image"):
         process.corrupt(keys(2), x0, {"label": t["label"]})
     with pytest.raises(KeyError, match="label"):
-        process.take({"image": x0["image"]})
+        process.select({"image": x0["image"]})
     with pytest.raises(KeyError, match="no output for .*label"):
         process.loss({"image": x0["image"]}, process.corrupt(keys(2), x0, t))
     with pytest.raises(ValueError, match="at least one modality"):

@@ -45,7 +45,7 @@ def test_without_a_share_it_is_the_posterior(schedule):
             if end is not s:
                 np.testing.assert_array_equal(
                     learned.step(keys, noised.xt, belief(x0_hat, share), *args), plain.step(keys, noised.xt, x0_hat, *args))
-    np.testing.assert_allclose(learned.rate(noised, belief(x0_hat, 0.7)), plain.rate(noised, x0_hat), rtol=1e-6)
+    np.testing.assert_allclose(learned.elbo_rate(noised, belief(x0_hat, 0.7)), plain.elbo_rate(noised, x0_hat), rtol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["linear_beta", "flow", "edm"])
@@ -167,11 +167,10 @@ def test_it_reads_what_a_joint_hands_it():
 @pytest.mark.parametrize("known", [True, False])
 def test_as_the_target_of_an_aggregate(known):
     """What is added to the mean leaves the variance as it is: steps and KL are those of the chain without it."""
-    from mmdiff.processes import Aggregate, Hidden, fold, identity, moving_target
-    from mmdiff.processes.aggregate import Addend
+    from mmdiff.processes import Aggregate, Hidden, MeanShift, fold, identity, moving_target
 
     chain = LearnedSigma(SCHEDULES["linear_beta"], eps)
-    process = Aggregate("image", {"other": Addend(identity, moving_target())}, image=chain, other=Hidden())
+    process = Aggregate("image", {"other": MeanShift(identity, moving_target())}, image=chain, other=Hidden())
     keys = jax.random.split(jax.random.key(0), 8)
     x0 = {name: jax.random.normal(jax.random.key(i), (8, 3)) for i, name in enumerate(("image", "other"))}
     t, s = ({"image": u, "other": jnp.where(known, 0.0, u)} for u in (jnp.full(8, 0.6), jnp.full(8, 0.4)))

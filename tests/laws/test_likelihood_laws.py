@@ -223,7 +223,7 @@ def test_bits_of_one_modality_of_several(kind):
     image, other = LearnedSigma(schedules.linear_beta(1000), processes.x0), processes.Hidden()
     process = Joint(image=image, other=other)
     if kind == "aggregate":
-        added = {"other": processes.Addend(processes.identity, processes.moving_target())}
+        added = {"other": processes.MeanShift(processes.identity, processes.moving_target())}
         process = processes.Aggregate("image", added, image=image, other=other)
     x0 = {"image": jnp.asarray(np.tile(LEVELS, (2, 1)), jnp.float32), "other": jnp.ones((2, 256))}
 
@@ -262,10 +262,10 @@ def test_joint_conditional_and_marginal(chain):
         "image": (-marginal, {"absent": ["label"]}),
         "label": (-prior, {"absent": ["image"]}),
     }
-    for name, (truth, held) in cases.items():
-        path = likelihood.along(process, likelihood.geometric(0.005), **held)
+    for name, (truth, pinned) in cases.items():
+        path = likelihood.along(process, likelihood.geometric(0.005), **pinned)
         nats = jax.jit(lambda k, path=path: likelihood.continuous_time(process, network, None, k, x0, path, 128))(keys(count))
-        for still in itertools.chain(*held.values()):
+        for still in itertools.chain(*pinned.values()):
             np.testing.assert_array_equal(nats[still], np.zeros(count))
         gap = np.asarray(likelihood.total(nats)) - truth
         assert abs(gap.mean()) < 4 * gap.std() / count**0.5 + 0.02, name

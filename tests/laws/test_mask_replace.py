@@ -1,4 +1,4 @@
-"""VQ-Diffusion's chain against its published numbers, its closed forms and dense float64 matrices, and its walks."""
+"""VQ-Diffusion's chain against its published numbers, its closed forms and dense float64 matrices, and its trajectories."""
 
 import functools
 
@@ -158,7 +158,7 @@ def terms_of(process):
         "own": process.loss,
         "vlb": lambda out, noised: losses.vlb(process, T)(out, noised) / T,
         "x0_ce": losses.x0_ce(process),
-        "negative": lambda out, noised: losses.vlb(process, T)(out, process.explain(noised, (noised.x0 + 5) % K)) / T,
+        "negative": lambda out, noised: losses.vlb(process, T)(out, process.with_x0(noised, (noised.x0 + 5) % K)) / T,
     }
 
 
@@ -275,17 +275,17 @@ def stepping(process):
     return jax.jit(lambda k, i, xt, x0, t, s: process.step(fold(k, i), xt, x0, t, s))
 
 
-def walk(process, grid, *maps, count=200, length=100):
+def trajectory(process, grid, *transforms, count=200, length=100):
     """-> (x_0, [(t T, share of masks)] at every network call), for a network that knows nothing."""
     k, xt, seen = keys(count), jnp.full((count, length), process.mask), {}
     x0 = jnp.full((count, length, process.classes), 1 / process.classes)
     for i, (t, s) in enumerate(np.lib.stride_tricks.sliding_window_view(np.asarray(grid), 2)):
         seen[round(float(t) * process.schedule.steps)] = float((xt == process.mask).mean())
         t, s = (jnp.full(count, u) for u in (t, s))
-        move = sampling.Move(xt=xt, t=t, s=s, x0=x0, last_x0=x0, last_t=t, kept=x0, keys=k)
-        for refine in maps:
-            move = refine(move)
-        xt = stepping(process)(k, i, xt, move.x0, move.t, move.s)
+        state = sampling.SamplerState(xt=xt, t=t, s=s, x0=x0, last_x0=x0, last_t=t, x0_for_history=x0, keys=k)
+        for transform in transforms:
+            state = transform(state)
+        xt = stepping(process)(k, i, xt, state.x0, state.t, state.s)
     return np.asarray(xt), seen
 
 
@@ -293,7 +293,7 @@ CHAINS = {steps: MaskReplace(4, schedules.vqd_released(steps)) for steps in (80,
 
 
 def test_ancestral_sampling_unmasks_as_the_schedule_says():
-    out, seen = walk(CHAINS[T], sampling.uniform_grid(T))
+    out, seen = trajectory(CHAINS[T], sampling.uniform_grid(T))
     assert list(seen) == list(range(T, 0, -1)) and ((out >= 0) & (out < 4)).all()  # T calls, and no mask is left
     np.testing.assert_allclose(list(seen.values()), CHAINS[T].schedule.rows[:0:-1, 2], atol=0.015)
 
@@ -313,12 +313,12 @@ def test_exact_and_released_strides(steps, skip):
     process = CHAINS[steps]
     calls, half, released, exact, last = STRIDES[steps, skip]
     grid, stride = sampling.released_stride(steps, skip)
-    out, seen = walk(process, grid, stride)
+    out, seen = trajectory(process, grid, stride)
     assert len(seen) == calls and (out < 4).all()
     np.testing.assert_allclose([seen[half], seen[1]], [released, last], atol=0.012)
     np.testing.assert_allclose(process.schedule.rows[half, 2], exact, atol=6e-4)
     if skip == 9:
-        out, seen = walk(process, sampling.uniform_grid(steps // (skip + 1)))
+        out, seen = trajectory(process, sampling.uniform_grid(steps // (skip + 1)))
         assert list(seen) == list(range(100, 0, -10)) and (out < 4).all()
         np.testing.assert_allclose(list(seen.values()), process.schedule.rows[list(seen), 2], atol=0.015)
 
@@ -332,8 +332,8 @@ def test_a_released_stride_touches_one_modality_and_nothing_that_is_held():
 
     shape, label = {"tokens": (6,), "label": ()}, jnp.asarray([3, 1])
 
-    def draw(grid, maps, **options):
-        run = lambda k: sampling.sample(process, apply, None, k, grid, shape, maps=maps, given={"label": label}, **options)  # noqa: E731
+    def draw(grid, transforms, **options):
+        run = lambda k: sampling.sample(process, apply, None, k, grid, shape, transforms=transforms, given={"label": label}, **options)  # noqa: E731
         return jax.jit(run)(keys(2))["tokens"]
 
     stride = sampling.only("tokens", stride)
@@ -351,7 +351,7 @@ def test_a_released_stride_touches_one_modality_and_nothing_that_is_held():
 @pytest.mark.parametrize("name", PROCESSES)
 def test_confidence_unmasks_as_many_as_the_schedule_says(name):
     process = MaskReplace(4, PRESETS[name](8))
-    out, seen = walk(process, sampling.uniform_grid(8), sampling.confidence(process), count=20, length=40)
+    out, seen = trajectory(process, sampling.uniform_grid(8), sampling.confidence(process), count=20, length=40)
     assert ((out >= 0) & (out < 4)).all()
     expected = np.floor(40 * process.schedule.rows[[7, 6, 5, 4, 3, 2, 1], 2] + 1e-4) / 40
     np.testing.assert_allclose(list(seen.values())[1:], expected, atol=1e-6 if name == "released" else 0.02)
@@ -361,14 +361,14 @@ def test_truncation_keeps_the_smallest_set_and_any_scale():
     rng = np.random.default_rng(0)
     belief = jnp.asarray(rng.dirichlet(np.ones(K), 30), jnp.float32)
     t, s, xt = jnp.full(30, 0.5), jnp.full(30, 0.25), jnp.asarray(rng.integers(0, K + 1, 30))
-    move = sampling.Move(xt=xt, t=t, s=s, x0=belief, last_x0=belief, last_t=t, kept=belief, keys=keys(30))
+    state = sampling.SamplerState(xt=xt, t=t, s=s, x0=belief, last_x0=belief, last_t=t, x0_for_history=belief, keys=keys(30))
     for r in (0.3, 0.86, 0.999):
-        kept = np.asarray(sampling.top_p(r)(move).x0) > 0
+        kept = np.asarray(sampling.top_p(r)(state).x0) > 0
         mass = np.where(kept, belief, 0).sum(-1)
         assert (mass >= r - 1e-6).all() and (mass - np.where(kept, belief, 2).min(-1) < r + 1e-6).all()  # and without its least, less
         assert (np.where(kept, belief, 2).min(-1) >= np.where(kept, 0, belief).max(-1)).all()
-    np.testing.assert_allclose(sampling.top_p(1.0)(move).x0, belief, atol=1e-6)
-    np.testing.assert_allclose(sampling.top_p(0.0)(move).x0, np.eye(K)[belief.argmax(-1)], atol=1e-6)
+    np.testing.assert_allclose(sampling.top_p(1.0)(state).x0, belief, atol=1e-6)
+    np.testing.assert_allclose(sampling.top_p(0.0)(state).x0, np.eye(K)[belief.argmax(-1)], atol=1e-6)
     # The draw does not care whether a truncated belief is normalised.
     step = jitted("paper", "step")
     np.testing.assert_array_equal(step(keys(30), xt, 0.125 * belief, t, s), step(keys(30), xt, belief, t, s))

@@ -15,13 +15,13 @@ NORMAL = Mixture([1.0], [[0.3, -0.2]], 0.5)
 
 
 def draw(process, toy, count, steps, method="ddim", grid=None):
-    maps = [sampling.dpmpp_2m(process.schedule)] if method == "2m" else []
+    transforms = [sampling.dpmpp_2m(process.schedule)] if method == "2m" else []
 
     grid = sampling.uniform_grid(steps) if grid is None else grid
 
     @jax.jit
     def run(k):
-        return sampling.sample(process, toy.image_network(process), None, k, grid, (2,), maps=maps, heun=method == "heun")
+        return sampling.sample(process, toy.image_network(process), None, k, grid, (2,), transforms=transforms, heun=method == "heun")
 
     return np.asarray(run(keys(count)))
 
@@ -197,6 +197,6 @@ def test_heun_is_refused_where_it_is_not_defined():
     with pytest.raises(UserError, match="eta=0"):
         sampling.sample(noisy, TOY.image_network(noisy), **options)
     with pytest.raises(UserError, match="second order"):
-        sampling.sample(plain, TOY.image_network(plain), maps=[sampling.dpmpp_2m(plain.schedule)], **options)
-    clipped = sampling.sample(plain, TOY.image_network(plain), maps=[sampling.clip(-0.5, 0.5)], **options)
+        sampling.sample(plain, TOY.image_network(plain), transforms=[sampling.dpmpp_2m(plain.schedule)], **options)
+    clipped = sampling.sample(plain, TOY.image_network(plain), transforms=[sampling.clip(-0.5, 0.5)], **options)
     assert np.abs(clipped).max() <= 0.5 + 1e-6

@@ -9,7 +9,7 @@ import pytest
 from arrays import normal
 from filled import filled
 
-from mmdiff import contrastive, losses, nets, schedules, times
+from mmdiff import losses, matching, nets, schedules, times
 from mmdiff.errors import UserError
 from mmdiff.processes import Gaussian, Given, Joint
 from mmdiff.processes.gaussian import eps, x0
@@ -174,7 +174,7 @@ def test_each_loss_trains_its_own_parts_and_both_the_trunk(fusion):
             Joint(image=image, text=Given(0)), draw, times.joint(image=noisy, text=given), {"eps": (1.0, losses.on("image", image.loss))})),
         "name": (0.5, losses.diffusion(
             Joint(image=Given(0.0), query=query), name, times.joint(image=given, query=noisy),
-            {"match": (1.0, contrastive.match(query, "query"))})),
+            {"match": (1.0, matching.embedding_loss(query, "query"))})),
     }  # fmt: skip
 
     def gradients(params):

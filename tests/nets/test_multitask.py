@@ -12,7 +12,7 @@ from filled import filled
 from mmdiff import losses, sampling, schedules, times
 from mmdiff.evals import accuracy
 from mmdiff.nets import Classes, ClassGrid, Grid, MultiTaskDiT, Patches, Vector, by_network
-from mmdiff.processes import Addend, Aggregate, Gaussian, Given, Hidden, absorbing, fold, identity, moving_target, velocity
+from mmdiff.processes import Aggregate, Gaussian, Given, Hidden, MeanShift, absorbing, fold, identity, moving_target, velocity
 from mmdiff.training.step import init_state, make_step
 
 B, K, SHAPE = 3, 5, (4, 4, 1)
@@ -146,7 +146,7 @@ IMAGE = Gaussian(schedules.flow(), velocity)
 def aggregate(mixed=False):
     encode = by_network(pair_apply, IMAGE, SHAPE, "label", K, rms=0.7, mixed=mixed)
     return Aggregate(
-        "image", {"label": Addend(encode, moving_target(), shared=True)}, image=IMAGE, label=absorbing(K, schedules.at_once()))
+        "image", {"label": MeanShift(encode, moving_target(), shared=True)}, image=IMAGE, label=absorbing(K, schedules.at_once()))
 
 
 @functools.cache
@@ -177,12 +177,12 @@ def test_an_unbound_encoder_is_refused_and_a_bound_one_is_any_other():
     data, t = pairs(), {name: jnp.full(B, 0.5) for name in PAIR_SHAPE}
     k = jax.random.split(jax.random.key(0), B)
     with pytest.raises(ValueError, match="the encoder of 'label' is the network: use process.bound"):
-        process.corrupt(k, process.take(data), t)
+        process.corrupt(k, process.select(data), t)
     table = by_network(pair_apply, IMAGE, SHAPE, "label", K, rms=0.7)(params, jnp.eye(K))
-    fixed = Aggregate("image", {"label": Addend(lambda p: jnp.tensordot(p, table, 1), moving_target())}, process.parts)
-    one, other = (each.corrupt(k, each.take(data), t) for each in (process.bound(params), fixed))
+    fixed = Aggregate("image", {"label": MeanShift(lambda p: jnp.tensordot(p, table, 1), moving_target())}, process.parts)
+    one, other = (each.corrupt(k, each.select(data), t) for each in (process.bind(params), fixed))
     np.testing.assert_allclose(one.xt["image"], other.xt["image"], atol=1e-6)
-    assert fixed.bound(params) is fixed
+    assert fixed.bind(params) is fixed
 
     shape, grid = PAIR_SHAPE, sampling.uniform_grid(3)
     draws = [sampling.sample(each, pair_apply, params, k, grid, shape)["image"] for each in (process, fixed)]
@@ -203,7 +203,7 @@ def loss_of(process):
 def test_no_gradient_passes_through_the_network_as_encoder():
     """The gradient is that of a fixed table, although the network made it."""
     process, params, batch = aggregate(), pair_params(), pairs()
-    bound = process.bound(params)
+    bound = process.bind(params)
     both = (loss_of(process), loss_of(bound))
     grads = [jax.jit(jax.grad(lambda p, loss=loss: loss(p, batch, jax.random.key(1))[0]))(params) for loss in both]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *grads)
@@ -229,7 +229,7 @@ def test_training_encodes_with_the_averaged_parameters(microbatches):
 
 def masked(weight=moving_target()):
     return Aggregate(
-        "image", {"masked": Addend(identity, weight)}, image=Gaussian(schedules.flow(), velocity), masked=Hidden(0.0), mask=Given(1.0))
+        "image", {"masked": MeanShift(identity, weight)}, image=Gaussian(schedules.flow(), velocity), masked=Hidden(0.0), mask=Given(1.0))
 
 
 def test_without_the_known_the_network_that_is_told_is_the_one_that_is_not():

@@ -10,7 +10,7 @@ import pytest
 from arrays import normal
 from filled import filled
 
-from mmdiff import contrastive, losses, times
+from mmdiff import losses, matching, times
 from mmdiff.errors import UserError
 from mmdiff.nets import Patches, TwoTowers
 from mmdiff.processes import Given, Joint
@@ -126,7 +126,7 @@ def siglip(out):
 @pytest.mark.parametrize(("name", "by_hand", "logits"), [("infonce", infonce, (1 / 0.07, 0.0)), ("siglip", siglip, (10.0, -10.0))])
 def test_the_loss_and_its_gradients(name, by_hand, logits):
     net, params = net_of(), weights(logits)
-    loss = losses.diffusion(PROCESS, net.apply, KNOWN, {name: (1.0, contrastive.pair(loss=name))})
+    loss = losses.diffusion(PROCESS, net.apply, KNOWN, {name: (1.0, matching.clip_loss(loss=name))})
     batch = {**X, "index": jnp.arange(B)}
     grad = jax.jit(jax.value_and_grad(lambda params: loss(params, batch, jax.random.key(1))[0]))
     value, gradients = grad(params)

@@ -81,9 +81,9 @@ class ImageTransition:
                 "rule": (implied["test"], test[other]), "shuffled": (test[other], apart),
             }  # fmt: skip
             figures |= {f"miou_{name}": miou(*pair, len(paired_scenes.PALETTE)) for name, pair in pairs.items()}
-        clock.start("chain", "keeping the states of ten walks")
-        walk = functools.partial(states, experiment, params, steps=steps, guidance=guidance)
-        chains = {"given": walk(keys[0], {other: test[other]}, "image"), "joint": walk(keys[1], {}, "image")}
+        clock.start("chain", "keeping the states of ten trajectories")
+        trajectory = functools.partial(states, experiment, params, steps=steps, guidance=guidance)
+        chains = {"given": trajectory(keys[0], {other: test[other]}, "image"), "joint": trajectory(keys[1], {}, "image")}
         clock.stop()
         return Findings(
             figures=figures,
@@ -157,7 +157,7 @@ class ImageTransition:
                 f"a: {other}; b: image; c: {rule}; {sampler}."),
             "From noise to image": Picture(
                 plots.grid(show(chains["given"]), 10),
-                f"States of ten walks with a held-out {other} given, from noise, above, to the image; {sampler}."),
+                f"States of ten trajectories with a held-out {other} given, from noise, above, to the image; {sampler}."),
             "From noise to both": Picture(
                 plots.grid(show(chains["joint"]), 10),
                 f"The same where the {other} is drawn, too: the mean carries what is believed of it."),

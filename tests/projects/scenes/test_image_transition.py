@@ -14,7 +14,7 @@ from mmdiff.data.modalities import Images
 from mmdiff.data.sources import load_all
 from mmdiff.data.token_modalities import ClassMaps
 from mmdiff.evals.frechet import frechet_distance, real_distance
-from mmdiff.processes import Addend, Aggregate, Gaussian, Hidden, absorbing, identity, moving_target, template, velocity
+from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, absorbing, identity, moving_target, template, velocity
 from mmdiff.projects.scenes import image_transition, paired_scenes
 from mmdiff.projects.scenes.image_transition import ImageTransition, error, linear, miou
 from mmdiff.projects.scenes.paired_scenes import PALETTE, PairedScenes
@@ -73,7 +73,8 @@ def measured(other, change=lambda pictures, keys: pictures):
         "night": (identity, Hidden(0.0), Images(*SHAPE, name="night")),
     }[other]
     experiment = types.SimpleNamespace(
-        process=Aggregate("image", {other: Addend(encode, moving_target())}, image=Gaussian(schedules.flow(), velocity), **{other: hidden}),
+        process=Aggregate(
+            "image", {other: MeanShift(encode, moving_target())}, image=Gaussian(schedules.flow(), velocity), **{other: hidden}),
         apply=apply, sample=draw, train_data=lambda: train, test_data=lambda: test, shape={"image": SHAPE, other: modality.shape},
         modalities={"image": Images(*SHAPE), other: modality})  # fmt: skip
     return ImageTransition(other, batch=100)(experiment, scenes, config(), jax.random.key(0), 7)
