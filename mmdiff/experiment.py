@@ -37,7 +37,7 @@ class Experiment:
     ...     process=process, net=net, modalities=modalities,
     ...     loss=losses.diffusion(process, net.apply, noise_levels), optimizer=optax.adamw(1e-3),
     ...     data=lambda split: RandomSource(modalities), sampler={"drop": ("label",)})
-    >>> params = experiment.init(jax.random.key(0))
+    >>> params = jax.jit(experiment.init)(jax.random.key(0))
     >>> sevens = {"label": jnp.array([7, 7])}
     >>> experiment.sample(params, jax.random.split(jax.random.key(1)), sevens, steps=2, guidance=1.5)["image"].shape
     (2, 8, 8, 1)

@@ -120,7 +120,12 @@ def autoguided(apply: Callable, w: float, weak: Any) -> Callable:
 
 
 def interval(w: float, low: float, high: float, of: str) -> Callable:
-    """Guidance `w` only while modality `of` has low < t <= high, 1 elsewhere (Kynkäänniemi et al. 2024)."""
+    """Guidance `w` only while modality `of` has low < t <= high, 1 elsewhere (Kynkäänniemi et al. 2024).
+
+    >>> w = interval(1.5, 0.2, 0.7, "image")
+    >>> [float(w({"image": jnp.float32(t)})) for t in (0.1, 0.5, 0.9)]
+    [1.0, 1.5, 1.0]
+    """
     _check_weight("interval", w)
     if not 0 <= low < high <= 1:
         raise UserError(f"interval: guidance acts while low < t <= high with 0 <= low < high <= 1, not ({low}, {high}].")

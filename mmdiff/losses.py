@@ -74,6 +74,15 @@ def diffusion(
         `process.bind(params)`.
 
     Returns a `Loss`; its metrics are "loss/<term>" and, for terms that return a dict, "loss/<modality>".
+
+    >>> from mmdiff import schedules, times
+    >>> from mmdiff.processes import Gaussian, Joint, velocity
+    >>> process = Joint(image=Gaussian(schedules.flow(), velocity))
+    >>> zero = lambda params, x, t: {"image": params * x["image"]}
+    >>> batch = {"image": jnp.ones((4, 8, 8, 1)), "index": jnp.arange(4)}
+    >>> value, metrics = diffusion(process, zero, times.joint(image=times.uniform()))(0.0, batch, jax.random.key(0))
+    >>> value.shape, "loss/image" in metrics
+    ((), True)
     """
 
     def terms_of(process):
@@ -156,6 +165,11 @@ def combine(**losses: tuple[float, Loss]) -> BatchLoss:
     """`sum_i weight_i loss_i`, each with its own key and its metrics under its name: `combine(draw=(1.0, a), name=(0.1, b))`.
 
     With weight 0 a loss is reported and nothing else.
+
+    >>> constant = lambda params, batch, key: (params, {"loss": params})
+    >>> value, metrics = combine(a=(1.0, constant), b=(0.5, constant))(jnp.float32(2.0), {}, jax.random.key(0))
+    >>> float(value)
+    3.0
     """
     _check_weights("combine", losses)
     parts = {name: (weight, BatchLoss.of(loss)) for name, (weight, loss) in losses.items()}

@@ -85,7 +85,11 @@ def _compared(loss: str) -> Callable:
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
-    """x / |x| along the last dimension, float32, whatever the size of x; 0 stays 0, and all gradients are finite."""
+    """x / |x| along the last dimension, float32, whatever the size of x; 0 stays 0, and all gradients are finite.
+
+    >>> [f"{x:.1f}" for x in l2_normalize(jnp.array([3.0, 4.0]))]
+    ['0.6', '0.8']
+    """
     x = x.astype(jnp.float32)
     largest = jax.lax.stop_gradient(jnp.abs(x).max(-1, keepdims=True))  # 1e30 squared is infinite, 1e-30 squared is 0
     there = largest > 0

@@ -82,6 +82,14 @@ def sample(
         refined, of zeros (pure noise, see `karras_grid`).
 
     Returns x_0 with the structure of `shape`.
+
+    >>> from mmdiff.processes import Joint, absorbing
+    >>> process = Joint(label=absorbing(10), hour=absorbing(24))
+    >>> net = lambda params, x, t: {"label": jnp.zeros((*x["label"].shape, 10)), "hour": jnp.zeros((*x["hour"].shape, 24))}
+    >>> keys, shape = jax.random.split(jax.random.key(0), 3), {"label": (), "hour": ()}
+    >>> x = sample(process, net, None, keys, uniform_grid(5), shape, given={"label": jnp.full(3, 7)})
+    >>> x["label"].tolist(), bool((x["hour"] < 24).all())
+    ([7, 7, 7], True)
     """
     process, given = process.bind(params), dict(given or {})
     joint = isinstance(shape, Mapping)

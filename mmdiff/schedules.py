@@ -32,7 +32,12 @@ def _floating(t) -> jax.Array:
 
 
 def flow() -> Schedule:
-    """Straight lines, `(1 - t, t)`: rectified flow, flow matching; for discrete data the linear schedule of MD4."""
+    """Straight lines, `(1 - t, t)`: rectified flow, flow matching; for discrete data the linear schedule of MD4.
+
+    >>> alpha, sigma = flow()(0.25)
+    >>> float(alpha), float(sigma)
+    (0.75, 0.25)
+    """
 
     def schedule(t):
         t = _floating(t)
@@ -221,6 +226,10 @@ def shift(schedule: Schedule, factor: float) -> Schedule:
 
     For `flow` this multiplies sigma / alpha by `factor` exactly, i.e. log-SNR is lowered by `2 log factor`
     (Esser et al. 2024, section 5.3.2: more tokens need more noise).
+
+    >>> alpha, sigma = shift(flow(), 3.0)(0.5)  # sigma / alpha was 1
+    >>> float(sigma / alpha)
+    3.0
     """
     if not 0 < factor < np.inf:
         raise ValueError(f"shift needs factor > 0, got {factor}.")
@@ -249,12 +258,21 @@ def scaled(schedule: Schedule, factor: float) -> Schedule:
 
 
 def log_snr(schedule: Schedule, t: jax.Array) -> jax.Array:
-    """`2 log(alpha / sigma)`: +inf at t = 0, -inf where alpha is 0."""
+    """`2 log(alpha / sigma)`: +inf at t = 0, -inf where alpha is 0.
+
+    >>> float(log_snr(flow(), 0.5))
+    0.0
+    """
     alpha, sigma = schedule(t)
     return 2.0 * (jnp.log(alpha) - jnp.log(sigma))
 
 
 def derivative(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`(alpha', sigma')` at t, by forward differentiation."""
+    """`(alpha', sigma')` at t, by forward differentiation.
+
+    >>> alpha, sigma = derivative(flow(), 0.5)
+    >>> float(alpha), float(sigma)
+    (-1.0, 1.0)
+    """
     t = _floating(t)
     return jax.jvp(schedule, (t,), (jnp.ones_like(t),))[1]

@@ -60,6 +60,10 @@ def stratified(stride: int = 0) -> Times:
 
     A Kronecker sequence has the low variance of antithetic or stratified times (VDM, appendix I.1) without knowing the batch.
     Modalities that are to be independent need different strides, 0 to 3: `joint(image=stratified(0), label=stratified(1))`.
+
+    >>> t = stratified()(jax.random.key(0), jnp.arange(100))
+    >>> bool((jnp.diff(jnp.sort(t)) < 0.03).all())  # independent times leave gaps of 0.05
+    True
     """
     if stride not in range(len(STEPS)):
         raise UserError(f"stratified has the strides 0 to {len(STEPS) - 1}, not {stride}.")
@@ -202,7 +206,12 @@ def _combined(draw, parts):
 
 
 def joint(**times: Times | float) -> Times:
-    """Independent times, one rule per modality (a number is constant); at most one of them is adaptive."""
+    """Independent times, one rule per modality (a number is constant); at most one of them is adaptive.
+
+    >>> t = joint(image=uniform(), label=constant(0.0))(jax.random.key(0), jnp.arange(4))
+    >>> sorted(t), t["image"].shape, float(t["label"].max())
+    (['image', 'label'], (4,), 0.0)
+    """
     times = {name: _rule(rule) for name, rule in times.items()}
     adaptive = [name for name, rule in times.items() if isinstance(rule, Adaptive)]
     if len(adaptive) > 1:
@@ -217,7 +226,12 @@ def joint(**times: Times | float) -> Times:
 
 
 def shared(*names: str, times: Times | None = None, **others: Times | float) -> Times:
-    """One time for all the named modalities, uniform by default; `others` have their own: `shared("image", "text", mask=1.0)`."""
+    """One time for all the named modalities, uniform by default; `others` have their own: `shared("image", "text", mask=1.0)`.
+
+    >>> t = shared("image", "label")(jax.random.key(0), jnp.arange(4))
+    >>> bool((t["image"] == t["label"]).all())
+    True
+    """
     others = {name: _rule(other) for name, other in others.items()}
     rule, adaptive = times or uniform(), [name for name, other in others.items() if isinstance(other, Adaptive)]
     if adaptive:
@@ -255,7 +269,12 @@ def multitask(target: str, other: str, noisy: Times, **shares: float) -> Times:
 
 
 def mixture(*choices: tuple[float, Times | float]) -> Times:
-    """Each example follows one of several rules, with the given weights: `mixture((0.5, a), (0.5, b))`."""
+    """Each example follows one of several rules, with the given weights: `mixture((0.5, a), (0.5, b))`.
+
+    >>> dropout = mixture((0.9, joint(label=constant(0.0))), (0.1, joint(label=constant(1.0))))
+    >>> f'{dropout(jax.random.key(0), jnp.arange(1000))["label"].mean():.1f}'
+    '0.1'
+    """
     choices = [(weight, _rule(rule)) for weight, rule in choices]
     weights = [weight for weight, _ in choices]
     if not (weights and min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):  # so that NaN is none

@@ -37,8 +37,6 @@ class Source(Protocol):
 class ArraySource:
     """Examples in memory: arrays [N, ...] by modality name, all of the same length N.
 
-        ArraySource({"image": images, "label": labels}).take(np.array([3, 1]))
-
     Attributes:
       arrays: as above.
       made_of: what the fingerprint says instead of the arrays' bytes, where these are computed (another machine rounds otherwise).
@@ -46,6 +44,10 @@ class ArraySource:
     Raises:
       ValueError: no arrays, no examples, or arrays of different lengths.
       IndexError: from `take`, for an index outside 0..N-1.
+
+    >>> source = ArraySource({"image": np.zeros((3, 8, 8, 1), np.float32), "label": np.arange(3)})
+    >>> len(source), source.take([2, 0])["label"].tolist()
+    (3, [2, 0])
     """
 
     arrays: Mapping[str, np.ndarray]

@@ -133,7 +133,11 @@ def eliminated(
 
 
 def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
-    """The share of equal entries; a prediction of -1, no class, is wrong."""
+    """The share of equal entries; a prediction of -1, no class, is wrong.
+
+    >>> accuracy(np.array([1, 2, 3, 4]), np.array([1, 2, 3, 0]))
+    0.75
+    """
     predicted, true = np.asarray(predicted), np.asarray(true)
     if predicted.shape != true.shape or not predicted.size:
         raise ValueError(f"accuracy: needs as many predictions as labels, at least one, got {predicted.shape} and {true.shape}.")

@@ -91,6 +91,14 @@ class MMDiT(Network):
     Attributes:
       modalities: name -> stream (`Patches`, `Tokens`, `Label`, `Vectors`).
       shared: see `JointBlock`. scan, remat, dtype, backend, qk_norm, norm_eps, time_scale: as in `DiT`.
+
+    >>> import jax
+    >>> from mmdiff.nets import Label, Patches
+    >>> net = MMDiT({"image": Patches(8, 8, 1, patch=2), "label": Label(states=11, classes=10)}, depth=1, width=16, heads=2)
+    >>> x, t = {"image": jnp.zeros((2, 8, 8, 1)), "label": jnp.zeros(2, int)}, {"image": jnp.ones(2), "label": jnp.ones(2)}
+    >>> out = jax.eval_shape(lambda key: net.apply(net.init(key, x, t), x, t), jax.random.key(0))
+    >>> out["image"].shape, out["label"].shape
+    ((2, 8, 8, 1), (2, 10))
     """
 
     modalities: Mapping[str, Any]

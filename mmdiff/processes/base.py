@@ -237,6 +237,12 @@ class Joint(Process):
     process are ignored (a batch may carry more than one loss needs); a missing one is an error that names it.
 
         Joint(image=Gaussian(flow(), velocity), label=Categorical(absorbing(10), flow()))
+
+    >>> from mmdiff.processes import absorbing
+    >>> process = Joint(label=absorbing(10), hour=absorbing(24))
+    >>> x = process.prior(jax.random.split(jax.random.key(0), 2), {"label": (), "hour": ()})
+    >>> {name: value.tolist() for name, value in sorted(x.items())}
+    {'hour': [24, 24], 'label': [10, 10]}
     """
 
     parts: Mapping[str, Process]

@@ -235,7 +235,14 @@ class Categorical(Discrete):
 
 
 def absorbing(classes: int, keep: schedules.Schedule | None = None) -> Categorical:
-    """Masked diffusion: tokens turn into a mask, state `classes` (D3PM absorbing, MD4, MDLM)."""
+    """Masked diffusion: tokens turn into a mask, state `classes` (D3PM absorbing, MD4, MDLM).
+
+    >>> process = absorbing(10)
+    >>> process.states, process.mask
+    (11, 10)
+    >>> [int(x) for x in process.corrupt(jax.random.split(jax.random.key(0), 2), jnp.array([3, 3]), jnp.array([0.0, 1.0])).xt]
+    [3, 10]
+    """
     check_classes("absorbing", classes)
     return Categorical((0.0,) * classes + (1.0,), keep or schedules.flow(), classes)
 

@@ -74,6 +74,14 @@ class Gaussian(Process):
 
     An output with twice the channels of x (a learned-sigma head) is read by its first half. A parameterisation that says nothing about
     x_0 at some time, such as `eps` where alpha(1) = 0, is refused.
+
+    >>> process = Gaussian(schedules.flow(), velocity)
+    >>> keys, x0_ = jax.random.split(jax.random.key(0), 2), jnp.ones((2, 8, 8, 1))
+    >>> noised = process.corrupt(keys, x0_, jnp.array([0.0, 0.5]))
+    >>> bool((noised.xt[0] == 1).all())  # at t = 0 nothing is noised
+    True
+    >>> process.loss(noised.noise - x0_, noised).shape  # one number per example; this output is the true velocity
+    (2,)
     """
 
     schedule: schedules.Schedule
