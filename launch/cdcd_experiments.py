@@ -12,7 +12,7 @@ Three parts, three seeds each:
 Cost, measured beside other work: markov, 72 trainings, 40 minutes on two cores; digits, 72, 95 minutes on one; weight, 24, 30 minutes on
 one. All of it takes some hour and a half on two quiet cores.
 
-The networks and trainings are small: compare the losses with each other, not with the configs' own figures.
+The networks and trainings are small: compare the losses with each other, not with the configs' own metrics.
 """
 
 import dataclasses
@@ -58,8 +58,8 @@ def settings():
 
 
 def run(seed, data, overrides):
-    """One training and what its samples are like: (figures, seconds)."""
-    name, _, figures = SETS[data]
+    """One training and what its samples are like: (metrics, seconds)."""
+    name, _, metrics = SETS[data]
     config, module = configs.load(str(CONFIGS / f"{name}.py"), [*overrides.items(), ("seed", str(seed))])
     experiment = module.build(config)
     params, seconds = experiments.train(experiment, config)
@@ -68,7 +68,7 @@ def run(seed, data, overrides):
     experiment = dataclasses.replace(experiment, train_data=lambda: few[0], test_data=lambda: few[1])
     found = experiment.evaluators[0].samples(
         experiment, params, jax.random.key(1000 + seed), config.sample.steps, config.sample.guidance)
-    return {name: found.figures[name] for name in figures}, seconds
+    return {name: found.metrics[name] for name in metrics}, seconds
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Beat coverage, hit and strict F1 with their levels by chance, genre accuracy and
 Cost: nine trainings of four to six minutes on one core each, and their evaluation: about forty minutes on two cores. The README has the
 table.
 
-The trainings are short: compare the losses with each other, not with the config's own figures.
+The trainings are short: compare the losses with each other, not with the config's own metrics.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ LOSSES = {
     "sample-inter": {"loss.step_intra": "0.0", "loss.sample_inter": "5e-6"},
 }
 SMALL = {"train.steps": "400", "train.global_batch": "16", "sample.steps": "10", "eval.clips": "100"}
-FIGURES = (
+METRICS = (
     "beat_coverage", "beat_coverage_shuffled", "beat_hit", "beat_hit_shuffled", "beat_f1", "beat_f1_shuffled", "genre_accuracy",
     "frechet_audio",
 )  # fmt: skip
@@ -39,13 +39,13 @@ def settings():
 
 
 def run(seed, data, overrides):
-    """One training and what its samples are like: (figures, seconds)."""
+    """One training and what its samples are like: (metrics, seconds)."""
     config, module = configs.load(str(CONFIG), [*overrides.items(), ("seed", str(seed))])
     experiment = module.build(config)
     params, seconds = experiments.train(experiment, config)
     key = jax.random.key(1000 + seed)
     found = experiment.evaluators[0].samples(experiment, params, key, config.sample.steps, config.sample.guidance)
-    return {name: found.figures[name] for name in FIGURES}, seconds
+    return {name: found.metrics[name] for name in METRICS}, seconds
 
 
 if __name__ == "__main__":

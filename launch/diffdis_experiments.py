@@ -14,7 +14,7 @@ two towers are a little better: 0.823 for 0.783 of the held-out combinations). `
 once. All but the two towers, which learn to read as well, name by the vectors of the frozen text tower of scenes_towers.py: naming without
 noise is such a network without diffusion.
 
-About an hour on two CPU cores. All are small and briefly trained: compare them with each other, not with the configs' own figures. The
+About an hour on two CPU cores. All are small and briefly trained: compare them with each other, not with the configs' own metrics. The
 results are in configs/diffdis/README.md.
 """
 
@@ -66,15 +66,15 @@ def settings():
 
 def named(vectors, towers, data):
     """What the vectors of both splits' scenes find."""
-    figures = {}
+    metrics = {}
     for split in SPLITS:
         suffix = "" if split == "test" else f"_{split}"
         if split == "test":
-            figures["retrieval_r1"] = scene_retrieval(vectors[split], towers.texts(data[split]["text"])[1], data[split])["r1"]
+            metrics["retrieval_r1"] = scene_retrieval(vectors[split], towers.texts(data[split]["text"])[1], data[split])["r1"]
         else:
-            figures["retrieval_r1_held_out"] = held_out_retrieval(vectors[split], towers.encode, data[split])
-        figures[f"digit_accuracy{suffix}"] = zero_shot(vectors[split], towers.encode, data[split], ("digit",))["digit"]
-    return figures
+            metrics["retrieval_r1_held_out"] = held_out_retrieval(vectors[split], towers.encode, data[split])
+        metrics[f"digit_accuracy{suffix}"] = zero_shot(vectors[split], towers.encode, data[split], ("digit",))["digit"]
+    return metrics
 
 
 def silent(experiment, config, module):
@@ -109,7 +109,7 @@ def norms(config, module, params, batch, key):
 
 
 def run(seed, data, overrides):
-    """One training and what it is good for: (figures, seconds)."""
+    """One training and what it is good for: (metrics, seconds)."""
     name = "scenes_towers" if data == "towers" else "scenes"
     config, module = configs.load(str(CONFIGS / f"{name}.py"), [*overrides.items(), ("seed", str(seed))])
     experiment = module.build(config)
@@ -118,30 +118,30 @@ def run(seed, data, overrides):
         like, scenes_config = configs.load(str(CONFIGS / "scenes.py"), [(name, overrides[name]) for name in TRAIN])
         experiment = dataclasses.replace(experiment, optimizer=scenes_config.build(like).optimizer)
         params, seconds = experiments.train(experiment, config)
-        found = dataclasses.replace(experiment.evaluators[0], count=COUNT)(experiment, params, config, key, config.train.steps).figures
-        wanted = [f"{figure}{suffix}" for figure in ("retrieval_r1", "digit_accuracy") for suffix in ("", "_held_out")]
-        return {figure: found[figure] for figure in wanted}, seconds
+        found = dataclasses.replace(experiment.evaluators[0], count=COUNT)(experiment, params, config, key, config.train.steps).metrics
+        wanted = [f"{metric}{suffix}" for metric in ("retrieval_r1", "digit_accuracy") for suffix in ("", "_held_out")]
+        return {metric: found[metric] for metric in wanted}, seconds
     towers, aligner = experiment.evaluators[0].towers, experiment.evaluators[0].aligner
     scenes_of = {split: load_all(scenes.Scenes(split, 16, COUNT)) for split in SPLITS}
     if data == "without noise":
         experiment, told = silent(experiment, config, module)
     params, seconds = experiments.train(experiment, config)
-    figures = {}
+    metrics = {}
     if data == "without noise":
         keys = example_keys(key, COUNT)
         vectors = {split: in_batches(told, params, keys, each["image"], 250) for split, each in scenes_of.items()}
-        figures |= named(vectors, towers, scenes_of)
+        metrics |= named(vectors, towers, scenes_of)
     elif data != "draw":
         vectors = {split: aligner(params, key, each["image"], steps=10) for split, each in scenes_of.items()}
-        figures |= named(vectors, towers, scenes_of)
+        metrics |= named(vectors, towers, scenes_of)
     if data in ("draw", "both"):
         drawing = dataclasses.replace(experiment.evaluators[0].drawing, count=COUNT)
-        found = drawing.samples(experiment, params, key, config.sample.steps, config.sample.guidance).figures
-        figures |= {name: found[name] for name in ("prompt_correctness", "prompt_correctness_seen", "frechet_ratio")}
+        found = drawing.samples(experiment, params, key, config.sample.steps, config.sample.guidance).metrics
+        metrics |= {name: found[name] for name in ("prompt_correctness", "prompt_correctness_seen", "frechet_ratio")}
     if data == "both":
         few = experiment.train_data().take(np.arange(256)) | {"index": np.arange(256, dtype=np.uint32)}
-        figures |= norms(config, module, params, few, key)
-    return figures, seconds
+        metrics |= norms(config, module, params, few, key)
+    return metrics, seconds
 
 
 if __name__ == "__main__":

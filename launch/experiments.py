@@ -1,6 +1,6 @@
 """What the experiments share: many small trainings side by side, a line of results for each, and tables of means with errors.
 
-Every line of OUT/runs.jsonl is one training with its figures; those that are there are not repeated. Small trainings use one core best:
+Every line of OUT/runs.jsonl is one training with its metrics; those that are there are not repeated. Small trainings use one core best:
 as many run side by side as there are cores (--workers).
 """
 
@@ -56,20 +56,20 @@ def _settle(free, workers, out):
 
 
 def _run(run, seed, part, setting, data, overrides):
-    figures, seconds = run(seed, data, overrides)
-    figures = {name: round(float(value), 5) for name, value in figures.items()}
-    return {"part": part, "setting": setting, "seed": seed, "overrides": overrides, "figures": figures, "train_seconds": round(seconds, 1)}
+    metrics, seconds = run(seed, data, overrides)
+    metrics = {name: round(float(value), 5) for name, value in metrics.items()}
+    return {"part": part, "setting": setting, "seed": seed, "overrides": overrides, "metrics": metrics, "train_seconds": round(seconds, 1)}
 
 
 def cells(values: np.ndarray) -> str:
-    """Mean and standard error of the rows of `values` [n, figures], as cells of a table."""
+    """Mean and standard error of the rows of `values` [n, metrics], as cells of a table."""
     error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.full(values.shape[1], np.nan)
     return " | ".join(f"{mean:.4f} ± {e:.4f}" for mean, e in zip(values.mean(0), error))
 
 
 def differences(rows: Sequence[Mapping], name: str, base: str, names: Sequence[str]) -> np.ndarray:
-    """What a setting changes: its figures minus those of `base`, for every seed and every rest "..., T=20" of the name: [n, figures]."""
-    found = {(row["setting"], row["seed"]): np.array([row["figures"].get(each, np.nan) for each in names]) for row in rows}
+    """What a setting changes: its metrics minus those of `base`, for every seed and every rest "..., T=20" of the name: [n, metrics]."""
+    found = {(row["setting"], row["seed"]): np.array([row["metrics"].get(each, np.nan) for each in names]) for row in rows}
     pairs = [(setting, (setting[0].replace(name, base, 1), setting[1])) for setting in found if setting[0].split(",")[0] == name]
     return np.array([found[one] - found[other] for one, other in pairs if other in found])
 
@@ -78,10 +78,10 @@ def table(rows: Sequence[Mapping], bases: Mapping[str, str]) -> None:
     """Prints mean and standard error over the seeds, as Markdown, and what each setting changes against its part's base."""
     for part in dict.fromkeys(row["part"] for row in rows):
         chosen = [row for row in rows if row["part"] == part]
-        names = list(dict.fromkeys(name for row in chosen for name in row["figures"]))
+        names = list(dict.fromkeys(name for row in chosen for name in row["metrics"]))
         print(f"\n| {part} | seeds | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
         for setting in dict.fromkeys(row["setting"] for row in chosen):
-            values = np.array([[row["figures"].get(name, np.nan) for name in names] for row in chosen if row["setting"] == setting])
+            values = np.array([[row["metrics"].get(name, np.nan) for name in names] for row in chosen if row["setting"] == setting])
             print(f"| {setting} | {len(values)} | {cells(values)} |")
         for name in dict.fromkeys(row["setting"].split(",")[0] for row in chosen):
             pairs = differences(chosen, name, bases[part], names) if part in bases and name != bases[part] else ()
@@ -95,7 +95,7 @@ def main(description: str, settings: Sequence[Setting], run: Callable, bases: Ma
     Args:
       description: of the command.
       settings: everything that is to be run, with each of `SEEDS`.
-      run: `(seed, data, overrides) -> (figures, seconds of training)`, a function of a module.
+      run: `(seed, data, overrides) -> (metrics, seconds of training)`, a function of a module.
       bases: part -> the name of the setting that its others are compared with in pairs.
     """
     parts = tuple(dict.fromkeys(part for part, *_ in settings))
@@ -125,7 +125,7 @@ def main(description: str, settings: Sequence[Setting], run: Callable, bases: Ma
             rows.append(row)
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{number}/{len(todo)} {row['part']}: {row['setting']}, seed {row['seed']}: {row['figures']}", flush=True)
+            print(f"{number}/{len(todo)} {row['part']}: {row['setting']}, seed {row['seed']}: {row['metrics']}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     order = list(wanted)

@@ -9,11 +9,11 @@
     masked      digits_masked: the plain conditional model (A4) and the whole (A5)
     transition  digits_transition: the plain conditional models of both directions, and the whole
 
-Cost: 54 trainings. One takes 40 to 90 seconds on a quiet core, as many again for samples and figures: some 50 minutes on two cores.
+Cost: 54 trainings. One takes 40 to 90 seconds on a quiet core, as many again for samples and metrics: some 50 minutes on two cores.
 Measured in pieces, beside other work.
 
 All networks of a part are equal, and so is what they are trained for; they and the trainings are small: compare the settings with each
-other, not with the configs' own figures.
+other, not with the configs' own metrics.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ BESIDE = {
     },
 }
 SIZES = {"masked": {"eval.draws": "4"}, "transition": {"train.steps": "2000"}}  # scenes take longer to learn than digits
-FIGURES = {
+METRICS = {
     "masked": (
         "hidden_error/5", "hidden_error/20", "perceptual/5", "perceptual/20", "seen_error/5", "frechet_ratio", "frechet_ratio_absent"),
     "transition": None,  # all
@@ -117,10 +117,10 @@ def labels(experiment, params, config, key, data):
     asked = conditional.labels_to_ask(train["label"], 10, 100)
     drawn = quantize(draw(keys[0], {"label": asked}, len(asked))["image"])
     found = conditional.judge(drawn, asked, (train["image"], train["label"]), (test["image"], test["label"]), 10, 100)
-    figures = {name: value for name, value in found.figures.items() if name != "svm_real_accuracy"}
+    metrics = {name: value for name, value in found.metrics.items() if name != "svm_real_accuracy"}
     count = len(train["image"])
     bare = quantize(draw(keys[1], {}, count, absent=("label",))["image"])
-    figures["frechet_ratio_absent"] = frechet_ratio(bare, test["image"], train["image"])
+    metrics["frechet_ratio_absent"] = frechet_ratio(bare, test["image"], train["image"])
     if data == "no head":  # names an image by its denoising losses alone
 
         def scores(params, keys, given):
@@ -128,15 +128,15 @@ def labels(experiment, params, config, key, data):
             return denoising_losses(process, apply, params, keys, given, "label", 10, shape, 16)
 
         errors = in_batches(scores, params, example_keys(keys[2], len(test["image"])), {"image": test["image"]}, 50)
-        return {**figures, "label_accuracy": accuracy(errors.argmin(-1), test["label"])}
+        return {**metrics, "label_accuracy": accuracy(errors.argmin(-1), test["label"])}
     read = read_labels(experiment, params, keys[2], {"image": test["image"]}, "label", 250).argmax(-1)
-    figures["label_accuracy"] = accuracy(read, test["label"])
+    metrics["label_accuracy"] = accuracy(read, test["label"])
     for name, own in {"": experiment, **(estimates(experiment) if data == "estimates" else {})}.items():
         joint = draw_samples(own, params, keys[3], {}, count, batch=250, steps=config.sample.steps, guidance=1.0)
         images = quantize(joint["image"])
-        figures[f"joint_agreement{name}"] = accuracy(classifiers.predict(found.classifier, images), joint["label"])
-        figures[f"frechet_ratio_joint{name}"] = frechet_ratio(images, test["image"], train["image"])
-    return figures
+        metrics[f"joint_agreement{name}"] = accuracy(classifiers.predict(found.classifier, images), joint["label"])
+        metrics[f"frechet_ratio_joint{name}"] = frechet_ratio(images, test["image"], train["image"])
+    return metrics
 
 
 def estimates(experiment):
@@ -155,7 +155,7 @@ def estimates(experiment):
 
 
 def run(seed, data, overrides):
-    """One training and what it is good for: (figures, seconds)."""
+    """One training and what it is good for: (metrics, seconds)."""
     name = data if data in BESIDE else "label"
     config, module = configs.load(str(CONFIGS / f"digits_{name}.py"), [*overrides.items(), ("seed", str(seed))])
     experiment = module.build(config)
@@ -164,8 +164,8 @@ def run(seed, data, overrides):
     key = jax.random.key(1000 + seed)
     if name == "label":
         return labels(experiment, params, config, key, data), seconds
-    found = experiment.evaluators[0](experiment, params, config, key, config.train.steps).figures
-    return {name: found[name] for name in FIGURES[data] or found}, seconds
+    found = experiment.evaluators[0](experiment, params, config, key, config.train.steps).metrics
+    return {name: found[name] for name in METRICS[data] or found}, seconds
 
 
 if __name__ == "__main__":

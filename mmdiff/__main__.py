@@ -46,12 +46,12 @@ returns at once."""
 
 EVAL = """\
 Runs every evaluator of the config on the averaged (EMA) weights of the last
-checkpoint, prints the figures, and writes report.json (all figures) and
-report.html (figures and pictures) to the workdir. The values of the config are
+checkpoint, prints the metrics, and writes report.json (all metrics) and
+report.html (metrics and figures) to the workdir. The values of the config are
 the run's own; config.sample, config.eval, config.seed and the folders of the
 data can be set.
 
-Whatever you choose by its figures, choose with --split validation, which writes
+Whatever you choose by its metrics, choose with --split validation, which writes
 report-validation.json and .html and leaves the test data alone: what is
 reported of the test data then was not chosen on them."""
 
@@ -250,7 +250,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     option("--steps", type=_count, default=5, metavar="N", help="timed steps in a round (default: 5)")
     option("--rounds", type=_count, default=5, metavar="N", help="rounds in which the programs take turns (default: 5)")
     option("--peer", default="", metavar="COMMAND", help="another program to compare with, in quotes")
-    option("--json", type=_path, metavar="FILE", help="write the figures to a file, too")
+    option("--json", type=_path, metavar="FILE", help="write the metrics to a file, too")
     of_processes(sub)
     sub = command("aot", _aot, "what a training step needs of TPUs that are not here", AOT, workdir=False)
     option = sub.add_argument
@@ -436,10 +436,10 @@ def _eval(args: argparse.Namespace) -> None:
     json_path, html_path = report.paths(args.workdir, args.split)
     if not (args.reuse and _is_report_of(json_path, config, step) and html_path.exists()):
         key = _key(config.seed, "eval")
-        findings = [evaluate(experiment, params, config, key, step) for evaluate in experiment.evaluators]
+        results = [evaluate(experiment, params, config, key, step) for evaluate in experiment.evaluators]
         meta = checkpoints.read_meta(args.workdir, step)  # of the checkpoint itself: run.json is only written when a run ends
         cost = {**checkpoints.cost(meta), "steps": step} if meta else None
-        json_path, html_path = report.write(args.workdir, experiment, config, findings, step, cost)
+        json_path, html_path = report.write(args.workdir, experiment, config, results, step, cost)
     written = json.loads(json_path.read_text())
     console.out(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
     console.out(json_path)
@@ -600,15 +600,15 @@ def _write_samples(experiment, samples: Mapping, out: pathlib.Path) -> list[path
     samples = {name: getattr(experiment.modalities[name], "quantize", np.asarray)(array) for name, array in samples.items()}
     shown = {name: experiment.modalities[name].show(array) for name, array in samples.items()}
     texts = {name: value for name, value in shown.items() if not isinstance(value, np.ndarray)}
-    pictures = {name: value for name, value in shown.items() if isinstance(value, np.ndarray)}
+    grids = {name: value for name, value in shown.items() if isinstance(value, np.ndarray)}
     for name, values in texts.items():
         console.out(f"{name}: {' '.join(map(str, values))}")
     captions = [" ".join(map(str, row)) for row in zip(*texts.values())]
     paths = [out / "samples.npz"]
     try:
         np.savez(paths[0], **samples)
-        for name, images in pictures.items():
-            paths.append(out / ("samples.png" if len(pictures) == 1 else f"samples_{name}.png"))
+        for name, images in grids.items():
+            paths.append(out / ("samples.png" if len(grids) == 1 else f"samples_{name}.png"))
             grid(images, math.isqrt(len(images) - 1) + 1, captions or None).save(paths[-1])
         for name, array in samples.items():
             if hasattr(experiment.modalities[name], "write"):
@@ -628,10 +628,10 @@ def _is_report_of(path: pathlib.Path, config, step: int) -> bool:
     return isinstance(report, Mapping) and report.get("step") == step and report.get("config") == json.loads(configs.to_json(config))
 
 
-def _table(figures: Mapping[str, object]) -> str:
+def _table(metrics: Mapping[str, object]) -> str:
     """Names and values in two columns, fractions with four decimals."""
-    width = max(map(len, figures), default=0)
-    texts = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in figures.items()}
+    width = max(map(len, metrics), default=0)
+    texts = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in metrics.items()}
     return "\n".join(f"{name:<{width}}  {text}" for name, text in texts.items())
 
 

@@ -56,7 +56,7 @@ class Experiment:
         `train.best`, and `mmdiff eval --split validation` measures on it. What is reported is measured on "test", which nothing
         else reads. Of a set that is published with one of the two alone they are the same.
       sampler: the options of `sampling.make_sampler` (paths, heun, transforms, ...). Without `drop`, guidance drops the conditions.
-      evaluators: callables `(experiment, params, config, key, step) -> Findings`, run by `mmdiff eval` in this order.
+      evaluators: callables `(experiment, params, config, key, step) -> EvalResult`, run by `mmdiff eval` in this order.
       init: `key -> params`, pure, so that it can be jitted onto a mesh; the network's own by default.
       apply: `(params, net_x, net_t) -> out`; the network's own by default.
       shape: the shape of one example of every modality of the process, `{"image": (8, 8, 1), "label": ()}`; those of `modalities`.

@@ -116,5 +116,5 @@ def test_the_experiments_name_values_that_exist(experiments):
 def test_an_experiment_runs(experiments, monkeypatch):
     monkeypatch.setattr(experiments, "SAMPLES", 100)
     small = {**experiments.MARKOV, **experiments.LOSSES["both"], "train.steps": "2", "chain.steps": "4", "sample.steps": "2"}
-    figures, seconds = experiments.run(1, "markov", small)
-    assert set(figures) == set(experiments.SETS["markov"][2]) and all(np.isfinite(value) for value in figures.values()) and seconds > 0
+    metrics, seconds = experiments.run(1, "markov", small)
+    assert set(metrics) == set(experiments.SETS["markov"][2]) and all(np.isfinite(value) for value in metrics.values()) and seconds > 0

@@ -134,13 +134,13 @@ def test_a_step_and_a_sample_from_a_cache(name, caches, monkeypatch):
     drawn = np.asarray(draw(after.ema, jax.random.split(jax.random.key(1), 2), given))
     experiment.process.check({"tokens": drawn, **given})  # no mask is left
     np.testing.assert_array_equal(*drawn)  # truncated to the likeliest token, in one step: nothing is left to chance
-    pictures = experiment.modalities["tokens"].show(drawn)
-    assert pictures.shape == (2, 256, 256, 3) and pictures.dtype == np.uint8
+    figures = experiment.modalities["tokens"].show(drawn)
+    assert figures.shape == (2, 256, 256, 3) and figures.dtype == np.uint8
 
 
 @pytest.mark.slow
 def test_the_commands(sets, tmp_path, capsys):
-    """A tokenizer, its figures, its cache, training from that and a sample, as the head of coco_text.py says."""
+    """A tokenizer, its metrics, its cache, training from that and a sample, as the head of coco_text.py says."""
     once = {"train.steps": 1, "train.log_every": 1, "train.tensorboard": "false", "train.global_batch": 8}
     tokenizer = ["--config", str(FOLDER / "pictures_tokenizer.py"), "--workdir", str(tmp_path / "tokenizer")]
     values = TINY | once | {"data.name": "coco_captions", "data.dir": sets["coco_captions"], "train.eval_every": 0}

@@ -122,16 +122,16 @@ def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
     assert ("genre" in clips) == (name == "aist_music") and evaluator.decode(known["music"][:2]).shape == clips["audio"][:2].shape
 
     found = evaluator(experiment, jax.jit(experiment.init)(jax.random.key(0)), config, jax.random.key(1), 0)
-    assert found.figures["beat_f1_real"] == 1 > found.figures["beat_f1"] and "onsets of the real music" in found.notes["beat_f1"]
-    assert ("genre_accuracy" in found.figures) == (name == "aist_music")
+    assert found.metrics["beat_f1_real"] == 1 > found.metrics["beat_f1"] and "onsets of the real music" in found.definitions["beat_f1"]
+    assert ("genre_accuracy" in found.metrics) == (name == "aist_music")
 
     tokenizer, _ = load("music_tokenizer", small={}, data__name=data, data__dir=tmp_path)
     evaluator = dataclasses.replace(tokenizer.evaluators[0], net=net, windows=(256,))
     found = evaluator(tokenizer, params, config, jax.random.key(1), 0)
-    assert found.figures["beat_f1_real"] == 1 and "onsets of the real music" in found.notes["beat_f1"]
+    assert found.metrics["beat_f1_real"] == 1 and "onsets of the real music" in found.definitions["beat_f1"]
     used = len(np.unique(load_all(token_cache.token_source(tmp_path / "tokens", "test"))["music"]))
-    assert found.figures["codebook_usage"] == used / 2048 and set(found.notes) <= set(found.figures)
-    assert ("genre_accuracy" in found.figures) == (name == "aist_music")
+    assert found.metrics["codebook_usage"] == used / 2048 and set(found.definitions) <= set(found.metrics)
+    assert ("genre_accuracy" in found.metrics) == (name == "aist_music")
 
 
 def test_the_settings_are_the_published_ones():
@@ -227,7 +227,7 @@ def test_drawing_starts_from_masks_and_never_sees_the_real_music(small, trajecto
         raise Heard(audio)
 
     monkeypatch.setattr("mmdiff.projects.dance.music.Listener.__init__", lambda self, clips: None)
-    monkeypatch.setattr("mmdiff.projects.dance.music.Listener.figures", stop)
+    monkeypatch.setattr("mmdiff.projects.dance.music.Listener.metrics", stop)
 
     def heard(seed):
         rng = np.random.default_rng(seed)
@@ -265,9 +265,10 @@ def test_an_absent_dance_has_no_say(small, trajectory):
 def test_speed(small):
     experiment, config, params = small
     found = Speed(given=("motion", "genre"), seconds=2.0, batch=3, repeats=1)(experiment, params, config, jax.random.key(0), 0)
-    assert set(found.figures) == set(found.notes) == {"music_per_second", "music_per_second_quarter"}
-    assert all(value > 0 for value in found.figures.values())
-    assert "3 clips at once, 2 steps" in found.notes["music_per_second"] and "1 steps" in found.notes["music_per_second_quarter"]
+    assert set(found.metrics) == set(found.definitions) == {"music_per_second", "music_per_second_quarter"}
+    assert all(value > 0 for value in found.metrics.values())
+    assert "3 clips at once, 2 steps" in found.definitions["music_per_second"]
+    assert "1 steps" in found.definitions["music_per_second_quarter"]
 
 
 @pytest.mark.slow
@@ -313,5 +314,5 @@ def test_an_experiment_runs(experiments, cache, monkeypatch):
     for split in dance.COUNTS:
         monkeypatch.setitem(dance.COUNTS, split, 20)
     few = SMALL | {"data.dir": str(cache), "model.patch": "43", "train.steps": "1", "sample.steps": "1", "eval.clips": "20"}
-    figures, seconds = experiments.run(1, "dance_music", experiments.LOSSES["sample-inter"] | few | {"train.global_batch": "4"})
-    assert set(figures) == set(experiments.FIGURES) and all(np.isfinite(value) for value in figures.values()) and seconds > 0
+    metrics, seconds = experiments.run(1, "dance_music", experiments.LOSSES["sample-inter"] | few | {"train.global_batch": "4"})
+    assert set(metrics) == set(experiments.METRICS) and all(np.isfinite(value) for value in metrics.values()) and seconds > 0

@@ -67,16 +67,16 @@ def towers(tmp_path_factory):
 def measured(monkeypatch, given, workdir):
     found = []
 
-    def write(workdir, experiment, config, findings, *rest, real=report.write):
-        found.extend(findings)
-        return real(workdir, experiment, config, findings, *rest)
+    def write(workdir, experiment, config, results, *rest, real=report.write):
+        found.extend(results)
+        return real(workdir, experiment, config, results, *rest)
 
     monkeypatch.setattr(report, "write", write)
     assert cli.main(["eval", *given]) == 0
     written = json.loads((workdir / "report.json").read_text())
     for part in found:
-        assert part.figures and set(part.notes) <= set(part.figures)
-        assert all(written[figure] is not None for figure in part.figures)  # null is what is not finite
+        assert part.metrics and set(part.definitions) <= set(part.metrics)
+        assert all(written[metric] is not None for metric in part.metrics)  # null is what is not finite
     return found[0]
 
 
@@ -95,7 +95,7 @@ def test_towers_are_measured_and_kept(towers, monkeypatch, capsys):
     less(monkeypatch, SceneTowers, count=200)
     given = options("scenes_towers", towers / "run", {**TRAIN, **TOWERS})
     found = measured(monkeypatch, given, towers / "run")
-    assert {"retrieval_r1", "retrieval_r1_held_out", "digit_accuracy"} <= set(found.figures)
+    assert {"retrieval_r1", "retrieval_r1_held_out", "digit_accuracy"} <= set(found.metrics)
     capsys.readouterr()
     assert cli.main(["cache", *given, "--out", str(towers / "towers")]) == 0
     assert f"nothing to do: {towers / 'towers'} holds the towers of step 3" in capsys.readouterr().out
@@ -115,8 +115,8 @@ def test_scenes_train_and_all_their_figures_are_there(towers, tmp_path, monkeypa
     assert {
         "retrieval_r1", "retrieval_r1_all_digits", "retrieval_r1_held_out", "retrieval_r1_50", "retrieval_r1_1_of_8", "prompt_correctness",
         "round_trip", "caption_correctness", "prompt_correctness_best_of_2", "towers_retrieval_r1",
-        "towers_retrieval_r1_all_digits"} <= set(found.figures)  # fmt: skip
-    assert {"Caption to image", "Image to caption"} <= set(found.pictures)
+        "towers_retrieval_r1_all_digits"} <= set(found.metrics)  # fmt: skip
+    assert {"Caption to image", "Image to caption"} <= set(found.figures)
     noted = json.loads((tmp_path / "dependencies.json").read_text())
     assert noted == {"towers": Towers(str(towers / "towers")).fingerprint()}
     (tmp_path / "dependencies.json").write_text(json.dumps({"towers": "0" * 64}))
@@ -134,7 +134,7 @@ def test_digits_train_and_all_their_figures_are_there(tmp_path, monkeypatch):
     assert {
         "alignment_accuracy", "alignment_accuracy_1", "alignment_accuracy_50", "alignment_accuracy_dropped", "round_trip",
         "alignment_accuracy_shuffled", "diffusion_classifier_accuracy", "conditional_agreement", "milliseconds_50_cached",
-        "best_of_2_agreement"} <= set(found.figures)  # fmt: skip
+        "best_of_2_agreement"} <= set(found.metrics)  # fmt: skip
 
 
 @pytest.mark.parametrize("overrides", [
@@ -254,7 +254,7 @@ def classified(experiment, config):
     params = jax.jit(experiment.init)(jax.random.key(0))
     found = experiment.evaluators[0](experiment, params, config, jax.random.key(1), 0)
     assert found.settings["zero_shot_pictures"] == {"fgvc_aircraft": 2} and len(found.settings["zero_shot_not_run"]) == 11
-    return found.figures["zero_shot"]
+    return found.metrics["zero_shot"]
 
 
 def test_towers_classify_pictures_of_published_sets(aircraft):
@@ -306,11 +306,11 @@ def test_an_experiment_runs(experiments, towers, monkeypatch, data):
     overrides, small = next((overrides, TOWERS if data == "towers" else {**NET, "data.towers": towers / "towers"})
                             for _, _, kind, overrides in experiments.settings() if kind == data)
     few = {"train.steps": 1, "train.global_batch": 8}
-    figures, seconds = experiments.run(1, data, {key: str(value) for key, value in {**overrides, **few, **small}.items()})
+    metrics, seconds = experiments.run(1, data, {key: str(value) for key, value in {**overrides, **few, **small}.items()})
     wanted = {"retrieval_r1", "retrieval_r1_held_out", "digit_accuracy", "digit_accuracy_held_out"}
     if data == "both":
         wanted |= {"prompt_correctness", "prompt_correctness_seen", "frechet_ratio", "gradient_draw", "gradient_name"}
-    assert set(figures) == wanted and all(np.isfinite(value) for value in figures.values()) and seconds > 0
+    assert set(metrics) == wanted and all(np.isfinite(value) for value in metrics.values()) and seconds > 0
 
 
 def test_queries_that_are_not_of_length_one_are_refused():

@@ -12,13 +12,13 @@ def experiments(loaded_launch):
     return loaded_launch("experiments")
 
 
-def row(setting, seed, overrides=None, part="markov", **figures):
-    return {"part": part, "setting": setting, "seed": seed, "overrides": overrides or {}, "figures": figures}
+def row(setting, seed, overrides=None, part="markov", **metrics):
+    return {"part": part, "setting": setting, "seed": seed, "overrides": overrides or {}, "metrics": metrics}
 
 
 def test_tables_have_means_errors_and_differences_of_pairs(experiments, capsys):
-    figures = {"vanilla, T=20": (1.0, 2.0), "both, T=20": (1.5, 2.7)}
-    rows = [row(name, seed, nll=nll) for name, both in figures.items() for seed, nll in enumerate(both)]
+    metrics = {"vanilla, T=20": (1.0, 2.0), "both, T=20": (1.5, 2.7)}
+    rows = [row(name, seed, nll=nll) for name, both in metrics.items() for seed, nll in enumerate(both)]
     experiments.table([*rows, row("both, T=40", 0, nll=9.0)], {"markov": "vanilla"})  # has no vanilla beside it
     text = capsys.readouterr().out
     assert "| vanilla, T=20 | 2 | 1.5000 ± 0.5000 |" in text and "| both, T=40 | 1 | 9.0000 ± nan |" in text
@@ -32,7 +32,7 @@ def test_figures_that_a_setting_lacks_are_left_open(experiments, capsys):
 
 
 def test_finished_rows_count_only_for_the_values_they_were_run_with(experiments, tmp_path, monkeypatch, capsys):
-    rows = [row(f"x={x}", seed, {"x": x}, part="p", figure=float(x)) for x in ("1", "2") for seed in experiments.SEEDS]
+    rows = [row(f"x={x}", seed, {"x": x}, part="p", metric=float(x)) for x in ("1", "2") for seed in experiments.SEEDS]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--table"])
     settings = [("p", "x=1", "data", {"x": "1"}), ("p", "x=2", "data", {"x": "2.0"})]

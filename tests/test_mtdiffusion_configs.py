@@ -51,9 +51,9 @@ def test_there_is_a_case_of_every_config():
 def test_a_config_trains_and_all_its_figures_are_there_and_explained(name, tmp_path, monkeypatch):
     found = []
 
-    def write(workdir, experiment, config, findings, *rest, real=report.write):
-        found.extend(findings)
-        return real(workdir, experiment, config, findings, *rest)
+    def write(workdir, experiment, config, results, *rest, real=report.write):
+        found.extend(results)
+        return real(workdir, experiment, config, results, *rest)
 
     monkeypatch.setattr(digits, "digits_source", few)
     monkeypatch.setattr(report, "write", write)
@@ -68,9 +68,9 @@ def test_a_config_trains_and_all_its_figures_are_there_and_explained(name, tmp_p
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["step"] == 3 and len(found) >= 1
     for part in found:
-        assert part.figures and set(part.figures) == set(part.notes)
-        assert all(written[figure] is not None for figure in part.figures)  # null is what is not finite
-        assert len(part.pictures) >= 2 and all(picture.caption for picture in part.pictures.values())
+        assert part.metrics and set(part.metrics) == set(part.definitions)
+        assert all(written[metric] is not None for metric in part.metrics)  # null is what is not finite
+        assert len(part.figures) >= 2 and all(picture.caption for picture in part.figures.values())
 
 
 @pytest.mark.slow

@@ -63,9 +63,9 @@ def build(config):
         return sampling.sample(process, guided, params, keys, grid, shape, given=given, absent=absent)
 
     def measure(experiment, params, config, key, step):
-        from mmdiff.evals.evaluator import Findings
+        from mmdiff.evals.evaluator import EvalResult
 
-        return Findings({"weight_norm": float(optax.tree.norm(params)), "seen": 3, "examples": len(experiment.test_data())})
+        return EvalResult({"weight_norm": float(optax.tree.norm(params)), "seen": 3, "examples": len(experiment.test_data())})
 
     rng = np.random.default_rng(0)
     data = ArraySource(

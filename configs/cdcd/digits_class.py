@@ -11,7 +11,7 @@ is theirs at a small size, with four pixels to a transformer token and what a to
 Measured before the validation split (seed 0, 1,297 training and 500 held-out digits, EMA weights, 80 steps, guidance 1.2): bits per
 dimension 1.805 (pixels on their own 2.43, and 2.22 counted by class; a raster Markov chain 2.31), conditional agreement 0.984,
 classification accuracy score 0.962, Fréchet ratio 2.38. Guidance 1.0: 0.970, 0.962, 2.29; 1.4: 0.994, 0.960, 2.67: it was chosen on these
-figures, whose standard errors are 0.004 and 0.009. Cost: 1.08M parameters, six minutes of training on two CPU cores. `eval` compares the
+metrics, whose standard errors are 0.004 and 0.009. Cost: 1.08M parameters, six minutes of training on two CPU cores. `eval` compares the
 samplers at fewer steps as well (the table is in README.md beside it) and took a quarter of an hour beside other work.
 """
 
@@ -76,7 +76,7 @@ def build(config):
         grid, stride = sampling.released_stride(steps, steps // calls - 1)
         return grid, [sampling.only("tokens", stride)]
 
-    figures = ClassTokenImages(bound_steps=steps, batch=config.eval.batch)
+    metrics = ClassTokenImages(bound_steps=steps, batch=config.eval.batch)
     strided = {"released": sampling.make_sampler(process, net.apply, shape, drop, grid=released)}
     return Experiment(
         process=process,
@@ -92,7 +92,7 @@ def build(config):
         sample=sampling.make_sampler(process, net.apply, shape, drop),
         modalities={"tokens": TokenImages(8, 8, LEVELS), "label": Labels(CLASSES, synonyms=NAMES)},
         evaluators=(
-            figures,
-            Calls(figures, ["conditional_agreement", "classification_accuracy_score", "frechet_ratio"], config.eval.calls, strided),
+            metrics,
+            Calls(metrics, ["conditional_agreement", "classification_accuracy_score", "frechet_ratio"], config.eval.calls, strided),
         ),
     )

@@ -9,7 +9,7 @@
 
 The captions go through a byte-level BPE tokenizer and a text encoder that is trained with the network: cross-attention reads its
 features, and their mean modulates the MLPs (config.model.pooled, not in the paper; without it, and without truncation, 24 % of the digits
-were right after 1,600 steps). One in ten combinations of digit, colour and position never occurs in training, and is what the figures are
+were right after 1,600 steps). One in ten combinations of digit, colour and position never occurs in training, and is what the metrics are
 about.
 
 Measured before the validation split (seed 0, 1,000 captions of held-out combinations, EMA weights, 40 steps, guidance 2, truncation 0.86):

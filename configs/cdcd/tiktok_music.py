@@ -13,7 +13,7 @@
 are other segments. Networks, conditions and recipe are those of aist_music.py, and so is what is ours and not the paper's. As released for
 this set: T = 100, Step-Intra at 5e-5, batch 96 (released: 12 a GPU; eight GPUs are our guess), 100 epochs.
 
-The paper's figures for it are not known to us. This has not been trained here. By the ahead-of-time report on 16 chips of v5e: 433.8M
+The paper's metrics for it are not known to us. This has not been trained here. By the ahead-of-time report on 16 chips of v5e: 433.8M
 parameters with the dance's encoder, 4.9 GB a chip of 16.9 and a step of 21 ms at least.
 """
 

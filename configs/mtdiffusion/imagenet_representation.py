@@ -15,7 +15,7 @@ config.data.source=random makes up both and needs nothing. A.npy holds such vect
 another length are config.data.vector numbers long: 512 of ViT-B.
 
 Of the paper: images with CLIP's representations in the space of Stable Diffusion's latents, 0.1 times the head's loss beside that of eps;
-it draws pictures of texts, shows no figures and prints no settings. Ours are the rest: a DiT-XL/2 from nothing and without texts, in the
+it draws pictures of texts, shows no metrics and prints no settings. Ours are the rest: a DiT-XL/2 from nothing and without texts, in the
 place of Stable Diffusion; the recipe of dit_xl2.py with fixed variances; as the encoder a fixed orthogonal projection into the latents'
 space, as large as they are; as the head an MLP on the network's middle, with the squared error; the weight of the vector in the mean,
 sqrt(alpha_bar) t; the shares of the times, those of digits_representation.py.

@@ -12,7 +12,7 @@ cityscapes or cityscapes_tfds, whose other picture is `segmentation`, night2day,
 pictures up and needs nothing; what config.data.dir holds says mmdiff/data/paired.py.
 
 Of the paper: the other picture is encoded by the identity; 0.1 times the loss of its head, a copy of the output block, beside that of eps;
-pairs are drawn of night2day and photographs of Cityscapes' segmentations. It shows pictures, no figures, and prints neither sizes nor
+pairs are drawn of night2day and photographs of Cityscapes' segmentations. It shows pictures, no metrics, and prints neither sizes nor
 settings; what is of ADM, on which it builds, and what is ours, says imagenet64_label.py. Ours are here, besides: DiT-B, as there are
 2,975 pairs of Cityscapes; one network for all three uses, by the shares of its times; 100,000 steps of 128. For 128 pixels
 config.data.size=128 with config.model.patch=8.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.evals import retrieval
-from mmdiff.evals.evaluator import Clock, Findings, example_keys, in_batches
+from mmdiff.evals.evaluator import Clock, EvalResult, example_keys, in_batches
 from mmdiff.nets.dual import DualStream, look, naming
 from mmdiff.processes import Gaussian, Given, Joint
 
@@ -81,7 +81,7 @@ class PairRetrieval:
     count: int = 1000
     batch: int = 250
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         source = experiment.test_data()
         count = min(self.count, len(source))
         data, clock = source.take(np.arange(count)), Clock()
@@ -90,6 +90,6 @@ class PairRetrieval:
         texts = texts / np.linalg.norm(texts, axis=-1, keepdims=True)
         vectors = self.aligner(params, key, data["image"], steps=10, batch=self.batch)
         clock.stop()
-        figures = retrieval.recalls(retrieval.scores(vectors, texts), texts @ texts.T > 1 - 1e-6)
-        notes = {name: f"10 steps from noise; {count} images and their texts; equal texts are right, too" for name in figures}
-        return Findings(figures, notes, {}, {"candidates": count, "evaluation_seconds": clock.seconds})
+        metrics = retrieval.recalls(retrieval.scores(vectors, texts), texts @ texts.T > 1 - 1e-6)
+        definitions = {name: f"10 steps from noise; {count} images and their texts; equal texts are right, too" for name in metrics}
+        return EvalResult(metrics, definitions, {}, {"candidates": count, "evaluation_seconds": clock.seconds})

@@ -1,4 +1,4 @@
-"""Quality against network calls: the figures of one evaluator at several numbers of steps, for one or more samplers."""
+"""Quality against network calls: the metrics of one evaluator at several numbers of steps, for one or more samplers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmdiff.evals import plots
-from mmdiff.evals.evaluator import Findings, Picture, say
+from mmdiff.evals.evaluator import EvalResult, Figure, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Calls:
         Calls(ClassTokenImages(bound_steps=80), ["frechet_ratio"], steps=[80, 40, 20, 10], draws={"released": other})
 
     Attributes:
-      evaluator: has `samples(experiment, params, key, steps, guidance) -> Findings`.
-      names: which of its figures; `x` becomes `x_at_40_steps`.
+      evaluator: has `samples(experiment, params, key, steps, guidance) -> EvalResult`.
+      names: which of its metrics; `x` becomes `x_at_40_steps`.
       steps: the numbers of steps.
       draws: other samplers by name, as `Experiment.sample`, beside the experiment's own: `x_released_at_40_steps`.
     """
@@ -28,9 +28,9 @@ class Calls:
     steps: Sequence[int]
     draws: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         guidance = float(config.sample.guidance)
-        figures, notes, first = {}, {}, None
+        metrics, definitions, first = {}, {}, None
         curves = {name: {} for name in self.names}
         for sampler, draw in {"": experiment.sample, **self.draws}.items():
             for steps in self.steps:
@@ -39,14 +39,15 @@ class Calls:
                 found = self.evaluator.samples(other, params, key, int(steps), guidance)
                 first = first or found
                 for name in self.names:
-                    figure = "_".join(filter(None, (name, sampler, f"at_{steps}_steps")))
-                    figures[figure] = found.figures[name]
-                    notes[figure] = f"{steps} steps{f' of the sampler {sampler!r}' if sampler else ''}: {found.notes[name]}"
+                    metric = "_".join(filter(None, (name, sampler, f"at_{steps}_steps")))
+                    metrics[metric] = found.metrics[name]
+                    definitions[metric] = f"{steps} steps{f' of the sampler {sampler!r}' if sampler else ''}: {found.definitions[name]}"
                     x, y = curves[name].setdefault(sampler or "default", ([], []))
                     x.append(steps)
-                    y.append(found.figures[name])
+                    y.append(found.metrics[name])
         charts = {
-            f"{name.replace('_', ' ')} against steps": Picture(plots.lines(curves[name]), f"Guidance {guidance:g}; {first.notes[name]}.")
+            f"{name.replace('_', ' ')} against steps": Figure(
+                plots.lines(curves[name]), f"Guidance {guidance:g}; {first.definitions[name]}.")
             for name in self.names
         }
-        return Findings(figures, notes, charts, {"steps_compared": list(self.steps), "samplers_compared": ["default", *self.draws]})
+        return EvalResult(metrics, definitions, charts, {"steps_compared": list(self.steps), "samplers_compared": ["default", *self.draws]})

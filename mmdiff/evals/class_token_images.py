@@ -11,12 +11,12 @@ import numpy as np
 
 from mmdiff.data.sources import load_all
 from mmdiff.evals import conditional, likelihood
-from mmdiff.evals.evaluator import Clock, Findings, draw_samples, example_keys, in_batches
+from mmdiff.evals.evaluator import Clock, EvalResult, draw_samples, example_keys, in_batches
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassTokenImages:
-    """The figures and pictures of a model of token images given a label: `TokenImages` whose tokens are pixels, as the digits' are.
+    """The metrics and figures of a model of token images given a label: `TokenImages` whose tokens are pixels, as the digits' are.
 
     As many samples are drawn as there are training images, with their labels, and more of a class that comes up less than `per_class`
     times; see `evals.conditional` for what is measured of them. The bound on the likelihood of the held-out images given their labels
@@ -37,7 +37,7 @@ class ClassTokenImages:
     per_class: int = 100
     batch: int = 250
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         sample_key, bound_key = jax.random.split(key)
         found = self.samples(experiment, params, sample_key, int(config.sample.steps), float(config.sample.guidance))
         train, test = load_all(experiment.train_data()), load_all(experiment.test_data())
@@ -48,14 +48,14 @@ class ClassTokenImages:
         states = experiment.modalities[self.tokens].states
         pair = train[self.tokens], test[self.tokens]
         labels = train[self.label], test[self.label]
-        figures = {
+        metrics = {
             "bits_per_dim": float(bits.mean()),
             "bits_per_dim_independent": independent_bits(*pair, states),
             "bits_per_dim_independent_class": by_class(independent_bits, *pair, *labels, states),
             "bits_per_dim_raster_markov": raster_markov_bits(*pair, states),
             "bits_per_dim_raster_markov_class": by_class(raster_markov_bits, *pair, *labels, states),
         }
-        notes = {
+        definitions = {
             "bits_per_dim": f"upper bound on -log2 p(tokens | label) per token by the chain of {self.bound_steps} steps, one draw at every "
             f"step; {len(bits)} held-out images, standard error {bits.std() / math.sqrt(len(bits)):.3f}",
             "bits_per_dim_independent": "the same, exact, of the training tokens' frequencies at each place (add-one smoothing)",
@@ -65,15 +65,15 @@ class ClassTokenImages:
         }
         settings = {"bound_steps": self.bound_steps, "bound_images": len(bits)}
         seconds = {**found.settings["evaluation_seconds"], **clock.seconds}
-        return Findings(
-            figures={**found.figures, **figures},
-            notes={**found.notes, **notes},
-            pictures=found.pictures,
+        return EvalResult(
+            metrics={**found.metrics, **metrics},
+            definitions={**found.definitions, **definitions},
+            figures=found.figures,
             settings={**found.settings, **settings, "evaluation_seconds": seconds},
         )
 
-    def samples(self, experiment, params, key, steps: int, guidance: float) -> Findings:
-        """What depends on the sampler: figures, notes, pictures and settings of one set of samples."""
+    def samples(self, experiment, params, key, steps: int, guidance: float) -> EvalResult:
+        """What depends on the sampler: metrics, definitions, figures and settings of one set of samples."""
         modality, name = experiment.modalities[self.tokens], experiment.modalities[self.label].show
         train, test = load_all(experiment.train_data()), load_all(experiment.test_data())
         images, test_images = (modality.images(data[self.tokens]) for data in (train, test))
@@ -89,10 +89,10 @@ class ClassTokenImages:
         clock.stop()
         sampler = f"{steps} steps, guidance {guidance:g}"
         shown, names = modality.show(tokens), name(np.arange(self.classes))
-        return Findings(
-            figures=found.figures,
-            notes=found.notes,
-            pictures=conditional.pictures(shown, asked, modality.show(test[self.tokens]), test[self.label], names, found, sampler),
+        return EvalResult(
+            metrics=found.metrics,
+            definitions=found.definitions,
+            figures=conditional.figures(shown, asked, modality.show(test[self.tokens]), test[self.label], names, found, sampler),
             settings={"sample_steps": steps, "guidance": guidance, **found.settings, "evaluation_seconds": clock.seconds},
         )
 

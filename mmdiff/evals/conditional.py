@@ -11,7 +11,7 @@ import numpy as np
 from mmdiff.evals import classifiers
 from mmdiff.evals import plots as drawings
 from mmdiff.evals.accuracy import accuracy, confusion
-from mmdiff.evals.evaluator import Picture
+from mmdiff.evals.evaluator import Figure
 from mmdiff.evals.frechet import frechet_ratio
 
 
@@ -20,14 +20,14 @@ class Judged:
     """What `judge` found.
 
     Attributes:
-      figures, notes, settings: as in `Findings`.
+      metrics, definitions, settings: as in `EvalResult`.
       classifier: the SVM trained on the real training images.
       rows: which samples count for `conditional_agreement`, equally many of every class.
       labels: the classifier's labels of these.
     """
 
-    figures: Mapping[str, float]
-    notes: Mapping[str, str]
+    metrics: Mapping[str, float]
+    definitions: Mapping[str, str]
     settings: Mapping[str, Any]
     classifier: Any
     rows: np.ndarray
@@ -48,7 +48,7 @@ def judge(
     classes: int,
     per_class: int,
 ) -> Judged:
-    """Figures of images `drawn` [n, H, W, C] for the labels `asked` [n], which are `labels_to_ask` of the training set's.
+    """Metrics of images `drawn` [n, H, W, C] for the labels `asked` [n], which are `labels_to_ask` of the training set's.
 
     * `classification_accuracy_score` and `frechet_ratio`: as many samples as there are training images, with their labels;
     * `conditional_agreement`: the first `per_class` of every class;
@@ -64,13 +64,13 @@ def judge(
     judged = classifiers.predict(classifier, drawn[rows])
     score = classifiers.classification_accuracy_score(drawn[:count], asked[:count], test_images, test_labels)
     return Judged(
-        figures={
+        metrics={
             "conditional_agreement": accuracy(judged, asked[rows]),
             "classification_accuracy_score": score,
             "svm_real_accuracy": classifiers.agreement(classifier, test_images, test_labels),
             "frechet_ratio": frechet_ratio(drawn[:count], test_images, images),
         },
-        notes={
+        definitions={
             "conditional_agreement": f"share of {len(rows)} label-conditioned samples, {per_class} of each class, to which "
             "an SVM trained on the real training images gives that label",
             "classification_accuracy_score": f"accuracy on the {len(test_images)} held-out images of such an SVM trained on {count} "
@@ -93,18 +93,18 @@ def judge(
     )
 
 
-def pictures(
+def figures(
     drawn: np.ndarray, asked: np.ndarray, real: np.ndarray, labels: np.ndarray, names: Sequence[str], found: Judged, sampler: str
-) -> dict[str, Picture]:
+) -> dict[str, Figure]:
     """Ten samples of every class, as many real images (both uint8), and what the classifier makes of the samples."""
     classes = len(names)
     ten = [np.concatenate([np.flatnonzero(x == c)[:10] for c in range(classes)]) for x in (asked, labels)]
     return {
-        "Label to image": Picture(
+        "Label to image": Figure(
             drawings.grid(drawn[ten[0]], 10, rows=names), f"One class per row; {sampler}; the first of each class, none chosen."
         ),
-        "Real images": Picture(drawings.grid(real[ten[1]], 10, rows=names), "Held out, for comparison."),
-        "Label to image, as the SVM sees it": Picture(
+        "Real images": Figure(drawings.grid(real[ten[1]], 10, rows=names), "Held out, for comparison."),
+        "Label to image, as the SVM sees it": Figure(
             drawings.matrix(confusion(found.labels, asked[found.rows], classes), names, "label given", "label seen by the SVM"),
             f"{len(found.rows)} label-conditioned samples.",
         ),

@@ -17,8 +17,8 @@ from mmdiff.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """One picture of a report: a Pillow image, or the text of an SVG, with the sentence that goes under it.
+class Figure:
+    """One figure of a report: a Pillow image, or the text of an SVG, with the sentence that goes under it.
 
     `sounds` are players below it: name -> the bytes of a wav file.
     """
@@ -29,19 +29,19 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
-class Findings:
-    """What an evaluator `(experiment, params, config, key, step) -> Findings` found.
+class EvalResult:
+    """What an evaluator `(experiment, params, config, key, step) -> EvalResult` measured.
 
     Attributes:
-      figures: the measured numbers by name.
-      notes: one sentence for each figure, which says what was measured, on how many examples.
-      pictures: by title.
-      settings: what the figures depend on: counts, steps, guidance, features, ...
+      metrics: the measured numbers by name.
+      definitions: one sentence for each metric, which says what was measured, on how many examples.
+      figures: by title.
+      settings: what the metrics depend on: counts, steps, guidance, features, ...
     """
 
-    figures: Mapping[str, float]
-    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    pictures: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, float]
+    definitions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -13,14 +13,14 @@ import numpy as np
 from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, conditional, plots
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
-from mmdiff.evals.evaluator import Clock, Findings, Picture, best, draw_samples, example_keys, in_batches, states
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, draw_samples, example_keys, in_batches, states
 
 
 @dataclasses.dataclass(frozen=True)
 class JointImageLabel:
-    """The figures and pictures of a joint image-label model.
+    """The metrics and figures of a joint image-label model.
 
-    One setting of steps and guidance, that of `config.sample`, serves every figure. The training set's labels are the condition
+    One setting of steps and guidance, that of `config.sample`, serves every metric. The training set's labels are the condition
     of the first samples, one each, so that those have its size and its class frequencies; if a class comes up less than
     `per_class` times, more are drawn. From this one set of label-conditioned samples come
 
@@ -47,7 +47,7 @@ class JointImageLabel:
     draws: int = 16
     batch: int = 250
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         images, labels = (load_all(experiment.train_data())[name] for name in (self.image, self.label))
         test_images, test_labels = (load_all(experiment.test_data())[name] for name in (self.image, self.label))
@@ -76,10 +76,10 @@ class JointImageLabel:
         clock.start("classifiers", "training the independent classifier")
         found = conditional.judge(drawn, asked, (images, labels), (test_images, test_labels), self.classes, self.per_class)
         judged_joint = classifiers.predict(found.classifier, joint_images)
-        figures = {
+        metrics = {
             "label_accuracy": accuracy(read, test_labels),
             "label_accuracy_diffusion_classifier": accuracy(read_by_loss, test_labels),
-            **found.figures,
+            **found.metrics,
             "joint_agreement": accuracy(judged_joint, joint_labels),
         }
         clock.stop()
@@ -95,10 +95,10 @@ class JointImageLabel:
             "generated_pixels": f"clipped and rounded to the data's {levels} levels" if levels else "clipped to [-1, 1]",
             "evaluation_seconds": clock.seconds,
         }
-        return Findings(
-            figures=figures,
-            notes={**self._notes(len(test_images)), **found.notes},
-            pictures=self._pictures(
+        return EvalResult(
+            metrics=metrics,
+            definitions={**self._definitions(len(test_images)), **found.definitions},
+            figures=self._figures(
                 experiment,
                 real=(test_images, test_labels, read),
                 given=(drawn, asked, found),
@@ -121,7 +121,7 @@ class JointImageLabel:
         size = max(1, self.batch // self.classes)
         return in_batches(losses, params, example_keys(key, len(images)), {self.image: images}, size)
 
-    def _notes(self, test: int) -> Mapping[str, str]:
+    def _definitions(self, test: int) -> Mapping[str, str]:
         return {
             "label_accuracy": "argmax of p(label | image): image at t = 0, label at t = 1, one network call; "
             f"{test} held-out images",
@@ -131,21 +131,21 @@ class JointImageLabel:
             "label drawn with them",
         }
 
-    def _pictures(self, experiment, *, real, given, joint, bare, chain, sampler: str) -> Mapping[str, Picture]:
+    def _figures(self, experiment, *, real, given, joint, bare, chain, sampler: str) -> Mapping[str, Figure]:
         show, name = experiment.modalities[self.image].show, experiment.modalities[self.label].show
         names = name(np.arange(self.classes))
         (images, labels, read), (drawn, asked, found) = real, given
         joint_images, joint_labels, judged_joint = (array[:70] for array in joint)
         result = {
-            **conditional.pictures(show(drawn), asked, show(images), labels, names, found, sampler),
-            "Joint samples": Picture(
+            **conditional.figures(show(drawn), asked, show(images), labels, names, found, sampler),
+            "Joint samples": Figure(
                 plots.grid(show(joint_images), 10, name(joint_labels), wrong=judged_joint != joint_labels),
                 f"Image and label drawn together; {sampler}. A label is red where the SVM sees another one.",
             ),
-            "Unconditional images": Picture(plots.grid(show(bare), 10), f"Drawn with the label held absent (t = 1); {sampler}."),
-            "From noise to image": Picture(
+            "Unconditional images": Figure(plots.grid(show(bare), 10), f"Drawn with the label held absent (t = 1); {sampler}."),
+            "From noise to image": Figure(
                 plots.grid(show(chain), 10), f"States of ten trajectories, a label each, from noise, above, to the image; {sampler}."),
-            "Image to label": Picture(
+            "Image to label": Figure(
                 plots.matrix(confusion(read, labels, self.classes), names, "true label", "label read by the model"),
                 f"{len(labels)} held-out images, one network call each.",
             ),
@@ -153,7 +153,7 @@ class JointImageLabel:
         wrong = np.flatnonzero(read != labels)
         if wrong.size:
             words = [f"{true} as {found}" for true, found in zip(name(labels[wrong[:30]]), name(read[wrong[:30]]))]
-            result["Misread images"] = Picture(
+            result["Misread images"] = Figure(
                 plots.grid(show(images[wrong[:30]]), 10, words),
                 f"True label, then the label read by the model: {min(30, wrong.size)} of {wrong.size} mistake(s).",
             )

@@ -1,4 +1,4 @@
-"""Pictures for reports: labelled grids as Pillow images; line charts, confusion matrices and clips of music as SVG.
+"""Figures of reports: labelled grids as Pillow images; line charts, confusion matrices and clips of music as SVG.
 
 All have a transparent ground and use mid greys, or the text colour of the page, so that they can be read on light and dark.
 """
@@ -147,7 +147,7 @@ def music(
     def x(second):
         return left + inner * second / seconds
 
-    parts = _figures(motion, parents, left, inner, top - 8) if motion is not None else []
+    parts = _stick_figures(motion, parents, left, inner, top - 8) if motion is not None else []
     for i, (name, (samples, onsets)) in enumerate(rows.items()):
         y = top + i * (wave + spectrum + gap)
         middle, columns = y + 8 + (wave - 8) / 2, np.array_split(np.asarray(samples, np.float64), inner)
@@ -166,7 +166,7 @@ def music(
     return _svg(width, height, parts)
 
 
-def _figures(motion: np.ndarray, parents: Sequence[int], left: float, width: float, height: float, count: int = 8) -> list[str]:
+def _stick_figures(motion: np.ndarray, parents: Sequence[int], left: float, width: float, height: float, count: int = 8) -> list[str]:
     """Stick figures from the front, at even times."""
     frames = np.asarray(motion, np.float64)[((np.arange(count) + 0.5) / count * len(motion)).astype(int)]
     flat = frames[..., :2] - frames[:, :1, :2].mean(1, keepdims=True) * np.array([1, 0])  # each in its own place

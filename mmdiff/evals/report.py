@@ -21,7 +21,7 @@ from mmdiff import config as configs
 from mmdiff.data import files
 from mmdiff.errors import UserError
 from mmdiff.evals import plots
-from mmdiff.evals.evaluator import Findings
+from mmdiff.evals.evaluator import EvalResult
 
 PACKAGES = ("mmdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "tensorflow-datasets")
 
@@ -33,28 +33,28 @@ def paths(workdir, split: str = "test") -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def write(
-    workdir, experiment, config, findings: Sequence[Findings], step: int, cost: Mapping[str, float] | None = None
+    workdir, experiment, config, results: Sequence[EvalResult], step: int, cost: Mapping[str, float] | None = None
 ) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes the two files of what was measured on `experiment.split`; returns their `paths`.
 
-    report.json is flat: every figure by name, then the `cost` of the measured weights, `train_seconds`, `images_per_second` and `steps`
+    report.json is flat: every metric by name, then the `cost` of the measured weights, `train_seconds`, `images_per_second` and `steps`
     (null if it is not known), their `step`, `seed`, the `split` that was measured, and the dicts `settings` (counts,
-    sampler, features), `versions`, `device` and `config`. report.html is one self-contained page with the pictures and the curves of
+    sampler, features), `versions`, `device` and `config`. report.html is one self-contained page with the figures and the curves of
     metrics.jsonl.
 
     Raises:
       UserError: the folder cannot be written.
     """
     workdir = pathlib.Path(workdir)
-    figures = {name: value for found in findings for name, value in found.figures.items()}
+    metrics = {name: value for found in results for name, value in found.metrics.items()}
     report = {
-        **{name: _number(value) for name, value in figures.items()},
+        **{name: _number(value) for name, value in metrics.items()},
         **dict.fromkeys(("train_seconds", "images_per_second", "steps")),
         **(cost or {}),
         "step": int(step),
         "seed": int(config.seed),
         "split": experiment.split,
-        "settings": {name: value for found in findings for name, value in found.settings.items()},
+        "settings": {name: value for found in results for name, value in found.settings.items()},
         "versions": versions(),
         "device": device(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -63,7 +63,7 @@ def write(
     json_path, html_path = paths(workdir, experiment.split)
     try:
         _replace(json_path, json.dumps(configs.plain(report), indent=2, allow_nan=False) + "\n")
-        _replace(html_path, _page(workdir, report, figures, findings))
+        _replace(html_path, _page(workdir, report, metrics, results))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write the report to {workdir} ({reason}): free some space or allow writing.") from error
@@ -71,7 +71,7 @@ def write(
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that a figure may depend on."""
+    """The versions of Python and of the packages that a metric may depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -143,9 +143,9 @@ details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; } pre
 """
 
 
-def _page(workdir: pathlib.Path, report: Mapping, figures: Mapping[str, float], findings: Sequence[Findings]) -> str:
-    notes = {name: note for found in findings for name, note in found.notes.items()}
-    shown = [(title, picture) for found in findings for title, picture in found.pictures.items()]
+def _page(workdir: pathlib.Path, report: Mapping, metrics: Mapping[str, float], results: Sequence[EvalResult]) -> str:
+    definitions = {name: note for found in results for name, note in found.definitions.items()}
+    shown = [(title, figure) for found in results for title, figure in found.figures.items()]
     title = f"{workdir.resolve().name}: {report['split']} data at step {report['step']:,}"
     hardware = report["device"]
     trained = [f"{report['train_seconds']:,.0f} s of training"] if _real(report["train_seconds"]) else []
@@ -155,19 +155,19 @@ def _page(workdir: pathlib.Path, report: Mapping, figures: Mapping[str, float], 
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="dim">{html.escape(" · ".join([*trained, where, "seed " + str(report["seed"]), report["time"]]))}</p>',
         '<div class="cards">',
-        *(_card(name.replace("_", " "), value) for name, value in figures.items()),
+        *(_card(name.replace("_", " "), value) for name, value in metrics.items()),
         "</div>",
-        "<h2>Pictures</h2>" if shown else "",
+        "<h2>Figures</h2>" if shown else "",
         '<div class="grid">',
-        *(_figure(title, picture.image, picture.caption, picture.sounds) for title, picture in shown),
+        *(_figure(title, figure.image, figure.caption, figure.sounds) for title, figure in shown),
         "</div>",
     ]
     charts = list(_charts(workdir / "metrics.jsonl"))
     if charts:
         parts += ["<h2>Training</h2>", '<div class="grid">', *charts, "</div>"]
     parts += [
-        "<h2>What the figures are</h2>",
-        _table([(name, _digits(value), notes.get(name, "")) for name, value in figures.items()]),
+        "<h2>What the metrics are</h2>",
+        _table([(name, _digits(value), definitions.get(name, "")) for name, value in metrics.items()]),
         "<h2>How they were measured</h2>",
         _table([(name, "", _words(value)) for name, value in report["settings"].items()]),
         "<h2>Versions</h2>",
@@ -182,7 +182,7 @@ def _charts(path: pathlib.Path) -> Iterator[str]:
     """One chart for each group of metrics: "loss", "loss/image" and the held-out "val/loss" are one group."""
     groups: dict[str, dict] = {}
     for name, curve in read_metrics(path).items():
-        if name != "train_seconds" and any(curve[1]):  # what is always zero needs no picture
+        if name != "train_seconds" and any(curve[1]):  # what is always zero needs no chart
             groups.setdefault(name.removeprefix("val/").partition("/")[0], {})[name] = curve
     for group, curves in sorted(groups.items(), key=lambda item: item[0] != "loss"):  # the loss comes first
         chart = plots.lines(curves)
@@ -195,7 +195,7 @@ def _figure(title: str, image: Any, caption: str, sounds: Mapping[str, bytes] | 
         data = io.BytesIO()
         image.save(data, "PNG", optimize=True)
         source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-        # Two pixels of the picture to one of the page: sharp on every screen.
+        # Two pixels of the image to one of the page: sharp on every screen.
         image = f'<img src="{source}" width="{image.width // 2}" alt="{html.escape(title)}">'
     players = "".join(
         f'<label>{html.escape(name)}<audio controls src="data:audio/wav;base64,{base64.b64encode(sound).decode()}"></audio></label>'

@@ -12,7 +12,7 @@ import numpy as np
 from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, plots
 from mmdiff.evals.accuracy import accuracy, posterior
-from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples, example_keys, in_batches, states
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, draw_samples, example_keys, in_batches, states
 from mmdiff.evals.frechet import frechet_ratio
 
 NAME = "representation"
@@ -20,7 +20,7 @@ NAME = "representation"
 
 @dataclasses.dataclass(frozen=True)
 class ImageRepresentation:
-    """Figures and pictures of a joint model of images and the features of a fixed extractor.
+    """Metrics and figures of a joint model of images and the features of a fixed extractor.
 
     As many images as there are training images, for each setting: `given`, the training images' own representations, with the guidance
     of `config.sample`; `given_unguided`, without it; `joint`, drawn together with a representation; `absent`, without any. Of each:
@@ -39,7 +39,7 @@ class ImageRepresentation:
     features: Callable[[np.ndarray], np.ndarray]
     batch: int = 250
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         train, test = load_all(experiment.train_data()), load_all(experiment.test_data())
         modality = experiment.modalities["image"]
@@ -49,35 +49,35 @@ class ImageRepresentation:
         settings = {
             "given": (real, guidance, ()), "given_unguided": (real, 1.0, ()), "joint": ({}, 1.0, ()), "absent": ({}, 1.0, (NAME,)),
         }  # fmt: skip
-        clock, figures, shown = Clock(), {}, {}
+        clock, metrics, shown = Clock(), {}, {}
         for (name, (given, scale, absent)), own in zip(settings.items(), keys):
             clock.start(name, f"drawing {count} images, representation {name.replace('_', ' ')}")
             options = {"batch": self.batch, "steps": steps, "guidance": scale, "absent": absent}
             drawn = draw_samples(experiment, params, own, given, count, **options)
             shown[name] = images = modality.quantize(drawn["image"])
-            figures[f"frechet_ratio_{name}"] = frechet_ratio(images, test["image"], train["image"])
+            metrics[f"frechet_ratio_{name}"] = frechet_ratio(images, test["image"], train["image"])
             if not absent:
-                figures[f"cosine_{name}"] = float(cosine(drawn[NAME], self.features(images)).mean())
+                metrics[f"cosine_{name}"] = float(cosine(drawn[NAME], self.features(images)).mean())
             if given:
-                figures[f"class_agreement_{name}"] = accuracy(classifiers.predict(classifier, images), train["label"])
+                metrics[f"class_agreement_{name}"] = accuracy(classifiers.predict(classifier, images), train["label"])
         clock.start("read", f"reading the representations of {len(test['image'])} images")
         read = self._read(experiment, params, keys[4], test["image"])
-        figures["cosine_read"] = float(cosine(read, test[NAME]).mean())
-        figures["cosine_same_class"], figures["cosine_any"] = pairs(test[NAME], test["label"])
+        metrics["cosine_read"] = float(cosine(read, test[NAME]).mean())
+        metrics["cosine_same_class"], metrics["cosine_any"] = pairs(test[NAME], test["label"])
         clock.start("chain", "keeping the states of ten images")
         chain = states(experiment, params, keys[5], {NAME: test[NAME]}, "image", steps=steps, guidance=guidance)
         clock.stop()
         show, sampler = modality.show, f"{steps} steps, guidance {guidance:g}"
         rows = np.concatenate([train["image"][:10], *(shown[name][:10] for name in settings)])
-        return Findings(
-            figures=figures,
-            notes={name: note for name, note in self._notes(count, len(test["image"])).items() if name in figures},
-            pictures={
-                "Representation to image": Picture(
+        return EvalResult(
+            metrics=metrics,
+            definitions={name: note for name, note in self._definitions(count, len(test["image"])).items() if name in metrics},
+            figures={
+                "Representation to image": Figure(
                     plots.grid(show(rows), 10, rows=list("abcde")),
                     f"a: the real images whose representations are given to b ({sampler}) and c (without guidance); d: drawn together with "
                     "a representation; e: without any."),
-                "From noise to image": Picture(
+                "From noise to image": Figure(
                     plots.grid(show(chain), 10),
                     f"States of ten trajectories with held-out representations, from noise, above, to the image; {sampler}."),
             },
@@ -92,18 +92,18 @@ class ImageRepresentation:
 
         return in_batches(read, params, example_keys(key, len(images)), {"image": jnp.asarray(images)}, self.batch)
 
-    def _notes(self, count, test):
+    def _definitions(self, count, test):
         ways = {
             "given": "the training images' representations given, with guidance", "given_unguided": "the same without guidance",
             "joint": "image and representation drawn together", "absent": "drawn without a representation",
         }  # fmt: skip
-        notes = {}
+        definitions = {}
         for name, words in ways.items():
-            notes[f"frechet_ratio_{name}"] = (
+            definitions[f"frechet_ratio_{name}"] = (
                 f"squared Fréchet distance (raw pixels) of {count} images to {test} held-out ones, over the training images'; {words}")
-            notes[f"cosine_{name}"] = f"mean cosine of the representation and the features of the image drawn; {words}"
-            notes[f"class_agreement_{name}"] = f"an SVM sees the class of the image that the representation is of; {words}"
-        return notes | {
+            definitions[f"cosine_{name}"] = f"mean cosine of the representation and the features of the image drawn; {words}"
+            definitions[f"class_agreement_{name}"] = f"an SVM sees the class of the image that the representation is of; {words}"
+        return definitions | {
             "cosine_read": "mean cosine of the representation read off a held-out image by one network call and its features",
             "cosine_same_class": "the same of the features of two held-out images of one class",
             "cosine_any": "the same of any two",

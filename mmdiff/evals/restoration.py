@@ -12,19 +12,19 @@ import numpy as np
 from mmdiff.data import masks
 from mmdiff.data.sources import load_all
 from mmdiff.evals import plots
-from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples, example_keys, states
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, draw_samples, example_keys, states
 from mmdiff.evals.frechet import frechet_ratio
 
 
 @dataclasses.dataclass(frozen=True)
 class Restoration:
-    """Figures and pictures of a model that draws an image whose patches are hidden.
+    """Metrics and figures of a model that draws an image whose patches are hidden.
 
     Every image of `test_data` is drawn `draws` times for each number of patches. On the hidden pixels:
 
     * `hidden_error/M`: mean squared error of the mean of the draws, M patches; for `mean` (the training images' mean pixel) and
       `linear` (linear regression of the hidden pixels on the seen ones) as well. `hidden_error_one/M`: of one draw;
-    * `seen_error/M`: of one draw on the seen pixels, as drawn. Copied from the input they have none, and so the figures below take them;
+    * `seen_error/M`: of one draw on the seen pixels, as drawn. Copied from the input they have none, and so the metrics below take them;
     * `perceptual/M`: `distance` of the mean of the draws with the seen pixels copied in, and `perceptual_one/M` of one draw; for the
       fills and the masked image as well;
     * `frechet_ratio`: images drawn from nothing, everything hidden; `frechet_ratio_absent`: without being told that it is.
@@ -43,12 +43,12 @@ class Restoration:
     draws: int = 8
     batch: int = 250
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         train, test = (load_all(data())["image"] for data in (experiment.train_data, experiment.test_data))
         modality = experiment.modalities["image"]
         draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
-        clock, figures, shown = Clock(), {}, {}
+        clock, metrics, shown = Clock(), {}, {}
         mask_key, *keys = jax.random.split(key, 4)
         for count in self.counts:
             clock.start(f"patches_{count}", f"drawing {len(test)} images with {count} hidden patches {self.draws} times")
@@ -61,7 +61,7 @@ class Restoration:
             fills = {"mean": np.broadcast_to(train.mean(0), test.shape), "linear": linear_fill(masked, mask, train)}
             fills = {name: np.clip(np.where(mask > 0, fill, test), -1, 1) for name, fill in fills.items()}
             copied = np.where(mask > 0, first, test)
-            figures |= {
+            metrics |= {
                 f"hidden_error/{count}": error(drawn.mean(1), test, mask),
                 f"hidden_error_one/{count}": error(first, test, mask),
                 f"seen_error/{count}": error(first, test, 1 - mask),
@@ -70,32 +70,32 @@ class Restoration:
                 f"perceptual_masked/{count}": float(self.distance(masked, test).mean()),
             }
             for name, fill in fills.items():
-                figures[f"hidden_error_{name}/{count}"] = error(fill, test, mask)
-                figures[f"perceptual_{name}/{count}"] = float(self.distance(fill, test).mean())
+                metrics[f"hidden_error_{name}/{count}"] = error(fill, test, mask)
+                metrics[f"perceptual_{name}/{count}"] = float(self.distance(fill, test).mean())
             shown[count] = [test, masked, first, copied, fills["linear"]]
         clock.start("from_nothing", f"drawing {len(train)} images with everything hidden, and {len(train)} without being told")
         hidden = {"masked": np.zeros_like(train), "mask": np.ones_like(train[..., :1])}
         whole_images = modality.quantize(draw(keys[1], hidden, len(train))["image"])
         bare = modality.quantize(draw(keys[2], {}, len(train), absent=("masked", "mask"))["image"])
-        figures |= {"frechet_ratio": frechet_ratio(whole_images, test, train), "frechet_ratio_absent": frechet_ratio(bare, test, train)}
+        metrics |= {"frechet_ratio": frechet_ratio(whole_images, test, train), "frechet_ratio_absent": frechet_ratio(bare, test, train)}
         clock.start("chain", "keeping the states of ten images")
         given = {"masked": masked, "mask": mask}
         chain = states(experiment, params, keys[0], given, "image", steps=steps, guidance=guidance)
         clock.stop()
         sampler, show = f"{steps} steps, guidance {guidance:g}", modality.show
         result = {
-            f"{count} hidden patches": Picture(
+            f"{count} hidden patches": Figure(
                 plots.grid(show(np.concatenate([array[:10] for array in arrays])), 10, rows=list("abcde")),
                 f"a: real, held out; b: what the model is given; c: drawn, {sampler}; d: drawn, the seen pixels copied in; e: linear "
                 f"regression. Trained with at most {self.most} patches, or everything hidden.")
             for count, arrays in shown.items()
         } | {
-            "From noise to image": Picture(
+            "From noise to image": Figure(
                 plots.grid(show(chain), 10),
                 f"States of ten trajectories with {self.counts[-1]} hidden patches, from noise, above, to the image; {sampler}."),
-            "Drawn from nothing": Picture(plots.grid(show(whole_images[:50]), 10), f"Everything hidden; {sampler}; the first fifty."),
+            "Drawn from nothing": Figure(plots.grid(show(whole_images[:50]), 10), f"Everything hidden; {sampler}; the first fifty."),
         }  # fmt: skip
-        return Findings(figures=figures, notes=self._notes(len(test), len(train)), pictures=result, settings={
+        return EvalResult(metrics=metrics, definitions=self._definitions(len(test), len(train)), figures=result, settings={
             "sample_steps": steps, "guidance": guidance, "patch_size": self.size, "draws": self.draws, "test_images": len(test),
             "perceptual_distance": self.words, "evaluation_seconds": clock.seconds})  # fmt: skip
 
@@ -107,11 +107,11 @@ class Restoration:
 
         return np.asarray(jax.jit(jax.vmap(one))(example_keys(key, len(images))))
 
-    def _notes(self, test, train):
+    def _definitions(self, test, train):
         of = f"{test} held-out images"
-        notes = {}
+        definitions = {}
         for count in self.counts:
-            notes |= {
+            definitions |= {
                 f"hidden_error/{count}": f"mean squared error of the mean of {self.draws} draws on the pixels under {count} patches; {of}",
                 f"hidden_error_one/{count}": f"the same of one draw; of the true law it is {2 / (1 + 1 / self.draws):.2f} times as large",
                 f"hidden_error_mean/{count}": "the same of the training images' mean",
@@ -123,7 +123,7 @@ class Restoration:
                 f"perceptual_masked/{count}": "the same of the masked image", f"perceptual_mean/{count}": "the same of the mean fill",
                 f"perceptual_linear/{count}": "the same of linear regression",
             }  # fmt: skip
-        return notes | {
+        return definitions | {
             "frechet_ratio": f"squared Fréchet distance (raw pixels) of {train} images drawn with everything hidden to {of}, over that of "
             "the training images",
             "frechet_ratio_absent": "the same of images drawn with masked image and mask absent: plain DDPM",

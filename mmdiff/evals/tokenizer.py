@@ -12,14 +12,14 @@ import numpy as np
 from mmdiff.data.sources import load_all
 from mmdiff.data.token_cache import map_batched, part_of
 from mmdiff.evals import plots
-from mmdiff.evals.evaluator import Clock, Findings, Picture
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.nets.tokenizers import VQAutoencoder, usage
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstructions:
-    """The figures and pictures of a `VQAutoencoder`, on the held-out pictures and as many training pictures.
+    """The metrics and figures of a `VQAutoencoder`, on the held-out pictures and as many training pictures.
 
     Attributes:
       net: the network.
@@ -36,7 +36,7 @@ class Reconstructions:
     image: str = "image"
     pool: int = 0
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         test = load_all(experiment.test_data())
         real, train = test[self.image], experiment.train_data()
         fresh = train.take(np.arange(min(len(real), len(train))))[self.image]
@@ -48,14 +48,14 @@ class Reconstructions:
         images, train_images = map_batched(decode, ids, part), map_batched(decode, map_batched(encode, fresh, part), part)
         mse = float(((images - real) ** 2).mean())
         share, perplexity = usage(np.bincount(ids.reshape(-1), minlength=self.net.codes))
-        figures = {
+        metrics = {
             "reconstruction_mse": mse,
             "reconstruction_psnr": 10 * math.log10(4 / max(mse, 1e-12)),
             "codebook_usage": float(share),
             "codebook_perplexity": float(perplexity),
             "frechet_ratio": frechet_ratio(train_images, real, fresh, self._pooled),
         }
-        notes = {
+        definitions = {
             "reconstruction_mse": f"squared error of a channel of a pixel, in [-1, 1]; {len(real)} held-out pictures",
             "reconstruction_psnr": "the same in decibels: 10 log10(2^2 / mse)",
             "codebook_usage": f"share of the {self.net.codes} codes that occur in the tokens of these pictures",
@@ -68,19 +68,19 @@ class Reconstructions:
             judge = self.judge()
             for kind, found in (("", judge(images)), ("_real", judge(real))):
                 right = {name: values == test[name] for name, values in found.items()}
-                figures[f"reading_correctness{kind}"] = float(np.logical_and.reduce([right[name] for name in self.all_of]).mean())
-                figures |= {f"{name}_correctness{kind}": float(values.mean()) for name, values in right.items()}
+                metrics[f"reading_correctness{kind}"] = float(np.logical_and.reduce([right[name] for name in self.all_of]).mean())
+                metrics |= {f"{name}_correctness{kind}": float(values.mean()) for name, values in right.items()}
                 what = "pictures themselves" if kind else "reconstructions"
-                notes[f"reading_correctness{kind}"] = f"share of the {what} in which a judge trained on real ones reads the true " + (
+                definitions[f"reading_correctness{kind}"] = f"share of the {what} in which a judge trained on real ones reads the true " + (
                     f"{', '.join(self.all_of)}, all of them"
                 )
-                notes |= {f"{name}_correctness{kind}": f"share of the {what} with the right {name}" for name in right}
+                definitions |= {f"{name}_correctness{kind}": f"share of the {what} with the right {name}" for name in right}
         clock.stop()
-        return Findings(
-            figures=figures,
-            notes=notes,
-            pictures={
-                "Reconstructions": Picture(
+        return EvalResult(
+            metrics=metrics,
+            definitions=definitions,
+            figures={
+                "Reconstructions": Figure(
                     self._sheet(real, images), "Held-out pictures, and below each what its tokens decode to; the first ones, none chosen."
                 )
             },

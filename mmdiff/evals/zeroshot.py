@@ -12,7 +12,7 @@ of the test sets where nothing else is said. FGVC-Aircraft is not in TFDS, so it
 mmdiff/data/image_datasets.py says what lies where.
 
 The prompts are our own, fewer than CLIP's (18 for the CIFARs, 34 for Caltech101, 80 for ImageNet, ...), and so are the classes' names,
-those of TFDS in plain words: figures are comparable with each other, less so with published ones. A file DATA_DIR/SET/classes.txt,
+those of TFDS in plain words: metrics are comparable with each other, less so with published ones. A file DATA_DIR/SET/classes.txt,
 a name on every line by label, takes the place of the names. ImageNet needs it, for TFDS stores WordNet's ids.
 
     python -m mmdiff eval --config ... --workdir ... --zeroshot all                         or --zeroshot cifar10,food101
@@ -41,7 +41,7 @@ from mmdiff.data.image_datasets import Absent, Pictures
 from mmdiff.data.sources import Source, Subset
 from mmdiff.errors import UserError
 from mmdiff.evals.accuracy import accuracy
-from mmdiff.evals.evaluator import Clock, Findings, best, example_keys, say
+from mmdiff.evals.evaluator import Clock, EvalResult, best, example_keys, say
 from mmdiff.evals.retrieval import class_vectors, mean_per_class, scores
 
 CLASSES = "classes.txt"
@@ -54,7 +54,7 @@ PHOTOS = (
 COARSE = (*PHOTOS, "a very small picture of a {}.", "a blurred photo of a {}.", "a photo of a {} in coarse pixels.")
 DEPICTED = (
     *PHOTOS, "a drawing of a {}.", "a painting of a {}.", "a {} made of lines.", "a toy in the shape of a {}.", "a {} as a comic.",
-    "a figure of a {}.")
+    "a metric of a {}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +109,10 @@ class ZeroShot:
     batch: int = 250
     names: Sequence[str] = tuple(TASKS)
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         if getattr(experiment, "split", "test") != "test":
-            return Findings({}, settings={"zero_shot_not_run": "these are test sets: nothing is chosen on them"})
-        clock, figures, notes, not_run, sources = Clock(), {}, {}, {}, {}
+            return EvalResult({}, settings={"zero_shot_not_run": "these are test sets: nothing is chosen on them"})
+        clock, metrics, definitions, not_run, sources = Clock(), {}, {}, {}, {}
         for name in self.names:
             try:
                 source = Pictures(name, "val", self.data_dir, self.size)
@@ -133,19 +133,19 @@ class ZeroShot:
             clock.start(name, f"naming {len(source):,} pictures of {name}, {len(names)} classes")
             predicted, true = self._named(params, key, source, self._classes(params, names, TASKS[name].templates))
             said = f"share of {len(source):,} pictures of {name} whose class is named right, among {len(names)} by the vectors of prompts"
-            figures |= {f"{name}_top1": accuracy(predicted, true), f"{name}_mean_per_class": mean_per_class(predicted, true)}
-            notes |= {f"{name}_top1": said, f"{name}_mean_per_class": "the mean over the classes of that share"}
+            metrics |= {f"{name}_top1": accuracy(predicted, true), f"{name}_mean_per_class": mean_per_class(predicted, true)}
+            definitions |= {f"{name}_top1": said, f"{name}_mean_per_class": "the mean over the classes of that share"}
         clock.stop()
         chosen = {name: f"{name}_{'mean_per_class' if TASKS[name].per_class else 'top1'}" for name in sources}
-        figures["zero_shot"] = float(np.mean([figures[each] for each in chosen.values()]))
-        notes["zero_shot"] = f"the mean over {len(chosen)} of {len(TASKS)} data sets: {', '.join(chosen.values())}"
+        metrics["zero_shot"] = float(np.mean([metrics[each] for each in chosen.values()]))
+        definitions["zero_shot"] = f"the mean over {len(chosen)} of {len(TASKS)} data sets: {', '.join(chosen.values())}"
         settings = {
             "zero_shot_pictures": {name: len(source) for name, (source, _) in sources.items()},
             "zero_shot_prompts": {name: len(TASKS[name].templates) for name in sources},
             "zero_shot_not_run": not_run,
             "zero_shot_seconds": clock.seconds,
         }
-        return Findings(figures, notes, {}, settings)
+        return EvalResult(metrics, definitions, {}, settings)
 
     def _classes(self, params: Any, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """The classes' unit vectors [classes, D]."""

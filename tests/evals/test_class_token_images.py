@@ -64,35 +64,35 @@ def experiment(tokens, wrong=0):
 
 
 @pytest.fixture(scope="module")
-def findings(tokens):
+def results(tokens):
     made, params = experiment(tokens)
     return ClassTokenImages(bound_steps=10)(made, params, CONFIG, jax.random.key(0), 7)
 
 
-def test_real_digits_get_full_marks(findings):
-    figures = findings.figures
-    assert set(figures) == set(findings.notes)
-    assert figures["conditional_agreement"] > 0.99
-    assert 0.97 < figures["classification_accuracy_score"] <= 0.992 and figures["svm_real_accuracy"] == 0.988
-    assert 1 < figures["frechet_ratio"] < 1.4  # drawing with replacement leaves out a third of the digits
-    assert findings.settings["label_conditioned_samples"] == 1097 and findings.settings["sample_steps"] == 4
-    assert {"conditional_samples", "bits_per_dim"} <= set(findings.settings["evaluation_seconds"])
+def test_real_digits_get_full_marks(results):
+    metrics = results.metrics
+    assert set(metrics) == set(results.definitions)
+    assert metrics["conditional_agreement"] > 0.99
+    assert 0.97 < metrics["classification_accuracy_score"] <= 0.992 and metrics["svm_real_accuracy"] == 0.988
+    assert 1 < metrics["frechet_ratio"] < 1.4  # drawing with replacement leaves out a third of the digits
+    assert results.settings["label_conditioned_samples"] == 1097 and results.settings["sample_steps"] == 4
+    assert {"conditional_samples", "bits_per_dim"} <= set(results.settings["evaluation_seconds"])
 
 
 def test_wrong_digits_are_found_out(tokens):
     made, params = experiment(tokens, wrong=1)
-    found = ClassTokenImages(bound_steps=1).samples(made, params, jax.random.key(0), 4, 1.5).figures
+    found = ClassTokenImages(bound_steps=1).samples(made, params, jax.random.key(0), 4, 1.5).metrics
     assert found["conditional_agreement"] < 0.05 and found["classification_accuracy_score"] < 0.05
     assert found["frechet_ratio"] < 1.5  # the images alone are right
 
 
-def test_the_bound_of_an_independent_model_is_its_likelihood(findings):
+def test_the_bound_of_an_independent_model_is_its_likelihood(results):
     """With independent pixels the absorbing chain's bound is tight, and what it estimates is known exactly."""
-    figures = findings.figures
-    assert figures["bits_per_dim"] == pytest.approx(figures["bits_per_dim_independent_class"], rel=0.01)
-    assert figures["bits_per_dim_independent"] == pytest.approx(2.43, abs=0.005)
-    assert figures["bits_per_dim_raster_markov"] == pytest.approx(2.33, abs=0.005)
-    assert figures["bits_per_dim_independent_class"] == pytest.approx(2.23, abs=0.005)
+    metrics = results.metrics
+    assert metrics["bits_per_dim"] == pytest.approx(metrics["bits_per_dim_independent_class"], rel=0.01)
+    assert metrics["bits_per_dim_independent"] == pytest.approx(2.43, abs=0.005)
+    assert metrics["bits_per_dim_raster_markov"] == pytest.approx(2.33, abs=0.005)
+    assert metrics["bits_per_dim_independent_class"] == pytest.approx(2.23, abs=0.005)
 
 
 def test_the_bound_knows_the_label(tokens):
@@ -134,9 +134,9 @@ def test_counting_models():
     assert known == pytest.approx(0, abs=1e-3)
 
 
-def test_pictures(findings):
-    assert set(findings.pictures) == {"Label to image", "Real images", "Label to image, as the SVM sees it"}
-    for title, picture in findings.pictures.items():
+def test_pictures(results):
+    assert set(results.figures) == {"Label to image", "Real images", "Label to image, as the SVM sees it"}
+    for title, picture in results.figures.items():
         assert picture.caption
         assert picture.image.startswith("<svg") if "SVM" in title else min(picture.image.size) > 100
 
@@ -149,10 +149,10 @@ def test_quality_against_calls(tokens):
     compare = Calls(ClassTokenImages(1, per_class=10), SPACED, steps=[4, 2], draws={"other": mismatched.sample})
     found = compare(made, params, CONFIG, jax.random.key(0), 7)
     expected = {f"{name}{sampler}_at_{steps}_steps" for name in SPACED for sampler in ("", "_other") for steps in (4, 2)}
-    assert set(found.figures) == set(found.notes) == expected
-    assert found.figures["conditional_agreement_at_4_steps"] > 0.9  # the SVM of 300 digits errs
-    assert 0.3 < found.figures["conditional_agreement_at_2_steps"] < 0.7
-    assert found.figures["conditional_agreement_other_at_4_steps"] < 0.1
-    assert len(found.pictures) == 3 and all(picture.image.startswith("<svg") for picture in found.pictures.values())
+    assert set(found.metrics) == set(found.definitions) == expected
+    assert found.metrics["conditional_agreement_at_4_steps"] > 0.9  # the SVM of 300 digits errs
+    assert 0.3 < found.metrics["conditional_agreement_at_2_steps"] < 0.7
+    assert found.metrics["conditional_agreement_other_at_4_steps"] < 0.1
+    assert len(found.figures) == 3 and all(picture.image.startswith("<svg") for picture in found.figures.values())
     alone = ClassTokenImages(1, per_class=10).samples(made, params, jax.random.key(0), 4, 1.5)
-    assert alone.figures["frechet_ratio"] == found.figures["frechet_ratio_at_4_steps"]
+    assert alone.metrics["frechet_ratio"] == found.metrics["frechet_ratio_at_4_steps"]

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from mmdiff import schedules
@@ -15,11 +14,11 @@ from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
 from mmdiff.evals import plots, report
 from mmdiff.evals.conditional import labels_to_ask
-from mmdiff.evals.evaluator import Findings, Picture
+from mmdiff.evals.evaluator import EvalResult, Figure
 from mmdiff.evals.joint_image_label import JointImageLabel
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
 
-FIGURES = {
+METRICS = {
     "label_accuracy",
     "label_accuracy_diffusion_classifier",
     "conditional_agreement",
@@ -74,25 +73,25 @@ def experiment(train, test, wrong=0):
 
 
 @pytest.fixture(scope="module")
-def findings(train, test):
+def results(train, test):
     made, means = experiment(train, test)
     return JointImageLabel(draws=2)(made, means, config(), jax.random.key(0), 7)
 
 
-def test_real_digits_get_full_marks(findings):
-    figures = findings.figures
-    assert set(figures) == set(findings.notes) == FIGURES
-    assert 0.85 < figures["label_accuracy"] < 0.93  # the nearest mean's: 0.896
-    assert figures["label_accuracy"] == pytest.approx(figures["label_accuracy_diffusion_classifier"], abs=0.02)
-    assert figures["conditional_agreement"] > 0.99
-    assert figures["joint_agreement"] > 0.99
-    assert figures["svm_real_accuracy"] == 0.988
-    assert 0.97 < figures["classification_accuracy_score"] <= 0.992
-    assert 1 < figures["frechet_ratio"] < 1.4  # above 1: drawing with replacement leaves out a third of the digits
+def test_real_digits_get_full_marks(results):
+    metrics = results.metrics
+    assert set(metrics) == set(results.definitions) == METRICS
+    assert 0.85 < metrics["label_accuracy"] < 0.93  # the nearest mean's: 0.896
+    assert metrics["label_accuracy"] == pytest.approx(metrics["label_accuracy_diffusion_classifier"], abs=0.02)
+    assert metrics["conditional_agreement"] > 0.99
+    assert metrics["joint_agreement"] > 0.99
+    assert metrics["svm_real_accuracy"] == 0.988
+    assert 0.97 < metrics["classification_accuracy_score"] <= 0.992
+    assert 1 < metrics["frechet_ratio"] < 1.4  # above 1: drawing with replacement leaves out a third of the digits
 
 
-def test_counts_are_stated(findings):
-    settings = findings.settings
+def test_counts_are_stated(results):
+    settings = results.settings
     assert settings["label_conditioned_samples"] == 1097  # every class is asked for at least 100 times
     assert settings["conditional_agreement_samples"] == settings["joint_agreement_samples"] == 1000
     assert settings["frechet_samples"] == {"generated": 1097, "train": 1097, "test": 500}
@@ -100,21 +99,21 @@ def test_counts_are_stated(findings):
     json.dumps(settings)
 
 
-def test_pictures(findings):
+def test_pictures(results):
     images = {"Label to image", "Real images", "Joint samples", "Unconditional images", "Misread images", "From noise to image"}
     drawings = {"Image to label", "Label to image, as the SVM sees it"}
-    assert set(findings.pictures) == images | drawings
-    for title, picture in findings.pictures.items():
+    assert set(results.figures) == images | drawings
+    for title, picture in results.figures.items():
         assert picture.caption
         assert picture.image.startswith("<svg") if title in drawings else min(picture.image.size) > 100
 
 
 def test_wrong_digits_are_found_out(train, test):
     made, means = experiment(train, test, wrong=1)
-    figures = JointImageLabel(draws=1, joint=100)(made, means, config(), jax.random.key(0), 7).figures
+    metrics = JointImageLabel(draws=1, joint=100)(made, means, config(), jax.random.key(0), 7).metrics
     for name in ("conditional_agreement", "joint_agreement", "classification_accuracy_score"):
-        assert figures[name] < 0.05
-    assert figures["frechet_ratio"] < 1.4  # the images alone are right
+        assert metrics[name] < 0.05
+    assert metrics["frechet_ratio"] < 1.4  # the images alone are right
 
 
 def test_rare_classes_are_topped_up():
@@ -129,16 +128,15 @@ def write_metrics(workdir):
     (workdir / "metrics.jsonl").write_text("\n".join(lines))
 
 
-def test_report(findings, tmp_path):
+def test_report(results, tmp_path):
     write_metrics(tmp_path)
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
-        writer.save(tmp_path / "checkpoints/500/meta", {"train_seconds": 321.5, "position": 643000, "metrics": {}})
-    drawing = Picture(plots.matrix(np.eye(2, dtype=int), "ab", "x", "y"), "c & d")
-    odd = Findings(figures={"odd": float("nan")}, pictures={"a <b>": drawing})
-    json_path, html_path = report.write(tmp_path, MEASURED, config(), [findings, odd], 500)
+    cost = {"train_seconds": 321.5, "images_per_second": 2000.0, "steps": 500}
+    drawing = Figure(plots.matrix(np.eye(2, dtype=int), "ab", "x", "y"), "c & d")
+    odd = EvalResult(metrics={"odd": float("nan")}, figures={"a <b>": drawing})
+    json_path, html_path = report.write(tmp_path, MEASURED, config(), [results, odd], 500, cost)
     found = json.loads(json_path.read_text())
-    assert FIGURES < set(found)
-    assert found["frechet_ratio"] == findings.figures["frechet_ratio"] and found["odd"] is None
+    assert METRICS < set(found)
+    assert found["frechet_ratio"] == results.metrics["frechet_ratio"] and found["odd"] is None
     assert (found["train_seconds"], found["images_per_second"], found["steps"], found["step"], found["seed"]) == (321.5, 2000, 500, 500, 3)
     assert found["config"]["sample"]["guidance"] == 1.5
     assert found["versions"]["jax"] == jax.__version__ and found["device"]["platform"] == jax.default_backend()
@@ -148,15 +146,15 @@ def test_report(findings, tmp_path):
     assert "skipped" not in page, "a chart of nothing but zeros"
     for text in ("Label to image", "data:image/png;base64,", "grad norm", "loss/image", "322 s of training"):
         assert text in page
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl", "report.html", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.html", "report.json"]
 
 
 def test_report_without_a_run(tmp_path):
-    json_path, html_path = report.write(tmp_path, MEASURED, config(), [Findings({"a": 1.0})], 0)
+    json_path, html_path = report.write(tmp_path, MEASURED, config(), [EvalResult({"a": 1.0})], 0)
     found = json.loads(json_path.read_text())
     assert found["a"] == 1 and found["train_seconds"] is None and found["steps"] is None
     with pytest.raises(UserError, match="cannot write the report"):
-        report.write(tmp_path / "gone", MEASURED, config(), [Findings({"a": 1.0})], 0)
+        report.write(tmp_path / "gone", MEASURED, config(), [EvalResult({"a": 1.0})], 0)
 
 
 def test_metrics_survive_a_killed_run(tmp_path):
@@ -181,4 +179,4 @@ def test_charts_of_odd_curves(curve):
 
 def test_findings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Findings({}).figures = {}
+        EvalResult({}).metrics = {}

@@ -29,7 +29,7 @@ def config():
 
 
 def measured(train, test, belongs=True):
-    """The findings of a model that knows every image and its representation by heart, or (not `belongs`) gives those of another."""
+    """The results of a model that knows every image and its representation by heart, or (not `belongs`) gives those of another."""
     sources = []
     for source, count in ((train, 500), (test, 200)):
         arrays = {name: array[:count] for name, array in load_all(source).items()}
@@ -70,26 +70,26 @@ def measured(train, test, belongs=True):
 
 def test_what_belongs_together_is_perfect(train, test):
     found = measured(train, test)
-    figures = found.figures
-    assert set(figures) == set(found.notes)
+    metrics = found.metrics
+    assert set(metrics) == set(found.definitions)
     for name in ("given", "given_unguided", "joint", "read"):
-        assert figures[f"cosine_{name}"] == pytest.approx(1, abs=1e-4)
-    assert figures["class_agreement_given"] == figures["class_agreement_given_unguided"] > 0.99
-    assert all(figures[f"frechet_ratio_{name}"] < 2 for name in SETTINGS)
-    assert figures["frechet_ratio_given"] == pytest.approx(1)  # the training images themselves
-    assert not {"cosine_absent", "class_agreement_absent", "class_agreement_joint"} & set(figures)
+        assert metrics[f"cosine_{name}"] == pytest.approx(1, abs=1e-4)
+    assert metrics["class_agreement_given"] == metrics["class_agreement_given_unguided"] > 0.99
+    assert all(metrics[f"frechet_ratio_{name}"] < 2 for name in SETTINGS)
+    assert metrics["frechet_ratio_given"] == pytest.approx(1)  # the training images themselves
+    assert not {"cosine_absent", "class_agreement_absent", "class_agreement_joint"} & set(metrics)
     json.dumps(found.settings)
-    assert len(found.pictures) == 2
-    assert all(picture.caption and min(picture.image.size) > 100 for picture in found.pictures.values())
+    assert len(found.figures) == 2
+    assert all(picture.caption and min(picture.image.size) > 100 for picture in found.figures.values())
 
 
 def test_what_does_not_is_as_any_pair(train, test):
-    figures = measured(train, test, belongs=False).figures
-    assert figures["cosine_any"] + 0.1 < figures["cosine_same_class"] < 0.99
+    metrics = measured(train, test, belongs=False).metrics
+    assert metrics["cosine_any"] + 0.1 < metrics["cosine_same_class"] < 0.99
     for name in ("given", "given_unguided", "joint", "read"):
-        assert figures[f"cosine_{name}"] == pytest.approx(figures["cosine_any"], abs=0.06)
-    assert figures["class_agreement_given"] < 0.2
-    assert figures["frechet_ratio_given"] < 2  # the images alone are right
+        assert metrics[f"cosine_{name}"] == pytest.approx(metrics["cosine_any"], abs=0.06)
+    assert metrics["class_agreement_given"] < 0.2
+    assert metrics["frechet_ratio_given"] < 2  # the images alone are right
 
 
 def test_cosines():

@@ -21,7 +21,7 @@ def config():
 
 
 def measured(train, test, fill):
-    """The findings of a model that draws `fill(images, train, keys)` where the true images, which it knows by heart, are `images`.
+    """The results of a model that draws `fill(images, train, keys)` where the true images, which it knows by heart, are `images`.
 
     From nothing it draws training images.
     """
@@ -47,27 +47,27 @@ def measured(train, test, fill):
 
 def test_the_truth_has_no_error(train, test):
     found = measured(train, test, lambda images, train, keys: images)
-    figures = found.figures
-    assert set(figures) == set(found.notes)
+    metrics = found.metrics
+    assert set(metrics) == set(found.definitions)
     for count in COUNTS:
-        assert figures[f"hidden_error/{count}"] < 1e-12 and figures[f"seen_error/{count}"] < 1e-12
-        assert figures[f"hidden_error_one/{count}"] < 1e-12 and figures[f"perceptual/{count}"] < 1e-12
-        assert 0.05 < figures[f"hidden_error_linear/{count}"] < figures[f"hidden_error_mean/{count}"] < 0.5
-        assert 0 < figures[f"perceptual_linear/{count}"] < figures[f"perceptual_mean/{count}"] < figures[f"perceptual_masked/{count}"]
-    assert figures["perceptual_masked/15"] > figures["perceptual_masked/5"]
-    assert 0 < figures["frechet_ratio"] < 2 and 0 < figures["frechet_ratio_absent"] < 2
+        assert metrics[f"hidden_error/{count}"] < 1e-12 and metrics[f"seen_error/{count}"] < 1e-12
+        assert metrics[f"hidden_error_one/{count}"] < 1e-12 and metrics[f"perceptual/{count}"] < 1e-12
+        assert 0.05 < metrics[f"hidden_error_linear/{count}"] < metrics[f"hidden_error_mean/{count}"] < 0.5
+        assert 0 < metrics[f"perceptual_linear/{count}"] < metrics[f"perceptual_mean/{count}"] < metrics[f"perceptual_masked/{count}"]
+    assert metrics["perceptual_masked/15"] > metrics["perceptual_masked/5"]
+    assert 0 < metrics["frechet_ratio"] < 2 and 0 < metrics["frechet_ratio_absent"] < 2
     json.dumps(found.settings)
-    assert found.settings["draws"] == DRAWS and len(found.pictures) == len(COUNTS) + 2
-    assert all(picture.caption and min(picture.image.size) > 100 for picture in found.pictures.values())
+    assert found.settings["draws"] == DRAWS and len(found.figures) == len(COUNTS) + 2
+    assert all(picture.caption and min(picture.image.size) > 100 for picture in found.figures.values())
 
 
 def test_the_mean_is_as_good_as_the_mean_fill(train, test):
-    figures = measured(train, test, lambda images, train, keys: jnp.broadcast_to(train.mean(0), images.shape)).figures
+    metrics = measured(train, test, lambda images, train, keys: jnp.broadcast_to(train.mean(0), images.shape)).metrics
     for count in COUNTS:
         for name in ("hidden_error", "hidden_error_one"):
-            assert figures[f"{name}/{count}"] == pytest.approx(figures[f"hidden_error_mean/{count}"], rel=1e-4)
-        assert figures[f"perceptual/{count}"] == pytest.approx(figures[f"perceptual_mean/{count}"], rel=1e-4)  # seen pixels are copied in
-        assert figures[f"seen_error/{count}"] > 0.1  # as drawn, they are not
+            assert metrics[f"{name}/{count}"] == pytest.approx(metrics[f"hidden_error_mean/{count}"], rel=1e-4)
+        assert metrics[f"perceptual/{count}"] == pytest.approx(metrics[f"perceptual_mean/{count}"], rel=1e-4)  # seen pixels are copied in
+        assert metrics[f"seen_error/{count}"] > 0.1  # as drawn, they are not
 
 
 def test_noise_is_averaged_over_the_draws_and_no_more(train, test):
@@ -76,11 +76,11 @@ def test_noise_is_averaged_over_the_draws_and_no_more(train, test):
     def noisy(images, train, keys):
         return images * 0.5 + 0.5 * jax.vmap(lambda key: jax.random.uniform(key, (8, 8, 1), minval=-1.0, maxval=1.0))(keys)
 
-    figures = measured(train, test, noisy).figures
+    metrics = measured(train, test, noisy).metrics
     for count in COUNTS:
-        one, mean = figures[f"hidden_error_one/{count}"], figures[f"hidden_error/{count}"]
+        one, mean = metrics[f"hidden_error_one/{count}"], metrics[f"hidden_error/{count}"]
         assert one - mean == pytest.approx((1 - 1 / DRAWS) / 12, rel=0.1)
-        assert figures[f"seen_error/{count}"] > 0.1 and one > figures[f"hidden_error_linear/{count}"]
+        assert metrics[f"seen_error/{count}"] > 0.1 and one > metrics[f"hidden_error_linear/{count}"]
 
 
 def test_linear_fill_is_the_regression():

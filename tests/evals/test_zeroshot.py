@@ -110,11 +110,11 @@ def test_accuracies_are_those_of_the_known_answers(folder):
         "eurosat_top1": 1.0, "eurosat_mean_per_class": 1.0,
         "zero_shot": (top1 + per_class + 1) / 3,
     }  # fmt: skip
-    assert result.figures == pytest.approx(expected) and set(result.notes) == set(expected)
-    assert "cifar10_top1, eurosat_top1, oxford_iiit_pet_mean_per_class" in result.notes["zero_shot"]
+    assert result.metrics == pytest.approx(expected) and set(result.definitions) == set(expected)
+    assert "cifar10_top1, eurosat_top1, oxford_iiit_pet_mean_per_class" in result.definitions["zero_shot"]
     assert result.settings["zero_shot_pictures"] == {"cifar10": 9, "eurosat": 9, "oxford_iiit_pet": 9}
     for batch in (1, 9, 100):
-        assert found(folder, batch=batch).figures == pytest.approx(expected)
+        assert found(folder, batch=batch).metrics == pytest.approx(expected)
 
 
 def test_sets_that_cannot_be_run_are_named(folder, tmp_path):
@@ -125,16 +125,16 @@ def test_sets_that_cannot_be_run_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=f"none of the data sets cifar10, .* can be classified: in {tmp_path}/none they are missing"):
         found(tmp_path / "none")
     some = found(folder, names=("food101", "cifar10"))
-    assert set(some.settings["zero_shot_not_run"]) == {"food101"} and set(some.figures) == {
+    assert set(some.settings["zero_shot_not_run"]) == {"food101"} and set(some.metrics) == {
         "cifar10_top1", "cifar10_mean_per_class", "zero_shot"}
-    assert some.notes["zero_shot"] == "the mean over 1 of 12 data sets: cifar10_top1"
+    assert some.definitions["zero_shot"] == "the mean over 1 of 12 data sets: cifar10_top1"
 
 
 def test_names_of_ones_own(folder):
     (folder / "imagenet2012/classes.txt").write_text("an apple\nred Wine\ntower outdoor\n")
-    assert found(folder).figures["imagenet2012_top1"] == pytest.approx(7 / 9)
+    assert found(folder).metrics["imagenet2012_top1"] == pytest.approx(7 / 9)
     (folder / "cifar10/classes.txt").write_text("tower outdoor\nred Wine\nan apple\n")  # turned round
-    assert found(folder).figures["cifar10_top1"] == 0
+    assert found(folder).metrics["cifar10_top1"] == 0
     (folder / "cifar10/classes.txt").write_text("tower outdoor\nred Wine\n")
     with pytest.raises(UserError, match="classes.txt has 2 names for 3 classes"):
         found(folder)
@@ -143,7 +143,7 @@ def test_names_of_ones_own(folder):
 def test_some_pictures_of_each(folder):
     result = found(folder, count=3)  # 0, 3 and 6 of nine
     assert result.settings["zero_shot_pictures"]["cifar10"] == 3
-    assert result.figures["cifar10_top1"] == pytest.approx(2 / 3) and result.figures["cifar10_mean_per_class"] == 0.5
+    assert result.metrics["cifar10_top1"] == pytest.approx(2 / 3) and result.metrics["cifar10_mean_per_class"] == 0.5
 
 
 def test_a_set_that_cannot_be_read_is_an_error(folder):
@@ -275,7 +275,7 @@ def test_nothing_is_asked_for_by_default_and_nothing_is_chosen_on_test_sets(fold
     options.zeroshot, options.zeroshot_dir = "cifar10", str(folder)
     (evaluator,) = asked(options, see, read, 8)
     result = evaluator(types.SimpleNamespace(split="validation"), NAMES, None, jax.random.key(0), 0)
-    assert not result.figures and "test sets" in result.settings["zero_shot_not_run"]
+    assert not result.metrics and "test sets" in result.settings["zero_shot_not_run"]
 
 
 @pytest.mark.parametrize(

@@ -370,7 +370,7 @@ def test_the_elbo_by_monte_carlo():
     """Mean of log q - log p over the chain, X emitted at every step, is L_0 + L_1 - E log p(z_0 | z_1) + sum CE; the sign matters."""
     b, rng, count = BERNOULLI, np.random.default_rng(0), 400_000
     l0, l1, l3, ce = bernoulli_parts() @ [1 - b["q"], b["q"]]
-    # The reference figures are Monte Carlo themselves.
+    # The reference values are Monte Carlo themselves.
     np.testing.assert_allclose([l0, l1, l3, ce, l0 + l1 + l3 + ce], [0.0922, 0.9285, 0.5119, 2.8649, 4.3974], atol=1e-3)
     label = rng.random(count) < b["q"]
     e, last, value = b["e"][label.astype(int)], np.full(count, b["z0"]), np.zeros(count)

@@ -1,4 +1,4 @@
-"""`bench`: its figures agree with each other, the peer is heard, and it needs no package beyond the core."""
+"""`bench`: its metrics agree with each other, the peer is heard, and it needs no package beyond the core."""
 
 import json
 import os

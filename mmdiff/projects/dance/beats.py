@@ -2,8 +2,8 @@ r"""Whether music has its beats where it should: coverage and hit of seconds wit
 
     coverage = sum_s b_s / sum_s b*_s        hit = sum_s b_s b*_s / sum_s b*_s        (means over clips; b* of the real music)
 
-b_s is 1 if second s has an onset. A clip of two seconds has two of these bits, so both figures are high by chance, and coverage can
-exceed 1: `beat_scores` gives the level of chance with every figure. An onset is librosa's, as the published scores take it: a frame of
+b_s is 1 if second s has an onset. A clip of two seconds has two of these bits, so both metrics are high by chance, and coverage can
+exceed 1: `beat_scores` gives the level of chance with every metric. An onset is librosa's, as the published scores take it: a frame of
 512 samples at which the normalised onset strength (flux of the log-mel spectrum, from 0 to 1) jumps by at least 0.4, not right after
 another.
 """

@@ -17,7 +17,7 @@ from mmdiff.data.sources import Source, Subset, load_all
 from mmdiff.data.token_cache import map_batched, part_of
 from mmdiff.errors import UserError
 from mmdiff.evals import plots
-from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, draw_samples
 from mmdiff.evals.frechet import frechet_distance
 from mmdiff.nets.audio import AudioAutoencoder, spectral_error
 from mmdiff.nets.tokenizers import usage
@@ -44,7 +44,7 @@ def timbre(audio: np.ndarray) -> np.ndarray:
 
 
 class Listener:
-    """Judges music by real clips, and has heard those only: `genre(audio) -> int [n]` by linear discriminants of `timbre`, and `figures`.
+    """Judges music by real clips, and has heard those only: `genre(audio) -> int [n]` by linear discriminants of `timbre`, and `metrics`.
 
     With shrunk covariances these bear what a tokenizer does to all music alike; an SVM on the same features does not.
 
@@ -63,7 +63,7 @@ class Listener:
         """The genres it hears."""
         return self._classify.predict(timbre(audio))
 
-    def figures(self, audio: np.ndarray, real: Mapping[str, np.ndarray], suffix: str = "") -> dict[str, float]:
+    def metrics(self, audio: np.ndarray, real: Mapping[str, np.ndarray], suffix: str = "") -> dict[str, float]:
         """Beats, genre and distance of music for the dances of real clips; names end in `suffix`."""
         features = timbre(audio)
         found = {**beat_scores(audio, real["audio"], real.get("beats")), "frechet_audio": frechet_distance(features, timbre(real["audio"]))}
@@ -89,8 +89,8 @@ def heard_before(source: Source, count: int, genres: Sequence[str]) -> dict[str,
     return found
 
 
-def notes(count: int, suffix: str = "", what: str = "samples", known: bool = True) -> dict[str, str]:
-    """What the `Listener.figures` of `count` clips are, whose beats are `known` or those of the real music."""
+def definitions(count: int, suffix: str = "", what: str = "samples", known: bool = True) -> dict[str, str]:
+    """What the `Listener.metrics` of `count` clips are, whose beats are `known` or those of the real music."""
     found = {
         "beat_coverage": f"seconds with an onset, over those of the real music; {count} {what}",
         "beat_hit": f"share of the real music's seconds with an onset in which the {what} have one too",
@@ -106,7 +106,7 @@ def notes(count: int, suffix: str = "", what: str = "samples", known: bool = Tru
 
 @dataclasses.dataclass(frozen=True)
 class MusicForDances:
-    """The figures and pictures of a model that draws music for dances; beside each figure that of its tokenizer's reconstructions,
+    """The metrics and figures of a model that draws music for dances; beside each metric that of its tokenizer's reconstructions,
     the ceiling, and that of the real clips.
 
     Attributes:
@@ -132,10 +132,10 @@ class MusicForDances:
     batch: int = 50
     parents: Sequence[int] = ()
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         return self.samples(experiment, params, key, int(config.sample.steps), float(config.sample.guidance))
 
-    def samples(self, experiment, params, key, steps: int, guidance: float) -> Findings:
+    def samples(self, experiment, params, key, steps: int, guidance: float) -> EvalResult:
         """All of it depends on the sampler."""
         known, clips = experiment.test_data(), self.clips(experiment.split)
         if len(known) != len(clips):
@@ -158,12 +158,12 @@ class MusicForDances:
             "_reconstructed": np.clip(self.decode(known[self.drawn]), -1, 1),
             "_real": real["audio"],
         }
-        figures, about = {}, {}
+        metrics, about = {}, {}
         for (suffix, audio), what in zip(heard.items(), ("samples", "reconstructions", "real clips")):
-            figures |= listener.figures(audio, real, suffix)
-            about |= {name: note for name, note in notes(count, suffix, what, "beats" in real).items() if name in figures}
+            metrics |= listener.metrics(audio, real, suffix)
+            about |= {name: note for name, note in definitions(count, suffix, what, "beats" in real).items() if name in metrics}
         others = np.random.Generator(np.random.Philox(0)).permutation(len(training["audio"]))[:count]  # neighbours can be of one dance
-        figures["frechet_audio_real"] = frechet_distance(training["audio"][others], real["audio"], timbre)
+        metrics["frechet_audio_real"] = frechet_distance(training["audio"][others], real["audio"], timbre)
         about["frechet_audio_real"] = f"the same for {count} real training clips: as near as other music gets"
         clock.stop()
         sampler = f"{steps} steps, guidance {guidance:g}"
@@ -177,12 +177,12 @@ class MusicForDances:
             "frechet_features": FEATURES,
             "evaluation_seconds": clock.seconds,
         }
-        return Findings(figures, about, clip_pictures(shown, real, self.genres, self.parents, sampler), settings)
+        return EvalResult(metrics, about, clip_figures(shown, real, self.genres, self.parents, sampler), settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class MusicReconstructions:
-    """The figures and pictures of an `AudioAutoencoder` on held-out clips: what its tokens keep is the ceiling for music that is drawn.
+    """The metrics and figures of an `AudioAutoencoder` on held-out clips: what its tokens keep is the ceiling for music that is drawn.
 
     Attributes:
       net: the network.
@@ -198,7 +198,7 @@ class MusicReconstructions:
     windows: Sequence[int]
     count: int = 200
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         clock = Clock()
         clock.start("classifier", "learning the genres from real clips")
         real = load_all(Subset(experiment.test_data(), self.count))
@@ -212,20 +212,20 @@ class MusicReconstructions:
         lost = float(((audio - real["audio"]) ** 2).sum() / (real["audio"] ** 2).sum())
         error = jax.jit(lambda a, b: spectral_error(a, b, self.windows))
         own = ("genre_accuracy", "beat_f1", "beat_f1_shuffled")
-        of_real = {f"{name}_real": value for name, value in listener.figures(real["audio"], real).items() if name in own}
-        figures = {
+        of_real = {f"{name}_real": value for name, value in listener.metrics(real["audio"], real).items() if name in own}
+        metrics = {
             "waveform_error": lost,
             "waveform_snr": -10 * math.log10(max(lost, 1e-12)),
             "spectral_error": float(np.mean([error(audio[i : i + 1], real["audio"][i : i + 1]) for i in range(count)])),
             "codebook_usage": float(share),
             "codebook_perplexity": float(perplexity),
-            **listener.figures(audio, real),
+            **listener.metrics(audio, real),
             **of_real,
         }
         clock.stop()
         known = "beats" in real
-        about = notes(count, what="reconstructions", known=known) | notes(count, "_real", "real clips", known)
-        about = {name: note for name, note in about.items() if name in figures} | {
+        about = definitions(count, what="reconstructions", known=known) | definitions(count, "_real", "real clips", known)
+        about = {name: note for name, note in about.items() if name in metrics} | {
             "waveform_error": f"squared error as a share of the music's power; {count} held-out clips",
             "waveform_snr": "the same in decibels",
             "spectral_error": f"mean over clips and windows of {', '.join(map(str, self.windows))} samples of the magnitudes' relative "
@@ -233,7 +233,7 @@ class MusicReconstructions:
             "codebook_usage": f"share of the {self.net.codes} codes that occur in the tokens of these clips",
             "codebook_perplexity": "exp(entropy) of the codes' frequencies in them, in nats: as many equally frequent codes say as much",
         }
-        shown = clip_pictures({"reconstructed": audio, "real": real["audio"]}, real, self.genres)
+        shown = clip_figures({"reconstructed": audio, "real": real["audio"]}, real, self.genres)
         settings = {
             "clips": count,
             "beat_tolerance_seconds": TOLERANCE,
@@ -241,17 +241,17 @@ class MusicReconstructions:
             "frechet_features": FEATURES,
             "evaluation_seconds": clock.seconds,
         }
-        return Findings(figures, about, shown, settings)
+        return EvalResult(metrics, about, shown, settings)
 
 
-def clip_pictures(
+def clip_figures(
     music: Mapping[str, np.ndarray],
     clips: Mapping[str, np.ndarray],
     genres: Sequence[str],
     parents: Sequence[int] = (),
     sampler: str = "",
     count: int = 4,
-) -> dict[str, Picture]:
+) -> dict[str, Figure]:
     """A picture with players for each of some clips: dance, waveforms with onsets and known beats, spectrograms.
 
     Args:
@@ -268,7 +268,7 @@ def clip_pictures(
         rows = {name: (audio[i], found[name][i]) for name, audio in music.items()}
         motion = clips["motion"][i] if len(parents) else None
         beats = clips["beats"][i][clips["beats"][i] >= 0] if "beats" in clips else ()
-        shown[f"Clip {i + 1}" + (f": {genres[int(clips['genre'][i])]}" if genres else "")] = Picture(
+        shown[f"Clip {i + 1}" + (f": {genres[int(clips['genre'][i])]}" if genres else "")] = Figure(
             plots.music(rows, RATE, beats, motion, parents),
             "The first held-out clips, none chosen. Dots: onsets." + (" Lines: known beats." if len(beats) else "")
             + (f" Drawn in {sampler}." if sampler else ""),

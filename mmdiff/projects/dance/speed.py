@@ -8,7 +8,7 @@ import functools
 import numpy as np
 
 from mmdiff.data.sources import Subset, load_all
-from mmdiff.evals.evaluator import Findings, costs, say
+from mmdiff.evals.evaluator import EvalResult, costs, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Speed:
     batch: int = 50
     repeats: int = 3
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         say("measuring how fast music is drawn")
         known = load_all(Subset(experiment.test_data(), self.batch))
@@ -38,7 +38,7 @@ class Speed:
             name: (functools.partial(experiment.sample, steps=n, guidance=guidance), given, count)
             for name, n in (("music_per_second", steps), ("music_per_second_quarter", few))
         }
-        figures = {name: self.seconds / each for name, each in costs(params, key, ways, self.repeats).items()}
+        metrics = {name: self.seconds / each for name, each in costs(params, key, ways, self.repeats).items()}
         what = f"seconds of music for a second of sampling (tokens alone), median of {self.repeats}, {count} clips at once"
-        notes = {name: f"{what}, {n} steps, guidance {guidance:g}" for name, n in zip(figures, (steps, few))}
-        return Findings(figures, notes)
+        definitions = {name: f"{what}, {n} steps, guidance {guidance:g}" for name, n in zip(metrics, (steps, few))}
+        return EvalResult(metrics, definitions)

@@ -14,12 +14,12 @@ from mmdiff.evals import classifiers, conditional, retrieval
 from mmdiff.evals import plots as drawings
 from mmdiff.evals.accuracy import accuracy, confusion, eliminated
 from mmdiff.evals.alignment import READINGS, Aligner
-from mmdiff.evals.evaluator import Clock, Findings, Picture, best, costs, draw_samples, example_keys, in_batches
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, costs, draw_samples, example_keys, in_batches
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitAlignment:
-    """The figures and pictures of DiffDis on digits: naming by the denoised vector, drawing, and what the two make of each other.
+    """The metrics and figures of DiffDis on digits: naming by the denoised vector, drawing, and what the two make of each other.
 
     Attributes:
       aligner: the naming task.
@@ -37,11 +37,11 @@ class DigitAlignment:
     choose: int = 4
     batch: int = 250
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         train, test = load_all(experiment.train_data()), load_all(experiment.test_data())
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         keys = jax.random.split(key, 8)
-        clock, figures, labels = Clock(), {}, test["label"]
+        clock, metrics, labels = Clock(), {}, test["label"]
         align = functools.partial(self.aligner, params, batch=self.batch)
 
         def named(vectors):
@@ -50,12 +50,12 @@ class DigitAlignment:
         clock.start("alignment", f"naming {len(labels)} images from noise, {', '.join(READINGS)} steps")
         read = {name: named(align(keys[0], test["image"], steps=n, seeds=seeds)) for name, (n, seeds) in READINGS.items()}
         kept = read["10"]
-        figures["alignment_accuracy"] = accuracy(kept, labels)
-        figures |= {f"alignment_accuracy_{name}": accuracy(names, labels) for name, names in read.items()}
-        figures["alignment_accuracy_guided"] = accuracy(named(align(keys[0], test["image"], steps=10, guidance=3.0)), labels)
-        figures["alignment_accuracy_dropped"] = accuracy(named(align(keys[1], None, count=len(labels), steps=10)), labels)
+        metrics["alignment_accuracy"] = accuracy(kept, labels)
+        metrics |= {f"alignment_accuracy_{name}": accuracy(names, labels) for name, names in read.items()}
+        metrics["alignment_accuracy_guided"] = accuracy(named(align(keys[0], test["image"], steps=10, guidance=3.0)), labels)
+        metrics["alignment_accuracy_dropped"] = accuracy(named(align(keys[1], None, count=len(labels), steps=10)), labels)
         shuffled = np.random.Generator(np.random.Philox(0)).permutation(labels)
-        figures["alignment_accuracy_shuffled"] = accuracy(kept, shuffled)
+        metrics["alignment_accuracy_shuffled"] = accuracy(kept, shuffled)
 
         clock.start("diffusion_classifier", f"naming {self.slow} images by the drawing task's losses")
         ids = {int(label): test["text"][row] for row, label in enumerate(labels)}
@@ -68,8 +68,8 @@ class DigitAlignment:
 
         slow = {"image": test["image"][: self.slow]}
         by_losses = in_batches(by_loss, params, example_keys(keys[2], self.slow), slow, self.batch // 10)
-        figures["diffusion_classifier_accuracy"] = accuracy(by_losses, labels[: self.slow])
-        figures["readouts_agree"] = accuracy(by_losses, kept[: self.slow])
+        metrics["diffusion_classifier_accuracy"] = accuracy(by_losses, labels[: self.slow])
+        metrics["readouts_agree"] = accuracy(by_losses, kept[: self.slow])
 
         clock.start("drawing", "drawing digits of captions")
         asked = conditional.labels_to_ask(train["label"], 10, self.per_class)
@@ -78,8 +78,8 @@ class DigitAlignment:
         drawn = quantize(draw(keys[3], {"text": np.asarray(texts)[asked]}, len(asked), guidance=guidance)["image"])
         found = conditional.judge(
             drawn, asked, (train["image"], train["label"]), (test["image"], labels), 10, self.per_class)
-        figures |= found.figures
-        figures["round_trip"] = accuracy(named(align(keys[4], drawn[found.rows], steps=10)), asked[found.rows])
+        metrics |= found.metrics
+        metrics["round_trip"] = accuracy(named(align(keys[4], drawn[found.rows], steps=10)), asked[found.rows])
 
         clock.start("best", f"drawing {self.choose} of each caption, unguided, and keeping what names it best")
         wanted = np.repeat(np.arange(10), self.per_class)
@@ -88,7 +88,7 @@ class DigitAlignment:
         score = retrieval.scores(align(keys[6], plain, steps=1, seeds=4), self.prompts)[np.arange(len(many)), many]
         chosen = score.reshape(self.choose, -1).argmax(0) * len(wanted) + np.arange(len(wanted))
         for name, rows in (("unguided_agreement", slice(len(wanted))), (f"best_of_{self.choose}_agreement", chosen)):
-            figures[name] = accuracy(classifiers.predict(found.classifier, plain[rows]), wanted)
+            metrics[name] = accuracy(classifiers.predict(found.classifier, plain[rows]), wanted)
 
         clock.start("costs", "timing")
         ways = {}
@@ -99,21 +99,21 @@ class DigitAlignment:
                 ways[f"{n}_cached"] = (self.aligner.function(n, cached=True), few, 100)
         ways["diffusion_classifier"] = (by_loss, {"image": few["image"][:25]}, 25)
         seconds = costs(params, keys[7], ways)
-        figures |= {f"milliseconds_{name}": 1e3 * value for name, value in seconds.items()}
-        figures["diffusion_classifier_cost"] = seconds["diffusion_classifier"] / seconds["10"]
+        metrics |= {f"milliseconds_{name}": 1e3 * value for name, value in seconds.items()}
+        metrics["diffusion_classifier_cost"] = seconds["diffusion_classifier"] / seconds["10"]
         clock.stop()
 
         show, words = experiment.modalities["image"].show, [str(label) for label in range(10)]
         sampler = f"{steps} steps, guidance {guidance:g}"
-        pictures = {
-            **conditional.pictures(show(drawn), asked, show(test["image"]), labels, words, found, sampler),
-            "Image to label": Picture(
+        figures = {
+            **conditional.figures(show(drawn), asked, show(test["image"]), labels, words, found, sampler),
+            "Image to label": Figure(
                 drawings.matrix(confusion(kept, labels, 10), words, "true", "named"), "The alignment branch, 10 steps from noise."),
-            "Named": Picture(
+            "Named": Figure(
                 drawings.grid(show(test["image"][:40]), 10, [str(label) for label in kept[:40]], wrong=(kept != labels)[:40]),
                 "Held-out digits with the names that the alignment branch gives them; wrong ones in red."),
         }
-        notes = {
+        definitions = {
             "alignment_accuracy": f"share of {len(labels)} held-out digits whose denoised vector (10 steps from noise) is nearest to the "
             "right prompt; _1, _2, ... other numbers of steps, _1_of_8 the mean of 8 seeds of one step, _guided at guidance 3",
             "alignment_accuracy_dropped": "the same without an image: chance is 0.1",
@@ -124,7 +124,7 @@ class DigitAlignment:
             f"best_of_{self.choose}_agreement": f"the SVM's agreement with the best of {self.choose} unguided samples by the alignment "
             "branch's score; unguided_agreement with the first",
             "diffusion_classifier_cost": "its seconds per image over those of 10 steps of alignment without a cache",
-            **found.notes,
+            **found.definitions,
         }
         settings = {"sample_steps": steps, "guidance": guidance, **found.settings, "evaluation_seconds": clock.seconds}
-        return Findings(figures, notes, pictures, settings)
+        return EvalResult(metrics, definitions, figures, settings)

@@ -1,4 +1,4 @@
-"""Everything that is measured of class-conditional sequences whose law is known: each figure of the samples beside that of real data."""
+"""Everything that is measured of class-conditional sequences whose law is known: each metric of the samples beside that of real data."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 from mmdiff.data.sources import load_all
 from mmdiff.evals.accuracy import accuracy
 from mmdiff.evals.class_token_images import held_out_bits
-from mmdiff.evals.evaluator import Clock, Findings, best, draw_samples
+from mmdiff.evals.evaluator import Clock, EvalResult, best, draw_samples
 from mmdiff.projects.markov.markov_chains import Chains
 
 
 @dataclasses.dataclass(frozen=True)
 class MarkovSequences:
-    """The figures of a model of the sequences of `projects.markov.markov_chains`, given their class.
+    """The metrics of a model of the sequences of `projects.markov.markov_chains`, given their class.
 
-    One sample is drawn for every held-out sequence, of its class, so that both sets have one size and one law of classes and each figure
+    One sample is drawn for every held-out sequence, of its class, so that both sets have one size and one law of classes and each metric
     `x` of the samples can be read against `x_data`.
 
     Attributes:
@@ -35,7 +35,7 @@ class MarkovSequences:
     label: str = "label"
     batch: int = 500
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         sample_key, bound_key = jax.random.split(key)
         found = self.samples(experiment, params, sample_key, int(config.sample.steps), float(config.sample.guidance))
         test = load_all(experiment.test_data())
@@ -45,53 +45,53 @@ class MarkovSequences:
         bits = held_out_bits(experiment, params, bound_key, test, self.tokens, self.bound_steps, self.batch)
         clock.stop()
         entropy = float(self.chains.entropy[test[self.label]].mean() / self.chains.length)
-        figures = {f"{name}_data": value for name, value in real.items()}
-        figures |= {"entropy": entropy, "bits_per_dim": float(bits.mean()), "bits_per_dim_limit": real["nll"] / math.log(2)}
-        notes = {f"{name}_data": f"the same for the {len(bits)} held-out sequences" for name in real}
-        notes["entropy"] = "the exact expectation of nll_data, nats per token"
-        notes["bits_per_dim"] = (
+        metrics = {f"{name}_data": value for name, value in real.items()}
+        metrics |= {"entropy": entropy, "bits_per_dim": float(bits.mean()), "bits_per_dim_limit": real["nll"] / math.log(2)}
+        definitions = {f"{name}_data": f"the same for the {len(bits)} held-out sequences" for name in real}
+        definitions["entropy"] = "the exact expectation of nll_data, nats per token"
+        definitions["bits_per_dim"] = (
             f"upper bound on -log2 p(tokens | label) per token by the chain of {self.bound_steps} steps, one draw at every step; "
             f"{len(bits)} held-out sequences, standard error {bits.std() / math.sqrt(len(bits)):.4f}"
         )
-        notes["bits_per_dim_limit"] = "the same for the chains themselves: nll_data in bits"
+        definitions["bits_per_dim_limit"] = "the same for the chains themselves: nll_data in bits"
         seconds = {**found.settings["evaluation_seconds"], **clock.seconds}
-        return Findings(
-            figures={**found.figures, **figures},
-            notes={**found.notes, **notes},
-            pictures=found.pictures,
+        return EvalResult(
+            metrics={**found.metrics, **metrics},
+            definitions={**found.definitions, **definitions},
+            figures=found.figures,
             settings={**found.settings, "bound_steps": self.bound_steps, "evaluation_seconds": seconds},
         )
 
-    def samples(self, experiment, params, key, steps: int, guidance: float) -> Findings:
-        """What depends on the sampler: figures, notes and settings of one set of samples."""
+    def samples(self, experiment, params, key, steps: int, guidance: float) -> EvalResult:
+        """What depends on the sampler: metrics, definitions and settings of one set of samples."""
         asked = load_all(experiment.test_data())[self.label]
         clock = Clock()
         clock.start("conditional_samples", f"drawing {len(asked)} label-conditioned samples in {steps} steps")
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
         tokens = draw_samples(experiment, params, key, {self.label: asked}, len(asked), **options)[self.tokens]
         clock.stop()
-        figures, notes = self._measure(tokens, asked)
+        metrics, definitions = self._measure(tokens, asked)
         settings = {"sample_steps": steps, "guidance": guidance, "samples": len(asked), "evaluation_seconds": clock.seconds}
-        return Findings(figures, notes, settings=settings)
+        return EvalResult(metrics, definitions, settings=settings)
 
     def _measure(self, tokens: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float], dict[str, str]]:
-        """Figures of sequences [n, L] that are said to be of the classes `labels`, and their notes."""
+        """Metrics of sequences [n, L] that are said to be of the classes `labels`, and their definitions."""
         chains, count = self.chains, len(tokens)
         log_p = chains.log_likelihood(tokens)
         own = log_p[np.arange(count), labels]
-        figures = {
+        metrics = {
             "correspondence": accuracy(best("log p(sample | label)", log_p), labels),
             "nll": float(-own.mean() / chains.length),
             "bigram_distance": bigram_distance(chains, tokens, labels),
             "order_gain": float(chains.order_gain(tokens, labels).mean()),
         }
-        notes = {
+        definitions = {
             "correspondence": f"share of {count} label-conditioned samples to which Bayes' rule with the true chains gives their label",
             "nll": "mean -log p(sample | its label) under the true chains, nats per token: lower than the data's is too safe, not better",
             "bigram_distance": "total variation between the samples' pairs of neighbours and the true law of pairs, mean over the classes",
             "order_gain": "what the order of eight chunks of a sample is worth under its chain, nats per sample: 0 for shuffled ones",
         }
-        return figures, notes
+        return metrics, definitions
 
 
 def bigram_distance(chains: Chains, tokens: np.ndarray, labels: np.ndarray) -> float:

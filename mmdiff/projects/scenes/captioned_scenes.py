@@ -11,7 +11,7 @@ import numpy as np
 
 from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, plots
-from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, draw_samples
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.projects.digits.digits import digits_source
 from mmdiff.projects.scenes import scenes
@@ -21,7 +21,7 @@ ASKED = ("digit", "colour", "position")  # what must be right, all of it, for a 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedScenes:
-    """The figures and pictures of a model of digit scenes given their captions.
+    """The metrics and figures of a model of digit scenes given their captions.
 
     Two sets of `count` captions: of held-out combinations, and those of training scenes. `prompt_correctness` is the share of samples
     of which all that is `asked` is right. On the validation split other captions of its scenes take the place of the held-out
@@ -44,10 +44,10 @@ class CaptionedScenes:
     count: int = 1000
     batch: int = 250
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         return self.samples(experiment, params, key, int(config.sample.steps), float(config.sample.guidance))
 
-    def samples(self, experiment, params, key, steps: int, guidance: float) -> Findings:
+    def samples(self, experiment, params, key, steps: int, guidance: float) -> EvalResult:
         """All of it depends on the sampler."""
         clock = Clock()
         drawn = self.draw(experiment, params, jax.random.split(key), steps, guidance, clock)
@@ -72,7 +72,7 @@ class CaptionedScenes:
 
     def judged(
         self, drawn: Mapping[str, tuple[Mapping, np.ndarray]], steps: int, guidance: float, clock: Clock, split: str = "test"
-    ) -> Findings:
+    ) -> EvalResult:
         """What is found of what `draw` gave for that split."""
         (held, images), (seen, others) = drawn.values()
         kind = "held-out combinations" if split == "test" else f"{split} scenes"
@@ -81,7 +81,7 @@ class CaptionedScenes:
         judge = trained_judge(self.size)
         read = judge(images)
         right = self.right(read, held)
-        figures = {
+        metrics = {
             "prompt_correctness": float(right.mean()),
             "prompt_correctness_seen": float(self.right(judge(others), seen).mean()),
             **{f"{name}_correctness": float((read[name] == held[name]).mean()) for name in scenes.ATTRIBUTES},
@@ -89,8 +89,8 @@ class CaptionedScenes:
             "frechet_ratio": frechet_ratio(others, test["image"], seen["image"]),
         }
         clock.stop()
-        notes = {f"{name}_correctness": f"share of the same samples with the right {name}" for name in scenes.ATTRIBUTES}
-        notes |= {
+        definitions = {f"{name}_correctness": f"share of the same samples with the right {name}" for name in scenes.ATTRIBUTES}
+        definitions |= {
             "prompt_correctness": f"share of {self.count} samples for captions of {kind} that show the right "
             f"{', '.join(self.asked)}, all of them, as a judge trained on real training scenes reads them",
             "prompt_correctness_seen": f"the same for {self.count} captions of training scenes",
@@ -100,12 +100,12 @@ class CaptionedScenes:
             f"{self.count} {split} scenes, over that of those captions' own scenes to them: 1 is the limit",
         }
         shown = {
-            "Caption to image": Picture(
+            "Caption to image": Figure(
                 grid(images, held, ~right),
                 f"Captions of {kind}; {steps} steps, guidance {guidance:g}; the first ones, none chosen. A caption is red "
                 f"where the judge finds another {', '.join(self.asked[:-1])} or {self.asked[-1]}.",
             ),
-            "Real scenes": Picture(grid(test["image"], test), f"Scenes of the {split} split, for comparison."),
+            "Real scenes": Figure(grid(test["image"], test), f"Scenes of the {split} split, for comparison."),
         }
         settings = {
             "sample_steps": steps,
@@ -115,7 +115,7 @@ class CaptionedScenes:
             "frechet_features": "raw pixels",
             "evaluation_seconds": clock.seconds,
         }
-        return Findings(figures, notes, shown, settings)
+        return EvalResult(metrics, definitions, shown, settings)
 
 
 class Judge:

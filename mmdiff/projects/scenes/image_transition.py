@@ -12,7 +12,7 @@ import numpy as np
 from mmdiff.data.sources import Subset, load_all
 from mmdiff.evals import plots
 from mmdiff.evals.accuracy import posterior
-from mmdiff.evals.evaluator import Clock, Findings, Picture, draw_samples, example_keys, in_batches, states
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, draw_samples, example_keys, in_batches, states
 from mmdiff.evals.frechet import frechet_distance, real_distance
 from mmdiff.projects.scenes import paired_scenes
 from mmdiff.projects.scenes.captioned_scenes import trained_judge
@@ -25,7 +25,7 @@ RULES = {
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransition:
-    """Figures and pictures of a joint model of digit scenes and their segmentation, or their night (`paired_scenes`).
+    """Metrics and figures of a joint model of digit scenes and their segmentation, or their night (`paired_scenes`).
 
     Over as many held-out pairs, and as many draws of each kind, as `test_data` holds.
 
@@ -47,7 +47,7 @@ class ImageTransition:
     other: str
     batch: int = 250
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         other, steps, guidance = self.other, int(config.sample.steps), float(config.sample.guidance)
         test = load_all(experiment.test_data())
         count = len(test["image"])
@@ -67,28 +67,28 @@ class ImageTransition:
         # Images drawn for held-out pictures are nearer to these than fresh ones would be: they are compared with training images.
         real = {"given": train["image"], "joint": test["image"], "absent": test["image"]}
         unit = real_distance(train["image"], test["image"])
-        figures = {f"frechet_ratio_{name}": frechet_distance(drawn[name]["image"], real[name]) / unit for name in drawn}
+        metrics = {f"frechet_ratio_{name}": frechet_distance(drawn[name]["image"], real[name]) / unit for name in drawn}
         implied = {name: self._implied(pair["image"]) for name, pair in {**drawn, "test": test}.items() if name != "absent"}
         apart = np.roll(test[other], 1, 0)
         if other == "night":
-            figures |= self._errors("read", other, "image", read, test, train)
-            figures |= self._errors("given", "image", other, drawn["given"]["image"], test, train)
-            figures["error_joint"] = error(implied["joint"], drawn["joint"][other])
-            figures["error_shuffled"] = error(implied["test"], apart)
+            metrics |= self._errors("read", other, "image", read, test, train)
+            metrics |= self._errors("given", "image", other, drawn["given"]["image"], test, train)
+            metrics["error_joint"] = error(implied["joint"], drawn["joint"][other])
+            metrics["error_shuffled"] = error(implied["test"], apart)
         else:
             pairs = {
                 "read": (read, test[other]), "given": (implied["given"], test[other]), "joint": (implied["joint"], drawn["joint"][other]),
                 "rule": (implied["test"], test[other]), "shuffled": (test[other], apart),
             }  # fmt: skip
-            figures |= {f"miou_{name}": miou(*pair, len(paired_scenes.PALETTE)) for name, pair in pairs.items()}
+            metrics |= {f"miou_{name}": miou(*pair, len(paired_scenes.PALETTE)) for name, pair in pairs.items()}
         clock.start("chain", "keeping the states of ten trajectories")
         trajectory = functools.partial(states, experiment, params, steps=steps, guidance=guidance)
         chains = {"given": trajectory(keys[0], {other: test[other]}, "image"), "joint": trajectory(keys[1], {}, "image")}
         clock.stop()
-        return Findings(
-            figures=figures,
-            notes={name: note for name, note in self._notes(count).items() if name in figures},
-            pictures=self._pictures(experiment, test, read, drawn, implied, chains, f"{steps} steps, guidance {guidance:g}"),
+        return EvalResult(
+            metrics=metrics,
+            definitions={name: note for name, note in self._definitions(count).items() if name in metrics},
+            figures=self._figures(experiment, test, read, drawn, implied, chains, f"{steps} steps, guidance {guidance:g}"),
             settings={
                 "sample_steps": steps, "guidance": guidance, "test_images": count, "samples_of_each_kind": count,
                 "what_an_image_implies": RULES[other], "frechet_features": "raw pixels", "evaluation_seconds": clock.seconds},
@@ -110,9 +110,9 @@ class ImageTransition:
         plain = {"": found, "_mean": train[target].mean(0), "_linear": linear(test[source], train[source], train[target])}
         return {f"error_{way}{name}": error(np.clip(made, -1, 1), test[target]) for name, made in plain.items()}
 
-    def _notes(self, count):
+    def _definitions(self, count):
         other = self.other
-        notes = {
+        definitions = {
             "error_read": f"mean squared error of the {other} that the network reads off an image in one call; {count} held-out images",
             "error_given": f"mean squared error of an image drawn for its {other} to the true one; {count} held-out pairs",
             "error_joint": f"mean squared error of the {other} drawn together with an image to that image's {other} ({RULES[other]}); "
@@ -127,16 +127,16 @@ class ImageTransition:
             "miou_shuffled": f"the same of the {other} of two real images",
         }
         for way in ("read", "given"):
-            notes[f"error_{way}_mean"] = "the same of the training pictures' mean"
-            notes[f"error_{way}_linear"] = "the same of linear regression of a pixel's colour on its colour in the other picture"
+            definitions[f"error_{way}_mean"] = "the same of the training pictures' mean"
+            definitions[f"error_{way}_linear"] = "the same of linear regression of a pixel's colour on its colour in the other picture"
         ratio = f"squared Fréchet distance (raw pixels) of {count} images"
-        return notes | {
+        return definitions | {
             "frechet_ratio_given": f"{ratio} drawn for held-out {other}s to as many training images, over that of the held-out images",
             "frechet_ratio_joint": f"{ratio} drawn together with their {other} to as many held-out ones, over that of training images",
             "frechet_ratio_absent": f"the same of images drawn without a {other}: plain DDPM",
         }
 
-    def _pictures(self, experiment, test, read, drawn, implied, chains, sampler):
+    def _figures(self, experiment, test, read, drawn, implied, chains, sampler):
         other = self.other
         show, show_other = (experiment.modalities[name].show for name in ("image", other))
         given, joint = drawn["given"]["image"], drawn["joint"]
@@ -146,22 +146,22 @@ class ImageTransition:
 
         rule = f"the {other} that b implies" if other == "night" else "what the independent rule sees in b"
         return {
-            f"Image to {other}": Picture(
+            f"Image to {other}": Figure(
                 rows(show(test["image"]), show_other(read), show_other(test[other])),
                 "a: real, held out; b: read off a in one network call; c: the truth."),
-            f"{other.capitalize()} to image": Picture(
+            f"{other.capitalize()} to image": Figure(
                 rows(show_other(test[other]), show(given), show_other(implied["given"]), show(test["image"])),
                 f"a: real, held out; b: drawn for a, {sampler}; c: {rule}; d: the image that a is of."),
-            "Both drawn together": Picture(
+            "Both drawn together": Figure(
                 rows(show_other(joint[other]), show(joint["image"]), show_other(implied["joint"])),
                 f"a: {other}; b: image; c: {rule}; {sampler}."),
-            "From noise to image": Picture(
+            "From noise to image": Figure(
                 plots.grid(show(chains["given"]), 10),
                 f"States of ten trajectories with a held-out {other} given, from noise, above, to the image; {sampler}."),
-            "From noise to both": Picture(
+            "From noise to both": Figure(
                 plots.grid(show(chains["joint"]), 10),
                 f"The same where the {other} is drawn, too: the mean carries what is believed of it."),
-            "Images alone": Picture(plots.grid(show(drawn["absent"]["image"][:50]), 10), f"Drawn without a {other}; {sampler}."),
+            "Images alone": Figure(plots.grid(show(drawn["absent"]["image"][:50]), 10), f"Drawn without a {other}; {sampler}."),
         }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from mmdiff.evals import plots as drawings
 from mmdiff.evals import retrieval
 from mmdiff.evals.accuracy import accuracy
 from mmdiff.evals.alignment import READINGS, Aligner
-from mmdiff.evals.evaluator import Clock, Findings, Picture, best, draw_samples, finite, in_batches
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, draw_samples, finite, in_batches
 from mmdiff.projects.scenes import scenes
 from mmdiff.projects.scenes.captioned_scenes import ASKED, CaptionedScenes, trained_judge
 
@@ -89,7 +89,7 @@ def zero_shot(vectors: np.ndarray, encode: Any, labels: Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class SceneAlignment:
-    """The figures and pictures of DiffDis on digit scenes: retrieval by the denoised vector, drawing, writing, and the round trip.
+    """The metrics and figures of DiffDis on digit scenes: retrieval by the denoised vector, drawing, writing, and the round trip.
 
     Attributes:
       aligner: the naming task. towers: frozen, the vectors' and the baseline's.
@@ -102,11 +102,11 @@ class SceneAlignment:
     drawing: CaptionedScenes
     choose: int = 4
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         count, size, batch = self.drawing.count, self.drawing.size, self.drawing.batch
         keys = jax.random.split(key, 8)
-        clock, figures = Clock(), {}
+        clock, metrics = Clock(), {}
         align = functools.partial(self.aligner, params, batch=batch)
         splits = splits_of(experiment)
         main, last = splits[0], splits[-1]
@@ -124,27 +124,27 @@ class SceneAlignment:
             images, labels = data[split]["image"], data[split]
             read = {name: align(keys[0], images, steps=n, seeds=seeds) for name, (n, seeds) in READINGS.items()}
             shares = {name: found(split, vectors) for name, vectors in read.items()}
-            figures[f"retrieval_r1{suffix}"] = shares["10"]
-            figures |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(read["10"], self.towers.encode, labels).items()}
+            metrics[f"retrieval_r1{suffix}"] = shares["10"]
+            metrics |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(read["10"], self.towers.encode, labels).items()}
             frozen = self.towers.images(images)
-            figures[f"towers_retrieval_r1{suffix}"] = found(split, frozen)
-            figures |= {f"retrieval_r1_{name}{suffix}": share for name, share in shares.items()}
-            figures[f"retrieval_r1_guided{suffix}"] = found(split, align(keys[0], images, steps=10, guidance=2.0))
+            metrics[f"towers_retrieval_r1{suffix}"] = found(split, frozen)
+            metrics |= {f"retrieval_r1_{name}{suffix}": share for name, share in shares.items()}
+            metrics[f"retrieval_r1_guided{suffix}"] = found(split, align(keys[0], images, steps=10, guidance=2.0))
             if split == main:
                 every = {"retrieval_r1_all_digits": read["10"], "towers_retrieval_r1_all_digits": frozen}
-                figures |= {name: held_out_retrieval(vectors, self.towers.encode, labels) for name, vectors in every.items()}
+                metrics |= {name: held_out_retrieval(vectors, self.towers.encode, labels) for name, vectors in every.items()}
                 recalls = scene_retrieval(read["10"], captions[split], labels)
-                figures |= {name: value for name, value in recalls.items() if name != "r1"}
-        figures["retrieval_r1_dropped"] = found(main, align(keys[1], None, count=count, steps=10))
+                metrics |= {name: value for name, value in recalls.items() if name != "r1"}
+        metrics["retrieval_r1_dropped"] = found(main, align(keys[1], None, count=count, steps=10))
 
         drawn = self.drawing.draw(experiment, params, keys[2:4], steps, guidance, clock)
         judged = self.drawing.judged(drawn, steps, guidance, clock, experiment.split)
-        figures |= judged.figures
+        metrics |= judged.metrics
         clock.start("round trip", "retrieving what captions the samples were drawn of")
         (_, first), (seen, others) = drawn.values()
         trip = scene_retrieval(align(keys[4], others, steps=10), self.towers.texts(seen["text"])[1], seen)
-        figures["round_trip"] = trip["r1"]
-        figures[f"round_trip_{last}"] = found(last, align(keys[4], first, steps=10))
+        metrics["round_trip"] = trip["r1"]
+        metrics[f"round_trip_{last}"] = found(last, align(keys[4], first, steps=10))
 
         held = data[last]
         draw = functools.partial(draw_samples, experiment, params, batch=batch, steps=steps, guidance=1.0)
@@ -155,24 +155,24 @@ class SceneAlignment:
         chosen = np.einsum("knd,nd->kn", finite("vectors", vectors), captions[last]).argmax(0) * count + np.arange(count)
         judge = trained_judge(size)
         for name, rows in (("unguided", slice(count)), (f"best_of_{self.choose}", chosen)):
-            figures[f"prompt_correctness_{name}"] = float(self.drawing.right(judge(images[rows]), held).mean())
+            metrics[f"prompt_correctness_{name}"] = float(self.drawing.right(judge(images[rows]), held).mean())
 
         written = {}
         for split in splits if config.times.write else ():
             clock.start(f"writing, {split}", f"writing captions of {count} scenes ({split})")
             written[split] = experiment.modalities["text"].show(draw(keys[6], {"image": data[split]["image"]}, count)["text"])
             same = np.array(written[split]) == np.array(scenes.captions(data[split]))
-            figures["caption_correctness" if split == main else f"caption_correctness_{split}"] = float(same.mean())
+            metrics["caption_correctness" if split == main else f"caption_correctness_{split}"] = float(same.mean())
         clock.stop()
 
-        pictures = dict(judged.pictures)
+        figures = dict(judged.figures)
         if written:
             shown = np.rint((held["image"][:20] + 1) * 127.5).astype(np.uint8)
             wrong = [one != other for one, other in zip(written[last], scenes.captions(held))]
-            pictures["Image to caption"] = Picture(
+            figures["Image to caption"] = Figure(
                 drawings.grid(shown, 5, written[last][:20], wrong=wrong[:20]),
                 f"What masked diffusion writes of scenes ({last}); red where a word is wrong.")
-        notes = {
+        definitions = {
             "retrieval_r1": f"share of {count} {main} scenes whose denoised vector (10 steps from noise) is nearest, among {AMONG} "
             f"captions, to one that says the right {', '.join(ASKED)}; _1, _2, ... other numbers of steps, _1_of_8 the mean of 8 seeds",
             "retrieval_r1_held_out": HELD_OUT,
@@ -185,15 +185,16 @@ class SceneAlignment:
             "round_trip": f"share of scenes drawn of training captions that the alignment branch retrieves among {AMONG}, right "
             f"{', '.join(ASKED)}",
             "caption_correctness": f"share of {main} scenes whose written caption is right, word by word",
-            **judged.notes,
+            **judged.definitions,
         }
-        return Findings(
-            figures, {name: note for name, note in notes.items() if name in figures}, pictures, {**judged.settings, "candidates": AMONG})
+        return EvalResult(
+            metrics, {name: text for name, text in definitions.items() if name in metrics}, figures,
+            {**judged.settings, "candidates": AMONG})
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneTowers:
-    """The figures of two towers trained on digit scenes: retrieval, and the classes of what a scene is made of.
+    """The metrics of two towers trained on digit scenes: retrieval, and the classes of what a scene is made of.
 
     Attributes:
       net: a `nets.TwoTowers`. size: the side of the canvas. count: scenes of each split. batch: of a network call.
@@ -204,8 +205,8 @@ class SceneTowers:
     count: int = 1000
     batch: int = 250
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
-        clock, figures, notes = Clock(), {}, {}
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
+        clock, metrics, definitions = Clock(), {}, {}
         clock.start("towers", f"comparing {self.count} scenes of each split with captions")
         keys = jax.random.split(key, self.count)
         see, read = (functools.partial(self.net.apply, method=method) for method in ("see", "read"))
@@ -221,13 +222,13 @@ class SceneTowers:
             if not suffix:
                 texts = in_batches(lambda p, k, x: read(p, x)[1], params, keys, data["text"], self.batch)
                 found = scene_retrieval(images, texts, data)
-                figures |= {"retrieval_r1": found.pop("r1"), **found}
+                metrics |= {"retrieval_r1": found.pop("r1"), **found}
             else:
-                figures["retrieval_r1_held_out"] = held_out_retrieval(images, encode, data)
-            figures |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(images, encode, data).items()}
+                metrics["retrieval_r1_held_out"] = held_out_retrieval(images, encode, data)
+            metrics |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(images, encode, data).items()}
         clock.stop()
-        notes["retrieval_r1"] = (
+        definitions["retrieval_r1"] = (
             f"share of {self.count} {experiment.split} scenes whose nearest caption among {AMONG} says the right {', '.join(ASKED)}")
-        if "retrieval_r1_held_out" in figures:
-            notes["retrieval_r1_held_out"] = HELD_OUT
-        return Findings(figures, notes, {}, {"candidates": AMONG, "evaluation_seconds": clock.seconds})
+        if "retrieval_r1_held_out" in metrics:
+            definitions["retrieval_r1_held_out"] = HELD_OUT
+        return EvalResult(metrics, definitions, {}, {"candidates": AMONG, "evaluation_seconds": clock.seconds})

@@ -1,4 +1,4 @@
-"""Music is judged by what real clips sound like: exact figures for a drawer that knows the answer, and for one that does not."""
+"""Music is judged by what real clips sound like: exact metrics for a drawer that knows the answer, and for one that does not."""
 
 import types
 import xml.etree.ElementTree as xml
@@ -12,7 +12,7 @@ from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
 from mmdiff.evals import report
 from mmdiff.projects.dance.beats import RATE
-from mmdiff.projects.dance.music import Listener, MusicForDances, clip_pictures, heard_before, timbre
+from mmdiff.projects.dance.music import Listener, MusicForDances, clip_figures, heard_before, timbre
 
 SAMPLES, GENRES, COUNT = RATE // 2, ("low", "high"), 24
 PARENTS = (-1, 0, 1)
@@ -37,7 +37,7 @@ REAL, TRAINING = clips(0), clips(1, 40)
 
 
 def judge(draw, count=COUNT, lacking=(), **changes):
-    """The findings for a drawer of one token for a clip; token i is decoded to held-out clip i. Clips can lack beats or genres."""
+    """The results for a drawer of one token for a clip; token i is decoded to held-out clip i. Clips can lack beats or genres."""
     told = tuple(name for name in ("motion", "genre") if name not in lacking)
     known = {name: REAL[name] for name in told} | {"music": np.arange(COUNT, dtype=np.int32)[:, None]}
     experiment = types.SimpleNamespace(sample=draw, split="test", test_data=lambda: ArraySource({**known, **changes}))
@@ -78,10 +78,10 @@ def test_timbre_knows_no_loudness_and_no_place_in_time():
 def test_a_listener_hears_genres():
     listener = Listener(TRAINING)
     np.testing.assert_array_equal(listener.genre(REAL["audio"]), REAL["genre"])
-    found = listener.figures(np.roll(REAL["audio"], 1, 0), REAL, "_rolled")
+    found = listener.metrics(np.roll(REAL["audio"], 1, 0), REAL, "_rolled")
     assert found["genre_accuracy_rolled"] == 0 and found["frechet_audio_rolled"] < 1e-6  # the same set of clips
     noise = np.random.default_rng(3).uniform(-0.5, 0.5, REAL["audio"].shape)
-    assert listener.figures(noise, REAL)["frechet_audio"] > 1
+    assert listener.metrics(noise, REAL)["frechet_audio"] > 1
 
 
 def test_what_was_heard_before():
@@ -98,24 +98,24 @@ def test_what_was_heard_before():
 def test_music_for_dances():
     perfect, chance = judge(knows), judge(guesses)
     for name in ("beat_f1", "beat_hit", "genre_accuracy"):
-        assert perfect.figures[name] == perfect.figures[f"{name}_reconstructed"] == perfect.figures[f"{name}_real"] > 0.9
-        assert chance.figures[f"{name}_real"] == perfect.figures[f"{name}_real"]
-    assert perfect.figures["frechet_audio"] < 1e-6 < 1e-3 < perfect.figures["frechet_audio_real"] < chance.figures["frechet_audio"]
-    assert chance.figures["genre_accuracy"] == 0.5
-    assert perfect.figures["beat_f1"] > perfect.figures["beat_f1_shuffled"] + 0.2
-    assert abs(chance.figures["beat_f1"] - chance.figures["beat_f1_shuffled"]) < 0.1
-    assert set(perfect.figures) == set(perfect.notes)
-    assert len(perfect.pictures) == 4 and list(perfect.pictures)[0] == "Clip 1: low"
+        assert perfect.metrics[name] == perfect.metrics[f"{name}_reconstructed"] == perfect.metrics[f"{name}_real"] > 0.9
+        assert chance.metrics[f"{name}_real"] == perfect.metrics[f"{name}_real"]
+    assert perfect.metrics["frechet_audio"] < 1e-6 < 1e-3 < perfect.metrics["frechet_audio_real"] < chance.metrics["frechet_audio"]
+    assert chance.metrics["genre_accuracy"] == 0.5
+    assert perfect.metrics["beat_f1"] > perfect.metrics["beat_f1_shuffled"] + 0.2
+    assert abs(chance.metrics["beat_f1"] - chance.metrics["beat_f1_shuffled"]) < 0.1
+    assert set(perfect.metrics) == set(perfect.definitions)
+    assert len(perfect.figures) == 4 and list(perfect.figures)[0] == "Clip 1: low"
 
 
 @pytest.mark.slow
 def test_clips_whose_beats_and_genres_nobody_knows():
     found = judge(knows, lacking=("beats",))
-    assert found.figures["beat_f1"] == found.figures["beat_f1_real"] == 1 > found.figures["beat_f1_shuffled"] + 0.2
-    assert "onsets of the real music" in found.notes["beat_f1"] and found.figures["genre_accuracy"] > 0.9
+    assert found.metrics["beat_f1"] == found.metrics["beat_f1_real"] == 1 > found.metrics["beat_f1_shuffled"] + 0.2
+    assert "onsets of the real music" in found.definitions["beat_f1"] and found.metrics["genre_accuracy"] > 0.9
     found = judge(knows, lacking=("beats", "genre"))
-    assert found.figures["beat_hit"] == 1 and "genre_accuracy" not in found.figures and set(found.figures) == set(found.notes)
-    assert list(found.pictures)[0] == "Clip 1" and "known beats" not in found.pictures["Clip 1"].caption
+    assert found.metrics["beat_hit"] == 1 and "genre_accuracy" not in found.metrics and set(found.metrics) == set(found.definitions)
+    assert list(found.figures)[0] == "Clip 1" and "known beats" not in found.figures["Clip 1"].caption
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_clips_that_do_not_fit():
 
 
 def test_pictures_with_players():
-    shown = clip_pictures({"drawn": REAL["audio"], "real": REAL["audio"]}, REAL, GENRES, PARENTS, "3 steps", count=1)
+    shown = clip_figures({"drawn": REAL["audio"], "real": REAL["audio"]}, REAL, GENRES, PARENTS, "3 steps", count=1)
     (title, picture), = shown.items()
     tree = xml.fromstring(picture.image)
     tags = [element.tag.rpartition("}")[2] for element in tree.iter()]

@@ -56,30 +56,30 @@ def experiment(shift=0, shuffled=False, sharp=1.0):
 
 
 def samples(**options):
-    return MarkovSequences(CHAINS, bound_steps=1).samples(experiment(**options), None, jax.random.key(0), 4, 1.0).figures
+    return MarkovSequences(CHAINS, bound_steps=1).samples(experiment(**options), None, jax.random.key(0), 4, 1.0).metrics
 
 
 def test_exact_samples_measure_as_the_data_do():
     params = jnp.log(jnp.asarray(CHAINS.initial, jnp.float32))
     found = MarkovSequences(CHAINS, bound_steps=20)(experiment(), params, CONFIG, jax.random.key(0), 7)
-    figures = found.figures
-    assert set(figures) == set(found.notes) and all(isinstance(value, float) for value in figures.values())
-    assert figures["correspondence"] == pytest.approx(figures["correspondence_data"], abs=0.03)
-    assert 0.92 < figures["correspondence_data"] < 0.97
-    assert figures["nll"] == pytest.approx(figures["entropy"], rel=0.01)
-    assert figures["nll_data"] == pytest.approx(figures["entropy"], rel=0.01)
-    assert figures["bigram_distance"] == pytest.approx(figures["bigram_distance_data"], rel=0.1)
-    assert figures["order_gain"] == pytest.approx(figures["order_gain_data"], rel=0.1)
+    metrics = found.metrics
+    assert set(metrics) == set(found.definitions) and all(isinstance(value, float) for value in metrics.values())
+    assert metrics["correspondence"] == pytest.approx(metrics["correspondence_data"], abs=0.03)
+    assert 0.92 < metrics["correspondence_data"] < 0.97
+    assert metrics["nll"] == pytest.approx(metrics["entropy"], rel=0.01)
+    assert metrics["nll_data"] == pytest.approx(metrics["entropy"], rel=0.01)
+    assert metrics["bigram_distance"] == pytest.approx(metrics["bigram_distance_data"], rel=0.1)
+    assert metrics["order_gain"] == pytest.approx(metrics["order_gain_data"], rel=0.1)
     # The bound of independent tokens in their stationary law: its entropy, above the chains'.
     independent = -(CHAINS.initial * np.log2(CHAINS.initial)).sum(-1).mean()
-    assert figures["bits_per_dim"] == pytest.approx(independent, rel=0.01)
-    assert figures["bits_per_dim"] > figures["bits_per_dim_limit"] + 0.05
+    assert metrics["bits_per_dim"] == pytest.approx(independent, rel=0.01)
+    assert metrics["bits_per_dim"] > metrics["bits_per_dim_limit"] + 0.05
     assert found.settings["samples"] == 1000
 
 
 def test_another_class_is_found_out():
-    figures = samples(shift=1)
-    assert figures["correspondence"] < 0.03 and figures["nll"] > CHAINS.entropy.mean() / 32 + 0.1
+    metrics = samples(shift=1)
+    assert metrics["correspondence"] < 0.03 and metrics["nll"] > CHAINS.entropy.mean() / 32 + 0.1
 
 
 def test_shuffled_chunks_are_found_out():

@@ -83,15 +83,15 @@ def measure(**options):
 @pytest.mark.slow
 def test_right_pictures_get_full_marks():
     found = measure()
-    figures = found.figures
-    assert set(figures) == set(found.notes)
-    for name, value in figures.items():
+    metrics = found.metrics
+    assert set(metrics) == set(found.definitions)
+    for name, value in metrics.items():
         if name.endswith("_correctness") or name.startswith("prompt_correctness"):
             assert value > 0.96, name
-    assert 0.8 < figures["frechet_ratio"] < 1.3
+    assert 0.8 < metrics["frechet_ratio"] < 1.3
     assert found.settings["samples_per_caption_set"] == 400
-    assert set(found.pictures) == {"Caption to image", "Real scenes"}
-    assert all(min(picture.image.size) > 500 and picture.caption for picture in found.pictures.values())
+    assert set(found.figures) == {"Caption to image", "Real scenes"}
+    assert all(min(picture.image.size) > 500 and picture.caption for picture in found.figures.values())
 
 
 def shift(name):
@@ -100,12 +100,12 @@ def shift(name):
 
 @pytest.mark.parametrize("name", ["digit", pytest.param("position", marks=pytest.mark.slow)])
 def test_one_wrong_attribute_makes_a_picture_wrong(name):
-    figures = measure(decode=painter(shift(name))).figures
-    assert figures["prompt_correctness"] < 0.03 and figures["prompt_correctness_seen"] < 0.03
-    assert figures[f"{name}_correctness"] < 0.03
+    metrics = measure(decode=painter(shift(name))).metrics
+    assert metrics["prompt_correctness"] < 0.03 and metrics["prompt_correctness_seen"] < 0.03
+    assert metrics[f"{name}_correctness"] < 0.03
     for other in {"digit", "colour", "position", "size", "background"} - {name}:
-        assert figures[f"{other}_correctness"] > 0.97
-    assert figures["prompt_correctness_real"] > 0.96
+        assert metrics[f"{other}_correctness"] > 0.97
+    assert metrics["prompt_correctness_real"] > 0.96
 
 
 @pytest.mark.slow
@@ -114,10 +114,10 @@ def test_another_size_or_background_is_seen_but_allowed():
         other = np.where(said["colour"] == 4, 5, 4)  # white, or black behind a white digit
         return {**said, "size": 1 - said["size"], "background": other}
 
-    figures = measure(decode=painter(change)).figures
-    assert figures["prompt_correctness"] > 0.97 and figures["size_correctness"] < 0.03 and figures["background_correctness"] < 0.3
+    metrics = measure(decode=painter(change)).metrics
+    assert metrics["prompt_correctness"] > 0.97 and metrics["size_correctness"] < 0.03 and metrics["background_correctness"] < 0.3
 
 
 def test_noise_is_no_scene():
-    figures = measure(decode=lambda tokens: np.random.default_rng(0).uniform(-1, 1, (len(tokens), 16, 16, 3))).figures
-    assert figures["prompt_correctness"] < 0.05 and figures["frechet_ratio"] > 3
+    metrics = measure(decode=lambda tokens: np.random.default_rng(0).uniform(-1, 1, (len(tokens), 16, 16, 3))).metrics
+    assert metrics["prompt_correctness"] < 0.05 and metrics["frechet_ratio"] > 3

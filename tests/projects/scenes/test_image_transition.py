@@ -21,7 +21,7 @@ from mmdiff.projects.scenes.paired_scenes import PALETTE, PairedScenes
 
 COUNT, SHAPE = 150, (16, 16, 3)
 RATIOS = {"frechet_ratio_given", "frechet_ratio_joint", "frechet_ratio_absent"}
-FIGURES = {
+METRICS = {
     "night": {f"error_{way}{name}" for way in ("read", "given") for name in ("", "_mean", "_linear")} | {"error_joint", "error_shuffled"},
     "segmentation": {f"miou_{name}" for name in ("read", "given", "joint", "rule", "shuffled")},
 }
@@ -42,8 +42,8 @@ def config():
     return ml_collections.ConfigDict({"seed": 3, "sample": {"steps": 6, "guidance": 1.5}})
 
 
-def measured(other, change=lambda pictures, keys: pictures):
-    """The findings of a model that knows the test scenes by heart, with a `change` of all that it draws or reads.
+def measured(other, change=lambda figures, keys: figures):
+    """The results of a model that knows the test scenes by heart, with a `change` of all that it draws or reads.
 
     The parameters are the scenes: what is found is tested to come from them.
     """
@@ -80,52 +80,52 @@ def measured(other, change=lambda pictures, keys: pictures):
     return ImageTransition(other, batch=100)(experiment, scenes, config(), jax.random.key(0), 7)
 
 
-def noise(pictures, keys):
-    return jax.vmap(lambda key: jax.random.uniform(key, pictures.shape[1:], minval=-1.0, maxval=1.0))(keys)
+def noise(figures, keys):
+    return jax.vmap(lambda key: jax.random.uniform(key, figures.shape[1:], minval=-1.0, maxval=1.0))(keys)
 
 
-def mean(pictures, keys):
-    return jnp.broadcast_to(pictures.mean((0, 1, 2)), pictures.shape)
+def mean(figures, keys):
+    return jnp.broadcast_to(figures.mean((0, 1, 2)), figures.shape)
 
 
 @pytest.mark.parametrize("other", ["night", pytest.param("segmentation", marks=pytest.mark.slow)])
 def test_the_truth_is_perfect(other):
     found = measured(other)
-    figures = found.figures
-    assert set(figures) == set(found.notes) == FIGURES[other] | RATIOS
-    assert figures["frechet_ratio_joint"] < 1  # draws are the test scenes, with replacement
-    assert figures["frechet_ratio_given"] == pytest.approx(1, rel=0.06)  # the test scenes, of which some share a segmentation
+    metrics = found.metrics
+    assert set(metrics) == set(found.definitions) == METRICS[other] | RATIOS
+    assert metrics["frechet_ratio_joint"] < 1  # draws are the test scenes, with replacement
+    assert metrics["frechet_ratio_given"] == pytest.approx(1, rel=0.06)  # the test scenes, of which some share a segmentation
     if other == "night":
-        assert figures["error_read"] == figures["error_given"] == 0 and figures["error_joint"] < 1e-12 and figures["error_shuffled"] > 0.1
+        assert metrics["error_read"] == metrics["error_given"] == 0 and metrics["error_joint"] < 1e-12 and metrics["error_shuffled"] > 0.1
         # The night is an affine map of the colours: one exact without a network, both ways.
-        assert figures["error_read_linear"] < 1e-10 and figures["error_given_linear"] < 1e-10
-        assert figures["error_read_mean"] > 0.1 and figures["error_given_mean"] > 0.3
+        assert metrics["error_read_linear"] < 1e-10 and metrics["error_given_linear"] < 1e-10
+        assert metrics["error_read_mean"] > 0.1 and metrics["error_given_mean"] > 0.3
     else:
-        assert figures["miou_read"] == 1 and figures["miou_shuffled"] < 0.2
-        assert figures["miou_given"] == figures["miou_rule"] > 0.9
-        assert figures["miou_joint"] > 0.9
+        assert metrics["miou_read"] == 1 and metrics["miou_shuffled"] < 0.2
+        assert metrics["miou_given"] == metrics["miou_rule"] > 0.9
+        assert metrics["miou_joint"] > 0.9
     json.dumps(found.settings)
     assert found.settings["test_images"] == COUNT
-    assert len(found.pictures) == 6 and all(picture.caption and min(picture.image.size) > 100 for picture in found.pictures.values())
+    assert len(found.figures) == 6 and all(picture.caption and min(picture.image.size) > 100 for picture in found.figures.values())
 
 
 @pytest.mark.parametrize("other", ["night", pytest.param("segmentation", marks=pytest.mark.slow)])
 def test_noise_is_as_bad_as_what_does_not_belong(other):
-    figures = measured(other, noise).figures
-    assert figures["frechet_ratio_given"] > 3 and figures["frechet_ratio_joint"] > 3 and figures["frechet_ratio_absent"] > 3
+    metrics = measured(other, noise).metrics
+    assert metrics["frechet_ratio_given"] > 3 and metrics["frechet_ratio_joint"] > 3 and metrics["frechet_ratio_absent"] > 3
     if other == "night":
-        assert figures["error_read"] > figures["error_read_mean"]
-        assert figures["error_given"] > figures["error_given_mean"] and figures["error_joint"] > 0.1
-        assert figures["error_given_linear"] < 1e-10
+        assert metrics["error_read"] > metrics["error_read_mean"]
+        assert metrics["error_given"] > metrics["error_given_mean"] and metrics["error_joint"] > 0.1
+        assert metrics["error_given_linear"] < 1e-10
     else:
-        assert max(figures["miou_given"], figures["miou_joint"], figures["miou_read"]) < 0.15 < 0.9 < figures["miou_rule"]
+        assert max(metrics["miou_given"], metrics["miou_joint"], metrics["miou_read"]) < 0.15 < 0.9 < metrics["miou_rule"]
 
 
 def test_the_mean_scores_as_the_mean_fill():
-    figures = measured("night", mean).figures
+    metrics = measured("night", mean).metrics
     for way in ("read", "given"):  # one colour for the whole batch and every pixel: a little worse than each pixel's mean
-        assert 1 < figures[f"error_{way}"] / figures[f"error_{way}_mean"] < 1.25
-    assert figures["frechet_ratio_joint"] > 3
+        assert 1 < metrics[f"error_{way}"] / metrics[f"error_{way}_mean"] < 1.25
+    assert metrics["frechet_ratio_joint"] > 3
 
 
 def test_miou_by_hand():
