@@ -41,6 +41,30 @@ def loaded_launch():
     sys.path.remove(str(LAUNCH))
 
 
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A folder of TFDS with the digits."""
+    from mmdiff.projects.digits.digits import digits_source
+
+    folder = tmp_path_factory.mktemp("tfds")
+    digits_source("train", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train(data_dir):
+    from mmdiff.projects.digits.digits import digits_source
+
+    return digits_source("train", data_dir)
+
+
+@pytest.fixture(scope="session")
+def test(data_dir):
+    from mmdiff.projects.digits.digits import digits_source
+
+    return digits_source("test", data_dir)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_forgotten():
     """Compiled programs are forgotten between files once there are many: each is a few memory maps, and a process that kept those of two

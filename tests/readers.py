@@ -25,10 +25,11 @@ def build(config):
     import jax.numpy as jnp
     import optax
 
-    from mmdiff.data import bpe, image_datasets, latents, modalities, paired, token_cache
+    from mmdiff.data import bpe, image_datasets, latents, modalities, token_cache
     from mmdiff.experiment import Experiment
     from mmdiff.processes import Given, Joint
     from mmdiff.projects.dance import sounds
+    from mmdiff.projects.pairs import paired
 
     data = config.data
     labels = modalities.Labels(data.classes)

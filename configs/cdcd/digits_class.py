@@ -23,9 +23,9 @@ from mmdiff.data.modalities import Labels
 from mmdiff.data.token_modalities import TokenImages
 from mmdiff.errors import UserError
 from mmdiff.evals.calls import Calls
-from mmdiff.evals.class_token_images import ClassTokenImages
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
+from mmdiff.projects.digits.class_token_images import ClassTokenImages
 from mmdiff.projects.digits.digits import NAMES, digits_tokens
 
 CLASSES, LEVELS = 10, 17  # the null label is CLASSES

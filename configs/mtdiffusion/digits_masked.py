@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.data.masks import masking
 from mmdiff.data.modalities import Images
-from mmdiff.evals.restoration import Restoration
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Aggregate, Gaussian, Given, Hidden, MeanShift, identity, moving_target, velocity
 from mmdiff.projects.digits import digit_features
 from mmdiff.projects.digits.digits import digits_source
+from mmdiff.projects.digits.restoration import Restoration
 
 SHAPE = (8, 8, 1)
 

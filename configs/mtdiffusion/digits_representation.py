@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Features, Images
-from mmdiff.evals.representation import ImageRepresentation
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, moving_target, velocity
 from mmdiff.projects.digits import digit_features
 from mmdiff.projects.digits.digits import digits_source
+from mmdiff.projects.digits.representation import ImageRepresentation
 
 SHAPE = (8, 8, 1)
 

@@ -9,7 +9,7 @@
 
 These draw pairs, photographs of segmentations and segmentations of photographs; FOLDER holds pictures of 64x64 pixels. config.data.name is
 cityscapes or cityscapes_tfds, whose other picture is `segmentation`, night2day, whose other picture is `night`, or random, which makes
-pictures up and needs nothing; what config.data.dir holds says mmdiff/data/paired.py.
+pictures up and needs nothing; what config.data.dir holds says mmdiff/projects/pairs/paired.py.
 
 Of the paper: the other picture is encoded by the identity; 0.1 times the loss of its head, a copy of the output block, beside that of eps;
 pairs are drawn of night2day and photographs of Cityscapes' segmentations. It shows pictures, no metrics, and prints neither sizes nor
@@ -27,10 +27,10 @@ from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Images
-from mmdiff.data.paired import OTHER, open_pairs
 from mmdiff.data.sources import Subset
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, eps, identity, moving_target
+from mmdiff.projects.pairs.paired import OTHER, open_pairs
 from mmdiff.training import optim
 
 STEPS = 1000  # of the chain

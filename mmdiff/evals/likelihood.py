@@ -36,6 +36,7 @@ import numpy as np
 
 from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
+from mmdiff.evals.evaluator import example_keys, in_batches
 from mmdiff.processes.base import Joint, Noised, Process, bcast, fold, per_example_sum
 
 Path = Callable[[jax.Array], Any]
@@ -187,6 +188,20 @@ def total(nats: Any) -> jax.Array:
 def bits_per_dim(nats: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Nats per example -> bits per dimension, for one example's `shape`: `nats / (log 2 * size)`."""
     return nats / (math.log(2) * math.prod(shape))
+
+
+def held_out_bits(experiment, params, key, data: Mapping[str, np.ndarray], target: str, steps: int, batch: int) -> np.ndarray:
+    """The bound of a chain of `steps` steps on -log2 p(target | the other modalities) per token, [n]; one draw at every step."""
+    process, shape = experiment.process, experiment.shape
+    others = [name for name in shape if name != target]
+    path = along(process, line(), pinned=others)
+
+    def bound(params, keys, x0):
+        nats = discrete_time(process, experiment.apply, params, keys, x0, path, steps)
+        return bits_per_dim(nats[target], shape[target])
+
+    x0 = {name: data[name] for name in shape}
+    return in_batches(bound, params, example_keys(key, len(data[target])), x0, batch)
 
 
 def _look(process, apply, params, keys, x0, t):

@@ -10,8 +10,8 @@ import numpy as np
 
 from mmdiff.data.sources import load_all
 from mmdiff.evals.accuracy import accuracy
-from mmdiff.evals.class_token_images import held_out_bits
 from mmdiff.evals.evaluator import Clock, EvalResult, best, draw_samples
+from mmdiff.evals.likelihood import held_out_bits
 from mmdiff.projects.markov.markov_chains import Chains
 
 

@@ -12,8 +12,8 @@ import pytest
 from mmdiff import schedules
 from mmdiff.data.modalities import Features, Images
 from mmdiff.data.sources import ArraySource, load_all
-from mmdiff.evals.representation import ImageRepresentation, cosine
 from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, moving_target, velocity
+from mmdiff.projects.digits.representation import ImageRepresentation, cosine
 
 SIZE, SETTINGS = 16, ("given", "given_unguided", "joint", "absent")
 MATRIX = np.random.default_rng(0).normal(size=(64, SIZE))

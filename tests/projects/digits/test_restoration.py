@@ -11,7 +11,7 @@ import pytest
 
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import ArraySource, load_all
-from mmdiff.evals.restoration import Restoration, error, linear_fill
+from mmdiff.projects.digits.restoration import Restoration, error, linear_fill
 
 COUNTS, DRAWS = (5, 15), 4
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from mmdiff.data.sources import load_all
-from mmdiff.evals import conditional, likelihood
-from mmdiff.evals.evaluator import Clock, EvalResult, draw_samples, example_keys, in_batches
+from mmdiff.evals import conditional
+from mmdiff.evals.evaluator import Clock, EvalResult, draw_samples
+from mmdiff.evals.likelihood import held_out_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,20 +96,6 @@ class ClassTokenImages:
             figures=conditional.figures(shown, asked, modality.show(test[self.tokens]), test[self.label], names, found, sampler),
             settings={"sample_steps": steps, "guidance": guidance, **found.settings, "evaluation_seconds": clock.seconds},
         )
-
-
-def held_out_bits(experiment, params, key, data: Mapping[str, np.ndarray], target: str, steps: int, batch: int) -> np.ndarray:
-    """The bound of a chain of `steps` steps on -log2 p(target | the other modalities) per token, [n]; one draw at every step."""
-    process, shape = experiment.process, experiment.shape
-    others = [name for name in shape if name != target]
-    path = likelihood.along(process, likelihood.line(), pinned=others)
-
-    def bound(params, keys, x0):
-        nats = likelihood.discrete_time(process, experiment.apply, params, keys, x0, path, steps)
-        return likelihood.bits_per_dim(nats[target], shape[target])
-
-    x0 = {name: data[name] for name in shape}
-    return in_batches(bound, params, example_keys(key, len(data[target])), x0, batch)
 
 
 def independent_bits(train: np.ndarray, test: np.ndarray, states: int) -> float:

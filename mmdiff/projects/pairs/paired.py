@@ -55,7 +55,7 @@ class Pairs:
         if split not in ("train", "val"):
             raise UserError(f"the set {name} has no split {split!r}: choose one of train, val.")
         if not data_dir:
-            raise UserError(f"config.data.dir is empty: name the folder of the set {name} (mmdiff/data/paired.py says what is in it).")
+            raise UserError(f"config.data.dir is empty: name the folder of the set {name} (see mmdiff/projects/pairs/paired.py).")
         folder = files.expand(data_dir)
         self._name, self._size = name, size
         if name == "cityscapes_tfds":

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mmdiff.data import paired
-from mmdiff.data.paired import CITYSCAPES, Pairs, open_pairs
 from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
+from mmdiff.projects.pairs.paired import CITYSCAPES, Pairs, open_pairs
 
 
 def refused(*args):
