@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 
 KEYS: dict[str, str] = {}
 ADDED: dict[str, Any] = {}
-METRICS: dict[str, str] = {}
+METRICS: dict[str, str] = {
+    "cosine_read": "cosine_predicted", "error_read": "error_predicted", "error_read_mean": "error_predicted_mean",
+    "error_read_linear": "error_predicted_linear", "miou_read": "miou_predicted"}
 FILES = {"dependencies.json": "beside.json"}
 
 T = TypeVar("T")

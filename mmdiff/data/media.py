@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mmdiff.data.files import PICTURES, FileError, expand, open_regular
+from mmdiff.errors import import_extra
 
 log = logging.getLogger(__name__)
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # some others of Pillow's start programs
@@ -132,7 +133,7 @@ def read_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
     Raises:
       Missing, FileError: as `open_regular`; no sound, or more than `MOST_SAMPLES`; samples that are not finite or far beyond [-1, 1].
     """
-    import soundfile
+    soundfile = import_extra("soundfile", "audio")
 
     path, remedy = expand(path), "give a wav, flac, ogg or mp3 file"
     with open_regular(path) as file:

@@ -1,4 +1,4 @@
-r"""Two ways to read a class off a joint diffusion model, and their accuracy.
+r"""Two ways to classify with a joint diffusion model, and their accuracy.
 
 Both are generic: they know the names of the modalities and the interface of a process, not which process it is.
 """
@@ -33,7 +33,7 @@ def posterior(
     Args:
       keys: [B], for the draws from the priors.
       given: clean values [B, ...] by name.
-      target: the modality to be read.
+      target: the modality to be predicted.
       shape: the shape of one example of every modality.
 
     Returns process.clean's belief about the target: probabilities [B, ..., K] if it is categorical.

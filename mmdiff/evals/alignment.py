@@ -66,7 +66,7 @@ class Aligner:
         return beside_cache if cached else beside_images
 
 
-READINGS = {"1": (1, 1), "2": (2, 1), "5": (5, 1), "10": (10, 1), "50": (50, 1), "1_of_4": (1, 4), "1_of_8": (1, 8)}  # steps, seeds
+STEPS_AND_SEEDS = {"1": (1, 1), "2": (2, 1), "5": (5, 1), "10": (10, 1), "50": (50, 1), "1_of_4": (1, 4), "1_of_8": (1, 8)}  # steps, seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class PairRetrieval:
     """Recall@K both ways of images and their texts' vectors, "image" and "query" of the evaluation data.
 
     Attributes:
-      aligner: the naming task. count: pairs, each compared with all. batch: examples of a network call.
+      aligner: the alignment task. count: pairs, each compared with all. batch: examples of a network call.
     """
 
     aligner: Aligner

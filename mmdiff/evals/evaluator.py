@@ -34,7 +34,7 @@ class EvalResult:
 
     Attributes:
       metrics: the measured numbers by name.
-      definitions: one sentence for each metric, which says what was measured, on how many examples.
+      definitions: one sentence for each metric, which says what was measured, on how many examples; those of other metrics are left out.
       figures: by title.
       settings: what the metrics depend on: counts, steps, guidance, features, ...
     """
@@ -43,6 +43,10 @@ class EvalResult:
     definitions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        known = {name: text for name, text in self.definitions.items() if name in self.metrics}
+        object.__setattr__(self, "definitions", known)
 
 
 def in_batches(function: Callable, params: Any, keys: jax.Array, given: Any, size: int) -> Any:

@@ -130,11 +130,11 @@ class ZeroShot:
         if not_run:
             say(f"not run for want of data or names (data/image_datasets.py, evals/zeroshot.py say what lies where): {', '.join(not_run)}")
         for name, (source, names) in sources.items():
-            clock.start(name, f"naming {len(source):,} pictures of {name}, {len(names)} classes")
+            clock.start(name, f"classifying {len(source):,} images of {name}, {len(names)} classes")
             predicted, true = self._named(params, key, source, self._classes(params, names, TASKS[name].templates))
-            said = f"share of {len(source):,} pictures of {name} whose class is named right, among {len(names)} by the vectors of prompts"
+            share = f"share of {len(source):,} images of {name} whose class is predicted, among {len(names)} by the vectors of prompts"
             metrics |= {f"{name}_top1": accuracy(predicted, true), f"{name}_mean_per_class": mean_per_class(predicted, true)}
-            definitions |= {f"{name}_top1": said, f"{name}_mean_per_class": "the mean over the classes of that share"}
+            definitions |= {f"{name}_top1": share, f"{name}_mean_per_class": "the mean over the classes of that share"}
         clock.stop()
         chosen = {name: f"{name}_{'mean_per_class' if TASKS[name].per_class else 'top1'}" for name in sources}
         metrics["zero_shot"] = float(np.mean([metrics[each] for each in chosen.values()]))

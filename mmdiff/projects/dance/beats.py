@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmdiff.errors import UserError
+from mmdiff.errors import UserError, import_extra
 
 RATE = 22_050
 FRAME = 512  # samples: 23 ms
@@ -24,7 +24,7 @@ SHUFFLES = 10
 
 def onsets(audio: np.ndarray) -> np.ndarray:
     """Where music [n, samples] at 22,050 Hz has onsets: bool [n, frames], of frames whose middles are `FRAME` samples apart, from 0."""
-    import librosa
+    librosa = import_extra("librosa", "audio")
 
     found = []
     for some in np.array_split(np.asarray(audio, np.float32), -(-len(audio) // 50)):  # of the spectra of all there may be no room

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmdiff.data.sources import Source, Subset, load_all
 from mmdiff.data.token_cache import map_batched, part_of
-from mmdiff.errors import UserError
+from mmdiff.errors import UserError, import_extra
 from mmdiff.evals import plots
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, draw_samples
 from mmdiff.evals.frechet import frechet_distance
@@ -32,7 +32,7 @@ FEATURES = f"mean and deviation in time of {BANDS} log-mel bands (not below {QUI
 
 def timbre(audio: np.ndarray) -> np.ndarray:
     """Features that know no tempo, no place in time and no loudness: music [n, samples] -> [n, 64], see `FEATURES`; in 10 dB."""
-    import librosa
+    librosa = import_extra("librosa", "audio")
 
     found = []
     for some in np.array_split(np.asarray(audio, np.float32), -(-len(audio) // 50)):
@@ -161,7 +161,7 @@ class MusicForDances:
         metrics, about = {}, {}
         for (suffix, audio), what in zip(heard.items(), ("samples", "reconstructions", "real clips")):
             metrics |= listener.metrics(audio, real, suffix)
-            about |= {name: note for name, note in definitions(count, suffix, what, "beats" in real).items() if name in metrics}
+            about |= definitions(count, suffix, what, "beats" in real)
         others = np.random.Generator(np.random.Philox(0)).permutation(len(training["audio"]))[:count]  # neighbours can be of one dance
         metrics["frechet_audio_real"] = frechet_distance(training["audio"][others], real["audio"], timbre)
         about["frechet_audio_real"] = f"the same for {count} real training clips: as near as other music gets"
@@ -225,7 +225,7 @@ class MusicReconstructions:
         clock.stop()
         known = "beats" in real
         about = definitions(count, what="reconstructions", known=known) | definitions(count, "_real", "real clips", known)
-        about = {name: note for name, note in about.items() if name in metrics} | {
+        about |= {
             "waveform_error": f"squared error as a share of the music's power; {count} held-out clips",
             "waveform_snr": "the same in decibels",
             "spectral_error": f"mean over clips and windows of {', '.join(map(str, self.windows))} samples of the magnitudes' relative "

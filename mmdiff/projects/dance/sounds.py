@@ -14,7 +14,7 @@ from mmdiff.data import files, media
 from mmdiff.data.arrays import read_array
 from mmdiff.data.modalities import finite_floats, span
 from mmdiff.data.token_modalities import decoded, ids
-from mmdiff.errors import UserError
+from mmdiff.errors import UserError, import_extra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Waveforms:
         if path.suffix.lower() in (".npy", ".npz"):
             return self.check(np.atleast_2d(read_array(path, self.name)))
         sound, rate = media.read_sound(path)
-        import librosa
+        librosa = import_extra("librosa", "audio")
 
         sound = librosa.resample(sound.mean(1), orig_sr=rate, target_sr=self.rate)[: self.samples]
         sound = np.clip(sound, -1, 1)  # compressed sound comes back a little louder
@@ -69,7 +69,7 @@ class Waveforms:
 
     def show(self, array) -> np.ndarray:
         """Spectrograms, low tones at the bottom, black at -60 dB of the loudest: uint8 [n, 128, windows, 1]."""
-        import librosa
+        librosa = import_extra("librosa", "audio")
 
         power = librosa.feature.melspectrogram(y=np.asarray(array, np.float32), sr=self.rate, n_fft=1024, hop_length=256)
         power = power / np.maximum(power.max((1, 2), keepdims=True), 1e-12)

@@ -13,16 +13,16 @@ from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, conditional, retrieval
 from mmdiff.evals import plots as drawings
 from mmdiff.evals.accuracy import accuracy, confusion, eliminated
-from mmdiff.evals.alignment import READINGS, Aligner
+from mmdiff.evals.alignment import STEPS_AND_SEEDS, Aligner
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, costs, draw_samples, example_keys, in_batches
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitAlignment:
-    """The metrics and figures of DiffDis on digits: naming by the denoised vector, drawing, and what the two make of each other.
+    """The metrics and figures of DiffDis on digits: classes predicted by the denoised vector, samples, and what the two make of each other.
 
     Attributes:
-      aligner: the naming task.
+      aligner: the alignment task.
       prompts: the classes' vectors [10, D].
       stages: of the diffusion classifier, `evals.accuracy.eliminated`, for `slow` test images.
       per_class: samples of a class for `conditional_agreement`, and of those that best-of-`choose` picks.
@@ -44,20 +44,20 @@ class DigitAlignment:
         clock, metrics, labels = Clock(), {}, test["label"]
         align = functools.partial(self.aligner, params, batch=self.batch)
 
-        def named(vectors):
+        def classify(vectors):
             return best("scores", retrieval.scores(vectors, self.prompts))
 
-        clock.start("alignment", f"naming {len(labels)} images from noise, {', '.join(READINGS)} steps")
-        read = {name: named(align(keys[0], test["image"], steps=n, seeds=seeds)) for name, (n, seeds) in READINGS.items()}
-        kept = read["10"]
-        metrics["alignment_accuracy"] = accuracy(kept, labels)
-        metrics |= {f"alignment_accuracy_{name}": accuracy(names, labels) for name, names in read.items()}
-        metrics["alignment_accuracy_guided"] = accuracy(named(align(keys[0], test["image"], steps=10, guidance=3.0)), labels)
-        metrics["alignment_accuracy_dropped"] = accuracy(named(align(keys[1], None, count=len(labels), steps=10)), labels)
+        clock.start("alignment", f"classifying {len(labels)} images from noise, {', '.join(STEPS_AND_SEEDS)} steps")
+        predicted = {name: classify(align(keys[0], test["image"], steps=n, seeds=seeds)) for name, (n, seeds) in STEPS_AND_SEEDS.items()}
+        found_10 = predicted["10"]
+        metrics["alignment_accuracy"] = accuracy(found_10, labels)
+        metrics |= {f"alignment_accuracy_{name}": accuracy(names, labels) for name, names in predicted.items()}
+        metrics["alignment_accuracy_guided"] = accuracy(classify(align(keys[0], test["image"], steps=10, guidance=3.0)), labels)
+        metrics["alignment_accuracy_dropped"] = accuracy(classify(align(keys[1], None, count=len(labels), steps=10)), labels)
         shuffled = np.random.Generator(np.random.Philox(0)).permutation(labels)
-        metrics["alignment_accuracy_shuffled"] = accuracy(kept, shuffled)
+        metrics["alignment_accuracy_shuffled"] = accuracy(found_10, shuffled)
 
-        clock.start("diffusion_classifier", f"naming {self.slow} images by the drawing task's losses")
+        clock.start("diffusion_classifier", f"classifying {self.slow} images by the sampling task's losses")
         ids = {int(label): test["text"][row] for row, label in enumerate(labels)}
         texts = jnp.asarray([ids[label] for label in range(10)])
 
@@ -69,7 +69,7 @@ class DigitAlignment:
         slow = {"image": test["image"][: self.slow]}
         by_losses = in_batches(by_loss, params, example_keys(keys[2], self.slow), slow, self.batch // 10)
         metrics["diffusion_classifier_accuracy"] = accuracy(by_losses, labels[: self.slow])
-        metrics["readouts_agree"] = accuracy(by_losses, kept[: self.slow])
+        metrics["readouts_agree"] = accuracy(by_losses, found_10[: self.slow])
 
         clock.start("drawing", "drawing digits of captions")
         asked = conditional.labels_to_ask(train["label"], 10, self.per_class)
@@ -79,9 +79,9 @@ class DigitAlignment:
         found = conditional.judge(
             drawn, asked, (train["image"], train["label"]), (test["image"], labels), 10, self.per_class)
         metrics |= found.metrics
-        metrics["round_trip"] = accuracy(named(align(keys[4], drawn[found.rows], steps=10)), asked[found.rows])
+        metrics["round_trip"] = accuracy(classify(align(keys[4], drawn[found.rows], steps=10)), asked[found.rows])
 
-        clock.start("best", f"drawing {self.choose} of each caption, unguided, and keeping what names it best")
+        clock.start("best", f"drawing {self.choose} of each caption, unguided, and keeping what is aligned with it best")
         wanted = np.repeat(np.arange(10), self.per_class)
         many = np.tile(wanted, self.choose)
         plain = quantize(draw(keys[5], {"text": np.asarray(texts)[many]}, len(many), guidance=1.0)["image"])
@@ -108,10 +108,10 @@ class DigitAlignment:
         figures = {
             **conditional.figures(show(drawn), asked, show(test["image"]), labels, words, found, sampler),
             "Image to label": Figure(
-                drawings.matrix(confusion(kept, labels, 10), words, "true", "named"), "The alignment branch, 10 steps from noise."),
-            "Named": Figure(
-                drawings.grid(show(test["image"][:40]), 10, [str(label) for label in kept[:40]], wrong=(kept != labels)[:40]),
-                "Held-out digits with the names that the alignment branch gives them; wrong ones in red."),
+                drawings.matrix(confusion(found_10, labels, 10), words, "true", "predicted"), "The alignment branch, 10 steps from noise."),
+            "Predicted": Figure(
+                drawings.grid(show(test["image"][:40]), 10, [str(label) for label in found_10[:40]], wrong=(found_10 != labels)[:40]),
+                "Held-out digits with the classes that the alignment branch predicts; wrong ones in red."),
         }
         definitions = {
             "alignment_accuracy": f"share of {len(labels)} held-out digits whose denoised vector (10 steps from noise) is nearest to the "
@@ -119,8 +119,8 @@ class DigitAlignment:
             "alignment_accuracy_dropped": "the same without an image: chance is 0.1",
             "alignment_accuracy_shuffled": "the same answers against permuted labels: chance is 0.1",
             "diffusion_classifier_accuracy": f"by elimination, {self.stages} (draws, candidates kept), {self.slow} held-out digits",
-            "readouts_agree": "share of them that both read-outs name alike",
-            "round_trip": "share of drawn digits that the alignment branch names as they were asked for",
+            "readouts_agree": "share of them for which both predict the same class",
+            "round_trip": "share of sampled digits for which the alignment branch predicts the class they were asked for",
             f"best_of_{self.choose}_agreement": f"the SVM's agreement with the best of {self.choose} unguided samples by the alignment "
             "branch's score; unguided_agreement with the first",
             "diffusion_classifier_cost": "its seconds per image over those of 10 steps of alignment without a cache",

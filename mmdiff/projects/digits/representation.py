@@ -1,4 +1,4 @@
-"""What an image model makes of representations: images drawn for one, with one and without, and representations read off images."""
+"""What an image model makes of representations: images drawn for one, with one and without, and representations predicted from images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ImageRepresentation:
     * `cosine_...`: of the representation (given or drawn) and the features of the image drawn;
     * `class_agreement_...`: an SVM sees the class of the image that the given representation is of.
 
-    `cosine_read`: of the representation that the network reads off a held-out image, by one call, and its features.
+    `cosine_predicted`: of the representation that the network predicts from a held-out image in one call, and its features.
 
     Attributes:
       features: images [n, H, W, C] -> [n, D].
@@ -60,9 +60,9 @@ class ImageRepresentation:
                 metrics[f"cosine_{name}"] = float(cosine(drawn[NAME], self.features(images)).mean())
             if given:
                 metrics[f"class_agreement_{name}"] = accuracy(classifiers.predict(classifier, images), train["label"])
-        clock.start("read", f"reading the representations of {len(test['image'])} images")
-        read = self._read(experiment, params, keys[4], test["image"])
-        metrics["cosine_read"] = float(cosine(read, test[NAME]).mean())
+        clock.start("predicted", f"predicting the representations of {len(test['image'])} images")
+        predicted = self._predict(experiment, params, keys[4], test["image"])
+        metrics["cosine_predicted"] = float(cosine(predicted, test[NAME]).mean())
         metrics["cosine_same_class"], metrics["cosine_any"] = pairs(test[NAME], test["label"])
         clock.start("chain", "keeping the states of ten images")
         chain = states(experiment, params, keys[5], {NAME: test[NAME]}, "image", steps=steps, guidance=guidance)
@@ -71,7 +71,7 @@ class ImageRepresentation:
         rows = np.concatenate([train["image"][:10], *(shown[name][:10] for name in settings)])
         return EvalResult(
             metrics=metrics,
-            definitions={name: note for name, note in self._definitions(count, len(test["image"])).items() if name in metrics},
+            definitions=self._definitions(count, len(test["image"])),
             figures={
                 "Representation to image": Figure(
                     plots.grid(show(rows), 10, rows=list("abcde")),
@@ -86,11 +86,11 @@ class ImageRepresentation:
                 "evaluation_seconds": clock.seconds},
         )  # fmt: skip
 
-    def _read(self, experiment, params, key, images):
-        def read(params, keys, given):
+    def _predict(self, experiment, params, key, images):
+        def predict(params, keys, given):
             return posterior(experiment.process, experiment.apply, params, keys, given, NAME, experiment.shape)
 
-        return in_batches(read, params, example_keys(key, len(images)), {"image": jnp.asarray(images)}, self.batch)
+        return in_batches(predict, params, example_keys(key, len(images)), {"image": jnp.asarray(images)}, self.batch)
 
     def _definitions(self, count, test):
         ways = {
@@ -104,7 +104,7 @@ class ImageRepresentation:
             definitions[f"cosine_{name}"] = f"mean cosine of the representation and the features of the image drawn; {words}"
             definitions[f"class_agreement_{name}"] = f"an SVM sees the class of the image that the representation is of; {words}"
         return definitions | {
-            "cosine_read": "mean cosine of the representation read off a held-out image by one network call and its features",
+            "cosine_predicted": "mean cosine of the representation predicted from a held-out image in one network call and its features",
             "cosine_same_class": "the same of the features of two held-out images of one class",
             "cosine_any": "the same of any two",
         }

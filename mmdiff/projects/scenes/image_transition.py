@@ -29,12 +29,12 @@ class ImageTransition:
 
     Over as many held-out pairs, and as many draws of each kind, as `test_data` holds.
 
-    * night, mean squared errors: `error_read`, of the night that the network reads off an image in one call; `error_read_mean` (the
-      training pictures' mean) and `error_read_linear` (linear regression, pixel by pixel) without a network; `error_given...`, the same
-      of images drawn for their night, which determines the day; `error_joint`, of the night drawn together with an image to that
-      image's night;
-    * segmentation, mean IoU: `miou_read`, of the likeliest classes that the network reads off an image in one call; `miou_given`, of
-      what an independent rule sees in an image drawn for a segmentation, to that segmentation; `miou_joint`, of both drawn together;
+    * night, mean squared errors: `error_predicted`, of the night that the network predicts from an image in one call;
+      `error_predicted_mean` (the training images' mean) and `error_predicted_linear` (linear regression, pixel by pixel) without a network;
+      `error_given...`, the same of images drawn for their night, which determines the day; `error_joint`, of the night drawn together with
+      an image to that image's night;
+    * segmentation, mean IoU: `miou_predicted`, of the likeliest classes that the network predicts from an image in one call; `miou_given`,
+      of what an independent rule sees in an image drawn for a segmentation, to that segmentation; `miou_joint`, of both drawn together;
       `miou_rule`, the rule's on real images: the ceiling of the last two;
     * `..._shuffled`: of pairs that do not belong together;
     * `frechet_ratio_given`, `_joint`, `_absent`: images drawn for another picture, with one, and without any.
@@ -55,8 +55,8 @@ class ImageTransition:
         read_key, *keys = jax.random.split(key, 4)
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
         clock = Clock()
-        clock.start("read", f"reading the {other} of {count} images in one network call each")
-        read = self._read(experiment, params, read_key, test["image"])
+        clock.start("predicted", f"predicting the {other} of {count} images in one network call each")
+        predicted = self._predict(experiment, params, read_key, test["image"])
         drawn = {}
         settings = {"given": ({other: test[other]}, ()), "joint": ({}, ()), "absent": ({}, (other,))}
         for (name, (given, absent)), own in zip(settings.items(), keys):
@@ -71,13 +71,14 @@ class ImageTransition:
         implied = {name: self._implied(pair["image"]) for name, pair in {**drawn, "test": test}.items() if name != "absent"}
         apart = np.roll(test[other], 1, 0)
         if other == "night":
-            metrics |= self._errors("read", other, "image", read, test, train)
+            metrics |= self._errors("predicted", other, "image", predicted, test, train)
             metrics |= self._errors("given", "image", other, drawn["given"]["image"], test, train)
             metrics["error_joint"] = error(implied["joint"], drawn["joint"][other])
             metrics["error_shuffled"] = error(implied["test"], apart)
         else:
             pairs = {
-                "read": (read, test[other]), "given": (implied["given"], test[other]), "joint": (implied["joint"], drawn["joint"][other]),
+                "predicted": (predicted, test[other]), "given": (implied["given"], test[other]),
+                "joint": (implied["joint"], drawn["joint"][other]),
                 "rule": (implied["test"], test[other]), "shuffled": (test[other], apart),
             }  # fmt: skip
             metrics |= {f"miou_{name}": miou(*pair, len(paired_scenes.PALETTE)) for name, pair in pairs.items()}
@@ -87,18 +88,18 @@ class ImageTransition:
         clock.stop()
         return EvalResult(
             metrics=metrics,
-            definitions={name: note for name, note in self._definitions(count).items() if name in metrics},
-            figures=self._figures(experiment, test, read, drawn, implied, chains, f"{steps} steps, guidance {guidance:g}"),
+            definitions=self._definitions(count),
+            figures=self._figures(experiment, test, predicted, drawn, implied, chains, f"{steps} steps, guidance {guidance:g}"),
             settings={
                 "sample_steps": steps, "guidance": guidance, "test_images": count, "samples_of_each_kind": count,
                 "what_an_image_implies": RULES[other], "frechet_features": "raw pixels", "evaluation_seconds": clock.seconds},
         )  # fmt: skip
 
-    def _read(self, experiment, params, key, images):
-        def read(params, keys, given):
+    def _predict(self, experiment, params, key, images):
+        def predict(params, keys, given):
             return posterior(experiment.process, experiment.apply, params, keys, given, self.other, experiment.shape)
 
-        found = in_batches(read, params, example_keys(key, len(images)), {"image": jnp.asarray(images)}, self.batch)
+        found = in_batches(predict, params, example_keys(key, len(images)), {"image": jnp.asarray(images)}, self.batch)
         return _seen(experiment, self.other, found if self.other == "night" else found.argmax(-1))
 
     def _implied(self, images):
@@ -113,20 +114,20 @@ class ImageTransition:
     def _definitions(self, count):
         other = self.other
         definitions = {
-            "error_read": f"mean squared error of the {other} that the network reads off an image in one call; {count} held-out images",
+            "error_predicted": f"mean squared error of the {other} predicted from an image in one network call; {count} held-out images",
             "error_given": f"mean squared error of an image drawn for its {other} to the true one; {count} held-out pairs",
             "error_joint": f"mean squared error of the {other} drawn together with an image to that image's {other} ({RULES[other]}); "
             f"{count} pairs",
             "error_shuffled": f"the same of a real image and the {other} of another one",
-            "miou_read": f"mean over 11 classes of intersection over union, all pixels counted together, of the {other} that the network "
-            f"reads off an image in one call; {count} held-out images",
+            "miou_predicted": f"mean over 11 classes of intersection over union, all pixels counted together, of the {other} "
+            f"predicted from an image in one network call; {count} held-out images",
             "miou_given": f"the same of what the rule sees in an image drawn for a {other}, to that; {count} held-out ones; the rule: "
             f"{RULES[other]}",
             "miou_joint": f"the same of what the rule sees in an image to the {other} drawn together with it; {count} pairs",
             "miou_rule": "the same of what the rule sees in real images to the truth: the ceiling of the two",
             "miou_shuffled": f"the same of the {other} of two real images",
         }
-        for way in ("read", "given"):
+        for way in ("predicted", "given"):
             definitions[f"error_{way}_mean"] = "the same of the training pictures' mean"
             definitions[f"error_{way}_linear"] = "the same of linear regression of a pixel's colour on its colour in the other picture"
         ratio = f"squared Fréchet distance (raw pixels) of {count} images"
@@ -136,7 +137,7 @@ class ImageTransition:
             "frechet_ratio_absent": f"the same of images drawn without a {other}: plain DDPM",
         }
 
-    def _figures(self, experiment, test, read, drawn, implied, chains, sampler):
+    def _figures(self, experiment, test, predicted, drawn, implied, chains, sampler):
         other = self.other
         show, show_other = (experiment.modalities[name].show for name in ("image", other))
         given, joint = drawn["given"]["image"], drawn["joint"]
@@ -147,8 +148,8 @@ class ImageTransition:
         rule = f"the {other} that b implies" if other == "night" else "what the independent rule sees in b"
         return {
             f"Image to {other}": Figure(
-                rows(show(test["image"]), show_other(read), show_other(test[other])),
-                "a: real, held out; b: read off a in one network call; c: the truth."),
+                rows(show(test["image"]), show_other(predicted), show_other(test[other])),
+                "a: real, held out; b: predicted from a in one network call; c: the truth."),
             f"{other.capitalize()} to image": Figure(
                 rows(show_other(test[other]), show(given), show_other(implied["given"]), show(test["image"])),
                 f"a: real, held out; b: drawn for a, {sampler}; c: {rule}; d: the image that a is of."),

@@ -15,7 +15,7 @@ from mmdiff.data.tower_cache import Towers
 from mmdiff.evals import plots as drawings
 from mmdiff.evals import retrieval
 from mmdiff.evals.accuracy import accuracy
-from mmdiff.evals.alignment import READINGS, Aligner
+from mmdiff.evals.alignment import STEPS_AND_SEEDS, Aligner
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, draw_samples, finite, in_batches
 from mmdiff.projects.scenes import scenes
 from mmdiff.projects.scenes.captioned_scenes import ASKED, CaptionedScenes, trained_judge
@@ -92,7 +92,7 @@ class SceneAlignment:
     """The metrics and figures of DiffDis on digit scenes: retrieval by the denoised vector, drawing, writing, and the round trip.
 
     Attributes:
-      aligner: the naming task. towers: frozen, the vectors' and the baseline's.
+      aligner: the alignment task. towers: frozen, the vectors' and the baseline's.
       drawing: what is measured of drawn scenes; size, count and batch are its.
       choose: of how many samples the alignment branch picks one.
     """
@@ -122,7 +122,7 @@ class SceneAlignment:
         for split in splits:
             suffix = "" if split == main else f"_{split}"
             images, labels = data[split]["image"], data[split]
-            read = {name: align(keys[0], images, steps=n, seeds=seeds) for name, (n, seeds) in READINGS.items()}
+            read = {name: align(keys[0], images, steps=n, seeds=seeds) for name, (n, seeds) in STEPS_AND_SEEDS.items()}
             shares = {name: found(split, vectors) for name, vectors in read.items()}
             metrics[f"retrieval_r1{suffix}"] = shares["10"]
             metrics |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(read["10"], self.towers.encode, labels).items()}
@@ -187,9 +187,7 @@ class SceneAlignment:
             "caption_correctness": f"share of {main} scenes whose written caption is right, word by word",
             **judged.definitions,
         }
-        return EvalResult(
-            metrics, {name: text for name, text in definitions.items() if name in metrics}, figures,
-            {**judged.settings, "candidates": AMONG})
+        return EvalResult(metrics, definitions, figures, {**judged.settings, "candidates": AMONG})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +204,7 @@ class SceneTowers:
     batch: int = 250
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
-        clock, metrics, definitions = Clock(), {}, {}
+        clock, metrics = Clock(), {}
         clock.start("towers", f"comparing {self.count} scenes of each split with captions")
         keys = jax.random.split(key, self.count)
         see, read = (functools.partial(self.net.apply, method=method) for method in ("see", "read"))
@@ -227,8 +225,9 @@ class SceneTowers:
                 metrics["retrieval_r1_held_out"] = held_out_retrieval(images, encode, data)
             metrics |= {f"{name}_accuracy{suffix}": value for name, value in zero_shot(images, encode, data).items()}
         clock.stop()
-        definitions["retrieval_r1"] = (
-            f"share of {self.count} {experiment.split} scenes whose nearest caption among {AMONG} says the right {', '.join(ASKED)}")
-        if "retrieval_r1_held_out" in metrics:
-            definitions["retrieval_r1_held_out"] = HELD_OUT
+        definitions = {
+            "retrieval_r1": f"share of {self.count} {experiment.split} scenes whose nearest caption among {AMONG} says the right "
+            f"{', '.join(ASKED)}",
+            "retrieval_r1_held_out": HELD_OUT,
+        }
         return EvalResult(metrics, definitions, {}, {"candidates": AMONG, "evaluation_seconds": clock.seconds})

@@ -72,7 +72,7 @@ def test_what_belongs_together_is_perfect(train, test):
     found = measured(train, test)
     metrics = found.metrics
     assert set(metrics) == set(found.definitions)
-    for name in ("given", "given_unguided", "joint", "read"):
+    for name in ("given", "given_unguided", "joint", "predicted"):
         assert metrics[f"cosine_{name}"] == pytest.approx(1, abs=1e-4)
     assert metrics["class_agreement_given"] == metrics["class_agreement_given_unguided"] > 0.99
     assert all(metrics[f"frechet_ratio_{name}"] < 2 for name in SETTINGS)
@@ -86,7 +86,7 @@ def test_what_belongs_together_is_perfect(train, test):
 def test_what_does_not_is_as_any_pair(train, test):
     metrics = measured(train, test, belongs=False).metrics
     assert metrics["cosine_any"] + 0.1 < metrics["cosine_same_class"] < 0.99
-    for name in ("given", "given_unguided", "joint", "read"):
+    for name in ("given", "given_unguided", "joint", "predicted"):
         assert metrics[f"cosine_{name}"] == pytest.approx(metrics["cosine_any"], abs=0.06)
     assert metrics["class_agreement_given"] < 0.2
     assert metrics["frechet_ratio_given"] < 2  # the images alone are right

@@ -22,8 +22,9 @@ from mmdiff.projects.scenes.paired_scenes import PALETTE, PairedScenes
 COUNT, SHAPE = 150, (16, 16, 3)
 RATIOS = {"frechet_ratio_given", "frechet_ratio_joint", "frechet_ratio_absent"}
 METRICS = {
-    "night": {f"error_{way}{name}" for way in ("read", "given") for name in ("", "_mean", "_linear")} | {"error_joint", "error_shuffled"},
-    "segmentation": {f"miou_{name}" for name in ("read", "given", "joint", "rule", "shuffled")},
+    "night": {"error_joint", "error_shuffled"}
+    | {f"error_{way}{name}" for way in ("predicted", "given") for name in ("", "_mean", "_linear")},
+    "segmentation": {f"miou_{name}" for name in ("predicted", "given", "joint", "rule", "shuffled")},
 }
 
 
@@ -96,12 +97,13 @@ def test_the_truth_is_perfect(other):
     assert metrics["frechet_ratio_joint"] < 1  # draws are the test scenes, with replacement
     assert metrics["frechet_ratio_given"] == pytest.approx(1, rel=0.06)  # the test scenes, of which some share a segmentation
     if other == "night":
-        assert metrics["error_read"] == metrics["error_given"] == 0 and metrics["error_joint"] < 1e-12 and metrics["error_shuffled"] > 0.1
+        assert metrics["error_predicted"] == metrics["error_given"] == 0
+        assert metrics["error_joint"] < 1e-12 and metrics["error_shuffled"] > 0.1
         # The night is an affine map of the colours: one exact without a network, both ways.
-        assert metrics["error_read_linear"] < 1e-10 and metrics["error_given_linear"] < 1e-10
-        assert metrics["error_read_mean"] > 0.1 and metrics["error_given_mean"] > 0.3
+        assert metrics["error_predicted_linear"] < 1e-10 and metrics["error_given_linear"] < 1e-10
+        assert metrics["error_predicted_mean"] > 0.1 and metrics["error_given_mean"] > 0.3
     else:
-        assert metrics["miou_read"] == 1 and metrics["miou_shuffled"] < 0.2
+        assert metrics["miou_predicted"] == 1 and metrics["miou_shuffled"] < 0.2
         assert metrics["miou_given"] == metrics["miou_rule"] > 0.9
         assert metrics["miou_joint"] > 0.9
     json.dumps(found.settings)
@@ -114,16 +116,16 @@ def test_noise_is_as_bad_as_what_does_not_belong(other):
     metrics = measured(other, noise).metrics
     assert metrics["frechet_ratio_given"] > 3 and metrics["frechet_ratio_joint"] > 3 and metrics["frechet_ratio_absent"] > 3
     if other == "night":
-        assert metrics["error_read"] > metrics["error_read_mean"]
+        assert metrics["error_predicted"] > metrics["error_predicted_mean"]
         assert metrics["error_given"] > metrics["error_given_mean"] and metrics["error_joint"] > 0.1
         assert metrics["error_given_linear"] < 1e-10
     else:
-        assert max(metrics["miou_given"], metrics["miou_joint"], metrics["miou_read"]) < 0.15 < 0.9 < metrics["miou_rule"]
+        assert max(metrics["miou_given"], metrics["miou_joint"], metrics["miou_predicted"]) < 0.15 < 0.9 < metrics["miou_rule"]
 
 
 def test_the_mean_scores_as_the_mean_fill():
     metrics = measured("night", mean).metrics
-    for way in ("read", "given"):  # one colour for the whole batch and every pixel: a little worse than each pixel's mean
+    for way in ("predicted", "given"):  # one colour for the whole batch and every pixel: a little worse than each pixel's mean
         assert 1 < metrics[f"error_{way}"] / metrics[f"error_{way}_mean"] < 1.25
     assert metrics["frechet_ratio_joint"] > 3
 
