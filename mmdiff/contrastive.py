@@ -133,11 +133,11 @@ def resampled_negatives(
 ) -> BatchLoss:
     """The contrast of negatives that are corrupted by themselves: a `Loss` of N + 1 network calls, to be added with `combine`.
 
-    Each negative takes the place of the clean data, at the example's time and beside its conditions: the network sees z^j_t, and
+    Each negative takes the place of the clean data, at the example's time and with its conditions: the network sees z^j_t, and
     `term` is evaluated on what it makes of it. The calls come one after the other and keep no activations: memory is one call's.
 
     Args:
-      process, apply, times: as in `losses.diffusion`; importance-sampled times are drawn uniformly.
+      process, apply, times: as in `losses.diffusion`; importance-sampled times are sampled uniformly.
       term: of the whole pass, `on("tokens", vlb(process.parts["tokens"], T))`.
       negatives, form: as in `contrast`.
       of: the modality of a `Joint` that the negatives are of.
@@ -301,10 +301,10 @@ def shifted(count: int) -> Negatives:
 
 
 def inter(count: int = 10, by: str = "label") -> Negatives:
-    """Different examples of the batch, drawn at random from those whose `batch[by]` is another, hence never the example itself.
+    """Different examples of the batch, sampled at random from those whose `batch[by]` is another, hence never the example itself.
 
     Examples with fewer than `count` such partners have as many negatives as there are; in a batch of one class they have none. Who is
-    drawn depends on the examples' global positions, not on their order.
+    sampled depends on the examples' global positions, not on their order.
     """
 
     def negatives(noised):
@@ -312,15 +312,15 @@ def inter(count: int = 10, by: str = "label") -> Negatives:
         condition = condition.reshape(len(condition), -1)
         other = (condition[:, None] != condition[None]).any(-1)
         keys = example_keys(_keys(noised, "inter"), index)
-        draws = jax.vmap(lambda key: jax.vmap(jax.random.uniform)(example_keys(key, index)))(keys)
-        best, who = jax.lax.top_k(jnp.where(other, draws, -1.0), min(count, len(index)))
+        scores = jax.vmap(lambda key: jax.vmap(jax.random.uniform)(example_keys(key, index)))(keys)
+        best, who = jax.lax.top_k(jnp.where(other, scores, -1.0), min(count, len(index)))
         return jnp.moveaxis(jnp.asarray(noised.x0)[who], 1, 0), best.T >= 0
 
     return negatives
 
 
 def table(name: str) -> Negatives:
-    """Negatives that the data source gives beside every example, `batch[name]` [B, N, ...]."""
+    """Negatives that the data source gives with every example, `batch[name]` [B, N, ...]."""
     return _Own(lambda noised: jnp.moveaxis(_entry(noised, name), 1, 0))
 
 
@@ -333,6 +333,6 @@ def _entry(noised, name):
 
 def _keys(noised, name, count=None):
     if noised.key is None:
-        raise ValueError(f"{name} negatives are drawn with the step's key, which losses.diffusion sets: noised.key is None.")
+        raise ValueError(f"{name} negatives are sampled with the step's key, which losses.diffusion sets: noised.key is None.")
     key = jax.random.fold_in(noised.key, zlib.crc32(name.encode()))
     return key if count is None else jax.random.split(key, count)

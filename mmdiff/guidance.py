@@ -85,7 +85,7 @@ def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Call
         sample(process, head_guided(process, apply), params, keys, grid, shape, given={"label": labels})
     """
     if not process.heads:
-        raise UserError("head_guided: the process adds no modality that the network tells, so there is no gradient to follow.")
+        raise UserError("head_guided: the process adds no modality that the network predicts, so there is no gradient.")
 
     def apply_guided(params, x, t):
         time = jnp.clip(t[process.target], 2.0**-24, 1 - 2.0**-24)  # neither known nor absent

@@ -118,7 +118,7 @@ def diffusion(
         times_key = jax.random.fold_in(key, zlib.crc32(b"times"))
         importance = place = None
         if source:
-            t, importance, place = times.draw(times_key, index, without_state(source.init()) if state is None else state)
+            t, importance, place = times.sample(times_key, index, without_state(source.init()) if state is None else state)
         else:
             t = times(times_key, index)
         noised = bound.corrupt(fold(keys, "corrupt"), bound.select(batch), t).replace(batch=batch, key=key, micro=micro)
@@ -148,7 +148,7 @@ def diffusion(
 
 
 def prepared(loss: Loss, prepare: Callable) -> BatchLoss:
-    """`loss` of a batch to which `prepare(batch, keys)` [B] adds entries, drawn anew at every step: masks, crops."""
+    """`loss` of a batch to which `prepare(batch, keys)` [B] adds entries, sampled anew at every step: masks, crops."""
     loss = BatchLoss.of(loss)
 
     def more(batch, key):
@@ -162,7 +162,7 @@ def prepared(loss: Loss, prepare: Callable) -> BatchLoss:
 
 
 def combine(**losses: tuple[float, Loss]) -> BatchLoss:
-    """`sum_i weight_i loss_i`, each with its own key and its metrics under its name: `combine(draw=(1.0, a), name=(0.1, b))`.
+    """`sum_i weight_i loss_i`, each with its own key and its metrics under its name: `combine(image=(1.0, a), text=(0.1, b))`.
 
     With weight 0 a loss is reported and nothing else.
 

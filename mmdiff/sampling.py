@@ -3,7 +3,7 @@ r"""Sampling: a time grid scanned over `process.step`.
 Every method is the process's own step on an improved belief x0_hat, so a sampler is a list of **transforms** on one `SamplerState`:
 
     DDIM                      Gaussian(..., eta=0) and no transform
-    ancestral (DDPM, SDE)     Gaussian(..., eta=1) and no transform; discrete processes always draw
+    ancestral (DDPM, SDE)     Gaussian(..., eta=1) and no transform; discrete processes always sample
     DPM-Solver++(2M)          dpmpp_2m(schedule)
     Heun                      sample(..., heun=True), for eta=0
     clipping, thresholding    clip(-1, 1), threshold(0.995)
@@ -63,21 +63,21 @@ def sample(
     history: bool = False,
     start: Any = None,
 ) -> Any:
-    """Draws x_0 by following the grid from t = 1, or from `start`, to t = 0.
+    """Samples x_0 by following the grid from t = 1, or from `start`, to t = 0.
 
     Args:
       process, apply, params: as in training; `apply` may be `guided(...)`.
-      keys: [B] typed keys, one per example. An example's draw depends on its own key alone.
+      keys: [B] typed keys, one per example. An example's sample depends on its own key alone.
       grid: times [N + 1], decreasing from 1 to 0, or one such array per modality (of one length). It may begin below 1 for what is in
         `start`.
       shape: the shape of one example, `(8, 8, 1)`, or one per modality.
       given: modalities pinned at t = 0, [B, ...] each; returned bit for bit.
-      absent: modalities pinned at t = 1: the others are drawn without them.
+      absent: modalities pinned at t = 1: the others are sampled without them.
       transforms: functions `SamplerState -> SamplerState`, applied in order at every step; `only(name, transform)` is one of a modality.
       heun: average the slopes at both ends of each step (`Process.heun`): second order, 2N - 1 network calls, for the step to t = 0 is
         Euler's. For deterministic Gaussians, and not with a map that extrapolates (`dpmpp_2m`).
-      history: return every state on the way, [N + 1, B, ...], from the prior's draw to x_0.
-      start: x_t at the grid's first time in place of the prior's draw, [B, ...], or per modality for some of them. Between 0 and 1 there
+      history: return every state on the way, [N + 1, B, ...], from the prior's sample to x_0.
+      start: x_t at the grid's first time in place of the prior's sample, [B, ...], or per modality for some of them. Between 0 and 1 there
         is no prior but what the data make of it, `process.corrupt(keys, x0, t).xt`: of an image to be edited (SDEdit), of a draft to be
         refined, of zeros (pure noise, see `karras_grid`).
 
@@ -159,8 +159,8 @@ def sample(
         first = i == 0
         last_x0 = jax.tree.map(lambda a, b: jnp.where(first, a, b), x0, last_x0)
         last_t = jax.tree.map(lambda a, b: jnp.where(first, a, b), t, last_t)
-        drawing = fold(step_keys, "maps")
-        state = refined(SamplerState(xt=xt, t=t, s=s, x0=x0, last_x0=last_x0, last_t=last_t, x0_for_history=x0, keys=drawing))
+        own = fold(step_keys, "maps")
+        state = refined(SamplerState(xt=xt, t=t, s=s, x0=x0, last_x0=last_x0, last_t=last_t, x0_for_history=x0, keys=own))
         xs = process.step(step_keys, xt, state.x0, state.t, state.s)
         if heun:
             if any(a is not b for a, b in zip(jax.tree.leaves(state.x0), jax.tree.leaves(state.x0_for_history))):
@@ -183,7 +183,7 @@ def sample(
 
 
 def start(process: Process, keys: jax.Array, shape: Any, given: Mapping[str, jax.Array]) -> Any:
-    """x at t = 1, a draw from the prior, with the modalities in `given` in place."""
+    """x at t = 1, a sample of the prior, with the modalities in `given` in place."""
     xt = process.prior(keys, shape)
     if not given:
         return xt

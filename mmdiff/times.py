@@ -56,7 +56,7 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Times:
 
 
 def stratified(stride: int = 0) -> Times:
-    """Evenly spread over any run of consecutive positions: `t = frac(u + index * step)`, u one draw per step.
+    """Evenly spread over any run of consecutive positions: `t = frac(u + index * step)`, u one sample per step.
 
     A Kronecker sequence has the low variance of antithetic or stratified times (VDM, appendix I.1) without knowing the batch.
     Modalities that are to be independent need different strides, 0 to 3: `joint(image=stratified(0), label=stratified(1))`.
@@ -110,8 +110,8 @@ def constant(value: float) -> Times:
     return lambda key, index: jnp.full(index.shape, value, jnp.float32)
 
 
-class Drawn(NamedTuple):
-    """Times as an `Adaptive` rule draws them.
+class SampledTimes(NamedTuple):
+    """Times as an `Adaptive` rule samples them.
 
     Attributes:
       t: the times.
@@ -126,7 +126,7 @@ class Drawn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Importance:
-    r"""The statistics of importance-sampled times: of every t = (i + 1) / T, i = 0 .. T - 1, the count n_i of its draws and
+    r"""The statistics of importance-sampled times: of every t = (i + 1) / T, i = 0 .. T - 1, the count n_i of its samples and
 
         H_i <- 0.9 H_i + 0.1 mean l_i^2,        p_i ~ sqrt(H_i + 1e-10) + 1e-4,    p_0 ~ as p_1,
 
@@ -163,13 +163,13 @@ class Importance:
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive:
-    """Times that depend on statistics: `draw(key, index, stats) -> Drawn`. As `(key, index) -> t` they are those of a training's start."""
+    """Times that depend on statistics, `sample(key, index, stats) -> SampledTimes`; as `(key, index) -> t` those of a training's start."""
 
     source: Importance
-    draw: Callable[[jax.Array, jax.Array, Any], Drawn]
+    sample: Callable[[jax.Array, jax.Array, Any], SampledTimes]
 
     def __call__(self, key, index):
-        return self.draw(key, index, self.source.init()).t
+        return self.sample(key, index, self.source.init()).t
 
 
 def importance(steps: int, term: str) -> Adaptive:
@@ -178,12 +178,12 @@ def importance(steps: int, term: str) -> Adaptive:
         raise UserError(f"importance needs at least two steps, got {steps}.")
     source = Importance(steps, term)
 
-    def draw(key, index, stats):
+    def sample(key, index, stats):
         density = source.density(stats)
         place = jax.vmap(lambda k: sample_classes(k, density))(example_keys(key, index))
-        return Drawn((place + 1).astype(jnp.float32) / steps, 1.0 / density[place], place)
+        return SampledTimes((place + 1).astype(jnp.float32) / steps, 1.0 / density[place], place)
 
-    return Adaptive(source, draw)
+    return Adaptive(source, sample)
 
 
 def _rule(times: Times | float) -> Times:
@@ -191,18 +191,18 @@ def _rule(times: Times | float) -> Times:
     return times if callable(times) else constant(times)
 
 
-def _drawn(times, key, index, stats):
+def _sampled(times, key, index, stats):
     if isinstance(times, Adaptive):
-        return times.draw(key, index, stats)
-    return Drawn(times(key, index), jnp.ones(index.shape), jnp.full(index.shape, -1))
+        return times.sample(key, index, stats)
+    return SampledTimes(times(key, index), jnp.ones(index.shape), jnp.full(index.shape, -1))
 
 
-def _combined(draw, parts):
+def _combined(sample, parts):
     """The times of a combination, adaptive if one of its parts is."""
     sources = {part.source for part in parts if isinstance(part, Adaptive)}
     if len(sources) > 1:
         raise UserError("a loss has importance-sampled times of one kind only: give every part the same steps and term.")
-    return Adaptive(sources.pop(), draw) if sources else lambda key, index: draw(key, index, None).t
+    return Adaptive(sources.pop(), sample) if sources else lambda key, index: sample(key, index, None).t
 
 
 def joint(**times: Times | float) -> Times:
@@ -217,12 +217,12 @@ def joint(**times: Times | float) -> Times:
     if len(adaptive) > 1:
         raise UserError(f"joint: only one modality's times can be importance-sampled on their own, not {adaptive}; see shared.")
 
-    def draw(key, index, stats):
-        parts = {name: _drawn(rule, _named(key, name), index, stats) for name, rule in times.items()}
+    def sample(key, index, stats):
+        parts = {name: _sampled(rule, _named(key, name), index, stats) for name, rule in times.items()}
         deciding = parts[(adaptive or list(times))[0]]
         return deciding._replace(t={name: part.t for name, part in parts.items()})
 
-    return _combined(draw, times.values())
+    return _combined(sample, times.values())
 
 
 def shared(*names: str, times: Times | None = None, **others: Times | float) -> Times:
@@ -237,12 +237,12 @@ def shared(*names: str, times: Times | None = None, **others: Times | float) -> 
     if adaptive:
         raise UserError(f"shared: only the time that is shared can be importance-sampled, not those of {adaptive}.")
 
-    def draw(key, index, stats):
-        one = _drawn(rule, key, index, stats)
+    def sample(key, index, stats):
+        one = _sampled(rule, key, index, stats)
         own = {name: other(_named(key, name), index) for name, other in others.items()}
         return one._replace(t={name: one.t for name in names} | own)
 
-    return _combined(draw, [rule])
+    return _combined(sample, [rule])
 
 
 def conditional(*conditions: str, dropout: float, **noisy: Times) -> Times:
@@ -280,16 +280,16 @@ def mixture(*choices: tuple[float, Times | float]) -> Times:
     if not (weights and min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):  # so that NaN is none
         raise UserError(f"mixture: the weights must be >= 0 and sum to 1, got {weights}.")
 
-    def draw(key, index, stats):
+    def sample(key, index, stats):
         u = jax.vmap(jax.random.uniform)(example_keys(_named(key, "mixture"), index))
-        chosen = _drawn(choices[-1][1], jax.random.fold_in(key, len(choices) - 1), index, stats)
+        chosen = _sampled(choices[-1][1], jax.random.fold_in(key, len(choices) - 1), index, stats)
         edge = sum(weights)
         for i in range(len(choices) - 2, -1, -1):
             edge -= weights[i + 1]
-            other = _drawn(choices[i][1], jax.random.fold_in(key, i), index, stats)
+            other = _sampled(choices[i][1], jax.random.fold_in(key, i), index, stats)
             if jax.tree.structure(other) != jax.tree.structure(chosen):
                 raise UserError("mixture: the rules give times for different modalities; each must name all of them.")
             chosen = jax.tree.map(lambda a, b, e=edge: jnp.where(u < e, a, b), other, chosen)
         return chosen
 
-    return _combined(draw, [rule for _, rule in choices])
+    return _combined(sample, [rule for _, rule in choices])

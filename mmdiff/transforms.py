@@ -60,8 +60,8 @@ def only(name: str, transform: Transform) -> Transform:
 def following(process: Aggregate, name: str, transform: Transform) -> Transform:
     """Applies a transform to the belief about a modality that an `Aggregate` (bound) adds, and to the target's, for the same eps_hat.
 
-    By default the belief as it stands, e.g. the mean of E under the probabilities, stands in for a hidden modality. `sampled()` puts a draw
-    in its place, which is right as well, and `top_p(0)` the best class, which is biased.
+    By default the belief as it stands, e.g. the mean of E under the probabilities, stands in for a hidden modality. `sampled()` puts a
+    sample in its place, which is right as well, and `top_p(0)` the best class, which is biased.
     """
 
     def apply(state: SamplerState) -> SamplerState:
@@ -73,7 +73,7 @@ def following(process: Aggregate, name: str, transform: Transform) -> Transform:
 
 
 def sampled() -> Transform:
-    """Replaces probabilities by a class drawn from them."""
+    """Replaces probabilities by a class sampled from them."""
 
     def apply(state):
         classes = jax.vmap(sample_classes)(state.keys, state.x0)

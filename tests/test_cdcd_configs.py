@@ -92,7 +92,7 @@ def test_a_frozen_text_encoder_keeps_its_weights(freeze):
     assert any(leaf.any() for leaf in jax.tree.leaves(encoder)) == (freeze == "false")
 
 
-def test_the_released_walk_refuses_what_does_not_divide_its_chain():
+def test_the_released_trajectory_refuses_what_does_not_divide_its_chain():
     experiment, _ = build("digits_class", chain__steps="8", eval__calls="(8, 3)")
     draw = experiment.evaluators[1].draws["released"]
     with pytest.raises(UserError, match="divisor of the chain's 8 steps, not 3"):

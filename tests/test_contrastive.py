@@ -400,7 +400,7 @@ def test_mistakes_are_named():
         table("others")(noised)
     with pytest.raises(KeyError, match="it holds nothing"):
         inter()(noised.replace(batch=None))
-    with pytest.raises(ValueError, match="drawn with the step's key"):
+    with pytest.raises(ValueError, match="sampled with the step's key"):
         intra()(noised.replace(key=None))
     with pytest.raises(ValueError, match="length 16 cannot be cut into 20 chunks"):
         intra(chunks=20)(noised)

@@ -83,7 +83,7 @@ def test_updates():
 
 
 def test_draws_follow_the_probabilities_and_weights_undo_them():
-    t, weight, place = times.importance(T, "vlb").draw(KEY, INDEX, LEARNT)
+    t, weight, place = times.importance(T, "vlb").sample(KEY, INDEX, LEARNT)
     p = probabilities(LEARNT)
     np.testing.assert_allclose(t, (np.asarray(place) + 1) / T, rtol=1e-6)
     np.testing.assert_allclose(weight, 1 / (T * p[place]), rtol=1e-5)
@@ -97,12 +97,12 @@ def test_draws_follow_the_probabilities_and_weights_undo_them():
     assert abs(drawn.mean() - values.mean()) < 4 * (deviation / len(drawn)) ** 0.5
 
 
-def test_rare_times_are_drawn_as_often_as_they_should():
+def test_rare_times_are_sampled_as_often_as_they_should():
     """Gumbel noise of 23 bits never draws them, and what they would weigh, thousands of times the rest, is missing from the mean."""
     rule = times.importance(1000, "vlb")
     stats = {"square": jnp.zeros(1000).at[500].set(1.3e7), "count": jnp.full(1000, 11)}
     chance, number = 1 - float(rule.source.density(stats)[500]) / 1000, 2**20
-    count = jax.jit(lambda key: (rule.draw(key, jnp.arange(number), stats).place != 500).sum())
+    count = jax.jit(lambda key: (rule.sample(key, jnp.arange(number), stats).place != 500).sum())
     assert abs(int(count(KEY)) - number * chance) < 4 * (number * chance) ** 0.5 and 20 < number * chance < 50
 
 
@@ -114,7 +114,7 @@ def test_combinations_hand_on_weights_and_statistics():
         (0.3, times.joint(tokens=rule, label=times.constant(1.0))),
         (0.2, times.joint(tokens=times.constant(1.0), label=times.constant(0.0))),
     )
-    t, weight, place = mixed.draw(KEY, INDEX, LEARNT)
+    t, weight, place = mixed.sample(KEY, INDEX, LEARNT)
     other, p = np.asarray(place) < 0, probabilities(LEARNT)
     assert abs(other.mean() - 0.2) < 0.02 and (t["tokens"][other] == 1).all() and (weight[other] == 1).all()
     np.testing.assert_allclose(t["tokens"][~other], (np.asarray(place)[~other] + 1) / T, rtol=1e-6)
@@ -123,9 +123,9 @@ def test_combinations_hand_on_weights_and_statistics():
     for label in (0, 1):  # either way by the same probabilities
         own = np.asarray(place)[~other & (np.asarray(t["label"]) == label)]
         assert (np.abs(np.bincount(own, minlength=T) - len(own) * p) < 4.5 * np.sqrt(len(own) * p) + 1).all()
-    together = times.shared("a", "b", times=rule).draw(KEY, INDEX, LEARNT)
+    together = times.shared("a", "b", times=rule).sample(KEY, INDEX, LEARNT)
     np.testing.assert_array_equal(together.t["a"], together.t["b"])
-    np.testing.assert_array_equal(together.place, rule.draw(KEY, INDEX, LEARNT).place)
+    np.testing.assert_array_equal(together.place, rule.sample(KEY, INDEX, LEARNT).place)
     assert not isinstance(times.joint(a=times.uniform()), times.Adaptive)
 
 

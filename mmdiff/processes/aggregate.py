@@ -10,11 +10,11 @@ w = a(t) alpha(s) / alpha(t) - a(s): a coarser grid sub-samples a, never w.
 Conditioning is time, here too, for a modality x_i by its own time t_i:
 
     t_i = 0        known: the network sees it, and E_i(x_i) is in the mean (the X variant)
-    0 < t_i < 1    hidden, usually at z's time: E_i(x_i) is in the mean, the network sees the null and must tell x_i (the U variant)
+    0 < t_i < 1    hidden, usually at z's time: E_i(x_i) is in the mean, the network sees the null and must predict x_i (the U variant)
     t_i = 1        absent: not in the mean, null to the network, no loss of its head; with all of them absent this is plain DDPM
 
 Whatever knows known from hidden may be such a modality. For classes that is `absorbing(K, schedules.at_once())`, masked as soon as
-time starts and drawn in the last step; for arrays it is `Hidden`, for what is always known `Given`. In sampling the belief about a
+time starts and sampled in the last step; for arrays it is `Hidden`, for what is always known `Given`. In sampling the belief about a
 hidden x_i, from the network's output for it (its head), stands in for x_i: E_i of the probabilities or of the mean.
 
     process = Aggregate("image", {"label": MeanShift(template(table), moving_target())},
@@ -91,11 +91,11 @@ class Aggregate(Joint):
 
     What is not in `added` is a modality as in any `Joint`; with nothing added this is one. Whatever the weights, the prior is that of
     the target alone plus what is known of the others, a(1) E(x) (`condition_prior`): a hidden modality enters in the step from t = 1, which
-    draws it for that. Weights far from 0 there (`card`, large constants) are therefore for modalities that are known: a hidden one makes
+    samples it for that. Weights far from 0 there (`card`, large constants) are therefore for modalities that are known: a hidden one makes
     that step, hence the bound, costly, and continuous time has none.
 
     Mistakes to avoid: the target's own `clean`, `kl` and `elbo_rate` do not know of the sum, so a bound is `losses.vlb(process)`, not one
-    of `process.parts[target]`. And a network that was never shown a modality does not draw the target for a known one: use
+    of `process.parts[target]`. And a network that was never shown a modality does not sample the target for a known one: use
     `sampling.head_guided`.
 
     Attributes:
@@ -115,7 +115,7 @@ class Aggregate(Joint):
             raise ValueError(f"Aggregate: the target {target!r} must be one of the modalities {sorted(self.parts)}, and a Gaussian.")
         wrong = [name for name in self.added if name == target or name not in self.parts]
         if wrong:
-            raise ValueError(f"Aggregate: cannot add {wrong}; the modalities beside {target!r} are {sorted({*self.parts} - {target})}.")
+            raise ValueError(f"Aggregate: cannot add {wrong}; the modalities other than {target!r} are {sorted({*self.parts} - {target})}.")
 
     def __hash__(self):
         return hash((self.target, *self.added.items(), *self.parts.items()))
@@ -127,7 +127,7 @@ class Aggregate(Joint):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """What is added and may be hidden, so that the network has to tell it."""
+        """What is added and may be hidden, so that the network has to predict it."""
         return tuple(name for name in self.added if self.parts[name].learnt)
 
     @property
@@ -173,7 +173,7 @@ class Aggregate(Joint):
         """The modalities' own losses; zero for one that is added where it is known or absent.
 
         Its own loss is not zero where it is absent (as in any `Joint`): `on(name, process.parts[name].loss)` also trains the head to
-        tell it from a z_t that does not carry it.
+        predict it from a z_t that does not carry it.
         """
         values = super().loss(out, noised)
         return values | {name: jnp.where(noised.t[name] < 1, values[name], 0.0) for name in self.added}
@@ -182,7 +182,7 @@ class Aggregate(Joint):
         xs = super().step(keys, xt, x0_hat, t, s)
         if not self.added:
             return xs
-        # A class that this step reveals or lets enter is drawn, and z_s carries the draw.
+        # A class that this step reveals or lets enter is sampled, and z_s carries the sample.
         for name, part in self.parts.items():
             if name in self.added and isinstance(part, Discrete):
                 x0_hat = self.with_belief(x0_hat, t, **{name: self._pinned(fold(keys, name), name, xs[name], x0_hat[name], t, s)})
@@ -319,11 +319,11 @@ class Aggregate(Joint):
         return {**x, self.target: z}
 
     def _pinned(self, keys, name, xs, belief, t, s):
-        """The belief about a discrete modality with which z moves: what x_s tells, and a draw where the modality enters."""
+        """The belief about a discrete modality with which z moves: what x_s says, and a sample where the modality enters."""
         part = self.parts[name]
         known = part._conditioned(xs, belief, s[name])
-        drawn = jax.nn.one_hot(per_example(sample_classes, keys, belief), part.classes)
-        known = jnp.where(bcast((t[name] == 1) & (s[name] > 0), belief), drawn, known)
+        sampled = jax.nn.one_hot(per_example(sample_classes, keys, belief), part.classes)
+        known = jnp.where(bcast((t[name] == 1) & (s[name] > 0), belief), sampled, known)
         return jnp.where(bcast(s[self.target] > 0, belief), known, belief)  # a clean z is x0_hat
 
     def _target_terms(self, noised, x0_hat, mean_weight):

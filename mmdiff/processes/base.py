@@ -5,7 +5,7 @@ Shapes: B examples; `t`, `s` are float32 [B] with 0 <= s <= t <= 1; `keys` are [
 what happens to an example depends on nothing but its own key.
 
 Conditioning is time: a modality pinned at t = 0 is a condition (`corrupt` and `step` return it bit for bit, and its loss is
-zero), at t = 1 it is absent (a draw from the prior, or a null token).
+zero), at t = 1 it is absent (a sample of the prior, or a null token).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Process:
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """The modalities that are never learnt, hence never drawn: unless given they are absent."""
+        """The modalities that are never learnt, hence never sampled: unless given they are absent."""
         return ()
 
     @property
@@ -76,7 +76,7 @@ class Process:
             "Hidden(null) or an absorbing chain.")
 
     def prior(self, keys: Array, shape: tuple[int, ...]) -> Array:
-        """A draw [B, *shape] at t = 1."""
+        """A sample [B, *shape] at t = 1."""
         raise NotImplementedError
 
     def bind(self, params: Any) -> Process:
@@ -84,11 +84,11 @@ class Process:
         return self
 
     def condition_prior(self, xt: Any, known: Collection[str]) -> Any:
-        """A draw of the prior in which the modalities `known` were replaced by their clean data, and what else this changes."""
+        """A sample of the prior in which the modalities `known` were replaced by their clean data, and what else this changes."""
         return xt
 
     def corrupt(self, keys: Array, x0: Array, t: Array) -> Noised:
-        """A draw from q(x_t | x_0). At t = 0 it is x_0 itself."""
+        """A sample of q(x_t | x_0). At t = 0 it is x_0 itself."""
         raise NotImplementedError
 
     def with_x0(self, noised: Noised, x0: Array) -> Noised:
@@ -112,7 +112,7 @@ class Process:
         raise NotImplementedError
 
     def step(self, keys: Array, xt: Array, x0_hat: Array, t: Array, s: Array) -> Array:
-        """A draw from q(x_s | x_t, x_0 ~ x0_hat). For s = t it is x_t itself."""
+        """A sample of q(x_s | x_t, x_0 ~ x0_hat). For s = t it is x_t itself."""
         raise NotImplementedError
 
     def heun(self, x0_hat: Array, x0_end: Array, t: Array, s: Array) -> Array:
@@ -162,9 +162,9 @@ def concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
-def per_example(draw, keys: Array, *rest: Array) -> Array:
-    """`vmap` of a draw over examples."""
-    return jax.vmap(draw)(keys, *rest)
+def per_example(sample, keys: Array, *rest: Array) -> Array:
+    """`vmap` of a sampler over examples."""
+    return jax.vmap(sample)(keys, *rest)
 
 
 def bcast(t: Array, x: Array) -> Array:
@@ -182,7 +182,7 @@ def per_example_mean(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Given(Process):
-    """An undiffused condition: present at any t < 1, replaced by `null` at t = 1. It is never learnt and never drawn.
+    """An undiffused condition: present at any t < 1, replaced by `null` at t = 1. It is never learnt and never sampled.
 
     `null` is the value of an absent condition: a scalar (a null class, a padding token, 0.0) or an array of one example's shape.
     """
@@ -233,7 +233,7 @@ class Given(Process):
 class Joint(Process):
     """Several modalities side by side: every argument and result becomes a dict by modality name, `loss` too.
 
-    Each modality has its own time and draws from keys folded with its name. Entries of a dict that are not modalities of this
+    Each modality has its own time and samples with keys folded with its name. Entries of a dict that are not modalities of this
     process are ignored (a batch may carry more than one loss needs); a missing one is an error that names it.
 
         Joint(image=Gaussian(flow(), velocity), label=Categorical(absorbing(10), flow()))

@@ -3,7 +3,7 @@ r"""Discrete diffusion: a chain is a linear map and its transpose.
     push(p, s, t)[y] = sum_x p[x] q(x_t = y | x_s = x)        moves a distribution forward
     pull(f, s, t)[x] = sum_y q(x_t = y | x_s = x) f[y]        moves a likelihood back
 
-Everything else follows. Corruption draws from push. The reverse step, Bayes-exact for a belief p0 over x_0 (D3PM's mixture
+Everything else follows. Corruption samples push. The reverse step, Bayes-exact for a belief p0 over x_0 (D3PM's mixture
 sum_k p0[k] q(x_s | x_t, x_0 = k)), is
 
     q(x_s | x_t, p0) = pull(1[x_t], s, t) * push(p0 / pull(1[x_t], 0, t), 0, s).

@@ -281,7 +281,7 @@ class Gaussian(Process):
 
 @dataclasses.dataclass(frozen=True)
 class LearnedSigma(Gaussian):
-    r"""A `Gaussian` that draws its steps with a variance that the network predicts (Nichol & Dhariwal 2021, section 3.1).
+    r"""A `Gaussian` that samples its steps with a variance that the network predicts (Nichol & Dhariwal 2021, section 3.1).
 
     The output has twice the channels of x: what `predict` says, and v. With w = (v + 1) / 2, a step from t to s has the mean of the
     posterior and the variance between beta~ (the posterior's, w = 0) and beta (w = 1) of the chain on the sampler's own grid,
@@ -301,7 +301,7 @@ class LearnedSigma(Gaussian):
     def step(self, keys, xt, x0_hat, t, s):
         x0_hat, share = self._halves(x0_hat, xt)
         xs = super().step(keys, xt, x0_hat, t, s)  # the mean, and noise of the variance beta~
-        moves = (s > 0) & (s < t)  # to s = 0 nothing is drawn
+        moves = (s > 0) & (s < t)  # the step to s = 0 is deterministic
         t, s = jnp.where(moves, t, 0.75), jnp.where(moves, s, 0.5)
         sigma_s = self.schedule(s)[1]
         log_t, log_s = (schedules.log_snr(self.schedule, u) for u in (t, s))

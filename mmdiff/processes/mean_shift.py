@@ -31,7 +31,7 @@ def card() -> Weight:
 def stepwise(w: Sequence[float]) -> Weight:
     """The paper's w_1 .. w_T on a chain of T steps: `a_i = sqrt(alpha_i) (w_i + a_(i-1))`, exact at t = i / T, a / alpha linear between.
 
-    Constants are `stepwise([0.001] * 1000)`; their end is not that of z alone, but a_T E beside it.
+    Constants are `stepwise([0.001] * 1000)`; their end is not that of z alone, but that plus a_T E.
     """
     w = np.asarray(w, np.float64)
     if w.ndim != 1 or not w.size:

@@ -834,7 +834,7 @@ def test_mistakes_are_named():
     assert hash(process) == hash(process) and process.select(data()).keys() == {"image", "label"} and process.conditions == ()
     known = Aggregate("image", {"label": MeanShift(identity, moving_target())}, image=chain, label=Given())
     assert known.conditions == ("label",) and known.heads == ()
-    with pytest.raises(UserError, match="head_guided: the process adds no modality that the network tells"):
+    with pytest.raises(UserError, match="head_guided: the process adds no modality that the network predicts"):
         sampling.head_guided(known, linear_network)
     x0, t = {"image": jnp.zeros((2, 3)), "label": jnp.ones((2, 3))}, {"image": jnp.full(2, 0.5), "label": jnp.arange(2.0)}
     noised = known.corrupt(keys(2), x0, t)
