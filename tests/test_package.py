@@ -104,6 +104,28 @@ assert not {{"jax", "tensorflow"}} & set(sys.modules)
     assert run.returncode == 0, run.stderr
 
 
+def test_public_names_exist_and_mmdiff_and_its_packages_are_cheap_to_import(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import mmdiff, mmdiff.data, mmdiff.evals, mmdiff.training
+assert not {{"jax", "numpy", "flax"}} & set(sys.modules), "heavy imports"
+from mmdiff import Experiment, data, evals, losses, nets, processes, sampling, schedules, times, training
+for package in (mmdiff, data, evals, nets, processes, training):
+    assert package.__all__ and set(package.__all__) <= set(dir(package))
+    missing = [name for name in package.__all__ if not hasattr(package, name)]
+    assert not missing, (package, missing)
+try:
+    mmdiff.loses
+except AttributeError:
+    pass
+else:
+    raise AssertionError("a wrong name")
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_no_name_of_a_package_shadows_one_of_its_modules():
     """`import mmdiff.nets.dit` and `mmdiff.nets.dit` are the same thing: what a package exports has other names than its modules."""
     found = pkgutil.walk_packages(mmdiff.__path__, "mmdiff.")

@@ -1,0 +1,12 @@
+"""Data: sources of examples, their order and loading, modalities, captions, and caches of latents and tokens."""
+
+from mmdiff.exports import lazily
+
+__all__, __getattr__, __dir__ = lazily(
+    __name__,
+    latents="LatentSource write_latents",
+    loader="batches prefetch",
+    modalities="Features Images Labels Latents",
+    sources="ArraySource RandomSource Source Subset",
+    token_modalities="ClassMaps Sequences Texts TokenImages",
+)

@@ -1,0 +1,12 @@
+"""Training: the step, its sharding, checkpoints, the loop, and what to expect of a machine."""
+
+from mmdiff.exports import lazily
+
+__all__, __getattr__, __dir__ = lazily(
+    __name__,
+    checkpoints="Checkpoints restore_averages",
+    loop="train",
+    optim="adamw",
+    sharding="make_mesh place place_state shardings specs",
+    step="State init_state make_step step_of",
+)
