@@ -161,6 +161,21 @@ def prepared(loss: Loss, prepare: Callable) -> BatchLoss:
     return dataclasses.replace(loss, pieces=pieces)
 
 
+def flips(name: str, share: float) -> Callable:
+    """What `prepared` takes to mirror a share of the images `name` [B, H, W, C], left to right: each example by its own key.
+
+    >>> mirror = flips("image", 0.5)
+    >>> mirror({"image": jnp.zeros((4, 8, 8, 3))}, jax.random.split(jax.random.key(0), 4))["image"].shape
+    (4, 8, 8, 3)
+    """
+
+    def prepare(batch, keys):
+        chosen = jax.vmap(lambda key: jax.random.bernoulli(key, share))(keys)
+        return {name: jnp.where(chosen[:, None, None, None], batch[name][:, :, ::-1], batch[name])}
+
+    return prepare
+
+
 def combine(**losses: tuple[float, Loss]) -> BatchLoss:
     """`sum_i weight_i loss_i`, each with its own key and its metrics under its name: `combine(image=(1.0, a), text=(0.1, b))`.
 

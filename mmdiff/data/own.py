@@ -171,8 +171,12 @@ class Standardized(Features):
         return ((np.asarray(array, np.float64) - self.mean) / self.deviation).astype(np.float32)
 
     def export(self, array) -> np.ndarray:
-        """The network's units -> the user's."""
+        """The network's units -> the user's, for files."""
         return (np.asarray(array, np.float64) * self.deviation + self.mean).astype(np.float32)
+
+    def show(self, array) -> np.ndarray:
+        """As `Features.show`, of vectors in the user's units."""
+        return super().show(self.standardize(array))
 
 
 def open_arrays(data: Any) -> OwnData:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from mmdiff.errors import UserError
 
@@ -63,6 +64,17 @@ def adamw(train: Any, mask: Any = None) -> optax.GradientTransformation:
     """
     decayed = optax.adamw(cosine(train), b2=0.99, weight_decay=train.weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(train.clip), decayed)
+
+
+def muon(train: Any) -> optax.GradientTransformation:
+    """As `adamw`, with Muon for the matrices of the transformer's layers (Jordan et al. 2024), whose updates have the size of AdamW's.
+
+    Args:
+      train: the section of a config: steps, learning_rate, warmup_steps, weight_decay, clip.
+    """
+    orthogonal = optax.contrib.muon(
+        cosine(train), weight_decay=train.weight_decay, adam_b2=0.99, consistent_rms=0.2, muon_weight_dimension_numbers=muon_dimensions)
+    return optax.chain(optax.clip_by_global_norm(train.clip), orthogonal)
 
 
 def vq_diffusion(train: Any, mask: Any = None) -> optax.GradientTransformationExtraArgs:

@@ -1,0 +1,226 @@
+"""What can be measured of any joint model on held-out data, without a network that judges: losses, bounds, accuracy, recall, novelty."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff.data.modalities import Images, Labels
+from mmdiff.data.sources import Subset, load_all
+from mmdiff.data.token_modalities import Texts
+from mmdiff.errors import UserError
+from mmdiff.evals import likelihood, plots
+from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
+from mmdiff.evals.evaluator import Clock, Findings, Picture, best, draw_samples, example_keys, in_batches
+from mmdiff.evals.frechet import flatten, frechet_ratio, real_distance
+
+SIDE = 8  # images are shrunk to this side before they are compared
+SHOWN = 40  # samples in a grid
+CANDIDATES = 10  # captions of which one is right
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Metrics and grids of a joint model of `target`, an image or vectors, and whatever stands beside it.
+
+    * `held_out_loss`, and each term of it: the training loss of the held-out examples, with fixed noise.
+    * `bits_per_dimension` of images: a bound on -log p(image | condition) of 8-bit pixels, in bits per channel of a pixel.
+    * `label_accuracy`: the most likely label of each held-out image, by one network call.
+    * `caption_recall`: the share of held-out images whose own caption explains them best (the least denoising loss) among ten.
+    * `frechet_ratio` of samples with the training examples' conditions: 1 is as good as fresh real data.
+    * `novelty`: how far a sample is from the nearest training example, over how far a held-out example is: near 0 they are copies.
+    * `sample_agreement`, `real_agreement`: the share of samples for a class whose nearest training example is of that class, and of real
+      held-out examples, which is what can be expected.
+
+    Images are compared as their means over 8 x 8 fields.
+
+    Attributes:
+      target: the modality that is sampled.
+      condition: the modality that samples are given, "" for none.
+      most: the most held-out examples that are measured, and the most samples, evenly spread.
+      draws: noisy copies of an example in a bound, or with a candidate caption.
+      batch: examples in a call of the network.
+    """
+
+    target: str = "image"
+    condition: str = ""
+    most: int = 500
+    draws: int = 16
+    batch: int = 64
+
+    def __call__(self, experiment, params, config, key, step) -> Findings:
+        steps, guidance = int(config.sample.steps), float(config.sample.guidance)
+        test, train = (load_all(Subset(source, self.most)) for source in (experiment.test_data(), experiment.train_data()))
+        count = len(test[self.target])
+        if count < 2:
+            raise UserError(f"{count} held-out example is too few to measure anything: hold out more (config.data.test).")
+        keys = dict(zip(("loss", "bound", "label", "caption", "samples", "joint"), jax.random.split(key, 6)))
+        clock, metrics, notes, figures = Clock(), {}, {}, {}
+
+        def found(part: tuple[Mapping, Mapping, Mapping]) -> None:
+            for into, more in zip((metrics, notes, figures), part):
+                into.update(more)
+
+        clock.start("loss", f"the loss of {count} held-out examples")
+        found(self._losses(experiment, params, keys["loss"], test))
+        learnt = {name for name, part in experiment.process.parts.items() if part.learnt}
+        modality = experiment.modalities[self.target]
+        if isinstance(modality, Images):
+            clock.start("bound", f"a bound on their likelihood, {self.draws + 1} calls each")
+            found(self._bound(experiment, params, keys["bound"], test))
+        for name in sorted(learnt - {self.target}):
+            if isinstance(experiment.modalities[name], Labels):
+                clock.start(f"{name}_accuracy", f"the {name} of each, one call")
+                found(self._accuracy(experiment, params, keys["label"], test, name))
+        if isinstance(experiment.modalities.get(self.condition), Texts):
+            clock.start("caption_recall", f"the caption of each, {self.draws * CANDIDATES} calls")
+            found(self._recall(experiment, params, keys["caption"], test))
+        clock.start("samples", f"{len(train[self.target])} samples, {steps} steps")
+        given = {self.condition: train[self.condition]} if self.condition else {}
+        options = {"batch": self.batch, "steps": steps, "guidance": guidance}
+        drawn = draw_samples(experiment, params, keys["samples"], given, len(train[self.target]), **options)[self.target]
+        drawn = getattr(modality, "quantize", np.asarray)(drawn)
+        found(self._quality(experiment, drawn, train, test))
+        clock.start("grids", f"{SHOWN} samples of everything at once")
+        joint = draw_samples(experiment, params, keys["joint"], {}, SHOWN, **options)
+        found(({}, {}, self._grids(experiment, drawn, joint, train, test, f"{steps} steps, guidance {guidance:g}")))
+        clock.stop()
+        settings = {
+            "sample_steps": steps, "guidance": guidance, "held_out_examples": count, "samples": len(drawn), "noise_draws": self.draws,
+            "compared_features": f"means over fields, {SIDE} x {SIDE}" if isinstance(modality, Images) else "raw values",
+            "evaluation_seconds": clock.seconds}
+        return Findings(metrics, notes, figures, settings)
+
+    def _losses(self, experiment, params, key, test):
+        """The mean of every term, over batches of one size; what is left over is a batch of its own."""
+        loss, count = jax.jit(lambda params, batch: experiment.loss(params, batch, key)), len(test[self.target])
+        totals: dict[str, float] = {}
+        for start in range(0, count, self.batch):
+            rows = np.arange(start, min(start + self.batch, count))
+            value, terms = loss(params, {"index": rows.astype(np.uint32), **{name: array[rows] for name, array in test.items()}})
+            for name, each in {"loss": value, **terms}.items():
+                totals[name] = totals.get(name, 0.0) + float(each) * len(rows) / count
+        names = {name: f"held_out_{name.replace('/', '_')}" for name in totals}
+        notes = {names[name]: f"the training {name} of {count} held-out examples, the same noise every time" for name in totals}
+        return {names[name]: value for name, value in totals.items()}, notes, {}
+
+    def _bound(self, experiment, params, key, test):
+        absent = [name for name in experiment.shape if name not in (self.target, self.condition)]
+        pinned = [self.condition] if self.condition else []
+        path = likelihood.along(experiment.process, likelihood.geometric(), pinned, absent)
+        decoders = {self.target: likelihood.levels(jnp.linspace(-1, 1, 256))}
+
+        def bound(params, keys, x0):
+            parts = likelihood.continuous_time(experiment.process, experiment.apply, params, keys, x0, path, self.draws, decoders)
+            return likelihood.bits_per_dim(parts[self.target], experiment.shape[self.target])
+
+        count = len(test[self.target])
+        bits = in_batches(bound, params, example_keys(key, count), {name: test[name] for name in experiment.shape}, self.batch)
+        given = f" given {self.condition}" if self.condition else ""
+        note = f"variational bound on -log2 p(image{given}) of 8-bit pixels, per channel of a pixel; {count} held-out images"
+        return {"bits_per_dimension": float(bits.mean())}, {"bits_per_dimension": note}, {}
+
+    def _accuracy(self, experiment, params, key, test, name):
+        def read(params, keys, given):
+            return posterior(experiment.process, experiment.apply, params, keys, given, name, experiment.shape)
+
+        true, count = test[name], len(test[self.target])
+        beliefs = in_batches(read, params, example_keys(key, count), {self.target: test[self.target]}, self.batch)
+        predicted = best(f"p({name} | {self.target})", beliefs)
+        modality = experiment.modalities[name]
+        metrics = {f"{name}_accuracy": accuracy(predicted, true)}
+        notes = {
+            f"{name}_accuracy": f"argmax of p({name} | {self.target}), one network call; {count} held-out examples, "
+            f"{np.bincount(true).max() / count:.3f} of them in the largest class"}
+        if modality.count > 30:
+            return metrics, notes, {}
+        table = plots.matrix(confusion(predicted, true, modality.count), modality.show(np.arange(modality.count)), "true", "predicted")
+        return metrics, notes, {f"{self.target} to {name}".capitalize(): Picture(table, f"{count} held-out examples.")}
+
+    def _recall(self, experiment, params, key, test):
+        """A candidate is another held-out caption; equal captions are one."""
+        texts, own = np.unique(test[self.condition], axis=0, return_inverse=True)
+        places = min(CANDIDATES, len(texts))
+        if places < 2:
+            return {}, {}, {}
+        spread = 1 + np.arange(places - 1) * (len(texts) - 1) // (places - 1)  # the others, in a circle
+        candidates = texts[(own.reshape(-1, 1) + np.array([0, *spread])) % len(texts)]
+
+        def losses(params, keys, given):
+            image, candidates = given
+            process, apply, shape = experiment.process, experiment.apply, experiment.shape
+            return denoising_losses(process, apply, params, keys, {self.target: image}, self.condition, candidates, shape, self.draws)
+
+        count = len(own)
+        given = test[self.target], candidates
+        scores = -in_batches(losses, params, example_keys(key, count), given, max(1, self.batch // places))
+        name = f"{self.condition}_recall"
+        note = f"share of {count} held-out images whose own {self.condition} gives the least denoising loss of {places}"
+        note += f" (by chance {1 / places:.2f})"
+        return {name: float(np.mean(best("minus the denoising losses", scores) == 0))}, {name: note}, {}
+
+    def _quality(self, experiment, drawn, train, test):
+        image = isinstance(experiment.modalities[self.target], Images)
+        features = _shrunk if image else flatten
+        made, known, held = (features(array) for array in (drawn, train[self.target], test[self.target]))
+        near, place = _nearest(made, known)
+        real, real_place = _nearest(held, known)
+        metrics = {"novelty": float(near.mean() / max(real.mean(), 1e-12))}
+        notes = {
+            "novelty": f"mean distance of {len(made)} samples to their nearest of {len(known)} training examples, over that of "
+            f"{len(held)} held-out examples: 1 as new as these, near 0 copies"}
+        if real_distance(known, held) > 0:
+            metrics["frechet_ratio"] = frechet_ratio(made, held, known)
+            notes["frechet_ratio"] = (
+                f"squared Fréchet distance of {len(made)} samples to {len(held)} held-out examples, over that of as many training "
+                "examples: 1 is the limit; of few examples a rough measure")
+        if isinstance(experiment.modalities.get(self.condition), Labels):
+            labels = train[self.condition]
+            metrics["sample_agreement"] = accuracy(labels[place], labels)
+            metrics["real_agreement"] = accuracy(labels[real_place], test[self.condition])
+            notes["sample_agreement"] = f"share of {len(made)} samples for a class whose nearest training example is of that class"
+            notes["real_agreement"] = f"the same of {len(held)} held-out examples: what can be expected"
+        if not image:
+            return metrics, notes, {}
+        rows = np.stack([drawn[:SHOWN], train[self.target][place[:SHOWN]]], 1).reshape(-1, *drawn.shape[1:])
+        sheet = plots.grid(experiment.modalities[self.target].show(rows), 10 if len(rows) >= 10 else len(rows))
+        return metrics, notes, {"Samples and their nearest training images": Picture(sheet, "In turn: a sample, the nearest to it.")}
+
+    def _grids(self, experiment, drawn, joint, train, test, sampler):
+        if not isinstance(experiment.modalities[self.target], Images):
+            return {}
+        show = experiment.modalities[self.target].show
+        words = {name: modality.show for name, modality in experiment.modalities.items() if isinstance(modality, (Labels, Texts))}
+
+        def sheet(arrays, names):
+            texts = [words[name](arrays[name][:SHOWN]) for name in names if name in words]
+            captions = [" ".join(row) for row in zip(*texts)] if texts else None
+            return plots.grid(show(arrays[self.target][:SHOWN]), 10, captions)
+
+        beside = [name for name in experiment.shape if name != self.target]
+        given = [self.condition] if self.condition else []
+        what = f"Given {self.condition}; {sampler}." if given else f"{sampler}."
+        return {
+            "Samples": Picture(sheet({**train, self.target: drawn}, given), what),
+            "Joint samples": Picture(sheet(joint, beside), f"All modalities sampled together; {sampler}."),
+            "Real images": Picture(sheet(test, beside), "Held out, for comparison."),
+        }
+
+
+def _shrunk(images: np.ndarray) -> np.ndarray:
+    """Means over fields: [n, H, W, C] -> [n, d] of at most 8 x 8 x C; what does not fit into fields is left out at the edges."""
+    n, height, width, channels = images.shape
+    (rows, high), (columns, wide) = ((min(SIDE, length), length // min(SIDE, length)) for length in (height, width))
+    fields = images[:, : rows * high, : columns * wide].reshape(n, rows, high, columns, wide, channels)
+    return fields.mean((2, 4), dtype=np.float64).reshape(n, -1)
+
+
+def _nearest(examples: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of examples [n, d] the distance to the nearest of `known` [m, d], and its place: [n] each."""
+    examples, known = (np.asarray(array, np.float64) for array in (examples, known))
+    squared = (examples**2).sum(1)[:, None] - 2 * examples @ known.T + (known**2).sum(1)
+    return np.sqrt(np.maximum(squared.min(1), 0)), squared.argmin(1)
