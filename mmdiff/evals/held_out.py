@@ -15,7 +15,7 @@ from mmdiff.data.token_modalities import Texts
 from mmdiff.errors import UserError
 from mmdiff.evals import likelihood, plots
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
-from mmdiff.evals.evaluator import Clock, Findings, Picture, best, draw_samples, example_keys, in_batches
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, draw_samples, example_keys, in_batches
 from mmdiff.evals.frechet import flatten, frechet_ratio, real_distance
 
 SIDE = 8  # images are shrunk to this side before they are compared
@@ -52,17 +52,17 @@ class HeldOut:
     draws: int = 16
     batch: int = 64
 
-    def __call__(self, experiment, params, config, key, step) -> Findings:
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         test, train = (load_all(Subset(source, self.most)) for source in (experiment.test_data(), experiment.train_data()))
         count = len(test[self.target])
         if count < 2:
             raise UserError(f"{count} held-out example is too few to measure anything: hold out more (config.data.test).")
         keys = dict(zip(("loss", "bound", "label", "caption", "samples", "joint"), jax.random.split(key, 6)))
-        clock, metrics, notes, figures = Clock(), {}, {}, {}
+        clock, metrics, definitions, figures = Clock(), {}, {}, {}
 
         def found(part: tuple[Mapping, Mapping, Mapping]) -> None:
-            for into, more in zip((metrics, notes, figures), part):
+            for into, more in zip((metrics, definitions, figures), part):
                 into.update(more)
 
         clock.start("loss", f"the loss of {count} held-out examples")
@@ -82,18 +82,18 @@ class HeldOut:
         clock.start("samples", f"{len(train[self.target])} samples, {steps} steps")
         given = {self.condition: train[self.condition]} if self.condition else {}
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
-        drawn = draw_samples(experiment, params, keys["samples"], given, len(train[self.target]), **options)[self.target]
-        drawn = getattr(modality, "quantize", np.asarray)(drawn)
-        found(self._quality(experiment, drawn, train, test))
+        sampled = draw_samples(experiment, params, keys["samples"], given, len(train[self.target]), **options)[self.target]
+        sampled = getattr(modality, "quantize", np.asarray)(sampled)
+        found(self._quality(experiment, sampled, train, test))
         clock.start("grids", f"{SHOWN} samples of everything at once")
         joint = draw_samples(experiment, params, keys["joint"], {}, SHOWN, **options)
-        found(({}, {}, self._grids(experiment, drawn, joint, train, test, f"{steps} steps, guidance {guidance:g}")))
+        found(({}, {}, self._grids(experiment, sampled, joint, train, test, f"{steps} steps, guidance {guidance:g}")))
         clock.stop()
         settings = {
-            "sample_steps": steps, "guidance": guidance, "held_out_examples": count, "samples": len(drawn), "noise_draws": self.draws,
+            "sample_steps": steps, "guidance": guidance, "held_out_examples": count, "samples": len(sampled), "noise_draws": self.draws,
             "compared_features": f"means over fields, {SIDE} x {SIDE}" if isinstance(modality, Images) else "raw values",
             "evaluation_seconds": clock.seconds}
-        return Findings(metrics, notes, figures, settings)
+        return EvalResult(metrics, definitions, figures, settings)
 
     def _losses(self, experiment, params, key, test):
         """The mean of every term, over batches of one size; what is left over is a batch of its own."""
@@ -105,8 +105,8 @@ class HeldOut:
             for name, each in {"loss": value, **terms}.items():
                 totals[name] = totals.get(name, 0.0) + float(each) * len(rows) / count
         names = {name: f"held_out_{name.replace('/', '_')}" for name in totals}
-        notes = {names[name]: f"the training {name} of {count} held-out examples, the same noise every time" for name in totals}
-        return {names[name]: value for name, value in totals.items()}, notes, {}
+        definitions = {names[name]: f"the training {name} of {count} held-out examples, the same noise every time" for name in totals}
+        return {names[name]: value for name, value in totals.items()}, definitions, {}
 
     def _bound(self, experiment, params, key, test):
         absent = [name for name in experiment.shape if name not in (self.target, self.condition)]
@@ -121,8 +121,8 @@ class HeldOut:
         count = len(test[self.target])
         bits = in_batches(bound, params, example_keys(key, count), {name: test[name] for name in experiment.shape}, self.batch)
         given = f" given {self.condition}" if self.condition else ""
-        note = f"variational bound on -log2 p(image{given}) of 8-bit pixels, per channel of a pixel; {count} held-out images"
-        return {"bits_per_dimension": float(bits.mean())}, {"bits_per_dimension": note}, {}
+        definition = f"variational bound on -log2 p(image{given}) of 8-bit pixels, per channel of a pixel; {count} held-out images"
+        return {"bits_per_dimension": float(bits.mean())}, {"bits_per_dimension": definition}, {}
 
     def _accuracy(self, experiment, params, key, test, name):
         def read(params, keys, given):
@@ -133,13 +133,13 @@ class HeldOut:
         predicted = best(f"p({name} | {self.target})", beliefs)
         modality = experiment.modalities[name]
         metrics = {f"{name}_accuracy": accuracy(predicted, true)}
-        notes = {
+        definitions = {
             f"{name}_accuracy": f"argmax of p({name} | {self.target}), one network call; {count} held-out examples, "
             f"{np.bincount(true).max() / count:.3f} of them in the largest class"}
         if modality.count > 30:
-            return metrics, notes, {}
+            return metrics, definitions, {}
         table = plots.matrix(confusion(predicted, true, modality.count), modality.show(np.arange(modality.count)), "true", "predicted")
-        return metrics, notes, {f"{self.target} to {name}".capitalize(): Picture(table, f"{count} held-out examples.")}
+        return metrics, definitions, {f"{self.target} to {name}".capitalize(): Figure(table, f"{count} held-out examples.")}
 
     def _recall(self, experiment, params, key, test):
         """A candidate is another held-out caption; equal captions are one."""
@@ -159,38 +159,38 @@ class HeldOut:
         given = test[self.target], candidates
         scores = -in_batches(losses, params, example_keys(key, count), given, max(1, self.batch // places))
         name = f"{self.condition}_recall"
-        note = f"share of {count} held-out images whose own {self.condition} gives the least denoising loss of {places}"
-        note += f" (by chance {1 / places:.2f})"
-        return {name: float(np.mean(best("minus the denoising losses", scores) == 0))}, {name: note}, {}
+        definition = f"share of {count} held-out images whose own {self.condition} gives the least denoising loss of {places}"
+        definition += f" (by chance {1 / places:.2f})"
+        return {name: float(np.mean(best("minus the denoising losses", scores) == 0))}, {name: definition}, {}
 
-    def _quality(self, experiment, drawn, train, test):
+    def _quality(self, experiment, sampled, train, test):
         image = isinstance(experiment.modalities[self.target], Images)
         features = _shrunk if image else flatten
-        made, known, held = (features(array) for array in (drawn, train[self.target], test[self.target]))
+        made, known, held = (features(array) for array in (sampled, train[self.target], test[self.target]))
         near, place = _nearest(made, known)
         real, real_place = _nearest(held, known)
         metrics = {"novelty": float(near.mean() / max(real.mean(), 1e-12))}
-        notes = {
+        definitions = {
             "novelty": f"mean distance of {len(made)} samples to their nearest of {len(known)} training examples, over that of "
             f"{len(held)} held-out examples: 1 as new as these, near 0 copies"}
         if real_distance(known, held) > 0:
             metrics["frechet_ratio"] = frechet_ratio(made, held, known)
-            notes["frechet_ratio"] = (
+            definitions["frechet_ratio"] = (
                 f"squared Fréchet distance of {len(made)} samples to {len(held)} held-out examples, over that of as many training "
                 "examples: 1 is the limit; of few examples a rough measure")
         if isinstance(experiment.modalities.get(self.condition), Labels):
             labels = train[self.condition]
             metrics["sample_agreement"] = accuracy(labels[place], labels)
             metrics["real_agreement"] = accuracy(labels[real_place], test[self.condition])
-            notes["sample_agreement"] = f"share of {len(made)} samples for a class whose nearest training example is of that class"
-            notes["real_agreement"] = f"the same of {len(held)} held-out examples: what can be expected"
+            definitions["sample_agreement"] = f"share of {len(made)} samples for a class whose nearest training example is of that class"
+            definitions["real_agreement"] = f"the same of {len(held)} held-out examples: what can be expected"
         if not image:
-            return metrics, notes, {}
-        rows = np.stack([drawn[:SHOWN], train[self.target][place[:SHOWN]]], 1).reshape(-1, *drawn.shape[1:])
+            return metrics, definitions, {}
+        rows = np.stack([sampled[:SHOWN], train[self.target][place[:SHOWN]]], 1).reshape(-1, *sampled.shape[1:])
         sheet = plots.grid(experiment.modalities[self.target].show(rows), 10 if len(rows) >= 10 else len(rows))
-        return metrics, notes, {"Samples and their nearest training images": Picture(sheet, "In turn: a sample, the nearest to it.")}
+        return metrics, definitions, {"Samples and their nearest training images": Figure(sheet, "In turn: a sample, the nearest to it.")}
 
-    def _grids(self, experiment, drawn, joint, train, test, sampler):
+    def _grids(self, experiment, sampled, joint, train, test, sampler):
         if not isinstance(experiment.modalities[self.target], Images):
             return {}
         show = experiment.modalities[self.target].show
@@ -205,9 +205,9 @@ class HeldOut:
         given = [self.condition] if self.condition else []
         what = f"Given {self.condition}; {sampler}." if given else f"{sampler}."
         return {
-            "Samples": Picture(sheet({**train, self.target: drawn}, given), what),
-            "Joint samples": Picture(sheet(joint, beside), f"All modalities sampled together; {sampler}."),
-            "Real images": Picture(sheet(test, beside), "Held out, for comparison."),
+            "Samples": Figure(sheet({**train, self.target: sampled}, given), what),
+            "Joint samples": Figure(sheet(joint, beside), f"All modalities sampled together; {sampler}."),
+            "Real images": Figure(sheet(test, beside), "Held out, for comparison."),
         }
 
 
