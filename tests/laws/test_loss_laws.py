@@ -24,9 +24,9 @@ PARAMS = {"image": normal(0, (11, 3), 0.1), "label": normal(1, (11, 4), 0.1)}
 
 def batch(count=BATCH):
     return {
-        "image": jax.random.normal(jax.random.key(2), (count, 3)),
-        "label": jnp.arange(count, dtype=jnp.int32) % 4,
-        "index": jnp.arange(100, 100 + count, dtype=jnp.uint32),
+        "image": np.random.default_rng(2).normal(size=(count, 3)).astype(np.float32),
+        "label": np.arange(count, dtype=np.int32) % 4,
+        "index": np.arange(100, 100 + count, dtype=np.uint32),
     }
 
 
@@ -74,34 +74,37 @@ def assert_finite_at_the_ends(process, name, terms):
             assert value == 0 and not any(metrics.values()) and not gradient[name].any()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("schedule, predict", IMAGES)
 def test_image_terms_and_gradients_are_finite_at_the_ends_of_time(schedule, predict):
     image = Gaussian(SCHEDULES[schedule], PREDICTS[predict])
     assert_finite_at_the_ends(Joint(image=image, label=processes.absorbing(4)), "image", image_terms(image))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("label", DISCRETE)
 def test_label_terms_and_gradients_are_finite_at_the_ends_of_time(label):
     assert_finite_at_the_ends(Joint(image=Gaussian(schedules.flow()), label=DISCRETE[label]), "label", label_terms(DISCRETE[label]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("label", ["absorbing", "absorbing_cosine", "mask_and_replace", "vqd_released"])
 def test_an_absent_label_is_still_learnt(label):
     """t = 1 with a mask is where a classifier is trained: every term about the label has a gradient there."""
     process = Joint(image=Gaussian(schedules.flow()), label=DISCRETE[label])
     at = times.joint(image=times.constant(0.0), label=times.constant(1.0))
-    for name in ("own", "vlb", "kl"):
-        loss = losses.diffusion(process, linear_network, at, {name: label_terms(DISCRETE[label])[name]})
-        if (label, name) == ("absorbing_cosine", "vlb"):
-            continue  # its rate is 0 there: -alpha' vanishes
-        assert float(jnp.abs(jax.grad(lambda p, loss=loss: loss(p, batch(), jax.random.key(0))[0])(PARAMS)["label"]).max()) > 1e-4
+    terms = label_terms(DISCRETE[label])
+    if label == "absorbing_cosine":
+        del terms["vlb"]  # its rate is 0 there: -alpha' vanishes
+
+    @jax.jit
+    def gradients(params):
+        alone = {name: losses.diffusion(process, linear_network, at, {name: term}) for name, term in terms.items()}
+        return {name: jax.grad(lambda p, loss=loss: loss(p, batch(), jax.random.key(0))[0])(params) for name, loss in alone.items()}
+
+    for gradient in gradients(PARAMS).values():
+        assert np.abs(gradient["label"]).max() > 1e-4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("label", DISCRETE)
+@pytest.mark.parametrize("label", [
+    name if name in ("absorbing", "mixed", "vqd_released") else pytest.param(name, marks=pytest.mark.slow) for name in DISCRETE])
 def test_order_and_micro_batches_do_not_matter(label):
     process = Joint(image=Gaussian(schedules.cosine(), processes.v), label=DISCRETE[label])
     terms = {"": (1.0, process.loss)} | label_terms(DISCRETE[label])
@@ -117,13 +120,12 @@ def test_order_and_micro_batches_do_not_matter(label):
     assert abs(float(loss(PARAMS, whole, jax.random.key(8))[0] - value)) > 1e-4  # but the key does
 
 
-@pytest.mark.slow
 def test_float32_loss_under_a_bfloat16_network():
     process = Joint(image=Gaussian(schedules.flow()), label=processes.absorbing(4))
     streams = {"image": nets.Patches(4, 4, 1, 2), "label": nets.Label(5, 4)}
-    half, full = (nets.MMDiT(streams, depth=2, width=32, heads=2, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    half, full = (nets.MMDiT(streams, depth=2, width=16, heads=2, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
     data = {
-        "image": jax.random.normal(jax.random.key(0), (8, 4, 4, 1)), "label": jnp.arange(8, dtype=jnp.int32) % 4, "index": jnp.arange(8),
+        "image": normal(0, (8, 4, 4, 1)), "label": np.arange(8, dtype=np.int32) % 4, "index": np.arange(8, dtype=np.uint32),
     }
     at = {"image": jnp.ones(8), "label": jnp.ones(8)}
     rng, shapes = np.random.default_rng(0), jax.eval_shape(full.init, jax.random.key(1), data, at)
