@@ -12,5 +12,5 @@ source launch/environment.sh
 folder=${1:-docs}
 [[ $folder == "${1:-}" && $folder != /* ]] && folder=$start/$folder
 environment "docs${EXTRAS:+,$EXTRAS}"
-JAX_PLATFORMS=cpu "$python" -m pdoc --docformat google --output-directory "$folder" mmdiff
+JAX_PLATFORMS=cpu "$python" launch/api_pages.py "$folder"
 echo "$folder/index.html"

@@ -3,7 +3,6 @@
 import doctest
 import importlib
 import pathlib
-import re
 
 import pytest
 
@@ -25,22 +24,24 @@ def test_examples_run(name):
     assert not found.failed
 
 
-def build(folder, *names):
-    pdoc = pytest.importorskip("pdoc")
-    pdoc.render.configure(docformat="google")
-    pdoc.pdoc(*names, output_directory=folder)
-    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in folder.rglob("*.html")}
+@pytest.fixture
+def build(loaded_launch, tmp_path):
+    pages = loaded_launch("api_pages")
+
+    def build(*names):
+        pages.build(tmp_path, *names)
+        return {path.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
+
+    return build
 
 
-def test_a_page_of_the_api_is_built(tmp_path):
-    pages = build(tmp_path, "mmdiff.schedules")
-    assert "Moves a schedule towards noise" in pages["mmdiff/schedules.html"]
+def test_a_page_of_the_api_is_built(build):
+    assert "Moves a schedule towards noise" in build("mmdiff.schedules")["mmdiff/schedules.html"]
 
 
 @pytest.mark.slow
-def test_all_pages_of_the_api_are_built_by_the_settings_of_the_script(tmp_path):
-    script = (ROOT / "launch/docs.sh").read_text(encoding="utf-8")
-    assert re.search(r"-m pdoc --docformat google .* mmdiff$", script, flags=re.MULTILINE)
-    pages = build(tmp_path, "mmdiff")
+def test_all_pages_of_the_api_are_built(build):
+    pages = build("mmdiff")
     assert {"mmdiff.html", "mmdiff/nets.html", "mmdiff/processes.html", "mmdiff/sampling.html"} <= set(pages)
-    assert "MMDiT" in pages["mmdiff/nets.html"]
+    for package, name in (("nets", "MMDiT"), ("data", "ArraySource"), ("training", "make_step")):
+        assert name in pages[f"mmdiff/{package}.html"]
