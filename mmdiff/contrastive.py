@@ -54,6 +54,14 @@ def contrast(process: Process, term: Term, negatives: Negatives, form: Form | No
         would have needed noise without limit.
       negatives: `intra`, `inter`, `shifted`, `table` or a function of one's own.
       form: `linear()` by default.
+
+    >>> from mmdiff.processes import absorbing
+    >>> tokens = absorbing(4)
+    >>> term = contrast(tokens, losses.x0_ce(tokens), intra(chunks=2, count=3), infonce())
+    >>> x0, t = jnp.array([[0, 0, 1, 1]]), jnp.array([0.5])
+    >>> noised = jax.jit(tokens.corrupt)(jax.random.split(jax.random.key(0), 1), x0, t).replace(key=jax.random.key(1))
+    >>> jax.jit(term)(10.0 * jax.nn.one_hot(x0, 4), noised).shape
+    (1,)
     """
     form = form or linear()
 
@@ -98,6 +106,13 @@ def cdcd(
       of: the modality's name, for a joint pass.
       given: the condition's name there. Data of another condition are negatives only where a condition is present: where it is dropped, for
         guidance, they are data like any other, and the inter contrasts are 0.
+
+    >>> from mmdiff import schedules
+    >>> from mmdiff.processes import MaskReplace
+    >>> tokens = MaskReplace(16, schedules.vqd_released(100))
+    >>> terms = cdcd(tokens, 100, step_intra=5e-5, of="tokens", given="label")
+    >>> {name: round(weight, 6) for name, (weight, term) in terms.items()}
+    {'vlb': 1.0, 'auxiliary': 0.05, 'step_intra': 5e-05}
     """
     if given and not of:
         raise UserError(f"cdcd: the condition {given!r} is one of a joint pass: say the modality's name, too, of=...")

@@ -29,6 +29,9 @@ def spaced_grid(steps: int, chain: int) -> jax.Array:
 
     Node i + 1 of T for every i that is `round(j (T - 1) / (N - 1))`, j = 0 .. N - 1: the first node and the last are both called, unlike
     with `uniform_grid`. It is `space_timesteps(chain, [steps])` of improved diffusion (Nichol & Dhariwal 2021), ADM and DiT.
+
+    >>> spaced_grid(3, chain=8).tolist()
+    [1.0, 0.625, 0.125, 0.0]
     """
     if not 2 <= steps <= chain:
         raise UserError(f"spaced_grid needs 2 <= steps <= the chain's {chain}, got {steps} steps.")

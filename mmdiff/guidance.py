@@ -31,6 +31,17 @@ def guided(
       process: the joint process; from an `Aggregate`'s mean the dropped modalities go, too.
       channels: modality -> how many of its output's first channels are guided; the others are those of the conditional branch. Published
         DiT guides 3 of 8, `{"image": 3}` (`forward_with_cfg`). All channels by default.
+
+    Raises UserError for a modality without a null, a weight that is not finite, or `channels` of no modality.
+
+    >>> from mmdiff import schedules
+    >>> from mmdiff.processes import Gaussian, Given, Joint
+    >>> process = Joint(image=Gaussian(schedules.flow()), label=Given(null=10))
+    >>> def apply(params, x, t):                                 # here the output is 1 where a label is given, 0 where it is the null
+    ...     return {"image": (x["label"] != 10).astype(jnp.float32)[:, None]}
+    >>> x, t = {"image": jnp.zeros((2, 1)), "label": jnp.array([3, 7])}, {"image": jnp.ones(2), "label": jnp.zeros(2)}
+    >>> guided(apply, 4.0, ("label",), process)(None, x, t)["image"].tolist()
+    [[4.0], [4.0]]
     """
     drop = dropped(drop, process)
     _check_weight("guided", w)

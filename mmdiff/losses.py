@@ -80,7 +80,8 @@ def diffusion(
     >>> process = Joint(image=Gaussian(schedules.flow(), velocity))
     >>> zero = lambda params, x, t: {"image": params * x["image"]}
     >>> batch = {"image": jnp.ones((4, 8, 8, 1)), "index": jnp.arange(4)}
-    >>> value, metrics = diffusion(process, zero, times.joint(image=times.uniform()))(0.0, batch, jax.random.key(0))
+    >>> loss = diffusion(process, zero, times.joint(image=times.uniform()))
+    >>> value, metrics = jax.jit(loss)(0.0, batch, jax.random.key(0))
     >>> value.shape, "loss/image" in metrics
     ((), True)
     """
@@ -256,7 +257,15 @@ def on(name: str, term: Term) -> Term:
 
 
 def weighted(process, **weights: float) -> dict[str, tuple[float, Term]]:
-    """The process's own losses as `terms`, one per modality, with these weights, else 1: `weighted(process, label=0.1)`."""
+    """The process's own losses as `terms`, one per modality, with these weights, else 1.
+
+    >>> from mmdiff.processes import Gaussian, Joint, absorbing
+    >>> terms = weighted(Joint(image=Gaussian(schedules.flow()), label=absorbing(10)), label=0.1)
+    >>> {name: weight for name, (weight, term) in terms.items()}
+    {'image': 1.0, 'label': 0.1}
+
+    Raises UserError for a modality that the process does not have.
+    """
     unknown = [name for name in weights if name not in process.parts]
     if unknown:
         raise UserError(f"weighted: no modality {', '.join(unknown)}; there are {', '.join(process.parts)}.")

@@ -37,6 +37,17 @@ def embedding_loss(process: Process, of: str, loss: str = "infonce") -> InBatchT
       of: the modality's name in the joint pass. The network returns out["logit_scale"] and, for siglip, out["logit_bias"], [B] with
         equal entries: its learned numbers.
       loss: "infonce" or "siglip".
+
+    Raises UserError for another loss.
+
+    >>> from mmdiff import schedules
+    >>> from mmdiff.processes import Gaussian, Joint, x0
+    >>> process = Joint(query=Gaussian(schedules.cosine(), x0))
+    >>> t, x = {"query": jnp.full(3, 0.5)}, {"query": jnp.eye(3)}
+    >>> noised = jax.jit(process.corrupt)(jax.random.split(jax.random.key(0), 3), x, t)
+    >>> out = {"query": jnp.eye(3), "logit_scale": jnp.full(3, 100.0)}      # right, and sure of it
+    >>> jax.jit(embedding_loss(process.parts["query"], "query"))(out, noised).tolist()
+    [0.0, 0.0, 0.0]
     """
 
     def embed(out, noised):
@@ -57,7 +68,11 @@ def clip_loss(one: str = "image_vector", other: str = "text_vector", loss: str =
 
 
 def init_logits(loss: str) -> tuple[float, float]:
-    """What the learned scale and bias start from: CLIP's (1 / 0.07, 0), of "siglip" (10, -10)."""
+    """What the learned scale and bias start from: CLIP's (1 / 0.07, 0), of "siglip" (10, -10).
+
+    >>> init_logits("siglip")
+    (10.0, -10.0)
+    """
     return (10.0, -10.0) if loss == "siglip" else (1 / 0.07, 0.0)
 
 

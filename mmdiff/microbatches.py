@@ -67,6 +67,9 @@ def split(x: jax.Array, parts: int) -> jax.Array:
 
     Of a batch whose rows are spread over devices in blocks, every device so keeps its rows and gives an equal share of them to
     each micro-batch: nothing moves. (Splitting into blocks of rows would give each micro-batch to a few devices only.)
+
+    >>> split(jnp.arange(6), 2).tolist()
+    [[0, 2, 4], [1, 3, 5]]
     """
     _check(x, parts)
     return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)

@@ -50,6 +50,9 @@ def cosine() -> Schedule:
     r"""Variance preserving, `(cos(pi t / 2), sin(pi t / 2))` (Nichol & Dhariwal 2021 without the offset).
 
     alpha(1) is exactly 0, so the end of the chain is exactly the prior.
+
+    >>> [float(c) for c in cosine()(jnp.float32(1.0))]
+    [0.0, 1.0]
     """
 
     def schedule(t):
@@ -88,6 +91,10 @@ def linear_beta(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.0
 
     Exact at t = i / steps (i = 0 .. steps, alpha_bar_0 = 1); between the nodes log alpha_bar is interpolated linearly.
     The table is computed in float64. Source: Ho et al. 2020, section 4.
+
+    >>> alpha, sigma = linear_beta(1000)(jnp.float32(0.001))               # after one step, beta = 1e-4
+    >>> round(float(sigma) ** 2, 7)
+    0.0001
     """
     if not is_whole(steps, 1) or not 0 < beta_min <= beta_max < 1:
         raise ValueError(f"linear_beta needs steps >= 1 and 0 < beta_min <= beta_max < 1, got {steps}, {beta_min}, {beta_max}.")

@@ -44,7 +44,11 @@ def _named(key, name):
 
 
 def uniform(low: float = 0.0, high: float = 1.0) -> Times:
-    """t ~ U(low, high], independently; never exactly `low`, so that t = 0 keeps its meaning of "given"."""
+    """t ~ U(low, high], independently; never exactly `low`, so that t = 0 keeps its meaning of "given".
+
+    >>> uniform()(jax.random.key(0), jnp.arange(5)).shape
+    (5,)
+    """
     if not 0 <= low < high <= 1:
         raise UserError(f"uniform times need 0 <= low < high <= 1, got {low} and {high}.")
 
@@ -104,7 +108,11 @@ def on_grid(steps: int) -> Times:
 
 
 def constant(value: float) -> Times:
-    """Pinned: 0 makes a modality a condition, 1 makes it absent."""
+    """Pinned: 0 makes a modality a condition, 1 makes it absent.
+
+    >>> constant(1.0)(jax.random.key(0), jnp.arange(3)).tolist()
+    [1.0, 1.0, 1.0]
+    """
     if not 0 <= value <= 1:
         raise UserError(f"a time lies in [0, 1], got {value}.")
     return lambda key, index: jnp.full(index.shape, value, jnp.float32)

@@ -46,7 +46,7 @@ Transform = Callable[[SamplerState], SamplerState]
 
 
 def only(name: str, transform: Transform) -> Transform:
-    """Applies a transform to one modality of a joint state."""
+    """Applies a transform to one modality of a joint state: `only("image", clip(-1, 1))`."""
 
     def apply(state: SamplerState) -> SamplerState:
         fields = ("xt", "t", "s", "x0", "last_x0", "last_t", "x0_for_history")
@@ -90,7 +90,7 @@ def _on_data(state: SamplerState, change: Callable) -> SamplerState:
 
 
 def clip(low: float, high: float) -> Transform:
-    """Keeps the belief within the data's range."""
+    """Keeps the belief within the data's range: x0 <- min(max(x0, low), high)."""
     if not low < high:
         raise UserError(f"clip needs low < high, got ({low}, {high}).")
     return lambda state: _on_data(state, lambda x0: jnp.clip(x0, low, high))

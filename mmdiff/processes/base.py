@@ -185,6 +185,9 @@ class Given(Process):
     """An undiffused condition: present at any t < 1, replaced by `null` at t = 1. It is never learnt and never sampled.
 
     `null` is the value of an absent condition: a scalar (a null class, a padding token, 0.0) or an array of one example's shape.
+
+    >>> Given(null=10).corrupt(None, jnp.array([3, 7]), jnp.array([0.5, 1.0])).xt.tolist()
+    [3, 10]
     """
 
     null: Any = 0

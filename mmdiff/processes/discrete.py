@@ -248,7 +248,11 @@ def absorbing(classes: int, keep: schedules.Schedule | None = None) -> Categoric
 
 
 def uniform(classes: int, keep: schedules.Schedule | None = None) -> Categorical:
-    """Tokens are redrawn uniformly from the classes (multinomial diffusion)."""
+    """Tokens are redrawn uniformly from the classes (multinomial diffusion).
+
+    >>> uniform(4).push(jax.nn.one_hot(jnp.array([1]), 4), None, jnp.array([1.0])).tolist()
+    [[0.25, 0.25, 0.25, 0.25]]
+    """
     check_classes("uniform", classes)
     return Categorical((1.0 / classes,) * classes, keep or schedules.flow(), classes)
 

@@ -26,6 +26,10 @@ class MaskReplace(Discrete):
       schedule: (A_t, U_t, C_t), such as `schedules.vqd_released(100)` or `schedules.vqd_paper(100)`.
       evidence: whether to add what a token says of its own clean value, log q(x_t | x_0), to the network's logits, which are then of
         x_0 given the *other* tokens: the network need not learn to copy what it sees. False is as published.
+
+    >>> process = MaskReplace(16, schedules.vqd_released(100))
+    >>> process.states, process.mask, process.null
+    (17, 16, 16)
     """
 
     classes: int
