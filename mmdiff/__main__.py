@@ -271,7 +271,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     of_checkpoint(sub)
     sub.add_argument("--split", choices=("test", "validation"), default="test", help="what to measure on (default: test)")
     sub.add_argument("--reuse", action="store_true", help="print the report of this checkpoint and config if there is one")
-    sub.add_argument("--zeroshot", metavar="NAMES", help="classify pictures of published sets by prompts, too: all, or cifar10,food101")
+    sub.add_argument("--zeroshot", metavar="NAMES", help="classify images of published sets by prompts, too: all, or cifar10,food101")
     sub.add_argument("--zeroshot-dir", type=_path, metavar="DIR", help="where these data sets are (default: where TFDS keeps them)")
     sub = command("cache", _cache, "encode a data set with a trained tokenizer", CACHE)
     option = sub.add_argument
@@ -589,7 +589,7 @@ def _draw(experiment, params, given, number: int, seed: int, absent: tuple[str, 
 
 
 def _write_samples(experiment, samples: Mapping, out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes samples.npz, a grid of pictures, captioned with the modalities that are text, and files of sounds; prints that text.
+    """Writes samples.npz, a grid of images, captioned with the modalities that are text, and files of sounds; prints that text.
 
     All hold the same: pixels that are possible in the data, so that --given reads them back.
     """

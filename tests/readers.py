@@ -37,8 +37,8 @@ def build(config):
     readers = {
         "tokens": lambda split: token_cache.open_tokens(data, split, {"tokens": modalities.TokenImages(2, 2, 16), "label": labels}),
         "latents": lambda split: latents.open_source(data, split, {"image": modalities.Latents(2, 2, 4), "label": labels}),
-        "pictures": lambda split: image_datasets.open_pictures(data, split, data.size),
-        "captions": lambda split: image_datasets.open_pictures(data, split, data.size, tokenizer),
+        "images": lambda split: image_datasets.open_images(data, split, data.size),
+        "captions": lambda split: image_datasets.open_images(data, split, data.size, tokenizer),
         "pairs": lambda split: paired.open_pairs(data, split, data.size),
     }
     parts = {

@@ -1,4 +1,4 @@
-"""Sets of pictures with a few examples, stored as the real ones are: TFDS's array records, and CUB-200's folders."""
+"""Sets of images with a few examples, stored as the real ones are: TFDS's array records, and CUB-200's folders."""
 
 import contextlib
 import io
@@ -84,7 +84,7 @@ def prepare(builder, folder):
 
 
 def cub200(folder):
-    """Four classes, one of them for testing, with two pictures each and ten captions (a picture of the first class has two)."""
+    """Four classes, one of them for testing, with two images each and ten captions (an image of the first class has two)."""
     folder = pathlib.Path(folder)
     names = ["001.Albatross", "002.Auklet", "003.Wren", "004.Wagtail"]
     for i, name in enumerate(names):

@@ -352,7 +352,7 @@ for given, *words in (
     ("label=99999999999999999999", "0..2"), ("label=missing.npy", "no such file: missing.npy"), ("label=fractions.npz", "integers"),
     ("label=ids.npz", "label"), ("label=other.npz", "no entry 'label'", "a, b"), ("image=missing.png", "no such file: missing.png"),
     ("image=large.png", "9 x 8 pixels", "8 x 8"), ("image=text.png", "text.png cannot be read"), ("image=cut.png", "cut.png"),
-    ("image=nothing.png", "nothing.png"), ("image=folder", "folder", "no pictures"), ("image=text.npz", "text.npz"),
+    ("image=nothing.png", "nothing.png"), ("image=folder", "folder", "no images"), ("image=text.npz", "text.npz"),
     ("image=nan.npy", "nan.npy", "not finite"), ("image=large.npy", "large.npy", "[-1, 1]"), ("image=letters.npy", "letters.npy"),
     ("image=objects.npy", "objects.npy"), ("image=objects.npz", "objects.npz"), ("image=none.npy", "none.npy"),
     ("image=huge.npy", "huge.npy"), ("image=", "--given image has no value"), ("image=/dev/null", "/dev/null"),
@@ -522,9 +522,9 @@ for name, change, *words in (
 
 for argv, *words in (
     ("latents", "config.data.dir is empty"), ("tokens", "config.data.dir is empty"),
-    ("latents --config.data.dir=gs://bucket", "gs://bucket"), ("pictures --config.data.name=folder", "config.data.dir"),
-    ("pictures --config.data.name=imagnet --config.data.dir=.", "imagnet"),
-    ("pictures --config.data.name=folder --config.data.dir=missing", "missing"),
+    ("latents --config.data.dir=gs://bucket", "gs://bucket"), ("images --config.data.name=folder", "config.data.dir"),
+    ("images --config.data.name=imagnet --config.data.dir=.", "imagnet"),
+    ("images --config.data.name=folder --config.data.dir=missing", "missing"),
     ("captions --config.data.name=captioned --config.data.dir=missing", "missing"),
     ("pairs --config.data.name=cityscape --config.data.dir=.", "cityscape"), ("pairs --config.data.name=pairs", "data"),
 ):
@@ -532,7 +532,7 @@ for argv, *words in (
 
 
 def labelled(change):
-    """A folder of two classes of one picture each."""
+    """A folder of two classes of one image each."""
 
     def make(folder):
         for split, name in itertools.product(("train", "val"), ("cat", "dog")):
@@ -546,23 +546,23 @@ def labelled(change):
 for name, change, *words in (
     ("no train", shutil.rmtree, "set/train", "train/CLASS"),
     ("no classes", lambda train: (shutil.rmtree(train), train.mkdir()), "set/train"),
-    ("an empty class", lambda train: (train / "hen").mkdir(), "'hen' has no pictures"),
-    ("a class without a picture", lambda train: os.rename(train / "cat/0.png", train / "cat/0.txt"), "'cat' has no pictures"),
-    ("a picture in no class", lambda train: shutil.copy(train / "cat/0.png", train / "1.png"), "1.png is in no folder of a class"),
-    ("an empty picture", lambda train: os.truncate(train / "cat/0.png", 0), "cat/0.png"),
-    ("a cut picture", lambda train: os.truncate(train / "cat/0.png", 50), "cat/0.png"),
-    ("text for a picture", lambda train: (train / "cat/0.png").write_text("no"), "cat/0.png"),
+    ("an empty class", lambda train: (train / "hen").mkdir(), "'hen' has no images"),
+    ("a class without an image", lambda train: os.rename(train / "cat/0.png", train / "cat/0.txt"), "'cat' has no images"),
+    ("an image in no class", lambda train: shutil.copy(train / "cat/0.png", train / "1.png"), "1.png is in no folder of a class"),
+    ("an empty image", lambda train: os.truncate(train / "cat/0.png", 0), "cat/0.png"),
+    ("a cut image", lambda train: os.truncate(train / "cat/0.png", 50), "cat/0.png"),
+    ("text for an image", lambda train: (train / "cat/0.png").write_text("no"), "cat/0.png"),
     ("a link to nothing", lambda train: ((train / "cat/0.png").unlink(), (train / "cat/0.png").symlink_to("x")), "cat/0.png"),
     ("a link to itself", lambda train: ((train / "cat/0.png").unlink(), (train / "cat/0.png").symlink_to("0.png")), "cat/0.png"),
     ("a pipe", lambda train: ((train / "cat/0.png").unlink(), os.mkfifo(train / "cat/0.png")), "cat/0.png"),
     ("a folder", lambda train: ((train / "cat/0.png").unlink(), (train / "cat/0.png").mkdir()), "cat"),
 ):  # fmt: skip
-    row([*TRAIN, "--config.data.source=pictures", "--config.data.name=folder", "--config.data.dir=set"], *words, files=labelled(change),
-        name=f"{len(ROWS)}: pictures, {name}")
+    row([*TRAIN, "--config.data.source=images", "--config.data.name=folder", "--config.data.dir=set"], *words, files=labelled(change),
+        name=f"{len(ROWS)}: images, {name}")
 
 
 def captioned(change):
-    """A picture with its caption."""
+    """An image with its caption."""
 
     def make(folder):
         for split in ("train", "val"):
@@ -592,7 +592,7 @@ for name, change, *words in (
     ("a JSON list", in_json("[1]"), "0.json|0.png"),
     ("a lone surrogate", in_json('{"caption": "\\ud800"}'), "0.json|0.png"),
     ("a pipe for a caption", lambda train: ((train / "0.txt").unlink(), os.mkfifo(train / "0.txt")), "0.png|0.txt"),
-    ("two pictures of one caption", lambda train: shutil.copy(train / "0.png", train / "0.jpg"), "0.jpg|0.png"),
+    ("two images of one caption", lambda train: shutil.copy(train / "0.png", train / "0.jpg"), "0.jpg|0.png"),
     ("a list without tabs", lambda train: (train / "captions.tsv").write_text("0.png a red seven\n"), "captions.tsv"),
     ("a list of what is not there", lambda train: (train / "captions.tsv").write_text("9.png\ta red seven\n"), "9.png"),
     ("a tar file that is none", lambda train: ((train / "0.png").unlink(), (train / "0.tar").write_text("no")), "0.tar"),
@@ -662,7 +662,7 @@ def test_a_bad_input_is_one_sentence_at_once_and_nothing_is_written(argv, words,
 
 
 def test_weights_that_are_not_finite_are_a_sentence_for_all_who_use_them(tmp_path, capsys):
-    """Black pictures, labels, and Recall@1 = 1 came of them."""
+    """Black images, labels, and Recall@1 = 1 came of them."""
     import jax
 
     from mmdiff import config as configs

@@ -1,4 +1,4 @@
-"""The paper's pictures by CDCD: from a stored set over a tokenizer and its cache to a trained step and a sample, in small."""
+"""The paper's images by CDCD: from a stored set over a tokenizer and its cache to a trained step and a sample, in small."""
 
 import json
 import math
@@ -213,5 +213,5 @@ def test_mistakes(caches, tmp_path):
         load("coco_text", data__dir=cache)
     with pytest.raises(UserError, match="has 32 x 32 tokens of 2887 codes, but the config needs 16 x 16 of 974"):
         load("imagenet256_class", data__dir=caches("coco_text"))[0].train_data()
-    with pytest.raises(UserError, match="there is no set of pictures 'imagenet'"):
+    with pytest.raises(UserError, match="there is no set of images 'imagenet'"):
         load("pictures_tokenizer", data__name="imagenet", data__dir=tmp_path)[0].train_data()

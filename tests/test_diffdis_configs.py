@@ -238,7 +238,7 @@ def encode_text(texts):
 
 @pytest.fixture(scope="module")
 def aircraft(tmp_path_factory):
-    """The smallest of the zero-shot data sets: two pictures of two variants, as the archive has them."""
+    """The smallest of the zero-shot data sets: two images of two variants, as the archive has them."""
     folder = tmp_path_factory.mktemp("zeroshot")
     (folder / "fgvc-aircraft-2013b/data/images").mkdir(parents=True)
     (folder / "fgvc-aircraft-2013b/data/variants.txt").write_text("A300\nBoeing 747\n")
@@ -274,7 +274,7 @@ def test_diffdis_classifies_pictures_of_published_sets(aircraft, towers, monkeyp
         data__source="random", model__size="XS", model__shared=1, model__head_width=16, model__head_heads=2, model__head_depth=1,
         model__patch=16, model__dtype="float32")
     assert classified(*load("sd_scale", **small, **asked, eval__encoders=aircraft / "encoders.py")) in (0, 0.5, 1)
-    with pytest.raises(UserError, match="config.eval.encoders is empty: to classify pictures, name a Python file"):
+    with pytest.raises(UserError, match="config.eval.encoders is empty: to classify images, name a Python file"):
         load("sd_scale", **small, **asked)
 
 

@@ -1,4 +1,4 @@
-"""Captions of pictures, and pictures with captions in tar files (WebDataset), as img2dataset writes them."""
+"""Captions of images, and images with captions in tar files (WebDataset), as img2dataset writes them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdiff.data import arrays, files
-from mmdiff.data.files import PICTURES, FileError
+from mmdiff.data.files import IMAGE_SUFFIXES, FileError
 from mmdiff.data.sources import sizes
 from mmdiff.errors import UserError
 
 log = logging.getLogger(__name__)
-INDEX, FORMAT = "index.npz", 2  # the format: 2 knows several captions of a picture, and refuses what is none
-MOST = 10  # captions of a picture that are used; the rest is left out
+INDEX, FORMAT = "index.npz", 2  # the format: 2 knows several captions of an image, and refuses what is none
+MOST = 10  # captions of an image that are used; the rest is left out
 BELONGS = 'beside it belongs a .txt of its name, or a .json with "caption", a text or a list of texts'
 
 
@@ -31,26 +31,26 @@ def captions_of(value: Any, name: Any) -> list[str]:
     """The captions that a value of JSON is: a text, or several in a list.
 
     Raises:
-      FileError: null, a number, an empty list or text, or anything else; `name` is what it calls the picture.
+      FileError: null, a number, an empty list or text, or anything else; `name` is what it calls the image.
     """
     captions = value if isinstance(value, list) and value else [value]
     kinds = {type(None): "null", bool: "true or false", float: "a number", int: "a number", list: "a list without texts"}
     for each in captions:
         if not isinstance(each, str):
             what = kinds.get(type(each), "an object")
-            raise FileError(name, f"has {what} for a caption", "write a text, or a list of texts, or remove the picture")
+            raise FileError(name, f"has {what} for a caption", "write a text, or a list of texts, or remove the image")
     return [caption(each, name) for each in captions]
 
 
 def caption(text: str, name: Any) -> str:
-    """A picture's caption, without blanks around it. Raises FileError for one without words, or that is no text."""
+    """An image's caption, without blanks around it. Raises FileError for one without words, or that is no text."""
     if not (captions := files.check_text(text, f"the caption of {name}").strip()):
-        raise FileError(name, "has an empty caption", "write one, or remove the picture")
+        raise FileError(name, "has an empty caption", "write one, or remove the image")
     return captions
 
 
 def read_captions(name: Any, beside: Mapping[str, Callable[[], bytes]]) -> list[str]:
-    """A picture's captions, by what reads the "txt" or else the "json" beside it. Raises FileError where there are none."""
+    """An image's captions, by what reads the "txt" or else the "json" beside it. Raises FileError where there are none."""
     try:
         if "txt" in beside:
             return [caption(files.decode(beside["txt"](), f"the caption of {name}"), name)]
@@ -64,16 +64,16 @@ def read_captions(name: Any, beside: Mapping[str, Callable[[], bytes]]) -> list[
 
 
 def of_each(paths: Sequence[pathlib.Path]) -> list[list[str]]:
-    """The captions of pictures in a folder, each beside a `.txt` or a `.json` of its name.
+    """The captions of images in a folder, each beside a `.txt` or a `.json` of its name.
 
     Raises:
-      FileError: two pictures of one name, which would share a caption; a picture without one.
+      FileError: two images of one name, which would share a caption; an image without one.
     """
     found, seen = [], {}
     for path in paths:
         other = seen.setdefault(path.with_suffix(""), path)
         if other is not path:
-            raise FileError(path, f"has the name of {other.name}, and a caption belongs to one picture", "rename or remove one")
+            raise FileError(path, f"has the name of {other.name}, and a caption belongs to one image", "rename or remove one")
         beside = {kind: path.with_suffix(f".{kind}") for kind in ("txt", "json")}
         readers = {kind: functools.partial(files.read_bytes, each) for kind, each in beside.items() if os.path.lexists(each)}
         found.append(read_captions(path, readers))
@@ -81,7 +81,7 @@ def of_each(paths: Sequence[pathlib.Path]) -> list[list[str]]:
 
 
 class Member(NamedTuple):
-    """A picture in a tar file: where its content starts, and how long it is."""
+    """An image in a tar file: where its content starts, and how long it is."""
 
     path: pathlib.Path
     start: int
@@ -101,7 +101,7 @@ class Member(NamedTuple):
 
 
 class Shards:
-    """`Records` of pictures with captions in tar files of one folder, in their order.
+    """`Records` of images with captions in tar files of one folder, in their order.
 
     What is where, and all captions, is kept beside them in index.npz (or in `index`): the first time every file is gone through, and again
     when one has changed. A folder that cannot be written is gone through every time.
@@ -153,7 +153,7 @@ class Shards:
 def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
     """What is in tar files, in their order.
 
-    "members" int64 [n, 3]: shard, start and size of every picture; "counts" [n]: its captions; "captions" uint8: the texts of all one after
+    "members" int64 [n, 3]: shard, start and size of every image; "counts" [n]: its captions; "captions" uint8: the texts of all one after
     the other; "ends": where each ends in it.
     """
     members, counts, texts = [], [], []
@@ -168,23 +168,23 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                     stem, _, kind = name.partition(".")
                     kind = kind.lower()
                     unseen = any(map(files.hidden, own_path.split("/")))
-                    if posixpath.splitext(kind)[1] in (*PICTURES, *files.OTHER_PICTURES) and not unseen:
+                    if posixpath.splitext(kind)[1] in (*IMAGE_SUFFIXES, *files.UNREAD_SUFFIXES) and not unseen:
                         left_out.append(member.name)  # a.mask.png, or cat v1.0.png
-                    if f".{kind}" in files.OTHER_PICTURES and not files.hidden(name):
+                    if f".{kind}" in files.UNREAD_SUFFIXES and not files.hidden(name):
                         raise files.not_read(f"{member.name} in {path}")
-                    if member.isdir() or unseen or f".{kind}" not in (*PICTURES, ".txt", ".json"):
+                    if member.isdir() or unseen or f".{kind}" not in (*IMAGE_SUFFIXES, ".txt", ".json"):
                         continue
                     if not member.isreg() or member.issparse():
                         remedy = "write the tar file with --hard-dereference --dereference and without --sparse"
                         raise FileError(f"{member.name} in {path}", "is a link or a sparse file, not a file", remedy)
-                    group, own = (pictures, (folder, stem)) if f".{kind}" in PICTURES else (beside, (folder, stem, kind))
+                    group, own = (pictures, (folder, stem)) if f".{kind}" in IMAGE_SUFFIXES else (beside, (folder, stem, kind))
                     if own in group:
                         what = f"is the second of its key there, beside {group[own].name}"
                         raise FileError(f"{member.name} in {path}", what, "remove or rename one of them")
                     group[own] = member
                 file.seek(end)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what ends a tar file
-                    raise tarfile.ReadError(f"no end after {len(pictures)} pictures")
+                    raise tarfile.ReadError(f"no end after {len(pictures)} images")
                 for key, member in pictures.items():
                     own = {kind: beside[*key, kind] for kind in ("txt", "json") if (*key, kind) in beside}
                     readers = {kind: functools.partial(_content, tar, each) for kind, each in own.items()}
@@ -194,12 +194,12 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                     texts += [each.encode() for each in captions]
             if left_out:
                 log.warning(
-                    "%s: %d pictures are left out, the first of them %s: a name ends at its first dot, and what follows is no ending of a "
-                    "picture; rename them if they are examples of their own.", path, len(left_out), left_out[0])
+                    "%s: %d images are left out, the first of them %s: a name ends at its first dot, and what follows is no ending of a "
+                    "image; rename them if they are examples of their own.", path, len(left_out), left_out[0])
         except (tarfile.TarError, OSError, EOFError) as error:
             raise UserError(f"{path} cannot be read as a tar file ({error}): it is damaged or compressed, copy it again.") from error
     if not members:
-        raise UserError(f"there are no pictures ({', '.join(PICTURES)}) in the tar files of {paths[0].parent}.")
+        raise UserError(f"there are no images ({', '.join(IMAGE_SUFFIXES)}) in the tar files of {paths[0].parent}.")
     ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
     captions = np.frombuffer(b"".join(texts), np.uint8)
     return {"members": np.array(members, np.int64), "counts": np.array(counts, np.int64), "ends": ends, "captions": captions}

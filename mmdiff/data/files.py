@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 from mmdiff.errors import UserError
 
 log = logging.getLogger(__name__)
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-OTHER_PICTURES = (  # that are not read: beside others they would be left out without a word
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+UNREAD_SUFFIXES = (  # that are not read: beside others they would be left out without a word
     ".jfif", ".jpe", ".apng", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".psd", ".svg", ".exr", ".hdr", ".dng",
     ".cr2", ".nef", ".arw")
 SYSTEM = (  # names that operating systems and archivers leave behind; those that begin with a dot are hidden anyway
@@ -206,27 +206,27 @@ def hidden(name: str) -> bool:
 
 
 def folders(path: str | os.PathLike) -> list[str]:
-    """The names of the folders in a folder, in their order. Raises as `pictures`."""
+    """The names of the folders in a folder, in their order. Raises as `images`."""
     return [entry.name for entry in _entries(path) if entry.is_dir()]
 
 
-def pictures(path: str | os.PathLike, below: bool = True) -> list[pathlib.Path]:
-    """The pictures in a folder and, unless `below` is False, in all below it, by the names of folders and files.
+def images(path: str | os.PathLike, below: bool = True) -> list[pathlib.Path]:
+    """The images in a folder and, unless `below` is False, in all below it, by the names of folders and files.
 
     Raises:
-      FileError: a folder that cannot be read; a picture that is no regular file, or of a kind that is not read.
+      FileError: a folder that cannot be read; an image that is no regular file, or of a kind that is not read.
     """
-    return matching(path, PICTURES, OTHER_PICTURES, below)
+    return matching(path, IMAGE_SUFFIXES, UNREAD_SUFFIXES, below)
 
 
 def not_read(name: Any) -> FileError:
-    """What is said of a file that is one of OTHER_PICTURES."""
-    reason = f"is a kind of picture that is not read ({', '.join(PICTURES)} are)"
+    """What is said of a file that is one of UNREAD_SUFFIXES."""
+    reason = f"is a kind of image that is not read ({', '.join(IMAGE_SUFFIXES)} are)"
     return FileError(name, reason, "rename (.jfif is .jpg), convert or remove it")
 
 
 def matching(path: str | os.PathLike, kinds: Sequence[str], refused: Sequence[str] = (), below: bool = True) -> list[pathlib.Path]:
-    """As `pictures`, of files whose names end in one of `kinds`; one that ends in one of `refused` is an error."""
+    """As `images`, of files whose names end in one of `kinds`; one that ends in one of `refused` is an error."""
     found: list[pathlib.Path] = []
 
     def visit(folder, above):

@@ -1,4 +1,4 @@
-"""Sets of pictures with their labels or captions: ImageNet, COCO, CUB-200, the sets of zero-shot classification, or one's own.
+"""Sets of images with their labels or captions: ImageNet, COCO, CUB-200, the sets of zero-shot classification, or one's own.
 
     imagenet2012     TFDS, prepared as array_record in the folder: label (1,000 classes)
     coco_captions    TFDS, the same, "coco_captions/2014": 5 captions each (the few that have more lose the rest)
@@ -10,19 +10,19 @@
     cifar10, cifar100, caltech101, dtd, eurosat, oxford_flowers102, food101, oxford_iiit_pet, cars196, sun397
                      TFDS, the same: label; "eurosat/rgb", and of SUN397 "standard-part1-120k", the first of the published partitions
     folder           one's own, in folders of classes: label, the classes in the order of names
-    captioned        one's own, or what img2dataset writes of CC3M: captions, in tar files, in a list or beside the pictures
+    captioned        one's own, or what img2dataset writes of CC3M: captions, in tar files, in a list or beside the images
 
-What one's own folder may hold says `data.image_folders`: train and val, or the pictures themselves, of which a tenth is then "val". What
-else a file of them can be, and how a picture of any kind becomes values, says `data.files`.
+What one's own folder may hold says `data.image_folders`: train and val, or the images themselves, of which a tenth is then "val". What
+else a file of them can be, and how an image of any kind becomes values, says `data.files`.
 
-The splits are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 pictures; TFDS calls its parts val,
+The splits are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 images; TFDS calls its parts val,
 restval and test), of CUB-200 the test classes, of EuroSAT all (it is published without splits, and has no "train"), else the test set.
 
-A damaged picture ends the run with a sentence that names it. Where config.data.damaged is above 0, that share of the pictures may be: each
+A damaged image ends the run with a sentence that names it. Where config.data.damaged is above 0, that share of the images may be: each
 is named in the log, and the next sound one stands in its place.
 
-A picture's central square, shrunk or enlarged, is what is seen of it, in training as in evaluation. The released CDCD crops at random
-in training; here every picture is encoded once. Pictures are upright (EXIF) and, where transparent, on white.
+An image's central square, shrunk or enlarged, is what is seen of it, in training as in evaluation. The released CDCD crops at random
+in training; here every image is encoded once. Images are upright (EXIF) and, where transparent, on white.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from mmdiff.data.files import FileError
 from mmdiff.data.image_folders import Files, nonempty, of_class
 from mmdiff.data.modalities import Images, Labels
 from mmdiff.data.sources import RandomSource, Source, check_range, digest
-from mmdiff.data.stored_images import Records, Sound, Stored, decode, square, values
+from mmdiff.data.stored_images import Records, Stored, UndamagedReader, decode, square, values
 from mmdiff.errors import UserError
 
 log = logging.getLogger(__name__)
-CAPTIONS = {"coco_captions": 5, "cub200": 10, "captioned": None}  # of a picture; None is as many as the one with the most has
+CAPTIONS = {"coco_captions": 5, "cub200": 10, "captioned": None}  # of an image; None is as many as the one with the most has
 OWN = {"folder": "label", "captioned": "caption"}  # what `image_folders` reads
 SPLITS = {
     "imagenet2012": {"train": "train", "val": "validation"},
@@ -80,21 +80,21 @@ class Absent(UserError):
     """Data that are not there at all."""
 
 
-class Pictures:
+class ImageDataset:
     """A `Source` of one split of a set: image float32 [n, size, size, 3] in [-1, 1], and label int32 [n] where there are classes.
 
     Args:
       name, split: of the set, as above.
       data_dir: its folder; of a TFDS set, where TFDS keeps data sets.
-      size: the side of a picture.
-      tokenizer: what encodes the captions; then text is int32 [n, captions, length]. A picture with fewer captions repeats its own.
-      damaged: the share of the pictures that may be damaged, and are then left out; see above.
+      size: the side of an image.
+      tokenizer: what encodes the captions; then text is int32 [n, captions, length]. An image with fewer captions repeats its own.
+      damaged: the share of the images that may be damaged, and are then left out; see above.
 
     Attributes:
       names: of the classes, as they are stored, by label; none where there are no classes.
 
     Raises:
-      UserError: an unknown set or split, data that are not there, and what to do about it; from `take`, a damaged picture.
+      UserError: an unknown set or split, data that are not there, and what to do about it; from `take`, a damaged image.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Pictures:
         damaged: float = 0.0,
     ):
         self._records, self._size, self._tokenizer = _records(name, split, data_dir), size, tokenizer
-        self._sound, self.names = Sound(self._records, damaged), tuple(self._records.names)
+        self._reader, self.names = UndamagedReader(self._records, damaged), tuple(self._records.names)
         self._captions = CAPTIONS.get(name) or self._records.captions
 
     def __len__(self):
@@ -111,7 +111,7 @@ class Pictures:
     def take(self, indices):
         indices = np.asarray(indices, np.int64)
         check_range(indices, len(self))
-        records, images = self._sound.read(indices.tolist(), lambda record: values(square(decode(record["image"]), self._size)))
+        records, images = self._reader.read(indices.tolist(), lambda record: values(square(decode(record["image"]), self._size)))
         found = {"image": np.stack(images) if images else np.zeros((0, self._size, self._size, 3), np.float32)}
         if all("label" in record for record in records):
             found["label"] = np.array([record["label"] for record in records], np.int32)
@@ -125,25 +125,25 @@ class Pictures:
         return digest(len(self), list(self.names), self._records.identity())
 
 
-def open_pictures(data: Any, split: str, size: int, tokenizer: bpe.Tokenizer | None = None) -> Source:
-    """What a config's `data` section names: {"name": SET, "dir": FOLDER}, or made-up pictures of 1,000 classes by {"name": "random"}.
+def open_images(data: Any, split: str, size: int, tokenizer: bpe.Tokenizer | None = None) -> Source:
+    """What a config's `data` section names: {"name": SET, "dir": FOLDER}, or made-up images of 1,000 classes by {"name": "random"}.
 
     Raises:
-      UserError: no folder, or what `Pictures` refuses.
+      UserError: no folder, or what `ImageDataset` refuses.
     """
     if data.name == "random":
         return RandomSource({"image": Images(size, size, 3), "label": Labels(1000)}, 1_000_000 if split == "train" else 1024)
-    return Pictures(data.name, split, data.dir, size, tokenizer, data.get("damaged", 0.0))
+    return ImageDataset(data.name, split, data.dir, size, tokenizer, data.get("damaged", 0.0))
 
 
 def tokenizer(name: str, data_dir: str | os.PathLike, length: int = 77, size: int = VOCABULARY) -> bpe.Tokenizer:
-    """The tokenizer of a set's captions, trained on those of its training pictures, of at most `size` ids.
+    """The tokenizer of a set's captions, trained on those of its training images, of at most `size` ids.
 
     Raises:
-      UserError: a set without captions, or what `Pictures` refuses.
+      UserError: a set without captions, or what `ImageDataset` refuses.
     """
     if name not in CAPTIONS:
-        raise UserError(f"the pictures of {name} have no captions: choose one of {', '.join(CAPTIONS)}.")
+        raise UserError(f"the images of {name} have no captions: choose one of {', '.join(CAPTIONS)}.")
     records = _records(name, "train", data_dir)
     parts = (records.get(range(start, min(start + 1000, len(records)))) for start in range(0, len(records), 1000))
     count = CAPTIONS[name] or records.captions
@@ -156,7 +156,7 @@ def tokenizer(name: str, data_dir: str | os.PathLike, length: int = 77, size: in
 
 def _records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
     if name not in SPLITS:
-        raise UserError(f"there is no set of pictures {name!r}: set config.data.name to {', '.join(SPLITS)} or random.")
+        raise UserError(f"there is no set of images {name!r}: set config.data.name to {', '.join(SPLITS)} or random.")
     if split not in SPLITS[name]:
         raise UserError(f"the set {name} has no split {split!r}: choose one of {', '.join(SPLITS[name])}.")
     if not data_dir:
@@ -171,7 +171,7 @@ def _records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
 class Tfds:
     """The `Records` of a TFDS data set that somebody has prepared as array_record. Neither its code nor TensorFlow is imported.
 
-    `images` names the entries that are pictures, and that a record has as they are stored.
+    `images` names the entries that are images, and that a record has as they are stored.
     """
 
     def __init__(self, name: str, split: str, data_dir: pathlib.Path, images: Sequence[str] = ("image",)):
@@ -216,7 +216,7 @@ class Tfds:
 
 
 def _annotations(example: dict[str, Any]) -> dict[str, Any]:
-    """What a TFDS example says of its picture."""
+    """What a TFDS example says of its image."""
     if "label" in example:
         return {"label": int(example["label"])}
     if "captions" in example:
@@ -246,7 +246,7 @@ def _cub200(folder: pathlib.Path, classes: str) -> Files:
             if not lines:
                 raise UserError(f"{beside} holds no captions: unpack it again.")
             records.append({"image": path, "label": numbers[name], "captions": lines})
-    return nonempty(records, folder, f"pictures of the classes in {listed}", list(numbers))
+    return nonempty(records, folder, f"images of the classes in {listed}", list(numbers))
 
 
 def _aircraft(folder: pathlib.Path, split: str) -> Files:
@@ -263,4 +263,4 @@ def _aircraft(folder: pathlib.Path, split: str) -> Files:
         if name not in numbers:
             raise UserError(f"{listed} names the variant {name!r}, but {variants} has none of that name.")
         records.append({"image": data / f"images/{number}.jpg", "label": numbers[name]})
-    return nonempty(records, folder, f"pictures in {listed}", list(numbers))
+    return nonempty(records, folder, f"images in {listed}", list(numbers))

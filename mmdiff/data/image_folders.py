@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mmdiff.data import captions, files
-from mmdiff.data.files import PICTURES
+from mmdiff.data.files import IMAGE_SUFFIXES
 from mmdiff.data.sources import digest, sizes
 from mmdiff.data.stored_images import Records
 from mmdiff.errors import UserError
@@ -172,14 +172,14 @@ def _read(folder: pathlib.Path, named: Mapping[str, str], split: str, kind: str)
         return _classes(folder, own, folder / named["train"] if named else folder)
     if own.suffix.lower() == ".tar" or files.matching(own, (".tar",), below=False):
         return _captioned(own)
-    return nonempty([{"image": path} for path in files.pictures(own)], own, f"images ({', '.join(PICTURES)}) in {own}")
+    return nonempty([{"image": path} for path in files.images(own)], own, f"images ({', '.join(IMAGE_SUFFIXES)}) in {own}")
 
 
 def _classes(top: pathlib.Path, folder: pathlib.Path, train: pathlib.Path) -> Files:
     for part in dict.fromkeys((train, folder)):
         if not files.is_folder(part):
             raise UserError(f"{part} is no folder: labelled images lie in folders of their classes, CLASS/NAME.png.")
-        if loose := files.pictures(part, below=False):
+        if loose := files.images(part, below=False):
             raise UserError(f"{loose[0]} is in no folder of a class: move it to {part}/CLASS, or remove it.")
     numbers = {name: i for i, name in enumerate(files.folders(train))}
     alike: dict[str, str] = {}
@@ -192,13 +192,13 @@ def _classes(top: pathlib.Path, folder: pathlib.Path, train: pathlib.Path) -> Fi
         if name not in numbers:
             raise UserError(f"{folder} has a class {name!r}, but {train} has none of that name.")
         records += [{"image": path, "label": numbers[name]} for path in of_class(folder / name)]
-    return nonempty(records, top, f"images ({', '.join(PICTURES)}) in folders of classes in {folder}", list(numbers))
+    return nonempty(records, top, f"images ({', '.join(IMAGE_SUFFIXES)}) in folders of classes in {folder}", list(numbers))
 
 
 def of_class(folder: pathlib.Path) -> list[pathlib.Path]:
     """The images in the folder of a class, at least one."""
-    if not (found := files.pictures(folder)):
-        raise UserError(f"the class {folder.name!r} has no images ({', '.join(PICTURES)}) in {folder}: add some, or remove the folder.")
+    if not (found := files.images(folder)):
+        raise UserError(f"the class {folder.name!r} has no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}: add one or remove it.")
     return found
 
 
@@ -207,7 +207,7 @@ def _captioned(folder: pathlib.Path) -> Records:
         return captions.Shards([folder], folder.with_suffix(".index.npz"))
     shards = files.matching(folder, (".tar",), below=False)
     lists = [folder / name for name in LISTS if os.path.lexists(folder / name)]
-    loose = files.pictures(folder, below=not shards and not lists)
+    loose = files.images(folder, below=not shards and not lists)
     if len(lists) > 1 or shards and (loose or lists):
         first, other = [*(["tar files"] if shards else []), *(path.name for path in (*lists, *loose))][:2]
         raise UserError(f"{folder} holds {first} and {other}: choose one of both, and move the other elsewhere.")
@@ -217,7 +217,7 @@ def _captioned(folder: pathlib.Path) -> Records:
         records = [{"image": folder / name, "captions": found} for name, found in _listed(lists[0]).items()]
         return nonempty(records, folder, f"lines in {lists[0]}")
     records = [{"image": path, "captions": found} for path, found in zip(loose, captions.of_each(loose))]
-    return nonempty(records, folder, f"tar files and no images ({', '.join(PICTURES)}) in {folder}")
+    return nonempty(records, folder, f"tar files and no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
 
 
 def _listed(path: pathlib.Path) -> dict[str, list[str]]:
@@ -230,7 +230,7 @@ def _listed(path: pathlib.Path) -> dict[str, list[str]]:
     lines = files.read_lines(path)
     if path.suffix == ".csv":
         rows = [row for row in csv.reader(lines) if row]
-        rows = rows[1:] if rows and os.path.splitext(rows[0][0])[1].lower() not in PICTURES else rows  # a header
+        rows = rows[1:] if rows and os.path.splitext(rows[0][0])[1].lower() not in IMAGE_SUFFIXES else rows  # a header
         form = "comma: it is an image's file, a comma and its caption, in quotes if it holds commas"
     else:
         rows, form = [line.split("\t", 1) for line in lines], "tab: it is an image's file, a tab and its caption"

@@ -8,7 +8,7 @@
 
 One `.npy` file per modality and shard, so `numpy.load` opens a shard anywhere. FOLDER is a local disk or a mount (gcsfuse with its
 file cache on, NFS); 32 x 32 x 4 latents take 8 KiB an example, ImageNet 10 GiB. For DiT's horizontal flips encode the flipped
-pictures too and write them as examples of their own: an epoch is then twice as long, and each example comes once in it.
+images too and write them as examples of their own: an epoch is then twice as long, and each example comes once in it.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def open_source(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
       modalities: name -> `Latents`, `Labels`.
 
     Raises:
-      UserError: another source, or what `LatentSource` refuses. "tfds" is one: pictures need an autoencoder before they are latents.
+      UserError: another source, or what `LatentSource` refuses. "tfds" is one: images need an autoencoder before they are latents.
     """
     if data.source == "random":
         return RandomSource(modalities, RANDOM_SIZES[split])
@@ -189,7 +189,7 @@ def open_source(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
         )
     if data.source == "tfds":
         raise UserError(
-            "pictures from TFDS (imagenet2012) must be encoded first: write their latents with mmdiff.data.latents.write_latents, "
+            "images from TFDS (imagenet2012) must be encoded first: write their latents with mmdiff.data.latents.write_latents, "
             "then set config.data.source=latents and config.data.dir to the folder."
         )
     raise UserError(f"config.data.source is {data.source!r}: choose latents, random or tfds.")

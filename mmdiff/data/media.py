@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmdiff.data.files import PICTURES, FileError, expand, open_regular
+from mmdiff.data.files import IMAGE_SUFFIXES, FileError, expand, open_regular
 from mmdiff.errors import import_extra
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ MOST_SAMPLES = 2**29  # of all channels: 6 hours of one at 22,050 Hz
 
 
 def read_image(file: str | os.PathLike | bytes, name: Any = None, ids: bool = False) -> Any:
-    """A Pillow picture of the mode L or RGB: upright (EXIF), over white where it is transparent, its type's values mapped onto 0..255.
+    """A Pillow image of the mode L or RGB: upright (EXIF), over white where it is transparent, its type's values mapped onto 0..255.
 
     16 bits are divided by 257, other integers by the largest value of their type, and floats, which must be in [0, 1], multiplied by 255.
 
@@ -60,7 +60,7 @@ def read_image(file: str | os.PathLike | bytes, name: Any = None, ids: bool = Fa
 
 
 def _unidentified(stream: BinaryIO) -> tuple[str, str]:
-    """What a file is that Pillow takes for no picture, and what to do."""
+    """What a file is that Pillow takes for no image, and what to do."""
     stream.seek(0)
     head = stream.read(8)
     if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
@@ -68,17 +68,17 @@ def _unidentified(stream: BinaryIO) -> tuple[str, str]:
         return what, "save it with 8 or 16 bits, or as 32-bit floats"
     if kind := next((kind for start, kind in HEADS.items() if head.startswith(start)), None):
         return f"it begins as a {kind} file and goes on as none", "it is damaged, copy it again"
-    what = "it is none of " + ", ".join(PICTURES) if head else "it is empty"
+    what = "it is none of " + ", ".join(IMAGE_SUFFIXES) if head else "it is empty"
     return what, "give a PNG or JPEG file, or copy it again"
 
 
 def _signed(picture: Any) -> bool:
-    """Whether a picture's values are integers with a sign, as those of a TIFF file can be."""
+    """Whether an image's values are integers with a sign, as those of a TIFF file can be."""
     return getattr(picture, "tag_v2", {}).get(339, (1,))[0] == 2
 
 
 def _plain(picture: Any, name: Any) -> Any:
-    """What `read_image` makes of a picture that Pillow has read."""
+    """What `read_image` makes of an image that Pillow has read."""
     from PIL import Image, ImageOps
 
     try:
@@ -101,7 +101,7 @@ def _bytes(picture: Any, name: Any) -> np.ndarray:
     if picture.mode == "F":
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
             low, high = np.min(values), np.max(values)
-            raise FileError(name, f"holds floats from {low:g} to {high:g}", "a picture's floats must be in [0, 1], scale them")
+            raise FileError(name, f"holds floats from {low:g} to {high:g}", "an image's floats must be in [0, 1], scale them")
         top = 1
     else:
         bits, signed = tags.get(258, (16,))[0], _signed(picture)
@@ -110,10 +110,10 @@ def _bytes(picture: Any, name: Any) -> np.ndarray:
         if not signed and bits == 32:
             values = values.astype(np.int32).view(np.uint32)
         if values.min() < 0:
-            raise FileError(name, f"holds negative numbers ({values.min()})", "a picture's values must be 0 or more, shift them")
+            raise FileError(name, f"holds negative numbers ({values.min()})", "an image's values must be 0 or more, shift them")
         top = 2 ** (bits - signed) - 1
     white = tags.get(262) == 0  # is zero
-    if values.dtype == np.uint16:  # by a table: pictures can be large
+    if values.dtype == np.uint16:  # by a table: images can be large
         table = _scaled(np.arange(2**16), top, white)
         if isinstance(clear := picture.info.get("transparency"), int):  # of a PNG: the value that is transparent
             table[clear] = 255

@@ -1,7 +1,7 @@
 """How a person writes a modality on the command line, and how they see it.
 
 A modality's `parse` turns text into examples, `check` refuses what would otherwise go wrong silently (JAX clamps an index that
-is out of range), `show` makes pictures or words of arrays, and `random` makes examples up, for where only their shape and type
+is out of range), `show` makes images or words of arrays, and `random` makes examples up, for where only their shape and type
 matter. All four work on a leading axis of n examples.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from mmdiff.data import files, media
 from mmdiff.data.arrays import read_array
-from mmdiff.data.files import PICTURES
+from mmdiff.data.files import IMAGE_SUFFIXES
 from mmdiff.errors import UserError
 
 # Samplers end a little outside the data's range: such values are clipped, whereas others are a different convention.
@@ -24,7 +24,7 @@ OVERSHOOT = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Pictures: float32 [n, height, width, channels] in [-1, 1].
+    """Images: float32 [n, height, width, channels] in [-1, 1].
 
     Attributes:
       height, width, channels: the size; 1 channel is grey, 3 are red, green, blue.
@@ -48,16 +48,16 @@ class Images:
 
         Reads PNG, JPEG and the like as `media.read_image` does (grey and colour are converted into each other; 0..255 becomes -1..1),
         `.npy` and `.npz` (the entry named like the modality, or else the only one; one image or several; floats in [-1, 1] or uint8 in
-        0..255), and all pictures in a folder in the order of their names. With `levels`, pixels go to the nearest one.
+        0..255), and all images in a folder in the order of their names. With `levels`, pixels go to the nearest one.
 
         Raises:
           UserError: a file that is missing, is no image, or has the wrong size or range.
         """
         path = files.expand(text)
         if files.is_folder(path):
-            found = files.pictures(path)
+            found = files.images(path)
             if not found:
-                raise UserError(f"the folder {path} holds no pictures ({', '.join(PICTURES)}).")
+                raise UserError(f"the folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
             return np.concatenate([self.parse(str(file)) for file in found])
         array = read_array(path, self.name) if path.suffix.lower() in (".npy", ".npz") else self._picture(path)
         return self.quantize(self._sized(array, path))
@@ -88,7 +88,7 @@ class Images:
         return np.rint((self.quantize(np.nan_to_num(np.asarray(array), nan=-1.0)) + 1) * 127.5).astype(np.uint8)
 
     def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Noise pictures: float32 [count, height, width, channels], uniform in [-1, 1] (on the levels, where there are some)."""
+        """Noise images: float32 [count, height, width, channels], uniform in [-1, 1] (on the levels, where there are some)."""
         return self.quantize(rng.uniform(-1, 1, (count, *self.shape)))
 
     @property
@@ -103,7 +103,7 @@ class Images:
         shape = self.shape
         shapes = [shape, shape[:2]] if self.channels == 1 else [shape]
         if not any(array.shape[-len(s):] == s and array.ndim - len(s) in (0, 1) for s in shapes) or not array.size:
-            found = f"{array.shape[0]} x {array.shape[1]} pixels" if path.suffix.lower() in PICTURES else f"{list(array.shape)}"
+            found = f"{array.shape[0]} x {array.shape[1]} pixels" if path.suffix.lower() in IMAGE_SUFFIXES else f"{list(array.shape)}"
             raise UserError(
                 f"{path} has the size {found}, but the model needs {self.height} x {self.width} pixels "
                 f"(height x width) with {self.channels} channel(s)."
@@ -144,7 +144,7 @@ class Latents:
         """
         path = files.expand(text)
         if path.suffix.lower() not in (".npy", ".npz"):
-            raise UserError(f"{self.name}: latents come in .npy or .npz files, not {path}: encode the pictures first.")
+            raise UserError(f"{self.name}: latents come in .npy or .npz files, not {path}: encode the images first.")
         array = read_array(path, self.name)
         return self.check(array[None] if array.ndim == 3 else array)
 
@@ -165,7 +165,7 @@ class Latents:
     def show(self, array) -> np.ndarray:
         """The first three channels (or the first) as colours, -3..3 becoming 0..255: uint8 [n, height, width, 3 or 1].
 
-        Not a decoded picture, but what it shows can be made out.
+        Not a decoded image, but what it shows can be made out.
         """
         array = np.nan_to_num(np.asarray(array, np.float32))[..., : 3 if self.channels >= 3 else 1]
         return np.rint((np.clip(array, -3, 3) + 3) * 42.5).astype(np.uint8)

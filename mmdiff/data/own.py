@@ -26,7 +26,7 @@ from mmdiff.data import bpe, files, image_folders
 from mmdiff.data.arrays import read_array, read_arrays
 from mmdiff.data.modalities import Features, Images, Labels
 from mmdiff.data.sources import ArraySource, Source, check_range, digest
-from mmdiff.data.stored_images import Records, Sound, decode, square, values
+from mmdiff.data.stored_images import Records, UndamagedReader, decode, square, values
 from mmdiff.data.token_modalities import Sequences, Texts
 from mmdiff.errors import UserError
 
@@ -101,7 +101,7 @@ class OwnImages:
 
     def __init__(self, records: Records, image: Images, words: bpe.Tokenizer | None = None, damaged: float = 0.0):
         self._records, self._image, self._words, self.names = records, image, words, tuple(records.names)
-        self._sound, self._captions = Sound(records, damaged), max(records.captions, 1) if words else 1
+        self._reader, self._captions = UndamagedReader(records, damaged), max(records.captions, 1) if words else 1
         self._kept = None
         if len(records) * np.prod(image.shape) <= MEMORY:
             self._kept, self._known = np.zeros((len(records), *image.shape), np.uint8), {}
@@ -114,11 +114,11 @@ class OwnImages:
         check_range(indices, len(self))
         rows, which = np.divmod(indices, self._captions)
         if self._kept is None:
-            records, pixels = self._sound.read(rows.tolist(), self._decode)
+            records, pixels = self._reader.read(rows.tolist(), self._decode)
             pixels = np.stack(pixels) if pixels else np.zeros((0, *self._image.shape), np.uint8)
         else:
             new = [row for row in dict.fromkeys(rows.tolist()) if row not in self._known]
-            for row, record, image in zip(new, *self._sound.read(new, self._decode)):
+            for row, record, image in zip(new, *self._reader.read(new, self._decode)):
                 self._kept[row], self._known[row] = image, record
             records, pixels = [self._known[row] for row in rows.tolist()], self._kept[rows]
         found = {"image": values(pixels)}

@@ -18,11 +18,11 @@ from mmdiff.data.files import FileError
 from mmdiff.errors import UserError
 
 log = logging.getLogger(__name__)
-NEAREST = 100  # pictures after a damaged one that may take its place
+NEAREST = 100  # images after a damaged one that may take its place
 
 
 class Records(Protocol):
-    """Pictures as they are stored. `names` are those of the classes, by label; `captions` how many the picture with the most has."""
+    """Images as they are stored. `names` are those of the classes, by label; `captions` how many the image with the most has."""
 
     names: Sequence[str]
     captions: int
@@ -31,14 +31,14 @@ class Records(Protocol):
         """How many."""
 
     def identity(self) -> Any:
-        """What tells these pictures from others, as JSON values, wherever they lie."""
+        """What tells these images from others, as JSON values, wherever they lie."""
 
     def get(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Of each "image", a file's path or content or a `Member`, and "label" (int) or "captions" (strings), or both."""
 
 
 class Stored(NamedTuple):
-    """A picture in a TFDS data set: its content, and where it stands."""
+    """An image in a TFDS data set: its content, and where it stands."""
 
     content: bytes
     index: int
@@ -49,23 +49,23 @@ class Stored(NamedTuple):
         return self.content
 
     def __str__(self):
-        return f"picture {self.index} of {'/'.join(self.place[:2])}, {self.place[2]},"
+        return f"image {self.index} of {'/'.join(self.place[:2])}, {self.place[2]},"
 
 
-class Sound:
-    """Pictures that can be read: `Records` of which a share may be damaged.
+class UndamagedReader:
+    """Images that can be read: `Records` of which a share may be damaged.
 
     Args:
       records: as above.
       share: of them that may be; each is named in the log, and the next one that can be read stands in its place.
 
     Raises:
-      UserError: no share; from `read`, one damaged picture more than that.
+      UserError: no share; from `read`, one damaged image more than that.
     """
 
     def __init__(self, records: Records, share: float = 0.0):
         if not 0 <= share < 1:
-            raise UserError(f"config.data.damaged is the share of pictures that may be damaged, at least 0 and below 1, not {share}.")
+            raise UserError(f"config.data.damaged is the share of images that may be damaged, at least 0 and below 1, not {share}.")
         self._records, self._share, self._bad, self._lock = records, share, {}, threading.Lock()
 
     def read(self, indices: Sequence[int], see: Callable[[dict[str, Any]], np.ndarray]) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
@@ -79,7 +79,7 @@ class Sound:
                     self._leave_out(index, error)
                 index = (index + 1) % len(self._records)
                 [record] = self._records.get([index])
-            raise UserError(f"{NEAREST} pictures one after the other are damaged: copy the data again.")
+            raise UserError(f"{NEAREST} images one after the other are damaged: copy the data again.")
 
         found = list(threads().map(sound, indices, self._records.get(indices)))
         return [record for record, _ in found], [seen for _, seen in found]
@@ -90,17 +90,17 @@ class Sound:
             if index in self._bad:
                 return
             if not self._share:
-                remedy = "a share of damaged pictures may be left out by config.data.damaged"
+                remedy = "a share of damaged images may be left out by config.data.damaged"
                 raise UserError(f"{str(error).rstrip('.')} ({remedy}).") from error
             if len(self._bad) == allowed:
-                why = f"{allowed + 1} of {total:,} pictures are damaged, more than config.data.damaged={self._share:g} allows"
+                why = f"{allowed + 1} of {total:,} images are damaged, more than config.data.damaged={self._share:g} allows"
                 raise UserError(f"{why}: copy the data again, or raise it; the last is {error}") from error
             self._bad[index] = str(error)
-            log.warning("%s It is left out, the %d. of at most %d of %d pictures.", error, len(self._bad), allowed, total)
+            log.warning("%s It is left out, the %d. of at most %d of %d images.", error, len(self._bad), allowed, total)
 
 
 def decode(file: pathlib.Path | captions.Member | Stored, ids: bool = False) -> Any:
-    """A stored picture as `media.read_image` reads it. Raises FileError for a missing or damaged file."""
+    """A stored image as `media.read_image` reads it. Raises FileError for a missing or damaged file."""
     try:
         content = file if isinstance(file, pathlib.Path) else file.read()
         return media.read_image(content, str(file), ids)
@@ -109,12 +109,12 @@ def decode(file: pathlib.Path | captions.Member | Stored, ids: bool = False) -> 
 
 
 def values(picture: Any) -> np.ndarray:
-    """Values 0..255 of a Pillow picture or an array as float32 in [-1, 1]."""
+    """Values 0..255 of a Pillow image or an array as float32 in [-1, 1]."""
     return np.asarray(picture, np.float32) / np.float32(127.5) - 1
 
 
 def square(picture: Any, size: int, ids: bool = False) -> Any:
-    """The central square of a Pillow picture, `size` pixels wide: in colour, resampled (bicubic, antialiased); or ids, the nearest."""
+    """The central square of a Pillow image, `size` pixels wide: in colour, resampled (bicubic, antialiased); or ids, the nearest."""
     from PIL import Image
 
     side = min(picture.size)
@@ -126,4 +126,4 @@ def square(picture: Any, size: int, ids: bool = False) -> Any:
 @functools.cache
 def threads() -> ThreadPoolExecutor:
     """Pillow decodes outside of Python's lock."""
-    return ThreadPoolExecutor(min(32, os.cpu_count() or 1), "pictures")
+    return ThreadPoolExecutor(min(32, os.cpu_count() or 1), "images")

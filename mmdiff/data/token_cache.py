@@ -1,10 +1,10 @@
-"""A cache of tokens on disk: pictures or music that a trained tokenizer has encoded once, and what turns tokens into these again.
+"""A cache of tokens on disk: images or music that a trained tokenizer has encoded once, and what turns tokens into these again.
 
     DIR/train/tokens.npy   int32 [n, L], in raster order
-    DIR/train/text.npy     ...: the other arrays of the source, as they are; its pictures (or music) are left out
+    DIR/train/text.npy     ...: the other arrays of the source, as they are; its images (or music) are left out
     DIR/test/...
     DIR/weights.npz        the tokenizer's averaged (EMA) weights
-    DIR/words.json         of pictures with captions, the tokenizer of the captions: `text` is int32 [n, captions, length] in its ids
+    DIR/words.json         of images with captions, the tokenizer of the captions: `text` is int32 [n, captions, length] in its ids
     DIR/cache.json         what made it: config, step, network, grid, codes, fingerprint of the weights; arrays of every split
 
 `write` makes the folder under another name and renames it when all is there, so DIR is whole or absent; after a kill the same call
@@ -52,7 +52,7 @@ class CacheWriter:
 
     Attributes:
       net: the tokenizer.
-      splits: name -> `() -> source` of the pictures.
+      splits: name -> `() -> source` of the images.
       image: their entry in the source.
       tokens: what their tokens are called in the cache.
       tokenizer: `() -> tokenizer` of their captions, which goes into the cache.
@@ -133,7 +133,7 @@ def write(folder: str | os.PathLike, recipe: CacheWriter, params: Any, made_by: 
 
 
 def token_source(folder: str | os.PathLike, split: str) -> ArraySource:
-    """A `Source` of one split, read by memory map: tokens int32 [n, L] and the other arrays of the pictures' source.
+    """A `Source` of one split, read by memory map: tokens int32 [n, L] and the other arrays of the images' source.
 
     Raises:
       UserError: no such cache or split, or files that are missing or cut short.
@@ -156,7 +156,7 @@ def token_source(folder: str | os.PathLike, split: str) -> ArraySource:
 
 
 def decoder(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
-    """`tokens [n, L] -> pictures (music) float32 [n, *shape]` in [-1, 1], by the weights in the cache.
+    """`tokens [n, L] -> images (music) float32 [n, *shape]` in [-1, 1], by the weights in the cache.
 
     The folder is opened at the first call, so a config can name one that is not written yet.
 
@@ -182,8 +182,8 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
     Args:
       data: the section; "random" makes examples up and needs no folder.
       split: of the cache.
-      modalities: what the config expects: name -> `TokenImages`, `Sequences`, `Labels`, `Texts`. Where a picture has several captions,
-        an example is a picture with one of them (see `Captioned`).
+      modalities: what the config expects: name -> `TokenImages`, `Sequences`, `Labels`, `Texts`. Where an image has several captions,
+        an example is an image with one of them (see `Captioned`).
 
     Raises:
       UserError: another source, no folder, what `token_source` refuses, or a cache of another grid, codebook or without a modality.
@@ -231,7 +231,7 @@ def open_tokenizer(data: Any, length: int) -> Tokenizer:
     try:
         tokenizer = read(path)
     except files.Missing:
-        raise UserError(f"the token cache {data.dir} has no captions (no {TOKENIZER}): choose one of pictures with captions.") from None
+        raise UserError(f"the token cache {data.dir} has no captions (no {TOKENIZER}): choose one of images with captions.") from None
     except files.FileError as error:
         raise UserError(f"{path} cannot be read (it {error.reason}): copy it again, or write the cache anew.") from error
     if tokenizer.length != length:
@@ -240,7 +240,7 @@ def open_tokenizer(data: Any, length: int) -> Tokenizer:
 
 
 class Captioned:
-    """A `Source` of pictures with one caption each, from pictures with k: example `i` is picture `i // k` with its caption `i % k`.
+    """A `Source` of images with one caption each, from images with k: example `i` is image `i // k` with its caption `i % k`.
 
     An epoch so shows every caption once.
 
@@ -348,7 +348,7 @@ def _network(folder: str | os.PathLike) -> tuple[Autoencoder, Any]:
 
 
 def _net(meta: Mapping[str, Any]) -> Autoencoder:
-    """The network of a cache's values; one from before there were several kinds is of pictures."""
+    """The network of a cache's values; one from before there were several kinds is of images."""
     return NETWORKS[meta.get("network", "VQAutoencoder")](**meta["net"])
 
 

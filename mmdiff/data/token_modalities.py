@@ -69,11 +69,11 @@ class Sequences:
 
 @dataclasses.dataclass(frozen=True)
 class TokenImages:
-    """Pictures as tokens: int32 [n, height * width] in raster order, in 0..states-1.
+    """Images as tokens: int32 [n, height * width] in raster order, in 0..states-1.
 
     Attributes:
       height, width, states: tokens in a column and in a row, and values of a token.
-      decode: tokens [n, height * width] -> pictures [n, H, W, C] in [-1, 1], as of a VQ autoencoder. By default a token is a pixel and
+      decode: tokens [n, height * width] -> images [n, H, W, C] in [-1, 1], as of a VQ autoencoder. By default a token is a pixel and
         its values are grey levels: 0 is -1, states - 1 is 1.
       name: the modality's name, which is its key in an `.npz` file.
     """
@@ -90,7 +90,7 @@ class TokenImages:
         return (self.height * self.width,)
 
     def parse(self, text: str) -> np.ndarray:
-        """The tokens in a `.npy`/`.npz` file, or (where tokens are pixels) of pictures as `Images` reads them: int32 [n, height * width].
+        """The tokens in a `.npy`/`.npz` file, or (where tokens are pixels) of images as `Images` reads them: int32 [n, height * width].
 
         Raises:
           UserError: a file that is missing or is neither, or has the wrong size or range.
@@ -114,7 +114,7 @@ class TokenImages:
         return ids(array, self.shape, self.states, self.name)
 
     def images(self, array) -> np.ndarray:
-        """Tokens -> pictures, float32 [n, H, W, C] in [-1, 1]. An id beyond the tokens (a mask) counts as the last of them."""
+        """Tokens -> images, float32 [n, H, W, C] in [-1, 1]. An id beyond the tokens (a mask) counts as the last of them."""
         found = decoded(array, self.states, self.decode)
         return found.reshape(-1, self.height, self.width, 1) if self.decode is None else found
 
@@ -148,7 +148,7 @@ class ClassMaps:
         return self.height, self.width
 
     def parse(self, text: str) -> np.ndarray:
-        """The maps in a `.npy`/`.npz` file, or of pictures as `Images` reads them, by the colour that is nearest: int32 [n, height, width].
+        """The maps in a `.npy`/`.npz` file, or of images as `Images` reads them, by the colour that is nearest: int32 [n, height, width].
 
         Raises:
           UserError: a file that is missing or is neither, or has the wrong size or range.

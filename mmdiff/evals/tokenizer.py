@@ -1,4 +1,4 @@
-"""What is measured of a tokenizer: how much of a picture its tokens keep, and how many of its codes are in use."""
+"""What is measured of a tokenizer: how much of an image its tokens keep, and how many of its codes are in use."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mmdiff.nets.tokenizers import VQAutoencoder, usage
 
 @dataclasses.dataclass(frozen=True)
 class Reconstructions:
-    """The metrics and figures of a `VQAutoencoder`, on the held-out pictures and as many training pictures.
+    """The metrics and figures of a `VQAutoencoder`, on the held-out images and as many training images.
 
     Attributes:
       net: the network.
-      judge: `() -> judge`, and `judge(images) -> {name: values [n]}` reads what the source says of its pictures (`captioned_scenes.Judge`);
+      judge: `() -> judge`, and `judge(images) -> {name: values [n]}` reads what the source says of its images (`captioned_scenes.Judge`);
         then it is measured whether the reconstructions still show it.
       all_of: the names that must be right together for `reading_correctness`.
-      image: the pictures' entry in the source.
-      pool: if above 0, the features of the Fréchet distance are the pictures shrunk to pool x pool; raw pixels would be too many.
+      image: the images' entry in the source.
+      pool: if above 0, the features of the Fréchet distance are the images shrunk to pool x pool; raw pixels would be too many.
     """
 
     net: VQAutoencoder
@@ -41,9 +41,9 @@ class Reconstructions:
         real, train = test[self.image], experiment.train_data()
         fresh = train.take(np.arange(min(len(real), len(train))))[self.image]
         clock = Clock()
-        clock.start("reconstructions", f"encoding and decoding {len(real) + len(fresh)} pictures")
+        clock.start("reconstructions", f"encoding and decoding {len(real) + len(fresh)} images")
         encode, decode = (jax.jit(lambda x, method=method: self.net.apply(params, x, method=method)) for method in ("encode", "decode"))
-        part, features = part_of(self.net), f"pictures of {self.pool} x {self.pool}" if self.pool else "raw pixels"
+        part, features = part_of(self.net), f"images of {self.pool} x {self.pool}" if self.pool else "raw pixels"
         ids = map_batched(encode, real, part)
         images, train_images = map_batched(decode, ids, part), map_batched(decode, map_batched(encode, fresh, part), part)
         mse = float(((images - real) ** 2).mean())
@@ -56,12 +56,12 @@ class Reconstructions:
             "frechet_ratio": frechet_ratio(train_images, real, fresh, self._pooled),
         }
         definitions = {
-            "reconstruction_mse": f"squared error of a channel of a pixel, in [-1, 1]; {len(real)} held-out pictures",
+            "reconstruction_mse": f"squared error of a channel of a pixel, in [-1, 1]; {len(real)} held-out images",
             "reconstruction_psnr": "the same in decibels: 10 log10(2^2 / mse)",
-            "codebook_usage": f"share of the {self.net.codes} codes that occur in the tokens of these pictures",
+            "codebook_usage": f"share of the {self.net.codes} codes that occur in the tokens of these images",
             "codebook_perplexity": "exp(entropy) of the codes' frequencies in them, in nats: as many equally frequent codes say as much",
-            "frechet_ratio": f"squared Fréchet distance ({features}, float64) of {len(fresh)} reconstructed training pictures to the "
-            "held-out ones, over that of the pictures themselves: 1 if nothing is lost",
+            "frechet_ratio": f"squared Fréchet distance ({features}, float64) of {len(fresh)} reconstructed training images to the "
+            "held-out ones, over that of the images themselves: 1 if nothing is lost",
         }
         if self.judge is not None:
             clock.start("judge", "reading what the reconstructions show")
@@ -70,7 +70,7 @@ class Reconstructions:
                 right = {name: values == test[name] for name, values in found.items()}
                 metrics[f"reading_correctness{kind}"] = float(np.logical_and.reduce([right[name] for name in self.all_of]).mean())
                 metrics |= {f"{name}_correctness{kind}": float(values.mean()) for name, values in right.items()}
-                what = "pictures themselves" if kind else "reconstructions"
+                what = "images themselves" if kind else "reconstructions"
                 definitions[f"reading_correctness{kind}"] = f"share of the {what} in which a judge trained on real ones reads the true " + (
                     f"{', '.join(self.all_of)}, all of them"
                 )
@@ -81,7 +81,7 @@ class Reconstructions:
             definitions=definitions,
             figures={
                 "Reconstructions": Figure(
-                    self._sheet(real, images), "Held-out pictures, and below each what its tokens decode to; the first ones, none chosen."
+                    self._sheet(real, images), "Held-out images, and below each what its tokens decode to; the first ones, none chosen."
                 )
             },
             settings={"held_out_pictures": len(real), "frechet_features": features, "evaluation_seconds": clock.seconds},

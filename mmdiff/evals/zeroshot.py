@@ -1,6 +1,6 @@
 """Zero-shot classification by prompts: DiffDis' twelve data sets, as CLIP is measured on them, and their evaluator.
 
-    TFDS name               pictures     measured                  TFDS name                     pictures     measured
+    TFDS name                 images     measured                  TFDS name                       images     measured
     cifar10                   10,000     top-1                     oxford_flowers102                6,149     mean per class
     cifar100                  10,000     top-1                     food101 (validation)            25,250     top-1
     caltech101                 6,084     mean per class            oxford_iiit_pet                  3,669     mean per class
@@ -37,7 +37,7 @@ import jax
 import numpy as np
 
 from mmdiff.data import files
-from mmdiff.data.image_datasets import Absent, Pictures
+from mmdiff.data.image_datasets import Absent, ImageDataset
 from mmdiff.data.sources import Source, Subset
 from mmdiff.errors import UserError
 from mmdiff.evals.accuracy import accuracy
@@ -92,9 +92,9 @@ class ZeroShot:
     Attributes:
       see: `(params, keys [n], {"image": float32 [n, size, size, 3] in [-1, 1]}) -> vectors [n, D]`, jitted.
       read: `(params, texts) -> vectors [n, D]`.
-      data_dir: where TFDS keeps data sets. size: the side of a picture, of which the central square is seen.
-      count: pictures of each set, evenly spread over it; by default all.
-      batch: pictures of a call of `see`, always that many.
+      data_dir: where TFDS keeps data sets. size: the side of an image, of which the central square is seen.
+      count: images of each set, evenly spread over it; by default all.
+      batch: images of a call of `see`, always that many.
       names: of the data sets.
 
     Raises:
@@ -115,7 +115,7 @@ class ZeroShot:
         clock, metrics, definitions, not_run, sources = Clock(), {}, {}, {}, {}
         for name in self.names:
             try:
-                source = Pictures(name, "val", self.data_dir, self.size)
+                source = ImageDataset(name, "val", self.data_dir, self.size)
             except Absent:
                 not_run[name] = "not on disk"
                 continue
@@ -154,11 +154,11 @@ class ZeroShot:
         return np.concatenate([class_vectors(encode, names[i : i + part], templates) for i in range(0, len(names), part)])
 
     def _named(self, params: Any, key: jax.Array, source: Source, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The predicted and the true labels [n]; only `batch` pictures are in memory."""
+        """The predicted and the true labels [n]; only `batch` images are in memory."""
         count, predicted, true = len(source), [], []
         keys = example_keys(key, count)
         for start in range(0, count, self.batch):
-            rows = np.minimum(np.arange(start, start + self.batch), count - 1)  # what the last batch lacks repeats the last picture
+            rows = np.minimum(np.arange(start, start + self.batch), count - 1)  # what the last batch lacks repeats the last image
             found = source.take(rows)
             predicted.append(best("scores", scores(self.see(params, keys[rows], {"image": found["image"]}), candidates)))
             true.append(found["label"])
@@ -204,7 +204,7 @@ def encoders(path: str) -> Any:
     if not path or not file.is_file():
         where = f"{path} is no file" if path else "config.eval.encoders is empty"
         raise UserError(
-            f"{where}: to classify pictures, name a Python file with encode_image(images) -> latents and encode_text(texts) -> vectors.")
+            f"{where}: to classify images, name a Python file with encode_image(images) -> latents and encode_text(texts) -> vectors.")
     spec = importlib.util.spec_from_file_location("mmdiff_encoders", file)
     if spec is None:
         raise UserError(f"{path} is no Python file: config.eval.encoders names one that ends in .py.")

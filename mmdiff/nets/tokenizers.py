@@ -1,10 +1,10 @@
-r"""Pictures as tokens: a small convolutional autoencoder with a codebook (VQ-VAE, van den Oord et al. 2017), and its loss.
+r"""Images as tokens: a small convolutional autoencoder with a codebook (VQ-VAE, van den Oord et al. 2017), and its loss.
 
     z = encoder(image)      e = codes[argmin_k |z - codes_k|]      image_hat = decoder(z + sg(e - z))
     loss = |image - image_hat|^2 + |sg(z) - e|^2 + beta |z - sg(e)|^2 + revival      (means; sg stops the gradient)
 
 z and the codes lie on the unit sphere of a small space (Yu et al. 2022, ViT-VQGAN): distances are bounded, so beta has no scale to follow.
-Nothing is drawn when encoding: the same picture has the same tokens.
+Nothing is drawn when encoding: the same image has the same tokens.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import soundfile
 from PIL import Image, TiffImagePlugin
 
 from mmdiff.data import arrays, bpe, captions, files, media
-from mmdiff.data.image_datasets import Pictures, tokenizer
+from mmdiff.data.image_datasets import ImageDataset, tokenizer
 from mmdiff.data.latents import LatentSource
 from mmdiff.data.modalities import Features, Images, Labels, Latents
 from mmdiff.data.token_cache import read_meta
@@ -67,11 +67,13 @@ READERS = {
     "a dance in an array": (Motion(9, 24).parse, "x.npy"),
     "a song": (aist.read_wav, "x.wav"),
     "a list of dances": (lambda path: aist.Aist(os.path.dirname(os.path.dirname(path)), "train"), "splits/crossmodal_train.txt"),
-    "captions in a list": (lambda path: Pictures("captioned", "train", os.path.dirname(os.path.dirname(path)), 8), "train/captions.tsv"),
-    "a tar file": (lambda path: Pictures("captioned", "train", os.path.dirname(os.path.dirname(path)), 8), "train/x.tar"),
-    "a loose picture": (lambda path: Pictures("captioned", "train", os.path.dirname(os.path.dirname(path)), 8), "train/x.png"),
-    "a picture of a class": (lambda path: Pictures("folder", "train", path.partition("/train/")[0], 8), "train/cat/x.jpg"),
-    "variants": (lambda path: Pictures("fgvc_aircraft", "train", path.partition("/fgvc")[0], 8), "fgvc-aircraft-2013b/data/variants.txt"),
+    "captions in a list": (
+        lambda path: ImageDataset("captioned", "train", os.path.dirname(os.path.dirname(path)), 8), "train/captions.tsv"),
+    "a tar file": (lambda path: ImageDataset("captioned", "train", os.path.dirname(os.path.dirname(path)), 8), "train/x.tar"),
+    "a loose image": (lambda path: ImageDataset("captioned", "train", os.path.dirname(os.path.dirname(path)), 8), "train/x.png"),
+    "an image of a class": (lambda path: ImageDataset("folder", "train", path.partition("/train/")[0], 8), "train/cat/x.jpg"),
+    "variants": (
+        lambda path: ImageDataset("fgvc_aircraft", "train", path.partition("/fgvc")[0], 8), "fgvc-aircraft-2013b/data/variants.txt"),
     "names of classes": (lambda path: class_names("cars", ["a"], path.partition("/cars/")[0]), "cars/classes.txt"),
     "a latent cache": (lambda path: LatentSource(path.partition("/train/")[0], "train", {"label": Labels(3)}), "train/meta.json"),
     "a token cache": (lambda path: read_meta(os.path.dirname(path)), "cache.json"),
@@ -79,7 +81,7 @@ READERS = {
     "weights": (arrays.read_arrays, "x.npz"),
 }
 # A folder may stand in the place of these.
-FOLDERS = ("a loose picture", "a picture of a class", "an image", "an array as an image", "tokens as pixels", "a map", "a tar file")
+FOLDERS = ("a loose image", "an image of a class", "an image", "an array as an image", "tokens as pixels", "a map", "a tar file")
 
 
 def make(kind, path):
@@ -135,7 +137,7 @@ def test_what_may_not_be_read(tmp_path, monkeypatch):
     for name in ("scandir", "stat"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, refuse)
-            assert "may not be read" in refusal(Pictures, "folder", "train", "data", 8)
+            assert "may not be read" in refusal(ImageDataset, "folder", "train", "data", 8)
 
 
 @pytest.mark.parametrize("name", [
@@ -146,7 +148,7 @@ def test_names_of_no_file(name):
             refusal(read, name + ending)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------------------------- images
 
 
 def stored(array, kind, **options):
@@ -217,7 +219,7 @@ def test_pictures_are_upright(orientation, tmp_path):
         content = stored(np.ascontiguousarray(turn(right)), kind, exif=exif(orientation), **options)
         np.testing.assert_allclose(np.asarray(media.read_image(content)).astype(int), right, atol=4)
     folder(tmp_path, {"train/a/0.jpg": stored(np.ascontiguousarray(turn(right)), "JPEG", quality=100, exif=exif(orientation))})
-    found = Pictures("folder", "train", tmp_path, 32).take(np.array([0]))["image"]
+    found = ImageDataset("folder", "train", tmp_path, 32).take(np.array([0]))["image"]
     np.testing.assert_allclose(found[0], right[:, 8:40] / 127.5 - 1, atol=0.05)
 
 
@@ -231,7 +233,7 @@ def test_damage_beside_the_pixels_does_no_harm():
 
 
 REFUSED = {
-    "floats beyond 1": (stored(GREY.astype(np.float32), "TIFF"), "holds floats from 0 to 230: a picture's floats must be in [0, 1]"),
+    "floats beyond 1": (stored(GREY.astype(np.float32), "TIFF"), "holds floats from 0 to 230: an image's floats must be in [0, 1]"),
     "floats below 0": (stored(GREY.astype(np.float32) / 255 - 1, "TIFF"), "holds floats from -1"),
     "floats that are none": (stored(np.full((4, 6), np.nan, np.float32), "TIFF"), "holds floats from nan"),
     "negative numbers of 8 bits": (stored(GREY, "TIFF", tiffinfo=SIGNED), "holds negative numbers (-1"),
@@ -251,7 +253,7 @@ def test_pictures_that_are_refused(name, tmp_path):
     (tmp_path / "train/cat").mkdir(parents=True)
     path = tmp_path / "train/cat/x.png"
     path.write_bytes(content)
-    for read in (Images(4, 6).parse, lambda _: Pictures("folder", "train", tmp_path, 8).take(np.array([0]))):
+    for read in (Images(4, 6).parse, lambda _: ImageDataset("folder", "train", tmp_path, 8).take(np.array([0]))):
         message = refusal(read, str(path))
         assert str(path) in message and said in message, message
 
@@ -280,7 +282,7 @@ CLASSES = {"train/cat/0.png": PNG, "train/dog/1.png": PNG, "val/dog/2.png": PNG}
 
 
 def labels(path, split="train"):
-    source = Pictures("folder", split, path, 4)
+    source = ImageDataset("folder", split, path, 4)
     return source.names, source.take(np.arange(len(source)))["label"].tolist()
 
 
@@ -305,14 +307,14 @@ def test_folders_in_folders_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("made, said", [
-    (lambda path: (path / "train/empty").mkdir(), "the class 'empty' has no pictures"),
-    (lambda path: (path / "val/cat").mkdir(), "the class 'cat' has no pictures"),
-    (lambda path: folder(path, {"train/cow/notes.txt": b"moo"}), "the class 'cow' has no pictures"),
+    (lambda path: (path / "train/empty").mkdir(), "the class 'empty' has no images"),
+    (lambda path: (path / "val/cat").mkdir(), "the class 'cat' has no images"),
+    (lambda path: folder(path, {"train/cow/notes.txt": b"moo"}), "the class 'cow' has no images"),
     (lambda path: folder(path, {"train/2.png": PNG}), "train/2.png is in no folder of a class"),
-    (lambda path: folder(path, {"train/cat/0.heic": PNG}), "0.heic is a kind of picture that is not read"),
-    (lambda path: folder(path, {"train/cat/0.jfif": PNG}), "0.jfif is a kind of picture that is not read"),
+    (lambda path: folder(path, {"train/cat/0.heic": PNG}), "0.heic is a kind of image that is not read"),
+    (lambda path: folder(path, {"train/cat/0.jfif": PNG}), "0.jfif is a kind of image that is not read"),
     (lambda path: folder(path, {"train/\u00e9/0.png": PNG, "train/e\u0301/0.png": PNG}), "two classes that read"),
-    (lambda path: folder(path, {"train/2.avif": PNG}), "2.avif is a kind of picture that is not read"),
+    (lambda path: folder(path, {"train/2.avif": PNG}), "2.avif is a kind of image that is not read"),
     (lambda path: (path / "train/cow").symlink_to(path / "unmounted"), "train/cow is a symbolic link to what is not there"),
     (lambda path: (path / "train/cat/9.png").symlink_to(path / "gone.png"), "cat/9.png is a symbolic link to what is not there"),
     (lambda path: (path / "train/cat/up").symlink_to(path / "train/cat"), "cat/up is a link to a folder that it lies in"),
@@ -320,7 +322,7 @@ def test_folders_in_folders_are_read(tmp_path):
 ])  # fmt: skip
 def test_folders_that_would_shift_or_lose_something(made, said, tmp_path):
     made(folder(tmp_path, CLASSES))
-    assert said in refusal(lambda: [Pictures("folder", split, tmp_path, 8) for split in ("train", "val")])
+    assert said in refusal(lambda: [ImageDataset("folder", split, tmp_path, 8) for split in ("train", "val")])
 
 
 def test_damaged_pictures_may_be_left_out(tmp_path, caplog):
@@ -329,22 +331,22 @@ def test_damaged_pictures_may_be_left_out(tmp_path, caplog):
     (path / "train/b/19.png").write_bytes(b"")
     order = [f"{i:02d}" for i in (*range(0, 20, 2), *range(1, 20, 2))]
     with pytest.raises(UserError, match=r"04.png cannot be read as an image .*config.data.damaged"):
-        Pictures("folder", "train", path, 4).take(np.arange(20))
-    source = Pictures("folder", "train", path, 4, damaged=0.1)
+        ImageDataset("folder", "train", path, 4).take(np.arange(20))
+    source = ImageDataset("folder", "train", path, 4, damaged=0.1)
     with caplog.at_level(logging.WARNING):
         found, again = (source.take(np.arange(20)) for _ in range(2))
     assert [record.getMessage().count(name) for record, name in zip(caplog.records, ("04.png", "19.png"), strict=True)] == [1, 1]
-    assert "2. of at most 2 of 20 pictures" in caplog.text
+    assert "2. of at most 2 of 20 images" in caplog.text
     # The next one that is sound, with its own label, and always the same.
     values, right = np.rint((found["image"][:, 0, 0, 0] + 1) * 127.5), [int(name) for name in order]
     right[2], right[19] = 6, 0
     np.testing.assert_array_equal(values, right)
     np.testing.assert_array_equal(found["label"], [i % 2 for i in right])
     np.testing.assert_array_equal(found["image"], again["image"])
-    with pytest.raises(UserError, match=r"2 of 20 pictures are damaged, more than config.data.damaged=0.05 allows.*19.png"):
-        Pictures("folder", "train", path, 4, damaged=0.05).take(np.arange(20))
+    with pytest.raises(UserError, match=r"2 of 20 images are damaged, more than config.data.damaged=0.05 allows.*19.png"):
+        ImageDataset("folder", "train", path, 4, damaged=0.05).take(np.arange(20))
     for share in (-0.1, 1, float("nan")):
-        assert "config.data.damaged is the share" in refusal(lambda share=share: Pictures("folder", "train", path, 4, damaged=share))
+        assert "config.data.damaged is the share" in refusal(lambda share=share: ImageDataset("folder", "train", path, 4, damaged=share))
 
 
 # --------------------------------------------------------------------------------------------------------------------------- text
@@ -379,13 +381,13 @@ def test_what_is_no_utf8(name, tmp_path):
     content = NO_TEXT[name]
     for place in ("train/0.txt", "train/0.json", "train/captions.tsv"):
         path = folder(tmp_path / place.replace("/", "_"), {"train/0.png": PNG, place: content})
-        assert "UTF-8" in refusal(Pictures, "captioned", "train", path, 8)
+        assert "UTF-8" in refusal(ImageDataset, "captioned", "train", path, 8)
     path = folder(tmp_path / "sentences", {"x.txt": content}) / "x.txt"
     assert "UTF-8" in refusal(Texts(TOKENIZER).parse, str(path))
     tar = tmp_path / "tar/train"
     tar.mkdir(parents=True)
     shard(tar / "0.tar", [("0.png", PNG), ("0.txt", content)])
-    said = refusal(Pictures, "captioned", "train", tmp_path / "tar", 8)
+    said = refusal(ImageDataset, "captioned", "train", tmp_path / "tar", 8)
     assert "UTF-8" in said and "0.png in" in said
 
 
@@ -407,10 +409,10 @@ def test_captions_in_json(caption, right, tmp_path):
     shard(tar / "0.tar", [("0.png", PNG), ("0.json", (path / "train/0.json").read_bytes())])
     for place in (path, tmp_path / "tar"):
         if isinstance(right, str):
-            said = refusal(Pictures, "captioned", "train", place, 8)
+            said = refusal(ImageDataset, "captioned", "train", place, 8)
             assert right in said and "0.png" in said
         else:
-            found = Pictures("captioned", "train", place, 4, TOKENIZER)
+            found = ImageDataset("captioned", "train", place, 4, TOKENIZER)
             assert found._records.get([0])[0]["captions"] == right
             assert found.take(np.array([0]))["text"].shape == (1, len(right), 8)
 
@@ -419,7 +421,7 @@ def test_as_many_captions_as_the_picture_with_the_most(tmp_path):
     content = {f"train/{i}.png": PNG for i in range(3)} | {"train/1.json": json.dumps({"caption": ["a dog", "a red square"]}).encode()}
     path = folder(tmp_path, content | {"train/0.txt": b"a dog", "train/2.json": json.dumps({"caption": ["a dog"] * 40}).encode()})
     encoder = tokenizer("captioned", path, 8, 300)
-    found = Pictures("captioned", "train", path, 4, encoder).take(np.arange(3))["text"]
+    found = ImageDataset("captioned", "train", path, 4, encoder).take(np.arange(3))["text"]
     assert found.shape == (3, captions.MOST, 8)
     assert encoder.decode(found[1]) == ["a dog", "a red square"] * (captions.MOST // 2)
 
@@ -458,28 +460,28 @@ def shard(path, members):
     ([("0.png", PNG), ("0.txt", b"a"), ("0.jpg", PNG)], "0.jpg in .*is the second of its key there, beside 0.png"),
     ([("0.png", PNG), ("0.txt", b"a"), ("./0.txt", b"b")], "./0.txt in .*is the second"),
     ([("0.png", PNG), ("0.txt", b"a"), ("1.png", "0.png"), ("1.txt", b"b")], "1.png in .*is a link"),
-    ([("0.png", PNG), ("0.txt", b"a"), ("1.jfif", PNG), ("1.txt", b"b")], "1.jfif in .*is a kind of picture that is not read"),
+    ([("0.png", PNG), ("0.txt", b"a"), ("1.jfif", PNG), ("1.txt", b"b")], "1.jfif in .*is a kind of image that is not read"),
     ([("0.png", PNG), ("0.txt", b" \n")], "0.png in .*has an empty caption"),
 ])  # fmt: skip
 def test_two_of_one_key(members, said, tmp_path):
     (tmp_path / "train").mkdir()
     shard(tmp_path / "train/0.tar", members)
     with pytest.raises(UserError, match=said):
-        Pictures("captioned", "train", tmp_path, 8)
+        ImageDataset("captioned", "train", tmp_path, 8)
 
 
 def test_two_pictures_of_one_name_beside_one_caption(tmp_path):
     path = folder(tmp_path, {"train/0.png": PNG, "train/0.jpg": stored(GREY, "JPEG"), "train/0.txt": b"a dog"})
-    assert "0.png has the name of 0.jpg" in refusal(Pictures, "captioned", "train", path, 8)
+    assert "0.png has the name of 0.jpg" in refusal(ImageDataset, "captioned", "train", path, 8)
 
 
 def test_hidden_members_and_tar_files_are_left_out(tmp_path):
     (tmp_path / "train").mkdir()
     shard(tmp_path / "train/0.tar", [("._0.png", PNG), ("__MACOSX/0.png", PNG), ("0.png", PNG), ("0.txt", b"a"), ("._0.txt", b"x")])
     (tmp_path / "train/._0.tar").write_bytes(b"Mac OS X")
-    assert len(Pictures("captioned", "train", tmp_path, 8)) == 1
+    assert len(ImageDataset("captioned", "train", tmp_path, 8)) == 1
     folder(tmp_path, {"train/1.png": PNG})
-    assert "holds tar files and 1.png" in refusal(Pictures, "captioned", "train", tmp_path, 8)
+    assert "holds tar files and 1.png" in refusal(ImageDataset, "captioned", "train", tmp_path, 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------- sounds, arrays

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small_sets
 
-from mmdiff.data.image_datasets import Pictures
+from mmdiff.data.image_datasets import ImageDataset
 from mmdiff.data.latents import LatentSource, write_latents
 from mmdiff.data.modalities import Labels, Latents
 from mmdiff.data.negatives import WithNegatives
@@ -118,21 +118,21 @@ def shards(path):
 @pytest.mark.parametrize("make", [folder, captioned, shards])
 def test_a_folder_may_move_but_not_change(make, tmp_path):
     path, name = make(tmp_path / "first")
-    before = fingerprint(Pictures(name, "train", path, 8))
+    before = fingerprint(ImageDataset(name, "train", path, 8))
     moved = shutil.copytree(path, tmp_path / "elsewhere/moved", copy_function=shutil.copyfile)  # other times, too
-    assert fingerprint(Pictures(name, "train", moved, 8)) == before
+    assert fingerprint(ImageDataset(name, "train", moved, 8)) == before
     if make is shards:
         shutil.copyfile(moved / "train/0.tar", moved / "train/1.tar")
     else:
         file = sorted(moved.rglob("*.jpg" if make is captioned else "*.png"))[0]
         file.write_bytes(file.read_bytes() + b"\0")
-        assert fingerprint(Pictures(name, "train", moved, 8)) != before  # a file of another size
+        assert fingerprint(ImageDataset(name, "train", moved, 8)) != before  # a file of another size
         shutil.copyfile(path / file.relative_to(moved), file)
-        assert fingerprint(Pictures(name, "train", moved, 8)) == before
+        assert fingerprint(ImageDataset(name, "train", moved, 8)) == before
         file.rename(file.with_stem("another"))
         if make is captioned:
             file.with_suffix(".txt").rename(file.with_stem("another").with_suffix(".txt"))
-    assert fingerprint(Pictures(name, "train", moved, 8)) != before
+    assert fingerprint(ImageDataset(name, "train", moved, 8)) != before
 
 
 def test_a_cache_of_latents_is_its_manifest(tmp_path):

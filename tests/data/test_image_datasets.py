@@ -1,4 +1,4 @@
-"""Sets of pictures: what is stored comes out, cropped, sized and with its labels or captions; what is missing is named."""
+"""Sets of images: what is stored comes out, cropped, sized and with its labels or captions; what is missing is named."""
 
 import gzip
 import io
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mmdiff.data import image_datasets
-from mmdiff.data.image_datasets import Pictures, open_pictures
+from mmdiff.data.image_datasets import ImageDataset, open_images
 from mmdiff.data.sources import ArraySource, Subset, load_all
 from mmdiff.data.token_cache import Captioned
 from mmdiff.errors import UserError
@@ -37,12 +37,12 @@ def birds(tmp_path):
 
 def refused(*args, **options):
     with pytest.raises(UserError) as caught:
-        Pictures(*args, **options)
+        ImageDataset(*args, **options)
     return str(caught.value)
 
 
 def seen(i, size):
-    """The middle of stored picture i by its definition: cropped, then resized."""
+    """The middle of stored image i by its definition: cropped, then resized."""
     left = (small_sets.WIDTH - small_sets.HEIGHT) // 2
     with Image.open(io.BytesIO(small_sets.picture(i))) as file:
         square = file.crop((left, 0, left + small_sets.HEIGHT, small_sets.HEIGHT)).resize((size, size), Image.Resampling.BICUBIC)
@@ -50,7 +50,7 @@ def seen(i, size):
 
 
 def test_imagenet(tfds_dir):
-    train, val = (Pictures("imagenet2012", split, tfds_dir, 32) for split in ("train", "val"))
+    train, val = (ImageDataset("imagenet2012", split, tfds_dir, 32) for split in ("train", "val"))
     assert (len(train), len(val)) == (6, 3)
     found = train.take(np.array([4, 0, 4]))
     assert {name: (array.dtype.name, array.shape) for name, array in found.items()} == {
@@ -67,20 +67,20 @@ def test_imagenet(tfds_dir):
 def test_coco_has_five_captions_a_picture(tfds_dir):
     words = image_datasets.tokenizer("coco_captions", tfds_dir, 16, 300)
     assert words.length == 16 and words.size <= 300
-    train, val = (Pictures("coco_captions", split, tfds_dir, 16, words) for split in ("train", "val"))
+    train, val = (ImageDataset("coco_captions", split, tfds_dir, 16, words) for split in ("train", "val"))
     assert (len(train), len(val)) == (6, 4)  # val, restval and test are one
     found = train.take(np.arange(3))
     assert found["text"].dtype == np.int32 and found["text"].shape == (3, 5, 16) and set(found) == {"image", "text"}
     for i, row in enumerate(found["text"]):
         own = [caption.lower() for caption in small_sets.captions(i, 4 + i % 3)]
         assert words.decode(row) == [own[j % len(own)] for j in range(5)]
-    assert set(Pictures("coco_captions", "val", tfds_dir, 16).take(np.arange(4))) == {"image"}
+    assert set(ImageDataset("coco_captions", "val", tfds_dir, 16).take(np.arange(4))) == {"image"}
 
 
 def test_no_tensorflow_is_needed(tfds_dir):
     read = (
-        "import sys; from mmdiff.data.image_datasets import Pictures\n"
-        f"for name in ('imagenet2012', 'coco_captions'): print(len(Pictures(name, 'train', {str(tfds_dir)!r}).take([0])['image']))\n"
+        "import sys; from mmdiff.data.image_datasets import ImageDataset\n"
+        f"for name in ('imagenet2012', 'coco_captions'): print(len(ImageDataset(name, 'train', {str(tfds_dir)!r}).take([0])['image']))\n"
         "assert 'tensorflow' not in sys.modules"
     )
     root = pathlib.Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_no_tensorflow_is_needed(tfds_dir):
 
 def test_cub200_splits_by_class(birds):
     words = image_datasets.tokenizer("cub200", birds, 16, 400)
-    train, test = (load_all(Pictures("cub200", split, birds, 16, words)) for split in ("train", "val"))
+    train, test = (load_all(ImageDataset("cub200", split, birds, 16, words)) for split in ("train", "val"))
     np.testing.assert_array_equal(train["label"], [0, 0, 1, 1, 3, 3])
     np.testing.assert_array_equal(test["label"], [2, 2])
     np.testing.assert_allclose(test["image"][1], seen(5, 16), atol=0.01)  # a level of 256
@@ -104,19 +104,19 @@ def test_ones_own_folder(tmp_path):
         for name in classes:
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "one.png").write_bytes(small_sets.picture(ord(name), "PNG"))
-            (tmp_path / split / name / "notes.txt").write_text("not a picture")
-    np.testing.assert_array_equal(load_all(Pictures("folder", "train", tmp_path, 8))["label"], [0, 1, 2])
-    assert load_all(Pictures("folder", "val", tmp_path, 8))["image"].shape == (2, 8, 8, 3)
+            (tmp_path / split / name / "notes.txt").write_text("not an image")
+    np.testing.assert_array_equal(load_all(ImageDataset("folder", "train", tmp_path, 8))["label"], [0, 1, 2])
+    assert load_all(ImageDataset("folder", "val", tmp_path, 8))["image"].shape == (2, 8, 8, 3)
     (tmp_path / "val" / "d").mkdir()
     assert "has a class 'd'" in refused("folder", "val", tmp_path)
     assert "there is no folder" in refused("folder", "train", tmp_path / "none")
     (tmp_path / "train/a/two.jpg").write_bytes(small_sets.picture(0)[:200])
     with pytest.raises(UserError, match=r"two.jpg cannot be read as an image"):
-        load_all(Pictures("folder", "train", tmp_path, 8))
+        load_all(ImageDataset("folder", "train", tmp_path, 8))
 
 
 def test_what_is_missing_is_named(tfds_dir, birds, tmp_path):
-    assert "there is no set of pictures 'imagenet'" in refused("imagenet", "train", tfds_dir)
+    assert "there is no set of images 'imagenet'" in refused("imagenet", "train", tfds_dir)
     assert "no split 'test': choose one of train, val" in refused("cub200", "test", birds)
     assert "config.data.dir is empty" in refused("coco_captions", "train", "")
     missing = refused("imagenet2012", "train", tmp_path)
@@ -126,7 +126,7 @@ def test_what_is_missing_is_named(tfds_dir, birds, tmp_path):
     assert "array_record" in copy.read_text()
     copy.write_text(copy.read_text().replace("array_record", "tfrecord"))
     assert "prepare it anew" in refused("imagenet2012", "train", tmp_path)
-    with pytest.raises(UserError, match="the pictures of imagenet2012 have no captions"):
+    with pytest.raises(UserError, match="the images of imagenet2012 have no captions"):
         image_datasets.tokenizer("imagenet2012", tfds_dir)
 
     (birds / "text_c10/001.Albatross/bird_1.txt").write_text("\n")
@@ -141,7 +141,7 @@ def test_what_is_missing_is_named(tfds_dir, birds, tmp_path):
 
 
 def test_made_up_pictures():
-    source = open_pictures(ConfigDict({"name": "random", "dir": ""}), "val", 8)
+    source = open_images(ConfigDict({"name": "random", "dir": ""}), "val", 8)
     assert source.take(np.arange(3))["image"].shape == (3, 8, 8, 3)
 
 
@@ -164,7 +164,7 @@ def test_some_of_a_source():
         Subset(source, 4).take(np.array([4]))
 
 
-# ----------------------------------------------------------------------------------------------------- pictures with captions
+# ----------------------------------------------------------------------------------------------------- images with captions
 
 
 def shard(path, files):
@@ -181,7 +181,7 @@ def said(i):
 
 @pytest.fixture
 def shards(tmp_path):
-    """As img2dataset writes: two tar files of three pictures each, one caption in a .json alone, and what else lies there."""
+    """As img2dataset writes: two tar files of three images each, one caption in a .json alone, and what else lies there."""
     folder = tmp_path / "cc3m"
     (folder / "train").mkdir(parents=True)
     for number in range(2):
@@ -192,14 +192,14 @@ def shards(tmp_path):
             if i != 4:
                 files[f"{key}.txt"] = said(i).encode()
             files[f"{key}.json"] = json.dumps({"caption": said(i) if i == 4 else "not this one", "url": "..."}).encode()
-        shard(folder / f"train/{number:05d}.tar", {**files, "lost.txt": b"a caption without its picture"})
+        shard(folder / f"train/{number:05d}.tar", {**files, "lost.txt": b"a caption without its image"})
         (folder / f"train/{number:05d}_stats.json").write_text("{}")
     return folder
 
 
 def check(folder, count):
     words = image_datasets.tokenizer("captioned", folder, 32, 400)
-    source = Pictures("captioned", "train", folder, 16, words)
+    source = ImageDataset("captioned", "train", folder, 16, words)
     assert len(source) == count
     found = source.take(np.array([4, 0, 4, 1]))
     assert found["text"].shape == (4, 1, 32) and found["image"].dtype == np.float32
@@ -218,23 +218,23 @@ def test_a_picture_with_a_second_dot_in_a_shard_is_left_out_with_a_word(shards, 
     shard(shards / "train/00001.tar", {
         "a.png": picture, "a.txt": b"a square", "a.mask.png": picture, "b v1.0.JPG": picture, "b v1.0.txt": b"a circle",
         "._c.png": picture, "a.b.csv": b"1"})  # fmt: skip
-    assert len(Pictures("captioned", "train", shards, 8)) == 4
+    assert len(ImageDataset("captioned", "train", shards, 8)) == 4
     [said] = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
-    assert "00001.tar: 2 pictures are left out, the first of them a.mask.png: a name ends at its first dot" in said
+    assert "00001.tar: 2 images are left out, the first of them a.mask.png: a name ends at its first dot" in said
 
 
 def test_shards_are_gone_through_once(shards, monkeypatch):
-    first = load_all(Pictures("captioned", "train", shards, 8))["image"]
+    first = load_all(ImageDataset("captioned", "train", shards, 8))["image"]
     assert (shards / "train/index.npz").exists() and len(list((shards / "train").iterdir())) == 5
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)
-        np.testing.assert_array_equal(load_all(Pictures("captioned", "train", shards, 8))["image"], first)
+        np.testing.assert_array_equal(load_all(ImageDataset("captioned", "train", shards, 8))["image"], first)
     shard(shards / "train/00001.tar", {"7.webp": small_sets.picture(7, "WEBP"), "7.txt": said(7).encode()})
-    assert len(Pictures("captioned", "train", shards, 8)) == 4  # one has changed
+    assert len(ImageDataset("captioned", "train", shards, 8)) == 4  # one has changed
     (shards / "train/index.npz").write_bytes(b"PK\x03\x04 and so on")
-    assert len(Pictures("captioned", "train", shards, 8)) == 4
+    assert len(ImageDataset("captioned", "train", shards, 8)) == 4
     shard(shards / "train/00002.tar", {"8.png": small_sets.picture(8, "PNG"), "8.txt": said(8).encode()})
-    assert len(Pictures("captioned", "train", shards, 8)) == 5
+    assert len(ImageDataset("captioned", "train", shards, 8)) == 5
 
 
 def test_shards_in_a_folder_that_cannot_be_written(shards, monkeypatch):
@@ -242,7 +242,7 @@ def test_shards_in_a_folder_that_cannot_be_written(shards, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(np, "savez", full)
-    assert len(Pictures("captioned", "train", shards, 8)) == 6
+    assert len(ImageDataset("captioned", "train", shards, 8)) == 6
     assert not [path for path in (shards / "train").iterdir() if "index" in path.name]
 
 
@@ -256,10 +256,10 @@ def test_plain_folders_with_captions(tmp_path, listed):
             (tmp_path / f"train/00000/{i}.{'json' if i == 1 else 'txt'}").write_text(content)
     if listed == "tsv":
         (tmp_path / "train/captions.tsv").write_text("".join(f"00000/{i}.jpg\t{said(i)}\n" for i in range(5)))
-    found = load_all(Pictures("captioned", "train", tmp_path, 16))["image"]
+    found = load_all(ImageDataset("captioned", "train", tmp_path, 16))["image"]
     np.testing.assert_allclose(found, [seen(i, 16) for i in range(5)], atol=0.01)
     words = image_datasets.tokenizer("captioned", tmp_path, 32, 400)
-    assert words.decode(load_all(Captioned(Pictures("captioned", "train", tmp_path, 16, words)))["text"]) == [said(i) for i in range(5)]
+    assert words.decode(load_all(Captioned(ImageDataset("captioned", "train", tmp_path, 16, words)))["text"]) == [said(i) for i in range(5)]
 
 
 def test_damaged_pairs_are_named(shards, tmp_path):
@@ -275,14 +275,14 @@ def test_damaged_pairs_are_named(shards, tmp_path):
     shard(train / "00000.tar", {"a.jpg": small_sets.picture(0), "a.json": b"{"})
     assert f"a.jpg in {train / '00000.tar'} has no caption" in refused("captioned", "train", shards)
     shard(train / "00000.tar", {"a.jpg": small_sets.picture(0)[:300], "a.txt": b"a square"})
-    source = Pictures("captioned", "train", shards, 8)
+    source = ImageDataset("captioned", "train", shards, 8)
     with pytest.raises(UserError, match=r"a.jpg in .*00000.tar cannot be read as an image"):
         source.take(np.array([0]))
     (train / "00001.tar").unlink()
     with pytest.raises(UserError, match=r"00001.tar cannot be read as an image \(.*No such file"):
         source.take(np.array([1]))
     shard(train / "00000.tar", {"a.txt": b"a square"})
-    assert "there are no pictures (.png, " in refused("captioned", "train", shards)
+    assert "there are no images (.png, " in refused("captioned", "train", shards)
 
     assert f"there is no folder {shards / 'val'}" in refused("captioned", "val", shards)
     (tmp_path / "train").mkdir()
@@ -293,7 +293,7 @@ def test_damaged_pairs_are_named(shards, tmp_path):
     assert f"line 2 of {tmp_path / 'train/captions.tsv'} has no tab" in refused("captioned", "train", tmp_path)
     (tmp_path / "train/captions.tsv").write_text("b.jpg\ta square\n")
     with pytest.raises(UserError, match=r"b.jpg cannot be read as an image \(.*No such file"):
-        Pictures("captioned", "train", tmp_path, 8).take(np.array([0]))
+        ImageDataset("captioned", "train", tmp_path, 8).take(np.array([0]))
 
 
 def test_aircraft(tmp_path):
@@ -304,7 +304,7 @@ def test_aircraft(tmp_path):
     (data / "images_variant_test.txt").write_text("0000001 Hawk T1\n0000002 707-320\n")
     for i in (1, 2):
         (data / f"images/000000{i}.jpg").write_bytes(small_sets.picture(i))
-    source = Pictures("fgvc_aircraft", "val", tmp_path, 16)
+    source = ImageDataset("fgvc_aircraft", "val", tmp_path, 16)
     assert source.names == ("707-320", "F-16A/B", "Hawk T1")
     found = load_all(source)
     np.testing.assert_array_equal(found["label"], [2, 0])

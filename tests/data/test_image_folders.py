@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmdiff.data import image_folders
-from mmdiff.data.image_datasets import Pictures
+from mmdiff.data.image_datasets import ImageDataset
 from mmdiff.data.image_folders import split_rows
 from mmdiff.errors import UserError
 
@@ -121,7 +121,7 @@ def test_one_tar_file_is_split_and_its_index_lies_beside_it(tmp_path):
 
 def test_sets_of_ones_own_need_no_split(tmp_path):
     write(tmp_path, {f"{name}/{i}.png": png(i) for name in ("cat", "dog") for i in range(10)})
-    train, val = (Pictures("folder", split, tmp_path, 4) for split in ("train", "val"))
+    train, val = (ImageDataset("folder", split, tmp_path, 4) for split in ("train", "val"))
     assert (len(train), len(val), train.names) == (18, 2, ("cat", "dog"))
     assert val.take(np.arange(2))["label"].tolist() == [0, 1]
 

@@ -81,7 +81,7 @@ def test_several_examples(tmp_path):
 
 
 def test_files_that_are_no_image(tmp_path):
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     (tmp_path / "empty.npz").write_bytes(b"")
@@ -94,7 +94,7 @@ def test_files_that_are_no_image(tmp_path):
     for name in ("gone.png", "gone.npz"):
         assert "no such file" in refusal(IMAGES.parse, str(tmp_path / name))
     (tmp_path / "folder").mkdir()
-    assert "holds no pictures" in refusal(IMAGES.parse, str(tmp_path / "folder"))
+    assert "holds no images" in refusal(IMAGES.parse, str(tmp_path / "folder"))
 
 
 def test_images_of_the_wrong_size_or_range(tmp_path):
@@ -168,7 +168,7 @@ def test_latents(tmp_path):
     assert LATENTS.show(latents).shape == (5, 8, 6, 3) and Latents(8, 6, 2).show(latents[..., :2]).shape == (5, 8, 6, 1)
     edges = LATENTS.show(np.float32([[[[-9, 0, 3, 0]]], [[[np.nan, 1, -3, 0]]]]))
     np.testing.assert_array_equal(edges[:, 0, 0], [[0, 128, 255], [128, 170, 0]])
-    assert "encode the pictures first" in refusal(LATENTS.parse, "cat.png")
+    assert "encode the images first" in refusal(LATENTS.parse, "cat.png")
     assert "no such file" in refusal(LATENTS.parse, str(tmp_path / "none.npy"))
     assert "need the shape [n, 8, 6, 4], got [1, 6, 8, 4]" in refusal(LATENTS.check, np.zeros((1, 6, 8, 4), np.float32))
     assert "not finite" in refusal(LATENTS.check, np.full((1, 8, 6, 4), np.inf, np.float32))

@@ -1,4 +1,4 @@
-"""The token cache: what goes in comes out, pictures come back from the folder alone, and half a cache is none."""
+"""The token cache: what goes in comes out, images come back from the folder alone, and half a cache is none."""
 
 import json
 import os

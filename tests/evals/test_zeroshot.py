@@ -18,8 +18,8 @@ from mmdiff.errors import UserError
 from mmdiff.evals import retrieval, zeroshot
 from mmdiff.evals.zeroshot import TASKS, ZeroShot, asked, class_names, encoders, plain
 
-LEVELS = 7  # grey levels of pictures, each of which stands for a class
-# True labels and what the pictures show: of class 0 five of six are right, of class 1 none, of class 2 both.
+LEVELS = 7  # grey levels of images, each of which stands for a class
+# True labels and what the images show: of class 0 five of six are right, of class 1 none, of class 2 both.
 TRUE, SHOWN = [0, 0, 0, 0, 0, 0, 1, 2, 2], [0, 0, 1, 0, 0, 0, 2, 2, 2]
 WORDS = ("an_apple", "redWine", "/t/tower/outdoor")
 NAMES = ("an apple", "red Wine", "tower outdoor")
@@ -53,7 +53,7 @@ class Cifar(Greys, skip_registration=True):
 
 class Pets(Greys, skip_registration=True):
     name = "oxford_iiit_pet"
-    MORE = {"segmentation_mask": tfds.features.Image(shape=(None, None, 3))}  # another picture, which nobody reads
+    MORE = {"segmentation_mask": tfds.features.Image(shape=(None, None, 3))}  # another image, which nobody reads
 
 
 class EuroSat(Greys, skip_registration=True):
@@ -85,7 +85,7 @@ def folder(prepared, tmp_path):
 
 
 def see(params, keys, given):
-    """The picture's grey level as a one-hot vector, of some length."""
+    """The image's grey level as a one-hot vector, of some length."""
     level = np.rint(((np.asarray(given["image"]).mean((1, 2, 3)) + 1) * 127.5 - 10) / 30).astype(int)
     return 3 * np.eye(LEVELS)[level]
 
@@ -281,7 +281,7 @@ def test_nothing_is_asked_for_by_default_and_nothing_is_chosen_on_test_sets(fold
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "is no file: to classify pictures, name a Python file with encode_image"),
+        (None, "is no file: to classify images, name a Python file with encode_image"),
         ("encode_image = len", "defines no function encode_text"),
         ("import nowhere_to_be_found", "cannot be imported: ModuleNotFoundError"),
     ],

@@ -104,7 +104,7 @@ def test_each_part_of_the_loss_trains_its_own_part_of_the_network():
     once = jax.tree.map(jnp.subtract, committed["encoder"], plain["encoder"])
     assert largest(once) > 1e-4
     assert_close(jax.tree.map(lambda x: 2 * x, once), jax.tree.map(jnp.subtract, twice["encoder"], plain["encoder"]), rtol=1e-3, atol=1e-6)
-    # The picture's error reaches the encoder, not the codebook: that one follows the outputs assigned to it.
+    # The image's error reaches the encoder, not the codebook: that one follows the outputs assigned to it.
     assert largest(plain["encoder"]) > 1e-4
     z, codes = run("embed", BATCH["image"])
     ids = nearest(z, codes)

@@ -18,7 +18,7 @@ from mmdiff.training import bench, perf
 from mmdiff.training.step import init_state, make_step
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# One linear map of pictures: what compiles fastest.
+# One linear map of images: what compiles fastest.
 CONFIG = """
 import jax.numpy as jnp
 import optax

@@ -119,7 +119,7 @@ class MusicForDances:
       drawn: the tokens' name.
       count: clips.
       batch: examples in a drawing.
-      parents: the joints' parents, for a picture of the dance from `motion`.
+      parents: the joints' parents, for a figure of the dance from `motion`.
     """
 
     decode: Callable[[np.ndarray], np.ndarray]
@@ -252,15 +252,15 @@ def clip_figures(
     sampler: str = "",
     count: int = 4,
 ) -> dict[str, Figure]:
-    """A picture with players for each of some clips: dance, waveforms with onsets and known beats, spectrograms.
+    """A figure with players for each of some clips: dance, waveforms with onsets and known beats, spectrograms.
 
     Args:
-      music: name -> [n, samples], one row of a picture each.
+      music: name -> [n, samples], one row of a figure each.
       clips: `genre` and `beats` of the same clips, as far as known, and `motion` [n, frames, joints, 3] where there are `parents`.
       genres: the genres' names, if there are any.
       parents: every joint's parent.
       sampler: words for the caption.
-      count: how many pictures, of the first clips.
+      count: how many figures, of the first clips.
     """
     shown, first = {}, slice(count)
     found = {name: times(onsets(audio[first])) for name, audio in music.items()}

@@ -91,7 +91,7 @@ class Motion:
 
     Attributes:
       frames, joints: the size; 120 and SMPL's 24 for 2 s of AIST++.
-      parents: the joint that each is linked to in a picture, -1 for none; without them joints are dots.
+      parents: the joint that each is linked to in an image, -1 for none; without them joints are dots.
       name: the modality's name, which is its key in an `.npz` file.
     """
 
@@ -100,9 +100,9 @@ class Motion:
     parents: Sequence[int] | None = None
     name: str = "motion"
 
-    SIDE = 64  # pixels of a figure in a picture,
+    SIDE = 64  # pixels of a figure in an image,
     REACH = 1.25  # metres from its centre to its border,
-    FIGURES = 6  # and how many make up a picture
+    FIGURES = 6  # and how many make up an image
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from mmdiff.data import files, image_datasets
-from mmdiff.data.files import PICTURES
+from mmdiff.data.files import IMAGE_SUFFIXES
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import RandomSource, Source, check_range, digest
-from mmdiff.data.stored_images import Sound, decode, square, values
+from mmdiff.data.stored_images import UndamagedReader, decode, square, values
 from mmdiff.errors import UserError
 
-OTHER = {"cityscapes": "segmentation", "cityscapes_tfds": "segmentation", "night2day": "night"}  # the name of the other picture
+OTHER = {"cityscapes": "segmentation", "cityscapes_tfds": "segmentation", "night2day": "night"}  # the name of the other image
 # The official colours of Cityscapes' ids 0 to 33; 255 is what its files have for id -1, a licence plate. The ids between do not occur.
 CITYSCAPES = np.zeros((256, 3), np.uint8)
 CITYSCAPES[5:34] = [
@@ -37,13 +37,13 @@ CITYSCAPES[255] = 0, 0, 142
 
 
 class Pairs:
-    """A `Source` of one split of a set of the paper: image and, under the name in `OTHER`, the other picture.
+    """A `Source` of one split of a set of the paper: image and, under the name in `OTHER`, the other image.
 
     Args:
       name, split: of the set, as above.
       data_dir: its folder; of a TFDS set, where TFDS keeps data sets.
-      size: the side of a picture.
-      damaged: the share of the pairs that may be damaged, and are then left out, as of `pictures.Pictures`.
+      size: the side of an image.
+      damaged: the share of the pairs that may be damaged, and are then left out, as of `ImageDataset`.
 
     Raises:
       UserError: an unknown set or split, data that are not there, and what to do about it; from `take`, a file that is damaged or no pair.
@@ -61,15 +61,15 @@ class Pairs:
         if name == "cityscapes_tfds":
             part = {"train": "train", "val": "validation"}[split]
             self._records = image_datasets.Tfds("cityscapes", part, folder, ("image_left", "segmentation_label"))
-            self._sound = Sound(self._records, damaged)
+            self._reader = UndamagedReader(self._records, damaged)
             return
         if not files.is_folder(folder / split):
             raise UserError(
                 f"there is no folder {folder / split}: unpack pix2pix's {name}.tar.gz (efrosgans.eecs.berkeley.edu/pix2pix/datasets), "
                 "and name the folder in which its train and val are.")
-        records = [{"image": path} for path in files.pictures(folder / split)]
-        self._records = image_datasets.nonempty(records, folder, f"pictures ({', '.join(PICTURES)}) in {folder / split}")
-        self._sound = Sound(self._records, damaged)
+        records = [{"image": path} for path in files.images(folder / split)]
+        self._records = image_datasets.nonempty(records, folder, f"images ({', '.join(IMAGE_SUFFIXES)}) in {folder / split}")
+        self._reader = UndamagedReader(self._records, damaged)
 
     def __len__(self):
         return len(self._records)
@@ -77,7 +77,7 @@ class Pairs:
     def take(self, indices):
         indices = np.asarray(indices, np.int64)
         check_range(indices, len(self))
-        _, found = self._sound.read(indices.tolist(), self._pair)
+        _, found = self._reader.read(indices.tolist(), self._pair)
         pairs = np.stack(found) if found else np.zeros((0, 2, self._size, self._size, 3), np.float32)
         return {"image": pairs[:, 0], OTHER[self._name]: pairs[:, 1]}
 
@@ -85,7 +85,7 @@ class Pairs:
         return digest(len(self), self._name, self._records.identity())
 
     def _pair(self, record):
-        """The image and the other picture, [2, size, size, 3]."""
+        """The image and the other image, [2, size, size, 3]."""
         if self._name == "cityscapes_tfds":
             photograph, classes = decode(record["image_left"]), decode(record["segmentation_label"], ids=True)
             colours = CITYSCAPES[np.asarray(square(classes, self._size, ids=True))]
@@ -100,7 +100,7 @@ class Pairs:
 
 
 def open_pairs(data: Any, split: str, size: int) -> Source:
-    """What a config's `data` section names: {"name": SET, "dir": FOLDER}, or made-up pictures, all of them, by {"name": "random"}.
+    """What a config's `data` section names: {"name": SET, "dir": FOLDER}, or made-up images, all of them, by {"name": "random"}.
 
     Raises:
       UserError: no folder, or what `Pairs` refuses.

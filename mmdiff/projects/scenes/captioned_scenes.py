@@ -16,7 +16,7 @@ from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.projects.digits.digits import digits_source
 from mmdiff.projects.scenes import scenes
 
-ASKED = ("digit", "colour", "position")  # what must be right, all of it, for a correct picture
+ASKED = ("digit", "colour", "position")  # what must be right, all of it, for a correct image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CaptionedScenes:
 
     Attributes:
       drawn, text: the names of the two modalities.
-      decode: drawn examples -> pictures [n, size, size, 3] in [-1, 1]; by default the `images` of the drawn modality (`TokenImages`).
+      decode: drawn examples -> images [n, size, size, 3] in [-1, 1]; by default the `images` of the drawn modality (`TokenImages`).
       asked: the attributes that must be right.
       size: the side of the canvas.
       count: samples for each set of captions.
@@ -54,7 +54,7 @@ class CaptionedScenes:
         return self.judged(drawn, steps, guidance, clock, experiment.split)
 
     def draw(self, experiment, params, keys, steps: int, guidance: float, clock: Clock) -> dict[str, tuple[Mapping, np.ndarray]]:
-        """"held-out" (or "validation") and "training" -> (the scenes whose captions are given, pictures drawn of them), with a key each."""
+        """"held-out" (or "validation") and "training" -> (the scenes whose captions are given, images drawn of them), with a key each."""
         decode = self.decode or experiment.modalities[self.drawn].images
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
         found = {}
@@ -94,7 +94,7 @@ class CaptionedScenes:
             "prompt_correctness": f"share of {self.count} samples for captions of {kind} that show the right "
             f"{', '.join(self.asked)}, all of them, as a judge trained on real training scenes reads them",
             "prompt_correctness_seen": f"the same for {self.count} captions of training scenes",
-            "prompt_correctness_real": "the same for the real pictures of these captions: how well the judge reads; "
+            "prompt_correctness_real": "the same for the real images of these captions: how well the judge reads; "
             "samples, whose digits can be more typical than real ones, may exceed it",
             "frechet_ratio": f"squared Fréchet distance (raw pixels, float64) of the {self.count} samples for training captions to "
             f"{self.count} {split} scenes, over that of those captions' own scenes to them: 1 is the limit",
@@ -119,10 +119,10 @@ class CaptionedScenes:
 
 
 class Judge:
-    """Reads the attributes of scenes: pictures float32 [n, size, size, 3] in [-1, 1] -> {"digit": int [n], "colour": ..., ...}.
+    """Reads the attributes of scenes: images float32 [n, size, size, 3] in [-1, 1] -> {"digit": int [n], "colour": ..., ...}.
 
     The background is the palette's colour that is nearest to the median pixel. The digit's colour is the one whose mixtures with the
-    background fit the picture best; the shares in the mixtures are the ink. An SVM on the ink finds size and position, and the SVM on
+    background fit the image best; the shares in the mixtures are the ink. An SVM on the ink finds size and position, and the SVM on
     raw digits (`evals.classifiers`) reads what stands there, brought back to 8 x 8 pixels. Both saw real training data only.
     """
 

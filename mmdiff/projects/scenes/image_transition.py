@@ -1,4 +1,4 @@
-"""How well an image and another picture of the same scene are drawn together, and each from the other."""
+"""How well an image and another image of the same scene are drawn together, and each from the other."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ImageTransition:
       of what an independent rule sees in an image drawn for a segmentation, to that segmentation; `miou_joint`, of both drawn together;
       `miou_rule`, the rule's on real images: the ceiling of the last two;
     * `..._shuffled`: of pairs that do not belong together;
-    * `frechet_ratio_given`, `_joint`, `_absent`: images drawn for another picture, with one, and without any.
+    * `frechet_ratio_given`, `_joint`, `_absent`: images drawn for another image, with one, and without any.
 
     Attributes:
       other: "segmentation" or "night".
@@ -63,8 +63,8 @@ class ImageTransition:
             clock.start(name, f"drawing {count} images, {other} {name}")
             found = draw_samples(experiment, params, own, given, count, absent=absent, **options)
             drawn[name] = {each: _seen(experiment, each, found[each]) for each in ("image", other)}
-        clock.start("judge", "comparing the pictures")
-        # Images drawn for held-out pictures are nearer to these than fresh ones would be: they are compared with training images.
+        clock.start("judge", "comparing the images")
+        # Images drawn for held-out images are nearer to these than fresh ones would be: they are compared with training images.
         real = {"given": train["image"], "joint": test["image"], "absent": test["image"]}
         unit = real_distance(train["image"], test["image"])
         metrics = {f"frechet_ratio_{name}": frechet_distance(drawn[name]["image"], real[name]) / unit for name in drawn}
@@ -103,11 +103,11 @@ class ImageTransition:
         return _seen(experiment, self.other, found if self.other == "night" else found.argmax(-1))
 
     def _implied(self, images):
-        """The other picture of images, by a rule that has nothing to do with the network."""
+        """The other image of images, by a rule that has nothing to do with the network."""
         return paired_scenes.night(images) if self.other == "night" else trained_judge(images.shape[1]).segments(images)
 
     def _errors(self, way, target, source, found, test, train):
-        """The errors of `target` pictures made from `source` pictures, by the network and without one."""
+        """The errors of `target` images made from `source` images, by the network and without one."""
         plain = {"": found, "_mean": train[target].mean(0), "_linear": linear(test[source], train[source], train[target])}
         return {f"error_{way}{name}": error(np.clip(made, -1, 1), test[target]) for name, made in plain.items()}
 
@@ -128,8 +128,8 @@ class ImageTransition:
             "miou_shuffled": f"the same of the {other} of two real images",
         }
         for way in ("predicted", "given"):
-            definitions[f"error_{way}_mean"] = "the same of the training pictures' mean"
-            definitions[f"error_{way}_linear"] = "the same of linear regression of a pixel's colour on its colour in the other picture"
+            definitions[f"error_{way}_mean"] = "the same of the training images' mean"
+            definitions[f"error_{way}_linear"] = "the same of linear regression of a pixel's colour on its colour in the other image"
         ratio = f"squared Fréchet distance (raw pixels) of {count} images"
         return definitions | {
             "frechet_ratio_given": f"{ratio} drawn for held-out {other}s to as many training images, over that of the held-out images",
@@ -184,7 +184,7 @@ def miou(found: np.ndarray, true: np.ndarray, classes: int) -> float:
 
 
 def linear(source: np.ndarray, train_source: np.ndarray, train_target: np.ndarray) -> np.ndarray:
-    """Pictures [n, ..., C] made of `source` pixel by pixel, by the affine map of colours with the least squared error in training."""
+    """Images [n, ..., C] made of `source` pixel by pixel, by the affine map of colours with the least squared error in training."""
 
     def padded(pixels):
         pixels = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64)

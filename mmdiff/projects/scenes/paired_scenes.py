@@ -22,7 +22,7 @@ GLOW = np.array([0.0, 0.0, 0.15])
 
 
 class PairedScenes:
-    """A `Source` of digit scenes with another picture of each: what `Scenes` gives, and `other`.
+    """A `Source` of digit scenes with another image of each: what `Scenes` gives, and `other`.
 
     Args:
       split, size, count: as of `Scenes`.
@@ -34,7 +34,7 @@ class PairedScenes:
 
     def __init__(self, split: str, other: str, size: int = 16, count: int | None = None):
         if other not in ("segmentation", "night"):
-            raise UserError(f"the digit scenes have no picture {other!r} beside the image: choose segmentation or night.")
+            raise UserError(f"the digit scenes have no image {other!r} beside the image: choose segmentation or night.")
         self._scenes, self._other = scenes.Scenes(split, size, count), other
 
     def __len__(self):
@@ -53,7 +53,7 @@ class PairedScenes:
 
 
 def night(day: np.ndarray) -> np.ndarray:
-    """Day's pictures [..., 3] in [-1, 1] at night: `DARKEN u + GLOW` of every pixel u in 0..1."""
+    """Day's images [..., 3] in [-1, 1] at night: `DARKEN u + GLOW` of every pixel u in 0..1."""
     return (2 * ((np.asarray(day, np.float64) + 1) / 2 @ DARKEN.T + GLOW) - 1).astype(np.float32)
 
 

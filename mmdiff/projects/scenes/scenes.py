@@ -38,7 +38,7 @@ SIZES = {"small": 2 / 4, "large": 3 / 4}  # of the canvas
 POSITIONS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1), "centre": (0.5, 0.5)}
 COUNTS = {"train": 20_000, "validation": 2_000, "test": 2_000, "held_out": 2_000}
 _STREAMS = {"train": 0, "test": 1, "held_out": 2, "validation": 3}  # of the order of the scenes
-# What a scene is made of, besides its picture; `background` is a colour, too.
+# What a scene is made of, besides its image; `background` is a colour, too.
 ATTRIBUTES = {"digit": DIGITS, "colour": tuple(COLOURS), "background": tuple(COLOURS), "size": tuple(SIZES), "position": tuple(POSITIONS)}
 TEXT_LENGTH = 16  # a caption has 11 or 12 pieces, start and end come on top
 
@@ -93,7 +93,7 @@ class Scenes:
 
 
 def render(ink: np.ndarray, scenes: Mapping[str, np.ndarray], size: int) -> np.ndarray:
-    """Pictures uint8 [n, size, size, 3] of digits `ink` [n, 8, 8] in [0, 1] with the attributes in `scenes` [n].
+    """Images uint8 [n, size, size, 3] of digits `ink` [n, 8, 8] in [0, 1] with the attributes in `scenes` [n].
 
     A pixel is `background + cover (colour - background)`, rounded.
     """

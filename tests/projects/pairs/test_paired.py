@@ -36,7 +36,7 @@ def folder(tmp_path):
         (tmp_path / split).mkdir()
         for i in range(count):
             (tmp_path / split / f"{i}.png").write_bytes(side_by_side(i))
-    (tmp_path / "train" / "notes.txt").write_text("no picture")
+    (tmp_path / "train" / "notes.txt").write_text("no image")
     return tmp_path
 
 
@@ -115,7 +115,7 @@ def test_what_is_missing_is_named(folder, tmp_path):
         load_all(Pairs("cityscapes", "val", folder, 8))
     for file in (folder / "val").iterdir():
         file.unlink()
-    assert "there are no pictures" in refused("cityscapes", "val", folder)
+    assert "there are no images" in refused("cityscapes", "val", folder)
 
 
 def test_open_pairs(folder):

@@ -1,4 +1,4 @@
-"""The evaluator of pairs of pictures, with an oracle in the network's place: the truth is perfect, and what is no pair is found out."""
+"""The evaluator of pairs of images, with an oracle in the network's place: the truth is perfect, and what is no pair is found out."""
 
 import json
 import types
