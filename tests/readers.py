@@ -25,7 +25,7 @@ def build(config):
     import jax.numpy as jnp
     import optax
 
-    from mmdiff.data import bpe, image_datasets, latents, modalities, token_cache
+    from mmdiff.data import bpe, image_datasets, latents, modalities, token_cache, token_modalities
     from mmdiff.experiment import Experiment
     from mmdiff.processes import Given, Joint
     from mmdiff.projects.dance import sounds
@@ -35,10 +35,10 @@ def build(config):
     labels = modalities.Labels(data.classes)
     tokenizer = bpe.train(["a small red seven", "a large blue one"], 12)
     readers = {
-        "tokens": lambda split: token_cache.open_tokens(data, split, {"tokens": modalities.TokenImages(2, 2, 16), "label": labels}),
+        "tokens": lambda split: token_cache.open_tokens(data, split, {"tokens": token_modalities.TokenImages(2, 2, 16), "label": labels}),
         "latents": lambda split: latents.open_source(data, split, {"image": modalities.Latents(2, 2, 4), "label": labels}),
-        "images": lambda split: image_datasets.open_images(data, split, data.size),
-        "captions": lambda split: image_datasets.open_images(data, split, data.size, tokenizer),
+        "images": lambda split: image_datasets.open_image_dataset(data, split, data.size),
+        "captions": lambda split: image_datasets.open_image_dataset(data, split, data.size, tokenizer),
         "pairs": lambda split: paired.open_pairs(data, split, data.size),
     }
     parts = {
@@ -47,10 +47,10 @@ def build(config):
         "latent": modalities.Latents(2, 2, 4, name="latent"),
         "feature": modalities.Features(5, name="feature"),
         "label": modalities.Labels(3, ("cat", "dog", "hen")),
-        "row": modalities.Sequences(3, 16, name="row"),
-        "tokens": modalities.TokenImages(2, 2, 16),
-        "map": modalities.ClassMaps(8, 8, ((0, 0, 0), (255, 0, 0)), name="map"),
-        "text": modalities.Texts(tokenizer),
+        "row": token_modalities.Sequences(3, 16, name="row"),
+        "tokens": token_modalities.TokenImages(2, 2, 16),
+        "map": token_modalities.ClassMaps(8, 8, ((0, 0, 0), (255, 0, 0)), name="map"),
+        "text": token_modalities.Texts(tokenizer),
         "audio": sounds.Waveforms(64),
         "motion": sounds.Motion(4, 24),
         "music": sounds.TokenAudio(4, 16, None),

@@ -62,7 +62,7 @@ def build(config):
     tokenizer = functools.cache(lambda: image_datasets.tokenizer(data.name, data.dir)) if data.name in image_datasets.CAPTIONS else None
 
     def split(name, tokenizer=None):
-        return image_datasets.open_images(data, name, SIZE, tokenizer() if tokenizer else None)
+        return image_datasets.open_image_dataset(data, name, SIZE, tokenizer() if tokenizer else None)
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     modalities = {name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")}

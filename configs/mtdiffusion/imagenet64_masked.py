@@ -29,7 +29,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
-from mmdiff.data.image_datasets import open_images
+from mmdiff.data.image_datasets import open_image_dataset
 from mmdiff.data.masks import masking
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import Subset
@@ -90,9 +90,9 @@ def build(config):
         apply=net.apply,
         loss=losses.prepared(loss, masking(**config.patches)),
         optimizer=optax.adamw(rate, weight_decay=train.weight_decay),
-        train_data=lambda: open_images(data, "train", data.size),
-        validation_data=lambda: Subset(open_images(data, "val", data.size), config.eval.examples),
-        test_data=lambda: Subset(open_images(data, "val", data.size), config.eval.examples),  # the set has no third part with answers
+        train_data=lambda: open_image_dataset(data, "train", data.size),
+        validation_data=lambda: Subset(open_image_dataset(data, "val", data.size), config.eval.examples),
+        test_data=lambda: Subset(open_image_dataset(data, "val", data.size), config.eval.examples),  # it has no third part with answers
         shape=shape,
         sample=sampling.make_sampler(
             process, net.apply, shape, drop=("masked", "mask"), transforms=(sampling.only("image", sampling.clip(-1, 1)),)),

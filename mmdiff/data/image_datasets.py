@@ -125,7 +125,7 @@ class ImageDataset:
         return digest(len(self), list(self.names), self._records.identity())
 
 
-def open_images(data: Any, split: str, size: int, tokenizer: bpe.Tokenizer | None = None) -> Source:
+def open_image_dataset(data: Any, split: str, size: int, tokenizer: bpe.Tokenizer | None = None) -> Source:
     """What a config's `data` section names: {"name": SET, "dir": FOLDER}, or made-up images of 1,000 classes by {"name": "random"}.
 
     Raises:

@@ -62,8 +62,8 @@ def open_images(data: Any, beside: str = "image") -> OwnData:
 
     Args:
       data: the section of a config: dir, size (of the side, in pixels), channels (1 is grey, 3 colour), damaged (the share of images that
-        may be, see `stored_images.Sound`), validation and test (the shares that are split off); of captions length (the most ids of one)
-        and vocabulary (the most ids).
+        may be, see `stored_images.UndamagedReader`), validation and test (the shares that are split off); of captions length (the most ids
+        of one) and vocabulary (the most ids).
       beside: "image" for images alone.
 
     Raises:

@@ -26,7 +26,7 @@ from mmdiff.data.latents import LatentSource
 from mmdiff.data.modalities import Features, Images, Labels, Latents
 from mmdiff.data.token_cache import read_meta
 from mmdiff.data.token_modalities import ClassMaps, Sequences, Texts, TokenImages
-from mmdiff.data.tower_cache import words
+from mmdiff.data.tower_cache import tokenizer as towers_tokenizer
 from mmdiff.errors import UserError
 from mmdiff.evals.zeroshot import class_names
 from mmdiff.projects.dance import aist
@@ -77,7 +77,7 @@ READERS = {
     "names of classes": (lambda path: class_names("cars", ["a"], path.partition("/cars/")[0]), "cars/classes.txt"),
     "a latent cache": (lambda path: LatentSource(path.partition("/train/")[0], "train", {"label": Labels(3)}), "train/meta.json"),
     "a token cache": (lambda path: read_meta(os.path.dirname(path)), "cache.json"),
-    "towers": (lambda path: words(os.path.dirname(path)), "towers.json"),
+    "towers": (lambda path: towers_tokenizer(os.path.dirname(path)), "towers.json"),
     "weights": (arrays.read_arrays, "x.npz"),
 }
 # A folder may stand in the place of these.

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mmdiff.data import image_datasets
-from mmdiff.data.image_datasets import ImageDataset, open_images
+from mmdiff.data.image_datasets import ImageDataset, open_image_dataset
 from mmdiff.data.sources import ArraySource, Subset, load_all
 from mmdiff.data.token_cache import Captioned
 from mmdiff.errors import UserError
@@ -141,7 +141,7 @@ def test_what_is_missing_is_named(tfds_dir, birds, tmp_path):
 
 
 def test_made_up_pictures():
-    source = open_images(ConfigDict({"name": "random", "dir": ""}), "val", 8)
+    source = open_image_dataset(ConfigDict({"name": "random", "dir": ""}), "val", 8)
     assert source.take(np.arange(3))["image"].shape == (3, 8, 8, 3)
 
 

@@ -9,9 +9,9 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mmdiff.data import paired
 from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
+from mmdiff.projects.pairs import paired
 from mmdiff.projects.pairs.paired import CITYSCAPES, Pairs, open_pairs
 
 
