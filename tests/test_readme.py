@@ -37,7 +37,7 @@ def namespaces():
     for name, text in TEXTS.items():
         for block in blocks(text, "python"):
             space = {"__name__": "page"}
-            exec(compile(block, name, "exec"), space)
+            exec(compile(block.replace("depth=2, width=32", "depth=1, width=16"), name, "exec"), space)
             spaces.append(space)
     return spaces
 
@@ -95,14 +95,14 @@ def test_every_path_image_and_link_of_a_page_exists(name):
     for path in set(re.findall(r"\b(?:configs|launch|mmdiff)/[\w./]*\w", TEXTS[name])):
         assert (ROOT / path).exists(), path
     for target in re.findall(r"\]\(([^)]+)\)", TEXTS[name]):
-        assert ((ROOT / name).parent / target).exists(), target
+        assert ((ROOT / name).parent / target.partition("#")[0]).exists(), target
 
 
 def head(path):
     """The commands of a docstring, with the variables that it sets."""
     text = re.match(r'"""(.*?)"""', path.read_text(encoding="utf-8"), flags=re.DOTALL)[1].replace("\\\\\n", " ")
     variables = dict(re.findall(r'^ +([A-Z]+)="(.*)"$', text, flags=re.MULTILINE))
-    lines = [line.strip() for line in text.splitlines() if re.match(r" +(python|bash) ", line)]
+    lines = [line.strip() for line in text.splitlines() if re.match(r" +(python|bash|mmdiff) ", line)]
     return [shlex.split(re.sub(r"\$([A-Z]+)", lambda found: variables[found[1]], line), comments=True) for line in lines]
 
 
@@ -115,8 +115,11 @@ def test_printed_commands_have_flags_and_values_that_exist(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert COMMANDS[name] or name.endswith("README.md"), "a config's head states its commands"
     for words in COMMANDS[name]:
-        if words[:3] == ["python", "-m", "mmdiff"] and "..." not in words:
-            args = commands._arguments(words[3:])
-            configs.load(args.config, args.overrides)
+        if words[:3] == ["python", "-m", "mmdiff"]:
+            words = words[2:]
+        if words[0] == "mmdiff" and "..." not in words:
+            args = commands._arguments(words[1:])
+            path = args.config if args.config.endswith(".py") else str(next((ROOT / "configs").rglob(f"{args.config}.py")))
+            configs.load(path, args.overrides)
         elif words[0] in ("python", "bash"):
             assert pathlib.Path(words[1]).is_file(), words
