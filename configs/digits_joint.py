@@ -4,7 +4,7 @@
     python -m mmdiff eval  --config configs/digits_joint.py --workdir runs/digits_joint
     python -m mmdiff sample --config configs/digits_joint.py --workdir runs/digits_joint --given label=7
 
-One set of weights draws pairs, draws images of a label, names images, and draws images without labels: the four are the same
+One set of weights samples pairs, samples images of a label, classifies images, and samples images without labels: the four are the same
 network at different times. Image: flow matching, velocity. Label: absorbing diffusion, x_0 cross-entropy.
 
 Measured (seed 0, 500 test digits, EMA weights, two CPU cores; settings chosen on the validation digits): label accuracy 0.984 (another run

@@ -9,8 +9,8 @@ Three parts, three seeds each:
     digits   digits_class: the same on the digits
     weight   markov_class, T = 80: the weight of the contrast up to a thousand times the released one, and the bounded forms
 
-Cost, measured beside other work: markov, 72 trainings, 40 minutes on two cores; digits, 72, 95 minutes on one; weight, 24, 30 minutes on
-one. All of it takes some hour and a half on two quiet cores.
+Cost, measured on cores shared with other work: markov, 72 trainings, 40 minutes on two cores; digits, 72, 95 minutes on one; weight, 24, 30
+minutes on one. All of it takes some hour and a half on two quiet cores.
 
 The networks and trainings are small: compare the losses with each other, not with the configs' own metrics.
 """

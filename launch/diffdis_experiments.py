@@ -1,18 +1,18 @@
-"""Do drawing and naming help each other? DiffDis on digit scenes against its two halves and a CLIP, three seeds each.
+"""Do generation and alignment help each other? DiffDis on digit scenes against its two halves and a CLIP, three seeds each.
 
     python -m mmdiff train --config configs/diffdis/scenes_towers.py --workdir runs/scenes_towers
     python -m mmdiff cache --config configs/diffdis/scenes_towers.py --workdir runs/scenes_towers --out runs/towers
     python launch/diffdis_experiments.py --out runs/diffdis_experiments          # everything, or what is missing of it
     python launch/diffdis_experiments.py --out runs/diffdis_experiments --table  # the tables of what is done so far
 
-    tasks    two towers (CLIP), drawing alone, naming alone, both; naming without noise (a query of zeros: no diffusion)
-    weight   both, with other weights of the naming loss than the 0.2 of tasks; for all of these the norms of the two losses' gradients on
-             the trunk that they share
+    tasks    two towers (CLIP), generation alone, alignment alone, both; alignment without noise (a query of zeros: no diffusion)
+    weight   both, with other weights of the alignment loss than the 0.2 of tasks; for all of these the norms of the two losses' gradients
+             on the trunk that they share
 
 All are of equal width, batch and steps, and of one optimizer, whose rate was chosen for `both`, of 3e-3, 1e-2 and 2e-2 at seed 0 (at 3e-3
 two towers are a little better: 0.823 for 0.783 of the held-out combinations). `both` goes through the trunk twice in a step, the others
-once. All but the two towers, which learn to read as well, name by the vectors of the frozen text tower of scenes_towers.py: naming without
-noise is such a network without diffusion.
+once. All but the two towers, which also learn the text encoder, compare with the vectors of the frozen text tower of scenes_towers.py:
+alignment without noise is such a network without diffusion.
 
 About an hour on two CPU cores. All are small and briefly trained: compare them with each other, not with the configs' own metrics. The
 results are in configs/diffdis/README.md.

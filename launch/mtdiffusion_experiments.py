@@ -4,13 +4,13 @@
     python launch/mtdiffusion_experiments.py --out runs/mtdiffusion_experiments --table  # the tables of what is done so far
 
     encoder     digits_label: the label's encoder, which is the network's belief about the class, the class's mean image, or none (w = 0)
-    label       digits_label: DDPM (A0), a head without aggregation (A1), aggregation without a head (A2), both (A3), beside a Joint
+    label       digits_label: DDPM (A0), a head without aggregation (A1), aggregation without a head (A2), both (A3), against a Joint
                 with independent times; the other head, modality drop, the weights kappa and lambda
     masked      digits_masked: the plain conditional model (A4) and the whole (A5)
     transition  digits_transition: the plain conditional models of both directions, and the whole
 
 Cost: 54 trainings. One takes 40 to 90 seconds on a quiet core, as many again for samples and metrics: some 50 minutes on two cores.
-Measured in pieces, beside other work.
+Measured in parts, on cores shared with other work.
 
 All networks of a part are equal, and so is what they are trained for; they and the trainings are small: compare the settings with each
 other, not with the configs' own metrics.

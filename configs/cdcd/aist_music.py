@@ -12,18 +12,18 @@
 The head of mmdiff/projects/dance/aist.py says what the folder of segments holds. 6 s: --config.data.seconds=6, for the tokenizer, too;
 --config.data.video=true adds the features of the videos. The tokenizer is ours, in place of Jukebox's weights.
 
-The condition is theirs, one token, a Dense of the dance's features beside the genre's and the video's, with an encoder of the dance of
-our own; config.dance.fused=false gives cross-attention a token for every four frames, which says when something happens.
+The condition is theirs, one token, a Dense of the dance's features together with the genre's and the video's, with an encoder of the dance
+of our own; config.dance.fused=false gives cross-attention a token for every four frames, which says when something happens.
 config.dance.freeze=true trains neither that encoder nor the genre's table, as the released code.
 
-The recipe, as released: T = 80, Step-Intra with ten negatives (the released file has no weight for it; 5e-5 is TikTok's), an auxiliary
-loss that rises from weight 5e-4 on, importance-sampled times; AdamW (0.9, 0.96) with decay 4.5e-2 on every weight, gradients clipped at 0.5
-from first to last; a rate of 2e-4, reached in 1,000 steps from 3e-6 and halved after 60,000 without progress; batch 16 (released: 2 a GPU;
-eight GPUs are our guess), 100 epochs of 6,632 segments. Their average takes 0.99 every 25 steps, ours the same 0.9996 every step. Sampling
-starts from masks alone, takes 80 steps and keeps the likeliest codes of total probability 0.86. Not theirs: conditions are dropped for a
-tenth of the examples, so that config.sample.guidance can be above 1; activations are bfloat16; a segment's tokens are always the same,
-where they draw its loudness anew. config.loss.sample_inter=5e-6 with step_intra=0 is Sample-Inter, its negatives being the music of other
-genres in the batch.
+The recipe, as released: T = 80, Step-Intra with ten negatives (the released file has no weight for it; 5e-5 is TikTok's), an auxiliary loss
+that rises from weight 5e-4 on, importance-sampled times; AdamW (0.9, 0.96) with decay 4.5e-2 on every weight, gradients clipped at 0.5 from
+first to last; a rate of 2e-4, reached in 1,000 steps from 3e-6 and halved after 60,000 without progress; batch 16 (released: 2 a GPU; eight
+GPUs are our guess), 100 epochs of 6,632 segments. Their average takes 0.99 every 25 steps, ours the same 0.9996 every step. Sampling starts
+from masks alone, takes 80 steps and keeps the likeliest codes of total probability 0.86. Not theirs: conditions are dropped for a tenth of
+the examples, so that config.sample.guidance can be above 1; activations are bfloat16; a segment's tokens are always the same, where theirs
+are resampled with a random loudness. config.loss.sample_inter=5e-6 with step_intra=0 is Sample-Inter, its negatives being the music of
+other genres in the batch.
 
 For orientation, from the paper as others quote it: beat coverage 0.939 and hit 0.907 for Step-Intra on 2 s. This has not been trained
 here. By the ahead-of-time report on 16 chips of v5e: 434.8M parameters with the dance's encoder, 1.3 GB a chip of 16.9 and a step of

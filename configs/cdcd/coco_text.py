@@ -7,7 +7,7 @@
     python -m mmdiff sample --config configs/cdcd/coco_text.py --workdir runs/coco_text --given text="a cat on a red sofa"
     python -m mmdiff aot    --config configs/cdcd/coco_text.py --topology v5e:4x4 --config.data.source=random
 
-The tokenizer of the pictures is ours (see configs/cdcd/pictures_tokenizer.py), and so is the text encoder: CLIP's text tower in size (12
+The tokenizer of the images is ours (see configs/cdcd/pictures_tokenizer.py), and so is the text encoder: CLIP's text tower in size (12
 layers, 512 wide, 77 tokens, each normalised), trained with the network from nothing on the training captions, where the paper has CLIP's
 own, frozen. config.text.freeze=true freezes it, as released; without CLIP's weights it is then a random projection.
 

@@ -7,10 +7,10 @@
     python -m mmdiff sample --config configs/cdcd/cub200_text.py --workdir runs/cub_text --given text="a small red bird with black wings"
     python -m mmdiff aot    --config configs/cdcd/cub200_text.py --topology v5e:4x4 --config.data.source=random
 
-8,855 pictures of 150 kinds for training, 2,933 of the other 50 for testing, ten captions each. Pictures, captions and network are as in
+8,855 images of 150 kinds for training, 2,933 of the other 50 for testing, ten captions each. Images, captions and network are as in
 coco_text.py, and so is what is ours and not the paper's. As released for this set: Sample-Inter (the negatives, theirs chosen once from
-other kinds of birds, are here pictures of other kinds in the batch), a rate of 4.5e-4 halved after 25,000 steps without progress, batch
-48 (released: 6 a GPU; eight GPUs are our guess), 400 epochs of one caption a picture.
+other kinds of birds, are here images of other kinds in the batch), a rate of 4.5e-4 halved after 25,000 steps without progress, batch 48
+(released: 6 a GPU; eight GPUs are our guess), 400 epochs of one caption an image.
 
 For orientation, from a paper: VQ-Diffusion-S, see coco_text.py, has FID 12.97 by 30,000 samples (Gu et al. 2022). This has not been
 trained here; its cost is unknown, and there is no evaluator.

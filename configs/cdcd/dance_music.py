@@ -8,19 +8,19 @@
 
 DANCE.pkl is a motion file as AIST++ has it; a wav file is written for each sample. Without a genre it is what the dance suggests.
 
-The dance goes through a small transformer that is trained with the network, four frames a token. Cross-attention sees these tokens and
-one for the genre. Not in the paper: their mean modulates the MLPs (config.model.pooled), and the dance's tokens are added to the music
-at their time (config.model.aligned): told to say which 23 ms begin with a beat, a small network learns it so within 100 steps, while by
-attention alone it knew nothing after 250. The paper's condition, one token for all of it, is config.dance.fused=true with
-config.model.aligned=false; config.dance.freeze=true trains none of the encoder but what makes the tokens of its features, as the
-released code.
+The dance goes through a small transformer that is trained with the network, four frames a token. Cross-attention sees these tokens and one
+for the genre. Not in the paper: their mean modulates the MLPs (config.model.pooled), and the dance's tokens are added to the music at their
+time (config.model.aligned): a small network that predicts which 23 ms begin with a beat learns it thus within 100 steps, while by attention
+alone it had learnt nothing after 250. The paper's condition, one token for all of it, is config.dance.fused=true with
+config.model.aligned=false; config.dance.freeze=true trains none of the encoder but what makes the tokens of its features, as the released
+code.
 
-Measured before the validation split (seed 0, 200 held-out dances, EMA weights, 40 steps, guidance 1.5): onsets of what is drawn have F1
-0.968 for the known beats, within 50 ms (0.190 for another clip's; the real music 0.968, the tokenizer's reconstructions 0.983); the genre
-is heard right in 0.960 (reconstructions 1.000). Beat coverage and hit, the published scores, are 0.995, and by chance as well: every second
-of these clips has a beat. Fréchet distance 0.188 (reconstructions 0.147, other real clips 0.038). A second of sampling makes 1.7 s of music
-on one CPU core, 6.5 s in ten steps. Cost: 2.5M parameters, 50 minutes on one core shared with other work. Guidance, steps and rate were not
-tuned.
+Measured before the validation split (seed 0, 200 held-out dances, EMA weights, 40 steps, guidance 1.5): onsets of the samples have F1 0.968
+for the known beats, within 50 ms (0.190 for another clip's; the real music 0.968, the tokenizer's reconstructions 0.983); the genre is
+classified right in 0.960 (reconstructions 1.000). Beat coverage and hit, the published scores, are 0.995, and by chance as well: every
+second of these clips has a beat. Fréchet distance 0.188 (reconstructions 0.147, other real clips 0.038). A second of sampling makes 1.7 s
+of music on one CPU core, 6.5 s in ten steps. Cost: 2.5M parameters, 50 minutes on one core shared with other work. Guidance, steps and rate
+were not tuned.
 """
 
 import optax

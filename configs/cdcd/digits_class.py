@@ -12,7 +12,7 @@ Measured before the validation split (seed 0, 1,297 training and 500 held-out di
 dimension 1.805 (pixels on their own 2.43, and 2.22 counted by class; a raster Markov chain 2.31), conditional agreement 0.984,
 classification accuracy score 0.962, Fréchet ratio 2.38. Guidance 1.0: 0.970, 0.962, 2.29; 1.4: 0.994, 0.960, 2.67: it was chosen on these
 metrics, whose standard errors are 0.004 and 0.009. Cost: 1.08M parameters, six minutes of training on two CPU cores. `eval` compares the
-samplers at fewer steps as well (the table is in README.md beside it) and took a quarter of an hour beside other work.
+samplers at fewer steps as well (the table is in configs/cdcd/README.md) and took a quarter of an hour on cores shared with other work.
 """
 
 import optax

@@ -4,7 +4,7 @@
     python -m mmdiff eval   --config configs/cdcd/markov_class.py --workdir runs/markov_class
     python -m mmdiff sample --config configs/cdcd/markov_class.py --workdir runs/markov_class --given label=7
 
-The likelihood and the class of any sample are exact here, so the contrasts (config.loss) can be judged without a classifier of ours:
+The likelihood and the class of any sample are exact here, so the contrasts (config.loss) can be compared without a classifier of ours:
 launch/cdcd_experiments.py compares them.
 
 Measured (seed 0, 2,000 samples of the held-out sequences' chains, EMA weights, 80 steps; in brackets the held-out sequences themselves):

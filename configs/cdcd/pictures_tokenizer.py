@@ -1,4 +1,4 @@
-"""The tokenizer of CDCD's pictures: 256x256 pixels as 16x16 tokens of 974 codes (ImageNet) or 32x32 of 2,887 (COCO, CUB-200).
+"""The tokenizer of CDCD's images: 256x256 pixels as 16x16 tokens of 974 codes (ImageNet) or 32x32 of 2,887 (COCO, CUB-200).
 
     SET="--config.data.name=coco_captions --config.data.dir=tfds"
     python -m mmdiff train  --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer $SET
@@ -6,18 +6,17 @@
     python -m mmdiff sample --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer --given image=FOLDER
     python -m mmdiff cache  --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer --out tokens/coco
 
-FOLDER holds pictures of 256x256 pixels. config.data.name is imagenet2012, coco_captions, cub200 or folder (one's own pictures in classes,
-as 16x16 tokens); what config.data.dir then holds, and where to get it, says
-mmdiff/data/image_datasets.py. name=random makes pictures up and
+FOLDER holds images of 256x256 pixels. config.data.name is imagenet2012, coco_captions, cub200 or folder (one's own images in classes, as
+16x16 tokens); what config.data.dir then holds, and where to get it, says mmdiff/data/image_datasets.py. name=random makes images up and
 needs nothing.
 
-`cache` encodes every picture once, beside its label or the ids of its captions, for imagenet256_class.py, coco_text.py and
-cub200_text.py. The tokenizer of the captions is trained on those of the training pictures and lies in the cache.
+`cache` encodes every image once, with its label or the ids of its captions, for imagenet256_class.py, coco_text.py and cub200_text.py. The
+tokenizer of the captions is trained on those of the training images and lies in the cache.
 
-The paper's tokenizers are not ours: a VQGAN (ImageNet, one token for 16x16 pixels, 973 of 16,384 codes in use and one class for the
-rest) and a Gumbel VQGAN (OpenImages, 8x8 pixels, 2,886 of 8,192), with a perceptual and an adversarial loss. This one has their
-token grids and numbers of classes, is trained from nothing on the set itself by the squared error alone, and will blur what they draw
-sharply: do not compare Fréchet distances of its pictures with theirs. It has not been trained here.
+The paper's tokenizers are not ours: a VQGAN (ImageNet, one token for 16x16 pixels, 973 of 16,384 codes in use and one class for the rest)
+and a Gumbel VQGAN (OpenImages, 8x8 pixels, 2,886 of 8,192), with a perceptual and an adversarial loss. This one has their token grids and
+numbers of classes, is trained from nothing on the set itself by the squared error alone, and will blur what theirs renders sharply: do not
+compare Fréchet distances of its images with theirs. It has not been trained here.
 """
 
 import functools

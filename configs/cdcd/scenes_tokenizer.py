@@ -1,17 +1,17 @@
-"""The tokenizer of the digit scenes: 16x16 colour pictures as 8x8 tokens of 128 codes, by a VQ autoencoder.
+"""The tokenizer of the digit scenes: 16x16 colour images as 8x8 tokens of 128 codes, by a VQ autoencoder.
 
     python -m mmdiff train  --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer
     python -m mmdiff eval   --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer
     python -m mmdiff sample --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer --given image=FILE
     python -m mmdiff cache  --config configs/cdcd/scenes_tokenizer.py --workdir runs/scenes_tokenizer --out runs/scenes_tokens
 
-`sample` reconstructs the pictures of 16x16 pixels in a file or folder (PNG, or an array). `cache` encodes every scene
-once, for configs/cdcd/scenes_text.py.
+`sample` reconstructs the images of 16x16 pixels in a file or folder (PNG, or an array). `cache` encodes every scene once, for
+configs/cdcd/scenes_text.py.
 
 Measured before the validation split (seed 0, 2,000 test scenes, EMA weights): squared error 0.0044 (29.6 dB), every code in use, perplexity
-47, Fréchet ratio 1.19. A judge of real scenes reads digit, colour and position right in 0.973 of the reconstructions and 0.991 of the
-scenes; all that is lost is digits. Cost: 131,604 parameters, 3,000 steps; 678 s of training on two CPU cores shared with other work (a
-median of 1,050 images/s in its last 600 steps, a rate at which all of it takes three minutes), eval 50 s, cache 15 s.
+47, Fréchet ratio 1.19. Classifiers of real scenes find digit, colour and position in 0.973 of the reconstructions and 0.991 of the scenes;
+all that is lost is digits. Cost: 131,604 parameters, 3,000 steps; 678 s of training on two CPU cores shared with other work (a median of
+1,050 images/s in its last 600 steps, a rate at which all of it takes three minutes), eval 50 s, cache 15 s.
 """
 
 import optax

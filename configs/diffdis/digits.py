@@ -1,16 +1,16 @@
-"""DiffDis on the 8x8 digits: one network draws a digit of its caption, and names a digit by denoising its caption's vector.
+"""DiffDis on the 8x8 digits: one network samples a digit of its caption, and classifies a digit by denoising its caption's vector.
 
     python -m mmdiff train  --config configs/diffdis/digits.py --workdir runs/diffdis_digits
     python -m mmdiff eval   --config configs/diffdis/digits.py --workdir runs/diffdis_digits
     python -m mmdiff sample --config configs/diffdis/digits.py --workdir runs/diffdis_digits --given text="a handwritten seven"
 
-The captions' vectors are ten random directions. Naming also sees noisy images (config.times.noisy), which keeps it from learning 1,097
-images by heart; the paper's sees clean ones alone.
+The captions' vectors are ten random directions. Classification is also trained on noisy images (config.times.noisy), which keeps it from
+learning 1,097 images by heart; the paper's on clean ones alone.
 
 Measured before the validation split (seed 0, 1,297 training and 500 held-out digits, EMA weights): alignment accuracy 0.994 from noise in
-one and in ten steps, 0.984 in fifty, 0.138 without the image; agreement of drawn digits 0.993, classification accuracy score 0.968, Fréchet
-ratio 1.56, round trip 0.997; the diffusion classifier 0.985 of 200. Cost: 2.0M parameters, 21 minutes on two CPU cores shared with other
-work.
+one and in ten steps, 0.984 in fifty, 0.138 without the image; agreement of sampled digits 0.993, classification accuracy score 0.968,
+Fréchet ratio 1.56, round trip 0.997; the diffusion classifier 0.985 of 200. Cost: 2.0M parameters, 21 minutes on two CPU cores shared with
+other work.
 """
 
 from functools import partial

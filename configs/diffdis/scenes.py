@@ -1,4 +1,4 @@
-"""DiffDis on digit scenes of 16x16 pixels: one network draws scenes of captions, retrieves captions of scenes, and writes them.
+"""DiffDis on digit scenes of 16x16 pixels: one network samples scenes of captions, retrieves captions of scenes, and writes them.
 
     python -m mmdiff train  --config configs/diffdis/scenes_towers.py --workdir runs/scenes_towers
     python -m mmdiff cache  --config configs/diffdis/scenes_towers.py --workdir runs/scenes_towers --out runs/towers
@@ -9,18 +9,18 @@
     python -m mmdiff sample --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes --given image=scene.png
     python -m mmdiff eval   --config configs/diffdis/scenes.py --workdir runs/diffdis_scenes --zeroshot cifar10  # unseen photographs
 
-The query is the vector of the frozen text tower. The caption is a stream of ids, which masked diffusion fills in beside an image (not in
-the paper, whose captions are states of the tower and a condition alone: sd_scale.py). One in ten combinations of digit, colour and position
+The query is the vector of the frozen text tower. The caption is a stream of ids, which masked diffusion fills in given an image (not in the
+paper, whose captions are states of the tower and a condition alone: sd_scale.py). One in ten combinations of digit, colour and position
 never occurs in training.
 
 Measured before the validation split (seed 0, 1,000 scenes of each split, EMA weights): digit, colour and place right for 0.998 of the test
 scenes, among 200 captions and in ten steps from noise (0.999 in one; the towers themselves 0.977; 0.006 without the image; 0.945 and 0.776
 among captions with all ten digits); for 0.934 of the held-out combinations, where each caption is there with all ten digits (0.935 in one
-step; the towers 0.756). Samples for held-out captions show all that they say in 0.998 (a judge that reads 0.988 of real scenes right),
+step; the towers 0.756). Samples for held-out captions show all that they say in 0.998 (classifiers that are right on 0.988 of real scenes),
 unguided 0.952, the best of four by the alignment branch 0.988; Fréchet ratio 1.23; round trip 0.998. Captions of test scenes are written
 without a mistake in 0.954, of held-out ones in 0.937. Cost: 3.5M parameters, 81 minutes on one CPU core shared with other work.
 
-The network's matrices are Muon's. With AdamW, a text_weight of 0.1 and 3,000 steps the digit was drawn right in 0.501; the loss of images
+The network's matrices are Muon's. With AdamW, a text_weight of 0.1 and 3,000 steps the sampled digit was right in 0.501; the loss of images
 that it had after 2,000 steps is reached here after 1,400.
 """
 

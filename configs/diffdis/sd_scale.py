@@ -9,8 +9,8 @@
     python -m mmdiff aot   --config configs/diffdis/sd_scale.py --topology v5e:4x4 --config.data.source=random \\
         --config.train.mesh.data=1 --config.train.mesh.fsdp=16 --config.model.remat=full
 
-Data: a latent cache, whose layout mmdiff/data/latents.py describes, with the latents of the pictures and, beside each, what a frozen text
-tower makes of its caption: the tokens' states (zeros where there is padding), and the pooled vector at a length of 1:
+Data: a latent cache, whose layout mmdiff/data/latents.py describes, with the latents of the images and, for each, what a frozen text tower
+makes of its caption: the tokens' states (zeros where there is padding), and the pooled vector at a length of 1:
 
     write_latents(folder, "train", batches, {
         "image": Latents(32, 32, 4), "text": Features(768, "text", 77), "query": Features(768, "query", norm=1.0)})
@@ -21,11 +21,11 @@ makes all three up. Zero-shot classification of the twelve data sets (mmdiff/eva
 encode_image(images [n, 256, 256, 3] in [-1, 1]) -> latents [n, 32, 32, 4], scaled as in the cache, and encode_text(texts) -> [n, 768].
 
 Of the paper: the two losses on every batch, both with weight 1; the query rides in the image's self-attention with the image's weights,
-is put in anew at every block and has an MLP of its own (fusion="shared", two-way); a head of M = 6 blocks of width 768 with 12 heads; x_0
-of the query by InfoNCE over the global batch; the caption, or the image beside the query, left out for 10 % of the examples; AdamW with
-1e-5 for what the generator brings and 1e-4 for what is new, 1,000 steps of warm-up, weight decay 1e-4, averages of 0.9999, six epochs. Its
-batch was not stated, nor gamma, ours are 1,024 and 0.5. Ours, too: a DiT-XL/2 in the place of Stable Diffusion's U-Net, of whose 28 blocks
-half are shared, as its encoder is about half; a learned logit scale.
+enters again at every block and has an MLP of its own (fusion="shared", two-way); a head of M = 6 blocks of width 768 with 12 heads; x_0 of
+the query by InfoNCE over the global batch; the caption, or the query's image, left out for 10 % of the examples; AdamW with 1e-5 for what
+the generator brings and 1e-4 for what is new, 1,000 steps of warm-up, weight decay 1e-4, averages of 0.9999, six epochs. Its batch was not
+stated, nor gamma, ours are 1,024 and 0.5. Ours, too: a DiT-XL/2 in the place of Stable Diffusion's U-Net, of whose 28 blocks half are
+shared, as its encoder is about half; a learned logit scale.
 
 This has not been trained here. By the ahead-of-time report on 16 chips of v5e (the last command): 1,254.1M parameters, 5.3 GB a chip of
 16.9 and a step of 0.87 s at least, 1.33 PFLOP of the model (48 % of the peak at most, bound by memory): the second stage takes five hours

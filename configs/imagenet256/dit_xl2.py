@@ -5,8 +5,8 @@
     python -m mmdiff aot    --config configs/imagenet256/dit_xl2.py --topology v5e:4x4
     python -m mmdiff bench  --config configs/imagenet256/dit_xl2.py
 
-Data: a latent cache, whose layout mmdiff/data/latents.py describes (autoencoder "stabilityai/sd-vae-ft-ema", scale 0.18215, every
-picture and its mirror image). config.data.source=random makes up latents of the same shapes and needs nothing.
+Data: a latent cache, whose layout mmdiff/data/latents.py describes (autoencoder "stabilityai/sd-vae-ft-ema", scale 0.18215, every image and
+its mirror image). config.data.source=random makes up latents of the same shapes and needs nothing.
 
 The recipe: 1,000 steps of linear betas, eps prediction, learned variances (hybrid loss), label dropout 0.1, AdamW at 1e-4 without
 decay or warm-up, batch 256, EMA 0.9999; 250 ancestral steps at the nodes 1, 5, 9, ..., 1000 from N(0, 1), guidance on the first three

@@ -1,12 +1,12 @@
-"""MT-Diffusion on masked digits: the mean of the chain carries the masked image, and a network restores it or draws from nothing.
+"""MT-Diffusion on masked digits: the mean of the chain carries the masked image, and a network restores it or samples from nothing.
 
     python -m mmdiff train --config configs/mtdiffusion/digits_masked.py --workdir runs/digits_masked
     python -m mmdiff eval  --config configs/mtdiffusion/digits_masked.py --workdir runs/digits_masked
 
 Measured before the validation split (seed 0, 1,297 training and 500 held-out digits, EMA weights), with 5, 10, 15 and 20 hidden patches:
-squared error on the hidden pixels, mean of 16 draws, 0.109, 0.140, 0.175 and 0.209 (linear regression 0.152, 0.172, 0.198, 0.217);
-perceptual distance 0.068, 0.183, 0.346 and 0.533 (0.102, 0.224, 0.389, 0.542). Drawn from nothing: Fréchet ratio 1.99; without being told,
-plain DDPM, 1.53. Cost: 0.74M parameters; 3,200 steps took 26 minutes on two CPU cores shared with other work.
+squared error on the hidden pixels, mean of 16 samples, 0.109, 0.140, 0.175 and 0.209 (linear regression 0.152, 0.172, 0.198, 0.217);
+perceptual distance 0.068, 0.183, 0.346 and 0.533 (0.102, 0.224, 0.389, 0.542). Sampled from nothing: Fréchet ratio 1.99; without a masked
+image, plain DDPM, 1.53. Cost: 0.74M parameters; 3,200 steps took 26 minutes on two CPU cores shared with other work.
 """
 
 import optax

@@ -1,14 +1,14 @@
-"""MT-Diffusion on digits and their features: images drawn for a representation, with one and without, and representations of images.
+"""MT-Diffusion on digits and their features: images for a representation, jointly with one and without, and representations of images.
 
     python -m mmdiff train --config configs/mtdiffusion/digits_representation.py --workdir runs/digits_representation
     python -m mmdiff eval  --config configs/mtdiffusion/digits_representation.py --workdir runs/digits_representation
 
 The extractor is a small classifier that is trained here and fixed (projects.digits.digit_features), in the place of CLIP.
 
-Measured before the validation split (seed 0, 1,297 training and 500 held-out digits, EMA weights): images drawn for the training images'
-representations have a cosine of 0.974 to them and a Fréchet ratio of 1.75 at guidance 1.5, 0.960 and 1.41 without guidance; drawn together
-with a representation 0.942 and 1.95; without any 1.73. Read off an image by one call: 0.960 (two images of one class: 0.778). Cost: 0.74M
-parameters; 2,000 steps took 16 minutes on two CPU cores shared with other work.
+Measured before the validation split (seed 0, 1,297 training and 500 held-out digits, EMA weights): images sampled for the training images'
+representations have a cosine of 0.974 to them and a Fréchet ratio of 1.75 at guidance 1.5, 0.960 and 1.41 without guidance; sampled jointly
+with a representation 0.942 and 1.95; without any 1.73. Predicted from an image by one call: 0.960 (two images of one class: 0.778). Cost:
+0.74M parameters; 2,000 steps took 16 minutes on two CPU cores shared with other work.
 """
 
 import optax

@@ -1,15 +1,15 @@
-"""MT-Diffusion on pairs of pictures: digit scenes and their segmentation, or the same at night, drawn together or each from the other.
+"""MT-Diffusion on pairs of images: digit scenes and their segmentation, or the same at night, sampled jointly or each from the other.
 
     python -m mmdiff train --config configs/mtdiffusion/digits_transition.py --workdir runs/digits_transition
     python -m mmdiff eval  --config configs/mtdiffusion/digits_transition.py --workdir runs/digits_transition
 
 The segmentation is a map of classes, background and ten digits: known or hidden as a label is, a colour for each class in the image's mean,
-and a head of logits for each pixel. With --config.pair=night in another workdir the other picture is the night, an image of its own.
+and a head of logits for each pixel. With --config.pair=night in another workdir the other image is the night, an image of its own.
 
-Measured before the validation split (seed 0, 500 held-out scenes, EMA weights): mean IoU of the segmentation read off an image 0.892 (pairs
-that do not belong together 0.085), of what an independent rule sees in images drawn for a segmentation 0.651 (in real images 0.963), in
-images drawn together with one 0.196: those maps are speckled, as all pixels' classes are drawn at once in the last step. Fréchet ratio
-0.94, 1.36 and, alone, 1.31 (500 images). Cost: 0.78M parameters; 25 minutes on two CPU cores shared with other work, 0.16 s a step on one.
+Measured before the validation split (seed 0, 500 held-out scenes, EMA weights): mean IoU of the segmentation predicted from an image 0.892
+(mismatched pairs 0.085), of what an independent rule finds in images sampled for a segmentation 0.651 (in real images 0.963), in images
+sampled jointly with one 0.196: those maps are speckled, as all pixels' classes are sampled at once in the last step. Fréchet ratio 0.94,
+1.36 and, alone, 1.31 (500 images). Cost: 0.78M parameters; 25 minutes on two CPU cores shared with other work, 0.16 s a step on one.
 """
 
 import dataclasses

@@ -6,12 +6,12 @@
     python -m mmdiff sample --config configs/mtdiffusion/imagenet64_label.py --workdir runs/label --given image=FOLDER --steps 1
     python -m mmdiff aot    --config configs/mtdiffusion/imagenet64_label.py --topology v5e:4x4 --config.data.name=random
 
-config.data.name is imagenet2012 (TFDS), folder (one's own copy of it) or random, which makes pictures up and needs nothing; what
-config.data.dir holds says mmdiff/data/image_datasets.py. FOLDER holds pictures of 64x64 pixels, whose classes the third command names.
+config.data.name is imagenet2012 (TFDS), folder (one's own copy of it) or random, which makes images up and needs nothing; what
+config.data.dir holds says mmdiff/data/image_datasets.py. FOLDER holds images of 64x64 pixels, whose classes the third command predicts.
 
-Of the paper: 0.1 times the head's loss beside that of eps, the network itself as the encoder of labels (here its average, of weights
-and, where it guesses, of embeddings), the head an MLP on its middle (M) or, by config.model.head=output, a classifier on its output
-(E), a million steps from nothing. Its M* and E* were tuned further on one task: to draw,
+Of the paper: 0.1 times the head's loss added to that of eps, the network itself as the encoder of labels (here its average, of weights and,
+where it guesses, of embeddings), the head an MLP on its middle (M) or, by config.model.head=output, a classifier on its output (E), a
+million steps from nothing. Its M* and E* were tuned further on one task: to sample,
 
     --config.train.start=runs/label --config.head_weight=0.0 --config.times.hidden=0.0 --config.times.known=0.9 \\
         --config.times.absent=0.1 --config.times.clean=0.0
@@ -24,7 +24,7 @@ Ours: DiT-L on 4x4 patches in the place of the U-Net; fixed variances, where ADM
 sqrt(alpha_bar) t (the paper names none); the shares of the times, those of digits_label.py; the rate and the batch; bfloat16.
 For 128 pixels config.data.size=128 with config.model.patch=8.
 
-For orientation, from the paper, 5,000 samples: FID 33.92 (M), 13.48 (M*), 41.00 (E), 11.28 (E*), beside ADM's 23.22 without labels and
+For orientation, from the paper, 5,000 samples: FID 33.92 (M), 13.48 (M*), 41.00 (E), 11.28 (E*), against ADM's 23.22 without labels and
 16.35 with them. This has not been trained here; its cost is unknown, and there is no evaluator: FID needs the weights of an Inception
 network, which do not come along.
 

@@ -1,4 +1,4 @@
-"""MT-Diffusion on masked ImageNet 64x64: images restored, and drawn from nothing (Chen et al. 2024, section 5.2).
+"""MT-Diffusion on masked ImageNet 64x64: images restored, and sampled from nothing (Chen et al. 2024, section 5.2).
 
     SET="--config.data.name=imagenet2012 --config.data.dir=tfds"
     python -m mmdiff train  --config configs/mtdiffusion/imagenet64_masked.py --workdir runs/masked $SET
@@ -6,22 +6,21 @@
     python -m mmdiff sample --config configs/mtdiffusion/imagenet64_masked.py --workdir runs/masked --absent masked
     python -m mmdiff aot    --config configs/mtdiffusion/imagenet64_masked.py --topology v5e:4x4 --config.data.name=random
 
-config.data.name is imagenet2012 (TFDS), folder (one's own pictures in classes, which are not used) or random, which makes pictures up and
-needs nothing; what config.data.dir holds says mmdiff/data/image_datasets.py.
-A.npy holds images [n, 64, 64, 3] in [-1, 1] with zeros where they
-are hidden, B.npy [n, 64, 64, 1] is 1 there and 0 elsewhere: ones everywhere draw whole images, as the paper's X does.
+config.data.name is imagenet2012 (TFDS), folder (one's own images in classes, which are not used) or random, which makes images up and needs
+nothing; what config.data.dir holds says mmdiff/data/image_datasets.py. A.npy holds images [n, 64, 64, 3] in [-1, 1] with zeros where they
+are hidden, B.npy [n, 64, 64, 1] is 1 there and 0 elsewhere: ones everywhere sample whole images, as the paper's X does.
 
 Of the paper: up to ten patches of 16x16, hidden as zeros in the masked image, which is encoded by the identity; 0.1 times the loss of its
-head, a copy of the output block, beside that of eps; a million steps from nothing. X is shown the masked image, and U is not:
+head, a copy of the output block, added to that of eps; a million steps from nothing. X is shown the masked image, and U is not:
 config.times.known=0.0 with times.hidden=0.8. It builds on ADM (Dhariwal & Nichol 2021) and prints no more; what is of ADM, and what is
 ours, says imagenet64_label.py. Ours are here, besides: the network is shown the mask, too, as a zero is also a grey; a tenth of the masks
-hide everything, since ten patches leave at least 37 % to be seen and X is to draw from nothing; the shares of the times, those of
+hide everything, since ten patches leave at least 37 % to be seen and X is to sample from nothing; the shares of the times, those of
 digits_masked.py. For 128 pixels config.data.size=128 with config.model.patch=8.
 
-For orientation, from the paper: of 5,000 samples FID 9.85 (X) and 26.00 (U), beside ADM's 23.22 without labels and 16.35 with them; LPIPS
+For orientation, from the paper: of 5,000 samples FID 9.85 (X) and 26.00 (U), against ADM's 23.22 without labels and 16.35 with them; LPIPS
 of restored images 0.035, 0.068, 0.099, 0.133 for 5, 10, 15, 20 patches (X). This has not been trained here; its cost is unknown, and there
-is no evaluator: FID needs the weights of an Inception network and LPIPS those of another, which do not come along.
-On 16 chips of v5e, by the ahead-of-time report: 459.1M parameters, 11.4 GB a chip of 16.9 and a step of 54 ms at least.
+is no evaluator: FID needs the weights of an Inception network and LPIPS those of another, which do not come along. On 16 chips of v5e, by
+the ahead-of-time report: 459.1M parameters, 11.4 GB a chip of 16.9 and a step of 54 ms at least.
 """
 
 import jax.numpy as jnp

@@ -6,16 +6,16 @@
     python -m mmdiff sample --config configs/mtdiffusion/imagenet_representation.py --workdir runs/clip --given image=B.npy --steps 1
     python -m mmdiff aot    --config configs/mtdiffusion/imagenet_representation.py --topology v5e:4x4 --config.data.source=random
 
-Data: a latent cache, whose layout mmdiff/data/latents.py describes, with the latents of configs/imagenet256/dit_xl2.py and, beside each,
-the picture's vector of CLIP's image tower (ViT-L/14 or another of that size), times sqrt(768) over its length. Neither network comes along:
+Data: a latent cache, whose layout mmdiff/data/latents.py describes, with the latents of configs/imagenet256/dit_xl2.py and, for each, the
+image's vector of CLIP's image tower (ViT-L/14 or another of that size), times sqrt(768) over its length. Neither network comes along:
 
     write_latents(folder, "train", batches, {"image": Latents(32, 32, 4), "representation": Features(768)})
 
 config.data.source=random makes up both and needs nothing. A.npy holds such vectors [n, 768], B.npy latents [n, 32, 32, 4]. Vectors of
 another length are config.data.vector numbers long: 512 of ViT-B.
 
-Of the paper: images with CLIP's representations in the space of Stable Diffusion's latents, 0.1 times the head's loss beside that of eps;
-it draws pictures of texts, shows no metrics and prints no settings. Ours are the rest: a DiT-XL/2 from nothing and without texts, in the
+Of the paper: images with CLIP's representations in the space of Stable Diffusion's latents, 0.1 times the head's loss added to that of eps;
+it samples images of texts, reports no metrics and prints no settings. Ours are the rest: a DiT-XL/2 from nothing and without texts, in the
 place of Stable Diffusion; the recipe of dit_xl2.py with fixed variances; as the encoder a fixed orthogonal projection into the latents'
 space, as large as they are; as the head an MLP on the network's middle, with the squared error; the weight of the vector in the mean,
 sqrt(alpha_bar) t; the shares of the times, those of digits_representation.py.

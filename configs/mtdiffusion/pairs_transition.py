@@ -1,4 +1,4 @@
-"""MT-Diffusion on pairs of pictures of one scene, 64x64: the paper's image transition (Chen et al. 2024, section 5.1).
+"""MT-Diffusion on pairs of images of one scene, 64x64: the paper's image transition (Chen et al. 2024, section 5.1).
 
     SET="--config.data.name=cityscapes --config.data.dir=cityscapes"
     python -m mmdiff train  --config configs/mtdiffusion/pairs_transition.py --workdir runs/pairs $SET
@@ -7,15 +7,15 @@
     python -m mmdiff sample --config configs/mtdiffusion/pairs_transition.py --workdir runs/pairs --given image=FOLDER --steps 1
     python -m mmdiff aot    --config configs/mtdiffusion/pairs_transition.py --topology v5e:4x4 --config.data.name=random
 
-These draw pairs, photographs of segmentations and segmentations of photographs; FOLDER holds pictures of 64x64 pixels. config.data.name is
-cityscapes or cityscapes_tfds, whose other picture is `segmentation`, night2day, whose other picture is `night`, or random, which makes
-pictures up and needs nothing; what config.data.dir holds says mmdiff/projects/pairs/paired.py.
+These sample pairs, photographs of segmentations and segmentations of photographs; FOLDER holds images of 64x64 pixels. config.data.name is
+cityscapes or cityscapes_tfds, whose other image is `segmentation`, night2day, whose other image is `night`, or random, which makes images
+up and needs nothing; what config.data.dir holds says mmdiff/projects/pairs/paired.py.
 
-Of the paper: the other picture is encoded by the identity; 0.1 times the loss of its head, a copy of the output block, beside that of eps;
-pairs are drawn of night2day and photographs of Cityscapes' segmentations. It shows pictures, no metrics, and prints neither sizes nor
-settings; what is of ADM, on which it builds, and what is ours, says imagenet64_label.py. Ours are here, besides: DiT-B, as there are
-2,975 pairs of Cityscapes; one network for all three uses, by the shares of its times; 100,000 steps of 128. For 128 pixels
-config.data.size=128 with config.model.patch=8.
+Of the paper: the other image is encoded by the identity; 0.1 times the loss of its head, a copy of the output block, added to that of eps;
+pairs are sampled of night2day and photographs of Cityscapes' segmentations. It shows images, no metrics, and prints neither sizes nor
+settings; what is of ADM, on which it builds, and what is ours, says imagenet64_label.py. Ours are here, besides: DiT-B, as there are 2,975
+pairs of Cityscapes; one network for all three uses, by the shares of its times; 100,000 steps of 128. For 128 pixels config.data.size=128
+with config.model.patch=8.
 
 This has not been trained here; its cost is unknown, and there is no evaluator. On 16 chips of v5e,
 by the ahead-of-time report: 130.8M parameters, 4.6 GB a chip of 16.9 and a step of 19 ms at least.

@@ -9,8 +9,8 @@ integers [n, L] tokens. Samples are written to samples.npz in the units of the f
 or a file of vectors, and samples the others given it; `--absent NAME` leaves one out. A tenth of the rows each is held out for validation
 and test.
 
-Vectors and images: flow matching, velocity, vectors standardised. Labels and tokens: absorbing diffusion. The times are drawn so that every
-entry is learnt jointly with the others, given them, and alone. Cost: of vectors 1.3M parameters, a minute or two on two CPU cores.
+Vectors and images: flow matching, velocity, vectors standardised. Labels and tokens: absorbing diffusion. The times are sampled such that
+every entry is learnt jointly with the others, given them, and alone. Cost: of vectors 1.3M parameters, a minute or two on two CPU cores.
 """
 
 import jax.numpy as jnp
