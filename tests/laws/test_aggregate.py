@@ -559,7 +559,7 @@ def by_its_head(process):
 
 
 @pytest.mark.parametrize("weight, estimate", [
-    ("moving", "soft"), ("moving", "drawn"), ("moving", "argmax"), ("constant", "soft"), ("card", "soft"), ("card", "argmax")])
+    ("moving", "soft"), ("moving", "sampled"), ("moving", "argmax"), ("constant", "soft"), ("card", "soft"), ("card", "argmax")])
 def test_joint_sampling_has_the_law_of_the_pairs(weight, estimate):
     """P = .700, modes at +-1.50 with deviation .30, labels that agree. The mean of E and draws are right, the best class is biased."""
     image, label = draws(weight, seeing, estimate)
