@@ -1,8 +1,8 @@
 """Your own arrays, every entry of an .npz file a modality: vectors, images, labels and tokens, alone or jointly, in any combination.
 
-    mmdiff train  --config arrays --workdir runs/mine --config.data.dir=FILE.npz
-    mmdiff sample --config arrays --workdir runs/mine
-    mmdiff eval   --config arrays --workdir runs/mine
+    python -m mmdiff train  --config configs/own/arrays.py --workdir runs/mine --config.data.dir=FILE.npz
+    python -m mmdiff sample --config configs/own/arrays.py --workdir runs/mine
+    python -m mmdiff eval   --config configs/own/arrays.py --workdir runs/mine
 
 What an entry is says its type (mmdiff/data/own.py): floats [n, d] are vectors, uint8 [n, H, W, C] images, integers or texts [n] labels,
 integers [n, L] tokens. Samples are written to samples.npz in the units of the file. `--given NAME=VALUE` holds an entry, such as a label

@@ -1,8 +1,8 @@
 """Your own images with captions: images of a text, texts for an image, both together and images alone, by one set of weights.
 
-    mmdiff train  --config captions --workdir runs/mine --config.data.dir=FOLDER
-    mmdiff sample --config captions --workdir runs/mine --given caption="a red circle"
-    mmdiff eval   --config captions --workdir runs/mine
+    python -m mmdiff train  --config configs/own/captions.py --workdir runs/mine --config.data.dir=FOLDER
+    python -m mmdiff sample --config configs/own/captions.py --workdir runs/mine --given caption="a red circle"
+    python -m mmdiff eval   --config configs/own/captions.py --workdir runs/mine
 
 FOLDER holds tar files as of WebDataset and img2dataset (NAME.png beside NAME.txt, or a NAME.json with "caption"), or is one of them; or
 images beside such files, or images and a captions.csv, .tsv or .json (mmdiff/data/image_folders.py). A tenth each is held out for

@@ -1,8 +1,8 @@
 """Your own images in folders of classes: images of a class, the class of an image, both together and images alone, by one set of weights.
 
-    mmdiff train  --config image_label --workdir runs/mine --config.data.dir=FOLDER
-    mmdiff sample --config image_label --workdir runs/mine --given label=cat
-    mmdiff eval   --config image_label --workdir runs/mine
+    python -m mmdiff train  --config configs/own/image_label.py --workdir runs/mine --config.data.dir=FOLDER
+    python -m mmdiff sample --config configs/own/image_label.py --workdir runs/mine --given label=cat
+    python -m mmdiff eval   --config configs/own/image_label.py --workdir runs/mine
 
 FOLDER has a folder for each class, FOLDER/cat/*.png, or is a .npz file of images and labels; a tenth of every class each is held out for
 validation and test, unless FOLDER has folders train, val and test with the classes in them (mmdiff/data/own.py). `--given image=FILE`

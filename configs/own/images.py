@@ -1,8 +1,8 @@
 """Your own images, whatever their sizes and kinds, without labels.
 
-    mmdiff train  --config images --workdir runs/mine --config.data.dir=FOLDER
-    mmdiff sample --config images --workdir runs/mine
-    mmdiff eval   --config images --workdir runs/mine
+    python -m mmdiff train  --config configs/own/images.py --workdir runs/mine --config.data.dir=FOLDER
+    python -m mmdiff sample --config configs/own/images.py --workdir runs/mine
+    python -m mmdiff eval   --config configs/own/images.py --workdir runs/mine
 
 FOLDER holds images, at any depth, or is a .npz or .npy file of them; a tenth each is held out for validation and test, unless FOLDER has
 folders train, val and test (mmdiff/data/own.py). An image's central square is shrunk to config.data.size pixels; config.data.channels=1
