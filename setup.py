@@ -44,6 +44,8 @@ EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],  # for older drivers
 }
+# `configs` is a folder of the repository; a wheel has it inside the package, where `--config NAME` finds it.
+CONFIGS = ["mmdiff._configs", *(f"mmdiff._configs.{path.name}" for path in sorted((root / "configs").iterdir()) if path.is_dir())]
 
 setup(
     name="mmdiff",
@@ -52,7 +54,8 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["mmdiff", "mmdiff.*"]),
+    packages=[*find_packages(include=["mmdiff", "mmdiff.*"]), *CONFIGS],
+    package_dir={"mmdiff._configs": "configs"},
     python_requires=">=3.11",
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -1,4 +1,4 @@
-"""Config files: plain values plus a constructor.
+"""Configs: plain values plus a constructor, in a file of the user's or one that comes with the package (`shipped_configs`).
 
 A config file defines `get_config() -> ml_collections.ConfigDict` and `build(config) -> Experiment`. Every value can be
 replaced as `--config.section.key=value`; the text is read as the type of the value that it replaces. `mmdiff.checks` has their ranges.
@@ -22,7 +22,7 @@ from typing import Any
 
 import ml_collections
 
-from mmdiff import checks, suggest
+from mmdiff import checks, shipped_configs, suggest
 from mmdiff.errors import UserError
 
 SECTIONS = (Mapping, ml_collections.ConfigDict)
@@ -38,7 +38,7 @@ def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[ml_colle
     """Reads a config file and applies overrides, in order.
 
     Args:
-      path: a Python file with `get_config` and `build`.
+      path: a Python file with `get_config` and `build`, or the name of a shipped config.
       overrides: pairs of a dotted key and the text of its new value, `("train.steps", "100")`.
 
     Returns:
@@ -203,18 +203,23 @@ def plain(value: Any) -> Any:
 
 
 def _file(path: str) -> pathlib.Path:
-    remedy = "--config takes the path of a Python file such as configs/digits_joint.py"
+    """The file of a config: a path, or a shipped one by name."""
+    remedy = f"--config takes a name or the path of a Python file, and {shipped_configs.LIST}"
     try:
-        file = pathlib.Path(path)
-        if file.is_file() and file.suffix == ".py":
-            return file
-        what = f"{path} is no config file" if file.exists() else f"there is no config file {checks.short(str(path))[1:-1]}"
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL character
+        file = pathlib.Path(path).expanduser()
+        whole, exists = file.is_file() and file.suffix == ".py", file.exists()
+        around = sorted(file.parent.glob("*.py"))[:1000]
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, holds a NUL character or is of no user (~nobody)
         raise UserError(f"{checks.short(path)} is no path of a file ({getattr(error, 'strerror', None) or error}): {remedy}.") from error
-    folders = [file if file.is_dir() else file.parent, pathlib.Path("configs")]
-    known = {other.stem: str(other) for folder in reversed(folders) if folder.is_dir() for other in sorted(folder.rglob("*.py"))[:1000]}
-    near = None if what.endswith("is no config file") else suggest.word(file.stem, known)
-    raise UserError(f"{what}: did you mean {known[near]}?" if near else f"{what}: {remedy}.")
+    if whole:
+        return file
+    if path in (shipped := shipped_configs.paths()):
+        return shipped[path]
+    if exists:
+        raise UserError(f"{path} is no config file: {remedy}.")
+    near = suggest.word(file.stem, {other.stem: other for other in around})
+    meant = f", did you mean {file.with_name(f'{near}.py')}?" if near else shipped_configs.meant(path)
+    raise UserError(f"there is no config file {checks.short(str(path))[1:-1]}{meant or f': {remedy}.'}")
 
 
 def _values_alone(file: pathlib.Path) -> ml_collections.ConfigDict | None:

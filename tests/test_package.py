@@ -156,18 +156,21 @@ ARROWS = {
     "processes": BASE | {"schedules"},
     **dict.fromkeys(OBJECTIVES, BASE | OBJECTIVES | {"schedules", "processes"}),
     "nets": BASE,
-    "config": BASE,
+    "shipped_configs": BASE,
+    "config": BASE | {"shipped_configs"},
     "data": BASE | {"nets"},
     "evals": CORE_PARTS | {"config", "data"},
     "experiment": CORE_PARTS,
     "training": CORE_PARTS | {"config", "data", "experiment"},
     "runs": CORE_PARTS | {"config", "data", "evals", "experiment", "training"},
     "projects": CORE_PARTS | {"config", "data", "evals"},
-    "__main__": CORE_PARTS | {"config", "data", "evals", "experiment", "training", "runs"},
+    "arguments": BASE,
+    "commands": CORE_PARTS | {"config", "shipped_configs", "training", "runs"},
+    "__main__": BASE | {"arguments", "commands"},
 }
 PLAIN = {"jax", "flax", "optax", "chex", "numpy"}
 BESIDE_PLAIN = {"config": {"ml_collections"}, "aot": {"ml_collections", "libtpu"}}
-OUTER = {"data", "evals", "projects", "runs", "__main__"}  # what may import more than PLAIN; of training these modules
+OUTER = {"data", "evals", "projects", "runs", "commands", "__main__"}  # what may import more than PLAIN; of training these modules
 OUTER_TRAINING = {"loop", "checkpoints", "metrics_logger", "run_metadata", "skipped", "validation"}
 
 

@@ -23,6 +23,7 @@ RUNS = {  # name: config, what the command of the run said, what its golden samp
         "cdcd/scenes_text", [*SMALL, "text.width=8", "text.heads=2", "chain.steps=4", "sample.steps=4"], f"text={CAPTION}"),
     "scenes_towers": (
         "diffdis/scenes_towers", [*SMALL, "model.size=8", "model.text_depth=1", "model.text_width=8"], None),
+    "scenes": ("diffdis/scenes", [*SMALL, "model.shared=1", "query.size=8", "sample.steps=3"], f"text={CAPTION}"),
 }  # fmt: skip
 TRAIN = [
     "train.checkpoint_every=2", "train.keep=1", "train.global_batch=8", "train.log_every=1", "train.eval_every=0", "train.warmup_steps=2",

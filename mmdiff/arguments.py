@@ -1,0 +1,288 @@
+"""The arguments of the command line: what the commands are called, take and say in their help, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+from collections.abc import Sequence
+
+from mmdiff import __version__, checks, suggest
+from mmdiff.errors import UserError
+from mmdiff.keys import check_seed
+
+OVERRIDE = "--config."
+
+ABOUT = f"""\
+mmdiff {__version__}: multi-modal diffusion in JAX and Flax.
+
+A run is a config (values plus a constructor) and a folder, its workdir.
+Every value of the config can be replaced on the command line, as in
+--config.train.steps=100."""
+
+TRAIN = """\
+Trains, and writes config.json, checkpoints, metrics.jsonl and TensorBoard
+events to the workdir. The same command continues a run that was stopped (by
+Ctrl-C, SIGTERM, SIGUSR1 or a crash) as if it had not been; a finished run
+returns at once."""
+
+EVAL = """\
+Runs every evaluator of the config on the averaged (EMA) weights of the last
+checkpoint, prints the metrics, and writes report.json (all metrics) and
+report.html (metrics and figures) to the workdir. The values of the config are
+the run's own; config.sample, config.eval, config.seed and the folders of the
+data can be set.
+
+Whatever you choose by its metrics, choose with --split validation, which writes
+report-validation.json and .html and leaves the test data alone: what is
+reported of the test data then was not chosen on them."""
+
+CACHE = """\
+Encodes every split of a tokenizer's data once, with the averaged (EMA) weights
+of the last checkpoint, and writes the tokens, the other arrays of the data and
+the weights, which decode tokens, to a folder. Of towers (CLIP's kind) it writes
+the weights. The folder is whole or absent; if the same cache is there, nothing
+is done. Configs that train on tokens, or on texts' vectors, name the folder."""
+
+AOT = """\
+Compiles the training step for TPUs that are not here, and prints what it needs
+of each chip: memory by kind, and whether it fits; FLOPs, what it sends and
+moves, and the least time of a step that these allow. If it does not fit, tries
+what needs less and prints the flags of the first that does. Nothing is run.
+Needs pip install 'mmdiff[tpu-aot]'."""
+
+BENCH = """\
+Times training on this machine, on random examples: seconds per step, images per
+second and chip, the share of the chip's speed that is used (MFU), what a step
+takes beyond the bare gradient and update, the wait for data, compile time and
+memory. The program is the one that train runs, and is fed in the same way.
+
+With --peer it takes turns with another program, and prints the ratio. That
+program must print a last line of JSON with its "seconds_per_step"; on a GPU the
+memory must suffice for both.
+
+Needs no data, and of Python packages only jax, flax, optax, chex, numpy,
+ml_collections and what the config imports."""
+
+CONFIGS = """\
+Lists the configs that come with mmdiff, each with its purpose; with NAME, shows
+what the head of that one says: its commands, its results and its cost. With
+--to, copies it to a file of yours to start from. --config takes such a name, or
+the path of a file."""
+
+SAMPLE = """\
+Samples with the averaged (EMA) weights of the last checkpoint, and writes
+samples.png and samples.npz, and of sounds a wav file each.
+
+Each modality is sampled, unless it is given (--given NAME=VALUE holds its value)
+or absent (--absent NAME: it says nothing about the others). So one model
+samples both, images of a label, the label of an image, and images alone. Sample i
+depends on the seed and on i only, not on --number. The values of the config are
+the run's own; config.sample, config.eval, config.seed and the folders of the
+data can be set."""
+
+USE = "--config digits_joint --workdir runs/digits_joint"
+TOKENIZER = "--config cdcd/scenes_tokenizer --workdir runs/scenes_tokenizer"
+EXAMPLES = {
+    "train": [f"train {USE}", f"train {USE} --config.train.steps=100"],
+    "aot": [
+        "aot --config imagenet256/dit_xl2 --topology v5e:4x4 --config.train.mesh.fsdp=16",
+        "aot --config imagenet256/dit_xl2 --topology v5p:2x2x4 --slices 2 --json report.json",
+    ],
+    "bench": [
+        "bench --config imagenet256/dit_xl2 --config.model.size=S --config.train.global_batch=8",
+        "bench --config imagenet256/dit_xl2 --json bench.json --peer 'python their_step.py --batch 256'",
+    ],
+    "eval": [f"eval {USE}", f"eval {USE} --split validation --config.sample.guidance=1.3"],
+    "configs": ["configs", "configs digits_joint --to my_digits.py"],
+    "cache": [f"cache {TOKENIZER} --out runs/scenes_tokens", f"cache {TOKENIZER} --out runs/scenes_tokens --split train"],
+    "sample": [
+        f"sample {USE} --number 64",
+        f"sample {USE} --given label=7 --guidance 1.5",
+        f"sample {USE} --given image=seven.png",
+        f"sample {USE} --absent label --seed 1",
+    ],
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its mistakes are UserErrors, and say what was meant. `flags` has the names of its options: name -> whether it may be repeated."""
+
+    def __init__(self, *args, **kwargs):
+        self.flags: dict[str, bool] = {}
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *names, **kwargs):
+        self.flags.update({name: kwargs.get("action") == "append" for name in names if name.startswith("-")})
+        return super().add_argument(*names, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help).")
+
+    def check_flags(self, argv: Sequence[str]) -> None:
+        """Raises UserError at flags that do not exist or are set twice, of which argparse takes the last."""
+        seen = set()
+        for arg in argv:
+            flag = arg.partition("=")[0]
+            if arg == "--" or not arg.startswith("--"):
+                continue
+            if flag not in self.flags:
+                key = flag.removeprefix("--")
+                near = f"{OVERRIDE}{key}=VALUE" if "." in key else suggest.word(flag, self.flags)
+                meant = f", did you mean {near}?" if near else ""
+                raise UserError(f"unrecognized arguments: {checks.short(arg)[1:-1]}{meant} (see {self.prog} --help).")
+            if flag in seen and not self.flags[flag]:
+                raise UserError(f"{flag} is set twice: keep one (see {self.prog} --help).")
+            seen.add(flag)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """`command` and its options; `overrides`, pairs of a key of the config and the text of its value. Raises UserError at mistakes."""
+    # Overrides are taken out first: their names are the config's, not known here.
+    overrides = [arg.removeprefix(OVERRIDE).partition("=") for arg in argv if arg.startswith(OVERRIDE)]
+    for key, equals, _ in overrides:
+        if not equals:
+            raise UserError(f"{OVERRIDE}{key} has no value: write {OVERRIDE}{key}=VALUE, without a space.")
+    plain = [arg for arg in argv if not arg.startswith(OVERRIDE)]
+    parser, commands = _parser()
+    if plain and not plain[0].startswith("-"):
+        if plain[0] not in commands:
+            near = suggest.word(plain[0], commands)
+            meant = f"did you mean {near!r}?" if near else "it is none of the commands."
+            raise UserError(f"invalid choice: {checks.short(plain[0])} (choose from {', '.join(commands)}): {meant}")
+        commands[plain[0]].check_flags(plain[1:])
+    args, rest = parser.parse_known_args(plain)
+    if rest:
+        setting = next((arg for arg in rest if "=" in arg), None)
+        hint = f"write {OVERRIDE}{setting.removeprefix('config.')} to set a value of the config" if setting else "quote what holds spaces"
+        raise UserError(f"unrecognized arguments: {checks.short(' '.join(rest))[1:-1]}: {hint} (see {commands[plain[0]].prog} --help).")
+    args.overrides = [(key, text) for key, _, text in overrides]
+    return args
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """-> (the parser, those of the commands)."""
+    style = {"formatter_class": _format, "allow_abbrev": False}
+    parser = _Parser(prog="mmdiff", description=ABOUT, epilog=_examples(*EXAMPLES), **style)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="train | sample | eval | configs | cache | bench | aot")
+
+    def add(name, summary, about):
+        sub = commands.add_parser(name, help=summary, description=about, epilog=_examples(name), **style)
+        sub.set_defaults(command=name)
+        return sub
+
+    def command(name, summary, about, workdir=True):
+        sub = add(name, summary, about)
+        sub.add_argument("--config", type=_path, required=True, metavar="NAME|FILE", help="a shipped config (mmdiff configs) or a file")
+        if workdir:
+            sub.add_argument("--workdir", type=_path, required=True, metavar="DIR", help="the folder of the run")
+        # Only shown: `parse` takes the overrides out before parsing.
+        sub.add_argument(f"{OVERRIDE}KEY=VALUE", action="store_true", help="replace a value of the config; repeatable")
+        return sub
+
+    def of_checkpoint(sub):
+        sub.add_argument("--step", type=_step, metavar="N|best", help="which checkpoint (default: the last); best: by config.train.best")
+
+    def of_processes(sub):
+        option = sub.add_argument
+        option("--distributed", action="store_true", help="join the other processes of the run (TPU slice, Slurm, Open MPI, Kubernetes)")
+        option("--coordinator", metavar="HOST:PORT", help="where the launcher is unknown: the address of process 0,")
+        option("--processes", metavar="N", help="how many processes there are,")
+        option("--process", metavar="I", help="and which one this is, from 0")
+
+    sub = command("train", "train, or continue a run", TRAIN)
+    of_processes(sub)
+    sub = command("bench", "measure how fast training is here", BENCH, workdir=False)
+    option = sub.add_argument
+    option("--steps", type=_count, default=5, metavar="N", help="timed steps in a round (default: 5)")
+    option("--rounds", type=_count, default=5, metavar="N", help="rounds in which the programs take turns (default: 5)")
+    option("--peer", default="", metavar="COMMAND", help="another program to compare with, in quotes")
+    option("--json", type=_path, metavar="FILE", help="write the metrics to a file, too")
+    of_processes(sub)
+    sub = command("aot", "what a training step needs of TPUs that are not here", AOT, workdir=False)
+    option = sub.add_argument
+    option("--topology", required=True, metavar="KIND:SHAPE", help="the TPUs: v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:16x16, ...")
+    option("--slices", type=_count, default=1, metavar="N", help="so many of them, joined by the data-centre network (default: 1)")
+    option("--json", type=_path, metavar="FILE", help="write the report to a file, too")
+    sub = command("sample", "sample from a trained model", SAMPLE)
+    option = sub.add_argument
+    option("--number", type=_count, metavar="N", help="how many samples (default: what a given file holds, or 16)")
+    option("--given", action="append", default=[], metavar="NAME=VALUE", help="hold a modality at a value; repeatable")
+    option("--absent", action="append", default=[], metavar="NAME", help="leave a modality out; repeatable")
+    option("--steps", type=_calls, metavar="N", help="sampling steps (default: config.sample.steps)")
+    option("--guidance", type=_guidance, metavar="W", help="guidance weight (default: config.sample.guidance)")
+    option("--seed", type=_seed, metavar="S", help="seed of the samples (default: config.seed)")
+    of_checkpoint(sub)
+    option("--out", type=_path, metavar="DIR", help="where the samples are written (default: WORKDIR/samples)")
+    sub = command("eval", "measure a trained model and write the report", EVAL)
+    of_checkpoint(sub)
+    sub.add_argument("--split", choices=("test", "validation"), default="test", help="what to measure on (default: test)")
+    sub.add_argument("--reuse", action="store_true", help="print the report of this checkpoint and config if there is one")
+    sub.add_argument("--zeroshot", metavar="NAMES", help="classify images of published sets by prompts, too: all, or cifar10,food101")
+    sub.add_argument("--zeroshot-dir", type=_path, metavar="DIR", help="where these data sets are (default: where TFDS keeps them)")
+    sub = command("cache", "encode a data set with a trained tokenizer", CACHE)
+    option = sub.add_argument
+    option("--out", type=_path, required=True, metavar="DIR", help="the folder of the cache")
+    option("--split", action="append", default=[], metavar="NAME", help="encode this split only; repeatable")
+    of_checkpoint(sub)
+    sub = add("configs", "list the shipped configs, or copy one", CONFIGS)
+    sub.add_argument("name", nargs="?", type=_path, metavar="NAME", help="one of them")
+    sub.add_argument("--to", type=_path, metavar="FILE.py", help="write a copy of it here, to start from")
+    return parser, dict(commands.choices)
+
+
+def _format(prog: str) -> argparse.HelpFormatter:
+    width = min(100, shutil.get_terminal_size().columns)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width)
+
+
+def _examples(*commands: str) -> str:
+    return "examples:\n" + "\n".join(f"  python -m mmdiff {line}" for name in commands for line in EXAMPLES[name])
+
+
+def _path(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"it must be a path, not {checks.short(text)}")
+    return text
+
+
+def _integer(text: str, allowed: checks.Range) -> int:
+    value = int(text) if text.isdecimal() and len(text) < 4000 else -1
+    if not allowed.low <= value <= allowed.high:
+        bound = f"at most {allowed.high:,}" if value > allowed.high else f"an integer of {allowed.low} or more"
+        raise argparse.ArgumentTypeError(f"it must be {bound}, not {checks.short(text)}")
+    return value
+
+
+def _count(text: str) -> int:
+    return _integer(text, checks.Range(1, 1_000_000))
+
+
+def _calls(text: str) -> int:
+    return _integer(text, checks.NETWORK_CALLS)
+
+
+def _step(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"it must be the step of a checkpoint or best, not {text!r}")
+    return text if text == "best" else _integer(text, checks.Range(0, math.inf))
+
+
+def _seed(text: str) -> int:
+    try:
+        seed = int(text) if text.removeprefix("-").isdecimal() and len(text) < 4000 else checks.short(text)[1:-1]
+        check_seed(seed, "it")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
+    return seed
+
+
+def _guidance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if wrong := checks.GUIDANCE.wrong(value):
+        raise argparse.ArgumentTypeError(f"it must be {wrong}, not {checks.short(text)}")
+    return value

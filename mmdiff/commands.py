@@ -1,0 +1,227 @@
+"""What the commands do: each checks its arguments, calls the library and prints. Nothing here imports jax before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+
+from mmdiff import checks, console, runs, shipped_configs
+from mmdiff import config as configs
+from mmdiff.errors import UserError
+from mmdiff.training import distributed
+
+
+def train(args: argparse.Namespace) -> None:
+    _prepare()
+    config, module = configs.load(args.config, args.overrides)
+    where = distributed.address(args.coordinator, args.processes, args.process)
+    _writable("--workdir", args.workdir)
+    if args.distributed or where:
+        distributed.start(**where)
+    from mmdiff.training import loop
+
+    with configs.blaming(config, module, args.overrides):
+        loop.train(configs.build(config, module), config, args.workdir)
+
+
+def bench(args: argparse.Namespace) -> None:
+    config, module = configs.load(args.config, args.overrides)
+    where = distributed.address(args.coordinator, args.processes, args.process)
+    _writable("--json", args.json, folder=False)
+    if args.peer:  # on a GPU jax would take three quarters of the memory at once
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if args.distributed or where:
+        distributed.start(**where)
+    import jax
+
+    from mmdiff.training import bench as benchmark
+
+    _keep_memory()  # as train does
+    jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
+    with configs.blaming(config, module, args.overrides):
+        found = benchmark.measure(configs.build(config, module), config, steps=args.steps, rounds=args.rounds, peer=args.peer)
+    if jax.process_index() == 0:
+        console.out(benchmark.table(found))
+        _write_json(args.json, found)
+
+
+def aot(args: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run: leave an accelerator that is here alone; jax reads it when it is imported
+    _writable("--json", args.json, folder=False)
+    config, module = configs.load(args.config, args.overrides)
+    from mmdiff.training import aot as ahead
+
+    def load(overrides):
+        config, module = configs.load(args.config, [*args.overrides, *overrides.items()])
+        return config, configs.build(config, module)
+
+    with configs.blaming(config, module, args.overrides):
+        found = ahead.report(load, args.topology, args.slices)
+    console.out(ahead.text(found))
+    _write_json(args.json, found)
+
+
+def sample(args: argparse.Namespace) -> None:
+    if _is_spare():
+        return
+    _prepare()
+    given = _pairs(args.given, args.absent)
+    run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
+    given, number = run.parse(args.number, given, args.absent)
+    _writable("--out", args.out)
+    out = pathlib.Path(args.out or os.path.join(args.workdir, "samples"))
+    _writable("the folder of the samples,", out)
+    for text in args.given:
+        file = pathlib.Path(text.partition("=")[2]).expanduser()
+        if file.name.startswith("samples") and file.parent.resolve() == out.resolve():
+            raise UserError(f"--given {text} would be overwritten by what is sampled: name another folder with --out.")
+    steps, guidance, seed = run.settings(args.steps, args.guidance, args.seed)
+    samples = run.sample(number, given=given, absent=args.absent, steps=steps, guidance=guidance, seed=seed)
+    console.out(f"{number} samples of step {run.step} (seed {seed}, {steps} steps, guidance {guidance:g})")
+    for name, value in run.show(samples).items():
+        if not hasattr(value, "shape"):
+            console.out(f"{name}: {' '.join(map(str, value))}")
+    for path in run.write(samples, out):
+        console.out(path)
+
+
+def _pairs(given: list[str], absent: list[str]) -> dict[str, str]:
+    """{NAME: VALUE} of --given NAME=VALUE."""
+    pairs = [text.partition("=") for text in given]
+    names = [name for name, _, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"the modality {name} is set twice: use one --given or one --absent for it.")
+    return {name: value for name, _, value in pairs}
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    if _is_spare():
+        return
+    _prepare()
+    run = runs.open_run(args.config, args.workdir, [*args.overrides, *_zeroshot(args)], step=args.step)
+    _writable("--workdir", args.workdir)
+    written = run.evaluate(args.split, reuse=args.reuse)
+    console.out(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
+    for path in run.report_paths(args.split):
+        console.out(path)
+
+
+def _zeroshot(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """What --zeroshot and --zeroshot-dir set in the config."""
+    given = {name: value for name in ("zeroshot", "zeroshot_dir") if (value := getattr(args, name)) is not None}
+    if not given:
+        return []
+    if not given.get("zeroshot", "").strip():
+        raise UserError("--zeroshot-dir is where --zeroshot looks: say which data sets, --zeroshot all or --zeroshot cifar10,food101.")
+    if args.split != "test":
+        raise UserError("--zeroshot measures published test sets, on which nothing is to be chosen: leave --split validation out.")
+    if "zeroshot" not in configs.load(args.config, args.overrides)[0].get("eval", {}):
+        raise UserError(
+            f"{args.config} has no vectors of images and texts to classify by: --zeroshot is for configs/diffdis/sd_scale.py, scenes.py, "
+            "scenes_towers.py and what sets config.eval.zeroshot.")
+    return [(f"eval.{name}", value) for name, value in given.items()]
+
+
+def cache(args: argparse.Namespace) -> None:
+    if _is_spare():
+        return
+    _prepare()
+    run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
+    _writable("--out", args.out)
+    written = run.cache(args.out, args.split)
+    console.out(f"{'' if written else 'nothing to do: '}{args.out} holds {run.experiment.cache.holds(args.out, run.step)}")
+
+
+def show_configs(args: argparse.Namespace) -> None:
+    if args.to and not args.name:
+        raise UserError("--to says where a copy goes: say of which config, mmdiff configs NAME --to FILE.py.")
+    if args.to:
+        for path in shipped_configs.copy(args.name, args.to):
+            console.out(path)
+    elif args.name:
+        console.out(shipped_configs.docstring(shipped_configs.find(args.name)))
+    else:
+        console.out(shipped_configs.table())
+
+
+# ---- Parts ----
+
+
+def _prepare() -> None:
+    """Sets what has to be set before jax is imported: compiled programs are kept between commands."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "mmdiff", "jax"))
+    _keep_memory()
+
+
+def _keep_memory() -> None:
+    """Tells glibc to keep freed memory: a step on a CPU takes the same gigabytes each time, and fresh pages cost up to a fifth of it."""
+    import ctypes
+    import platform
+
+    if platform.libc_ver()[0] == "glibc":
+        mmap_max, trim_threshold = -4, -1  # the numbers of <malloc.h>
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
+def _is_spare() -> bool:
+    """Whether a launcher has started this process beside another: one draws samples and evaluates."""
+    name, rank = distributed.rank()
+    if rank:
+        console.say(f"mmdiff: nothing to do in process {rank} ({name}): process 0 alone does this.")
+    return rank > 0
+
+
+def _table(metrics: Mapping[str, object]) -> str:
+    """Names and values in two columns, fractions with four decimals."""
+    width = max(map(len, metrics), default=0)
+    texts = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in metrics.items()}
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in texts.items())
+
+
+def _write_json(path: str | None, found: Mapping[str, object]) -> None:
+    if path:
+        try:
+            pathlib.Path(path).write_text(json.dumps(configs.plain(found), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def _writable(flag: str, path: str | os.PathLike | None, folder: bool = True) -> None:
+    """Raises UserError, before any work, unless a folder (or a file) `path` can be written. Makes nothing."""
+    if path is None:
+        return
+    remedy = "choose a folder that you can write to" if folder else "choose another file"
+    if "://" in str(path):
+        raise UserError(f"{flag} {path} is not a path: mount the bucket (gcsfuse, s3fs) and name a {'folder' if folder else 'file'} in it.")
+    try:
+        shown, path = checks.short(str(path))[1:-1], pathlib.Path(path).absolute()
+        if os.path.lexists(path) and not path.exists():
+            raise UserError(f"cannot write to {shown} (a link that leads nowhere): {remedy}.")
+        if path.exists() and path.is_dir() != folder:
+            raise UserError(f"cannot write to {shown} ({'not a directory' if folder else 'a directory'}): {remedy}.")
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        if there == path and not folder:
+            with path.open("ab"):
+                return
+        if not folder and there != path.parent:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if any(len(os.fsencode(part)) > 255 for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {shown} ({error.strerror}): {remedy}.") from error
+
+
+COMMANDS = {
+    "train": train, "sample": sample, "eval": evaluate, "configs": show_configs, "cache": cache, "bench": bench, "aot": aot,
+}  # fmt: skip

@@ -1,0 +1,301 @@
+"""A run, opened: its config, its experiment and the weights of one of its checkpoints, to sample and measure with.
+
+    run = open_run("digits_joint", "runs/digits_joint")
+    samples = run.sample(16, given={"label": "7"})  # {"image": [16, 8, 8, 1], "label": [16]}
+    metrics = run.evaluate()                        # report.json and report.html in the workdir
+
+The commands `sample`, `eval` and `cache`, notebooks and programs open runs here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import ml_collections
+
+from mmdiff import checks, former_names, suggest
+from mmdiff import config as configs
+from mmdiff.errors import UserError
+
+if TYPE_CHECKING:  # jax is imported when a run is opened, after its config has been checked
+    import numpy as np
+
+    from mmdiff.experiment import Experiment
+
+LARGEST_BATCH = 256  # samples of one call of the network
+IN_USE = ("sample", "eval", "seed", "data.dir", "data.towers")  # the keys and sections of a config that may be set when a run is opened
+
+
+def open_run(
+    config: str | os.PathLike, workdir: str | os.PathLike, overrides: Mapping[str, Any] | Sequence[tuple[str, str]] = (), *,
+    step: int | str | None = None,
+) -> Run:
+    """Opens a run; its weights are read when they are first needed. Nothing of the run is changed.
+
+    >>> run = open_run("digits_joint", "runs/digits", {"sample.guidance": 1.3})  # doctest: +SKIP
+    >>> run.sample(4, given={"label": "7"})["image"].shape  # doctest: +SKIP
+    (4, 8, 8, 1)
+
+    Args:
+      config: a shipped config by name, or the path of a file.
+      workdir: the folder of the run. The values of the config are those that it has stored, under their names of today.
+      overrides: dotted keys and values, of `IN_USE` alone: they do not change what the weights mean.
+      step: which checkpoint: a step, "best" (by config.train.best), or None for the newest that is whole.
+
+    Raises:
+      UserError: no such config or run, a key that cannot be set here, or a config that cannot be built.
+    """
+    items = overrides.items() if isinstance(overrides, Mapping) else overrides
+    overrides = [(key, value if isinstance(value, str) else str(value)) for key, value in items]
+    values, module = configs.load(os.fspath(config), overrides)
+    if "://" not in str(workdir) and not os.path.isdir(workdir):
+        command = f"mmdiff train --config {config} --workdir {workdir}"
+        raise UserError(f"there is no run in {workdir}: train it first, with {command}.")
+    from mmdiff.training import run_metadata
+
+    _take_stored(values, overrides, workdir)
+    with configs.blaming(values, module, overrides):
+        experiment = run_metadata.with_class_names(configs.build(values, module), workdir)
+    return Run(os.fspath(config), values, experiment, pathlib.Path(workdir), module, tuple(overrides), step)
+
+
+def _take_stored(config: ml_collections.ConfigDict, overrides: Sequence[tuple[str, str]], workdir: str | os.PathLike) -> None:
+    """Gives a config the values of the run, but for the overrides. Raises UserError if these or the stored ones are impossible."""
+    from mmdiff.training import run_metadata
+
+    here = configs.flatten(config)
+    asked = {key: here[key] for key, _ in overrides}
+    stored = former_names.keys(configs.flatten(run_metadata.read_config(workdir)), here)
+    for key, (old, new) in configs.difference({key: stored.get(key) for key in asked} if stored else asked, asked).items():
+        if not any(key == name or key.startswith(f"{name}.") for name in IN_USE):
+            free = ", ".join(f"config.{name}" for name in IN_USE)
+            raise UserError(f"config.{key} is {old!r} in the run in {workdir}, not {new!r}: only {free} can be set here.")
+    for key, value in stored.items():
+        old = here.get(key)
+        if (key == "seed" or key.startswith("sample.")) and old is not None and not configs.is_like(value, old):
+            there = f"{workdir}/config.json"
+            raise UserError(f"config.{key} is {checks.short(value)} in {there}, where {old!r} was possible: restore that file.")
+    configs.put(config, stored)
+    configs.put(config, asked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that is open; made by `open_run`.
+
+    Attributes:
+      name: the config, as it was asked for.
+      config: all its values.
+      experiment: what the config builds; its classes have the names that the run's data gave them.
+      workdir: its folder.
+      params: the averaged (EMA) weights of the checkpoint.
+      step: the step of the checkpoint.
+    """
+
+    name: str
+    config: ml_collections.ConfigDict
+    experiment: Experiment
+    workdir: pathlib.Path
+    _module: ModuleType
+    _overrides: tuple[tuple[str, str], ...]
+    _asked: int | str | None
+
+    @functools.cached_property
+    def _weights(self) -> tuple[Any, int]:
+        from mmdiff.training import checkpoints
+
+        return checkpoints.restore_for_inference(self.experiment, self.config, self.workdir, step=self._asked)
+
+    @property
+    def params(self) -> Any:
+        return self._weights[0]
+
+    @property
+    def step(self) -> int:
+        return self._weights[1]
+
+    def sample(
+        self, number: int | None = None, *, given: Mapping[str, Any] | None = None, absent: Sequence[str] = (),
+        steps: int | None = None, guidance: float | None = None, seed: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Samples of all modalities that are not absent, {name: [number, ...]}; pixels have values that are possible in the data.
+
+        Sample i depends on the seed and on i only, not on `number`. Samples of an earlier call can be given to the next.
+
+        Args:
+          number: how many; by default as many as are given, or 16.
+          given: held at t = 0. Text is what a person writes, "7" or "seven.png"; an array [n, ...] is the values, one for each sample,
+            or a single one [1, ...] for all.
+          absent: held at t = 1: they say nothing about the others, and are not in the answer.
+          steps, guidance, seed: by default config.sample.steps, config.sample.guidance and config.seed.
+
+        Raises:
+          UserError: an unknown modality, one that is set twice, values that do not fit, or nothing left to sample.
+        """
+        given, number = self.parse(number, given, absent)
+        steps, guidance, seed = self.settings(steps, guidance, seed)
+        from mmdiff.evals.evaluator import example_keys, in_batches
+
+        absent = tuple(sorted(set(absent)))
+        keys = example_keys(key_of_use(seed, "sample"), number)
+        sample = functools.partial(self.experiment.sample, absent=absent, steps=steps, guidance=guidance)
+        size = -(-number // -(-number // LARGEST_BATCH))  # equal batches
+        samples = in_batches(sample, self.params, keys, given, size)
+        return self._quantized({name: array for name, array in samples.items() if name not in absent})
+
+    def settings(self, steps: int | None = None, guidance: float | None = None, seed: int | None = None) -> tuple[int, float, int]:
+        """(steps, guidance, seed) of the sampler; those that are None are the config's."""
+        sampler = self.config.get("sample", {})
+        steps = sampler.get("steps") if steps is None else steps
+        if steps is None:
+            raise UserError(f"{self.name} has no config.sample.steps: name --steps.")
+        return steps, float(sampler.get("guidance", 1.0) if guidance is None else guidance), self.config.seed if seed is None else seed
+
+    def parse(self, number: int | None, given: Mapping[str, Any] | None, absent: Sequence[str] = ()) -> tuple[dict[str, np.ndarray], int]:
+        """-> ({name: [number, ...]}, number) of what `sample` takes. One value is repeated; several (7,7,3 or a file) set the number."""
+        import numpy as np
+
+        given, modalities, shape = dict(given or {}), self.experiment.modalities, self.experiment.shape
+        for flag, name in [("--given", name) for name in given] + [("--absent", name) for name in absent]:
+            if name not in shape:
+                near = suggest.word(name, shape)
+                meant = f", did you mean {near!r}?" if near else "."
+                raise UserError(f"{flag} names an unknown modality {checks.short(name)}: this model has {', '.join(shape)}{meant}")
+        for name, value in given.items():
+            if isinstance(value, str) and not value.strip():
+                raise UserError(f"--given {name} has no value: write --given {name}=VALUE, or leave it out by --absent {name}.")
+            if name in absent:
+                raise UserError(f"the modality {name} is set twice: use one --given or one --absent for it.")
+        if set(shape) <= {*given, *absent}:
+            raise UserError("no modality is left to sample: leave out one --given or --absent.")
+        parsed = {}
+        for name, value in given.items():
+            if isinstance(value, str):
+                parsed[name] = modalities[name].parse(value)
+            else:
+                parsed[name] = np.asarray(value)
+                if parsed[name].ndim != len(shape[name]) + 1:
+                    form = ", ".join(["n", *map(str, shape[name])])
+                    raise UserError(f"the given {name} has the shape {list(parsed[name].shape)}, not [{form}]: one row for each sample.")
+                modalities[name].check(parsed[name])
+        counts = {name: len(array) for name, array in parsed.items() if len(array) > 1}
+        number = number or max(counts.values(), default=16)
+        for name, count in counts.items():
+            if count != number:
+                raise UserError(f"--given {name} holds {count} examples, not {number}: leave --number out or use {count}.")
+        return {name: np.broadcast_to(array, (number, *array.shape[1:])) for name, array in parsed.items()}, number
+
+    def _quantized(self, samples: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        import numpy as np
+
+        return {name: getattr(self.experiment.modalities[name], "quantize", np.asarray)(array) for name, array in samples.items()}
+
+    def show(self, samples: Mapping[str, Any]) -> dict[str, Any]:
+        """Samples as a person sees them: {name: images [n, H, W, C] or texts}."""
+        return {name: self.experiment.modalities[name].show(array) for name, array in samples.items()}
+
+    def write(self, samples: Mapping[str, np.ndarray], folder: str | os.PathLike) -> list[pathlib.Path]:
+        """Writes samples.npz, a grid of the images, captioned with the modalities that are text, and files of sounds; -> the files.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        import numpy as np
+
+        from mmdiff.evals.plots import grid
+
+        shown, folder = self.show(samples), pathlib.Path(folder)
+        images = {name: value for name, value in shown.items() if isinstance(value, np.ndarray)}
+        captions = [" ".join(map(str, row)) for row in zip(*(value for name, value in shown.items() if name not in images))]
+        paths = [folder / "samples.npz"]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez(paths[0], **samples)
+            for name, array in images.items():
+                paths.append(folder / ("samples.png" if len(images) == 1 else f"samples_{name}.png"))
+                grid(array, math.isqrt(len(array) - 1) + 1, captions or None).save(paths[-1])
+            for name, array in samples.items():
+                if hasattr(self.experiment.modalities[name], "write"):
+                    paths += self.experiment.modalities[name].write(array, folder)
+        except OSError as error:
+            raise UserError(f"cannot write {paths[-1]}: {error.strerror or error}.") from error
+        return paths
+
+    def evaluate(self, split: str = "test", *, reuse: bool = False) -> dict[str, Any]:
+        """Runs the evaluators, writes the report (`report_paths`), and returns the values of its JSON file: metrics, notes, settings.
+
+        Whatever is chosen by these metrics is chosen on `split` "validation"; what is reported is measured on "test".
+
+        Args:
+          split: what to measure on.
+          reuse: return the report that is there if it is of this checkpoint and config.
+
+        Raises:
+          UserError: the config measures nothing, or labels mean other classes than in training.
+        """
+        if not self.experiment.evaluators:
+            raise UserError(f"{self.name} measures nothing as it is set: see its head, or give its Experiment evaluators.")
+        from mmdiff.evals import report
+        from mmdiff.training import checkpoints, run_metadata
+
+        experiment = self.experiment.on_validation() if split == "validation" else self.experiment
+        with configs.blaming(self.config, self._module, self._overrides):
+            run_metadata.check_classes(self.workdir, experiment)
+        params, step = self._weights
+        json_path, html_path = self.report_paths(split)
+        if not (reuse and self._is_report_of(json_path, step) and html_path.exists()):
+            key = key_of_use(self.config.seed, "eval")
+            results = [evaluate(experiment, params, self.config, key, step) for evaluate in experiment.evaluators]
+            meta = checkpoints.read_meta(self.workdir, step)  # of the checkpoint itself: run.json is only written when a run ends
+            cost = {**checkpoints.cost(meta), "steps": step} if meta else None
+            report.write(self.workdir, experiment, self.config, results, step, cost)
+        return former_names.metrics(json.loads(json_path.read_text()))
+
+    def report_paths(self, split: str = "test") -> tuple[pathlib.Path, pathlib.Path]:
+        """Where `evaluate` writes: report.json and report.html in the workdir, for validation report-validation.json and .html."""
+        from mmdiff.evals import report
+
+        return report.paths(self.workdir, split)
+
+    def cache(self, folder: str | os.PathLike, splits: Sequence[str] = ()) -> bool:
+        """Encodes the data of a tokenizer's run, or keeps the weights of towers, in a folder; false if all of it is there already.
+
+        Raises:
+          UserError: the run is of no tokenizer, an unknown split, or a folder that holds something else or cannot be written.
+        """
+        if self.experiment.cache is None:
+            raise UserError(
+                f"{self.name} trains no tokenizer and no towers, so there is nothing to cache: see configs/cdcd/scenes_tokenizer.py.")
+        made_by = {"config": json.loads(configs.to_json(self.config)), "step": self.step}
+        return self.experiment.cache.write(folder, self.params, made_by, splits)
+
+    def _is_report_of(self, path: pathlib.Path, step: int) -> bool:
+        from mmdiff.data import files
+
+        try:
+            report = files.read_json(path)
+        except UserError:
+            return False
+        if not isinstance(report, Mapping) or report.get("step") != step or not isinstance(report.get("config"), Mapping):
+            return False
+        here = json.loads(configs.to_json(self.config))
+        return not configs.difference(former_names.keys(configs.flatten(report["config"]), configs.flatten(here)), here)
+
+
+def key_of_use(seed: int, use: str) -> Any:
+    """The random key of "sample" or "eval"; neither training nor the other use has it."""
+    import jax
+    import numpy as np
+
+    from mmdiff.keys import key_of
+
+    return jax.random.fold_in(key_of(seed, "the seed"), np.uint32(zlib.crc32(use.encode())))

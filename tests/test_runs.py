@@ -1,0 +1,91 @@
+"""A run that is opened samples and measures as the commands do."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from mmdiff.__main__ import main
+from mmdiff.errors import UserError
+from mmdiff.runs import open_run
+
+TINY = str(pathlib.Path(__file__).parent / "tiny.py")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["train", "--config", TINY, "--workdir", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(workdir):
+    return open_run(TINY, workdir)
+
+
+def test_it_samples_as_the_command(run, workdir, tmp_path):
+    given = ["--given", "label=7", "--number", "3", "--seed", "5", "--guidance", "1.5"]
+    assert main(["sample", "--config", TINY, "--workdir", str(workdir), "--out", str(tmp_path), *given]) == 0
+    samples = run.sample(3, given={"label": "7"}, seed=5, guidance=1.5)
+    with np.load(tmp_path / "samples.npz") as written:
+        assert set(written) == set(samples)
+        for name, array in samples.items():
+            np.testing.assert_array_equal(array, written[name])
+
+
+def test_arrays_can_be_given_one_for_each_sample_or_one_for_all(run):
+    samples = run.sample(given={"label": np.array([7, 2], np.int32)})
+    assert samples["label"].tolist() == [7, 2] and samples["image"].shape == (2, 8, 8, 1)
+    again = run.sample(given={"image": samples["image"]})  # samples are possible data
+    np.testing.assert_array_equal(again["image"], samples["image"])
+    assert run.sample(3, given={"image": samples["image"][:1]})["image"].shape == (3, 8, 8, 1)
+
+
+def test_what_is_absent_is_not_in_the_answer(run):
+    assert set(run.sample(2, absent=["label"])) == {"image"}
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        ({"given": {"image": np.zeros((8, 8, 1))}}, r"the given image has the shape \[8, 8, 1\], not \[n, 8, 8, 1\]"),
+        ({"given": {"label": np.array([10])}}, "label"),
+        ({"given": {"lable": "7"}}, "unknown modality 'lable'.* did you mean 'label'"),
+        ({"given": {"label": "7"}, "absent": ["label"]}, "label is set twice"),
+        ({"absent": ["image", "label"]}, "no modality is left"),
+        ({"number": 2, "given": {"label": np.array([1, 2, 3])}}, "holds 3 examples, not 2"),
+    ],
+)
+def test_mistakes_are_sentences(run, asked, words):
+    with pytest.raises(UserError, match=words):
+        run.sample(**asked)
+
+
+def test_it_measures_and_writes_the_report(run, workdir):
+    found = run.evaluate()
+    assert found["weight_norm"] > 0 and found["step"] == run.step == 4 and found["examples"] == 40
+    assert all(path.is_file() for path in run.report_paths())
+    before = run.report_paths()[0].stat().st_mtime_ns
+    assert run.evaluate(reuse=True) == found and run.report_paths()[0].stat().st_mtime_ns == before
+    assert run.evaluate("validation")["examples"] == 24  # in files of its own
+    assert run.report_paths()[0].stat().st_mtime_ns == before
+
+
+def test_its_values_are_those_of_the_run_and_some_can_be_set(run, workdir):
+    assert run.config.train.steps == 4 and run.settings() == (2, 1.0, 0)
+    assert open_run(TINY, workdir, {"sample.steps": 3, "seed": 5}).settings() == (3, 1.0, 5)
+    with pytest.raises(UserError, match="config.train.ema is 0.9 in the run"):
+        open_run(TINY, workdir, {"train.ema": 0.5})
+
+
+def test_a_checkpoint_can_be_chosen(workdir):
+    run = open_run(TINY, workdir, step=2)
+    assert run.step == 2
+    with pytest.raises(UserError, match="there is no checkpoint of step 3"):
+        open_run(TINY, workdir, step=3).sample(1)
+
+
+def test_there_must_be_a_run(tmp_path):
+    with pytest.raises(UserError, match="there is no run in .*: train it first"):
+        open_run(TINY, tmp_path / "none")
