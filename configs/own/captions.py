@@ -6,8 +6,8 @@
 
 FOLDER holds tar files as of WebDataset and img2dataset (NAME.png beside NAME.txt, or a NAME.json with "caption"), or is one of them; or
 images beside such files, or images and a captions.csv, .tsv or .json (mmdiff/data/image_folders.py). A tenth each is held out for
-validation and test, unless FOLDER has folders train, val and test. `--given image=FILE` writes captions of an image of config.data.size
-pixels, `--absent caption` samples images alone.
+validation and test, unless FOLDER has folders train, val and test. `--given image=FILE` writes captions of an image, and
+`--absent caption` samples images alone.
 
 The captions' tokenizer (byte pairs) is learnt from those of the training images, and has config.data.vocabulary ids at most; a caption
 has config.data.length of them at most. The words of a text that is given must occur in these captions.

@@ -6,7 +6,7 @@
 
 FOLDER has a folder for each class, FOLDER/cat/*.png, or is a .npz file of images and labels; a tenth of every class each is held out for
 validation and test, unless FOLDER has folders train, val and test with the classes in them (mmdiff/data/own.py). `--given image=FILE`
-predicts the class of an image of config.data.size pixels, `--absent label` samples images alone.
+predicts the class of an image, `--absent label` samples images alone.
 
 config.task=conditional trains images of a class only. The head of configs/own/images.py says how images are read, and what to set for
 larger ones.

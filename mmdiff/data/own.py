@@ -77,7 +77,7 @@ def open_images(data: Any, beside: str = "image") -> OwnData:
     shares = {"val": data.validation, "test": data.test}
     records = {split: image_folders.read(folder, beside, part, shares=shares) for split, part in SPLITS.items()}
     train = records["train"]
-    modalities, words = {"image": Images(data.size, data.size, data.channels)}, None
+    modalities, words = {"image": CroppedImages(data.size, data.size, data.channels)}, None
     found = f"{sum(map(len, records.values())):,} images"
     if beside == "label":
         modalities["label"] = Labels(len(train.names))
@@ -92,6 +92,19 @@ def open_images(data: Any, beside: str = "image") -> OwnData:
     return _told(OwnData(modalities, sources.__getitem__, f"{folder}: {found}; {_counts(records)}; {kind}", frozen))
 
 
+@dataclasses.dataclass(frozen=True)
+class CroppedImages(Images):
+    """Square images of which files of any size have the central part, resized, as the training data do."""
+
+    def pixels(self, file: Any) -> np.ndarray:
+        """A file, a path or a member of a tar file, as uint8 [height, width, channels]. Raises FileError for a damaged one."""
+        picture = square(decode(file), self.height)
+        return np.asarray(picture.convert("L") if self.channels == 1 else picture).reshape(self.shape)
+
+    def _picture(self, path: pathlib.Path) -> np.ndarray:
+        return self.pixels(path)
+
+
 class OwnImages:
     """A `Source` of a user's images: image float32 [n, size, size, channels] in [-1, 1], and label int32 [n] or caption int32 [n, length].
 
@@ -99,7 +112,7 @@ class OwnImages:
     has. Images are decoded once, as long as all of them together fit in `MEMORY`.
     """
 
-    def __init__(self, records: Records, image: Images, words: bpe.Tokenizer | None = None, damaged: float = 0.0):
+    def __init__(self, records: Records, image: CroppedImages, words: bpe.Tokenizer | None = None, damaged: float = 0.0):
         self._records, self._image, self._words, self.names = records, image, words, tuple(records.names)
         self._reader, self._captions = UndamagedReader(records, damaged), max(records.captions, 1) if words else 1
         self._kept = None
@@ -133,8 +146,7 @@ class OwnImages:
         return digest(len(self), "own", list(self.names), self._records.identity())
 
     def _decode(self, record):
-        picture = square(decode(record["image"]), self._image.height)
-        return np.asarray(picture.convert("L") if self._image.channels == 1 else picture).reshape(self._image.shape)
+        return self._image.pixels(record["image"])
 
 
 def _tokenizer(records: Records, data: Any) -> bpe.Tokenizer:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmdiff.data import own
 from mmdiff.data.modalities import Images, Labels
-from mmdiff.data.own import OwnImages, Standardized, open_arrays, open_images
+from mmdiff.data.own import CroppedImages, OwnImages, Standardized, open_arrays, open_images
 from mmdiff.data.sources import fingerprint, load_all
 from mmdiff.data.token_modalities import Sequences, Texts
 from mmdiff.errors import UserError
@@ -43,7 +43,7 @@ def classes(tmp_path):
 
 def test_images_in_folders_of_classes(classes, capsys):
     found = open_images(settings(classes), "label")
-    assert found.modalities == {"image": Images(8, 8, 3), "label": Labels(2)} and found.shape == {"image": (8, 8, 3), "label": ()}
+    assert found.modalities == {"image": CroppedImages(8, 8, 3), "label": Labels(2)} and found.shape == {"image": (8, 8, 3), "label": ()}
     assert "20 images in 2 classes (blue, red); 16 train, 2 validation, 2 test; 8x8 pixels, colour" in capsys.readouterr().err
     parts = {split: load_all(found.source(split)) for split in ("train", "validation", "test")}
     for part in parts.values():
@@ -51,6 +51,9 @@ def test_images_in_folders_of_classes(classes, capsys):
         np.testing.assert_allclose(part["image"].mean((1, 2)), colours / 127.5 - 1, atol=0.05)
     assert sorted(parts["test"]["label"]) == [0, 1] and found.source("train").names == ("blue", "red")
     assert len({fingerprint(found.source(split)) for split in parts}) == 3
+    one = next(classes.glob("red/*.bmp"))
+    whole = found.modalities["image"].parse(str(one))  # as `--given image=FILE`, whatever its size
+    np.testing.assert_allclose(whole.reshape(64, 3), np.broadcast_to(np.array(COLOURS["red"]) / 127.5 - 1, (64, 3)), atol=1e-6)
     alone = load_all(open_images(settings(classes, channels=1)).source("train"))
     assert set(alone) == {"image"} and alone["image"].shape == (16, 8, 8, 1)
 
