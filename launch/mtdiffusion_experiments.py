@@ -28,7 +28,7 @@ from mmdiff import losses, sampling, times
 from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, conditional
 from mmdiff.evals.accuracy import accuracy, denoising_losses
-from mmdiff.evals.evaluator import draw_samples, example_keys, in_batches
+from mmdiff.evals.evaluator import example_keys, in_batches, sample_batched
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.evals.joint_image_label import read_labels
 from mmdiff.processes import Joint, absorbing
@@ -113,7 +113,7 @@ def labels(experiment, params, config, key, data):
     train, test = load_all(experiment.train_data()), load_all(experiment.test_data())
     keys = jax.random.split(key, 5)
     quantize = experiment.modalities["image"].quantize
-    draw = functools.partial(draw_samples, experiment, params, batch=250, steps=config.sample.steps, guidance=config.sample.guidance)
+    draw = functools.partial(sample_batched, experiment, params, batch=250, steps=config.sample.steps, guidance=config.sample.guidance)
     asked = conditional.labels_to_ask(train["label"], 10, 100)
     drawn = quantize(draw(keys[0], {"label": asked}, len(asked))["image"])
     found = conditional.judge(drawn, asked, (train["image"], train["label"]), (test["image"], test["label"]), 10, 100)
@@ -132,7 +132,7 @@ def labels(experiment, params, config, key, data):
     read = read_labels(experiment, params, keys[2], {"image": test["image"]}, "label", 250).argmax(-1)
     metrics["label_accuracy"] = accuracy(read, test["label"])
     for name, own in {"": experiment, **(estimates(experiment) if data == "estimates" else {})}.items():
-        joint = draw_samples(own, params, keys[3], {}, count, batch=250, steps=config.sample.steps, guidance=1.0)
+        joint = sample_batched(own, params, keys[3], {}, count, batch=250, steps=config.sample.steps, guidance=1.0)
         images = quantize(joint["image"])
         metrics[f"joint_agreement{name}"] = accuracy(classifiers.predict(found.classifier, images), joint["label"])
         metrics[f"frechet_ratio_joint{name}"] = frechet_ratio(images, test["image"], train["image"])

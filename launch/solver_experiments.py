@@ -22,7 +22,7 @@ import numpy as np
 from mmdiff import config as configs
 from mmdiff import sampling
 from mmdiff.data.sources import load_all
-from mmdiff.evals.evaluator import draw_samples
+from mmdiff.evals.evaluator import sample_batched
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.projects.scenes.scenes import Scenes
 
@@ -65,7 +65,7 @@ def run(seed, data, overrides):
     key, quantize = jax.random.key(1000 + seed), getattr(heun.modalities["image"], "quantize", np.asarray)
 
     def images(experiment, steps, guidance):
-        drawn = draw_samples(experiment, params, key, known, count, batch=250, steps=steps, guidance=guidance)
+        drawn = sample_batched(experiment, params, key, known, count, batch=250, steps=steps, guidance=guidance)
         return np.asarray(drawn["image"])
 
     guidance = float(config.sample.guidance)

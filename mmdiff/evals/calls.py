@@ -14,28 +14,28 @@ from mmdiff.evals.evaluator import EvalResult, Figure, say
 class Calls:
     """Repeats what an evaluator measures of samples, with the same keys for every setting.
 
-        Calls(ClassTokenImages(bound_steps=80), ["frechet_ratio"], steps=[80, 40, 20, 10], draws={"released": other})
+        Calls(ClassTokenImages(bound_steps=80), ["frechet_ratio"], steps=[80, 40, 20, 10], samplers={"released": other})
 
     Attributes:
       evaluator: has `samples(experiment, params, key, steps, guidance) -> EvalResult`.
       names: which of its metrics; `x` becomes `x_at_40_steps`.
       steps: the numbers of steps.
-      draws: other samplers by name, as `Experiment.sample`, beside the experiment's own: `x_released_at_40_steps`.
+      samplers: other samplers by name, as `Experiment.sample`, beside the experiment's own: `x_released_at_40_steps`.
     """
 
     evaluator: Any
     names: Sequence[str]
     steps: Sequence[int]
-    draws: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    samplers: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
         guidance = float(config.sample.guidance)
         metrics, definitions, first = {}, {}, None
         curves = {name: {} for name in self.names}
-        for sampler, draw in {"": experiment.sample, **self.draws}.items():
+        for sampler, sample in {"": experiment.sample, **self.samplers}.items():
             for steps in self.steps:
                 say(f"comparing: {steps} steps{f' of the sampler {sampler}' if sampler else ''}")
-                other = dataclasses.replace(experiment, sample=draw)
+                other = dataclasses.replace(experiment, sample=sample)
                 found = self.evaluator.samples(other, params, key, int(steps), guidance)
                 first = first or found
                 for name in self.names:
@@ -50,4 +50,5 @@ class Calls:
                 plots.lines(curves[name]), f"Guidance {guidance:g}; {first.definitions[name]}.")
             for name in self.names
         }
-        return EvalResult(metrics, definitions, charts, {"steps_compared": list(self.steps), "samplers_compared": ["default", *self.draws]})
+        settings = {"steps_compared": list(self.steps), "samplers_compared": ["default", *self.samplers]}
+        return EvalResult(metrics, definitions, charts, settings)

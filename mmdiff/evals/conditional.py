@@ -1,4 +1,4 @@
-"""What is measured of label-conditioned images, however they were drawn: by an independent classifier and the Fréchet ratio."""
+"""What is measured of label-conditioned images, however they were sampled: by an independent classifier and the Fréchet ratio."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff.evals import classifiers
-from mmdiff.evals import plots as drawings
+from mmdiff.evals import classifiers, plots
 from mmdiff.evals.accuracy import accuracy, confusion
 from mmdiff.evals.evaluator import Figure
 from mmdiff.evals.frechet import frechet_ratio
@@ -41,14 +40,14 @@ def labels_to_ask(labels: np.ndarray, classes: int, per_class: int) -> np.ndarra
 
 
 def judge(
-    drawn: np.ndarray,
+    sampled: np.ndarray,
     asked: np.ndarray,
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
     classes: int,
     per_class: int,
 ) -> Judged:
-    """Metrics of images `drawn` [n, H, W, C] for the labels `asked` [n], which are `labels_to_ask` of the training set's.
+    """Metrics of images `sampled` [n, H, W, C] for the labels `asked` [n], which are `labels_to_ask` of the training set's.
 
     * `classification_accuracy_score` and `frechet_ratio`: as many samples as there are training images, with their labels;
     * `conditional_agreement`: the first `per_class` of every class;
@@ -61,14 +60,14 @@ def judge(
     count = len(images)
     rows = np.concatenate([np.flatnonzero(asked == c)[:per_class] for c in range(classes)])
     classifier = classifiers.svm(images, labels)
-    judged = classifiers.predict(classifier, drawn[rows])
-    score = classifiers.classification_accuracy_score(drawn[:count], asked[:count], test_images, test_labels)
+    judged = classifiers.predict(classifier, sampled[rows])
+    score = classifiers.classification_accuracy_score(sampled[:count], asked[:count], test_images, test_labels)
     return Judged(
         metrics={
             "conditional_agreement": accuracy(judged, asked[rows]),
             "classification_accuracy_score": score,
             "svm_real_accuracy": classifiers.agreement(classifier, test_images, test_labels),
-            "frechet_ratio": frechet_ratio(drawn[:count], test_images, images),
+            "frechet_ratio": frechet_ratio(sampled[:count], test_images, images),
         },
         definitions={
             "conditional_agreement": f"share of {len(rows)} label-conditioned samples, {per_class} of each class, to which "
@@ -94,18 +93,18 @@ def judge(
 
 
 def figures(
-    drawn: np.ndarray, asked: np.ndarray, real: np.ndarray, labels: np.ndarray, names: Sequence[str], found: Judged, sampler: str
+    sampled: np.ndarray, asked: np.ndarray, real: np.ndarray, labels: np.ndarray, names: Sequence[str], found: Judged, sampler: str
 ) -> dict[str, Figure]:
     """Ten samples of every class, as many real images (both uint8), and what the classifier makes of the samples."""
     classes = len(names)
     ten = [np.concatenate([np.flatnonzero(x == c)[:10] for c in range(classes)]) for x in (asked, labels)]
     return {
         "Label to image": Figure(
-            drawings.grid(drawn[ten[0]], 10, rows=names), f"One class per row; {sampler}; the first of each class, none chosen."
+            plots.grid(sampled[ten[0]], 10, rows=names), f"One class per row; {sampler}; the first of each class, none chosen."
         ),
-        "Real images": Figure(drawings.grid(real[ten[1]], 10, rows=names), "Held out, for comparison."),
+        "Real images": Figure(plots.grid(real[ten[1]], 10, rows=names), "Held out, for comparison."),
         "Label to image, as the SVM sees it": Figure(
-            drawings.matrix(confusion(found.labels, asked[found.rows], classes), names, "label given", "label seen by the SVM"),
+            plots.matrix(confusion(found.labels, asked[found.rows], classes), names, "label given", "label seen by the SVM"),
             f"{len(found.rows)} label-conditioned samples.",
         ),
     }

@@ -105,7 +105,7 @@ def best(name: str, scores: np.ndarray) -> np.ndarray:
 
 
 def example_keys(key: jax.Array, count: int) -> jax.Array:
-    """Keys [count], `fold_in(key, i)`: what is drawn for an example does not depend on the batch size."""
+    """Keys [count], `fold_in(key, i)`: what is sampled for an example does not depend on the batch size."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(count, dtype=jnp.uint32))
 
 
@@ -114,12 +114,12 @@ def say(message: str) -> None:
     console.say(f"mmdiff eval: {message}")
 
 
-def draw_samples(
+def sample_batched(
     experiment, params, key, given, count: int, *, batch: int, steps: int, guidance: float, absent=()
 ) -> dict[str, np.ndarray]:
     """`count` draws of `experiment.sample`; example i's key is `fold_in(key, i)`."""
-    draw = functools.partial(experiment.sample, steps=steps, guidance=guidance, absent=tuple(absent))
-    return in_batches(draw, params, example_keys(key, count), given, batch)
+    sample = functools.partial(experiment.sample, steps=steps, guidance=guidance, absent=tuple(absent))
+    return in_batches(sample, params, example_keys(key, count), given, batch)
 
 
 def states(experiment, params, key, given, name: str, *, steps: int, guidance: float, count: int = 10, rows: int = 6) -> np.ndarray:

@@ -15,7 +15,7 @@ from mmdiff.data.token_modalities import Texts
 from mmdiff.errors import UserError
 from mmdiff.evals import likelihood, plots
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, draw_samples, example_keys, in_batches
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, example_keys, in_batches, sample_batched
 from mmdiff.evals.frechet import flatten, frechet_ratio, real_distance
 
 SIDE = 8  # images are shrunk to this side before they are compared
@@ -83,11 +83,11 @@ class HeldOut:
         clock.start("samples", f"{len(train[self.target])} samples, {steps} steps")
         given = {self.condition: train[self.condition]} if self.condition else {}
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
-        sampled = draw_samples(experiment, params, keys["samples"], given, len(train[self.target]), **options)[self.target]
+        sampled = sample_batched(experiment, params, keys["samples"], given, len(train[self.target]), **options)[self.target]
         sampled = getattr(modality, "quantize", np.asarray)(sampled)
         found(self._quality(experiment, sampled, train, test))
         clock.start("grids", f"{SHOWN} samples of everything at once")
-        joint = draw_samples(experiment, params, keys["joint"], {}, SHOWN, **options)
+        joint = sample_batched(experiment, params, keys["joint"], {}, SHOWN, **options)
         found(({}, {}, self._grids(experiment, sampled, joint, train, test, f"{steps} steps, guidance {guidance:g}")))
         clock.stop()
         settings = {

@@ -13,7 +13,7 @@ import numpy as np
 from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, conditional, plots
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, draw_samples, example_keys, in_batches, states
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, example_keys, in_batches, sample_batched, states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class JointImageLabel:
 
     One setting of steps and guidance, that of `config.sample`, serves every metric. The training set's labels are the condition
     of the first samples, one each, so that those have its size and its class frequencies; if a class comes up less than
-    `per_class` times, more are drawn. From this one set of label-conditioned samples come
+    `per_class` times, more are sampled. From this one set of label-conditioned samples come
 
     * `classification_accuracy_score` and `frechet_ratio`: as many samples as there are training images, with their labels;
     * `conditional_agreement`: the first `per_class` of every class.
@@ -36,7 +36,7 @@ class JointImageLabel:
       per_class: label-conditioned samples of every class that count for `conditional_agreement`.
       joint: joint samples.
       draws: noisy copies of an image in the diffusion classifier, for each class.
-      batch: examples in a network call or a drawing.
+      batch: examples in a call of the network or the sampler.
     """
 
     image: str = "image"
@@ -53,7 +53,7 @@ class JointImageLabel:
         test_images, test_labels = (load_all(experiment.test_data())[name] for name in (self.image, self.label))
         quantize = experiment.modalities[self.image].quantize
         read_key, loss_key, given_key, joint_key, bare_key = jax.random.split(key, 5)
-        draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
+        sample = functools.partial(sample_batched, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
         clock = Clock()
 
         clock.start("label_accuracy", f"reading the labels of {len(test_images)} images in one network call each")
@@ -62,19 +62,19 @@ class JointImageLabel:
         read_by_loss = best("minus the denoising losses", -self._losses(experiment, params, loss_key, test_images))
 
         asked = conditional.labels_to_ask(labels, self.classes, self.per_class)
-        clock.start("conditional_samples", f"drawing {len(asked)} label-conditioned samples")
-        drawn = quantize(draw(given_key, {self.label: asked}, len(asked))[self.image])
-        clock.start("joint_samples", f"drawing {self.joint} joint samples")
-        joint = draw(joint_key, {}, self.joint)
+        clock.start("conditional_samples", f"sampling {len(asked)} examples by label")
+        sampled = quantize(sample(given_key, {self.label: asked}, len(asked))[self.image])
+        clock.start("joint_samples", f"sampling {self.joint} joint samples")
+        joint = sample(joint_key, {}, self.joint)
         joint_images, joint_labels = quantize(joint[self.image]), joint[self.label]
-        clock.start("unconditional_samples", "drawing 100 unconditional images")
-        bare = quantize(draw(bare_key, {}, 100, absent=(self.label,))[self.image])
+        clock.start("unconditional_samples", "sampling 100 unconditional images")
+        bare = quantize(sample(bare_key, {}, 100, absent=(self.label,))[self.image])
         clock.start("chain", "keeping the states of ten trajectories")
         each = {self.label: np.arange(10, dtype=np.int32) % self.classes}
         chain = states(experiment, params, given_key, each, self.image, steps=steps, guidance=guidance)
 
         clock.start("classifiers", "training the independent classifier")
-        found = conditional.judge(drawn, asked, (images, labels), (test_images, test_labels), self.classes, self.per_class)
+        found = conditional.judge(sampled, asked, (images, labels), (test_images, test_labels), self.classes, self.per_class)
         judged_joint = classifiers.predict(found.classifier, joint_images)
         metrics = {
             "label_accuracy": accuracy(read, test_labels),
@@ -101,7 +101,7 @@ class JointImageLabel:
             figures=self._figures(
                 experiment,
                 real=(test_images, test_labels, read),
-                given=(drawn, asked, found),
+                given=(sampled, asked, found),
                 joint=(joint_images, joint_labels, judged_joint),
                 bare=bare,
                 chain=chain,
@@ -128,21 +128,21 @@ class JointImageLabel:
             "label_accuracy_diffusion_classifier": f"argmin over labels of the image's mean denoising loss at {self.draws} "
             f"stratified times, with the same times and noise for every label; {test} held-out images",
             "joint_agreement": f"share of {self.joint} joint samples to which an SVM trained on the real training images gives the "
-            "label drawn with them",
+            "label sampled with them",
         }
 
     def _figures(self, experiment, *, real, given, joint, bare, chain, sampler: str) -> Mapping[str, Figure]:
         show, name = experiment.modalities[self.image].show, experiment.modalities[self.label].show
         names = name(np.arange(self.classes))
-        (images, labels, read), (drawn, asked, found) = real, given
+        (images, labels, read), (sampled, asked, found) = real, given
         joint_images, joint_labels, judged_joint = (array[:70] for array in joint)
         result = {
-            **conditional.figures(show(drawn), asked, show(images), labels, names, found, sampler),
+            **conditional.figures(show(sampled), asked, show(images), labels, names, found, sampler),
             "Joint samples": Figure(
                 plots.grid(show(joint_images), 10, name(joint_labels), wrong=judged_joint != joint_labels),
-                f"Image and label drawn together; {sampler}. A label is red where the SVM sees another one.",
+                f"Image and label sampled together; {sampler}. A label is red where the SVM sees another one.",
             ),
-            "Unconditional images": Figure(plots.grid(show(bare), 10), f"Drawn with the label held absent (t = 1); {sampler}."),
+            "Unconditional images": Figure(plots.grid(show(bare), 10), f"Sampled with the label held absent (t = 1); {sampler}."),
             "From noise to image": Figure(
                 plots.grid(show(chain), 10), f"States of ten trajectories, a label each, from noise, above, to the image; {sampler}."),
             "Image to label": Figure(

@@ -49,20 +49,20 @@ def experiment(train, test, wrong=0):
         mean = means[jnp.minimum(x["label"], 9)]
         return {"image": (x["image"] - mean) / jnp.maximum(t["image"], 1e-3)[:, None, None, None], "label": -30 * distance}
 
-    def draw(means, keys, given, *, steps, guidance, absent=(), history=False):
+    def sample(means, keys, given, *, steps, guidance, absent=(), history=False):
         assert (steps, guidance) == (4, 1.5)
         label = given["label"] if "label" in given else jax.vmap(lambda key: jax.random.randint(key, (), 0, 10))(keys)
         kind = (label + wrong) % 10
         at = jax.vmap(lambda key, count: jax.random.randint(jax.random.fold_in(key, 1), (), 0, count))(keys, counts[kind])
         # A little noise stands for what a sampler leaves between the levels of the data.
         noise = jax.vmap(lambda key: jax.random.uniform(key, (8, 8, 1), minval=-0.06, maxval=0.06))(keys)
-        drawn = {"image": images[starts[kind] + at] + noise, "label": jnp.full_like(label, 10) if "label" in absent else label}
-        return jax.tree.map(lambda array: jnp.stack([array] * (steps + 1)), drawn) if history else drawn
+        sampled = {"image": images[starts[kind] + at] + noise, "label": jnp.full_like(label, 10) if "label" in absent else label}
+        return jax.tree.map(lambda array: jnp.stack([array] * (steps + 1)), sampled) if history else sampled
 
     made = types.SimpleNamespace(
         process=Joint(image=Gaussian(schedules.flow(), velocity), label=absorbing(10)),
         apply=apply,
-        sample=draw,
+        sample=sample,
         train_data=lambda: train,
         test_data=lambda: test,
         shape={"image": (8, 8, 1), "label": ()},
@@ -87,7 +87,7 @@ def test_real_digits_get_full_marks(results):
     assert metrics["joint_agreement"] > 0.99
     assert metrics["svm_real_accuracy"] == 0.988
     assert 0.97 < metrics["classification_accuracy_score"] <= 0.992
-    assert 1 < metrics["frechet_ratio"] < 1.4  # above 1: drawing with replacement leaves out a third of the digits
+    assert 1 < metrics["frechet_ratio"] < 1.4  # above 1: sampling with replacement leaves out a third of the digits
 
 
 def test_counts_are_stated(results):
@@ -101,11 +101,11 @@ def test_counts_are_stated(results):
 
 def test_pictures(results):
     images = {"Label to image", "Real images", "Joint samples", "Unconditional images", "Misread images", "From noise to image"}
-    drawings = {"Image to label", "Label to image, as the SVM sees it"}
-    assert set(results.figures) == images | drawings
+    plots = {"Image to label", "Label to image, as the SVM sees it"}
+    assert set(results.figures) == images | plots
     for title, picture in results.figures.items():
         assert picture.caption
-        assert picture.image.startswith("<svg") if title in drawings else min(picture.image.size) > 100
+        assert picture.image.startswith("<svg") if title in plots else min(picture.image.size) > 100
 
 
 def test_wrong_digits_are_found_out(train, test):

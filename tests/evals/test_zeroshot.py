@@ -154,17 +154,17 @@ def test_a_set_that_cannot_be_read_is_an_error(folder):
 
 
 def test_examples_have_keys_of_their_own(folder):
-    drawn = []
+    sampled = []
 
     def noted(params, keys, given):
-        drawn.append(np.asarray(jax.random.key_data(keys)))
+        sampled.append(np.asarray(jax.random.key_data(keys)))
         return see(params, keys, given)
 
     found(folder, see=noted, batch=4)
-    in_fours = np.concatenate(drawn[:3])[:9]
-    drawn.clear()
+    in_fours = np.concatenate(sampled[:3])[:9]
+    sampled.clear()
     found(folder, see=noted, batch=9)
-    np.testing.assert_array_equal(drawn[0], in_fours)
+    np.testing.assert_array_equal(sampled[0], in_fours)
     assert len(np.unique(in_fours, axis=0)) == 9
 
 

@@ -17,7 +17,7 @@ from mmdiff.data.sources import Source, Subset, load_all
 from mmdiff.data.token_cache import map_batched, part_of
 from mmdiff.errors import UserError, import_extra
 from mmdiff.evals import plots
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, draw_samples
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, sample_batched
 from mmdiff.evals.frechet import frechet_distance
 from mmdiff.nets.audio import AudioAutoencoder, spectral_error
 from mmdiff.nets.tokenizers import usage
@@ -106,19 +106,19 @@ def definitions(count: int, suffix: str = "", what: str = "samples", known: bool
 
 @dataclasses.dataclass(frozen=True)
 class MusicForDances:
-    """The metrics and figures of a model that draws music for dances; beside each metric that of its tokenizer's reconstructions,
+    """The metrics and figures of a model that samples music for dances; beside each metric that of its tokenizer's reconstructions,
     the ceiling, and that of the real clips.
 
     Attributes:
-      decode: drawn tokens -> music [n, samples], `data.token_cache.decoder(FOLDER)`.
+      decode: sampled tokens -> music [n, samples], `data.token_cache.decoder(FOLDER)`.
       clips: `split -> source` of the held-out clips' real audio and, as far as known, genre and beats, in the order of the experiment's
         `test_data`; the split is the experiment's, "test" or "validation".
       training: `() -> source` of real training clips with audio and, where there are `genres`, genres that come in turn.
       genres: their names, if there are any.
       given: what the model is told of a clip.
-      drawn: the tokens' name.
+      sampled: the tokens' name.
       count: clips.
-      batch: examples in a drawing.
+      batch: examples in a call of the sampler.
       parents: the joints' parents, for a figure of the dance from `motion`.
     """
 
@@ -127,7 +127,7 @@ class MusicForDances:
     training: Callable[[], Source]
     genres: Sequence[str]
     given: tuple[str, ...] = ("motion", "genre")
-    drawn: str = "music"
+    sampled: str = "music"
     count: int = 200
     batch: int = 50
     parents: Sequence[int] = ()
@@ -139,23 +139,23 @@ class MusicForDances:
         """All of it depends on the sampler."""
         known, clips = experiment.test_data(), self.clips(experiment.split)
         if len(known) != len(clips):
-            raise UserError(f"music is measured on the clips that are drawn for: {len(clips)} real clips do not fit {len(known)} examples.")
+            raise UserError(f"music is measured on the clips sampled for: {len(clips)} real clips do not fit {len(known)} examples.")
         known, real = load_all(Subset(known, self.count)), load_all(Subset(clips, self.count))
         for name in ("genre", "motion"):
             # Made-up dances are computed anew, and another processor may round them otherwise.
             if name in known and name in real and not np.allclose(known[name], real[name], rtol=0, atol=1e-4):
-                raise UserError(f"music is measured on the clips that are drawn for: the {name} of the real clips is not the examples'.")
+                raise UserError(f"music is measured on the clips that are sampled for: the {name} of the real clips is not the examples'.")
         count, clock = len(real["audio"]), Clock()
         clock.start("classifier", "learning the genres from real clips")
         training = heard_before(self.training(), self.count, self.genres)
         listener = Listener(training)
-        clock.start("drawing", f"drawing music for {count} dances in {steps} steps")
+        clock.start("sampling", f"sampling music for {count} dances in {steps} steps")
         given = {name: known[name] for name in self.given}
-        drawn = draw_samples(experiment, params, key, given, count, batch=self.batch, steps=steps, guidance=guidance)[self.drawn]
+        sampled = sample_batched(experiment, params, key, given, count, batch=self.batch, steps=steps, guidance=guidance)[self.sampled]
         clock.start("listening", "looking for beats and genres")
         heard = {
-            "": np.clip(self.decode(drawn), -1, 1),
-            "_reconstructed": np.clip(self.decode(known[self.drawn]), -1, 1),
+            "": np.clip(self.decode(sampled), -1, 1),
+            "_reconstructed": np.clip(self.decode(known[self.sampled]), -1, 1),
             "_real": real["audio"],
         }
         metrics, about = {}, {}
@@ -167,7 +167,7 @@ class MusicForDances:
         about["frechet_audio_real"] = f"the same for {count} real training clips: as near as other music gets"
         clock.stop()
         sampler = f"{steps} steps, guidance {guidance:g}"
-        shown = {"drawn": heard[""], "reconstructed": heard["_reconstructed"], "real": real["audio"]}
+        shown = {"sampled": heard[""], "reconstructed": heard["_reconstructed"], "real": real["audio"]}
         settings = {
             "sample_steps": steps,
             "guidance": guidance,
@@ -182,7 +182,7 @@ class MusicForDances:
 
 @dataclasses.dataclass(frozen=True)
 class MusicReconstructions:
-    """The metrics and figures of an `AudioAutoencoder` on held-out clips: what its tokens keep is the ceiling for music that is drawn.
+    """The metrics and figures of an `AudioAutoencoder` on held-out clips: what its tokens keep is the ceiling for music that is sampled.
 
     Attributes:
       net: the network.
@@ -271,7 +271,7 @@ def clip_figures(
         shown[f"Clip {i + 1}" + (f": {genres[int(clips['genre'][i])]}" if genres else "")] = Figure(
             plots.music(rows, RATE, beats, motion, parents),
             "The first held-out clips, none chosen. Dots: onsets." + (" Lines: known beats." if len(beats) else "")
-            + (f" Drawn in {sampler}." if sampler else ""),
+            + (f" Sampled in {sampler}." if sampler else ""),
             {name: wav(audio, RATE) for name, (audio, _) in rows.items()},
         )  # fmt: skip
     return shown

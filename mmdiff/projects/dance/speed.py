@@ -1,4 +1,4 @@
-"""How fast music is drawn: seconds of it for a second of sampling."""
+"""How fast music is sampled: seconds of it for a second of sampling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Speed:
     Attributes:
       given: what the model is told of a clip.
       seconds: of a clip.
-      batch: clips that are drawn at once.
+      batch: clips that are sampled at once.
       repeats: drawings of each kind, of which the median counts.
     """
 
@@ -29,7 +29,7 @@ class Speed:
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
-        say("measuring how fast music is drawn")
+        say("measuring how fast music is sampled")
         known = load_all(Subset(experiment.test_data(), self.batch))
         given = {name: np.asarray(known[name]) for name in self.given}
         count = len(given[self.given[0]])

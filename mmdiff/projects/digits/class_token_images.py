@@ -11,7 +11,7 @@ import numpy as np
 
 from mmdiff.data.sources import load_all
 from mmdiff.evals import conditional
-from mmdiff.evals.evaluator import Clock, EvalResult, draw_samples
+from mmdiff.evals.evaluator import Clock, EvalResult, sample_batched
 from mmdiff.evals.likelihood import held_out_bits
 
 
@@ -19,7 +19,7 @@ from mmdiff.evals.likelihood import held_out_bits
 class ClassTokenImages:
     """The metrics and figures of a model of token images given a label: `TokenImages` whose tokens are pixels, as the digits' are.
 
-    As many samples are drawn as there are training images, with their labels, and more of a class that comes up less than `per_class`
+    As many samples are made as there are training images, with their labels, and more of a class that comes up less than `per_class`
     times; see `evals.conditional` for what is measured of them. The bound on the likelihood of the held-out images given their labels
     stands beside models fitted to the training tokens by counting (`independent_bits`, `raster_markov_bits`).
 
@@ -28,7 +28,7 @@ class ClassTokenImages:
       tokens, label: the names of the two modalities; the label has classes 0..classes-1.
       classes: the number of classes.
       per_class: samples of every class that count for `conditional_agreement`.
-      batch: examples in a network call or a drawing.
+      batch: examples in a call of the network or the sampler.
     """
 
     bound_steps: int
@@ -80,13 +80,13 @@ class ClassTokenImages:
         images, test_images = (modality.images(data[self.tokens]) for data in (train, test))
         asked = conditional.labels_to_ask(train[self.label], self.classes, self.per_class)
         clock = Clock()
-        clock.start("conditional_samples", f"drawing {len(asked)} label-conditioned samples in {steps} steps")
+        clock.start("conditional_samples", f"sampling {len(asked)} examples by label in {steps} steps")
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
-        tokens = draw_samples(experiment, params, key, {self.label: asked}, len(asked), **options)[self.tokens]
-        drawn = modality.images(tokens)
+        tokens = sample_batched(experiment, params, key, {self.label: asked}, len(asked), **options)[self.tokens]
+        sampled = modality.images(tokens)
         clock.start("classifiers", "training the independent classifier")
         real = (images, train[self.label]), (test_images, test[self.label])
-        found = conditional.judge(drawn, asked, *real, self.classes, self.per_class)
+        found = conditional.judge(sampled, asked, *real, self.classes, self.per_class)
         clock.stop()
         sampler = f"{steps} steps, guidance {guidance:g}"
         shown, names = modality.show(tokens), name(np.arange(self.classes))

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.data.sources import load_all
-from mmdiff.evals import classifiers, conditional, retrieval
-from mmdiff.evals import plots as drawings
+from mmdiff.evals import classifiers, conditional, plots, retrieval
 from mmdiff.evals.accuracy import accuracy, confusion, eliminated
 from mmdiff.evals.alignment import STEPS_AND_SEEDS, Aligner
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, costs, draw_samples, example_keys, in_batches
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, costs, example_keys, in_batches, sample_batched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,20 +70,20 @@ class DigitAlignment:
         metrics["diffusion_classifier_accuracy"] = accuracy(by_losses, labels[: self.slow])
         metrics["readouts_agree"] = accuracy(by_losses, found_10[: self.slow])
 
-        clock.start("drawing", "drawing digits of captions")
+        clock.start("sampling", "sampling digits of captions")
         asked = conditional.labels_to_ask(train["label"], 10, self.per_class)
         quantize = experiment.modalities["image"].quantize
-        draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps)
-        drawn = quantize(draw(keys[3], {"text": np.asarray(texts)[asked]}, len(asked), guidance=guidance)["image"])
+        sample = functools.partial(sample_batched, experiment, params, batch=self.batch, steps=steps)
+        sampled = quantize(sample(keys[3], {"text": np.asarray(texts)[asked]}, len(asked), guidance=guidance)["image"])
         found = conditional.judge(
-            drawn, asked, (train["image"], train["label"]), (test["image"], labels), 10, self.per_class)
+            sampled, asked, (train["image"], train["label"]), (test["image"], labels), 10, self.per_class)
         metrics |= found.metrics
-        metrics["round_trip"] = accuracy(classify(align(keys[4], drawn[found.rows], steps=10)), asked[found.rows])
+        metrics["round_trip"] = accuracy(classify(align(keys[4], sampled[found.rows], steps=10)), asked[found.rows])
 
-        clock.start("best", f"drawing {self.choose} of each caption, unguided, and keeping what is aligned with it best")
+        clock.start("best", f"sampling {self.choose} of each caption, unguided, and keeping what is aligned with it best")
         wanted = np.repeat(np.arange(10), self.per_class)
         many = np.tile(wanted, self.choose)
-        plain = quantize(draw(keys[5], {"text": np.asarray(texts)[many]}, len(many), guidance=1.0)["image"])
+        plain = quantize(sample(keys[5], {"text": np.asarray(texts)[many]}, len(many), guidance=1.0)["image"])
         score = retrieval.scores(align(keys[6], plain, steps=1, seeds=4), self.prompts)[np.arange(len(many)), many]
         chosen = score.reshape(self.choose, -1).argmax(0) * len(wanted) + np.arange(len(wanted))
         for name, rows in (("unguided_agreement", slice(len(wanted))), (f"best_of_{self.choose}_agreement", chosen)):
@@ -106,11 +105,11 @@ class DigitAlignment:
         show, words = experiment.modalities["image"].show, [str(label) for label in range(10)]
         sampler = f"{steps} steps, guidance {guidance:g}"
         figures = {
-            **conditional.figures(show(drawn), asked, show(test["image"]), labels, words, found, sampler),
+            **conditional.figures(show(sampled), asked, show(test["image"]), labels, words, found, sampler),
             "Image to label": Figure(
-                drawings.matrix(confusion(found_10, labels, 10), words, "true", "predicted"), "The alignment branch, 10 steps from noise."),
+                plots.matrix(confusion(found_10, labels, 10), words, "true", "predicted"), "The alignment branch, 10 steps from noise."),
             "Predicted": Figure(
-                drawings.grid(show(test["image"][:40]), 10, [str(label) for label in found_10[:40]], wrong=(found_10 != labels)[:40]),
+                plots.grid(show(test["image"][:40]), 10, [str(label) for label in found_10[:40]], wrong=(found_10 != labels)[:40]),
                 "Held-out digits with the classes that the alignment branch predicts; wrong ones in red."),
         }
         definitions = {

@@ -1,4 +1,4 @@
-"""What an image model makes of representations: images drawn for one, with one and without, and representations predicted from images."""
+"""What an image model makes of representations: images sampled for one, with one and without, and representations predicted from images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, plots
 from mmdiff.evals.accuracy import accuracy, posterior
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, draw_samples, example_keys, in_batches, states
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, example_keys, in_batches, sample_batched, states
 from mmdiff.evals.frechet import frechet_ratio
 
 NAME = "representation"
@@ -23,17 +23,17 @@ class ImageRepresentation:
     """Metrics and figures of a joint model of images and the features of a fixed extractor.
 
     As many images as there are training images, for each setting: `given`, the training images' own representations, with the guidance
-    of `config.sample`; `given_unguided`, without it; `joint`, drawn together with a representation; `absent`, without any. Of each:
+    of `config.sample`; `given_unguided`, without it; `joint`, sampled together with a representation; `absent`, without any. Of each:
 
     * `frechet_ratio_...`, to the held-out images;
-    * `cosine_...`: of the representation (given or drawn) and the features of the image drawn;
+    * `cosine_...`: of the representation (given or sampled) and the features of the image sampled;
     * `class_agreement_...`: an SVM sees the class of the image that the given representation is of.
 
     `cosine_predicted`: of the representation that the network predicts from a held-out image in one call, and its features.
 
     Attributes:
       features: images [n, H, W, C] -> [n, D].
-      batch: examples in a network call or a drawing.
+      batch: examples in a call of the network or the sampler.
     """
 
     features: Callable[[np.ndarray], np.ndarray]
@@ -51,13 +51,13 @@ class ImageRepresentation:
         }  # fmt: skip
         clock, metrics, shown = Clock(), {}, {}
         for (name, (given, scale, absent)), own in zip(settings.items(), keys):
-            clock.start(name, f"drawing {count} images, representation {name.replace('_', ' ')}")
+            clock.start(name, f"sampling {count} images, representation {name.replace('_', ' ')}")
             options = {"batch": self.batch, "steps": steps, "guidance": scale, "absent": absent}
-            drawn = draw_samples(experiment, params, own, given, count, **options)
-            shown[name] = images = modality.quantize(drawn["image"])
+            sampled = sample_batched(experiment, params, own, given, count, **options)
+            shown[name] = images = modality.quantize(sampled["image"])
             metrics[f"frechet_ratio_{name}"] = frechet_ratio(images, test["image"], train["image"])
             if not absent:
-                metrics[f"cosine_{name}"] = float(cosine(drawn[NAME], self.features(images)).mean())
+                metrics[f"cosine_{name}"] = float(cosine(sampled[NAME], self.features(images)).mean())
             if given:
                 metrics[f"class_agreement_{name}"] = accuracy(classifiers.predict(classifier, images), train["label"])
         clock.start("predicted", f"predicting the representations of {len(test['image'])} images")
@@ -75,7 +75,7 @@ class ImageRepresentation:
             figures={
                 "Representation to image": Figure(
                     plots.grid(show(rows), 10, rows=list("abcde")),
-                    f"a: the real images whose representations are given to b ({sampler}) and c (without guidance); d: drawn together with "
+                    f"a: the real images whose representations are given to b ({sampler}) and c (without guidance); d: sampled with "
                     "a representation; e: without any."),
                 "From noise to image": Figure(
                     plots.grid(show(chain), 10),
@@ -95,13 +95,13 @@ class ImageRepresentation:
     def _definitions(self, count, test):
         ways = {
             "given": "the training images' representations given, with guidance", "given_unguided": "the same without guidance",
-            "joint": "image and representation drawn together", "absent": "drawn without a representation",
+            "joint": "image and representation sampled together", "absent": "sampled without a representation",
         }  # fmt: skip
         definitions = {}
         for name, words in ways.items():
             definitions[f"frechet_ratio_{name}"] = (
                 f"squared Fréchet distance (raw pixels) of {count} images to {test} held-out ones, over the training images'; {words}")
-            definitions[f"cosine_{name}"] = f"mean cosine of the representation and the features of the image drawn; {words}"
+            definitions[f"cosine_{name}"] = f"mean cosine of the representation and the features of the image sampled; {words}"
             definitions[f"class_agreement_{name}"] = f"an SVM sees the class of the image that the representation is of; {words}"
         return definitions | {
             "cosine_predicted": "mean cosine of the representation predicted from a held-out image in one network call and its features",

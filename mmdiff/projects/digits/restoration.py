@@ -1,4 +1,4 @@
-"""How well hidden patches of an image are drawn, beside fills that need no network."""
+"""How well hidden patches of an image are sampled, beside fills that need no network."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import numpy as np
 from mmdiff.data import masks
 from mmdiff.data.sources import load_all
 from mmdiff.evals import plots
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, draw_samples, example_keys, states
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, example_keys, sample_batched, states
 from mmdiff.evals.frechet import frechet_ratio
 
 
 @dataclasses.dataclass(frozen=True)
 class Restoration:
-    """Metrics and figures of a model that draws an image whose patches are hidden.
+    """Metrics and figures of a model that samples an image whose patches are hidden.
 
-    Every image of `test_data` is drawn `draws` times for each number of patches. On the hidden pixels:
+    Every image of `test_data` is sampled `draws` times for each number of patches. On the hidden pixels:
 
     * `hidden_error/M`: mean squared error of the mean of the draws, M patches; for `mean` (the training images' mean pixel) and
       `linear` (linear regression of the hidden pixels on the seen ones) as well. `hidden_error_one/M`: of one draw;
-    * `seen_error/M`: of one draw on the seen pixels, as drawn. Copied from the input they have none, and so the metrics below take them;
+    * `seen_error/M`: of one draw on the seen pixels, as sampled. Copied from the input they have none, and so the metrics below take them;
     * `perceptual/M`: `distance` of the mean of the draws with the seen pixels copied in, and `perceptual_one/M` of one draw; for the
       fills and the masked image as well;
-    * `frechet_ratio`: images drawn from nothing, everything hidden; `frechet_ratio_absent`: without being told that it is.
+    * `frechet_ratio`: images sampled from nothing, everything hidden; `frechet_ratio_absent`: without being told that it is.
 
     Attributes:
       size: of a patch. most: the most patches in training.
@@ -47,25 +47,25 @@ class Restoration:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         train, test = (load_all(data())["image"] for data in (experiment.train_data, experiment.test_data))
         modality = experiment.modalities["image"]
-        draw = functools.partial(draw_samples, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
+        sample = functools.partial(sample_batched, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
         clock, metrics, shown = Clock(), {}, {}
         mask_key, *keys = jax.random.split(key, 4)
         for count in self.counts:
-            clock.start(f"patches_{count}", f"drawing {len(test)} images with {count} hidden patches {self.draws} times")
+            clock.start(f"patches_{count}", f"sampling {len(test)} images with {count} hidden patches {self.draws} times")
             mask = self._masks(jax.random.fold_in(mask_key, count), test, count)
             masked = np.asarray(masks.hide(test, mask))
             given = {name: np.repeat(array, self.draws, 0) for name, array in (("masked", masked), ("mask", mask))}
-            drawn = draw(jax.random.fold_in(keys[0], count), given, len(test) * self.draws)["image"]
-            drawn = modality.quantize(drawn).reshape(len(test), self.draws, *test.shape[1:])
-            first = drawn[:, 0]
+            sampled = sample(jax.random.fold_in(keys[0], count), given, len(test) * self.draws)["image"]
+            sampled = modality.quantize(sampled).reshape(len(test), self.draws, *test.shape[1:])
+            first = sampled[:, 0]
             fills = {"mean": np.broadcast_to(train.mean(0), test.shape), "linear": linear_fill(masked, mask, train)}
             fills = {name: np.clip(np.where(mask > 0, fill, test), -1, 1) for name, fill in fills.items()}
             copied = np.where(mask > 0, first, test)
             metrics |= {
-                f"hidden_error/{count}": error(drawn.mean(1), test, mask),
+                f"hidden_error/{count}": error(sampled.mean(1), test, mask),
                 f"hidden_error_one/{count}": error(first, test, mask),
                 f"seen_error/{count}": error(first, test, 1 - mask),
-                f"perceptual/{count}": float(self.distance(np.where(mask > 0, drawn.mean(1), test), test).mean()),
+                f"perceptual/{count}": float(self.distance(np.where(mask > 0, sampled.mean(1), test), test).mean()),
                 f"perceptual_one/{count}": float(self.distance(copied, test).mean()),
                 f"perceptual_masked/{count}": float(self.distance(masked, test).mean()),
             }
@@ -73,10 +73,10 @@ class Restoration:
                 metrics[f"hidden_error_{name}/{count}"] = error(fill, test, mask)
                 metrics[f"perceptual_{name}/{count}"] = float(self.distance(fill, test).mean())
             shown[count] = [test, masked, first, copied, fills["linear"]]
-        clock.start("from_nothing", f"drawing {len(train)} images with everything hidden, and {len(train)} without being told")
+        clock.start("from_nothing", f"sampling {len(train)} images with everything hidden, and {len(train)} without being told")
         hidden = {"masked": np.zeros_like(train), "mask": np.ones_like(train[..., :1])}
-        whole_images = modality.quantize(draw(keys[1], hidden, len(train))["image"])
-        bare = modality.quantize(draw(keys[2], {}, len(train), absent=("masked", "mask"))["image"])
+        whole_images = modality.quantize(sample(keys[1], hidden, len(train))["image"])
+        bare = modality.quantize(sample(keys[2], {}, len(train), absent=("masked", "mask"))["image"])
         metrics |= {"frechet_ratio": frechet_ratio(whole_images, test, train), "frechet_ratio_absent": frechet_ratio(bare, test, train)}
         clock.start("chain", "keeping the states of ten images")
         given = {"masked": masked, "mask": mask}
@@ -86,14 +86,14 @@ class Restoration:
         result = {
             f"{count} hidden patches": Figure(
                 plots.grid(show(np.concatenate([array[:10] for array in arrays])), 10, rows=list("abcde")),
-                f"a: real, held out; b: what the model is given; c: drawn, {sampler}; d: drawn, the seen pixels copied in; e: linear "
+                f"a: real, held out; b: what the model is given; c: sampled, {sampler}; d: sampled, the seen pixels copied in; e: linear "
                 f"regression. Trained with at most {self.most} patches, or everything hidden.")
             for count, arrays in shown.items()
         } | {
             "From noise to image": Figure(
                 plots.grid(show(chain), 10),
                 f"States of ten trajectories with {self.counts[-1]} hidden patches, from noise, above, to the image; {sampler}."),
-            "Drawn from nothing": Figure(plots.grid(show(whole_images[:50]), 10), f"Everything hidden; {sampler}; the first fifty."),
+            "Sampled from nothing": Figure(plots.grid(show(whole_images[:50]), 10), f"Everything hidden; {sampler}; the first fifty."),
         }  # fmt: skip
         return EvalResult(metrics=metrics, definitions=self._definitions(len(test), len(train)), figures=result, settings={
             "sample_steps": steps, "guidance": guidance, "patch_size": self.size, "draws": self.draws, "test_images": len(test),
@@ -124,9 +124,9 @@ class Restoration:
                 f"perceptual_linear/{count}": "the same of linear regression",
             }  # fmt: skip
         return definitions | {
-            "frechet_ratio": f"squared Fréchet distance (raw pixels) of {train} images drawn with everything hidden to {of}, over that of "
+            "frechet_ratio": f"squared Fréchet distance (raw pixels) of {train} images sampled with all hidden to {of}, over that of "
             "the training images",
-            "frechet_ratio_absent": "the same of images drawn with masked image and mask absent: plain DDPM",
+            "frechet_ratio_absent": "the same of images sampled with masked image and mask absent: plain DDPM",
         }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmdiff.data.sources import load_all
 from mmdiff.evals.accuracy import accuracy
-from mmdiff.evals.evaluator import Clock, EvalResult, best, draw_samples
+from mmdiff.evals.evaluator import Clock, EvalResult, best, sample_batched
 from mmdiff.evals.likelihood import held_out_bits
 from mmdiff.projects.markov.markov_chains import Chains
 
@@ -19,14 +19,14 @@ from mmdiff.projects.markov.markov_chains import Chains
 class MarkovSequences:
     """The metrics of a model of the sequences of `projects.markov.markov_chains`, given their class.
 
-    One sample is drawn for every held-out sequence, of its class, so that both sets have one size and one law of classes and each metric
+    There is one sample for every held-out sequence, of its class, so that both sets have one size and one law of classes and each metric
     `x` of the samples can be read against `x_data`.
 
     Attributes:
-      chains: what the data were drawn from.
+      chains: what the data were sampled from.
       bound_steps: T, the steps of the chain whose likelihood is bounded; T + 1 network calls for every held-out sequence.
       tokens, label: the names of the two modalities.
-      batch: examples in a network call or a drawing.
+      batch: examples in a call of the network or the sampler.
     """
 
     chains: Chains
@@ -66,9 +66,9 @@ class MarkovSequences:
         """What depends on the sampler: metrics, definitions and settings of one set of samples."""
         asked = load_all(experiment.test_data())[self.label]
         clock = Clock()
-        clock.start("conditional_samples", f"drawing {len(asked)} label-conditioned samples in {steps} steps")
+        clock.start("conditional_samples", f"sampling {len(asked)} examples by label in {steps} steps")
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
-        tokens = draw_samples(experiment, params, key, {self.label: asked}, len(asked), **options)[self.tokens]
+        tokens = sample_batched(experiment, params, key, {self.label: asked}, len(asked), **options)[self.tokens]
         clock.stop()
         metrics, definitions = self._measure(tokens, asked)
         settings = {"sample_steps": steps, "guidance": guidance, "samples": len(asked), "evaluation_seconds": clock.seconds}

@@ -1,4 +1,4 @@
-"""What is measured of scenes drawn from captions: whether they show what the caption says, to a judge that saw only real scenes."""
+"""What is measured of scenes sampled from captions: whether they show what the caption says, to a judge that saw only real scenes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from mmdiff.data.sources import load_all
 from mmdiff.evals import classifiers, plots
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, draw_samples
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, sample_batched
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.projects.digits.digits import digits_source
 from mmdiff.projects.scenes import scenes
@@ -28,15 +28,15 @@ class CaptionedScenes:
     combinations, which stay unseen until they are reported.
 
     Attributes:
-      drawn, text: the names of the two modalities.
-      decode: drawn examples -> images [n, size, size, 3] in [-1, 1]; by default the `images` of the drawn modality (`TokenImages`).
+      sampled, text: the names of the two modalities.
+      decode: sampled examples -> images [n, size, size, 3] in [-1, 1]; by default the `images` of the sampled modality (`TokenImages`).
       asked: the attributes that must be right.
       size: the side of the canvas.
       count: samples for each set of captions.
-      batch: examples in a drawing.
+      batch: examples in a call of the sampler.
     """
 
-    drawn: str = "tokens"
+    sampled: str = "tokens"
     text: str = "text"
     decode: Callable[[np.ndarray], np.ndarray] | None = None
     asked: tuple[str, ...] = ASKED
@@ -50,20 +50,20 @@ class CaptionedScenes:
     def samples(self, experiment, params, key, steps: int, guidance: float) -> EvalResult:
         """All of it depends on the sampler."""
         clock = Clock()
-        drawn = self.draw(experiment, params, jax.random.split(key), steps, guidance, clock)
-        return self.judged(drawn, steps, guidance, clock, experiment.split)
+        sampled = self.sample(experiment, params, jax.random.split(key), steps, guidance, clock)
+        return self.judged(sampled, steps, guidance, clock, experiment.split)
 
-    def draw(self, experiment, params, keys, steps: int, guidance: float, clock: Clock) -> dict[str, tuple[Mapping, np.ndarray]]:
-        """"held-out" (or "validation") and "training" -> (the scenes whose captions are given, images drawn of them), with a key each."""
-        decode = self.decode or experiment.modalities[self.drawn].images
+    def sample(self, experiment, params, keys, steps: int, guidance: float, clock: Clock) -> dict[str, tuple[Mapping, np.ndarray]]:
+        """"held-out" (or "validation") and "training" -> (the scenes whose captions are given, images sampled for them), a key each."""
+        decode = self.decode or experiment.modalities[self.sampled].images
         options = {"batch": self.batch, "steps": steps, "guidance": guidance}
         found = {}
         first = ("held-out", "held_out") if experiment.split == "test" else (experiment.split, experiment.split)
         for (name, split), key in zip((first, ("training", "train")), keys):
-            clock.start(f"{name} captions", f"drawing {self.count} samples for {name} captions in {steps} steps")
+            clock.start(f"{name} captions", f"sampling {self.count} scenes for {name} captions in {steps} steps")
             captioned = load_all(scenes.Scenes(split, self.size, self.count))
-            drawn = draw_samples(experiment, params, key, {self.text: captioned["text"]}, self.count, **options)[self.drawn]
-            found[name] = captioned, np.clip(np.asarray(decode(drawn), np.float32), -1, 1)
+            sampled = sample_batched(experiment, params, key, {self.text: captioned["text"]}, self.count, **options)[self.sampled]
+            found[name] = captioned, np.clip(np.asarray(decode(sampled), np.float32), -1, 1)
         return found
 
     def right(self, found: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -71,10 +71,10 @@ class CaptionedScenes:
         return np.logical_and.reduce([found[name] == labels[name] for name in self.asked])
 
     def judged(
-        self, drawn: Mapping[str, tuple[Mapping, np.ndarray]], steps: int, guidance: float, clock: Clock, split: str = "test"
+        self, sampled: Mapping[str, tuple[Mapping, np.ndarray]], steps: int, guidance: float, clock: Clock, split: str = "test"
     ) -> EvalResult:
-        """What is found of what `draw` gave for that split."""
-        (held, images), (seen, others) = drawn.values()
+        """What is found of what `sample` gave for that split."""
+        (held, images), (seen, others) = sampled.values()
         kind = "held-out combinations" if split == "test" else f"{split} scenes"
         test = load_all(scenes.Scenes(split, self.size, self.count))
         clock.start("judge", "reading what the samples show")

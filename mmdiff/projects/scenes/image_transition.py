@@ -1,4 +1,4 @@
-"""How well an image and another image of the same scene are drawn together, and each from the other."""
+"""How well an image and another image of the same scene are sampled together, and each from the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from mmdiff.data.sources import Subset, load_all
 from mmdiff.evals import plots
 from mmdiff.evals.accuracy import posterior
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, draw_samples, example_keys, in_batches, states
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, example_keys, in_batches, sample_batched, states
 from mmdiff.evals.frechet import frechet_distance, real_distance
 from mmdiff.projects.scenes import paired_scenes
 from mmdiff.projects.scenes.captioned_scenes import trained_judge
@@ -27,21 +27,21 @@ RULES = {
 class ImageTransition:
     """Metrics and figures of a joint model of digit scenes and their segmentation, or their night (`paired_scenes`).
 
-    Over as many held-out pairs, and as many draws of each kind, as `test_data` holds.
+    Over as many held-out pairs, and as many samples of each kind, as `test_data` holds.
 
     * night, mean squared errors: `error_predicted`, of the night that the network predicts from an image in one call;
       `error_predicted_mean` (the training images' mean) and `error_predicted_linear` (linear regression, pixel by pixel) without a network;
-      `error_given...`, the same of images drawn for their night, which determines the day; `error_joint`, of the night drawn together with
+      `error_given...`, the same of images sampled for their night, which determines the day; `error_joint`, of the night sampled with
       an image to that image's night;
     * segmentation, mean IoU: `miou_predicted`, of the likeliest classes that the network predicts from an image in one call; `miou_given`,
-      of what an independent rule sees in an image drawn for a segmentation, to that segmentation; `miou_joint`, of both drawn together;
+      of what an independent rule sees in an image sampled for a segmentation, to that segmentation; `miou_joint`, of both sampled together;
       `miou_rule`, the rule's on real images: the ceiling of the last two;
     * `..._shuffled`: of pairs that do not belong together;
-    * `frechet_ratio_given`, `_joint`, `_absent`: images drawn for another image, with one, and without any.
+    * `frechet_ratio_given`, `_joint`, `_absent`: images sampled for another image, with one, and without any.
 
     Attributes:
       other: "segmentation" or "night".
-      batch: examples in a network call or a drawing.
+      batch: examples in a call of the network or the sampler.
     """
 
     other: str
@@ -57,28 +57,28 @@ class ImageTransition:
         clock = Clock()
         clock.start("predicted", f"predicting the {other} of {count} images in one network call each")
         predicted = self._predict(experiment, params, read_key, test["image"])
-        drawn = {}
+        sampled = {}
         settings = {"given": ({other: test[other]}, ()), "joint": ({}, ()), "absent": ({}, (other,))}
         for (name, (given, absent)), own in zip(settings.items(), keys):
-            clock.start(name, f"drawing {count} images, {other} {name}")
-            found = draw_samples(experiment, params, own, given, count, absent=absent, **options)
-            drawn[name] = {each: _seen(experiment, each, found[each]) for each in ("image", other)}
+            clock.start(name, f"sampling {count} images, {other} {name}")
+            found = sample_batched(experiment, params, own, given, count, absent=absent, **options)
+            sampled[name] = {each: _seen(experiment, each, found[each]) for each in ("image", other)}
         clock.start("judge", "comparing the images")
-        # Images drawn for held-out images are nearer to these than fresh ones would be: they are compared with training images.
+        # Images sampled for held-out images are nearer to these than fresh ones would be: they are compared with training images.
         real = {"given": train["image"], "joint": test["image"], "absent": test["image"]}
         unit = real_distance(train["image"], test["image"])
-        metrics = {f"frechet_ratio_{name}": frechet_distance(drawn[name]["image"], real[name]) / unit for name in drawn}
-        implied = {name: self._implied(pair["image"]) for name, pair in {**drawn, "test": test}.items() if name != "absent"}
+        metrics = {f"frechet_ratio_{name}": frechet_distance(sampled[name]["image"], real[name]) / unit for name in sampled}
+        implied = {name: self._implied(pair["image"]) for name, pair in {**sampled, "test": test}.items() if name != "absent"}
         apart = np.roll(test[other], 1, 0)
         if other == "night":
             metrics |= self._errors("predicted", other, "image", predicted, test, train)
-            metrics |= self._errors("given", "image", other, drawn["given"]["image"], test, train)
-            metrics["error_joint"] = error(implied["joint"], drawn["joint"][other])
+            metrics |= self._errors("given", "image", other, sampled["given"]["image"], test, train)
+            metrics["error_joint"] = error(implied["joint"], sampled["joint"][other])
             metrics["error_shuffled"] = error(implied["test"], apart)
         else:
             pairs = {
                 "predicted": (predicted, test[other]), "given": (implied["given"], test[other]),
-                "joint": (implied["joint"], drawn["joint"][other]),
+                "joint": (implied["joint"], sampled["joint"][other]),
                 "rule": (implied["test"], test[other]), "shuffled": (test[other], apart),
             }  # fmt: skip
             metrics |= {f"miou_{name}": miou(*pair, len(paired_scenes.PALETTE)) for name, pair in pairs.items()}
@@ -89,7 +89,7 @@ class ImageTransition:
         return EvalResult(
             metrics=metrics,
             definitions=self._definitions(count),
-            figures=self._figures(experiment, test, predicted, drawn, implied, chains, f"{steps} steps, guidance {guidance:g}"),
+            figures=self._figures(experiment, test, predicted, sampled, implied, chains, f"{steps} steps, guidance {guidance:g}"),
             settings={
                 "sample_steps": steps, "guidance": guidance, "test_images": count, "samples_of_each_kind": count,
                 "what_an_image_implies": RULES[other], "frechet_features": "raw pixels", "evaluation_seconds": clock.seconds},
@@ -115,15 +115,15 @@ class ImageTransition:
         other = self.other
         definitions = {
             "error_predicted": f"mean squared error of the {other} predicted from an image in one network call; {count} held-out images",
-            "error_given": f"mean squared error of an image drawn for its {other} to the true one; {count} held-out pairs",
-            "error_joint": f"mean squared error of the {other} drawn together with an image to that image's {other} ({RULES[other]}); "
+            "error_given": f"mean squared error of an image sampled for its {other} to the true one; {count} held-out pairs",
+            "error_joint": f"mean squared error of the {other} sampled together with an image to that image's {other} ({RULES[other]}); "
             f"{count} pairs",
             "error_shuffled": f"the same of a real image and the {other} of another one",
             "miou_predicted": f"mean over 11 classes of intersection over union, all pixels counted together, of the {other} "
             f"predicted from an image in one network call; {count} held-out images",
-            "miou_given": f"the same of what the rule sees in an image drawn for a {other}, to that; {count} held-out ones; the rule: "
+            "miou_given": f"the same of what the rule sees in an image sampled for a {other}, to that; {count} held-out ones; the rule: "
             f"{RULES[other]}",
-            "miou_joint": f"the same of what the rule sees in an image to the {other} drawn together with it; {count} pairs",
+            "miou_joint": f"the same of what the rule sees in an image to the {other} sampled together with it; {count} pairs",
             "miou_rule": "the same of what the rule sees in real images to the truth: the ceiling of the two",
             "miou_shuffled": f"the same of the {other} of two real images",
         }
@@ -132,15 +132,15 @@ class ImageTransition:
             definitions[f"error_{way}_linear"] = "the same of linear regression of a pixel's colour on its colour in the other image"
         ratio = f"squared Fréchet distance (raw pixels) of {count} images"
         return definitions | {
-            "frechet_ratio_given": f"{ratio} drawn for held-out {other}s to as many training images, over that of the held-out images",
-            "frechet_ratio_joint": f"{ratio} drawn together with their {other} to as many held-out ones, over that of training images",
-            "frechet_ratio_absent": f"the same of images drawn without a {other}: plain DDPM",
+            "frechet_ratio_given": f"{ratio} sampled for held-out {other}s to as many training images, over that of the held-out images",
+            "frechet_ratio_joint": f"{ratio} sampled together with their {other} to as many held-out ones, over that of training images",
+            "frechet_ratio_absent": f"the same of images sampled without a {other}: plain DDPM",
         }
 
-    def _figures(self, experiment, test, predicted, drawn, implied, chains, sampler):
+    def _figures(self, experiment, test, predicted, sampled, implied, chains, sampler):
         other = self.other
         show, show_other = (experiment.modalities[name].show for name in ("image", other))
-        given, joint = drawn["given"]["image"], drawn["joint"]
+        given, joint = sampled["given"]["image"], sampled["joint"]
 
         def rows(*shown):
             return plots.grid(np.concatenate([each[:10] for each in shown]), 10, rows=list("abcd"[: len(shown)]))
@@ -152,8 +152,8 @@ class ImageTransition:
                 "a: real, held out; b: predicted from a in one network call; c: the truth."),
             f"{other.capitalize()} to image": Figure(
                 rows(show_other(test[other]), show(given), show_other(implied["given"]), show(test["image"])),
-                f"a: real, held out; b: drawn for a, {sampler}; c: {rule}; d: the image that a is of."),
-            "Both drawn together": Figure(
+                f"a: real, held out; b: sampled for a, {sampler}; c: {rule}; d: the image that a is of."),
+            "Both sampled together": Figure(
                 rows(show_other(joint[other]), show(joint["image"]), show_other(implied["joint"])),
                 f"a: {other}; b: image; c: {rule}; {sampler}."),
             "From noise to image": Figure(
@@ -161,8 +161,8 @@ class ImageTransition:
                 f"States of ten trajectories with a held-out {other} given, from noise, above, to the image; {sampler}."),
             "From noise to both": Figure(
                 plots.grid(show(chains["joint"]), 10),
-                f"The same where the {other} is drawn, too: the mean carries what is believed of it."),
-            "Images alone": Figure(plots.grid(show(drawn["absent"]["image"][:50]), 10), f"Drawn without a {other}; {sampler}."),
+                f"The same where the {other} is sampled, too: the mean carries what is believed of it."),
+            "Images alone": Figure(plots.grid(show(sampled["absent"]["image"][:50]), 10), f"Sampled without a {other}; {sampler}."),
         }  # fmt: skip
 
 

@@ -12,11 +12,10 @@ import numpy as np
 
 from mmdiff.data.sources import load_all
 from mmdiff.data.tower_cache import Towers
-from mmdiff.evals import plots as drawings
-from mmdiff.evals import retrieval
+from mmdiff.evals import plots, retrieval
 from mmdiff.evals.accuracy import accuracy
 from mmdiff.evals.alignment import STEPS_AND_SEEDS, Aligner
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, draw_samples, finite, in_batches
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, finite, in_batches, sample_batched
 from mmdiff.projects.scenes import scenes
 from mmdiff.projects.scenes.captioned_scenes import ASKED, CaptionedScenes, trained_judge
 
@@ -89,22 +88,22 @@ def zero_shot(vectors: np.ndarray, encode: Any, labels: Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class SceneAlignment:
-    """The metrics and figures of DiffDis on digit scenes: retrieval by the denoised vector, drawing, writing, and the round trip.
+    """The metrics and figures of DiffDis on digit scenes: retrieval by the denoised vector, sampling, writing, and the round trip.
 
     Attributes:
       aligner: the alignment task. towers: frozen, the vectors' and the baseline's.
-      drawing: what is measured of drawn scenes; size, count and batch are its.
+      captioned: what is measured of sampled scenes; size, count and batch are its.
       choose: of how many samples the alignment branch picks one.
     """
 
     aligner: Aligner
     towers: Towers
-    drawing: CaptionedScenes
+    captioned: CaptionedScenes
     choose: int = 4
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
-        count, size, batch = self.drawing.count, self.drawing.size, self.drawing.batch
+        count, size, batch = self.captioned.count, self.captioned.size, self.captioned.batch
         keys = jax.random.split(key, 8)
         clock, metrics = Clock(), {}
         align = functools.partial(self.aligner, params, batch=batch)
@@ -137,30 +136,30 @@ class SceneAlignment:
                 metrics |= {name: value for name, value in recalls.items() if name != "r1"}
         metrics["retrieval_r1_dropped"] = found(main, align(keys[1], None, count=count, steps=10))
 
-        drawn = self.drawing.draw(experiment, params, keys[2:4], steps, guidance, clock)
-        judged = self.drawing.judged(drawn, steps, guidance, clock, experiment.split)
+        sampled = self.captioned.sample(experiment, params, keys[2:4], steps, guidance, clock)
+        judged = self.captioned.judged(sampled, steps, guidance, clock, experiment.split)
         metrics |= judged.metrics
-        clock.start("round trip", "retrieving what captions the samples were drawn of")
-        (_, first), (seen, others) = drawn.values()
+        clock.start("round trip", "retrieving the captions of the samples")
+        (_, first), (seen, others) = sampled.values()
         trip = scene_retrieval(align(keys[4], others, steps=10), self.towers.texts(seen["text"])[1], seen)
         metrics["round_trip"] = trip["r1"]
         metrics[f"round_trip_{last}"] = found(last, align(keys[4], first, steps=10))
 
         held = data[last]
-        draw = functools.partial(draw_samples, experiment, params, batch=batch, steps=steps, guidance=1.0)
-        clock.start("best", f"drawing {self.choose} of each caption ({last}), and keeping what the alignment branch likes best")
+        sample = functools.partial(sample_batched, experiment, params, batch=batch, steps=steps, guidance=1.0)
+        clock.start("best", f"sampling {self.choose} of each caption ({last}), and keeping what the alignment branch likes best")
         many = np.tile(held["text"], (self.choose, 1))
-        images = np.clip(draw(keys[5], {"text": many}, len(many))["image"], -1, 1)
+        images = np.clip(sample(keys[5], {"text": many}, len(many))["image"], -1, 1)
         vectors = align(keys[4], images, steps=1, seeds=4).reshape(self.choose, count, -1)
         chosen = np.einsum("knd,nd->kn", finite("vectors", vectors), captions[last]).argmax(0) * count + np.arange(count)
         judge = trained_judge(size)
         for name, rows in (("unguided", slice(count)), (f"best_of_{self.choose}", chosen)):
-            metrics[f"prompt_correctness_{name}"] = float(self.drawing.right(judge(images[rows]), held).mean())
+            metrics[f"prompt_correctness_{name}"] = float(self.captioned.right(judge(images[rows]), held).mean())
 
         written = {}
         for split in splits if config.times.write else ():
             clock.start(f"writing, {split}", f"writing captions of {count} scenes ({split})")
-            written[split] = experiment.modalities["text"].show(draw(keys[6], {"image": data[split]["image"]}, count)["text"])
+            written[split] = experiment.modalities["text"].show(sample(keys[6], {"image": data[split]["image"]}, count)["text"])
             same = np.array(written[split]) == np.array(scenes.captions(data[split]))
             metrics["caption_correctness" if split == main else f"caption_correctness_{split}"] = float(same.mean())
         clock.stop()
@@ -170,7 +169,7 @@ class SceneAlignment:
             shown = np.rint((held["image"][:20] + 1) * 127.5).astype(np.uint8)
             wrong = [one != other for one, other in zip(written[last], scenes.captions(held))]
             figures["Image to caption"] = Figure(
-                drawings.grid(shown, 5, written[last][:20], wrong=wrong[:20]),
+                plots.grid(shown, 5, written[last][:20], wrong=wrong[:20]),
                 f"What masked diffusion writes of scenes ({last}); red where a word is wrong.")
         definitions = {
             "retrieval_r1": f"share of {count} {main} scenes whose denoised vector (10 steps from noise) is nearest, among {AMONG} "
@@ -182,7 +181,7 @@ class SceneAlignment:
             "towers_retrieval_r1_all_digits": "as retrieval_r1_all_digits, by the frozen image tower",
             "retrieval_r1_dropped": "the same without the image: chance",
             f"prompt_correctness_best_of_{self.choose}": f"of {self.choose} unguided samples that which the alignment branch likes best",
-            "round_trip": f"share of scenes drawn of training captions that the alignment branch retrieves among {AMONG}, right "
+            "round_trip": f"share of scenes sampled for training captions that the alignment branch retrieves among {AMONG}, right "
             f"{', '.join(ASKED)}",
             "caption_correctness": f"share of {main} scenes whose written caption is right, word by word",
             **judged.definitions,

@@ -36,11 +36,11 @@ def clips(seed, count=COUNT):
 REAL, TRAINING = clips(0), clips(1, 40)
 
 
-def judge(draw, count=COUNT, lacking=(), **changes):
+def judge(sample, count=COUNT, lacking=(), **changes):
     """The results for a drawer of one token for a clip; token i is decoded to held-out clip i. Clips can lack beats or genres."""
     told = tuple(name for name in ("motion", "genre") if name not in lacking)
     known = {name: REAL[name] for name in told} | {"music": np.arange(COUNT, dtype=np.int32)[:, None]}
-    experiment = types.SimpleNamespace(sample=draw, split="test", test_data=lambda: ArraySource({**known, **changes}))
+    experiment = types.SimpleNamespace(sample=sample, split="test", test_data=lambda: ArraySource({**known, **changes}))
     evaluator = MusicForDances(
         decode=lambda tokens: REAL["audio"][np.asarray(tokens)[:, 0]],
         clips=lambda split: ArraySource({name: REAL[name] for name in REAL if name not in lacking}),
@@ -130,11 +130,11 @@ def test_clips_that_do_not_fit():
 
 
 def test_pictures_with_players():
-    shown = clip_figures({"drawn": REAL["audio"], "real": REAL["audio"]}, REAL, GENRES, PARENTS, "3 steps", count=1)
+    shown = clip_figures({"sampled": REAL["audio"], "real": REAL["audio"]}, REAL, GENRES, PARENTS, "3 steps", count=1)
     (title, picture), = shown.items()
     tree = xml.fromstring(picture.image)
     tags = [element.tag.rpartition("}")[2] for element in tree.iter()]
     assert tags.count("image") == tags.count("polygon") == 2 and tags.count("path") == 8  # spectrograms, waveforms, skeletons
     assert tags.count("line") == (REAL["beats"][0] >= 0).sum() and tags.count("circle") >= 2
     page = report._figure(title, picture.image, picture.caption, picture.sounds)
-    assert page.count("<audio controls") == 2 and "drawn<audio" in page and "data:audio/wav;base64," in page
+    assert page.count("<audio controls") == 2 and "sampled<audio" in page and "data:audio/wav;base64," in page

@@ -41,7 +41,7 @@ def experiment(tokens, wrong=0):
     def apply(log_p, x, t):
         return {"tokens": jnp.where((x["label"] < 10)[:, None, None], log_p[jnp.minimum(x["label"], 9)], 0.0)}
 
-    def draw(params, keys, given, *, steps, guidance, absent=()):
+    def sample(params, keys, given, *, steps, guidance, absent=()):
         assert guidance == 1.5 and not absent
         odd = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 2), (), 0, 2))(keys) * (steps < 4)
         kind = (given["label"] + wrong + odd) % 10
@@ -58,7 +58,7 @@ def experiment(tokens, wrong=0):
         validation_data=None,
         test_data=lambda: tokens["test"],
         shape={"tokens": (64,), "label": ()},
-        sample=draw,
+        sample=sample,
         modalities={"tokens": TokenImages(8, 8, 17), "label": Labels(10)},
     )
     return made, jnp.log(jnp.asarray(frequencies, jnp.float32))
@@ -75,7 +75,7 @@ def test_real_digits_get_full_marks(results):
     assert set(metrics) == set(results.definitions)
     assert metrics["conditional_agreement"] > 0.99
     assert 0.97 < metrics["classification_accuracy_score"] <= 0.992 and metrics["svm_real_accuracy"] == 0.988
-    assert 1 < metrics["frechet_ratio"] < 1.4  # drawing with replacement leaves out a third of the digits
+    assert 1 < metrics["frechet_ratio"] < 1.4  # sampling with replacement leaves out a third of the digits
     assert results.settings["label_conditioned_samples"] == 1097 and results.settings["sample_steps"] == 4
     assert {"conditional_samples", "bits_per_dim"} <= set(results.settings["evaluation_seconds"])
 
@@ -147,7 +147,7 @@ def test_quality_against_calls(tokens):
     small = ArraySource({name: array[:300] for name, array in load_all(tokens["train"]).items()})
     made = Experiment(**{**made.__dict__, "train_data": lambda: small})
     mismatched, _ = experiment(tokens, wrong=1)
-    compare = Calls(ClassTokenImages(1, per_class=10), SPACED, steps=[4, 2], draws={"other": mismatched.sample})
+    compare = Calls(ClassTokenImages(1, per_class=10), SPACED, steps=[4, 2], samplers={"other": mismatched.sample})
     found = compare(made, params, CONFIG, jax.random.key(0), 7)
     expected = {f"{name}{sampler}_at_{steps}_steps" for name in SPACED for sampler in ("", "_other") for steps in (4, 2)}
     assert set(found.metrics) == set(found.definitions) == expected

@@ -46,21 +46,21 @@ def measured(train, test, belongs=True):
     def apply(known, x, t):
         return {"image": jnp.zeros_like(x["image"]), "representation": known["representation"][row(known, "image", x["image"])]}
 
-    def draw(known, keys, given, *, steps, guidance, absent=(), history=False):
+    def sample(known, keys, given, *, steps, guidance, absent=(), history=False):
         assert steps == 6
         guidances.append(guidance)
         rows = jax.vmap(lambda key: jax.random.randint(key, (), 0, 500))(keys)
         other = rows if belongs else (17 * rows + 131) % 500
-        drawn = {"image": known["image"][rows], "representation": known["representation"][other]}
+        sampled = {"image": known["image"][rows], "representation": known["representation"][other]}
         if given:
-            drawn = {**given, "image": known["image"][row(known, "representation", given["representation"])]}
-        return {name: jnp.stack([array] * 7) for name, array in drawn.items()} if history else drawn
+            sampled = {**given, "image": known["image"][row(known, "representation", given["representation"])]}
+        return {name: jnp.stack([array] * 7) for name, array in sampled.items()} if history else sampled
 
     experiment = types.SimpleNamespace(
         process=Aggregate(
             "image", {"representation": MeanShift(lambda x: jnp.zeros((len(x), 8, 8, 1)), moving_target())},
             image=Gaussian(schedules.flow(), velocity), representation=Hidden(0.0)),
-        apply=apply, sample=draw, train_data=lambda: sources[0], test_data=lambda: sources[1],
+        apply=apply, sample=sample, train_data=lambda: sources[0], test_data=lambda: sources[1],
         shape={"image": (8, 8, 1), "representation": (SIZE,)},
         modalities={"image": Images(8, 8, 1, levels=17), "representation": Features(SIZE)})  # fmt: skip
     found = ImageRepresentation(features, batch=250)(experiment, known, config(), jax.random.key(0), 7)

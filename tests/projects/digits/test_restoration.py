@@ -28,19 +28,19 @@ def measured(train, test, fill):
     train, test = (ArraySource({"image": load_all(source)["image"][:count]}) for source, count in ((train, 300), (test, 120)))
     known = {"train": jnp.asarray(train.arrays["image"]), "test": jnp.asarray(test.arrays["image"])}
 
-    def draw(known, keys, given, *, steps, guidance, absent=(), history=False):
+    def sample(known, keys, given, *, steps, guidance, absent=(), history=False):
         assert (steps, guidance) == (6, 1.5)
         any_row = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(known["train"])))(keys)
         images = known["train"][any_row]
         if given:
             apart = jnp.where(given["mask"][:, None] > 0, 0, given["masked"][:, None] - known["test"])
-            drawn = fill(known["test"][(apart**2).sum((2, 3, 4)).argmin(1)], known["train"], keys)
-            images = jnp.where(given["mask"].all((1, 2, 3), keepdims=True), images, drawn)
+            sampled = fill(known["test"][(apart**2).sum((2, 3, 4)).argmin(1)], known["train"], keys)
+            images = jnp.where(given["mask"].all((1, 2, 3), keepdims=True), images, sampled)
         assert given.keys() == ({"masked", "mask"} - set(absent))
         return {"image": jnp.stack([images] * 7) if history else images}
 
     experiment = types.SimpleNamespace(
-        sample=draw, train_data=lambda: train, test_data=lambda: test, modalities={"image": Images(8, 8, 1)})
+        sample=sample, train_data=lambda: train, test_data=lambda: test, modalities={"image": Images(8, 8, 1)})
     evaluate = Restoration(2, 10, lambda a, b: ((a - b) ** 2).mean((1, 2, 3)), "pixels", counts=COUNTS, draws=DRAWS)
     return evaluate(experiment, known, config(), jax.random.key(0), 7)
 
@@ -67,7 +67,7 @@ def test_the_mean_is_as_good_as_the_mean_fill(train, test):
         for name in ("hidden_error", "hidden_error_one"):
             assert metrics[f"{name}/{count}"] == pytest.approx(metrics[f"hidden_error_mean/{count}"], rel=1e-4)
         assert metrics[f"perceptual/{count}"] == pytest.approx(metrics[f"perceptual_mean/{count}"], rel=1e-4)  # seen pixels are copied in
-        assert metrics[f"seen_error/{count}"] > 0.1  # as drawn, they are not
+        assert metrics[f"seen_error/{count}"] > 0.1  # as sampled, they are not
 
 
 def test_noise_is_averaged_over_the_draws_and_no_more(train, test):
@@ -98,6 +98,6 @@ def test_linear_fill_is_the_regression():
 
 def test_errors_count_where_they_are_asked_for():
     real, where = np.zeros((2, 2, 2, 3)), np.zeros((2, 2, 2, 1))
-    drawn = real + 5
-    where[0, 0, 0], drawn[0, 0, 0] = 1, 2
-    assert error(drawn, real, where) == 4 and error(drawn, real, 1 - where) == 25
+    sampled = real + 5
+    where[0, 0, 0], sampled[0, 0, 0] = 1, 2
+    assert error(sampled, real, where) == 4 and error(sampled, real, 1 - where) == 25

@@ -34,7 +34,7 @@ def experiment(shift=0, shuffled=False, sharp=1.0):
         pieces = tokens.reshape(8, 4)
         return (pieces[jax.random.permutation(keys[32], 8)] if shuffled else pieces).reshape(32).astype(jnp.int32)
 
-    def draw(params, keys, given, *, steps, guidance, absent=()):
+    def sample(params, keys, given, *, steps, guidance, absent=()):
         return {"tokens": jax.vmap(one)(keys, (given["label"] + shift) % 10), **given}
 
     def apply(params, x, t):
@@ -50,7 +50,7 @@ def experiment(shift=0, shuffled=False, sharp=1.0):
         validation_data=None,
         test_data=lambda: TEST,
         shape={"tokens": (32,), "label": ()},
-        sample=draw,
+        sample=sample,
         modalities={"tokens": Sequences(32, 16), "label": Labels(10)},
     )
 

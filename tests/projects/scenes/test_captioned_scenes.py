@@ -65,7 +65,7 @@ def painter(change=lambda said: said):
 
 
 def experiment():
-    def draw(params, keys, given, *, steps, guidance, absent=()):
+    def sample(params, keys, given, *, steps, guidance, absent=()):
         assert (steps, guidance) == (4, 1.5)
         return {"tokens": given["text"], **given}
 
@@ -73,7 +73,7 @@ def experiment():
     modalities = {"tokens": types.SimpleNamespace(images=painter()), "text": Texts(tokenizer())}
     parts = {"process": None, "init": None, "apply": None, "loss": None, "optimizer": None, "train_data": None}
     parts |= {"validation_data": None, "test_data": None}
-    return Experiment(**parts, shape=shape, sample=draw, modalities=modalities)
+    return Experiment(**parts, shape=shape, sample=sample, modalities=modalities)
 
 
 def measure(**options):

@@ -61,13 +61,13 @@ def measured(other, change=lambda figures, keys: figures):
         out = jax.nn.one_hot(found, 11) if other == "segmentation" else found
         return {"image": jnp.zeros_like(x["image"]), other: change(out, keys)}
 
-    def draw(scenes, keys, given, *, steps, guidance, absent=(), history=False):
+    def sample(scenes, keys, given, *, steps, guidance, absent=(), history=False):
         assert (steps, guidance) == (6, 1.5)
         rows = jax.vmap(lambda key: jax.random.randint(key, (), 0, COUNT))(keys)
         if other in given:
             rows = nearest(scenes, other, given[other])
-        drawn = {"image": change(scenes["image"][rows], keys), other: given.get(other, scenes[other][rows])}
-        return {name: jnp.stack([array] * 7) for name, array in drawn.items()} if history else drawn
+        sampled = {"image": change(scenes["image"][rows], keys), other: given.get(other, scenes[other][rows])}
+        return {name: jnp.stack([array] * 7) for name, array in sampled.items()} if history else sampled
 
     encode, hidden, modality = {
         "segmentation": (template(np.zeros((11, 3))), absorbing(11, schedules.at_once()), ClassMaps(16, 16, PALETTE)),
@@ -76,7 +76,7 @@ def measured(other, change=lambda figures, keys: figures):
     experiment = types.SimpleNamespace(
         process=Aggregate(
             "image", {other: MeanShift(encode, moving_target())}, image=Gaussian(schedules.flow(), velocity), **{other: hidden}),
-        apply=apply, sample=draw, train_data=lambda: train, test_data=lambda: test, shape={"image": SHAPE, other: modality.shape},
+        apply=apply, sample=sample, train_data=lambda: train, test_data=lambda: test, shape={"image": SHAPE, other: modality.shape},
         modalities={"image": Images(*SHAPE), other: modality})  # fmt: skip
     return ImageTransition(other, batch=100)(experiment, scenes, config(), jax.random.key(0), 7)
 
