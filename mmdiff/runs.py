@@ -213,19 +213,20 @@ class Run:
 
         from mmdiff.evals.plots import grid
 
-        shown, folder = self.show(samples), pathlib.Path(folder)
+        shown, folder, modalities = self.show(samples), pathlib.Path(folder), self.experiment.modalities
+        stored = {name: getattr(modalities[name], "export", np.asarray)(array) for name, array in samples.items()}  # as --given reads them
         images = {name: value for name, value in shown.items() if isinstance(value, np.ndarray)}
         captions = [" ".join(map(str, row)) for row in zip(*(value for name, value in shown.items() if name not in images))]
         paths = [folder / "samples.npz"]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            np.savez(paths[0], **samples)
+            np.savez(paths[0], **stored)
             for name, array in images.items():
                 paths.append(folder / ("samples.png" if len(images) == 1 else f"samples_{name}.png"))
                 grid(array, math.isqrt(len(array) - 1) + 1, captions or None).save(paths[-1])
             for name, array in samples.items():
-                if hasattr(self.experiment.modalities[name], "write"):
-                    paths += self.experiment.modalities[name].write(array, folder)
+                if hasattr(modalities[name], "write"):
+                    paths += modalities[name].write(array, folder)
         except OSError as error:
             raise UserError(f"cannot write {paths[-1]}: {error.strerror or error}.") from error
         return paths

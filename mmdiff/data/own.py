@@ -186,10 +186,6 @@ class Standardized(Features):
         """The network's units -> the user's, for files."""
         return (np.asarray(array, np.float64) * self.deviation + self.mean).astype(np.float32)
 
-    def show(self, array) -> np.ndarray:
-        """As `Features.show`, of vectors in the user's units."""
-        return super().show(self.standardize(array))
-
 
 def open_arrays(data: Any) -> OwnData:
     """A user's arrays, an entry a modality; see the head of the module.
