@@ -148,7 +148,7 @@ def test_no_name_of_a_package_shadows_one_of_its_modules():
 
 # What a part of the package may import of it, inside functions too; a part is a module at the top, or a folder.
 BASE = {"exports", "former_names", "errors", "checks", "keys", "suggest", "console", "microbatches"}  # import nothing but each other
-OBJECTIVES = {"defaults", "times", "losses", "contrastive", "matching", "sampling", "transforms", "grids", "guidance"}
+OBJECTIVES = {"defaults", "times", "terms", "losses", "contrastive", "matching", "sampling", "transforms", "grids", "guidance"}
 CORE_PARTS = BASE | OBJECTIVES | {"schedules", "processes", "nets"}
 ARROWS = {
     **dict.fromkeys(BASE, BASE),

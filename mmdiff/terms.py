@@ -1,0 +1,204 @@
+r"""Terms: functions `(out, noised) -> [B]` of the network's output and the corrupted batch, that share one forward pass.
+
+`losses.diffusion` takes any number of them with weights, and all of them are names of `losses`, too: `losses.vlb(process)`.
+
+    losses.diffusion(process, net.apply, t, {
+        "image": (1.0, on("image", mse(process.parts["image"], min_snr(5.0)))),
+        "label": (0.1, on("label", vlb(process.parts["label"]))),
+    })
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmdiff import schedules
+from mmdiff.checks import is_whole
+from mmdiff.errors import UserError
+from mmdiff.microbatches import whole_batch
+from mmdiff.processes.base import Noised, per_example_mean
+from mmdiff.processes.discrete import LOG_FLOOR
+
+Term = Callable[[Any, Noised], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class InBatchTerm:
+    """A term that compares the examples of a batch: `contrast(embed(out, noised))`, [B].
+
+    Attributes:
+      embed: `(out, noised) -> ` a pytree of arrays [B, ...], each example's own: what the comparison needs, no more. It is held for the
+        whole batch, `out` for a micro-batch.
+      contrast: that pytree, of the whole batch -> [B]. It has no parameters but those in it.
+    """
+
+    embed: Callable[[Any, Noised], Any]
+    contrast: Callable[[Any], jax.Array]
+
+    def __call__(self, out, noised):
+        return self.contrast(whole_batch(self.embed(out, noised)))
+
+
+def on(name: str, term: Term) -> Term:
+    """A term of one modality, applied within a joint pass."""
+    if isinstance(term, InBatchTerm):
+        return dataclasses.replace(term, embed=on(name, term.embed))
+
+    def joint_term(out, noised):
+        return term(out[name], noised.of(name))
+
+    return joint_term
+
+
+def weighted(process, **weights: float) -> dict[str, tuple[float, Term]]:
+    """The process's own losses as `terms`, one per modality, with these weights, else 1.
+
+    >>> from mmdiff.processes import Gaussian, Joint, absorbing
+    >>> terms = weighted(Joint(image=Gaussian(schedules.flow()), label=absorbing(10)), label=0.1)
+    >>> {name: weight for name, (weight, term) in terms.items()}
+    {'image': 1.0, 'label': 0.1}
+
+    Raises UserError for a modality that the process does not have.
+    """
+    unknown = [name for name in weights if name not in process.parts]
+    if unknown:
+        raise UserError(f"weighted: no modality {', '.join(unknown)}; there are {', '.join(process.parts)}.")
+
+    def of(name):
+        return lambda out, noised: process.loss(out, noised)[name]
+
+    return {name: (weights.get(name, 1.0), of(name)) for name, part in process.parts.items() if part.learnt}
+
+
+def of_parts(process, **weights: float) -> dict[str, tuple[float, Term]]:
+    """The modalities' own losses with these weights, in this order, each by itself: `of_parts(process, image=1.0, label=0.1)`.
+
+    Of an `Aggregate`, other than by `weighted`, a modality also counts where it is absent: its head learns to predict it from the target.
+    """
+    return {name: (weight, on(name, process.parts[name].loss)) for name, weight in weights.items()}
+
+
+# Weights of the squared error in eps, functions of (schedule, t). Constant 1 is DDPM's simple loss.
+
+
+def snr() -> Callable:
+    """The error in x_0 weighted by SNR, i.e. the plain error in eps."""
+    return lambda schedule, t: jnp.ones_like(t)
+
+
+def min_snr(gamma: float = 5.0) -> Callable:
+    """`min(SNR, gamma)` on x_0, i.e. `min(1, gamma / SNR)` on eps (Hang et al. 2023)."""
+    if not 0 < gamma < math.inf:
+        raise UserError(f"min_snr needs a finite gamma above 0, got {gamma}.")
+
+    def weight(schedule, t):
+        return jnp.minimum(1.0, gamma * jnp.exp(-schedules.log_snr(schedule, t)))
+
+    return weight
+
+
+def sigmoid(bias: float = 0.0) -> Callable:
+    """`-dlogSNR/dt sigmoid(bias - logSNR)` on eps (Kingma & Gao 2023; Hoogeboom et al. 2024)."""
+    if not math.isfinite(bias):
+        raise UserError(f"sigmoid needs a finite bias, got {bias}.")
+
+    def weight(schedule, t):
+        value, slope = jax.jvp(lambda u: schedules.log_snr(schedule, u), (t,), (jnp.ones_like(t),))
+        return -slope * jax.nn.sigmoid(bias - value)
+
+    return weight
+
+
+def mse(process, weight: Callable) -> Term:
+    """Weighted squared error of a `Gaussian`, whatever it predicts: `weight(schedule, t) mean (eps - eps_hat)^2`, zero at t = 0."""
+
+    def term(out, noised):
+        t = jnp.where(noised.t > 0, noised.t, 0.5)
+        to_eps = process.eps_scale(t) ** 2
+        # Where no signal is left a weight may be infinite, but x_t says nothing about eps - x_0 there: the product's limit is 0.
+        scale = jnp.where(to_eps > 0, weight(process.schedule, jnp.where(to_eps > 0, t, 0.5)) * to_eps, 0.0)
+        return scale * process.loss(out, noised)
+
+    return term
+
+
+def vlb(process, steps: int | None = None) -> Term:
+    """One Monte-Carlo term of the variational bound, in nats per dimension of the data; of a `Joint` a dict of them by modality.
+
+    With `steps` = T it is `T KL(q(x_{t-1/T} | x_t, x_0) || p)` at t on the grid i/T (use `times.on_grid(T)`); without, the
+    continuous-time integrand. The constant prior term is left out, and so is a Gaussian's step to t = 0, which a decoder without
+    parameters takes.
+    """
+    if steps is not None:
+        _check_steps("vlb", steps)
+
+    def term(out, noised):
+        x0_hat = process.clean(out, noised.xt, noised.t)
+        if steps is None:
+            nats = process.elbo_rate(noised, x0_hat)
+        else:
+            # i/T - 1/T in float32 may miss (i-1)/T by an ulp: snap to the grid.
+            s = jax.tree.map(lambda t: jnp.maximum(jnp.round(t * steps) - 1.0, 0.0) / steps, noised.t)
+            nats = jax.tree.map(lambda n: jnp.where(jnp.isinf(n), 0.0, steps * n), process.kl(noised, x0_hat, s))
+        return jax.tree.map(lambda n, x0: n / max(1, x0.size // x0.shape[0]), nats, noised.x0)
+
+    return term
+
+
+def x0_ce(process) -> Term:
+    """Cross-entropy of the softmax of `process.logits`, -log p(x_0 | x_t), at all positions, masked or not; in nats per dimension.
+
+    Unlike `process.loss` it does not condition on x_t, so it has a value for any x_0 (a negative). No position costs more than 70
+    nats, and beyond them it has no gradient.
+    """
+
+    def term(out, noised):
+        if out.shape[-1] != process.classes:
+            raise ValueError(f"x0_ce needs logits of {process.classes} classes, got an output of shape {out.shape}.")
+        log_p = jax.nn.log_softmax(process.logits(out, noised.xt, noised.t))
+        nll = -jnp.take_along_axis(log_p, noised.x0[..., None], axis=-1)[..., 0]
+        return jnp.where(noised.t > 0, per_example_mean(jnp.minimum(nll, -LOG_FLOOR)), 0.0)
+
+    return term
+
+
+def auxiliary(process, steps: int, falling: bool = True) -> Term:
+    """VQ-Diffusion's auxiliary loss, `a(t) x0_ce` with a = 2 - i / T, or a = 1 + i / T if not `falling`, at t = (i + 1) / T.
+
+    `vlb(process, T)` counts all T steps and this one does not: a weight lambda of theirs, on one step's sum, is T lambda here.
+    """
+    _check_steps("auxiliary", steps)
+    plain = x0_ce(process)
+
+    def term(out, noised):
+        share = (jnp.round(noised.t * steps) - 1.0) / steps
+        return (2.0 - share if falling else 1.0 + share) * plain(out, noised)
+
+    return term
+
+
+def sigma_vlb(process, steps: int) -> Term:
+    """`vlb(process, steps)` of a `LearnedSigma` with the gradient of its mean stopped: it trains the variance and nothing else.
+
+    DiT, with 1,000 steps, adds it to the squared error of eps with the weight 1 / (1000 log 2): one step's KL in bits per dimension
+    (the hybrid loss of Nichol & Dhariwal 2021, equation 16).
+    """
+    bound = vlb(process, steps)
+
+    def term(out, noised):
+        mean, sigma = jnp.split(out, 2, axis=-1)
+        return bound(jnp.concatenate([jax.lax.stop_gradient(mean), sigma], -1), noised)
+
+    return term
+
+
+def _check_steps(where: str, steps: int) -> None:
+    """Raises UserError unless T is a whole number of 1 or more."""
+    if not is_whole(steps, 1):
+        raise UserError(f"{where} needs at least one step, got {steps}.")
