@@ -90,3 +90,9 @@ def pytest_collection_modifyitems(config, items):
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_collection_finish(session):
+    """What collecting has made stays until the end: the garbage collector need not look at it again whenever a program is traced."""
+    gc.collect()
+    gc.freeze()
