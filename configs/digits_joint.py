@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 
 from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Images, Labels
-from mmdiff.evals.joint_image_label import JointImageLabel
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
 from mmdiff.projects.digits.digits import NAMES, digits_source
+from mmdiff.projects.digits.joint_image_label import JointImageLabel
 
 
 def get_config():

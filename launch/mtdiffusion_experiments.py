@@ -26,12 +26,12 @@ import jax
 from mmdiff import config as configs
 from mmdiff import losses, sampling, times
 from mmdiff.data.sources import load_all
-from mmdiff.evals import classifiers, conditional
 from mmdiff.evals.accuracy import accuracy, denoising_losses
 from mmdiff.evals.evaluator import example_keys, in_batches, sample_batched
 from mmdiff.evals.frechet import frechet_ratio
-from mmdiff.evals.joint_image_label import read_labels
 from mmdiff.processes import Joint, absorbing
+from mmdiff.projects.digits import classifiers, conditional
+from mmdiff.projects.digits.joint_image_label import read_labels
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs/mtdiffusion"
 SMALL = {

@@ -32,7 +32,7 @@ def test_the_loss_falls_and_labels_are_read(run):
     assert losses[-1] < 0.75 * losses[0]
     assert [line["step"] for line in lines if "val/loss" in line] == [150, 300]
 
-    from mmdiff.evals.joint_image_label import read_labels
+    from mmdiff.projects.digits.joint_image_label import read_labels
     from mmdiff.training.checkpoints import restore_for_inference
 
     config, module = configs.load(CONFIG, [tuple(arg.removeprefix("--config.").split("=")) for arg in SMALL])

@@ -13,9 +13,9 @@ from mmdiff import config as configs
 from mmdiff.data.sources import ArraySource, load_all
 from mmdiff.errors import UserError
 from mmdiff.evals import report
-from mmdiff.evals.joint_image_label import read_labels
 from mmdiff.processes import fold
 from mmdiff.projects.digits import digits
+from mmdiff.projects.digits.joint_image_label import read_labels
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs/mtdiffusion"
 SMALL = {

@@ -22,9 +22,9 @@ from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Labels
 from mmdiff.data.token_modalities import TokenImages
 from mmdiff.errors import UserError
-from mmdiff.evals.calls import Calls
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
+from mmdiff.projects.digits.calls import Calls
 from mmdiff.projects.digits.class_token_images import ClassTokenImages
 from mmdiff.projects.digits.digits import NAMES, digits_tokens
 

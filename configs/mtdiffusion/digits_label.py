@@ -31,10 +31,10 @@ from ml_collections import ConfigDict
 from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Images, Labels
 from mmdiff.errors import UserError
-from mmdiff.evals.joint_image_label import JointImageLabel
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Aggregate, Gaussian, MeanShift, absorbing, moving_target, template, velocity
 from mmdiff.projects.digits.digits import NAMES, digits_source
+from mmdiff.projects.digits.joint_image_label import JointImageLabel
 
 CLASSES, SHAPE = 10, (8, 8, 1)
 TASKS = {  # shares of the training times, as config.times

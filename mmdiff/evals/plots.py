@@ -1,13 +1,11 @@
-"""Figures of reports: labelled grids as Pillow images; line charts, confusion matrices and clips of music as SVG.
+"""Figures of reports: labelled grids as Pillow images; line charts and confusion matrices as SVG.
 
 All have a transparent ground and use mid greys, or the text colour of the page, so that they can be read on light and dark.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -75,13 +73,13 @@ def matrix(counts: np.ndarray, names: Sequence[str], row: str, column: str) -> s
         fill = f'fill="{colour}" fill-opacity="{opacity:.2f}"' if counts[i, j] else 'fill="currentColor" fill-opacity="0.04"'
         parts.append(f'<rect x="{x}" y="{y}" width="{cell - 2}" height="{cell - 2}" rx="3" {fill}/>')
         if counts[i, j]:
-            parts.append(_text(x + cell / 2 - 1, y + cell / 2 + 4, str(counts[i, j])))
+            parts.append(label(x + cell / 2 - 1, y + cell / 2 + 4, str(counts[i, j])))
     for i, name in enumerate(names):
-        parts.append(_text(margin + i * cell + cell / 2 - 1, margin - 9, name, dim=True))
-        parts.append(_text(margin - 12, margin + i * cell + cell / 2 + 4, name, dim=True))
-    parts.append(_text(margin + size / 2, 18, column, dim=True))
-    parts.append(f'<g transform="translate(16 {margin + size / 2}) rotate(-90)">{_text(0, 0, row, dim=True)}</g>')
-    return _svg(margin + size + 2, margin + size + 2, parts)
+        parts.append(label(margin + i * cell + cell / 2 - 1, margin - 9, name, dim=True))
+        parts.append(label(margin - 12, margin + i * cell + cell / 2 + 4, name, dim=True))
+    parts.append(label(margin + size / 2, 18, column, dim=True))
+    parts.append(f'<g transform="translate(16 {margin + size / 2}) rotate(-90)">{label(0, 0, row, dim=True)}</g>')
+    return svg(margin + size + 2, margin + size + 2, parts)
 
 
 def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], width: int = 640, height: int = 280) -> str:
@@ -105,10 +103,10 @@ def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], width: 
         value = 10.0**tick if log else tick
         y = float(place(x_low, value)[1])
         parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" stroke-opacity="0.12"/>')
-        parts.append(_text(left - 8, y + 4, f"{value:.4g}", dim=True, anchor="end"))
+        parts.append(label(left - 8, y + 4, f"{value:.4g}", dim=True, anchor="end"))
     for tick in x_ticks:
         x = float(place(tick, 1.0 if log else low)[0])
-        parts.append(_text(x, height - bottom + 18, f"{tick:,.0f}", dim=True))
+        parts.append(label(x, height - bottom + 18, f"{tick:,.0f}", dim=True))
     for i, (name, (x, y)) in enumerate(curves.items()):
         colour = PALETTE[i % len(PALETTE)]
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(*place(x, y)))
@@ -118,85 +116,8 @@ def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], width: 
             parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>')
         key_x, key_y = left + i % 3 * (width - left - right) / 3, height - bottom + 38 + 20 * (i // 3)
         parts.append(f'<rect x="{key_x:.0f}" y="{key_y - 9}" width="10" height="10" rx="2" fill="{colour}"/>')
-        parts.append(_text(key_x + 16, key_y, f"{name}  {y[-1]:.4g}", anchor="start"))
-    return _svg(width, height, parts)
-
-
-def music(
-    rows: Mapping[str, tuple[np.ndarray, Sequence[float]]],
-    rate: int,
-    beats: Sequence[float] = (),
-    motion: np.ndarray | None = None,
-    parents: Sequence[int] = (),
-    width: int = 640,
-) -> str:
-    """Clips of music as SVG, each with its waveform, its onsets as dots, its spectrum below, and lines at the beats that all should have.
-
-    Args:
-      rows: name -> (samples [n] in [-1, 1], onsets in seconds).
-      rate: samples a second.
-      beats: in seconds.
-      motion: joints [frames, joints, 3] in metres, y up, of a dance that lasts as long: stick figures above the music.
-      parents: every joint's parent, -1 for none.
-    """
-    left, right, wave, spectrum, gap = 114, 6, 56, 64, 14
-    top = 84 if motion is not None else 4
-    inner, height = width - left - right, top + len(rows) * (wave + spectrum + gap)
-    seconds = max(len(samples) for samples, _ in rows.values()) / rate
-
-    def x(second):
-        return left + inner * second / seconds
-
-    parts = _stick_figures(motion, parents, left, inner, top - 8) if motion is not None else []
-    for i, (name, (samples, onsets)) in enumerate(rows.items()):
-        y = top + i * (wave + spectrum + gap)
-        middle, columns = y + 8 + (wave - 8) / 2, np.array_split(np.asarray(samples, np.float64), inner)
-        outline = [(left + k, middle - (wave - 8) / 2 * column.max()) for k, column in enumerate(columns)]
-        outline += [(left + k, middle - (wave - 8) / 2 * column.min()) for k, column in reversed(list(enumerate(columns)))]
-        points = " ".join(f"{a:.0f},{b:.1f}" for a, b in outline)
-        parts.append(f'<polygon points="{points}" fill="{PALETTE[0]}" stroke="{PALETTE[0]}" stroke-width="0.6"/>')
-        parts.append(_spectrogram(samples, left, y + wave + 2, inner, spectrum - 2))
-        parts += [f'<circle cx="{x(second):.1f}" cy="{y + 3}" r="3" fill="{PALETTE[1]}"/>' for second in onsets]
-        parts.append(_text(left - 10, middle + 4, name, anchor="end"))
-    parts += [
-        f'<line x1="{x(beat):.1f}" x2="{x(beat):.1f}" y1="{top}" y2="{height - gap}" stroke="currentColor" stroke-opacity="0.5" '
-        'stroke-dasharray="3 3"/>'
-        for beat in beats
-    ]
-    return _svg(width, height, parts)
-
-
-def _stick_figures(motion: np.ndarray, parents: Sequence[int], left: float, width: float, height: float, count: int = 8) -> list[str]:
-    """Stick figures from the front, at even times."""
-    frames = np.asarray(motion, np.float64)[((np.arange(count) + 0.5) / count * len(motion)).astype(int)]
-    flat = frames[..., :2] - frames[:, :1, :2].mean(1, keepdims=True) * np.array([1, 0])  # each in its own place
-    scale = height / max(np.ptp(flat[..., 1]), 1e-6)
-    parts = []
-    for k, joints in enumerate(flat):
-        points = np.stack([left + (k + 0.5) / count * width + scale * joints[:, 0], scale * (flat[..., 1].max() - joints[:, 1])], -1)
-        bones = "".join(
-            f"M{points[parent][0]:.1f},{points[parent][1]:.1f}L{points[child][0]:.1f},{points[child][1]:.1f}"
-            for child, parent in enumerate(parents)
-            if parent >= 0
-        )
-        parts.append(f'<path d="{bones}" fill="none" stroke="currentColor" stroke-opacity="0.75" stroke-width="1.6"/>')
-    return parts
-
-
-def _spectrogram(samples: np.ndarray, x: float, y: float, width: float, height: float, size: int = 512) -> str:
-    """The magnitudes of short spectra as an image in an SVG, low tones at the bottom, from nothing at -60 dB to full colour."""
-    from PIL import Image
-
-    padded = np.pad(np.asarray(samples, np.float64), size // 2)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[:: size // 4] * np.hanning(size)
-    power = np.abs(np.fft.rfft(windows)).T[: size // 4] ** 2  # the lower half has what the ear needs
-    levels = np.clip(1 + np.log10(power / max(power.max(), 1e-12) + 1e-12) / 6, 0, 1)[::-1]
-    colour = np.array([int(PALETTE[3][k : k + 2], 16) for k in (1, 3, 5)])
-    pixels = np.concatenate([np.broadcast_to(colour, (*levels.shape, 3)), 255 * levels[..., None]], -1)
-    data = io.BytesIO()
-    Image.fromarray(np.rint(pixels).astype(np.uint8), "RGBA").save(data, "PNG", optimize=True)
-    source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-    return f'<image href="{source}" x="{x}" y="{y}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
+        parts.append(label(key_x + 16, key_y, f"{name}  {y[-1]:.4g}", anchor="start"))
+    return svg(width, height, parts)
 
 
 def _binned(x, y, most: int = 400) -> tuple[np.ndarray, np.ndarray]:
@@ -231,12 +152,12 @@ def _log_axis(values) -> tuple[float, float, list[float]]:
     return ticks[first], ticks[last], ticks[first : last + 1]
 
 
-def _text(x: float, y: float, text: str, dim: bool = False, anchor: str = "middle") -> str:
+def label(x: float, y: float, text: str, dim: bool = False, anchor: str = "middle") -> str:
     opacity = ' fill-opacity="0.65"' if dim else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="currentColor"{opacity}>{html.escape(text)}</text>'
 
 
-def _svg(width: float, height: float, parts: Sequence[str]) -> str:
+def svg(width: float, height: float, parts: Sequence[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'font-family="system-ui, sans-serif" font-size="13">{"".join(parts)}</svg>'

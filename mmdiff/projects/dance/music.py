@@ -16,11 +16,11 @@ import numpy as np
 from mmdiff.data.sources import Source, Subset, load_all
 from mmdiff.data.token_cache import map_batched, part_of
 from mmdiff.errors import UserError, import_extra
-from mmdiff.evals import plots
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, sample_batched
 from mmdiff.evals.frechet import frechet_distance
 from mmdiff.nets.audio import AudioAutoencoder, spectral_error
 from mmdiff.nets.tokenizers import usage
+from mmdiff.projects.dance import clip_plots
 from mmdiff.projects.dance.beats import RATE, TOLERANCE, beat_scores, onsets, times
 from mmdiff.projects.dance.sounds import wav
 
@@ -269,7 +269,7 @@ def clip_figures(
         motion = clips["motion"][i] if len(parents) else None
         beats = clips["beats"][i][clips["beats"][i] >= 0] if "beats" in clips else ()
         shown[f"Clip {i + 1}" + (f": {genres[int(clips['genre'][i])]}" if genres else "")] = Figure(
-            plots.music(rows, RATE, beats, motion, parents),
+            clip_plots.music(rows, RATE, beats, motion, parents),
             "The first held-out clips, none chosen. Dots: onsets." + (" Lines: known beats." if len(beats) else "")
             + (f" Sampled in {sampler}." if sampler else ""),
             {name: wav(audio, RATE) for name, (audio, _) in rows.items()},

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from mmdiff.data.sources import load_all
-from mmdiff.evals import conditional
 from mmdiff.evals.evaluator import Clock, EvalResult, sample_batched
 from mmdiff.evals.likelihood import held_out_bits
+from mmdiff.projects.digits import conditional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ClassTokenImages:
     """The metrics and figures of a model of token images given a label: `TokenImages` whose tokens are pixels, as the digits' are.
 
     As many samples are made as there are training images, with their labels, and more of a class that comes up less than `per_class`
-    times; see `evals.conditional` for what is measured of them. The bound on the likelihood of the held-out images given their labels
+    times; see `conditional` for what is measured of them. The bound on the likelihood of the held-out images given their labels
     stands beside models fitted to the training tokens by counting (`independent_bits`, `raster_markov_bits`).
 
     Attributes:

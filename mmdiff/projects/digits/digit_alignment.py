@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.data.sources import load_all
-from mmdiff.evals import classifiers, conditional, plots, retrieval
+from mmdiff.evals import plots, retrieval
 from mmdiff.evals.accuracy import accuracy, confusion, eliminated
 from mmdiff.evals.alignment import STEPS_AND_SEEDS, Aligner
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, costs, example_keys, in_batches, sample_batched
+from mmdiff.projects.digits import classifiers, conditional
 
 
 @dataclasses.dataclass(frozen=True)

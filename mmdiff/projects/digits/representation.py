@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.data.sources import load_all
-from mmdiff.evals import classifiers, plots
+from mmdiff.evals import plots
 from mmdiff.evals.accuracy import accuracy, posterior
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, example_keys, in_batches, sample_batched, states
 from mmdiff.evals.frechet import frechet_ratio
+from mmdiff.projects.digits import classifiers
 
 NAME = "representation"
 

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from mmdiff.data.sources import load_all
-from mmdiff.evals import classifiers, plots
+from mmdiff.evals import plots
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, sample_batched
 from mmdiff.evals.frechet import frechet_ratio
+from mmdiff.projects.digits import classifiers
 from mmdiff.projects.digits.digits import digits_source
 from mmdiff.projects.scenes import scenes
 
@@ -123,7 +124,7 @@ class Judge:
 
     The background is the palette's colour that is nearest to the median pixel. The digit's colour is the one whose mixtures with the
     background fit the image best; the shares in the mixtures are the ink. An SVM on the ink finds size and position, and the SVM on
-    raw digits (`evals.classifiers`) reads what stands there, brought back to 8 x 8 pixels. Both saw real training data only.
+    raw digits (`classifiers`) reads what stands there, brought back to 8 x 8 pixels. Both saw real training data only.
     """
 
     TRAINING = 4000  # scenes for the first of the two

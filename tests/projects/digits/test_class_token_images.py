@@ -9,10 +9,10 @@ from mmdiff import schedules
 from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import ArraySource, load_all
 from mmdiff.data.token_modalities import TokenImages
-from mmdiff.evals.calls import Calls
 from mmdiff.evals.likelihood import held_out_bits
 from mmdiff.experiment import Experiment
 from mmdiff.processes import Given, Joint, MaskReplace, absorbing
+from mmdiff.projects.digits.calls import Calls
 from mmdiff.projects.digits.class_token_images import ClassTokenImages, by_class, independent_bits, raster_markov_bits
 from mmdiff.projects.digits.digits import digits_tokens
 

@@ -13,10 +13,10 @@ from mmdiff.data.modalities import Images, Labels
 from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
 from mmdiff.evals import plots, report
-from mmdiff.evals.conditional import labels_to_ask
 from mmdiff.evals.evaluator import EvalResult, Figure
-from mmdiff.evals.joint_image_label import JointImageLabel
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
+from mmdiff.projects.digits.conditional import labels_to_ask
+from mmdiff.projects.digits.joint_image_label import JointImageLabel
 
 METRICS = {
     "label_accuracy",

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from mmdiff.data.sources import load_all
-from mmdiff.evals import classifiers, conditional, plots
+from mmdiff.evals import plots
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, example_keys, in_batches, sample_batched, states
+from mmdiff.projects.digits import classifiers, conditional
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff.evals import classifiers, plots
+from mmdiff.evals import plots
 from mmdiff.evals.accuracy import accuracy, confusion
 from mmdiff.evals.evaluator import Figure
 from mmdiff.evals.frechet import frechet_ratio
+from mmdiff.projects.digits import classifiers
 
 
 @dataclasses.dataclass(frozen=True)
