@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdiff import __main__ as commands
+from mmdiff import arguments, losses, nets, sampling, schedules, times
 from mmdiff import config as configs
-from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.experiment import initialiser
 from mmdiff.processes import Gaussian, Joint, velocity
 
@@ -118,7 +117,7 @@ def test_printed_commands_have_flags_and_values_that_exist(name, monkeypatch):
         if words[:3] == ["python", "-m", "mmdiff"]:
             words = words[2:]
         if words[0] == "mmdiff" and "..." not in words:
-            args = commands._arguments(words[1:])
+            args = arguments.parse(words[1:])
             path = args.config if args.config.endswith(".py") else str(next((ROOT / "configs").rglob(f"{args.config}.py")))
             configs.load(path, args.overrides)
         elif words[0] in ("python", "bash"):

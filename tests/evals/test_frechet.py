@@ -2,10 +2,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
 from mmdiff.evals.frechet import frechet_distance, frechet_ratio, moments, squared_distance
-from mmdiff.projects.digits import classifiers
 
 
 def psd(seed, size=12, rank=12):

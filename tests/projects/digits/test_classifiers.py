@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 
 from mmdiff.data.sources import load_all
 from mmdiff.projects.digits import classifiers
