@@ -401,8 +401,11 @@ def test_bad_chains_are_refused():
 # ------------------------------------------------------------------------------------------------------------ rare outcomes
 
 
-@pytest.mark.parametrize("classes, tokens", [(2048, 1024), (16384, 128), (50257, 64)])
-@pytest.mark.parametrize("steps, first, last", [(80, 1.0, 0.5), (1000, 0.6, 0.58)])
+MANY = [(2048, 1024, 80, 1.0, 0.5), (50257, 64, 1000, 0.6, 0.58)]
+MORE = [(2048, 1024, 1000, 0.6, 0.58), (16384, 128, 80, 1.0, 0.5), (16384, 128, 1000, 0.6, 0.58), (50257, 64, 80, 1.0, 0.5)]
+
+
+@pytest.mark.parametrize("classes, tokens, steps, first, last", [*MANY, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE)])
 def test_tokens_of_a_large_vocabulary_are_unmasked_in_time(classes, tokens, steps, first, last):
     """A belief that is flat gives every class less than 1e-6 a step: the share that is still masked is `last / first` all the same."""
     process, count = processes.absorbing(classes), round((first - last) * steps)
