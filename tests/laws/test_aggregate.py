@@ -823,7 +823,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="target 'label' must be one of .* and a Gaussian"):
         Aggregate("label", {}, image=chain, label=LABEL)
     for name in ("image", "text"):
-        with pytest.raises(ValueError, match=rf"cannot add \['{name}'\].*beside 'image' are \['label'\]"):
+        with pytest.raises(ValueError, match=rf"cannot add \['{name}'\].*other than 'image' are \['label'\]"):
             Aggregate("image", {name: shift}, image=chain, label=LABEL)
     with pytest.raises(ValueError, match=r"encoder of 'label' gives the shape \(1, 2\), but 'image' has \(1, 3\)"):
         t = {"image": jnp.ones(1), "label": jnp.ones(1)}
@@ -841,7 +841,7 @@ def test_mistakes_are_named():
     np.testing.assert_allclose(noised.xt["image"] - 0.5 * noised.noise["image"], [[0.25] * 3, [0.0] * 3], atol=1e-6)
 
 
-def test_heun_is_of_second_order_beside_a_known_label():
+def test_heun_is_of_second_order_with_a_known_label():
     """The chain carries E(x) of a label that is given: Heun's slopes are those of y_t, and z_t follows."""
     process, given = labelled(schedule=schedules.flow()), {"label": jnp.arange(32) % 3}
 
