@@ -113,6 +113,18 @@ class BatchLoss:
       init: `params -> state`, a pytree of arrays; None of a loss that has no state.
       update: `(state, seen of the whole batch) -> state`.
       check: raises ValueError for a batch (NumPy arrays) that its processes refuse.
+
+    A regression to centred targets, whose mean so far is the state:
+
+    >>> def pieces(params, batch, key, *, state=None, **_):
+    ...     mean = 0.0 if state is None else state
+    ...     return Pieces(((params - (batch["x"] - mean)) ** 2).mean(), {}, seen={"sum": batch["x"].sum(), "count": batch["x"].size})
+    >>> loss = BatchLoss(
+    ...     pieces=pieces, init=lambda params: jnp.zeros(()), update=lambda state, seen: 0.5 * state + 0.5 * seen["sum"] / seen["count"])
+    >>> state = loss.init(1.0)
+    >>> value, (metrics, seen) = loss.evaluate(1.0, {"x": jnp.array([1.0, 3.0])}, None, state)
+    >>> float(value), float(loss.update(state, seen))
+    (2.0, 1.0)
     """
 
     pieces: Callable[..., Pieces]

@@ -242,7 +242,7 @@ def test_statistics_are_those_of_the_global_batch(options):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), (one.params, metrics), (other.params, same))
 
 
-def test_a_void_step_teaches_nothing():
+def test_a_skipped_step_teaches_nothing():
     mesh, _, compiled, start = program()
     state, _ = compiled(start(), sharding.place(batch(), mesh))
     before = jax.device_get(state.stats)

@@ -102,6 +102,15 @@ class Aggregate(Joint):
       target: the name of z.
       added: name -> `MeanShift`.
       parts: all modalities.
+
+    >>> from mmdiff.processes import absorbing, card, template
+    >>> label = absorbing(10, schedules.at_once())
+    >>> process = Aggregate(
+    ...     "image", {"label": MeanShift(template(jnp.ones((10, 2))), card())}, image=Gaussian(schedules.flow()), label=label)
+    >>> x0, t = {"image": jnp.zeros((2, 2)), "label": jnp.array([3, 7])}, {"image": jnp.full(2, 0.5), "label": jnp.array([0.0, 1.0])}
+    >>> noised = jax.jit(process.corrupt)(jax.random.split(jax.random.key(0), 2), x0, t)
+    >>> (noised.xt["image"] - 0.5 * noised.noise["image"]).round(5).tolist()      # a label that is known, and one that is absent
+    [[0.5, 0.5], [0.0, 0.0]]
     """
 
     target: str
