@@ -184,7 +184,7 @@ def test_vectors_are_sampled_in_their_units(many, tmp_path):
 
 
 def test_the_made_up_data_are_what_they_should_be(few):
-    records = image_folders.read(few / "classes", "label", "train")
+    records = image_folders.read(few / "classes", "label")["train"]
     assert {record["image"].suffix for record in records.get(range(len(records)))} == {".png", ".jpg", ".bmp"}
     rng = np.random.default_rng(1)
     for shape in SHAPES:

@@ -162,7 +162,7 @@ def _records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
     if not data_dir:
         raise UserError(f"config.data.dir is empty: name the folder of the set {name} (mmdiff/data/image_datasets.py says what is in it).")
     if name in OWN:
-        return image_folders.read(data_dir, OWN[name], split, {"val": image_folders.SHARES["val"]}, complete=True)
+        return image_folders.read_set(data_dir, OWN[name], split)
     folder, part = files.expand(data_dir), SPLITS[name][split]
     readers = {"cub200": _cub200, "fgvc_aircraft": _aircraft}
     return readers[name](folder, part) if name in readers else Tfds(name, part, folder)

@@ -71,38 +71,41 @@ class Part:
         return self._records.get(self._rows[np.asarray(indices, np.int64)].tolist())
 
 
-def read(
-    data_dir: str | os.PathLike, kind: str, split: str, shares: Mapping[str, float] = SHARES, complete: bool = False
-) -> Records:
-    """The `Records` of one split of a user's images.
+def read(data_dir: str | os.PathLike, kind: str, shares: Mapping[str, float] = SHARES) -> dict[str, Records]:
+    """A user's images: the `Records` of "train" and of every part in `shares`.
 
     Args:
       data_dir: the folder, or one tar file, as above.
       kind: what is wanted beside the images: "label", "caption", or "image" for nothing.
-      split: "train", or one of `shares`.
       shares: of the training data that are split off, where the folder has no such part.
-      complete: refuse a user's own split that lacks the one that is asked for.
 
     Raises:
       UserError: no such folder, another layout, nothing in it, too few images to split.
     """
     folder = files.expand(data_dir)
     named = _named_parts(folder, kind)
-    if split in named and split != "train":
-        return _read(folder, named, split, kind)
-    if complete and named and split not in named:
-        raise UserError(f"there is no folder {folder / split}: it belongs beside {folder / named['train']}.")
-    whole = _read(folder, named, "train", kind)
-    missing = {name: share for name, share in shares.items() if name not in named}
-    if not missing or complete and named:
-        return whole
+    found = {split: _read(folder, named, split, kind) for split in ("train", *shares) if split in named or split == "train"}
+    missing, whole = {name: share for name, share in shares.items() if name not in named}, found["train"]
+    if not missing:
+        return found
     records = whole.get(range(len(whole)))
     keys = [_key(record["image"], folder) for record in records]
     rows = split_rows(keys, [record.get("label", 0) for record in records], missing)
     if empty := [name for name, chosen in rows.items() if not len(chosen)]:
         remedy = "add some, or make folders train, val and test"
         raise UserError(f"{folder} has {len(whole):,} images, too few to split off {empty[0]} data: {remedy}.")
-    return Part(whole, rows[split])
+    return found | {split: Part(whole, chosen) for split, chosen in rows.items()}
+
+
+def read_set(data_dir: str | os.PathLike, kind: str, split: str) -> Records:
+    """One split, "train" or "val", of images that are split by the user in both, or not at all; as of `read`."""
+    folder = files.expand(data_dir)
+    named = _named_parts(folder, kind)
+    if not named:
+        return read(data_dir, kind, {"val": SHARES["val"]})[split]
+    if split not in named:
+        raise UserError(f"there is no folder {folder / split}: it belongs beside {folder / named['train']}.")
+    return _read(folder, named, split, kind)
 
 
 def split_rows(keys: Sequence[str], labels: Sequence[int], shares: Mapping[str, float]) -> dict[str, np.ndarray]:

@@ -74,8 +74,8 @@ def open_images(data: Any, beside: str = "image") -> OwnData:
         return _images_of_arrays(open_arrays(data), beside)
     if data.channels not in (1, 3):
         raise UserError(f"config.data.channels is 1 (grey) or 3 (colour), not {data.channels}.")
-    shares = {"val": data.validation, "test": data.test}
-    records = {split: image_folders.read(folder, beside, part, shares=shares) for split, part in SPLITS.items()}
+    parts = image_folders.read(folder, beside, {"val": data.validation, "test": data.test})
+    records = {split: parts[part] for split, part in SPLITS.items()}
     train = records["train"]
     modalities, words = {"image": CroppedImages(data.size, data.size, data.channels)}, None
     found = f"{sum(map(len, records.values())):,} images"

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from mmdiff.data import image_folders
-from mmdiff.data.image_datasets import ImageDataset
+from mmdiff.data.image_datasets import ImageDataset, tokenizer
 from mmdiff.data.image_folders import split_rows
+from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
 
 
@@ -28,13 +29,13 @@ def write(folder, contents):
 
 
 def files_of(folder, kind, split):
-    records = image_folders.read(folder, kind, split)
+    records = image_folders.read(folder, kind)[split]
     return {str(each["image"].relative_to(folder)): each for each in records.get(range(len(records)))}
 
 
-def refusal(folder, kind, split="train"):
+def refusal(folder, kind):
     with pytest.raises(UserError) as caught:
-        image_folders.read(folder, kind, split)
+        image_folders.read(folder, kind)
     return str(caught.value)
 
 
@@ -47,7 +48,7 @@ def test_the_split_is_even_over_the_classes_and_the_same_wherever_the_folder_lie
     for split in ("val", "test"):
         assert sorted(each["label"] for each in parts[split].values()) == [0, 0, 1, 1]
     assert set(files_of(there, "label", "test")) == set(parts["test"])
-    assert image_folders.read(here, "label", "train").names == ["cat", "dog", "owl"]
+    assert image_folders.read(here, "label")["train"].names == ["cat", "dog", "owl"]
     assert set().union(*(files_of(here, "image", split) for split in parts)) == set(contents)
 
 
@@ -74,7 +75,7 @@ def test_a_users_own_split_is_kept_and_what_is_missing_is_split_off_the_training
 
 def test_classes_may_be_called_train_and_test(tmp_path):
     write(tmp_path, {f"{name}/{i}.png": png() for name in ("train", "bus") for i in range(4)})
-    assert image_folders.read(tmp_path, "label", "train").names == ["bus", "train"]
+    assert image_folders.read(tmp_path, "label")["train"].names == ["bus", "train"]
 
 
 CAPTIONS = {"0.png": ["a cat"], "1.png": ['a "big", red cat'], "2.png": ["a dog", "a hound"]}
@@ -99,21 +100,26 @@ def test_captions(tmp_path, layout):
             for name in (*images, *beside):
                 tar.add(train / name, name)
                 (train / name).unlink()
-    records = image_folders.read(tmp_path, "caption", "train")
+    records = image_folders.read(tmp_path, "caption")["train"]
     assert [each["captions"] for each in records.get(range(3))] == list(CAPTIONS.values()) and records.captions == 2
-    [bird] = image_folders.read(tmp_path, "caption", "val").get([0])
+    [bird] = image_folders.read(tmp_path, "caption")["val"].get([0])
     assert bird["captions"] == ["a bird"]
 
 
-def test_one_tar_file_is_split_and_its_index_lies_beside_it(tmp_path):
-    path = tmp_path / "set.tar"
+def numbered(path):
+    """Ten images with captions in a tar file."""
     with tarfile.open(path, "w") as tar:
         for i in range(10):
             for name, content in ((f"{i}.png", png(i)), (f"{i}.txt", f"number {i}".encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    parts = [image_folders.read(path, "caption", split) for split in ("train", "val", "test")]
+    return path
+
+
+def test_one_tar_file_is_split_and_its_index_lies_beside_it(tmp_path):
+    path = numbered(tmp_path / "set.tar")
+    parts = [image_folders.read(path, "caption")[split] for split in ("train", "val", "test")]
     found = [[each["captions"][0] for each in part.get(range(len(part)))] for part in parts]
     assert list(map(len, found)) == [8, 1, 1] and sorted(sum(found, [])) == [f"number {i}" for i in range(10)]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["set.index.npz", "set.tar"]
@@ -124,6 +130,11 @@ def test_sets_of_ones_own_need_no_split(tmp_path):
     train, val = (ImageDataset("folder", split, tmp_path, 4) for split in ("train", "val"))
     assert (len(train), len(val), train.names) == (18, 2, ("cat", "dog"))
     assert val.take(np.arange(2))["label"].tolist() == [0, 1]
+    # One tar file of captions goes wherever a set of captions does: into a token cache, say.
+    path = numbered(tmp_path / "set.tar")
+    words = tokenizer("captioned", path, 8, 300)
+    train, val = (load_all(ImageDataset("captioned", split, path, 4, words))["text"] for split in ("train", "val"))
+    assert (len(train), len(val)) == (9, 1) and len(set(words.decode(np.concatenate([train, val])[:, 0]))) == 10
 
 
 def test_mistakes_are_named(tmp_path):
