@@ -26,8 +26,11 @@ SPECIAL = ("<padding>", "<start>", "<end>")
 class Tokenizer:
     """A trained tokenizer. Its fields are plain values, so a cache or a checkpoint can keep them and compare them.
 
-        tokenizer = train(captions, length=16)
-        tokenizer.decode(tokenizer.encode(["A small red seven"])) == ["a small red seven"]
+    >>> tokenizer = train(["a small red seven", "a large red one"], length=16)
+    >>> tokenizer.decode(tokenizer.encode(["A large  red seven"]))
+    ['a large red seven']
+    >>> tokenizer.unseen("a blue one")
+    ['blue']
 
     Attributes:
       rules: vocabulary and merges, the JSON of the `tokenizers` package.

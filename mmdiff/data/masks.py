@@ -20,6 +20,10 @@ def patches(key: jax.Array, height: int, width: int, size: int, most: int, count
 
     m ~ Uniform{0, ..., most}; or exactly `count`, which may be more. Squares may overlap. For a batch, `jax.vmap` over the keys.
 
+    >>> mask = patches(jax.random.key(0), 8, 8, size=2, most=10, count=1)
+    >>> mask.shape, int(mask.sum())
+    ((8, 8, 1), 4)
+
     Raises:
       UserError: squares larger than the image.
     """

@@ -26,6 +26,10 @@ OVERSHOOT = 0.25
 class Images:
     """Images: float32 [n, height, width, channels] in [-1, 1].
 
+    >>> images = Images(8, 8, levels=17)
+    >>> images.shape, images.quantize([[-1.2, 0.06, 0.1]])
+    ((8, 8, 1), array([[-1.   ,  0.   ,  0.125]], dtype=float32))
+
     Attributes:
       height, width, channels: the size; 1 channel is grey, 3 are red, green, blue.
       levels: the number of equally spaced values a pixel takes in the data (17 for the digits), or None if they are continuous.
@@ -241,6 +245,10 @@ class Features:
 @dataclasses.dataclass(frozen=True)
 class Labels:
     """Classes: int32 [n] in 0..count-1, optionally with names.
+
+    >>> animals = Labels(3, ("cat", "dog", "cow"))
+    >>> animals.parse("dog,cat"), animals.show([2, 0])
+    (array([1, 0], dtype=int32), ['cow', 'cat'])
 
     Attributes:
       count: the number of classes.

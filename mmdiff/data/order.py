@@ -30,6 +30,10 @@ def positions(step: int, global_batch: int) -> np.ndarray:
 def indices(seed: int, positions: np.ndarray, size: int, version: int = ORDER_VERSION) -> np.ndarray:
     """The examples at `positions`: int64 of the same shape, in 0..size-1. A batch may straddle epochs.
 
+    >>> epochs = indices(seed=0, positions=positions(step=0, global_batch=6), size=3)
+    >>> sorted(epochs[:3].tolist()), sorted(epochs[3:].tolist())  # each epoch holds each example once
+    ([0, 1, 2], [0, 1, 2])
+
     Args:
       seed: an integer in 0..2**64-1; each is another order.
       positions: non-negative global positions, int64.

@@ -42,7 +42,12 @@ def squared_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray, features: Callable[[np.ndarray], np.ndarray] | None = None) -> float:
-    """d^2 between two sets of examples [n, ...], by default with the raw values as features."""
+    """d^2 between two sets of examples [n, ...], by default with the raw values as features.
+
+    >>> first = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> round(frechet_distance(first, first + 2.0), 6)  # equal covariances: the squared distance of the means
+    8.0
+    """
     features = features or flatten
     return squared_distance(*moments(features(first)), *moments(features(second)))
 
@@ -54,6 +59,10 @@ def frechet_ratio(
 
     With as many generated as training examples the finite-sample bias of both distances is the same and cancels at the limit.
     It has no unit and does not change when the features are scaled.
+
+    >>> train, test = (np.random.default_rng(seed).normal(size=(500, 4)) for seed in (0, 1))
+    >>> frechet_ratio(train, test, train), frechet_ratio(train + 1.0, test, train) > 10
+    (1.0, True)
 
     Raises:
       UserError: training and test data of the same moments, to which nothing can be compared; or what `moments` refuses.

@@ -186,7 +186,11 @@ def total(nats: Any) -> jax.Array:
 
 
 def bits_per_dim(nats: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Nats per example -> bits per dimension, for one example's `shape`: `nats / (log 2 * size)`."""
+    """Nats per example -> bits per dimension, for one example's `shape`: `nats / (log 2 * size)`.
+
+    >>> float(bits_per_dim(jnp.array([64 * math.log(2)]), (8, 8, 1))[0])
+    1.0
+    """
     return nats / (math.log(2) * math.prod(shape))
 
 

@@ -153,11 +153,13 @@ def _log_axis(values) -> tuple[float, float, list[float]]:
 
 
 def label(x: float, y: float, text: str, dim: bool = False, anchor: str = "middle") -> str:
+    """A line of text in an SVG, in the colour of the page."""
     opacity = ' fill-opacity="0.65"' if dim else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="currentColor"{opacity}>{html.escape(text)}</text>'
 
 
 def svg(width: float, height: float, parts: Sequence[str]) -> str:
+    """An SVG of the given size from its parts."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'font-family="system-ui, sans-serif" font-size="13">{"".join(parts)}</svg>'

@@ -65,7 +65,11 @@ def unit_belief() -> sampling.Transform:
 
 
 def scores(vectors: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """Cosines [n, m] of vectors [n, D] and candidates [m, D], in float64. Raises UserError if some are not finite."""
+    """Cosines [n, m] of vectors [n, D] and candidates [m, D], in float64. Raises UserError if some are not finite.
+
+    >>> scores(np.array([[2.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]))
+    array([[ 1.,  0., -1.]])
+    """
     vectors, candidates = finite("vectors", vectors), finite("candidates", candidates)
     vectors, candidates = (np.asarray(array, np.float64) for array in (vectors, candidates))
     lengths = [np.maximum(np.linalg.norm(array, axis=-1, keepdims=True), 1e-12) for array in (vectors, candidates)]
@@ -98,7 +102,14 @@ def ensemble(vectors: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
 
 
 def class_vectors(encode: Callable, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-    """One unit vector per class [classes, D]: `encode(texts) -> [n, D]` of its name in every template ("a photo of a {}."), averaged."""
+    """One unit vector per class [classes, D]: `encode(texts) -> [n, D]` of its name in every template ("a photo of a {}."), averaged.
+
+    >>> def encode(texts):  # a text tower
+    ...     return [[1.0, 0.0] if "cat" in text else [0.0, 2.0] for text in texts]
+    >>> class_vectors(encode, ["cat", "dog"], ["a photo of a {}.", "a drawing of a {}."])
+    array([[1., 0.],
+           [0., 1.]])
+    """
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
         raise UserError(f"prompt templates hold the class' name as {{}}, 'a photo of a {{}}.', and there is at least one, not {wrong}.")
@@ -107,7 +118,13 @@ def class_vectors(encode: Callable, names: Sequence[str], templates: Sequence[st
 
 
 def mean_per_class(predicted: np.ndarray, true: np.ndarray) -> float:
-    """The mean over the classes of `true` of the share of each that is predicted."""
+    """The mean over the classes of `true` of the share of each that is predicted.
+
+    >>> mean_per_class([0, 0, 0, 1], [0, 0, 0, 0])
+    0.75
+    >>> mean_per_class([0, 0, 0, 0], [0, 0, 0, 1])
+    0.5
+    """
     predicted, true = np.asarray(predicted), np.asarray(true)
     return float(np.mean([np.mean(predicted[true == label] == label) for label in np.unique(true)]))
 
@@ -116,6 +133,10 @@ def recall(scores: np.ndarray, relevant: np.ndarray, k: int) -> float:
     """Recall@k: the share of rows with a relevant column among the k best; where scores are equal, its mean over their orders.
 
     So a constant score has the recall of chance, and rows that are given the same candidate twice gain nothing by it.
+
+    >>> relevant = np.eye(2, dtype=bool)
+    >>> recall(np.array([[0.9, 0.1], [0.8, 0.3]]), relevant, 1), recall(np.zeros((2, 2)), relevant, 1)
+    (0.5, 0.5)
 
     Args:
       scores: [n, m]. relevant: bool [n, m], at least one in every row.
