@@ -12,7 +12,7 @@ TPU_COMPILER = "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'
 REQUIRED = [
     "jax>=0.10,<0.13",  # CPU only; the extras below add an accelerator
     "flax>=0.12,<0.13",
-    "optax>=0.2.7,<0.3",
+    "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.11.30,<0.13",
     "chex>=0.1.91,<0.2",
     "clu>=0.0.12,<0.1",
@@ -22,7 +22,7 @@ REQUIRED = [
     "pillow>=10.1,<14",
     "tokenizers>=0.20,<0.24",  # captions
     "tensorboard>=2.20,<3",  # writes the curves, without TensorFlow, and shows them
-    "tensorflow-datasets>=4.9.7,<5",  # its data sources are read without TensorFlow
+    "tensorflow-datasets>=4.9.10,<5",  # the first that prepares and reads its data sources without TensorFlow
     "array_record>=0.7,<0.9",  # what tfds.data_source reads
     "importlib_resources>=6,<8",  # imported by tensorflow-datasets, not declared by it
 ]

@@ -118,7 +118,6 @@ def test_printed_commands_have_flags_and_values_that_exist(name, monkeypatch):
             words = words[2:]
         if words[0] == "mmdiff" and "..." not in words:
             args = arguments.parse(words[1:])
-            path = args.config if args.config.endswith(".py") else str(next((ROOT / "configs").rglob(f"{args.config}.py")))
-            configs.load(path, args.overrides)
+            configs.load(args.config, args.overrides)
         elif words[0] in ("python", "bash"):
             assert pathlib.Path(words[1]).is_file(), words
