@@ -82,7 +82,7 @@ def silent(experiment, config, module):
     aligner = experiment.evaluators[0].aligner
     process = Joint(image=experiment.process.parts["image"], query=Given(0.0))
     when = times.joint(query=times.constant(1.0), image=module.beheld(config.times))
-    apply = functools.partial(aligner.net.apply, tasks=("name",))
+    apply = functools.partial(aligner.net.apply, tasks=("align",))
     term = matching.embedding_loss(aligner.query, "query", config.query.loss)
     loss = losses.combine(name=(config.query.weight, losses.diffusion(process, apply, when, {config.query.loss: (1.0, term)})))
 
@@ -96,7 +96,7 @@ def silent(experiment, config, module):
 def norms(config, module, params, batch, key):
     """The norms of both losses' gradients, unweighted, on the image's weights in the shared trunk."""
     found = {}
-    for task in ("draw", "name"):
+    for task in ("generate", "align"):
         only, _ = configs.load(str(CONFIGS / "scenes.py"), [])
         only.update(config)
         with only.unlocked():

@@ -65,7 +65,7 @@ class Experiment:
         `steps` (int), `guidance` (float), `absent` and `history` are static under jit.
       train_data, validation_data, test_data: `() -> source`; those of `data`.
       rules: the sharding table (see `training.sharding`), the first match wins; that of the transformers by default.
-      cache: of a tokenizer, what `mmdiff cache` encodes: a `data.token_cache.CacheWriter`.
+      cache: of a tokenizer or towers, what `mmdiff cache` writes: a `data.network_cache.CacheWriter`.
       split: the name of what is in `test_data`, for evaluators that have more data than these: "test", or "validation" (`on_validation`).
       frozen_deps: the frozen networks that the weights were trained with and need (a tokenizer, towers): name -> `() -> fingerprint`,
         None where they are not available. A run remembers them and is refused with others.

@@ -468,9 +468,9 @@ def meta(**values):
 
 
 for name, change, *words in (
-    ("not there", lambda cache, _: shutil.rmtree(cache), "there is no token cache cache"),
-    ("empty", lambda cache, _: (shutil.rmtree(cache), cache.mkdir()), "cache is no token cache"),
-    ("no cache.json", lambda cache, _: (cache / "cache.json").unlink(), "cache is no token cache"),
+    ("not there", lambda cache, _: shutil.rmtree(cache), "there is no token cache in cache"),
+    ("empty", lambda cache, _: (shutil.rmtree(cache), cache.mkdir()), "there is no token cache in cache"),
+    ("no cache.json", lambda cache, _: (cache / "cache.json").unlink(), "there is no token cache in cache"),
     ("half a cache.json", lambda cache, _: (cache / "cache.json").write_text('{"format": 1, '), "cache.json"),
     ("a list", lambda cache, _: (cache / "cache.json").write_text("[1]"), "cache.json"),
     ("cache.json of bytes", lambda cache, _: (cache / "cache.json").write_bytes(b"\xff\xfe\x00"), "cache.json"),
@@ -487,7 +487,7 @@ for name, change, *words in (
     ("labels out of range", lambda cache, _: np.save(cache / "train" / "label.npy", np.full(4, 9, np.int32)), "label 9 does not exist"),
     ("negative labels", lambda cache, _: np.save(cache / "train" / "label.npy", np.full(4, -1, np.int32)), "label -1"),
     ("a folder for an array", lambda cache, _: ((cache / "train/label.npy").unlink(), (cache / "train/label.npy").mkdir()), "label.npy"),
-    ("a file", lambda cache, _: (shutil.rmtree(cache), cache.write_text("no")), "cache is no token cache"),
+    ("a file", lambda cache, _: (shutil.rmtree(cache), cache.write_text("no")), "there is no token cache in cache"),
 ):  # fmt: skip
     row([*TRAIN, "--config.data.source=tokens", "--config.data.dir=cache"], *words, files=token_cache(change),
         name=f"{len(ROWS)}: token cache, {name}")

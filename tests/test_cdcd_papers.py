@@ -76,7 +76,7 @@ def caches(sets, tmp_path_factory):
             params = jax.jit(experiment.init)(jax.random.key(0))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(token_cache, "PIXELS", 2 * 256**2)
-                assert token_cache.write(made[name], experiment.cache, params, {"config": {}, "step": 0})
+                assert experiment.cache.write(made[name], params, {"config": {}, "step": 0})
         return made[name]
 
     return cache

@@ -13,7 +13,7 @@ import soundfile
 
 from mmdiff import config as configs
 from mmdiff.__main__ import main
-from mmdiff.data import token_cache
+from mmdiff.data import network_cache, token_cache
 from mmdiff.data.loader import batches
 from mmdiff.data.sources import ArraySource, load_all
 from mmdiff.errors import UserError
@@ -108,9 +108,9 @@ def test_real_dances_are_measured_whose_beats_nobody_knows(name, tmp_path):
     heard = published(tmp_path, data, {"train", "test"} | ({"val"} if data == "aist" else set()))
     net = dataclasses.replace(TINY_AUDIO, codes=2048)
     splits = {split: lambda split=split: aist.Segments(tmp_path, split, data) for split in heard}
-    recipe = token_cache.CacheWriter(net, splits, "audio", "music")
+    recipe = network_cache.CacheWriter(net, splits, "audio", "music")
     params = jax.jit(lambda key: net.init(key, jnp.zeros((1, 44_032))))(jax.random.key(0))
-    assert token_cache.write(tmp_path / "tokens", recipe, params, {"config": {}, "step": 0})
+    assert recipe.write(tmp_path / "tokens", params, {"config": {}, "step": 0})
 
     cached = {"data__dir": tmp_path / "tokens", "sample__steps": 1, "eval__examples": 20, "eval__batch": 20}
     assert load(name, **cached)[0].evaluators == ()
@@ -185,9 +185,9 @@ def cache(tmp_path_factory):
     """The tokens of an untrained tokenizer."""
     out = tmp_path_factory.mktemp("caches") / "music"
     splits = {split: lambda split=split: dance.DanceMusic(split, count=20) for split in dance.COUNTS}
-    recipe = token_cache.CacheWriter(TINY_AUDIO, splits, image="audio", tokens="music")
+    recipe = network_cache.CacheWriter(TINY_AUDIO, splits, image="audio", tokens="music")
     params = jax.jit(lambda key: TINY_AUDIO.init(key, jnp.zeros((1, 44_032))))(jax.random.key(0))
-    assert token_cache.write(out, recipe, params, {"config": {}, "step": 0})
+    assert recipe.write(out, params, {"config": {}, "step": 0})
     return out
 
 

@@ -207,14 +207,14 @@ def program(microbatches=1, devices=1):
     optimizer, loss = optax.adam(1e-2), loss_of()
     abstract = sharding.abstract_state(init, optimizer, mesh, (), loss)
     compiled = sharding.lower_step(make_step(loss, optimizer, microbatches=microbatches), abstract, batch(), mesh).compile()
-    return mesh, abstract, compiled, lambda: sharding.place_state(init, optimizer, KEY, mesh, (), loss)
+    return mesh, abstract, compiled, lambda: sharding.init_sharded_state(init, optimizer, KEY, mesh, (), loss)
 
 
 def trained(steps, **options):
     mesh, _, compiled, start = program(**options)
     state = start()
     for i in range(steps):
-        state, metrics = compiled(state, sharding.place(batch(i), mesh))
+        state, metrics = compiled(state, sharding.shard_batch(batch(i), mesh))
     return jax.device_get(state.replace(key=jax.random.key_data(state.key))), jax.device_get(metrics)
 
 
@@ -244,10 +244,10 @@ def test_statistics_are_those_of_the_global_batch(options):
 
 def test_a_skipped_step_teaches_nothing():
     mesh, _, compiled, start = program()
-    state, _ = compiled(start(), sharding.place(batch(), mesh))
+    state, _ = compiled(start(), sharding.shard_batch(batch(), mesh))
     before = jax.device_get(state.stats)
     poisoned = state.replace(params={**state.params, "time": jnp.full(K, math.nan)})
-    after = jax.device_get(compiled(poisoned, sharding.place(batch(1), mesh))[0].stats)
+    after = jax.device_get(compiled(poisoned, sharding.shard_batch(batch(1), mesh))[0].stats)
     jax.tree.map(np.testing.assert_array_equal, before["loss"], after["loss"])
     assert after["skipped"] == before["skipped"] + 1
 
@@ -280,7 +280,7 @@ def test_a_run_that_continues_is_bit_equal(tmp_path):
 def test_a_checkpoint_without_statistics_is_refused(tmp_path):
     mesh, abstract, _, _ = program()
     with checkpoints.Checkpoints(tmp_path, keep=1) as saved:
-        saved.save(sharding.place_state(init, optax.adam(1e-2), KEY, mesh, ()), {}, {"metrics": {}})
+        saved.save(sharding.init_sharded_state(init, optax.adam(1e-2), KEY, mesh, ()), {}, {"metrics": {}})
     with checkpoints.Checkpoints(tmp_path, keep=1) as saved:
         with pytest.raises(UserError, match="of another network, optimizer or loss: state/state/stats/loss/count is absent there"):
             saved.restore(abstract, {})

@@ -163,7 +163,7 @@ def test_meshes_and_micro_batches_change_nothing(task):
         abstract = sharding.abstract_state(init, optimizer, mesh, rules, loss)
         lowered = sharding.lower_step(make_step(loss, optimizer, microbatches=microbatches), abstract, BATCH, mesh)
         program = lowered.compile()
-        state, metrics = program(sharding.place_state(init, optimizer, KEY, mesh, rules, loss), sharding.place(BATCH, mesh))
+        state, metrics = program(sharding.init_sharded_state(init, optimizer, KEY, mesh, rules, loss), sharding.shard_batch(BATCH, mesh))
         results.append(jax.device_get((state.params, metrics)))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
 

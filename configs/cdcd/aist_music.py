@@ -36,8 +36,9 @@ from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Features, Labels
+from mmdiff.data.network_cache import network_fingerprint
 from mmdiff.data.sources import Subset
-from mmdiff.data.token_cache import decoder, open_tokens, tokenizer_fingerprint
+from mmdiff.data.token_cache import decoder, open_tokens
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.dance.aist import SEGMENTS, Segments
@@ -135,6 +136,6 @@ def build(config):
         shape=shape,
         sample=sampling.make_sampler(process, net.apply, shape, drop=tuple(nulls), transforms=(truncated,)),
         modalities=modalities,
-        frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(data.dir)},
+        frozen_deps={"tokenizer": lambda: network_fingerprint(data.dir)},
         evaluators=(judged,) if config.eval.segments else (),
     )

@@ -32,8 +32,9 @@ from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Labels
+from mmdiff.data.network_cache import network_fingerprint
 from mmdiff.data.sources import Subset
-from mmdiff.data.token_cache import decoder, open_tokenizer, open_tokens, tokenizer_fingerprint
+from mmdiff.data.token_cache import decoder, open_tokenizer, open_tokens
 from mmdiff.data.token_modalities import Texts, TokenImages
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
@@ -107,5 +108,5 @@ def build(config):
         shape=shape,
         sample=sampling.make_sampler(process, net.apply, shape, drop=("text",), transforms=(truncated,)),
         modalities=modalities,
-        frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(data.dir)},
+        frozen_deps={"tokenizer": lambda: network_fingerprint(data.dir)},
     )

@@ -28,7 +28,8 @@ from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
 from mmdiff.data.modalities import Labels
-from mmdiff.data.token_cache import decoder, open_tokens, tokenizer_fingerprint
+from mmdiff.data.network_cache import network_fingerprint
+from mmdiff.data.token_cache import decoder, open_tokens
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.dance.dance import DanceMusic
@@ -109,7 +110,7 @@ def build(config):
         shape=shape,
         sample=sampling.make_sampler(process, net.apply, shape, ("motion", "genre"), transforms=[truncation]),
         modalities=modalities,
-        frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(data.dir)},
+        frozen_deps={"tokenizer": lambda: network_fingerprint(data.dir)},
         evaluators=(
             MusicForDances(
                 decode, clips=DanceMusic, training=lambda: DanceMusic("train"), genres=GENRES,

@@ -21,8 +21,8 @@ core); beats and genres are there after 750 steps.
 import optax
 from ml_collections import ConfigDict
 
+from mmdiff.data.network_cache import CacheWriter
 from mmdiff.data.sources import Subset
-from mmdiff.data.token_cache import CacheWriter
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.audio import AudioAutoencoder, audio_loss

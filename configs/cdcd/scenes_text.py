@@ -22,7 +22,8 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.token_cache import decoder, token_source, tokenizer_fingerprint
+from mmdiff.data.network_cache import network_fingerprint
+from mmdiff.data.token_cache import decoder, token_source
 from mmdiff.data.token_modalities import Texts, TokenImages
 from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
@@ -89,6 +90,6 @@ def build(config):
         shape=shape,
         sample=sampling.make_sampler(process, net.apply, shape, ("text",), transforms=[truncation]),
         modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(tokenizer)},
-        frozen_deps={"tokenizer": lambda: tokenizer_fingerprint(config.data.dir)},
+        frozen_deps={"tokenizer": lambda: network_fingerprint(config.data.dir)},
         evaluators=(CaptionedScenes(batch=config.eval.batch),),
     )

@@ -18,7 +18,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff.data.modalities import Images
-from mmdiff.data.token_cache import CacheWriter
+from mmdiff.data.network_cache import CacheWriter
 from mmdiff.evals.tokenizer import Reconstructions
 from mmdiff.experiment import Experiment, reconstructing
 from mmdiff.nets.tokenizers import VQAutoencoder, vq_loss

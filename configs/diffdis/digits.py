@@ -62,7 +62,7 @@ def build(config):
     image = Gaussian(schedules.flow(), velocity)
     query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
     drawing, naming = Joint(image=image, text=Given(0)), Joint(image=image, query=query)
-    draw, name = (partial(net.apply, tasks=(task,)) for task in ("draw", "name"))
+    draw, name = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
 
     clean, absent = times.constant(0.0), times.constant(1.0)
     captioned = times.joint(

@@ -84,7 +84,7 @@ def build(config):
     text = absorbing(tokenizer.size)
     query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
     drawing, naming = Joint(image=image, text=text), Joint(image=image, query=query)
-    draw, name = (partial(net.apply, tasks=(task,)) for task in ("draw", "name"))
+    draw, name = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
 
     noisy, clean, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
     captioned = times.mixture(

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from mmdiff import losses, matching, nets, times
 from mmdiff.data.modalities import Images
+from mmdiff.data.network_cache import CacheWriter
 from mmdiff.data.token_modalities import Texts
-from mmdiff.data.tower_cache import CacheWriter
 from mmdiff.errors import UserError
 from mmdiff.evals import zeroshot
 from mmdiff.experiment import Experiment, initialiser
@@ -56,8 +56,8 @@ def build(config):
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     shape = {"image": (SIZE, SIZE, 3), "text": (tokenizer.length,)}
-    see = jax.jit(lambda params, keys, given: net.apply(params, given["image"], method="see"))
-    read = jax.jit(lambda params, ids: net.apply(params, ids, method="read")[1])
+    see = jax.jit(lambda params, keys, given: net.apply(params, given["image"], method="encode_image"))
+    read = jax.jit(lambda params, ids: net.apply(params, ids, method="encode_text")[1])
     return Experiment(
         process=process,
         init=initialiser(net, process, shape),
@@ -75,7 +75,7 @@ def build(config):
         evaluators=(
             *zeroshot.asked(config.eval, see, lambda params, texts: read(params, tokenizer.encode(texts)), SIZE),
             SceneTowers(net, size=SIZE)),
-        cache=CacheWriter(net, scenes.tokenizer),
+        cache=CacheWriter(net, tokenizer=scenes.tokenizer),
     )
 
 

@@ -91,7 +91,7 @@ def build(config):
     noise = schedules.scaled_linear_beta(STEPS)
     image, query = Gaussian(noise, eps), Gaussian(schedules.scaled(noise, config.query.gamma), x0, norm=1.0)
     drawing, naming = Joint(image=image, text=Given(0.0)), Joint(image=Given(0.0), query=query)
-    draw, name = (partial(net.apply, tasks=(task,)) for task in ("draw", "name"))
+    draw, name = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
 
     noisy = times.on_grid(STEPS)
     dropped = times.mixture((1 - config.dropout, times.constant(0.0)), (config.dropout, times.constant(1.0)))

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmdiff.evals import retrieval
 from mmdiff.evals.evaluator import Clock, EvalResult, example_keys, in_batches
-from mmdiff.nets.dual import DualStream, look, naming
+from mmdiff.nets.dual import DualStream, image_kv_cache, with_image_cache
 from mmdiff.processes import Gaussian, Given, Joint
 
 
@@ -47,10 +47,10 @@ class Aligner:
         def beside_cache(params, keys, given):
             images = given.get("image", jnp.zeros((len(keys), *self.shape)))
             hidden = jnp.ones(len(keys))
-            plain = naming(self.net, look(self.net, params, images, None if given else hidden))
+            plain = with_image_cache(self.net, image_kv_cache(self.net, params, images, None if given else hidden))
             network = plain
             if given and guidance != 1:
-                bare = naming(self.net, look(self.net, params, images, hidden))
+                bare = with_image_cache(self.net, image_kv_cache(self.net, params, images, hidden))
 
                 def network(params, x, t):
                     return jax.tree.map(lambda u, c: u + guidance * (c - u), bare(params, x, t), plain(params, x, t))
@@ -58,7 +58,7 @@ class Aligner:
             return retrieval.align(Joint(query=self.query), network, params, keys, {}, {"query": (self.size,)}, **options)
 
         def beside_images(params, keys, given):
-            apply = functools.partial(self.net.apply, tasks=("name",))
+            apply = functools.partial(self.net.apply, tasks=("align",))
             shape = {"image": self.shape, "query": (self.size,)}
             process, scale = Joint(image=Given(0.0), query=self.query), guidance if given else 1.0
             return retrieval.align(process, apply, params, keys, given, shape, guidance=scale, drop=("image",), **options)

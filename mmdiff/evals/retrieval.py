@@ -44,7 +44,7 @@ def align(
     seeds the unit vectors are averaged, and the mean normalised: a mean of the answers, where one draw may be any of them.
 
     Args:
-      process, apply, params, keys, given, shape: as in `sampling.sample`. Beside a cache (`nets.naming`) the process is that of the
+      process, apply, params, keys, given, shape: as in `sampling.sample`. With `nets.with_image_cache` the process is that of the
         target alone and nothing is given.
       steps: network calls a seed. seeds: independent trajectories.
       guidance, drop: as in `sampling.guided`: 1 is none, the paper's w is guidance - 1.

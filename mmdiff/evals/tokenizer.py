@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from mmdiff.data.network_cache import map_batched, part_of
 from mmdiff.data.sources import load_all
-from mmdiff.data.token_cache import map_batched, part_of
 from mmdiff.evals import plots
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure
 from mmdiff.evals.frechet import frechet_ratio

@@ -1,7 +1,7 @@
 """Networks: pure functions of (parameters, inputs, times) that know no process."""
 
 from mmdiff.nets.dit import DiT, as_joint, sizes
-from mmdiff.nets.dual import DualStream, look, naming
+from mmdiff.nets.dual import DualStream, image_kv_cache, with_image_cache
 from mmdiff.nets.embed import Label, Patches, Tokens, Vectors
 from mmdiff.nets.mmdit import MMDiT
 from mmdiff.nets.motion import DanceEncoder, MotionEncoder
@@ -12,6 +12,6 @@ from mmdiff.nets.towers import TwoTowers
 
 __all__ = [
     "ClassGrid", "Classes", "DanceEncoder", "DiT", "DualStream", "Grid", "Label", "MMDiT", "MotionEncoder", "MultiTaskDiT", "Patches",
-    "TextEncoder", "TokenTransformer", "Tokens", "TwoTowers", "Vector", "Vectors", "as_joint", "by_network", "cdcd", "look", "naming",
-    "sizes",
-]
+    "TextEncoder", "TokenTransformer", "Tokens", "TwoTowers", "Vector", "Vectors", "as_joint", "by_network", "cdcd", "image_kv_cache",
+    "sizes", "with_image_cache",
+]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mmdiff.nets.target import platform, split
+from mmdiff.nets.target import axis_size, platform
 
 BACKENDS = ("reference", "xla", "cudnn")
 
@@ -29,7 +29,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     Returns [B, N, H, D] in q's dtype.
     """
     if backend is None:
-        fused = platform() == "gpu" and split("seq") == 1 and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+        fused = platform() == "gpu" and axis_size("seq") == 1 and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
         backend = "cudnn" if fused else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"attention: no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmdiff.errors import UserError
 from mmdiff.nets.fields import check_fields
-from mmdiff.nets.target import one_cpu
+from mmdiff.nets.target import single_cpu
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -25,7 +25,7 @@ def product(x, kernel, dimensions, precision=None, preferred_element_type=None):
     On one CPU device over all tokens at once: the kernel's gradient then contracts one dimension, while for two of them XLA first
     transposes copies of x and of the output's gradient (a quarter of a DiT's step).
     """
-    if one_cpu() and x.ndim > 2:
+    if single_cpu() and x.ndim > 2:
         out = product(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision, preferred_element_type)
         return out.reshape(*x.shape[:-1], kernel.shape[-1])
     return jax.lax.dot_general(x, kernel, dimensions, precision=precision, preferred_element_type=preferred_element_type)

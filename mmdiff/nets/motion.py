@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.errors import UserError
-from mmdiff.nets.dit import check_split, stack
 from mmdiff.nets.embed import Dense
 from mmdiff.nets.fields import Network
-from mmdiff.nets.tokens import Block, check_ids, normal, time_features
+from mmdiff.nets.tokens import Block, check_ids, time_features
+from mmdiff.nets.transformer import Transformer, normal
 
 
-class MotionEncoder(Network):
+class MotionEncoder(Transformer):
     """A transformer over a dance: [B, frames, joints, 3] -> features [B, frames / stride, width], in order of time.
 
     It is shown places and velocities (a second is `fps` frames), `stride` frames as one token, with the `time_features` of their time.
@@ -25,25 +25,14 @@ class MotionEncoder(Network):
     Attributes:
       stride: frames for a token.
       fps: frames in a second.
-      norm_eps: added to the variance by every LayerNorm.
-      depth, width, heads, mlp_ratio, scan, remat, backend, dtype: as in `TokenTransformer`.
+      depth, width, heads, ...: see `Transformer`.
     """
 
-    depth: int
-    width: int
-    heads: int
     stride: int = 4
     fps: int = 60
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
-    scan: bool = True
-    remat: str = "none"
-    backend: str | None = None
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, motion):
-        check_split(self.heads)
         if motion.ndim != 4 or motion.shape[1] % self.stride:
             raise UserError(f"motion is [B, frames, joints, 3] in tokens of {self.stride} frames, not {list(motion.shape)}.")
         b, frames, *_ = motion.shape
@@ -54,8 +43,7 @@ class MotionEncoder(Network):
         time = time_features((self.stride / self.fps) * np.arange(count), self.width)
         h = Dense(self.width, kernel_init=normal, dtype=self.dtype, name="in")(h)
         h = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm_in")(h)
-        block = partial(Block, heads=self.heads, mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, backend=self.backend, dtype=self.dtype)
-        h = stack(block, self.depth, self.scan, self.remat)(h + time.astype(self.dtype))
+        h, _ = self.stack(Block)(h + time.astype(self.dtype))
         return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(h)
 
 

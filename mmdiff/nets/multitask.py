@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,16 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmdiff.nets.dit import Block, check_split, layer_norm, modulate, stack, zeros
 from mmdiff.nets.embed import Dense, Patches, TimeEmbed, patchify, xavier
-from mmdiff.nets.fields import Network, check_fields
+from mmdiff.nets.fields import check_fields
+from mmdiff.nets.transformer import DiffusionTransformer, layer_norm, normal, output, zeros
 
-embedding = nn.initializers.normal(0.02)
 
-
-class Seen(NamedTuple):
-    """What a head may read: the tokens half way and at the end [B, N, width], the condition [B, width], z, the output, their patches,
-    and the norms' epsilon."""
+class Features(NamedTuple):
+    """Inputs of heads: tokens half way and at the end [B, N, width], the condition [B, width], z, the output, their patches, the norms'
+    epsilon."""
 
     middle: jax.Array
     final: jax.Array
@@ -32,39 +29,27 @@ class Seen(NamedTuple):
     norm_eps: float
 
 
-class MultiTaskDiT(Network):
-    """A DiT on `target` beside which the modalities of `beside` are conditions, outputs of heads, or both.
+class MultiTaskDiT(DiffusionTransformer):
+    """A DiT on `target`; the auxiliary modalities are conditions, outputs of heads, or both (Chen et al. 2024, MT-Diffusion).
 
     `__call__(x, t)`: dicts by modality, x as the process feeds it, t [B]; returns {target: [B, H, W, C], ...} with an output of every
-    modality that has a head, in float32. Of the time of a modality beside the target it sees whether it is known (0), hidden or
-    absent (1).
+    modality that has a head, in float32. The time of an auxiliary modality enters as one of three states: known (0), noised or absent (1).
 
     Attributes:
       patches: of the target.
-      beside: name -> `Classes`, `ClassGrid`, `Grid` or `Vector`.
-      depth: blocks; heads that read the middle do so after half of them. scan, remat, dtype, backend, qk_norm,
-        norm_eps, time_scale: as in `DiT`.
+      aux_modalities: name -> `Classes`, `ClassGrid`, `Grid` or `Vector`.
+      target: the name of what is diffused.
+      depth: blocks; heads that read the middle do so after half of them.
+      width, heads, ...: see `Transformer` and `DiffusionTransformer`.
     """
 
     patches: Patches
-    beside: Mapping[str, Any]
-    depth: int
-    width: int
-    heads: int
+    aux_modalities: Mapping[str, Any]
     target: str = "image"
-    mlp_ratio: float = 4.0
-    qk_norm: bool = False
-    norm_eps: float = 1e-6
-    time_scale: float = 1000.0
-    scan: bool = True
-    remat: str = "none"
-    backend: str | None = None
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, t):
-        check_split(self.heads)
-        names = sorted(self.beside)  # the order in which jax flattens a dict
+        names = sorted(self.aux_modalities)  # the order in which jax flattens a dict
         missing = [name for name in (self.target, *names) if name not in x or name not in t]
         if missing:
             raise KeyError(f"MultiTaskDiT: no input or time for {missing}; it was built for {[self.target, *names]}.")
@@ -72,42 +57,22 @@ class MultiTaskDiT(Network):
         h = self.patches.encode(z.astype(self.dtype), self.width, self.dtype, self.target)
         c = TimeEmbed(self.width, self.dtype, self.time_scale, name="time")(t[self.target])
         for name in names:
-            # A clean target carries nothing: what is hidden beside it is absent.
-            hidden = (t[name] < 1) & (t[self.target] > 0)
-            state = jnp.where(t[name] > 0, jnp.where(hidden, 1, 2), 0)
-            c = c + nn.Embed(3, self.width, embedding_init=embedding, dtype=self.dtype, name=f"{name}_state")(state)
-            h, c = self.beside[name].enter(h, c, x[name], self.dtype, name)
-        options = dict(
-            heads=self.heads, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, norm_eps=self.norm_eps, backend=self.backend,
-            dtype=self.dtype)  # fmt: skip
-        half = partial(Trunk, scan=self.scan, remat=self.remat, options=options)
-        middle = half(depth=self.depth // 2, name="first")(h, c)
-        final = half(depth=self.depth - self.depth // 2, name="second")(middle, c)
-        out = leave(self.patches, final, c, self.dtype, self.target, self.norm_eps)
-        seen = Seen(middle, final, c, z, out, self.patches, self.norm_eps)
-        heads = {name: self.beside[name].leave(seen, half, self.dtype, name) for name in names}
+            # A clean target carries no other modality: what is noised with it is absent.
+            noised = (t[name] < 1) & (t[self.target] > 0)
+            state = jnp.where(t[name] > 0, jnp.where(noised, 1, 2), 0)
+            c = c + nn.Embed(3, self.width, embedding_init=normal, dtype=self.dtype, name=f"{name}_state")(state)
+            h, c = self.aux_modalities[name].encode(h, c, x[name], self.dtype, name)
+
+        def blocks(depth, name, h):
+            return self.named_stack(name, depth, qk_norm=self.qk_norm, nested=True)({"": h}, {"": c})[0][""]
+
+        middle = blocks(self.depth // 2, "first", h)
+        final = blocks(self.depth - self.depth // 2, "second", middle)
+        out = output(self.patches, final, c, self.dtype, self.target, self.norm_eps)
+        features = Features(middle, final, c, z, out, self.patches, self.norm_eps)
+        heads = {name: self.aux_modalities[name].decode(features, blocks, self.dtype, name) for name in names}
         outputs = {self.target: out, **{name: head for name, head in heads.items() if head is not None}}
         return {name: value.astype(jnp.float32) for name, value in outputs.items()}
-
-
-class Trunk(nn.Module):
-    """Blocks of a DiT, with fields `options`."""
-
-    depth: int
-    scan: bool
-    remat: str
-    options: Mapping[str, Any]
-
-    @nn.compact
-    def __call__(self, h, c):
-        return stack(partial(Block, **self.options), self.depth, self.scan, self.remat)(h, c) if self.depth else h
-
-
-def leave(patches: Patches, h: jax.Array, c: jax.Array, dtype: Any, name: str, eps: float) -> jax.Array:
-    """The output block of an image: norm, modulated by the condition, and a product; [B, N, width] -> [B, H, W, C]."""
-    layer = Dense(2 * h.shape[-1], kernel_init=zeros, dtype=dtype, name=f"{name}_adaln")
-    shift, scale = jnp.split(layer(nn.silu(c)), 2, axis=-1)
-    return patches.decode(modulate(layer_norm(h, eps), shift, scale), dtype, name)
 
 
 def pooled(h: jax.Array, size: int, dtype: Any, name: str, eps: float) -> jax.Array:
@@ -117,45 +82,45 @@ def pooled(h: jax.Array, size: int, dtype: Any, name: str, eps: float) -> jax.Ar
     return Dense(size, kernel_init=zeros, dtype=dtype, name=f"{name}_out")(h)
 
 
-# A modality beside the target: `enter` adds it to the tokens or to the condition, `leave` is its head. Called inside a linen module,
-# whose parameters they create under the modality's name.
+# An auxiliary modality: `encode` adds it to the tokens or to the condition, `decode` is its head. Called inside a linen module, whose
+# parameters they create under the modality's name.
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Images on the target's grid of patches [B, H, W, C]: in like further channels of it, out by a copy of its output block.
+    """Images on the target's grid of patches [B, H, W, C]: input as further channels of it, output by a copy of its last layer.
 
     Attributes:
       patches: as many as the target's.
-      head: whether the network tells it.
+      head: whether the network predicts it.
     """
 
     patches: Patches
     head: bool = True
 
-    def enter(self, h, c, x, dtype, name):
+    def encode(self, h, c, x, dtype, name):
         tokens = Dense(h.shape[-1], kernel_init=xavier, dtype=dtype, name=f"{name}_in")(patchify(x.astype(dtype), self.patches.patch))
         return h + tokens, c
 
-    def leave(self, seen, half, dtype, name):
-        return leave(self.patches, seen.final, seen.condition, dtype, name, seen.norm_eps) if self.head else None
+    def decode(self, features, blocks, dtype, name):
+        return output(self.patches, features.final, features.condition, dtype, name, features.norm_eps) if self.head else None
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassGrid(Grid):
-    """A class for each pixel [B, H, W], or probabilities [B, H, W, K]: a `Grid` of K channels, one a class; out as logits [B, H, W, K].
+    """A class for each pixel [B, H, W], or probabilities [B, H, W, K]: a `Grid` of K channels, one a class; output as logits [B, H, W, K].
 
     The channels of `patches` are K; a pixel without a class (the mask of `absorbing(K)`) is zero in all of them.
     """
 
-    def enter(self, h, c, x, dtype, name):
+    def encode(self, h, c, x, dtype, name):
         known = jax.nn.one_hot(x, self.patches.channels) if jnp.issubdtype(x.dtype, jnp.integer) else x
-        return super().enter(h, c, known, dtype, name)
+        return super().encode(h, c, known, dtype, name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """A class [B] below `states`, the null included, or probabilities [B, classes]: in by the condition; out as logits [B, classes].
+    """A class [B] below `states`, the null included, or probabilities [B, classes]: input by the condition; output as logits [B, classes].
 
     Attributes:
       states: the classes, and what else the process feeds (the mask of `absorbing(K)`).
@@ -175,29 +140,29 @@ class Classes:
         if self.head not in ("middle", "output", ""):
             raise ValueError(f"Classes: no head {self.head!r}; choose middle, output or none ('').")
 
-    def enter(self, h, c, x, dtype, name):
-        table = nn.Embed(self.states, h.shape[-1], embedding_init=embedding, dtype=dtype, name=f"{name}_in")
+    def encode(self, h, c, x, dtype, name):
+        table = nn.Embed(self.states, h.shape[-1], embedding_init=normal, dtype=dtype, name=f"{name}_in")
         known = x.astype(dtype) @ table.embedding[: self.classes].astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else table(x)
         return h, c + known
 
-    def leave(self, seen, half, dtype, name):
+    def decode(self, features, blocks, dtype, name):
         if not self.head:
             return None
         if self.head == "middle":
-            return pooled(seen.middle, self.classes, dtype, name, seen.norm_eps)
-        both = jnp.concatenate([seen.z.astype(dtype), seen.out.astype(dtype)], -1)
-        patches = dataclasses.replace(seen.patches, channels=both.shape[-1])
-        h = patches.encode(both, seen.final.shape[-1], dtype, f"{name}_classifier")
-        return pooled(half(depth=self.depth, name=f"{name}_trunk")(h, seen.condition), self.classes, dtype, name, seen.norm_eps)
+            return pooled(features.middle, self.classes, dtype, name, features.norm_eps)
+        both = jnp.concatenate([features.z.astype(dtype), features.out.astype(dtype)], -1)
+        patches = dataclasses.replace(features.patches, channels=both.shape[-1])
+        h = patches.encode(both, features.final.shape[-1], dtype, f"{name}_classifier")
+        return pooled(blocks(self.depth, f"{name}_trunk", h), self.classes, dtype, name, features.norm_eps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """Features [B, size]: in by the condition, out by an MLP on the mean token half way.
+    """Features [B, size]: input by the condition, output by an MLP on the mean token half way.
 
     Attributes:
       size: how many.
-      head: whether the network tells them.
+      head: whether the network predicts them.
     """
 
     size: int
@@ -206,12 +171,12 @@ class Vector:
     def __post_init__(self):
         check_fields(self)
 
-    def enter(self, h, c, x, dtype, name):
+    def encode(self, h, c, x, dtype, name):
         hidden = nn.silu(Dense(h.shape[-1], kernel_init=xavier, dtype=dtype, name=f"{name}_in")(x.astype(dtype)))
-        return h, c + Dense(h.shape[-1], kernel_init=embedding, dtype=dtype, name=f"{name}_condition")(hidden)
+        return h, c + Dense(h.shape[-1], kernel_init=normal, dtype=dtype, name=f"{name}_condition")(hidden)
 
-    def leave(self, seen, half, dtype, name):
-        return pooled(seen.middle, self.size, dtype, name, seen.norm_eps) if self.head else None
+    def decode(self, features, blocks, dtype, name):
+        return pooled(features.middle, self.size, dtype, name, features.norm_eps) if self.head else None
 
 
 SIGNAL = 0.1  # alpha / sigma at the time at which a class is encoded

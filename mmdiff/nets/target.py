@@ -1,4 +1,4 @@
-"""What the program that is being traced is meant for. The numbers do not depend on it, the way to compute them does."""
+"""The devices that the program being traced is for. The numbers do not depend on them, the way to compute them does."""
 
 from __future__ import annotations
 
@@ -11,18 +11,26 @@ import jax
 
 _target: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar("target", default=None)
 _axes: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("axes", default={})  # noqa: B039 (never changed)
-_place: contextvars.ContextVar[Callable] = contextvars.ContextVar("place", default=lambda x: x)
+_constrain: contextvars.ContextVar[Callable] = contextvars.ContextVar("constrain", default=lambda x: x)
 
 
 @contextlib.contextmanager
 def compiling_for(
-    platform: str, devices: int = 1, place: Callable[[jax.Array], jax.Array] = lambda x: x, axes: Mapping[str, int] | None = None
+    platform: str, devices: int = 1, constrain: Callable[[jax.Array], jax.Array] = lambda x: x, axes: Mapping[str, int] | None = None
 ) -> Iterator[None]:
-    """What is traced inside is meant for so many devices of `platform` ("cpu", "gpu", "tpu"), which need not be here.
+    """A context: what is traced inside is for so many devices of a platform, which need not be present.
 
-    `place` spreads activations [B, ...] over them (see `placed`), `axes` says in how many each axis of the mesh splits (see `split`).
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      devices: how many.
+      constrain: `activations [B, ...] -> the same with a sharding`, see `constrain`.
+      axes: the size of every axis of the mesh, see `axis_size`.
+
+    >>> with compiling_for("tpu", 8, axes={"tensor": 4}):
+    ...     platform(), axis_size("tensor"), single_cpu()
+    ('tpu', 4, False)
     """
-    tokens = [(var, var.set(value)) for var, value in ((_target, (platform, devices)), (_place, place), (_axes, axes or {}))]
+    tokens = [(var, var.set(value)) for var, value in ((_target, (platform, devices)), (_constrain, constrain), (_axes, axes or {}))]
     try:
         yield
     finally:
@@ -30,17 +38,17 @@ def compiling_for(
             var.reset(token)
 
 
-def placed(tree: Any) -> Any:
-    """Activations [B, ...], spread over the devices as `compiling_for` says.
+def constrain(tree: Any) -> Any:
+    """Activations [B, ...] with the sharding constraint of `compiling_for`.
 
-    Networks say it of what enters a layer. In a scanned layer the compiler sees split weights and no batch: left alone, it splits
-    the activations as the weights are, and every device works on all examples.
+    Networks apply it to what enters a layer: in a scanned layer the compiler sees sharded weights and no batch; left alone, it shards
+    the activations like the weights, and every device computes all examples.
     """
-    return jax.tree.map(_place.get(), tree)
+    return jax.tree.map(_constrain.get(), tree)
 
 
-def split(axis: str) -> int:
-    """In how many parts the mesh of `compiling_for` splits along an axis: "tensor" the heads, "seq" the tokens; 1 without one."""
+def axis_size(axis: str) -> int:
+    """The size of an axis of the mesh of `compiling_for`: "tensor" splits heads, "seq" tokens; 1 without a mesh."""
     return _axes.get().get(axis, 1)
 
 
@@ -49,6 +57,6 @@ def platform() -> str:
     return (_target.get() or (jax.default_backend(),))[0]
 
 
-def one_cpu() -> bool:
-    """True for a program of one CPU device: nothing is sharded, and XLA's CPU compiler wants some things said its way."""
+def single_cpu() -> bool:
+    """True for a program for one CPU device: nothing is sharded, and XLA's CPU compiler needs some hints."""
     return (_target.get() or (jax.default_backend(), 1)) == ("cpu", 1)

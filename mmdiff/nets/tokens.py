@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.errors import UserError
-from mmdiff.nets.attention import attention, split_heads
-from mmdiff.nets.dit import check_split, layer_norm, modulate, stack
 from mmdiff.nets.embed import Dense, frequencies, patchify, unpatchify
-from mmdiff.nets.fields import Network
-from mmdiff.nets.target import placed
+from mmdiff.nets.target import constrain
+from mmdiff.nets.transformer import Attention, CrossAttention, Transformer, layer_norm, modulate, normal
 
-normal = nn.initializers.normal(0.02)
 # The uniform law of +-1 / sqrt(fan in), the default of the framework that the published convolutions were left to.
 conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -30,29 +28,6 @@ CDCD = {
     "imagenet": dict(
         classes=974, grid=(16, 16), positions=(32, 32), depth=24, width=512, heads=16, times=80, labels=1000, mlp_ratio=4, conv=True),
 }  # fmt: skip
-
-
-class Attention(nn.Module):
-    """Multi-head attention over x [B, N, W] itself, or over `context` [B, M, C]: [B, N, W], or [B, 1, W] where there is one key."""
-
-    heads: int
-    backend: str | None = None
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, context=None):
-        b, n, width = x.shape
-        dense = partial(Dense, kernel_init=normal, dtype=self.dtype)
-        if context is None:
-            q, k, v = split_heads(dense(3 * width, name="qkv")(x), self.heads)
-        else:
-            # Ordered by head first, as in `split_heads`.
-            q = dense(width, name="q")(x).reshape(b, n, self.heads, -1)
-            kv = dense(2 * width, name="kv")(context).reshape(b, context.shape[1], self.heads, 2, -1)
-            k, v = kv[..., 0, :], kv[..., 1, :]
-        # To one key all weight goes, whatever the query: its value, for all of them.
-        out = v if k.shape[1] == 1 else attention(q, k, v, backend=self.backend)
-        return dense(width, name="out")(out.reshape(b, -1, width))
 
 
 class MLP(nn.Module):
@@ -71,10 +46,10 @@ class MLP(nn.Module):
             layer = partial(nn.Conv, kernel_size=kernel, kernel_init=conv_init, dtype=self.dtype)
             # As one vector per example, which no device holds a part of: convolutions of grids that are split by rows and by features
             # come out wrong from XLA's partitioner (jax 0.10.2).
-            x = placed(x.reshape(len(x), -1)).reshape(len(x), *self.grid, -1)
+            x = constrain(x.reshape(len(x), -1)).reshape(len(x), *self.grid, -1)
         hidden = layer(int(self.ratio * shape[-1]), name="in")(x)
         out = layer(shape[-1], name="out")(hidden * nn.sigmoid(1.702 * hidden))
-        return out if self.grid is None else placed(out.reshape(len(x), -1)).reshape(shape)
+        return out if self.grid is None else constrain(out.reshape(len(x), -1)).reshape(shape)
 
 
 class Block(nn.Module):
@@ -96,11 +71,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, time=None, label=None, context=None):
-        attend = partial(Attention, self.heads, self.backend, self.dtype)
-        x = x + attend(name="attention")(self._norm(x, "attention", time, self.times))
+        options = dict(heads=self.heads, init=normal, backend=self.backend, dtype=self.dtype)
+        x = x + Attention(**options, name="attention")({"": self._norm(x, "attention", time, self.times)})[0][""]
         if context is not None:
-            x = x + attend(name="cross")(self._norm(x, "cross", time, self.times), context)
-        return x + MLP(self.mlp_ratio, self.grid, self.dtype, name="mlp")(self._norm(x, "mlp", label, self.labels))
+            x = x + CrossAttention(**options, name="cross")(self._norm(x, "cross", time, self.times), context)
+        return x + MLP(self.mlp_ratio, self.grid, self.dtype, name="mlp")(self._norm(x, "mlp", label, self.labels)), None
 
     def _norm(self, x, name, which, rows):
         if which is None:
@@ -116,7 +91,7 @@ class Block(nn.Module):
         return modulate(layer_norm(x, self.norm_eps), shift, scale)
 
 
-class TokenTransformer(Network):
+class TokenTransformer(Transformer):
     """The denoiser of CDCD (Zhu et al. 2023, after Gu et al. 2022), parameter for parameter.
 
     `__call__(x, t)`: dicts by modality, as a `Joint` feeds them. x["tokens"] int [B, L] in 0 .. classes, where `classes` is the mask,
@@ -142,36 +117,27 @@ class TokenTransformer(Network):
       modality: what the tokens are called.
       seconds: how long a sequence lasts that goes through time: its positions start as `time_features`, which an encoder can give its
         context, too; 0 for random ones.
-      norm_eps: added to the variance by every LayerNorm, 1e-5 as in the released networks.
-      scan, remat, backend, dtype: as in `DiT`.
+      norm_eps: 1e-5 as in the released networks.
+      depth, width, heads, ...: see `Transformer`.
     """
 
     classes: int
     grid: tuple[int, int]
-    depth: int
-    width: int
-    heads: int
     labels: int = 0
     context: tuple[str, ...] = ()
     encoder: nn.Module | None = None
     pooled: bool = False
     aligned: int = 0
     times: int = 0
-    mlp_ratio: float = 4.0
     conv: bool = False
     positions: tuple[int, int] | None = None
     patch: int = 1
     modality: str = "tokens"
     seconds: float = 0.0
-    norm_eps: float = 1e-5
-    scan: bool = True
-    remat: str = "none"
-    backend: str | None = None
-    dtype: Any = jnp.float32
+    norm_eps: float = dataclasses.field(default=1e-5, kw_only=True)
 
     @nn.compact
     def __call__(self, x, t):
-        check_split(self.heads)
         patch = (1 if self.grid[0] == 1 else self.patch, self.patch)
         cells = (self.grid[0] // patch[0], self.grid[1] // patch[1])
         count = cells[0] * cells[1]
@@ -215,10 +181,8 @@ class TokenTransformer(Network):
                 raise UserError(f"{self.aligned} tokens of the context are to go through time with the sequence, and it has {found}.")
             along = jax.image.resize(context[:, : self.aligned], (len(context), count, context.shape[-1]), "linear")
             h = h + Dense(self.width, kernel_init=normal, dtype=self.dtype, name="aligned")(along)
-        block = partial(
-            Block, heads=self.heads, times=self.times, labels=self.labels, mlp_ratio=self.mlp_ratio, grid=cells if self.conv else None,
-            norm_eps=self.norm_eps, backend=self.backend, dtype=self.dtype)  # fmt: skip
-        h = stack(block, self.depth, self.scan, self.remat)(h, time, label, context)
+        blocks = self.stack(Block, times=self.times, labels=self.labels, grid=cells if self.conv else None)
+        h, _ = blocks(h, time, label, context)
         h = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(h)
         out = Dense(group * self.classes, kernel_init=normal, dtype=self.dtype, name="tokens_out")(h).astype(jnp.float32)
         return {self.modality: unpatchify(out, patch, *self.grid).reshape(*tokens.shape, self.classes)}

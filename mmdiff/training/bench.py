@@ -74,12 +74,12 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     train = config.train
     mesh = sharding.make_mesh(dict(train.mesh))
     sharding.check_batch(train.global_batch, mesh, train.microbatches)
-    part, parts = sharding.process_rows(mesh, train.global_batch)
+    part, parts = sharding.process_shard(mesh, train.global_batch)
     batches = loader.batches(RandomSource(experiment.modalities), config.seed, train.global_batch, 0, part, parts)
-    batch = sharding.place(next(batches), mesh)
+    batch = sharding.shard_batch(next(batches), mesh)
     # What the step does m times, the bare programs do once.
     rows = {name: array[: len(array) // train.microbatches] for name, array in next(batches).items()}
-    rows = sharding.place(rows, mesh)
+    rows = sharding.shard_batch(rows, mesh)
 
     abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
     sharding.check_memory(abstract, batch, mesh)
@@ -91,7 +91,7 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     program = lowered.compile()
     compile_seconds = time.perf_counter() - began
     key = key_of(config.seed)
-    state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
+    state = sharding.init_sharded_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
     waited = 0.0
 
     def stepping():
@@ -114,7 +114,7 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     waits, peers = [], []
 
     # Batches are read, checked and placed in a thread, as in `train`.
-    placed = (sharding.place(_checked(experiment, batch), mesh) for batch in batches)
+    placed = (sharding.shard_batch(_checked(experiment, batch), mesh) for batch in batches)
     with loader.prefetch(placed, train.prefetch) as stream:
         jax.block_until_ready(stepping())
         memory = _memory(program)

@@ -76,7 +76,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         data = experiment.train_data()
         here = run_metadata.describe_data(experiment, data)
         evaluate = Validation(experiment, config, mesh) if options.eval_every else None
-        part, parts = sharding.process_rows(mesh, options.global_batch)
+        part, parts = sharding.process_shard(mesh, options.global_batch)
         example = loader.batches(data, config.seed, 1, part * options.global_batch // parts)  # its own first row: no process reads others'
         shapes = {
             name: jax.ShapeDtypeStruct((options.global_batch, *array.shape[1:]), array.dtype)
@@ -100,7 +100,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             noted = run_metadata.check_data(workdir, meta.get("data"), here, moved=moved, other=options.get("other_data", False))
         else:
             key = key_of(config.seed)
-            state = sharding.place_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
+            state = sharding.init_sharded_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
             noted = []
             if options.get("start"):  # fine-tuning
                 strict = options.get("start_strict", False)
@@ -132,7 +132,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         # Batches are read and placed in a thread; the first ones while the step compiles.
         ahead = meta["position"] - start * options.global_batch  # of a run whose steps had another size before
         batches = loader.batches(data, config.seed, options.global_batch, start, part, parts, order=meta["order"], ahead=ahead)
-        placed = (sharding.place(checked(experiment, batch), mesh) for batch in batches)
+        placed = (sharding.shard_batch(checked(experiment, batch), mesh) for batch in batches)
         stream = stack.enter_context(loader.prefetch(placed, options.prefetch))
 
         size = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))

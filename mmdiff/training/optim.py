@@ -24,7 +24,7 @@ import optax.contrib
 
 from mmdiff.errors import UserError
 
-SCANNED = r"(^|/)blocks/"  # the path of what `nets.dit.stack` stacks
+SCANNED = r"(^|/)blocks/"  # the path of what `nets.transformer.stack` stacks
 LAYERS = r"(^|/)block(s|_\d+)/"  # scanned or not
 
 

@@ -1,15 +1,14 @@
-"""Where arrays live: a mesh, and one table of rules from paths to shardings.
+"""Device meshes, and the sharding of training states by one table of rules.
 
 The axes of the mesh:
 
-    slices   TPU slices that a data-centre network joins; each holds all parameters and takes its share of the batch
-    data     the same within a slice
-    fsdp     shares of the batch; parameters, optimizer state and average are split too, and gathered layer by layer
-    seq      shares of every example: rows of images, tokens of sequences (for long token streams)
-    tensor   shares of every layer: attention heads and MLP width
+    slices   data parallelism over TPU slices, which the data-centre network joins; each holds all parameters
+    data     data parallelism within a slice
+    fsdp     data parallelism with parameters, optimizer state and EMA sharded, and gathered layer by layer
+    seq      sequence parallelism: rows of images, tokens of sequences (for long token streams)
+    tensor   tensor parallelism: attention heads and MLP hidden units
 
-Parameters, optimizer state and their running average follow the table, which is applied once, from outside: no network, loss or
-process knows of it.
+Rules map paths in the training state to shardings; they are applied once, from outside: no network, loss or process imports this module.
 
     rules = [(r"mlp/in/", {"tensor": -1}), (r"head/kernel", PartitionSpec(None, "fsdp")), (".*", "fsdp")]
 """
@@ -33,14 +32,14 @@ from mmdiff.nets.target import compiling_for
 from mmdiff.training.step import State, Step, init_state
 
 AXES = ("slices", "data", "fsdp", "seq", "tensor")
-ROWS = PartitionSpec(("slices", "data", "fsdp"))  # how the leading dimension of every batch array is split
-FSDP_MIN_SIZE = 2**14  # arrays of fewer elements stay whole: gathering them costs more than they weigh
+BATCH_SPEC = PartitionSpec(("slices", "data", "fsdp"))  # of the leading dimension of every batch array
+FSDP_MIN_SIZE = 2**14  # smaller arrays are replicated: gathering them costs more than the memory is worth
 
 Rules = Sequence[tuple[str, PartitionSpec | str | Mapping[str, int | None]]]
 
-# The transformers of `mmdiff.nets`: each device of the tensor axis computes some heads and some of the MLP's hidden units, so a
-# block ends in two sums over the axis. The modulations, per example and not per token, are split by what they read.
-TRANSFORMER: Rules = (
+# The transformers of `mmdiff.nets`: each device of the tensor axis computes some heads and some hidden units of the MLP, so a block has
+# two all-reduces over the axis (Megatron-LM, Shoeybi et al. 2019). Modulations are split along their inputs.
+TRANSFORMER_RULES: Rules = (
     (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(q|kv|qkv|mlp/in)/kernel$", {"tensor": -1}),
     (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(q|kv|qkv|mlp/in)/bias$", {"tensor": -1, "fsdp": None}),
     (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(out|mlp/out|adaln)/kernel$", {"tensor": -2}),
@@ -49,13 +48,13 @@ TRANSFORMER: Rules = (
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `axes`, {"data": -1, "fsdp": 4}; one size may be -1: what the others leave.
+    """The mesh with the sizes `axes`, e.g. {"data": -1, "fsdp": 4}.
 
-    Neighbours in the last axes are neighbours in the machine: tensor parallelism talks most, slices least.
+    Neighbours along the last axes are neighbours in the machine: tensor parallelism communicates most, slices least.
 
     Args:
-      axes: the size of each axis; an axis that is left out has size 1.
-      devices: what to use; by default every device of every process.
+      axes: the size of each axis, 1 by default; one may be -1: the devices that the others leave.
+      devices: by default all devices of all processes.
 
     Raises:
       UserError: an unknown axis, a bad size, or a product that is not the number of devices.
@@ -84,26 +83,32 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     return Mesh(np.concatenate([mesh.devices for mesh in inner]), AXES, axis_types=kinds)
 
 
-def specs(tree: Any, rules: Rules | None, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE) -> Any:
+def partition_specs(tree: Any, rules: Rules | None, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE) -> Any:
     """The PartitionSpec of every leaf of `tree`, by its path.
 
-    A path reads "params/params/blocks/mlp/kernel"; the optimizer's and the average's paths contain the parameters' own
-    ("opt/0/mu/params/blocks/mlp/kernel"), so one rule, found by `re.search`, serves all three. The first match wins; a leaf
-    without a match is replicated. "fsdp" splits the largest dimension that the fsdp axis divides (the last of equals), and
-    leaves arrays below `min_size` elements whole. {"tensor": -1} splits the last dimension over the tensor axis (so it holds for
-    one layer and for a stack of them) and one of the others as "fsdp" does, unless the rule names fsdp too (None: nowhere).
+    A path is e.g. "params/params/blocks/mlp/kernel"; paths of the optimizer state and of the EMA end in those of the parameters
+    ("opt/0/mu/params/blocks/mlp/kernel"), so one rule (`re.search`) serves all three. The first match wins; a leaf without one is
+    replicated. A rule is
+
+        PartitionSpec(...)   as it is
+        "fsdp"               the largest dimension that the fsdp axis divides (the last of equals); arrays below `min_size` are replicated
+        {"tensor": -1}       the tensor axis at the last dimension (of one layer or of a scanned stack), fsdp at another; with
+                             "fsdp": None at none
 
     Args:
       tree: a pytree of arrays or of their shapes.
-      rules: pairs of a regular expression and a PartitionSpec, "fsdp", or a mapping from mesh axes to dimensions; `TRANSFORMER` if None.
-      mesh: the mesh that the specs are for.
-      min_size: the smallest array that "fsdp" splits.
+      rules: (regular expression, rule) pairs, `TRANSFORMER_RULES` if None.
+      mesh: of the specs.
+      min_size: elements of the smallest array that "fsdp" splits.
 
     Raises:
-      UserError: a rule that is none of these, or one that does not fit an array; it names the path.
-    """
+      UserError: a rule of another kind, or one that does not fit an array; it names the path.
 
-    rules = TRANSFORMER if rules is None else rules
+    >>> mesh = make_mesh({"data": -1}, jax.devices()[:1])
+    >>> tuple(partition_specs({"kernel": np.zeros((4, 2))}, [("kernel", PartitionSpec(None, "data"))], mesh)["kernel"])
+    (None, 'data')
+    """
+    rules = TRANSFORMER_RULES if rules is None else rules
 
     def spec(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -123,18 +128,18 @@ def specs(tree: Any, rules: Rules | None, mesh: Mesh, *, min_size: int = FSDP_MI
 
 
 def shardings(tree: Any, rules: Rules | None, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE) -> Any:
-    """`specs` on the mesh: the NamedSharding of every leaf."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, rules, mesh, min_size=min_size))
+    """`partition_specs` on the mesh: the NamedSharding of every leaf."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, rules, mesh, min_size=min_size))
 
 
 def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules | None, loss: Callable | None = None) -> State:
-    """The shapes, types and shardings of the state, without any arrays: what checkpoints are restored onto. See `init_state`."""
-    rules = TRANSFORMER if rules is None else rules
+    """The training state as `jax.ShapeDtypeStruct`s with shardings, for compilation and restoring. Arguments as of `init_state`."""
+    rules = TRANSFORMER_RULES if rules is None else rules
     named = {axis for _, rule in rules if isinstance(rule, (PartitionSpec, Mapping)) for axis in jax.tree.leaves(tuple(rule))}
     if mesh.shape["tensor"] > 1 and "tensor" not in named:
         raise UserError(
             f"the mesh has tensor={mesh.shape['tensor']}, but no sharding rule of this experiment names the tensor axis, so its devices "
-            "would all do the same: set config.train.mesh.tensor=1, or add rules."
+            "would all compute the same: set config.train.mesh.tensor=1, or add rules."
         )
     state = jax.eval_shape(lambda: init_state(init, optimizer, jax.random.key(0), loss))
     return jax.tree.map(
@@ -143,9 +148,9 @@ def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules | No
 
 
 def check_memory(state: State, batch: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> None:
-    """Raises UserError if a device has less memory than its share of the state and of one batch: said before anything is compiled.
+    """Raises UserError, before anything is compiled, if a device has less memory than its shard of the state and of one batch.
 
-    What a step needs besides is known once it is compiled, so this is a lower bound.
+    A lower bound: temporaries are known after compilation only.
     """
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     rows = math.prod(mesh.shape[name] for name in ("slices", "data", "fsdp"))
@@ -162,54 +167,53 @@ def check_memory(state: State, batch: Mapping[str, jax.ShapeDtypeStruct], mesh: 
             "devices by config.train.mesh.fsdp.")
 
 
-def place_state(
+def init_sharded_state(
     init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules | None, loss: Callable | None = None
 ) -> State:
-    """`init_state` on the mesh: each device makes its own part, no host ever holds the whole."""
+    """`init_state` on the mesh: each device initialises its own shard; no host holds the whole state."""
     return lower_init(init, optimizer, key, mesh, rules, loss).compile()(key)
 
 
 def lower_init(
     init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules | None, loss: Callable | None = None
 ) -> jax.stages.Lowered:
-    """`init_state`, lowered for the mesh: `.compile()` gives the program `key -> state`."""
+    """`init_state` lowered for the mesh; `.compile()` returns the program `key -> state`."""
     target = jax.tree.map(lambda x: x.sharding, abstract_state(init, optimizer, mesh, rules, loss))
     return jax.jit(lambda key: init_state(init, optimizer, key, loss), out_shardings=target).lower(key)
 
 
 def lower_step(step: Step, state: State, batch: Mapping[str, Any], mesh: Mesh) -> jax.stages.Lowered:
-    """The step, lowered for the mesh: `.compile()` gives the program `(state, batch) -> (state, metrics)`.
+    """A training step lowered for the mesh; `.compile()` returns the program `(state, batch) -> (state, metrics)`.
 
-    The state keeps its sharding and its memory (it is donated: the old state is gone after the call); the batch is split over
-    slices, data and fsdp, and then over seq; metrics are replicated.
+    The state is donated and keeps its sharding; the batch is sharded over slices, data and fsdp, and then over seq; metrics are
+    replicated.
 
     Args:
       step: from `make_step`.
       state: the abstract state with shardings, from `abstract_state` (or a real one).
       batch: arrays or shapes of the *global* batch.
-      mesh: where it will run; its devices may be descriptions only.
+      mesh: of devices or of their descriptions.
     """
     target = jax.tree.map(lambda x: x.sharding, state)
     parts = {name: NamedSharding(mesh, _sequence(array.shape, mesh)) for name, array in batch.items()}
     jitted = jax.jit(
         lambda state, batch: step(state, jax.lax.with_sharding_constraint(batch, parts)),
-        in_shardings=(target, NamedSharding(mesh, ROWS)),
+        in_shardings=(target, NamedSharding(mesh, BATCH_SPEC)),
         out_shardings=(target, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    with target_of(mesh):
+    with compiling_for_mesh(mesh):
         return jitted.lower(state, batch)
 
 
-def target_of(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-    """A context: networks that are traced inside are meant for the mesh (see `nets.target`)."""
-    place = functools.partial(_place_activations, mesh=mesh)
-    return compiling_for(mesh.devices.flat[0].platform, mesh.size, place, dict(mesh.shape))
+def compiling_for_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """A context: networks that are traced inside are for the mesh (see `nets.target`)."""
+    return compiling_for(mesh.devices.flat[0].platform, mesh.size, functools.partial(_constrain, mesh=mesh), dict(mesh.shape))
 
 
 def check_batch(global_batch: int, mesh: Mesh, microbatches: int = 1) -> None:
-    """Raises UserError, with the nearest batch that works, unless micro-batches and the mesh divide the global batch."""
-    shares = {name: mesh.shape[name] for name in ROWS[0]}
+    """Raises UserError, naming the nearest batch size that works, unless micro-batches and the mesh divide the global batch."""
+    shares = {name: mesh.shape[name] for name in BATCH_SPEC[0]}
     unit = math.prod(shares.values()) * microbatches
     if global_batch < 1 or global_batch % unit:
         nearest = max(1, round(global_batch / unit)) * unit
@@ -219,19 +223,19 @@ def check_batch(global_batch: int, mesh: Mesh, microbatches: int = 1) -> None:
         )
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch from the rows of each process (those that `process_rows` names), split over slices, data and fsdp."""
-    sharding = NamedSharding(mesh, ROWS)
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The global batch as sharded arrays, from the rows that each process has loaded (see `process_shard`)."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def process_rows(mesh: Mesh, global_batch: int) -> tuple[int, int]:
-    """(p, P): this process feeds part p of the P equal parts of every global batch.
+def process_shard(mesh: Mesh, global_batch: int) -> tuple[int, int]:
+    """(p, P): this process loads part p of P equal parts of every global batch.
 
-    P is the number of processes, except where the seq or tensor axis spans several of them: these need the same rows.
+    P is the number of processes, except where the seq or tensor axis spans several: these load the same rows.
     """
     rows: dict[int, set] = {}
-    for device, (index, *_) in NamedSharding(mesh, ROWS).devices_indices_map((global_batch,)).items():
+    for device, (index, *_) in NamedSharding(mesh, BATCH_SPEC).devices_indices_map((global_batch,)).items():
         start, stop, _ = index.indices(global_batch)
         rows.setdefault(device.process_index, set()).add((start, stop))
     parts = sorted({tuple(sorted(ranges)) for ranges in rows.values()})
@@ -244,7 +248,7 @@ def process_rows(mesh: Mesh, global_batch: int) -> tuple[int, int]:
 
 
 def _split(name: str, shape: tuple[int, ...], axes: Mapping[str, int | None], mesh: Mesh, min_size: int) -> PartitionSpec:
-    """The axes that are named at their dimensions, and fsdp, if it is not, on the largest of the others."""
+    """The spec of a mapping from axes to dimensions, with fsdp, unless it is named, at the largest of the others."""
     entries: list[str | None] = [None] * len(shape)
     for axis, dimension in axes.items():
         if dimension is None:
@@ -263,26 +267,26 @@ def _split(name: str, shape: tuple[int, ...], axes: Mapping[str, int | None], me
 
 
 def _sequence(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """ROWS, and seq on the second dimension where it divides it: rows of an image, tokens of a sequence."""
+    """BATCH_SPEC, and seq at the second dimension where it divides it: rows of an image, tokens of a sequence."""
     spread = mesh.shape["seq"] > 1 and len(shape) > 1 and shape[1] % mesh.shape["seq"] == 0
-    return PartitionSpec(*ROWS, "seq") if spread else ROWS
+    return PartitionSpec(*BATCH_SPEC, "seq") if spread else BATCH_SPEC
 
 
-def _place_activations(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """Activations stay where the rows of the batch are, and tokens [B, N, ...] over seq."""
-    if mesh.size == 1 or x.shape[0] % math.prod(mesh.shape[name] for name in ROWS[0]):
+def _constrain(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """Activations sharded as the batch, tokens [B, N, ...] also over seq."""
+    if mesh.size == 1 or x.shape[0] % math.prod(mesh.shape[name] for name in BATCH_SPEC[0]):
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _sequence(x.shape, mesh) if x.ndim > 2 else ROWS))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _sequence(x.shape, mesh) if x.ndim > 2 else BATCH_SPEC))
 
 
 def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
-    """The devices of each slice: as a TPU tells, elsewhere equal runs of them in their order."""
+    """The devices of each slice: by a TPU's slice index, elsewhere equal consecutive groups."""
     if devices[0].platform == "tpu":
-        told = sorted({getattr(device, "slice_index", 0) for device in devices})
-        if len(told) != count and len(told) > 1:
-            raise UserError(f"the devices form {len(told)} slices, not {count}: set config.train.mesh.slices={len(told)}.")
-        if len(told) == count:
-            return [[device for device in devices if getattr(device, "slice_index", 0) == index] for index in told]
+        found = sorted({getattr(device, "slice_index", 0) for device in devices})
+        if len(found) != count and len(found) > 1:
+            raise UserError(f"the devices form {len(found)} slices, not {count}: set config.train.mesh.slices={len(found)}.")
+        if len(found) == count:
+            return [[device for device in devices if getattr(device, "slice_index", 0) == index] for index in found]
     size = len(devices) // count
     return [list(devices[i * size : (i + 1) * size]) for i in range(count)]
 

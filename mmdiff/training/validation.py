@@ -58,14 +58,14 @@ class Validation:
         }
 
     def _metrics(self, params: Any, positions: np.ndarray) -> Mapping[str, jax.Array]:
-        with sharding.target_of(self._mesh):
+        with sharding.compiling_for_mesh(self._mesh):
             return self._score(params, self._batch(positions))
 
     def _batch(self, positions: np.ndarray) -> dict[str, jax.Array]:
-        part, parts = sharding.process_rows(self._mesh, self._size)
+        part, parts = sharding.process_shard(self._mesh, self._size)
         mine = positions[part * self._size // parts : (part + 1) * self._size // parts]
-        return sharding.place({**self._source.take(mine % len(self._source)), "index": mine.astype(np.uint32)}, self._mesh)
+        return sharding.shard_batch({**self._source.take(mine % len(self._source)), "index": mine.astype(np.uint32)}, self._mesh)
 
     def _traced(self, params: Any, batch: Mapping[str, Any]) -> jax.stages.Traced:
-        with sharding.target_of(self._mesh):
+        with sharding.compiling_for_mesh(self._mesh):
             return self._score.trace(params, batch)

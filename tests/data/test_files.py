@@ -24,9 +24,9 @@ from mmdiff.data import arrays, bpe, captions, files, media
 from mmdiff.data.image_datasets import ImageDataset, tokenizer
 from mmdiff.data.latents import LatentSource
 from mmdiff.data.modalities import Features, Images, Labels, Latents
+from mmdiff.data.network_cache import TOWERS, read_tokenizer
 from mmdiff.data.token_cache import read_meta
 from mmdiff.data.token_modalities import ClassMaps, Sequences, Texts, TokenImages
-from mmdiff.data.tower_cache import tokenizer as towers_tokenizer
 from mmdiff.errors import UserError
 from mmdiff.evals.zeroshot import class_names
 from mmdiff.projects.dance import aist
@@ -77,7 +77,7 @@ READERS = {
     "names of classes": (lambda path: class_names("cars", ["a"], path.partition("/cars/")[0]), "cars/classes.txt"),
     "a latent cache": (lambda path: LatentSource(path.partition("/train/")[0], "train", {"label": Labels(3)}), "train/meta.json"),
     "a token cache": (lambda path: read_meta(os.path.dirname(path)), "cache.json"),
-    "towers": (lambda path: towers_tokenizer(os.path.dirname(path)), "towers.json"),
+    "towers": (lambda path: read_tokenizer(os.path.dirname(path), TOWERS), "towers.json"),
     "weights": (arrays.read_arrays, "x.npz"),
 }
 # A folder may stand in the place of these.
@@ -118,7 +118,7 @@ def test_what_is_no_file(reader, kind, tmp_path):
     (tmp_path / "fgvc-aircraft-2013b/data/images_variant_trainval.txt").write_text("")
     make(kind, path)
     said = refusal(read, str(path))
-    assert path.name in said and (kind in said or "is no token cache" in said or "there are no towers" in said), said
+    assert path.name in said and (kind in said or "there is no token cache in" in said or "there are no towers" in said), said
 
 
 def test_what_may_not_be_read(tmp_path, monkeypatch):

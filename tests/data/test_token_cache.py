@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from mmdiff.data import drafts, token_cache
+from mmdiff.data import drafts, network_cache
+from mmdiff.data.network_cache import CacheWriter
 from mmdiff.data.sources import ArraySource, load_all
-from mmdiff.data.token_cache import CacheWriter, decoder, read_meta, token_source
+from mmdiff.data.token_cache import decoder, read_meta, token_source
 from mmdiff.errors import UserError
 from mmdiff.nets.tokenizers import VQAutoencoder
 
@@ -44,12 +45,12 @@ def params():
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(token_cache, "PART", 8)
+    monkeypatch.setattr(network_cache, "PART", 8)
 
 
 @pytest.fixture
 def cache(tmp_path, params):
-    assert token_cache.write(tmp_path / "deep" / "cache", RECIPE, params, MADE_BY)
+    assert RECIPE.write(tmp_path / "deep" / "cache", params, MADE_BY)
     return tmp_path / "deep" / "cache"
 
 
@@ -93,8 +94,8 @@ def test_pictures_come_back_from_the_folder_alone(cache, params, tmp_path):
 
 def test_the_same_cache_is_not_written_twice(cache, params):
     before = files(cache)
-    assert not token_cache.write(cache, RECIPE, params, MADE_BY)
-    assert not token_cache.write(cache, RECIPE, params, MADE_BY, ["test"])
+    assert not RECIPE.write(cache, params, MADE_BY)
+    assert not RECIPE.write(cache, params, MADE_BY, ["test"])
     assert files(cache) == before
 
 
@@ -102,32 +103,32 @@ def test_a_cache_from_before_a_field_of_the_network_is_the_same(cache, params):
     meta = json.loads((cache / "cache.json").read_text())
     del meta["net"]["multipliers"]
     (cache / "cache.json").write_text(json.dumps(meta))
-    assert not token_cache.write(cache, RECIPE, params, MADE_BY)
+    assert not RECIPE.write(cache, params, MADE_BY)
     meta["net"]["features"] += 8
     (cache / "cache.json").write_text(json.dumps(meta))
-    assert "holds the tokens of other weights" in refusal(token_cache.write, cache, RECIPE, params, MADE_BY)
+    assert "holds the tokens of other weights" in refusal(RECIPE.write, cache, params, MADE_BY)
 
 
 def test_some_splits(tmp_path, params):
-    assert token_cache.write(tmp_path / "cache", RECIPE, params, MADE_BY, ["test"])
+    assert RECIPE.write(tmp_path / "cache", params, MADE_BY, ["test"])
     assert len(token_source(tmp_path / "cache", "test")) == 5
     assert "has no split 'train', only test" in refusal(token_source, tmp_path / "cache", "train")
     assert "has no split 'validation', only test: write a new one elsewhere, or train without evaluations" in refusal(
         token_source, tmp_path / "cache", "validation")  # one that is older than the split
-    assert "written without the split 'train'" in refusal(token_cache.write, tmp_path / "cache", RECIPE, params, MADE_BY)
-    assert "choose among train, test" in refusal(token_cache.write, tmp_path / "new", RECIPE, params, MADE_BY, ["val"])
+    assert "written without the split 'train'" in refusal(RECIPE.write, tmp_path / "cache", params, MADE_BY)
+    assert "choose among train, test" in refusal(RECIPE.write, tmp_path / "new", params, MADE_BY, ["val"])
     assert not (tmp_path / "new").exists()
 
 
 def test_nothing_else_is_overwritten(cache, params, tmp_path):
     other = jax.tree.map(lambda x: x + 1e-3, params)
-    assert "holds the tokens of other weights (step 7)" in refusal(token_cache.write, cache, RECIPE, other, MADE_BY)
+    assert "holds the tokens of other weights (step 7)" in refusal(RECIPE.write, cache, other, MADE_BY)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("dear")
-    assert "is no token cache" in refusal(token_cache.write, tmp_path / "mine", RECIPE, params, MADE_BY)
-    assert "is no token cache" in refusal(token_cache.write, tmp_path / "mine" / "notes.txt", RECIPE, params, MADE_BY)
+    assert "there is no token cache in" in refusal(RECIPE.write, tmp_path / "mine", params, MADE_BY)
+    assert "there is no token cache in" in refusal(RECIPE.write, tmp_path / "mine" / "notes.txt", params, MADE_BY)
     (tmp_path / "empty").mkdir()
-    assert token_cache.write(tmp_path / "empty", RECIPE, params, MADE_BY)
+    assert RECIPE.write(tmp_path / "empty", params, MADE_BY)
 
 
 def test_a_cache_that_is_not_there_says_what_makes_it(tmp_path):
@@ -148,9 +149,9 @@ class Breaks(ArraySource):
 def test_an_interrupted_cache_leaves_nothing(tmp_path, params):
     recipe = CacheWriter(NET, {**RECIPE.splits, "test": RECIPE.splits["test"], "more": lambda: Breaks(pictures("train"))})
     with pytest.raises(KeyboardInterrupt):
-        token_cache.write(tmp_path / "cache", recipe, params, MADE_BY)
+        recipe.write(tmp_path / "cache", params, MADE_BY)
     assert os.listdir(tmp_path) == []
-    assert token_cache.write(tmp_path / "cache", RECIPE, params, MADE_BY)
+    assert RECIPE.write(tmp_path / "cache", params, MADE_BY)
 
 
 class Counts(ArraySource):
@@ -169,7 +170,7 @@ def killed(monkeypatch, folder, recipe, params):
     """What is left by a process that is killed while it writes a cache."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", lambda *args, **options: None)  # nothing tidies up after a kill
-        token_cache.write(folder, recipe, params, {})
+        recipe.write(folder, params, {})
 
 
 def test_a_killed_cache_is_continued(cache, tmp_path, params, monkeypatch):
@@ -178,7 +179,7 @@ def test_a_killed_cache_is_continued(cache, tmp_path, params, monkeypatch):
     breaks = CacheWriter(NET, {"test": recipe.splits["test"], "train": lambda: Breaks(pictures("train"))})
     killed(monkeypatch, tmp_path / "again", breaks, params)
     assert (tmp_path / ".again.partial").exists() and sources["test"].taken == list(range(5))
-    assert token_cache.write(tmp_path / "again", recipe, params, MADE_BY)
+    assert recipe.write(tmp_path / "again", params, MADE_BY)
     assert sources["test"].taken == list(range(5)) and sources["train"].taken == list(range(8, 21))  # what was there is not read again
     assert not (tmp_path / ".again.partial").exists()
     names = [{path.relative_to(place) for path in files(place)} for place in (tmp_path / "again", cache)]
@@ -192,14 +193,14 @@ def test_what_a_killed_cache_of_other_data_has_left_is_removed(tmp_path, params,
     killed(monkeypatch, tmp_path / "cache", CacheWriter(NET, {"train": lambda: Breaks(pictures("train"))}), params)
     (tmp_path / ".cache-a1_b2c3d/cache/train").mkdir(parents=True)  # of an earlier version
     other = Counts({name: array[::-1] for name, array in pictures("train").items()})
-    assert token_cache.write(tmp_path / "cache", CacheWriter(NET, {"train": lambda: other}), params, MADE_BY)
+    assert CacheWriter(NET, {"train": lambda: other}).write(tmp_path / "cache", params, MADE_BY)
     assert other.taken == list(range(21)) and os.listdir(tmp_path) == ["cache"]
 
 
 def test_one_process_writes_a_cache(tmp_path, params):
     with drafts.draft(tmp_path / "cache", [1]) as draft:
         (draft / "x").write_text("mine")
-        assert "another process is writing" in refusal(token_cache.write, tmp_path / "cache", RECIPE, params, MADE_BY)
+        assert "another process is writing" in refusal(RECIPE.write, tmp_path / "cache", params, MADE_BY)
     assert (tmp_path / "cache/x").read_text() == "mine"
 
 
@@ -208,7 +209,7 @@ def test_a_full_disk(tmp_path, params, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    assert "cannot be written (No space left on device)" in refusal(token_cache.write, tmp_path / "cache", RECIPE, params, MADE_BY)
+    assert "cannot be written (No space left on device)" in refusal(RECIPE.write, tmp_path / "cache", params, MADE_BY)
     assert os.listdir(tmp_path) == []
 
 
@@ -222,10 +223,10 @@ class Kills(t.ArraySource):
         if indices.min() > 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().take(indices)
-t.token_cache.PART = 8
+t.network_cache.PART = 8
 params = jax.jit(t.NET.init)(jax.random.key(0), t.pictures("test")["image"])
-t.token_cache.write(sys.argv[1], t.CacheWriter(t.NET, {"test": t.RECIPE.splits["test"],
-    "train": lambda: Kills(t.pictures("train"))}), params, {})
+t.CacheWriter(t.NET, {"test": t.RECIPE.splits["test"],
+    "train": lambda: Kills(t.pictures("train"))}).write(sys.argv[1], params, {})
 """
 
 
@@ -236,7 +237,7 @@ def test_a_killed_cache_is_no_cache_and_the_same_call_makes_it(tmp_path, params)
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert list(tmp_path.rglob("tokens.npy")) and not (tmp_path / "cache").exists()  # it had begun
     assert "there is no token cache" in refusal(token_source, tmp_path / "cache", "train")
-    assert token_cache.write(tmp_path / "cache", RECIPE, params, MADE_BY)
+    assert RECIPE.write(tmp_path / "cache", params, MADE_BY)
     assert len(token_source(tmp_path / "cache", "train")) == 21
 
 

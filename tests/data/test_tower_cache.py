@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from mmdiff import nets
-from mmdiff.data import bpe, tower_cache
+from mmdiff.data import bpe, network_cache, tower_cache
+from mmdiff.data.network_cache import TOWERS, CacheWriter, read_tokenizer
 from mmdiff.data.sources import ArraySource, load_all
-from mmdiff.data.tower_cache import CacheWriter, Towers, WithTextEmbedding
+from mmdiff.data.tower_cache import Towers, WithTextEmbedding
 from mmdiff.errors import UserError
 
 CAPTIONS = ["a red square", "a blue circle", "a green square on a red one"]
 TOKENIZER = bpe.train(CAPTIONS, 10, 300)
 NET = nets.TwoTowers(nets.Patches(4, 4, 3, 2), TOKENIZER.size, TOKENIZER.length, size=6,
     depth=1, width=8, text_depth=1, text_width=8, heads=2)
-RECIPE = CacheWriter(NET, lambda: TOKENIZER)
+RECIPE = CacheWriter(NET, tokenizer=lambda: TOKENIZER)
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (5, 4, 4, 3)).astype(np.float32)
 
 
@@ -30,7 +31,7 @@ def new(seed):
 @pytest.fixture(scope="module", autouse=True)
 def small_parts():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tower_cache, "PART", 4)
+        patch.setattr(network_cache, "PART", 4)
         yield
 
 
@@ -66,13 +67,13 @@ def test_what_is_written_is_read(written, params):
     assert {path.name for path in written.parent.iterdir()} == {"own"}
     own, ids = Towers(str(written)), TOKENIZER.encode(CAPTIONS)
     states, vectors = own.texts(ids)
-    expected_states, expected = jax.jit(lambda: NET.apply(params, ids, method="read"))()
+    expected_states, expected = jax.jit(lambda: NET.apply(params, ids, method="encode_text"))()
     np.testing.assert_allclose(states, expected_states, atol=1e-5)
     np.testing.assert_allclose(vectors, unit(expected), atol=1e-5)
     np.testing.assert_allclose(own.encode(CAPTIONS), vectors, atol=1e-6)
-    np.testing.assert_allclose(own.images(IMAGES), unit(jax.jit(lambda: NET.apply(params, IMAGES, method="see"))()), atol=1e-5)
+    np.testing.assert_allclose(own.images(IMAGES), unit(jax.jit(lambda: NET.apply(params, IMAGES, method="encode_image"))()), atol=1e-5)
     assert (states.shape, vectors.shape, own.images(IMAGES).dtype) == ((3, 10, 8), (3, 6), np.float32)
-    assert tower_cache.tokenizer(written) == TOKENIZER
+    assert read_tokenizer(written, TOWERS) == TOKENIZER
     meta = json.loads((written / "towers.json").read_text())
     assert (meta["step"], meta["config"], meta["net"]["size"]) == (7, {"seed": 0}, 6)
 
@@ -104,7 +105,7 @@ def test_the_same_towers_are_written_once(folder, params):
 
 
 def test_what_write_refuses(folder, params, tmp_path):
-    assert f"{folder} holds other towers (step 7)" in refused(RECIPE.write, folder, new(1), {"step": 9})
+    assert f"{folder} holds the towers of other weights (step 7)" in refused(RECIPE.write, folder, new(1), {"step": 9})
     assert "leave out --split test" in refused(RECIPE.write, tmp_path / "new", params, {}, ["test"])
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
@@ -122,7 +123,7 @@ def test_an_interrupted_write_leaves_no_towers(params, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        CacheWriter(NET, breaks).write(tmp_path / "new", params, {})
+        CacheWriter(NET, tokenizer=breaks).write(tmp_path / "new", params, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -156,8 +157,8 @@ def test_towers_of_other_sizes(written):
     own = Towers(str(written))
     own.check(6)
     assert "have vectors of 6 numbers, but the config needs 7:" in refused(own.check, 7)
-    assert "read texts of 10 ids, not [9]" in refused(own.texts, np.zeros((2, 9), np.int32))
-    assert "see images of [4, 4, 3], not [8, 8, 3]" in refused(own.images, np.zeros((2, 8, 8, 3), np.float32))
+    assert "encode texts of 10 ids, not [9]" in refused(own.texts, np.zeros((2, 9), np.int32))
+    assert "encode images of [4, 4, 3], not [8, 8, 3]" in refused(own.images, np.zeros((2, 8, 8, 3), np.float32))
 
 
 class Counted:

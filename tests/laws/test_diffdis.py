@@ -378,7 +378,7 @@ def one_step(axes, loss, predict):
     batch = {"image": images, "query": np.asarray(units(16, 8)), "index": np.arange(16, dtype=np.uint32)}
     optimizer = optax.sgd(1.0)
     program = sharding.lower_step(make_step(total, optimizer), sharding.abstract_state(init, optimizer, mesh, []), batch, mesh).compile()
-    state, metrics = program(sharding.place_state(init, optimizer, jax.random.key(0), mesh, []), sharding.place(batch, mesh))
+    state, metrics = program(sharding.init_sharded_state(init, optimizer, jax.random.key(0), mesh, []), sharding.shard_batch(batch, mesh))
     return jax.device_get((state.params, metrics)), init(None)
 
 

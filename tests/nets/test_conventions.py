@@ -71,7 +71,7 @@ def test_the_token_transformer_has_vq_diffusion_s_epsilon():
 
 
 def test_the_text_encoder_has_clip_s_epsilon():
-    net = TextEncoder(6, L, 1, W, HEADS, scan=False)
+    net = TextEncoder(6, L, depth=1, width=W, heads=HEADS, scan=False)
     params, p = weights(net, IDS)
     h = p["tokens_in"]["embedding"][IDS] + p["columns"]["embedding"]
     expected = {eps: norm(block(p["block_0"], h, eps), eps, **p["norm"]) for eps in (1e-5, 1e-6)}

@@ -45,7 +45,7 @@ def program(fusion, task, options=()):
 
 def run(fusion, task, x=None, t=None, **options):
     out = program(fusion, task, tuple(options.items()))(weights(fusion, **options), {**X, **(x or {})}, {**T, **(t or {})})
-    return out["image" if task == "draw" else "query"]
+    return out["image" if task == "generate" else "query"]
 
 
 def differ(a, b, least=1e-4):
@@ -58,7 +58,7 @@ def close(a, b, atol=1e-5):
 
 @BOTH
 def test_outputs(fusion):
-    image, out = run(fusion, "draw"), program(fusion, "name")(weights(fusion), X, T)
+    image, out = run(fusion, "generate"), program(fusion, "align")(weights(fusion), X, T)
     assert image.shape == X["image"].shape and image.dtype == jnp.float32 and np.isfinite(image).all() and image.any()
     assert {name: value.shape for name, value in out.items()} == {"query": (B, D), "logit_scale": (B,), "logit_bias": (B,)}
     assert np.isfinite(out["query"]).all() and out["query"].any()
@@ -69,32 +69,32 @@ def test_drawing_does_not_depend_on_the_query_nor_naming_on_the_caption(fusion):
     """Bit for bit, whatever they hold and at any time."""
     queries, texts = [-3 * X["query"], jnp.full((B, D), 1e6)], [5 - X["text"], jnp.zeros_like(X["text"])]
     for query in queries:
-        np.testing.assert_array_equal(run(fusion, "draw", {"query": query}, {"query": 1 - T["query"]}), run(fusion, "draw"))
+        np.testing.assert_array_equal(run(fusion, "generate", {"query": query}, {"query": 1 - T["query"]}), run(fusion, "generate"))
     for text in texts:
-        np.testing.assert_array_equal(run(fusion, "name", {"text": text}, {"text": jnp.ones(B)}), run(fusion, "name"))
+        np.testing.assert_array_equal(run(fusion, "align", {"text": text}, {"text": jnp.ones(B)}), run(fusion, "align"))
 
 
 @BOTH
 def test_the_conditions_do_matter(fusion):
-    assert differ(run(fusion, "draw", {"text": (X["text"] + 1) % 6}), run(fusion, "draw"))
-    assert differ(run(fusion, "name", {"image": -X["image"]}), run(fusion, "name"))
-    for task in ("draw", "name"):
+    assert differ(run(fusion, "generate", {"text": (X["text"] + 1) % 6}), run(fusion, "generate"))
+    assert differ(run(fusion, "align", {"image": -X["image"]}), run(fusion, "align"))
+    for task in ("generate", "align"):
         assert differ(run(fusion, task, t={"image": 0.5 * T["image"]}), run(fusion, task))
-    assert differ(run(fusion, "name", {"query": -X["query"]}), run(fusion, "name"))
-    assert differ(run(fusion, "name", t={"query": 0.5 * T["query"]}), run(fusion, "name"))
+    assert differ(run(fusion, "align", {"query": -X["query"]}), run(fusion, "align"))
+    assert differ(run(fusion, "align", t={"query": 0.5 * T["query"]}), run(fusion, "align"))
 
 
 @BOTH
 def test_an_absent_condition_is_hidden_bit_for_bit(fusion):
     gone = {"text": jnp.ones(B)}
-    bare = run(fusion, "draw", t=gone)
-    np.testing.assert_array_equal(run(fusion, "draw", {"text": 5 - X["text"]}, gone), bare)
+    bare = run(fusion, "generate", t=gone)
+    np.testing.assert_array_equal(run(fusion, "generate", {"text": 5 - X["text"]}, gone), bare)
     x, t = ({name: tree[name] for name in ("image",)} for tree in (X, T))
-    close(program(fusion, "draw")(weights(fusion), x, t)["image"], bare)  # and it is as if the network had no captions
+    close(program(fusion, "generate")(weights(fusion), x, t)["image"], bare)  # and it is as if the network had no captions
     gone = {"image": jnp.ones(B)}
-    np.testing.assert_array_equal(run(fusion, "name", {"image": -9 * X["image"]}, gone), run(fusion, "name", t=gone))
+    np.testing.assert_array_equal(run(fusion, "align", {"image": -9 * X["image"]}, gone), run(fusion, "align", t=gone))
     # By example: where it is there nothing has changed.
-    close(run(fusion, "draw", t={"text": jnp.asarray([1.0, 0, 0, 1])})[1:3], run(fusion, "draw")[1:3])
+    close(run(fusion, "generate", t={"text": jnp.asarray([1.0, 0, 0, 1])})[1:3], run(fusion, "generate")[1:3])
 
 
 @BOTH
@@ -105,8 +105,8 @@ def test_padding_is_hidden(fusion):
     table = params["params"]["text_positions"]["embedding"]
     params["params"]["text_positions"] = {"embedding": table[:2]}
     text = jnp.asarray([[1, 2, 0]] * B)
-    cut = jax.jit(functools.partial(short.apply, tasks=("draw",)))(params, {**X, "text": text[:, :2]}, T)["image"]
-    close(run(fusion, "draw", {"text": text}), cut)
+    cut = jax.jit(functools.partial(short.apply, tasks=("generate",)))(params, {**X, "text": text[:, :2]}, T)["image"]
+    close(run(fusion, "generate", {"text": text}), cut)
 
 
 def plain(params, blocks):
@@ -134,13 +134,13 @@ def test_the_generator_is_an_mmdit_with_its_weights():
         out = base["time"]["out"]
         of[f"{name}_time"] = {**base["time"], "out": {**out, "bias": out["bias"] + base["modality"][i]}}
     params = {"params": merged(of | plain(base, base["blocks"]), weights(qk_norm=True)["params"])}
-    found = program("mmdit", "draw", (("qk_norm", True),))(params, {**X, **x}, {**T, **t})["image"]
+    found = program("mmdit", "generate", (("qk_norm", True),))(params, {**X, **x}, {**T, **t})["image"]
     close(found, jax.jit(net.apply)({"params": base}, x, t)["image"])
 
 
 def test_the_generator_starts_as_a_dit_with_its_weights():
     """The new cross-attention's gates are zero at first, so that a caption changes nothing yet."""
-    net = nets.DiT(IMAGE, 1, 3, 16, 2)
+    net = nets.DiT(IMAGE, 1, depth=3, width=16, heads=2)
     label = jnp.zeros(B, jnp.int32)
     base = filled(net, X["image"], T["image"], label, seed=1)["params"]
     base["label"] = jax.tree.map(jnp.zeros_like, base["label"])
@@ -149,7 +149,7 @@ def test_the_generator_starts_as_a_dit_with_its_weights():
     own = {f"image_{name}": blocks["attention"][name] for name in ("qkv", "out")} | {"image_mlp": blocks["mlp"], "image_adaln": adaln}
     of = {name: base[name] for name in ("image_in", "image_out")} | {"image_adaln": base["adaln"], "image_time": base["time"]}
     params = {"params": merged(of | plain(base, own), weights("shared")["params"])}
-    close(program("shared", "draw")(params, X, T)["image"], jax.jit(net.apply)({"params": base}, X["image"], T["image"], label))
+    close(program("shared", "generate")(params, X, T)["image"], jax.jit(net.apply)({"params": base}, X["image"], T["image"], label))
 
 
 @pytest.mark.slow
@@ -167,13 +167,14 @@ def test_fresh_weights_have_closed_gates():
 def test_each_loss_trains_its_own_parts_and_both_the_trunk(fusion):
     net, schedule = net_of(fusion), schedules.scaled_linear_beta()
     image, query = Gaussian(schedule, eps), Gaussian(schedules.scaled(schedule, 0.5), x0)
-    draw, name = (functools.partial(net.apply, tasks=(task,)) for task in ("draw", "name"))
+    generate, align = (functools.partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
     noisy, given = times.uniform(), times.constant(0.0)
     parts = {
-        "draw": (1.0, losses.diffusion(
-            Joint(image=image, text=Given(0)), draw, times.joint(image=noisy, text=given), {"eps": (1.0, losses.on("image", image.loss))})),
-        "name": (0.5, losses.diffusion(
-            Joint(image=Given(0.0), query=query), name, times.joint(image=given, query=noisy),
+        "generate": (1.0, losses.diffusion(
+            Joint(image=image, text=Given(0)), generate, times.joint(image=noisy, text=given),
+            {"eps": (1.0, losses.on("image", image.loss))})),
+        "align": (0.5, losses.diffusion(
+            Joint(image=Given(0.0), query=query), align, times.joint(image=given, query=noisy),
             {"match": (1.0, matching.embedding_loss(query, "query"))})),
     }  # fmt: skip
 
@@ -181,21 +182,21 @@ def test_each_loss_trains_its_own_parts_and_both_the_trunk(fusion):
         of = (losses.combine(**{task: part}) for task, part in parts.items())
         return [jax.grad(loss, has_aux=True)(params, {**X, "index": jnp.arange(B)}, jax.random.key(0)) for loss in of]
 
-    (by_draw, seen), (by_name, also_seen) = jax.jit(gradients)(weights(fusion))
-    assert seen["draw/loss/eps"] > 0 and also_seen["name/loss/match"] > 0
-    by_draw, by_name = (
+    (by_generation, seen), (by_alignment, also_seen) = jax.jit(gradients)(weights(fusion))
+    assert seen["generate/loss/eps"] > 0 and also_seen["align/loss/match"] > 0
+    by_generation, by_alignment = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): float(jnp.abs(leaf).max()) for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (by_draw, by_name))
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (by_generation, by_alignment))
     )
-    naming = [path for path in by_draw if "query" in path or "/head" in path or "logit" in path]
+    alignment = [path for path in by_generation if "query" in path or "/head" in path or "logit" in path]
     own = ("/decoder/", "text", "cross", "params/image_out", "params/image_adaln")
-    drawing = [path for path in by_draw if any(part in path for part in own)]
-    trunk = [path for path in by_draw if path not in naming + drawing and path.endswith("kernel")]
-    assert len(naming) > 20 and len(drawing) > 10 and len(trunk) > 5
-    assert not any(by_draw[path] for path in naming) and not any(by_name[path] for path in drawing)
-    assert all(by_name[path] > 0 for path in naming if path.endswith("kernel"))
-    assert all(by_draw[path] > 0 for path in drawing if path.endswith("kernel") and ("/image" in path or "cross" in path))
-    assert all(by_draw[path] > 0 and by_name[path] > 0 for path in trunk)
+    generation = [path for path in by_generation if any(part in path for part in own)]
+    trunk = [path for path in by_generation if path not in alignment + generation and path.endswith("kernel")]
+    assert len(alignment) > 20 and len(generation) > 10 and len(trunk) > 5
+    assert not any(by_generation[path] for path in alignment) and not any(by_alignment[path] for path in generation)
+    assert all(by_alignment[path] > 0 for path in alignment if path.endswith("kernel"))
+    assert all(by_generation[path] > 0 for path in generation if path.endswith("kernel") and ("/image" in path or "cross" in path))
+    assert all(by_generation[path] > 0 and by_alignment[path] > 0 for path in trunk)
 
 
 @pytest.mark.slow
@@ -208,8 +209,8 @@ def test_a_pass_that_nobody_asks_for_costs_nothing():
 
         return jax.jit(jax.grad(value)).lower(weights(depth=4)).compile().cost_analysis()["flops"]
 
-    for task, wanted in (("draw", "image"), ("name", "query")):
-        np.testing.assert_allclose(flops(("draw", "name"), wanted), flops((task,), wanted), rtol=0.02)
+    for task, wanted in (("generate", "image"), ("align", "query")):
+        np.testing.assert_allclose(flops(("generate", "align"), wanted), flops((task,), wanted), rtol=0.02)
 
 
 @BOTH
@@ -217,22 +218,22 @@ def test_kept_keys_and_values_give_the_same_names(fusion):
     options = {"two_way": False}
     net, params = net_of(fusion, **options), weights(fusion, **options)
     for when in (T["image"], jnp.asarray([0.0, 1.0, 0.0, 1.0])):
-        cache = jax.jit(functools.partial(nets.look, net))(params, X["image"], when)
-        step = jax.jit(lambda p, x, t, c: nets.naming(net, c)(p, x, t)["query"])
+        cache = jax.jit(functools.partial(nets.image_kv_cache, net))(params, X["image"], when)
+        step = jax.jit(lambda p, x, t, c: nets.with_image_cache(net, c)(p, x, t)["query"])
         for scale in (1.0, -2.0):
             x, t = {"query": scale * X["query"]}, {"query": abs(scale) / 2 * T["query"]}
-            close(step(params, x, t, cache), run(fusion, "name", x, {**t, "image": when}, **options))
-    assert differ(run(fusion, "name", **options), run(fusion, "name"))  # the image that reads the query is another one
+            close(step(params, x, t, cache), run(fusion, "align", x, {**t, "image": when}, **options))
+    assert differ(run(fusion, "align", **options), run(fusion, "align"))  # the image that reads the query is another one
 
 
 def test_kept_keys_need_an_image_that_does_not_read_the_query():
     with pytest.raises(UserError, match="two_way=False"):
-        nets.look(net_of(), weights(), X["image"])
+        nets.image_kv_cache(net_of(), weights(), X["image"])
 
 
 @pytest.mark.slow
 def test_one_step_beside_a_cache_is_one_token():
-    """Each further step costs less than a tenth of naming anew, on 64 patches."""
+    """Each further step costs less than a tenth of alignment anew, on 64 patches."""
     patches = nets.Patches(16, 16, 1, 2)
     net, image = net_of(patches=patches, two_way=False), jnp.zeros((B, 16, 16, 1))
     params = filled(net, {**X, "image": image}, T)
@@ -240,9 +241,9 @@ def test_one_step_beside_a_cache_is_one_token():
     def flops(function, *args):
         return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
-    cache = jax.eval_shape(functools.partial(nets.look, net), params, image)
-    step = flops(lambda p, c: nets.naming(net, c)(p, X, T), params, cache)
-    assert step < 0.1 * flops(lambda p: net.apply(p, {**X, "image": image}, T, tasks=("name",)), params)
+    cache = jax.eval_shape(functools.partial(nets.image_kv_cache, net), params, image)
+    step = flops(lambda p, c: nets.with_image_cache(net, c)(p, X, T), params, cache)
+    assert step < 0.1 * flops(lambda p: net.apply(p, {**X, "image": image}, T, tasks=("align",)), params)
 
 
 @BOTH
@@ -251,13 +252,13 @@ def test_reinjection(fusion):
     assert "query_in" in off and "query_in" not in off["trunk"]["blocks"]
     on = weights(fusion)["params"]
     assert "query_in" not in on and on["trunk"]["blocks"]["query_in"]["kernel"].shape == (2, D, 16)
-    assert differ(run(fusion, "name", reinject=False), run(fusion, "name"))
+    assert differ(run(fusion, "align", reinject=False), run(fusion, "align"))
 
 
 @BOTH
 def test_examples_do_not_see_each_other(fusion):
     x, t = (jax.tree.map(lambda a: a[::-1], tree) for tree in (X, T))
-    for task in ("draw", "name"):
+    for task in ("generate", "align"):
         close(run(fusion, task, x, t)[::-1], run(fusion, task))
 
 
@@ -270,13 +271,13 @@ def test_scan_and_remat_are_the_loop():
     }
     looped = net_of("shared", scan=False, remat="dots")
     out = jax.jit(looped.apply)({"params": {**params, **loop}}, X, T)
-    close(out["image"], run("shared", "draw"))
-    close(out["query"], run("shared", "name"))
+    close(out["image"], run("shared", "generate"))
+    close(out["query"], run("shared", "align"))
 
 
 def test_a_caption_may_be_what_is_told():
     """A third task of the pass that draws: the caption noisy, beside the image."""
-    out = program("mmdit", "draw", (("captions", True),))
+    out = program("mmdit", "generate", (("captions", True),))
     params, t = weights(captions=True), {**T, "text": jnp.full(B, 0.7)}
     told = out(params, X, t)["text"]
     assert told.shape == (B, 3, 6) and told.any()
@@ -302,15 +303,17 @@ def test_the_papers_head():
 @BOTH
 def test_the_transformers_rules_split_every_block(fusion):
     mesh = sharding.make_mesh({"tensor": 2}, jax.devices()[:2])
-    found = sharding.specs(weights(fusion), sharding.TRANSFORMER, mesh)
+    found = sharding.partition_specs(weights(fusion), sharding.TRANSFORMER_RULES, mesh)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): spec for path, spec in jax.tree_util.tree_leaves_with_path(found)}
     whole = [name for name, spec in named.items() if "/blocks/" in name and name.endswith("kernel") and "tensor" not in spec]
     assert whole == ["params/trunk/blocks/query_in/kernel"]  # a product for one token
 
 
 def test_mistakes_are_named():
-    with pytest.raises(KeyError, match="no input or time for .*query.*the tasks .*name"):
-        net_of().apply(weights(), {"image": X["image"]}, T, tasks=("name",))
+    with pytest.raises(KeyError, match="no input or time for .*query.*the tasks .*align"):
+        net_of().apply(weights(), {"image": X["image"]}, T, tasks=("align",))
+    with pytest.raises(UserError, match="no task 'draw'; choose generate, align or cache"):
+        net_of().apply(weights(), X, T, tasks=("draw",))
     with pytest.raises(UserError, match="no fusion 'early'; choose mmdit or shared"):
         net_of("early").apply(weights(), X, T)
     with pytest.raises(UserError, match="of a depth of 3 blocks shared=4 cannot be shared"):

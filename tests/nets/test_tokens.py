@@ -15,8 +15,8 @@ from mmdiff import losses, sampling, times
 from mmdiff.contrastive import contrast, inter, intra
 from mmdiff.experiment import initialiser
 from mmdiff.nets import TextEncoder, TokenTransformer, cdcd
-from mmdiff.nets.dit import layer_norm
 from mmdiff.nets.tokens import MLP, Attention, Block
+from mmdiff.nets.transformer import layer_norm
 from mmdiff.processes import Given, Joint, absorbing
 from mmdiff.training import sharding
 from mmdiff.training.step import make_step
@@ -35,7 +35,7 @@ KINDS = {
     "alone": dict(),
     "label": dict(labels=4, times=T, conv=True),
     "features": dict(context=("features",), times=T, mlp_ratio=2),
-    "text": dict(context=("text",), encoder=TextEncoder(6, 3, 1, 8, 2), patch=2),
+    "text": dict(context=("text",), encoder=TextEncoder(6, 3, depth=1, width=8, heads=2), patch=2),
 }
 
 
@@ -269,7 +269,7 @@ def test_patches_are_squares_of_the_grid():
 @pytest.mark.slow
 def test_the_encoder_learns_unless_it_is_frozen():
     def gradient(freeze):
-        net = net_of("text", encoder=TextEncoder(6, 3, 1, 8, 2, freeze=freeze))
+        net = net_of("text", encoder=TextEncoder(6, 3, depth=1, width=8, heads=2, freeze=freeze))
         return jax.jit(jax.grad(lambda p: (net.apply(p, X, TIMES)["tokens"] ** 2).mean()))(weights("text"))["params"]
 
     free, frozen = gradient(False), gradient(True)
@@ -283,7 +283,7 @@ def test_the_encoder_learns_unless_it_is_frozen():
 
 def test_text_features():
     ids = X["text"]
-    encoder = TextEncoder(6, 3, 1, 8, 2, scan=False)
+    encoder = TextEncoder(6, 3, depth=1, width=8, heads=2, scan=False)
     params = filled(encoder, ids)
     apply = jax.jit(encoder.apply)
     out = apply(params, ids)
@@ -325,7 +325,7 @@ def test_scan_and_remat_do_not_change_the_gradient(kind):
 def test_bfloat16_activations_keep_float32_parameters(kind):
     options = {"dtype": jnp.bfloat16}
     if kind == "text":
-        options["encoder"] = TextEncoder(6, 3, 1, 8, 2, dtype=jnp.bfloat16)
+        options["encoder"] = TextEncoder(6, 3, depth=1, width=8, heads=2, dtype=jnp.bfloat16)
     net = net_of(kind, **options)
     start = jax.eval_shape(net.init, jax.random.key(0), X, TIMES)
     assert {leaf.dtype for leaf in jax.tree.leaves(start)} == {jnp.dtype("float32")}
@@ -336,7 +336,7 @@ def test_bfloat16_activations_keep_float32_parameters(kind):
 
 def test_it_is_the_network_of_a_joint():
     process = Joint(tokens=absorbing(K), label=Given(null=4), text=Given(null=0))
-    net = net_of("text", depth=1, scan=False, labels=5, encoder=TextEncoder(6, 3, 1, 8, 2, scan=False))
+    net = net_of("text", depth=1, scan=False, labels=5, encoder=TextEncoder(6, 3, depth=1, width=8, heads=2, scan=False))
     shape = {"tokens": (16,), "label": (), "text": (3,)}
     assert jax.eval_shape(initialiser(net, process, shape), jax.random.key(0))  # shown the nulls
     params = filled(net, X, TIMES)
@@ -371,10 +371,10 @@ def test_mistakes_are_named():
 def test_heads_and_hidden_units_are_split_over_the_tensor_axis(scan):
     net = TokenTransformer(
         **{**SMALL, "width": 64, "heads": 4}, labels=4, times=T, conv=True, context=("text",), scan=scan,
-        encoder=TextEncoder(6, 3, 1, 64, 4, scan=scan))  # fmt: skip
+        encoder=TextEncoder(6, 3, depth=1, width=64, heads=4, scan=scan))  # fmt: skip
     params = jax.eval_shape(net.init, jax.random.key(0), X, TIMES)
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
-    found = leaves(sharding.specs({"ema": params}, sharding.TRANSFORMER, mesh, min_size=2**8))
+    found = leaves(sharding.partition_specs({"ema": params}, sharding.TRANSFORMER_RULES, mesh, min_size=2**8))
     block, layer = ("blocks", [None]) if scan else ("block_1", [])
     grid = [None, None]
     wanted = {
@@ -397,7 +397,8 @@ def test_the_step_is_the_same_on_every_mesh():
     """Negatives from the batch, too: they come from all of it."""
     process = Joint(tokens=absorbing(K), label=Given(null=4), text=Given(null=0))
     net = TokenTransformer(
-        **{**SMALL, "width": 32, "heads": 4}, labels=5, times=T, conv=True, context=("text",), encoder=TextEncoder(6, 3, 1, 32, 4))
+        **{**SMALL, "width": 32, "heads": 4}, labels=5, times=T, conv=True, context=("text",),
+        encoder=TextEncoder(6, 3, depth=1, width=32, heads=4))
     rng = np.random.default_rng(0)
     batch = {
         "tokens": rng.integers(0, K, (16, 16)).astype(np.int32), "label": rng.integers(0, 4, 16).astype(np.int32),
@@ -418,10 +419,10 @@ def test_the_step_is_the_same_on_every_mesh():
     def step(axes):
         mesh = sharding.make_mesh(axes, jax.devices()[: int(np.prod([*axes.values(), 1]))])
         optimizer = optax.sgd(1.0)
-        state = sharding.abstract_state(init, optimizer, mesh, sharding.TRANSFORMER)
+        state = sharding.abstract_state(init, optimizer, mesh, sharding.TRANSFORMER_RULES)
         program = sharding.lower_step(make_step(loss, optimizer), state, batch, mesh).compile()
-        start = sharding.place_state(init, optimizer, jax.random.key(0), mesh, sharding.TRANSFORMER)
-        state, metrics = program(start, sharding.place(batch, mesh))
+        start = sharding.init_sharded_state(init, optimizer, jax.random.key(0), mesh, sharding.TRANSFORMER_RULES)
+        state, metrics = program(start, sharding.shard_batch(batch, mesh))
         return jax.device_get(state.params), jax.device_get(metrics)
 
     wanted, wanted_metrics = step({})

@@ -37,8 +37,8 @@ def weights(logits=(1 / 0.07, 0.0)):
 
 
 run = jax.jit(lambda params, x: net_of().apply(params, x, {}))
-read = jax.jit(lambda params, ids: net_of().apply(params, ids, method="read"))
-see = jax.jit(lambda params, images: net_of().apply(params, images, method="see"))
+read = jax.jit(lambda params, ids: net_of().apply(params, ids, method="encode_text"))
+see = jax.jit(lambda params, images: net_of().apply(params, images, method="encode_image"))
 
 
 def test_shapes():
@@ -84,7 +84,7 @@ def test_padding_is_only_what_the_encoder_sees_of_it(monkeypatch):
     for ids in (short, long):
         net = net_of(length=ids.shape[1])
         params = {"params": {name: weights()["params"][name] for name in ("text_out", "logit_scale", "logit_bias")}}
-        found = net.apply(params, ids, method="read")[1]
+        found = net.apply(params, ids, method="encode_text")[1]
         expected = (jnp.sin(ids[0, :3, None] * (1.0 + jnp.arange(8))) + 3.0).mean(0) @ params["params"]["text_out"]["kernel"]
         np.testing.assert_allclose(found[0], expected, atol=1e-5)
 

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from mmdiff.data.modalities import Images
 from mmdiff.experiment import Experiment
-from mmdiff.nets.dit import REMAT
+from mmdiff.nets.transformer import REMAT
 
 LAYERS, WIDTH = 6, 256
 

@@ -46,7 +46,7 @@ def abstract(mesh, rules=((".*", "fsdp"),)):
 
 def make(mesh, step, seed=0):
     """A state at `step` and running means."""
-    state = sharding.place_state(INIT, optimizer(), jax.random.key(seed), mesh, ((".*", "fsdp"),))
+    state = sharding.init_sharded_state(INIT, optimizer(), jax.random.key(seed), mesh, ((".*", "fsdp"),))
     return state.replace(step=state.step + step), {"loss/x": Average(total=jnp.float32(2.5), count=jnp.int32(step))}
 
 
@@ -103,14 +103,14 @@ def test_a_transformer_goes_from_two_slices_to_one_device_to_a_tensor_mesh(tmp_p
 
     def target(axes):
         mesh = sharding.make_mesh(axes, jax.devices()[: math.prod(axes.values())])
-        return sharding.abstract_state(init, optimizer(), mesh, sharding.TRANSFORMER), mesh
+        return sharding.abstract_state(init, optimizer(), mesh, sharding.TRANSFORMER_RULES), mesh
 
     def parts(state):
         kernel = state.opt[1][0].mu["params"]["blocks"]["mlp"]["in"]["kernel"]
         return kernel.size / kernel.addressable_shards[0].data.size
 
     first, mesh = target({"slices": 2, "fsdp": 2, "tensor": 2})
-    state = sharding.place_state(init, optimizer(), jax.random.key(1), mesh, sharding.TRANSFORMER)
+    state = sharding.init_sharded_state(init, optimizer(), jax.random.key(1), mesh, sharding.TRANSFORMER_RULES)
     original = state = state.replace(opt=jax.jit(lambda opt: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), opt))(state.opt))
     assert parts(state) == 4
     for axes, split in (({"data": 1}, 1), ({"fsdp": 2, "tensor": 2}, 4)):
@@ -130,7 +130,7 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path):
     state, averages = make(mesh, 0)
     step = make_step(toy.loss, optimizer())
     program = sharding.lower_step(step, abstract(mesh)[0], batch, mesh).compile()
-    batch = sharding.place(batch, mesh)
+    batch = sharding.shard_batch(batch, mesh)
     kept = {}
     with Checkpoints(tmp_path, keep=5) as saved:
         for _ in range(3):

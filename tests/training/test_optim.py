@@ -166,12 +166,12 @@ def losses_of(optimizer, axes, devices, steps=3):
         }
         for _ in range(steps)
     ]
-    abstract = sharding.abstract_state(init, optimizer, mesh, sharding.TRANSFORMER)
-    state = sharding.place_state(init, optimizer, jax.random.key(0), mesh, sharding.TRANSFORMER)
+    abstract = sharding.abstract_state(init, optimizer, mesh, sharding.TRANSFORMER_RULES)
+    state = sharding.init_sharded_state(init, optimizer, jax.random.key(0), mesh, sharding.TRANSFORMER_RULES)
     program = sharding.lower_step(make_step(loss, optimizer), abstract, batches[0], mesh).compile()
     seen = []
     for batch in batches:
-        state, metrics = program(state, sharding.place(batch, mesh))
+        state, metrics = program(state, sharding.shard_batch(batch, mesh))
         seen.append(float(metrics["loss"]))
     return seen, state
 

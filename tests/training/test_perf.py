@@ -14,7 +14,7 @@ from mmdiff import nets
 from mmdiff.training import hlo, perf, sharding
 from mmdiff.training.step import init_state, make_step
 
-ROWS, WHOLE = sharding.ROWS, P()
+ROWS, WHOLE = sharding.BATCH_SPEC, P()
 V5E = perf.chip("TPU v5 lite")
 
 
@@ -171,7 +171,7 @@ def test_a_network_split_by_fsdp_sends_weights_and_no_activations():
         return net.init(key, jnp.zeros((1, 8, 8, 1)), jnp.ones(1), jnp.zeros(1, jnp.int32))
 
     optimizer = optax.sgd(0.1)
-    state = sharding.abstract_state(init, optimizer, mesh, sharding.TRANSFORMER)
+    state = sharding.abstract_state(init, optimizer, mesh, sharding.TRANSFORMER_RULES)
     inputs = {"image": shape(batch, 8, 8, 1), "t": shape(batch), "label": shape(batch, dtype=jnp.int32)}
     text = sharding.lower_step(make_step(loss, optimizer), state, inputs, mesh).compile().as_text()
     total = sum(sent(text, mesh).values())

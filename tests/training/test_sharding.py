@@ -40,7 +40,7 @@ def batch(step, size=32):
 def setup(mesh, rules, microbatches=1):
     init, optimizer = functools.partial(toy.init, width=WIDTH), toy.optimizer()
     abstract = sharding.abstract_state(init, optimizer, mesh, rules)
-    state = sharding.place_state(init, optimizer, jax.random.key(0), mesh, rules)
+    state = sharding.init_sharded_state(init, optimizer, jax.random.key(0), mesh, rules)
     step = make_step(toy.loss, optimizer, microbatches=microbatches)
     return state, sharding.lower_step(step, abstract, batch(0), mesh).compile()
 
@@ -55,7 +55,7 @@ def trained(name, microbatches):
     mesh, seen = mesh_of(**axes), []
     state, program = setup(mesh, rules, microbatches)
     for i in range(4):
-        state, metrics = program(state, sharding.place(batch(i), mesh))
+        state, metrics = program(state, sharding.shard_batch(batch(i), mesh))
         seen.append(jax.device_get(metrics))
     return jax.device_get((state.params, state.ema)), seen
 
@@ -91,7 +91,7 @@ def test_state_is_made_in_place_and_donated():
     for leaf in leaves:
         assert leaf.sharding == NamedSharding(mesh, P(None, "fsdp"))
         assert {shard.data.shape for shard in leaf.addressable_shards} == {(4, WIDTH // 4)}
-    after, _ = program(state, sharding.place(batch(0), mesh))
+    after, _ = program(state, sharding.shard_batch(batch(0), mesh))
     assert all(leaf.is_deleted() for leaf in leaves) and after.params["params"]["first"]["kernel"].sharding == leaves[0].sharding
 
 
@@ -99,7 +99,7 @@ def test_specs_go_by_path_and_the_first_rule_wins():
     tree = {"mlp": {"kernel": jnp.zeros((8, 12)), "bias": jnp.zeros(12)}, "count": jnp.zeros((), jnp.int32)}
     mesh = mesh_of(1, 4, tensor=2)
     rules = [("mlp/kernel$", P("tensor", "fsdp")), ("kernel", P("tensor")), ("mlp", "fsdp")]
-    found = sharding.specs({"params": tree, "opt": ({"mu": tree},)}, rules, mesh, min_size=1)
+    found = sharding.partition_specs({"params": tree, "opt": ({"mu": tree},)}, rules, mesh, min_size=1)
     one = {"mlp": {"kernel": P("tensor", "fsdp"), "bias": P("fsdp")}, "count": P()}
     assert found == {"params": one, "opt": ({"mu": one},)}
 
@@ -109,7 +109,7 @@ def test_specs_go_by_path_and_the_first_rule_wins():
     [((64, 128), P(None, "fsdp")), ((128, 64), P("fsdp")), ((64, 64), P(None, "fsdp")), ((7, 9), P()), ((126, 64), P(None, "fsdp"))],
 )
 def test_fsdp_splits_the_largest_dimension_that_divides(shape, expected):
-    assert sharding.specs({"w": jnp.zeros(shape)}, [(".*", "fsdp")], mesh_of(1, 4), min_size=1) == {"w": expected}
+    assert sharding.partition_specs({"w": jnp.zeros(shape)}, [(".*", "fsdp")], mesh_of(1, 4), min_size=1) == {"w": expected}
 
 
 def test_a_rule_by_axis_leaves_the_rest_to_fsdp():
@@ -117,7 +117,7 @@ def test_a_rule_by_axis_leaves_the_rest_to_fsdp():
     tree = {"in": {"kernel": jnp.zeros((4, 32, 64)), "bias": jnp.zeros((4, 64))}}
 
     def found(**axes):
-        return sharding.specs(tree, rules, mesh_of(**axes), min_size=1)["in"]
+        return sharding.partition_specs(tree, rules, mesh_of(**axes), min_size=1)["in"]
 
     assert found(fsdp=4, tensor=2) == {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")}
     assert found(fsdp=4) == {"kernel": P(None, None, "fsdp"), "bias": P()}  # no tensor axis: as if it were not named
@@ -125,8 +125,8 @@ def test_a_rule_by_axis_leaves_the_rest_to_fsdp():
 
 def test_fsdp_leaves_small_arrays_and_single_meshes_whole():
     rules, tree = [(".*", "fsdp")], {"w": jnp.zeros((8, 8))}
-    assert sharding.specs(tree, rules, mesh_of(1, 4), min_size=65) == {"w": P()}
-    assert sharding.specs(tree, rules, mesh_of(4, 1), min_size=1) == {"w": P()}
+    assert sharding.partition_specs(tree, rules, mesh_of(1, 4), min_size=65) == {"w": P()}
+    assert sharding.partition_specs(tree, rules, mesh_of(4, 1), min_size=1) == {"w": P()}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_fsdp_leaves_small_arrays_and_single_meshes_whole():
 )
 def test_a_rule_that_does_not_fit_names_the_path(rule, message):
     with pytest.raises(UserError, match=f"of mlp/kernel .*{message}"):
-        sharding.specs({"mlp": {"kernel": jnp.zeros((6, 8))}}, [("kernel", rule)], mesh_of(1, 4))
+        sharding.partition_specs({"mlp": {"kernel": jnp.zeros((6, 8))}}, [("kernel", rule)], mesh_of(1, 4))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(size, microbatches, ne
 
 
 def test_one_process_feeds_the_whole_batch():
-    assert sharding.process_rows(mesh_of(4, 2), 16) == (0, 1)
-    placed = sharding.place(batch(0), mesh_of(4, 2))
+    assert sharding.process_shard(mesh_of(4, 2), 16) == (0, 1)
+    placed = sharding.shard_batch(batch(0), mesh_of(4, 2))
     assert placed["x"].sharding.spec == P(("slices", "data", "fsdp"))
     np.testing.assert_array_equal(placed["x"], batch(0)["x"])

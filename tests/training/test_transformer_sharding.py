@@ -56,10 +56,10 @@ def compiled(kind, mesh, **options):
     axes = dict(mesh)
     here = sharding.make_mesh(axes, jax.devices()[: int(np.prod([*axes.values(), 1]))])
     optimizer = optax.sgd(1.0)
-    state = sharding.abstract_state(init, optimizer, here, sharding.TRANSFORMER)
+    state = sharding.abstract_state(init, optimizer, here, sharding.TRANSFORMER_RULES)
     program = sharding.lower_step(make_step(loss, optimizer), state, batch(), here).compile()
-    start = sharding.place_state(init, optimizer, jax.random.key(0), here, sharding.TRANSFORMER)
-    return state, program, program(start, sharding.place(batch(), here))
+    start = sharding.init_sharded_state(init, optimizer, jax.random.key(0), here, sharding.TRANSFORMER_RULES)
+    return state, program, program(start, sharding.shard_batch(batch(), here))
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_heads_and_hidden_units_are_split(kind, scan):
     inputs = args if kind == "dit" else ({"image": args[0], "label": args[2]}, {"image": args[1], "label": args[1]})
     params = jax.eval_shape(net.init, jax.random.key(0), *inputs)
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
-    specs = sharding.specs({"ema": params}, sharding.TRANSFORMER, mesh, min_size=2**8)
+    specs = sharding.partition_specs({"ema": params}, sharding.TRANSFORMER_RULES, mesh, min_size=2**8)
     layer = [None] if scan else []  # the layers of a stack
     wanted = {
         "qkv/kernel": P(*layer, "fsdp", "tensor"), "mlp/in/kernel": P(*layer, "fsdp", "tensor"), "mlp/in/bias": P(*layer, "tensor"),
@@ -112,9 +112,9 @@ def test_the_state_is_split_and_never_whole():
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
     init = lambda key: {"blocks": {"mlp": {"in": {"kernel": jax.random.normal(key, (4, 256, 1024))}}}}  # noqa: E731
     optimizer = optax.adamw(1e-3)
-    state = sharding.abstract_state(init, optimizer, mesh, sharding.TRANSFORMER)
+    state = sharding.abstract_state(init, optimizer, mesh, sharding.TRANSFORMER_RULES)
     size = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.replace(key=None)))
-    program = sharding.lower_init(init, optimizer, jax.random.key(0), mesh, sharding.TRANSFORMER).compile()
+    program = sharding.lower_init(init, optimizer, jax.random.key(0), mesh, sharding.TRANSFORMER_RULES).compile()
     memory = program.memory_analysis()
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 2 * size / 8
     placed = program(jax.random.key(0))

@@ -82,7 +82,7 @@ def test_it_is_meant_for_the_mesh_as_the_step_is(config):
     seen = []
 
     def loss(params, batch, key):
-        seen.append((target.split("fsdp"), target.one_cpu()))
+        seen.append((target.axis_size("fsdp"), target.single_cpu()))
         return toy.loss(params, batch, key)
 
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 2, 1, 1), sharding.AXES)

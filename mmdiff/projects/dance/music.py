@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
+from mmdiff.data.network_cache import map_batched, part_of
 from mmdiff.data.sources import Source, Subset, load_all
-from mmdiff.data.token_cache import map_batched, part_of
 from mmdiff.errors import UserError, import_extra
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, sample_batched
 from mmdiff.evals.frechet import frechet_distance

@@ -1,0 +1,375 @@
+"""The transformer block that all networks are stacks of, with adaLN-Zero by stream, and how a stack is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff.errors import UserError
+from mmdiff.nets.attention import attention, split_heads
+from mmdiff.nets.embed import Dense, xavier
+from mmdiff.nets.fields import Network
+from mmdiff.nets.target import axis_size, constrain, single_cpu
+
+zeros = nn.initializers.zeros
+normal = nn.initializers.normal(0.02)
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
+
+
+class Transformer(Network, kw_only=True):
+    """The fields of every network that is a stack of transformer blocks.
+
+    Attributes:
+      depth, width, heads: blocks, features of a token, attention heads.
+      mlp_ratio: hidden units of an MLP per feature.
+      norm_eps: added to the variance by every LayerNorm.
+      scan: compile one block and scan it (parameters "blocks/...", [depth, ...]) instead of a loop ("block_0/...").
+      remat: what the backward pass finds stored: "none" (no rematerialisation: everything), "dots" (products), "full" (each block's
+        input) or "offload" (products, in the host's memory: TPU and GPU).
+      backend: see `attention`.
+      dtype: of activations and products; parameters are float32.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
+    scan: bool = True
+    remat: str = "none"
+    backend: str | None = None
+    dtype: Any = jnp.float32
+
+    def stack(self, block: type[nn.Module], **fields: Any) -> Callable:
+        """`stack` of `depth` blocks with this network's fields, and others."""
+        check_heads(self.heads)
+        common = {name: getattr(self, name) for name in ("heads", "mlp_ratio", "norm_eps", "backend", "dtype")}
+        return stack(partial(block, **common, **fields), self.depth, self.scan, self.remat)
+
+
+    def named_stack(self, name: str, depth: int, heads: int = 0, **fields: Any) -> Stack:
+        """A `stack` of `Block`s under a name, with another depth and perhaps other heads."""
+        check_heads(heads or self.heads)
+        options = {key: getattr(self, key) for key in ("mlp_ratio", "norm_eps", "backend", "dtype")}
+        return Stack(depth, self.scan, self.remat, {"heads": heads or self.heads, **options, **fields}, name=name)
+
+
+class DiffusionTransformer(Transformer, kw_only=True):
+    """Also the fields of those whose blocks are modulated by a time.
+
+    Attributes:
+      qk_norm: queries and keys are normalised per head (RMS, learned scale).
+      time_scale: what a time in [0, 1] is multiplied by before its sinusoidal features. Published DiTs count steps, 0 of the least noise:
+        theirs are the features of t - 1/1000 here. SiT feeds the time itself, time_scale 1, from noise to data: theirs are those of 1 - t.
+    """
+
+    qk_norm: bool = False
+    time_scale: float = 1000.0
+
+
+def check_heads(heads: int) -> None:
+    """Raises UserError for heads that the mesh of the program does not divide."""
+    if heads % axis_size("tensor"):
+        raise UserError(f"{heads} heads do not split into {axis_size('tensor')} parts: set config.train.mesh.tensor to a divisor.")
+
+
+def stack(block: partial, depth: int, scan: bool, remat: str) -> Callable:
+    """`depth` copies of a block, as a loop or one scanned layer, each rematerialised by policy.
+
+    Args:
+      block: a linen class with its fields bound, `partial(Block, ...)`, whose instances are `(carry, *constants) -> (carry, output)`.
+      depth, scan, remat: as in `Transformer`.
+
+    Returns `(carry, *constants, each=None) -> (carry, outputs [depth, ...])`; of a pytree `each` [depth, ...] every block gets its own
+    part, as its last argument.
+    """
+    if remat not in REMAT:
+        raise UserError(f"no remat policy {remat!r}; choose one of {', '.join(REMAT)}.")
+    kind, fields = block.func, block.keywords
+    if remat != "none":
+        kind = nn.remat(kind, policy=REMAT[remat], prevent_cse=not scan)
+
+    def loop(carry, *constants, each=None):
+        outputs = []
+        for i in range(depth):
+            # XLA's CPU compiler would fuse the sum of all later blocks' gradients into each earlier block.
+            carry = jax.lax.optimization_barrier(carry) if single_cpu() else carry
+            own = () if each is None else (jax.tree.map(lambda leaf, i=i: leaf[i], each),)
+            carry, output = kind(**fields, name=f"block_{i}")(*constrain((carry, *constants)), *own)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs) if outputs else None
+
+    def scanned(carry, *constants, each=None):
+        def body(module, carry, each):
+            return module(*constrain((carry, *constants)), *(() if each is None else (each,)))
+
+        layers = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
+        return layers(kind(**fields, name="blocks"), carry, each)
+
+    return scanned if scan else loop
+
+
+class Stack(nn.Module):
+    """A `stack` of `Block`s with fields `options` under a name of its own; a cache is of all blocks, [depth, ...]."""
+
+    depth: int
+    scan: bool
+    remat: str
+    options: Mapping[str, Any]
+
+    @nn.compact
+    def __call__(self, streams, conditions={}, visible={}, context=None, added={}, cache=None, keep=False):
+        if not self.depth:
+            return streams, {}
+        block = partial(Block, **self.options, keep=keep)
+        return stack(block, self.depth, self.scan, self.remat)(streams, conditions, visible, context, added, each=cache)
+
+
+def modulate(x, shift, scale):
+    """`x (1 + scale) + shift` with one shift and scale per example, broadcast over its tokens."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def layer_norm(x, eps: float = 1e-6):
+    """`(x - mean) / sqrt(var + eps)` without parameters, statistics in float32, result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    centred = x32 - mean
+    return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def output(stream: Any, h: jax.Array, c: jax.Array, dtype: Any, name: str, eps: float, adaln: str = "") -> jax.Array:
+    """The last layer of a stream `name`, float32: `stream.decode(LN(h) (1 + scale) + shift)`, shift and scale of the condition c [B, W]."""
+    layer = Dense(2 * h.shape[-1], kernel_init=zeros, dtype=dtype, name=adaln or f"{name}_adaln")
+    shift, scale = jnp.split(layer(nn.silu(c)), 2, axis=-1)
+    return stream.decode(modulate(layer_norm(h, eps), shift, scale), dtype, name)
+
+
+class MLP(nn.Module):
+    """Dense, tanh-GELU, Dense."""
+
+    ratio: float = 4.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = Dense(int(x.shape[-1] * self.ratio), kernel_init=xavier, dtype=self.dtype, name="in")(x)
+        return Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="out")(nn.gelu(hidden, approximate=True))
+
+
+class Attention(nn.Module):
+    """Multi-head attention among streams of tokens, {name: [B, N, W]}; a network's only stream has the name "".
+
+    Attributes:
+      heads: of them.
+      attends: stream -> the streams that its tokens attend to, all by default.
+      weights: stream -> the prefix of its layers, its name by default: streams of one prefix share them.
+      parts: (prefix, length) of the parts of the stream "", if it consists of several: "" for layers that all of them share, which run as
+        one product over all tokens.
+      qk_norm: normalise queries and keys per head (RMS, learned scale; shared by all streams).
+      init: of the kernels.
+    """
+
+    heads: int
+    attends: Mapping[str, tuple[str, ...]] | None = None
+    weights: Mapping[str, str] | None = None
+    parts: tuple[tuple[str, int], ...] = ()
+    qk_norm: bool = False
+    init: Callable = xavier
+    backend: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, streams, visible={}, cache={}):
+        """-> the streams' updates, and their keys and values {name: (k, v)}, [B, N, H, D] each.
+
+        Args:
+          streams: tokens by name.
+          visible: name -> bool [B, N], False for what no token may see; a stream that is left out is seen.
+          cache: keys and values of streams that are not there, from an earlier call.
+        """
+        made = _Layers(self.weights, self.parts, self.dtype)
+        queries, keys, updates = {}, dict(cache), {}
+        for name, x in streams.items():
+            q, k, v = split_heads(made(Dense, name, "qkv", features=3 * x.shape[-1], kernel_init=self.init)(x), self.heads)
+            if self.qk_norm:
+                q, k = made.layer(nn.RMSNorm, "", "q_norm")(q), made.layer(nn.RMSNorm, "", "k_norm")(k)
+            queries[name], keys[name] = q, (k, v)
+        for name, q in queries.items():
+            read = [other for other in (self.attends or {}).get(name, streams) if other in keys]
+            k, v = (_join(pair) for pair in zip(*(keys[other] for other in read)))
+            mask = None
+            if any(other in visible for other in read):
+                seen = [visible[other] if other in visible else jnp.ones(keys[other][0].shape[:2], bool) for other in read]
+                mask = jnp.concatenate(seen, axis=1)[:, None, None]
+            out = attention(q, k, v, mask, self.backend).reshape(*q.shape[:2], -1)
+            updates[name] = made(Dense, name, "out", features=out.shape[-1], kernel_init=self.init)(out)
+        return updates, {name: keys[name] for name in streams}
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x [B, N, W] to a context [B, M, C]: [B, N, W], or [B, 1, W] where there is one key.
+
+    Attributes:
+      heads: of them.
+      prefix: of the layers' names.
+      init: of the kernels.
+    """
+
+    heads: int
+    prefix: str = ""
+    init: Callable = xavier
+    backend: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, context, mask=None):
+        """`mask`: bool [B, M], False for what no token may see; without any key the update is 0."""
+
+        def dense(features, name, x):
+            return Dense(features, kernel_init=self.init, dtype=self.dtype, name=self.prefix + name)(x)
+
+        b, n, width = x.shape
+        q = dense(width, "q", x).reshape(b, n, self.heads, -1)
+        kv = dense(2 * width, "kv", context).reshape(b, context.shape[1], self.heads, 2, -1)  # by head first, as in `split_heads`
+        k, v = kv[..., 0, :], kv[..., 1, :]
+        # To one key all weight goes, whatever the query: its value, for all of them.
+        out = v if k.shape[1] == 1 else attention(q, k, v, None if mask is None else mask[:, None, None], self.backend)
+        out = dense(width, "out", out.reshape(b, -1, width))
+        # `attention` returns a mean over hidden keys where all are hidden: it must not come through.
+        return out if mask is None else jnp.where(mask.any(1)[:, None, None], out, 0)
+
+
+class Block(nn.Module):
+    """A transformer block over streams of tokens: attention among them, cross-attention of one, and an MLP per token.
+
+    With f one of these, and c the stream's condition (adaLN-Zero, the identity at initialisation; Peebles & Xie 2023):
+
+        x <- x + gate f(LN(x) (1 + scale) + shift)        (shift, scale, gate) of each f = split(Dense(silu(c)))
+
+    A stream without a condition has `x <- x + f(LN(x))`, the norm with a scale and a bias of its own.
+
+    Attributes:
+      attends, qk_norm: see `Attention`.
+      weights, attention_weights: stream -> the prefix of its layers (see `Attention`); those of attention by default as the others.
+      nested: the layers of attention lie in "attention/", as in DiT, not in the block itself.
+      merged: all streams run as one: norms, attention and the layers that they share work on all tokens at once.
+      cross_stream: the one that cross-attends to the context.
+      keep: return keys and values of all streams, too.
+      heads, mlp_ratio, norm_eps, backend, dtype: as in `Transformer`.
+    """
+
+    heads: int
+    attends: Mapping[str, tuple[str, ...]] | None = None
+    weights: Mapping[str, str] | None = None
+    attention_weights: Mapping[str, str] | None = None
+    nested: bool = False
+    merged: bool = False
+    cross_stream: str | None = None
+    keep: bool = False
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    backend: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, streams, conditions={}, visible={}, context=None, added={}, cache={}):
+        """-> (streams, {name: (keys, values)}, empty without `keep`).
+
+        Args:
+          streams: name -> tokens [B, N, W].
+          conditions: name -> [B, W].
+          visible, cache: as in `Attention`.
+          context: (tokens [B, M, C], bool [B, M]) for `cross_stream`; False hides one.
+          added: name -> [B, N, D], which is added to the stream by a product of this block.
+        """
+        names, streams, weights, parts = sorted(streams), dict(streams), self.weights or {}, ()
+        members = {name: [name] for name in streams}  # stream -> whose tokens it consists of
+        if self.merged:
+            parts = tuple((weights.get(name, name), streams[name].shape[1]) for name in names)
+            streams, members = {"": _join([streams[name] for name in names])}, {"": names}
+        made, lengths = _Layers(weights, parts, self.dtype), [length for _, length in parts]
+
+        modulations = {}  # stream -> (shift, scale, gate) of its attention, MLP and cross-attention, each for all members
+        for stream, members_of in members.items() if conditions else ():
+            count, each = 9 if stream == self.cross_stream else 6, []
+            for name in members_of:
+                layer = made.layer(Dense, weights.get(name, name), "adaln", features=count * streams[stream].shape[-1], kernel_init=zeros)
+                each.append(jnp.split(layer(nn.silu(conditions[name])), count, axis=-1))
+            each = list(zip(*each))
+            modulations[stream] = {which: each[3 * i : 3 * i + 3] for i, which in enumerate(("attention", "mlp", "cross"))}
+
+        def before(name, which):
+            if name not in modulations:
+                return made(nn.LayerNorm, name, f"{which}_norm", epsilon=self.norm_eps)(streams[name])
+            normed = _cut(layer_norm(streams[name], self.norm_eps), lengths)
+            return _join([modulate(*pieces) for pieces in zip(normed, *modulations[name][which][:2])])
+
+        def after(name, which, update):
+            if name not in modulations:
+                return streams[name] + update
+            gated = zip(_cut(update, lengths), modulations[name][which][2])
+            return streams[name] + _join([gate[:, None] * piece for piece, gate in gated])
+
+        def flat(module):
+            """The module, whose layers lie in this one."""
+            nn.share_scope(self, module)
+            return module
+
+        for name, value in added.items():
+            streams[name] = streams[name] + made(Dense, name, "in", features=streams[name].shape[-1], kernel_init=xavier)(value)
+        weights = weights if self.attention_weights is None else self.attention_weights
+        attend = Attention(self.heads, self.attends, weights, parts, self.qk_norm, xavier, self.backend, self.dtype, name="attention")
+        updates, keys = (attend if self.nested else flat(attend))({n: before(n, "attention") for n in streams}, visible, cache)
+        streams |= {name: after(name, "attention", update) for name, update in updates.items()}
+        if self.cross_stream in streams and context is not None:
+            cross = flat(CrossAttention(self.heads, "cross_", xavier, self.backend, self.dtype, name="cross"))
+            streams[self.cross_stream] = after(self.cross_stream, "cross", cross(before(self.cross_stream, "cross"), *context))
+        for name in streams:
+            update = made(MLP, name, "mlp", ratio=self.mlp_ratio)(before(name, "mlp"))
+            streams[name] = after(name, "mlp", update)
+        if self.merged:
+            streams = dict(zip(names, _cut(streams[""], lengths)))
+        return streams, keys if self.keep else {}
+
+
+class _Layers:
+    """The layers of the module whose method constructs this, by stream and name: made at their first use, so one prefix is one layer."""
+
+    def __init__(self, prefixes: Mapping[str, str] | None, parts: tuple[tuple[str, int], ...], dtype: Any):
+        self._prefixes, self._parts, self._dtype, self._made = prefixes or {}, parts, dtype, {}
+
+    def __call__(self, kind: type[nn.Module], stream: str, name: str, **fields: Any) -> Callable:
+        """The layer of a stream, or a function that applies its layer to each of the stream's parts."""
+        if stream or not any(prefix for prefix, _ in self._parts):
+            return self.layer(kind, self._prefixes.get(stream, stream), name, **fields)
+        layers, lengths = [self.layer(kind, prefix, name, **fields) for prefix, _ in self._parts], [length for _, length in self._parts]
+        return lambda x: _join([layer(part) for layer, part in zip(layers, _cut(x, lengths))])
+
+    def layer(self, kind: type[nn.Module], prefix: str, name: str, **fields: Any) -> nn.Module:
+        path = f"{prefix}_{name}" if prefix else name
+        if path not in self._made:
+            self._made[path] = kind(**fields, dtype=self._dtype, name=path)
+        return self._made[path]
+
+
+def _cut(x: jax.Array, lengths: Any) -> list[jax.Array]:
+    """x [B, N, ...] in parts of so many tokens; in one without lengths."""
+    return jnp.split(x, np.cumsum(lengths)[:-1], axis=1) if len(lengths) > 1 else [x]
+
+
+def _join(parts: Any) -> jax.Array:
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
