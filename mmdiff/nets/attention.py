@@ -22,11 +22,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
 
     Args:
       q: queries [B, N, H, D]; k, v: keys and values [B, M, H, D].
-      mask: boolean, broadcastable to [B, H, N, M]; False hides a key. A row without any key gives a mean over all of them.
+      mask: boolean, broadcastable to [B, H, N, M]; False masks a key. A row without any key is the mean over all values.
       backend: "reference" (batched products over B*H; the fastest here on CPU), "xla" (`jax.nn.dot_product_attention`), "cudnn" (its
         fused kernel: half precision on NVIDIA GPUs, tokens not split over devices). None takes cudnn where it applies, else the reference.
 
     Returns [B, N, H, D] in q's dtype.
+
+    Raises:
+      ValueError: an unknown backend.
+
+    >>> q = k = v = jnp.ones((1, 3, 2, 4))
+    >>> attention(q, k, v).shape
+    (1, 3, 2, 4)
     """
     if backend is None:
         fused = platform() == "gpu" and axis_size("seq") == 1 and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
@@ -41,7 +48,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     scores = jnp.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    # Unnormalised weights, divided by their sum at the end: N x M numbers are gone through once less.
+    # Unnormalised weights, divided by their sum at the end: one pass over N x M numbers less.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (out / weights.sum(-1, keepdims=True)).astype(q.dtype).swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""What the networks share: products, embeddings of time, positions and patches, and the modalities' ways in and out of a token stream."""
+"""Embeddings of times, positions and patches, and the streams: a modality's way to tokens and back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ Dense = partial(nn.Dense, dot_general=product)
 def frequencies(t: jax.Array, size: int = 256, scale: float = 1000.0, max_period: float = 10000.0) -> jax.Array:
     """Sinusoidal features [..., size] of times [...]: cosines, then sines, of `scale t max_period^(-i / half)`, i = 0 .. half - 1.
 
-    With scale 1000 a time in [0, 1] is counted in thousandths, as DiT does; 1 is SiT's, which feeds the time itself.
+    Scale 1000 counts a time in [0, 1] in thousandths, as DiT does; 1 is SiT's, which feeds the time itself.
+
+    >>> frequencies(jnp.zeros(3), size=4).tolist()[0]
+    [1.0, 1.0, 0.0, 0.0]
     """
     half = size // 2
     rates = np.exp(-math.log(max_period) * np.arange(half) / half).astype(np.float32)
@@ -60,6 +63,7 @@ class TimeEmbed(nn.Module):
 
 
 def sincos_1d(size: int, positions: np.ndarray) -> np.ndarray:
+    """Sines, then cosines, of positions [n]: [n, size]."""
     rates = 1.0 / 10000 ** (np.arange(size // 2) / (size / 2.0))
     angles = np.outer(positions.reshape(-1), rates)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -72,7 +76,12 @@ def sincos_2d(size: int, height: int, width: int) -> np.ndarray:
 
 
 def patchify(x: jax.Array, patch: int | tuple[int, int]) -> jax.Array:
-    """[B, H, W, C] -> [B, H/p * W/q, p * q * C], patches of p x q in raster order; q = p where `patch` is one number."""
+    """[B, H, W, C] -> [B, H/p * W/q, p * q * C], patches of p x q in raster order; q = p where `patch` is one number.
+
+    >>> x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    >>> patchify(x, 2)[0, 0].tolist(), bool((unpatchify(patchify(x, 2), 2, 4, 4) == x).all())
+    ([0.0, 1.0, 4.0, 5.0], True)
+    """
     (b, h, w, c), (p, q) = x.shape, _sides(patch)
     x = x.reshape(b, h // p, p, w // q, q, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // p) * (w // q), p * q * c)

@@ -16,7 +16,7 @@ class MMDiT(DiffusionTransformer):
     """A diffusion transformer over any set of modalities.
 
     `__call__(x, t)`: dicts by modality, x as the modality's stream takes it, t [B] in [0, 1]; returns a dict of outputs in float32.
-    A condition at t = 1 and one at t = 0 are told apart by its own time, as everything else about it.
+    A modality's time says whether it is a condition (0), absent (1) or noised.
 
     Attributes:
       modalities: name -> stream (`Patches`, `Tokens`, `Label`, `Vectors`).

@@ -1,4 +1,4 @@
-"""Encoders of what music is made for, trained with the network they serve: a dance, its genre, features of its video."""
+"""Encoders of the conditions of music, trained with the diffusion model: a dance, its genre, features of its video."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmdiff.nets.transformer import Transformer, normal
 class MotionEncoder(Transformer):
     """A transformer over a dance: [B, frames, joints, 3] -> features [B, frames / stride, width], in order of time.
 
-    It is shown places and velocities (a second is `fps` frames), `stride` frames as one token, with the `time_features` of their time.
+    A token is the positions and velocities (per second of `fps` frames) of `stride` frames, with the `time_features` of its time.
 
     Attributes:
       stride: frames for a token.
@@ -48,19 +48,19 @@ class MotionEncoder(Transformer):
 
 
 class DanceEncoder(Network):
-    """What music is made for, as a context for cross-attention: `(motion, *[genre], *[video]) -> [B, N, width]`, see `conditions`.
+    """The conditions of music as a context for cross-attention: `(motion, *[genre], *[video]) -> [B, N, width]`, see `conditions`.
 
     A token for every token of the `MotionEncoder`, one for the genre [B], one for the video's features [B, F]. With `fused` a single one,
-    `Dense(concatenate(mean of the motion's, genre, video))`, as CDCD has it: attention to it adds the same to all positions of the music,
-    which so knows nothing of when.
+    `Dense(concatenate(mean of the motion's, genre, video))`, as in CDCD: attention to it adds the same vector to all positions of the
+    music, so the timing of the dance is lost.
 
     Attributes:
       motion: the encoder of the dance; its width is the context's.
       genres: rows of the genre's table, 0 without genres. A `Given(null=C)` needs C + 1.
       video: whether there are features of the video.
       fused: see above.
-      freeze: no gradient reaches the motion's encoder and the genre's table: of the released CDCD's encoders only what makes a token of
-        their features learns. Weight decay goes by no gradient: mask it for the weights that `FROZEN` finds.
+      freeze: no gradient reaches the motion's encoder and the genre's table, as in the released CDCD, where only the projections of their
+        features are trained. Weight decay needs no gradient: mask it for the weights that match `FROZEN`.
       dtype: of activations and products.
     """
 

@@ -1,4 +1,4 @@
-"""A text encoder that is trained with the network it serves."""
+"""A text encoder that is trained with the diffusion model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from mmdiff.nets.transformer import Transformer, normal
 class TextEncoder(Transformer):
     """A transformer over a text: ids int [B, length] below `vocabulary` -> features [B, length, width].
 
-    Padding is an id like any other (0, the null of the text's `Given`) and no key is hidden, as in CDCD: so an absent text, all padding,
-    has features of its own.
+    Padding is an id like any other (0, the null of the text's `Given`) and no key is masked, as in CDCD: an absent text, all padding, has
+    features of its own.
 
     Attributes:
       normalise: every token's features have length 1 (what CDCD does to CLIP's).
-      freeze: no gradient reaches the weights, which so keep their values: the released CDCD trains none of its encoders. Weight decay
-        goes by no gradient: mask it for these weights.
+      freeze: no gradient reaches the weights, as in the released CDCD. Weight decay needs no gradient: mask it for these weights.
       norm_eps: CLIP's.
       depth, width, heads, ...: see `Transformer`.
     """

@@ -179,11 +179,11 @@ def straight_through(z: jax.Array, e: jax.Array) -> jax.Array:
 
 
 def revival(z: jax.Array, codes: jax.Array, ids: jax.Array, keys: jax.Array) -> jax.Array:
-    """Pulls every code that the batch does not use to an encoder output that is badly described: `mean_k dead_k |codes_k - z_k|^2`.
+    """Pulls every code that the batch does not use to an encoder output with a large error: `mean_k dead_k |codes_k - z_k|^2`.
 
-    K outputs are drawn without replacement, with chances as their squared distances to their codes (the rule by which k-means++ takes
-    new centres); z_k is the one nearest to codes_k. So a code goes on to the same place until it is used there, and once it is, that
-    place is drawn less. No gradient goes to the encoder.
+    K outputs are sampled without replacement, with probabilities proportional to their squared distances to their codes (as k-means++
+    chooses centres); z_k is the one nearest to codes_k. A code thus moves to one output until it is used there, which makes that output's
+    error small. No gradient goes to the encoder.
 
     Args:
       z: encoder outputs [B, N, d]; ids: their codes [B, N].

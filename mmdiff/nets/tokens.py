@@ -1,4 +1,4 @@
-"""The transformer of CDCD and VQ-Diffusion: tokens with some of them masked or replaced in, logits of the clean ones out."""
+"""The transformer of CDCD and VQ-Diffusion: from tokens, some of them masked or replaced, to logits of the clean ones."""
 
 from __future__ import annotations
 
@@ -102,21 +102,20 @@ class TokenTransformer(Transformer):
       classes: K, the classes of a clean token.
       grid: (rows, columns) of tokens; a sequence has one row.
       labels: rows of the table for x["label"] [B], 0 for a network without labels. A `Given(null=C)` needs C + 1.
-      context: names of the conditions that cross-attention sees: with an `encoder` what it takes, without one a single array of
-        features [B, N, C].
+      context: names of the conditions for cross-attention: the inputs of the `encoder`, or without one a single array of features
+        [B, N, C].
       encoder: a linen module `(*conditions) -> [B, N, C]`, such as `TextEncoder` or `DanceEncoder`; its parameters live in this network.
-      pooled: the mean of the context over its tokens modulates the MLPs' norms, where otherwise a label does. Not in the paper.
-      aligned: so many tokens of the context, its first, go through time with the sequence, from its first place to its last: interpolated,
-        they are also added to the places' embeddings (after a product). Not in the paper; attention has to find out what belongs together.
+      pooled: the mean of the context over its tokens modulates the MLPs' norms in place of a label. Not in the paper.
+      aligned: the number of leading context tokens that are simultaneous with the sequence: interpolated to its length, they are also
+        added to its embeddings (after a product). Not in the paper, where attention has to find the alignment.
       times: T, rows of the tables for the time, which row round(t T) - 1 stands for (so t in (0, 1]); 0 for sinusoidal features.
       mlp_ratio, conv: the MLP's width, and whether it convolves over the grid.
-      positions: (rows, columns) of the position tables, the grid's by default. Tokens take its places in raster order from the first
-        on, so a table that is wider than the grid has no rows where the grid has (published for ImageNet: 32x32 for 16x16).
-      patch: tokens that go through the blocks as one, patch x patch of them, of a sequence `patch` in a row: their embeddings are added
-        up, each place having its own.
-      modality: what the tokens are called.
-      seconds: how long a sequence lasts that goes through time: its positions start as `time_features`, which an encoder can give its
-        context, too; 0 for random ones.
+      positions: (rows, columns) of the position tables, the grid's by default. Tokens take its entries in raster order from the first on,
+        so a table that is wider than the grid wraps at other columns (published for ImageNet: 32x32 for 16x16).
+      patch: patch x patch tokens (of a sequence `patch` in a row) are one in the blocks: the sum of their embeddings, from a table for each
+        place in the patch.
+      modality: the name of the tokens.
+      seconds: the duration of a sequence in time, whose position table is initialised by `time_features`; 0 for a random one.
       norm_eps: 1e-5 as in the released networks.
       depth, width, heads, ...: see `Transformer`.
     """
@@ -160,7 +159,7 @@ class TokenTransformer(Transformer):
         if self.times:
             time = jnp.round(time * self.times).astype(jnp.int32) - 1
             check_ids(f"the time, counted in steps of 1/{self.times} from the first,", time, self.times)
-            time = jnp.maximum(time, 0)  # under jit: of tokens that are given nothing is asked
+            time = jnp.maximum(time, 0)  # under jit: the output for clean tokens (t = 0) is not used
         if self.context:
             context = self.encoder(*(x[name] for name in self.context)) if self.encoder else x[self.context[0]]
             context = context.astype(self.dtype)

@@ -245,10 +245,10 @@ class CrossAttention(nn.Module):
         q = dense(width, "q", x).reshape(b, n, self.heads, -1)
         kv = dense(2 * width, "kv", context).reshape(b, context.shape[1], self.heads, 2, -1)  # by head first, as in `split_heads`
         k, v = kv[..., 0, :], kv[..., 1, :]
-        # To one key all weight goes, whatever the query: its value, for all of them.
+        # One key has weight 1, whatever the query.
         out = v if k.shape[1] == 1 else attention(q, k, v, None if mask is None else mask[:, None, None], self.backend)
         out = dense(width, "out", out.reshape(b, -1, width))
-        # `attention` returns a mean over hidden keys where all are hidden: it must not come through.
+        # Where all keys are masked `attention` returns their mean.
         return out if mask is None else jnp.where(mask.any(1)[:, None, None], out, 0)
 
 
