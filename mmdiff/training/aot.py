@@ -1,7 +1,7 @@
-"""What a training step will need of TPUs that are not here: `report(load, "v5e:4x4")`, to be read from top to bottom.
+"""Ahead-of-time compilation of a training step for TPUs that are not available: `report(load, "v5e:4x4")`.
 
-The step is the one that `train` runs, compiled by the TPU's own compiler (the libtpu package) for chips that it only has a
-description of. Memory and communication are read from the compiled program; nothing is run.
+The step of `train` is compiled by the TPU compiler (the libtpu package) for a description of the chips. Memory and communication are
+read from the compiled program; nothing is run.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from mmdiff.training.step import step_of
 
 Load = Callable[[Mapping[str, str]], tuple[ml_collections.ConfigDict, Experiment]]
 
-# The shapes that are rented out (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Two cores of a v4 chip work as one ("megacore").
+# The shapes on offer (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Two cores of a v4 chip work as one ("megacore").
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x12", "8x8x16", "8x16x16", "16x16x16")
 TOPOLOGIES: Mapping[str, Sequence[str]] = {"v4": _CUBES, "v5e": _FLAT, "v5p": _CUBES, "v6e": _FLAT}
 _OPTIONS = {"v4": {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}}
 
-# What libtpu would otherwise look for on a machine that has no TPU, and complain about.
+# Without these libtpu searches for a TPU and warns that there is none.
 _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -47,7 +47,7 @@ _ENVIRONMENT = {
 
 
 def report(load: Load, topology: str, slices: int = 1) -> dict[str, Any]:
-    """What a step of a config needs on `slices` slices of a topology, and whether it fits; if it does not, what would.
+    """Memory, communication and roofline of a config's step on `slices` slices of a topology; if it does not fit, of a step that does.
 
     Args:
       load: `overrides -> (config, experiment)`: the config with these values replaced, {"train.global_batch": "512"}.
@@ -144,11 +144,11 @@ class Compiled:
             "hardware_flops": self.flops[1],
         }
         if self.program:
-            sent = perf.exchanges(self.program, self.mesh, self.chip)
+            sent = perf.collective_costs(self.program, self.mesh, self.chip)
             traffic = self.program.traffic()
             line = perf.roofline(self.chip, chips, *self.flops, traffic, sent)
             found |= {
-                "collectives": [dataclasses.asdict(exchange) for exchange in sent],
+                "collectives": [dataclasses.asdict(cost) for cost in sent],
                 "traffic": traffic,
                 "intensity": line.intensity,
                 "ridge": line.ridge,
@@ -180,26 +180,13 @@ def compile_step(
     began = time.perf_counter()
     try:
         compiled = sharding.lower_step(step, state, batch, mesh).compile()
-        memory, program = _memory(compiled), hlo.Program(compiled.as_text())
+        memory, program = perf.compiled_memory(compiled), hlo.Program(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
             raise
         memory, program = {"total": needed}, None
     return Compiled(config, mesh, chip, parameters, held, memory, time.perf_counter() - began, flops, program)
-
-
-def _memory(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """Bytes per chip. Outputs that take over the memory of arguments are counted once; the program itself lies there, too."""
-    stats = compiled.memory_analysis()
-    memory = {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes,
-        "aliased": stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
-    }
-    return {**memory, "total": sum(memory.values()) - 2 * memory["aliased"]}
 
 
 def _needed(message: str) -> float | None:
@@ -211,7 +198,7 @@ def _needed(message: str) -> float | None:
     return float(number) * 1024 ** ("KMGT".index(unit) + 1)
 
 
-# ---- What would fit ----
+# ---- Remedies ----
 
 
 def remedies(
@@ -240,11 +227,11 @@ def remedies(
         yield overrides, step
 
 
-# ---- In words ----
+# ---- As text ----
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """A report as a person reads it."""
+    """A report as text."""
     lines = [f"{found['slices']} x {found['topology']}" if found["slices"] > 1 else found["topology"], *_lines(found)]
     if not found["fits"]:
         remedy = found["remedy"]

@@ -1,7 +1,4 @@
-"""How fast training is on the machine at hand: `measure(experiment, config)`, to be read from top to bottom.
-
-It needs nothing but the core: no data, no checkpoints, no TensorBoard.
-"""
+"""Training speed on this machine: `measure(experiment, config)`, of the core alone: no data, no checkpoints, no TensorBoard."""
 
 from __future__ import annotations
 
@@ -36,15 +33,15 @@ TERA = 1e12
 
 
 def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int = 5, peer: str = "") -> dict[str, Any]:
-    """Times the program that `train` runs, on random examples, fed through the loader just as `train` feeds it.
+    """Times the compiled step of `train` on random examples, with the same input pipeline.
 
     In every round the peer (if any), training, value_and_grad with the optimizer, value_and_grad alone and large matrix products take
-    turns, because a machine's speed drifts. Each runs once untimed and then `steps` times, with IN_FLIGHT calls queued at most, as in
-    `train`. What is reported is the median over the rounds, of ratios too.
+    turns, because a machine's speed drifts. Each runs once untimed and then `steps` times, with at most IN_FLIGHT calls queued, as in
+    `train`. Reported are medians over the rounds, also of ratios.
 
     Args:
       experiment: what to train; its data is not opened.
-      config: as for `train`; of config.train it reads global_batch, microbatches, ema, mesh and prefetch.
+      config: as for `train`; used are seed and train.{global_batch,microbatches,ema,mesh,prefetch}.
       steps: timed calls of each program in a round.
       rounds: how many rounds.
       peer: a command that prints, as its last line of JSON, {"seconds_per_step": ...}.
@@ -57,11 +54,11 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
       "peak_measured": FLOP/s of a chip in products of large matrices of that dtype, the best round; "peak_datasheet": in bfloat16
         (`perf.CHIPS`); "mfu_measured", "mfu_datasheet": the share of each that the model's FLOPs reach.
       "value_and_grad_seconds": of the bare gradient of the whole batch; "value_and_grad_optimizer_seconds": and of the update;
-        "overhead": what a step of training takes longer than the latter, as a fraction of it; "overhead_value_and_grad": of the former.
-      "input_wait": the fraction of the time for which the host waits for the next batch.
+        "overhead": of a training step over the latter, as a fraction of it; "overhead_value_and_grad": over the former.
+      "input_wait": the fraction of the time in which the host waits for the next batch.
       "lowering_seconds", "compile_seconds".
-      "memory": per chip, {"compiled": arguments, temporaries and outputs of the step as compiled, "peak": the most that the device had
-        in use}; and of the whole process, "resident": the most that it had in memory.
+      "memory": bytes, {"compiled": per chip, of the compiled step (`perf.compiled_memory`), "peak": of a device, in use at most,
+        "resident": of the whole process, at most}.
       "peer": {"command", "seconds_per_step": the median, "all": of each round, "ratio": our median step over it}, or None.
 
     Raises:
@@ -129,7 +126,7 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
             if peer:
                 peers.append(ask(peer))
             for _ in range(train.prefetch):
-                next(stream)  # so that no batches wait that were made while something else ran
+                next(stream)  # drops the batches that were prepared while something else ran
             jax.block_until_ready(stepping())
             waited = 0.0
             seconds["step"].append(_time(stepping, steps))
@@ -137,8 +134,8 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
             for name, call in [*bare.items(), ("products", products)]:
                 jax.block_until_ready(call())
                 seconds[name].append(_time(call, steps))
-            beside = f", the peer {peers[-1]:.4g} s" if peer else ""
-            _say(f"round {number + 1} of {rounds}: a step takes {seconds['step'][-1]:.4g} s{beside}")
+            peer_seconds = f", the peer {peers[-1]:.4g} s" if peer else ""
+            _say(f"round {number + 1} of {rounds}: a step takes {seconds['step'][-1]:.4g} s{peer_seconds}")
 
     each = {name: np.array(values) for name, values in seconds.items()}
     gradient = train.microbatches * each["gradient"]
@@ -180,7 +177,7 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """What `measure` found, for a person to read."""
+    """The result of `measure` as text."""
 
     def share(value):
         return "unknown" if value is None else f"{100 * value:.1f} %"
@@ -210,11 +207,11 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<14}  {text}" for name, text in lines.items())
 
 
-# ---- The programs beside training ----
+# ---- The reference programs ----
 
 
 def _gradient(experiment: Experiment) -> Step:
-    """value_and_grad alone. The gradients go where the average was, so that nothing is left out and nothing is copied."""
+    """value_and_grad alone. The gradients replace the EMA, so that nothing is eliminated and nothing is copied."""
 
     def step(state, batch):
         (value, _), grads = jax.value_and_grad(experiment.loss, has_aux=True)(state.params, batch, state.key)
@@ -240,7 +237,7 @@ def _products(dtype: np.dtype) -> Callable[[], jax.Array]:
     """A chain of products of large square matrices on one device; its attribute `flops` says how many operations it is."""
     device = jax.local_devices()[0]
     size, count = (2048, 2) if device.platform == "cpu" else (8192, 16)
-    # Random numbers: a chip that multiplies zeros draws less power and so clocks higher. The scale keeps their size.
+    # Random numbers: a chip that multiplies zeros uses less power and clocks higher. The scale keeps their magnitude.
     keys = jax.random.split(jax.random.key(0))
     x, w = (jax.device_put(jax.random.normal(key, (size, size), dtype), device) for key in keys)
     w = w * jnp.asarray(size**-0.5, dtype)
@@ -281,13 +278,11 @@ def _checked(experiment: Experiment, batch: Mapping[str, np.ndarray]) -> Mapping
 
 
 def _memory(program: jax.stages.Compiled) -> dict[str, float | None]:
-    stats = program.memory_analysis()
-    compiled = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     devices = [device.memory_stats() or {} for device in jax.local_devices()]  # None or nothing on a CPU
     peaks = [device["peak_bytes_in_use"] for device in devices if "peak_bytes_in_use" in device]
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"compiled": compiled, "peak": max(peaks, default=None), "resident": resident}
+    return {"compiled": perf.compiled_memory(program)["total"], "peak": max(peaks, default=None), "resident": resident}
 
 
 def _say(text: str) -> None:
@@ -317,13 +312,13 @@ def ask(command: str) -> float:
     done = subprocess.run(_words(command), capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise UserError(f"the peer failed with status {done.returncode} ({last}): mend the command given to --peer.")
+        raise UserError(f"the peer failed with status {done.returncode} ({last}): fix the command given to --peer.")
     for line in reversed(done.stdout.splitlines()):
         try:
             return float(json.loads(line)["seconds_per_step"])
         except (ValueError, TypeError, KeyError):
             continue
-    raise UserError('the peer printed no line of JSON with "seconds_per_step": mend the command given to --peer.')
+    raise UserError('the peer printed no line of JSON with "seconds_per_step": fix the command given to --peer.')
 
 
 def _compared(command: str, seconds: list[float], ours: float) -> dict[str, Any]:

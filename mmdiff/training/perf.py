@@ -1,4 +1,4 @@
-"""How fast a step can be: the chips' datasheets, FLOPs counted over a jaxpr, and the roofline of a compiled program."""
+"""Limits of a step's speed: the chips' datasheets, FLOPs counted over a jaxpr, memory and roofline of a compiled program."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip can do, in FLOP/s, bytes and bytes/s.
+    """A chip's datasheet, in FLOP/s, bytes and bytes/s.
 
     Attributes:
-      name: what people call it.
+      name: its common name.
       kinds: a regular expression for `jax.Device.device_kind`.
       flops: dense products with bfloat16 factors (float16 on T4).
       memory: bytes that a program may use.
@@ -68,7 +68,11 @@ CHIPS = (
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The row of `CHIPS` for a `jax.Device.device_kind`, or None."""
+    """The row of `CHIPS` for a `jax.Device.device_kind`, or None.
+
+    >>> chip("TPU v5 lite").name
+    'v5e'
+    """
     return next((row for row in CHIPS if re.search(row.kinds, device_kind)), None)
 
 
@@ -82,6 +86,10 @@ def flops(function: Callable, *args: Any) -> int:
     computes again. Element-wise work is not counted. It is the whole computation's, however many devices share it, and is counted
     with the attention written out, whatever kernel will run.
 
+    >>> flops(jnp.matmul, jnp.zeros((2, 3)), jnp.zeros((3, 5)))
+    60
+
+
     Args:
       function: any function of arrays.
       args: its arguments, or their shapes (`jax.ShapeDtypeStruct`).
@@ -93,15 +101,17 @@ def flops(function: Callable, *args: Any) -> int:
 
 
 def main_type(function: Callable, *args: Any) -> np.dtype:
-    """The type of the factors in most of those operations; float32 if there are none."""
+    """The dtype of the factors in most of those operations; float32 if there are none."""
     return max(_traced(function, *args).items(), key=lambda item: item[1], default=(np.dtype("float32"), 0))[0]
 
 
 def model_flops(loss: Callable, *args: Any) -> int:
-    """What a training step has to compute: 3 times the loss, whose gradient takes two products for each one of it.
+    """FLOPs of a training step without rematerialisation: 3 times the loss's, since its gradient takes two products for each of its own.
 
-    The usual convention for MFU: rematerialisation, the optimizer and element-wise work do not count. Nor do gradients that a loss
-    stops, as of an encoder that is the network itself.
+    The usual convention for MFU: rematerialisation, the optimizer and element-wise operations do not count, nor do stopped gradients.
+
+    >>> model_flops(lambda w, x: (x @ w).sum(), jnp.zeros((4, 8)), jnp.zeros((2, 4)))
+    384
     """
     leaves, structure = jax.tree.flatten(args)
     moving = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
@@ -162,15 +172,15 @@ def _jaxprs(params: Any) -> list[ClosedJaxpr | Jaxpr]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
+class CollectiveCost:
     """Collectives of one kind over the same axes of the mesh, in one step.
 
     Attributes:
       kind: "all-gather" and the like.
-      axes: the axes along which a device's partners lie.
-      bytes: that a chip puts on the wire.
-      seconds: the least that this takes, with every link towards the partners busy; 0 where the links are unknown.
-      network: it goes over the data-centre network.
+      axes: the axes along which the devices of a group differ.
+      bytes: sent by a chip.
+      seconds: at least, with all links towards the group busy; 0 where the links are unknown.
+      network: over the data-centre network.
     """
 
     kind: str
@@ -180,8 +190,8 @@ class Exchange:
     network: bool = False
 
 
-def exchanges(program: hlo.Program, mesh: Mesh, chip: Chip) -> list[Exchange]:
-    """What each chip sends in a step, by kind and axes, the largest first.
+def collective_costs(program: hlo.Program, mesh: Mesh, chip: Chip) -> list[CollectiveCost]:
+    """What each chip sends in a step, by kind and axes, the most bytes first.
 
     Of b bytes in each of n devices, the usual rings send: all-gather (n - 1) b, reduce-scatter and all-to-all (n - 1) / n b,
     all-reduce 2 (n - 1) / n b; a permutation sends b where it has a target, here the mean over the chips. Between slices the same
@@ -198,12 +208,12 @@ def exchanges(program: hlo.Program, mesh: Mesh, chip: Chip) -> list[Exchange]:
         entry = total.setdefault((collective.kind, axes, collective.network), [0.0, 0.0])
         entry[0] += sent
         entry[1] += sent / rate if rate else 0.0
-    found = [Exchange(kind, axes, *entry, network) for (kind, axes, network), entry in total.items() if entry[0]]
-    return sorted(found, key=lambda exchange: -exchange.bytes)
+    found = [CollectiveCost(kind, axes, *entry, network) for (kind, axes, network), entry in total.items() if entry[0]]
+    return sorted(found, key=lambda cost: -cost.bytes)
 
 
 def _share(collective: hlo.Collective, count: int, devices: int) -> float:
-    """What a device sends of each byte that it puts in."""
+    """Bytes that a device sends per byte of its operands."""
     if collective.kind == "collective-permute":
         return float((collective.groups[:, 0] != collective.groups[:, 1]).sum() / devices)
     return {
@@ -236,12 +246,25 @@ def _links(axes: Sequence[str], mesh: Mesh, chip: Chip) -> int:
     return sum(1 + (ring and extent == size) for extent, size, ring in zip(extents, sizes, rings) if extent > 1)
 
 
-# ---- The roofline ----
+# ---- Memory and the roofline ----
+
+
+def compiled_memory(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """Bytes per device by kind, and their "total": outputs that alias (donated) arguments count once; the program is in memory, too."""
+    stats = compiled.memory_analysis()
+    memory = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "aliased": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    return {**memory, "total": sum(memory.values()) - 2 * memory["aliased"]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The least time of a step: every resource of a chip as fast as its datasheet, and all of them at once.
+    """The least time of a step: every resource at its datasheet's rate, all at once (Williams et al. 2009).
 
     Attributes:
       model_flops, hardware_flops: of the whole step, all chips together.
@@ -268,14 +291,14 @@ class Roofline:
 
 
 def roofline(
-    chip: Chip, chips: int, model_flops: int, hardware_flops: int, traffic: float, sent: Sequence[Exchange] = ()
+    chip: Chip, chips: int, model_flops: int, hardware_flops: int, traffic: float, sent: Sequence[CollectiveCost] = ()
 ) -> Roofline:
-    """The `Roofline` of a step with these FLOPs in all, and this traffic and these exchanges per chip."""
+    """The `Roofline` of a step with these FLOPs in all, and this traffic and these collectives per chip."""
     seconds = {
         "compute": hardware_flops / chips / chip.flops,
         "memory": traffic / chip.bandwidth,
-        "links": sum(exchange.seconds for exchange in sent if not exchange.network),
-        "network": sum(exchange.seconds for exchange in sent if exchange.network),
+        "links": sum(cost.seconds for cost in sent if not cost.network),
+        "network": sum(cost.seconds for cost in sent if cost.network),
     }
     mfu = model_flops / chips / chip.flops / max(seconds.values())
     return Roofline(model_flops, hardware_flops, seconds, hardware_flops / chips / traffic, chip.flops / chip.bandwidth, mfu)

@@ -124,7 +124,7 @@ def compiled(function, mesh, in_specs, out_specs, *shapes):
 
 
 def sent(text, mesh):
-    return {(e.kind, e.axes): e.bytes for e in perf.exchanges(hlo.Program(text), mesh, V5E)}
+    return {(e.kind, e.axes): e.bytes for e in perf.collective_costs(hlo.Program(text), mesh, V5E)}
 
 
 def test_a_product_split_over_its_sum_is_reduced_over_that_axis():
@@ -336,8 +336,8 @@ def test_a_chip_is_found_by_what_jax_calls_it(kind, name):
 
 
 def test_the_slowest_resource_sets_the_step():
-    network = perf.Exchange("all-reduce", ("slices",), 1e9, 0.3, network=True)
-    links = [perf.Exchange("all-gather", ("fsdp",), 1e9, 0.02), perf.Exchange("all-reduce", ("data",), 1e9, 0.01)]
+    network = perf.CollectiveCost("all-reduce", ("slices",), 1e9, 0.3, network=True)
+    links = [perf.CollectiveCost("all-gather", ("fsdp",), 1e9, 0.02), perf.CollectiveCost("all-reduce", ("data",), 1e9, 0.01)]
     line = perf.roofline(V5E, 16, int(16 * 0.15 * V5E.flops), int(16 * 0.2 * V5E.flops), 0.1 * V5E.bandwidth, links)
     assert line.limit == "compute" and line.step_seconds == pytest.approx(0.2) and line.mfu == pytest.approx(0.75)
     assert line.seconds["links"] == pytest.approx(0.03) and line.intensity == pytest.approx(2 * line.ridge)
