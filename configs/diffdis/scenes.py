@@ -105,7 +105,7 @@ def build(config):
     seen = {name: shape[name] for name in ("image", "text")}
     judged = CaptionedScenes("image", decode=lambda images: images, asked=tuple(scenes.ATTRIBUTES), batch=config.eval.batch)
     aligner = Aligner(net, query, size, SHAPE)
-    see = aligner.function(10, cached=not model.two_way)
+    encode_image = aligner.function(10, cached=not model.two_way)
     return Experiment(
         process=drawing,
         init=initialiser(net, Joint(image=image, text=text, query=query), shape),
@@ -124,7 +124,7 @@ def build(config):
         modalities={"image": Images(*SHAPE), "text": Texts(tokenizer), "query": Features(size, "query", norm=1.0)},
         frozen_deps={"towers": towers.fingerprint},
         evaluators=(
-            *zeroshot.asked(config.eval, jax.jit(see), lambda params, texts: towers.encode(texts), SIZE),
+            *zeroshot.asked(config.eval, jax.jit(encode_image), lambda params, texts: towers.encode(texts), SIZE),
             SceneAlignment(aligner, towers, judged)),
     )
 

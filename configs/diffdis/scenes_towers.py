@@ -56,8 +56,8 @@ def build(config):
 
     rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     shape = {"image": (SIZE, SIZE, 3), "text": (tokenizer.length,)}
-    see = jax.jit(lambda params, keys, given: net.apply(params, given["image"], method="encode_image"))
-    read = jax.jit(lambda params, ids: net.apply(params, ids, method="encode_text")[1])
+    encode_image = jax.jit(lambda params, keys, given: net.apply(params, given["image"], method="encode_image"))
+    encode_text = jax.jit(lambda params, ids: net.apply(params, ids, method="encode_text")[1])
     return Experiment(
         process=process,
         init=initialiser(net, process, shape),
@@ -73,7 +73,7 @@ def build(config):
         sample=draws_nothing,
         modalities={"image": Images(SIZE, SIZE, 3), "text": Texts(tokenizer)},
         evaluators=(
-            *zeroshot.asked(config.eval, see, lambda params, texts: read(params, tokenizer.encode(texts)), SIZE),
+            *zeroshot.asked(config.eval, encode_image, lambda params, texts: encode_text(params, tokenizer.encode(texts)), SIZE),
             SceneTowers(net, size=SIZE)),
         cache=CacheWriter(net, tokenizer=scenes.tokenizer),
     )

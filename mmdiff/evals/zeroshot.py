@@ -90,19 +90,19 @@ class ZeroShot:
         ZeroShot(jax.jit(aligner.function(10, cached=True)), lambda params, texts: towers.encode(texts), "tfds", 256)
 
     Attributes:
-      see: `(params, keys [n], {"image": float32 [n, size, size, 3] in [-1, 1]}) -> vectors [n, D]`, jitted.
-      read: `(params, texts) -> vectors [n, D]`.
+      encode_image: `(params, keys [n], {"image": float32 [n, size, size, 3] in [-1, 1]}) -> vectors [n, D]`, jitted.
+      encode_text: `(params, texts) -> vectors [n, D]`.
       data_dir: where TFDS keeps data sets. size: the side of an image, of which the central square is seen.
       count: images of each set, evenly spread over it; by default all.
-      batch: images of a call of `see`, always that many.
+      batch: images of a call of `encode_image`, always that many.
       names: of the data sets.
 
     Raises:
       UserError: no set that is on disk with names of its classes, one that cannot be read, or names that are not as many as its classes.
     """
 
-    see: Callable
-    read: Callable
+    encode_image: Callable
+    encode_text: Callable
     data_dir: str | os.PathLike
     size: int
     count: int | None = None
@@ -150,7 +150,7 @@ class ZeroShot:
     def _classes(self, params: Any, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """The classes' unit vectors [classes, D]."""
         part = max(1, TEXTS // len(templates))
-        encode = functools.partial(self.read, params)
+        encode = functools.partial(self.encode_text, params)
         return np.concatenate([class_vectors(encode, names[i : i + part], templates) for i in range(0, len(names), part)])
 
     def _named(self, params: Any, key: jax.Array, source: Source, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,17 +160,17 @@ class ZeroShot:
         for start in range(0, count, self.batch):
             rows = np.minimum(np.arange(start, start + self.batch), count - 1)  # what the last batch lacks repeats the last image
             found = source.take(rows)
-            predicted.append(best("scores", scores(self.see(params, keys[rows], {"image": found["image"]}), candidates)))
+            predicted.append(best("scores", scores(self.encode_image(params, keys[rows], {"image": found["image"]}), candidates)))
             true.append(found["label"])
         return np.concatenate(predicted)[:count], np.concatenate(true)[:count]
 
 
-def asked(options: Any, see: Callable, read: Callable, size: int) -> tuple[ZeroShot, ...]:
+def asked(options: Any, encode_image: Callable, encode_text: Callable, size: int) -> tuple[ZeroShot, ...]:
     """The evaluators that a config's `eval` section asks for: one for zeroshot = "all" or "cifar10,food101", none for "".
 
     Args:
       options: the section: zeroshot, zeroshot_dir ("" is where TFDS keeps data sets) and batch.
-      see, read, size: as in `ZeroShot`.
+      encode_image, encode_text, size: as in `ZeroShot`.
 
     Raises:
       UserError: unknown names, or a folder that does not exist.
@@ -188,7 +188,7 @@ def asked(options: Any, see: Callable, read: Callable, size: int) -> tuple[ZeroS
         raise UserError(
             f"there is no folder {folder}: name the one with the zero-shot data sets, --zeroshot-dir DIR (config.eval.zeroshot_dir; "
             "mmdiff/data/image_datasets.py says what is in it).")
-    return (ZeroShot(see, read, folder, size, batch=options.batch, names=names),)
+    return (ZeroShot(encode_image, encode_text, folder, size, batch=options.batch, names=names),)
 
 
 def encoders(path: str) -> Any:

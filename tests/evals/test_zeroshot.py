@@ -84,20 +84,20 @@ def folder(prepared, tmp_path):
     return shutil.copytree(prepared, tmp_path / "tfds")
 
 
-def see(params, keys, given):
+def encode_image(params, keys, given):
     """The image's grey level as a one-hot vector, of some length."""
     level = np.rint(((np.asarray(given["image"]).mean((1, 2, 3)) + 1) * 127.5 - 10) / 30).astype(int)
     return 3 * np.eye(LEVELS)[level]
 
 
-def read(params, texts):
+def encode_text(params, texts):
     """The class whose name is in the text."""
     which = [next(i for i, name in enumerate(params) if name in text) for text in texts]
     return 0.1 * np.eye(LEVELS)[which]
 
 
 def found(folder, params=NAMES, **options):
-    return ZeroShot(**{"see": see, "read": read, "data_dir": folder, "size": 8, "batch": 4, **options})(
+    return ZeroShot(**{"encode_image": encode_image, "encode_text": encode_text, "data_dir": folder, "size": 8, "batch": 4, **options})(
         None, params, None, jax.random.key(0), 0)
 
 
@@ -158,12 +158,12 @@ def test_examples_have_keys_of_their_own(folder):
 
     def noted(params, keys, given):
         sampled.append(np.asarray(jax.random.key_data(keys)))
-        return see(params, keys, given)
+        return encode_image(params, keys, given)
 
-    found(folder, see=noted, batch=4)
+    found(folder, encode_image=noted, batch=4)
     in_fours = np.concatenate(sampled[:3])[:9]
     sampled.clear()
-    found(folder, see=noted, batch=9)
+    found(folder, encode_image=noted, batch=9)
     np.testing.assert_array_equal(sampled[0], in_fours)
     assert len(np.unique(in_fours, axis=0)) == 9
 
@@ -177,7 +177,7 @@ def test_many_prompts_are_read_by_parts(monkeypatch):
 
     monkeypatch.setattr(zeroshot, "TEXTS", 20)
     templates = ("a photo of a {}.", "the {}.", "a {}.")
-    one = ZeroShot(see, embed, "", 8)._classes(None, names, templates)
+    one = ZeroShot(encode_image, embed, "", 8)._classes(None, names, templates)
     assert max(calls) == 18 and sum(calls) == 150
     np.testing.assert_allclose(one, retrieval.class_vectors(lambda texts: embed(None, texts), names, templates))
 
@@ -218,8 +218,8 @@ def get_config():
 
 
 def build(config):
-    read = lambda params, texts: test_zeroshot.read(test_zeroshot.NAMES, texts)
-    return dataclasses.replace(tiny.build(config), evaluators=zeroshot.asked(config.eval, test_zeroshot.see, read, 8))
+    encode_text = lambda params, texts: test_zeroshot.encode_text(test_zeroshot.NAMES, texts)
+    return dataclasses.replace(tiny.build(config), evaluators=zeroshot.asked(config.eval, test_zeroshot.encode_image, encode_text, 8))
 """
 
 
@@ -271,9 +271,9 @@ def test_a_config_without_vectors_is_named(capsys, tmp_path):
 
 def test_nothing_is_asked_for_by_default_and_nothing_is_chosen_on_test_sets(folder):
     options = types.SimpleNamespace(zeroshot="", zeroshot_dir="", batch=4)
-    assert asked(options, see, read, 8) == ()
+    assert asked(options, encode_image, encode_text, 8) == ()
     options.zeroshot, options.zeroshot_dir = "cifar10", str(folder)
-    (evaluator,) = asked(options, see, read, 8)
+    (evaluator,) = asked(options, encode_image, encode_text, 8)
     result = evaluator(types.SimpleNamespace(split="validation"), NAMES, None, jax.random.key(0), 0)
     assert not result.metrics and "test sets" in result.settings["zero_shot_not_run"]
 

@@ -206,18 +206,18 @@ class SceneTowers:
         clock, metrics = Clock(), {}
         clock.start("towers", f"comparing {self.count} scenes of each split with captions")
         keys = jax.random.split(key, self.count)
-        see, read = (functools.partial(self.net.apply, method=method) for method in ("see", "read"))
+        encode_image, encode_text = (functools.partial(self.net.apply, method=method) for method in ("encode_image", "encode_text"))
 
         def encode(texts):
             ids = scenes.tokenizer().encode(texts)
-            return in_batches(lambda p, k, x: read(p, x)[1], params, jax.random.split(key, len(ids)), ids, self.batch)
+            return in_batches(lambda p, k, x: encode_text(p, x)[1], params, jax.random.split(key, len(ids)), ids, self.batch)
 
         for split in splits_of(experiment):
             data = load_all(scenes.Scenes(split, self.size, self.count))
-            images = in_batches(lambda p, k, x: see(p, x), params, keys, data["image"], self.batch)
+            images = in_batches(lambda p, k, x: encode_image(p, x), params, keys, data["image"], self.batch)
             suffix = "_held_out" if split == "held_out" else ""
             if not suffix:
-                texts = in_batches(lambda p, k, x: read(p, x)[1], params, keys, data["text"], self.batch)
+                texts = in_batches(lambda p, k, x: encode_text(p, x)[1], params, keys, data["text"], self.batch)
                 found = scene_retrieval(images, texts, data)
                 metrics |= {"retrieval_r1": found.pop("r1"), **found}
             else:
