@@ -10,7 +10,10 @@ or a file of vectors, and samples the others given it; `--absent NAME` leaves on
 and test.
 
 Vectors and images: flow matching, velocity, vectors standardised. Labels and tokens: absorbing diffusion. The times are sampled such that
-every entry is learnt jointly with the others, given them, and alone. Cost: of vectors 1.3M parameters, a minute or two on two CPU cores.
+every entry is learnt jointly with the others, given them, and alone.
+
+Cost: 1.3M parameters and, of vectors, two minutes on two CPU cores, estimated. Measured after 600 steps, of 2,000 points on two rings of
+radius 10 and 30 and their names, sampled together: ring and point agree in 0.99, label accuracy 1.00, Fréchet ratio 1.18.
 """
 
 import jax.numpy as jnp

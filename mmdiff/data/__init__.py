@@ -7,6 +7,7 @@ __all__, __getattr__, __dir__ = lazily(
     latents="LatentSource write_latents",
     loader="batches prefetch",
     modalities="Features Images Labels Latents",
+    own="OwnData open_arrays open_images",
     sources="ArraySource RandomSource Source Subset",
     token_modalities="ClassMaps Sequences Texts TokenImages",
 )
