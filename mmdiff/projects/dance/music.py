@@ -115,7 +115,7 @@ class MusicForDances:
         `test_data`; the split is the experiment's, "test" or "validation".
       training: `() -> source` of real training clips with audio and, where there are `genres`, genres that come in turn.
       genres: their names, if there are any.
-      given: what the model is told of a clip.
+      given: the modalities of a clip that the model is given.
       sampled: the tokens' name.
       count: clips.
       batch: examples in a call of the sampler.

@@ -16,7 +16,7 @@ class Speed:
     """Seconds of music for a second of sampling on this machine, in all of config.sample.steps and in a quarter of them.
 
     Attributes:
-      given: what the model is told of a clip.
+      given: the modalities of a clip that the model is given.
       seconds: of a clip.
       batch: clips that are sampled at once.
       repeats: drawings of each kind, of which the median counts.

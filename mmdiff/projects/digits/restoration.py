@@ -27,7 +27,7 @@ class Restoration:
     * `seen_error/M`: of one draw on the seen pixels, as sampled. Copied from the input they have none, and so the metrics below take them;
     * `perceptual/M`: `distance` of the mean of the draws with the seen pixels copied in, and `perceptual_one/M` of one draw; for the
       fills and the masked image as well;
-    * `frechet_ratio`: images sampled from nothing, everything hidden; `frechet_ratio_absent`: without being told that it is.
+    * `frechet_ratio`: images sampled from nothing, everything hidden; `frechet_ratio_absent`: with masked image and mask absent.
 
     Attributes:
       size: of a patch. most: the most patches in training.
@@ -73,7 +73,7 @@ class Restoration:
                 metrics[f"hidden_error_{name}/{count}"] = error(fill, test, mask)
                 metrics[f"perceptual_{name}/{count}"] = float(self.distance(fill, test).mean())
             shown[count] = [test, masked, first, copied, fills["linear"]]
-        clock.start("from_nothing", f"sampling {len(train)} images with everything hidden, and {len(train)} without being told")
+        clock.start("from_nothing", f"sampling {len(train)} images with everything hidden, and {len(train)} with both absent")
         hidden = {"masked": np.zeros_like(train), "mask": np.ones_like(train[..., :1])}
         whole_images = modality.quantize(sample(keys[1], hidden, len(train))["image"])
         bare = modality.quantize(sample(keys[2], {}, len(train), absent=("masked", "mask"))["image"])
