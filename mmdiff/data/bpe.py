@@ -1,6 +1,6 @@
 """Captions as token ids: a byte-level BPE, trained on the captions themselves.
 
-Any text has ids and comes back from them, for at worst it is spelled in bytes; so there is no "unknown" token. What a model was never
+Any text has ids and comes back from them, for at worst it is spelled in bytes; thus there is no "unknown" token. What a model was never
 shown it cannot read, though: `Tokenizer.unseen` names the words that hold a piece of no training caption, and what reads a person's
 text (`data.modalities.Texts`) refuses them.
 """

@@ -193,7 +193,7 @@ class Tfds:
             self._source = builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in pictures})
         except (NotImplementedError, ValueError, OSError, KeyError) as error:
             what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{newest} cannot be read ({what}): prepare it anew, with {command}") from error
+            raise UserError(f"{newest} cannot be read ({what}): prepare it again, with {command}") from error
         self._identity = [full, newest.name, split]
         self.names = features["label"].names if isinstance(features.get("label"), tfds.features.ClassLabel) else ()
 
@@ -208,7 +208,7 @@ class Tfds:
             examples = self._source.__getitems__(list(indices))
         except Exception as error:  # whatever a damaged record makes TFDS and ArrayRecord raise
             what = (str(error).splitlines() or [type(error).__name__])[0][:100]
-            raise UserError(f"{'/'.join(self._identity)} has a record that cannot be read ({what}): prepare it anew.") from error
+            raise UserError(f"{'/'.join(self._identity)} has a record that cannot be read ({what}): prepare it again.") from error
         return [
             {image: Stored(bytes(example[image]), i, self._identity) for image in self._images} | _annotations(example)
             for i, example in zip(indices, examples)

@@ -42,7 +42,7 @@ def write_latents(
 
         write_latents("latents/imagenet256", "train", batches, {"image": Latents(32, 32, 4), "label": Labels(1000)})
 
-    An interrupted call leaves a folder that no reader takes for a cache; the same call again writes it anew.
+    An interrupted call leaves a folder that no reader takes for a cache; the same call again writes it again.
 
     Args:
       folder, split: where; "train" and "val" are what the configs read.
@@ -112,9 +112,9 @@ class LatentSource:
             what = "is not finished (it has no meta.json)" if os.path.isdir(self._path) else "does not exist"
             raise UserError(f"the latent cache {self._path} {what}: write it with mmdiff.data.latents.write_latents.") from None
         except files.FileError as error:
-            raise UserError(f"{self._path / META} cannot be read (it {error.reason}): write the cache anew.") from error
+            raise UserError(f"{self._path / META} cannot be read (it {error.reason}): write the cache again.") from error
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise UserError(f"{self._path / META} cannot be read ({error!r}): write the cache anew.") from error
+            raise UserError(f"{self._path / META} cannot be read ({error!r}): write the cache again.") from error
         for name, expected in _stamp(modalities).items():
             if found.get(name) != expected:
                 raise UserError(f"the latent cache {self._path} holds {name}={found.get(name)}, but the config needs {expected}.")
@@ -141,7 +141,7 @@ class LatentSource:
                 out[rows] = shards[shard][indices[rows] - (self._ends[shard] - len(shards[shard]))]
             if out.dtype.kind == "f" and not np.isfinite(out.sum()):  # one pass, no second array
                 bad = indices[~np.isfinite(out.reshape(len(out), -1).sum(1))][0]
-                raise UserError(f"{name} {bad} in {self._path} is not finite: the copy is damaged, make it anew.")
+                raise UserError(f"{name} {bad} in {self._path} is not finite: the copy is damaged, recreate it.")
         return result
 
     def fingerprint(self):
@@ -161,9 +161,9 @@ class LatentSource:
             array = arrays.read_array(path, mmap=True)
         except files.FileError as error:
             why = f"missing or cut short (it {error.reason})"
-            raise UserError(f"the shard {path} is {why}: copy it again, or write the cache anew.") from error
+            raise UserError(f"the shard {path} is {why}: copy it again, or write the cache again.") from error
         if array.dtype not in (np.float16, np.int32) or array.shape != shape:
-            raise UserError(f"the shard {path} holds {array.dtype} {list(array.shape)}, not {list(shape)}: write the cache anew.")
+            raise UserError(f"the shard {path} holds {array.dtype} {list(array.shape)}, not {list(shape)}: write the cache again.")
         return array
 
 

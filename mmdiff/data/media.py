@@ -67,7 +67,7 @@ def _unidentified(stream: BinaryIO) -> tuple[str, str]:
         what = "it is a TIFF file of values that are not read, such as 64-bit floats, or damaged"
         return what, "save it with 8 or 16 bits, or as 32-bit floats"
     if kind := next((kind for start, kind in HEADS.items() if head.startswith(start)), None):
-        return f"it begins as a {kind} file and goes on as none", "it is damaged, copy it again"
+        return f"it begins as a {kind} file and continues as none", "it is damaged, copy it again"
     what = "it is none of " + ", ".join(IMAGE_SUFFIXES) if head else "it is empty"
     return what, "give a PNG or JPEG file, or copy it again"
 

@@ -98,7 +98,7 @@ def finite(name: str, array: np.ndarray) -> np.ndarray:
 def best(name: str, scores: np.ndarray) -> np.ndarray:
     """The place of the largest of the scores [n, m] of every example: int64 [n]; -1, no class at all, where several are equally large.
 
-    So scores that say nothing, all of them equal, are right about no example, whatever the order of the classes.
+    Thus scores that say nothing, all of them equal, are right about no example, whatever the order of the classes.
 
     >>> best("scores", np.array([[0.1, 0.7, 0.2], [0.5, 0.5, 0.0]]))
     array([ 1, -1])

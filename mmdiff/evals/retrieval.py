@@ -132,7 +132,7 @@ def mean_per_class(predicted: np.ndarray, true: np.ndarray) -> float:
 def recall(scores: np.ndarray, relevant: np.ndarray, k: int) -> float:
     """Recall@k: the share of rows with a relevant column among the k best; where scores are equal, its mean over their orders.
 
-    So a constant score has the recall of chance, and rows that are given the same candidate twice gain nothing by it.
+    Thus a constant score has the recall of chance, and rows that are given the same candidate twice gain nothing by it.
 
     >>> relevant = np.eye(2, dtype=bool)
     >>> recall(np.array([[0.9, 0.1], [0.8, 0.3]]), relevant, 1), recall(np.zeros((2, 2)), relevant, 1)

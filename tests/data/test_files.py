@@ -238,7 +238,7 @@ REFUSED = {
     "floats that are none": (stored(np.full((4, 6), np.nan, np.float32), "TIFF"), "holds floats from nan"),
     "negative numbers of 8 bits": (stored(GREY, "TIFF", tiffinfo=SIGNED), "holds negative numbers (-1"),
     "64-bit floats": (stored(GREY.astype(np.float32), "TIFF").replace(*BITS_64), "it is a TIFF file of values that are not read"),
-    "the beginning of a PNG": (stored(GREY, "PNG")[:12], "it begins as a PNG file and goes on as none"),
+    "the beginning of a PNG": (stored(GREY, "PNG")[:12], "it begins as a PNG file and continues as none"),
     "negative numbers": (stored(GREY.astype(np.int32) - 9, "TIFF"), "holds negative numbers (-9)"),
     "cut short": (stored(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8), "PNG")[:2000], "it is damaged, copy it again"),
     "a web page": (b"<!DOCTYPE html><html>404</html>", "it is none of .png, .jpg"),

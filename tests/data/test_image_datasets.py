@@ -125,7 +125,7 @@ def test_what_is_missing_is_named(tfds_dir, birds, tmp_path):
     copy = shutil.copytree(tfds_dir / "imagenet2012", tmp_path / "imagenet2012") / "5.1.0/dataset_info.json"
     assert "array_record" in copy.read_text()
     copy.write_text(copy.read_text().replace("array_record", "tfrecord"))
-    assert "prepare it anew" in refused("imagenet2012", "train", tmp_path)
+    assert "prepare it again" in refused("imagenet2012", "train", tmp_path)
     with pytest.raises(UserError, match="the images of imagenet2012 have no captions"):
         image_datasets.tokenizer("imagenet2012", tfds_dir)
 

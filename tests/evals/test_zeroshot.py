@@ -149,7 +149,7 @@ def test_some_pictures_of_each(folder):
 def test_a_set_that_cannot_be_read_is_an_error(folder):
     info = folder / "cifar10/3.0.2/dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match="cifar10.* cannot be read .*prepare it anew"):
+    with pytest.raises(UserError, match="cifar10.* cannot be read .*prepare it again"):
         found(folder)
 
 

@@ -231,7 +231,7 @@ def _whole(path: pathlib.Path, seconds: int) -> np.ndarray:
     """The samples of a file that lasts so many seconds, or a few frames of them less or more: padded or cut."""
     samples = read_wav(path)
     if abs(len(samples) - seconds * RATE) > RATE // 10:
-        raise UserError(f"{path} lasts {len(samples) / RATE:.2f} s, not {seconds}: cut the segment anew.")
+        raise UserError(f"{path} lasts {len(samples) / RATE:.2f} s, not {seconds}: cut the segment again.")
     return np.pad(samples, (0, max(0, seconds * RATE - len(samples))))[: seconds * RATE]
 
 

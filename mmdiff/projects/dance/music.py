@@ -142,7 +142,7 @@ class MusicForDances:
             raise UserError(f"music is measured on the clips sampled for: {len(clips)} real clips do not fit {len(known)} examples.")
         known, real = load_all(Subset(known, self.count)), load_all(Subset(clips, self.count))
         for name in ("genre", "motion"):
-            # Made-up dances are computed anew, and another processor may round them otherwise.
+            # Made-up dances are computed again, and another processor may round them otherwise.
             if name in known and name in real and not np.allclose(known[name], real[name], rtol=0, atol=1e-4):
                 raise UserError(f"music is measured on the clips that are sampled for: the {name} of the real clips is not the examples'.")
         count, clock = len(real["audio"]), Clock()

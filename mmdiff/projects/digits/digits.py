@@ -132,7 +132,7 @@ def _load(split: str, data_dir: pathlib.Path) -> ArraySource:
         try:
             return _read(split, data_dir)
         except Exception as error:  # TFDS and ArrayRecord raise many kinds for a copy that is partial or damaged
-            logging.warning("the copy of the digits in %s is not usable (%s): making it anew.", version, error)
+            logging.warning("the copy of the digits in %s is not usable (%s): recreating it.", version, error)
     # Made, read and checked in a folder of this process's own, then moved into place: no reader ever meets a partial copy, and
     # of two processes that do this at the same time both have their data, whoever comes first with the move.
     try:
