@@ -207,3 +207,13 @@ def test_the_last_step_of_a_gaussian_is_left_to_its_decoder():
 def test_a_batch_without_a_modality_is_refused():
     with pytest.raises(KeyError, match="label"):
         losses.diffusion(PROCESS, network, TIMES)(1.0, {"image": jnp.ones((2, 3)), "index": jnp.arange(2)}, jax.random.key(0))
+
+
+def test_flips_mirror_their_share_of_the_images_each_by_its_own_key():
+    images = np.random.default_rng(0).normal(size=(400, 2, 3, 1)).astype(np.float32)
+    mirror, own = losses.flips("image", 0.25), keys(400)
+    found = np.asarray(mirror({"image": jnp.asarray(images), "label": jnp.zeros(400)}, own)["image"])
+    flipped = (found == images[:, :, ::-1]).all((1, 2, 3))
+    assert ((found == images).all((1, 2, 3)) ^ flipped).all() and 70 < flipped.sum() < 130
+    np.testing.assert_array_equal(mirror({"image": jnp.asarray(images[7:9])}, own[7:9])["image"], found[7:9])
+    np.testing.assert_array_equal(losses.flips("image", 0.0)({"image": jnp.asarray(images)}, own)["image"], images)

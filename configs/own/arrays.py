@@ -13,7 +13,8 @@ Vectors and images: flow matching, velocity, vectors standardised. Labels and to
 every entry is learnt jointly with the others, given them, and alone.
 
 Cost: 1.3M parameters and, of vectors, two minutes on two CPU cores, estimated. Measured after 600 steps, of 2,000 points on two rings of
-radius 10 and 30 and their names, sampled together: ring and point agree in 0.99, label accuracy 1.00, Fréchet ratio 1.18.
+radius 10 and 30 with the rings' names: 0.99 of the points sampled for a ring are nearest to a training point of it, label accuracy 1.00,
+Fréchet ratio 1.18.
 """
 
 import jax.numpy as jnp
