@@ -84,7 +84,7 @@ class Reconstructions:
                     self._sheet(real, images), "Held-out images, and below each what its tokens decode to; the first ones, none chosen."
                 )
             },
-            settings={"held_out_pictures": len(real), "frechet_features": features, "evaluation_seconds": clock.seconds},
+            settings={"held_out_images": len(real), "frechet_features": features, "evaluation_seconds": clock.seconds},
         )
 
     def _pooled(self, images: np.ndarray) -> np.ndarray:
