@@ -111,9 +111,9 @@ class Run:
 
     @functools.cached_property
     def _weights(self) -> tuple[Any, int]:
-        from mmdiff.training import checkpoints
+        from mmdiff.training import averaged_weights
 
-        return checkpoints.restore_for_inference(self.experiment, self.config, self.workdir, step=self._asked)
+        return averaged_weights.restore_for_inference(self.experiment, self.config, self.workdir, step=self._asked)
 
     @property
     def params(self) -> Any:
@@ -246,7 +246,7 @@ class Run:
         if not self.experiment.evaluators:
             raise UserError(f"{self.name} measures nothing as it is set: see its head, or give its Experiment evaluators.")
         from mmdiff.evals import report
-        from mmdiff.training import checkpoints, run_metadata
+        from mmdiff.training import checkpoint_files, run_metadata
 
         experiment = self.experiment.on_validation() if split == "validation" else self.experiment
         with configs.blaming(self.config, self._module, self._overrides):
@@ -256,8 +256,8 @@ class Run:
         if not (reuse and self._is_report_of(json_path, step) and html_path.exists()):
             key = key_of_use(self.config.seed, "eval")
             results = [evaluate(experiment, params, self.config, key, step) for evaluate in experiment.evaluators]
-            meta = checkpoints.read_meta(self.workdir, step)  # of the checkpoint itself: run.json is only written when a run ends
-            cost = {**checkpoints.cost(meta), "steps": step} if meta else None
+            meta = checkpoint_files.read_meta(self.workdir, step)  # of the checkpoint itself: run.json is only written when a run ends
+            cost = {**checkpoint_files.cost(meta), "steps": step} if meta else None
             report.write(self.workdir, experiment, self.config, results, step, cost)
         return former_names.metrics(json.loads(json_path.read_text()))
 

@@ -33,7 +33,7 @@ def test_the_loss_falls_and_labels_are_read(run):
     assert [line["step"] for line in lines if "val/loss" in line] == [150, 300]
 
     from mmdiff.projects.digits.joint_image_label import read_labels
-    from mmdiff.training.checkpoints import restore_for_inference
+    from mmdiff.training.averaged_weights import restore_for_inference
 
     config, module = configs.load(CONFIG, [tuple(arg.removeprefix("--config.").split("=")) for arg in SMALL])
     experiment = module.build(config)

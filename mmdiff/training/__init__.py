@@ -4,7 +4,8 @@ from mmdiff.exports import lazily
 
 __all__, __getattr__, __dir__ = lazily(
     __name__,
-    checkpoints="Checkpoints restore_averages",
+    averaged_weights="restore_for_inference",
+    checkpoints="Checkpoints",
     loop="train",
     optim="adamw",
     sharding="make_mesh place place_state shardings specs",

@@ -25,28 +25,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_collections
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
+from mmdiff import former_names
 from mmdiff.errors import UserError
-from mmdiff.training import distributed, integrity, run_metadata, sharding
+from mmdiff.training import checkpoint_files, distributed, integrity, run_metadata
 from mmdiff.training.step import State
 
 log = logging.getLogger(__name__)
-
-
-def read_meta(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
-    """What a checkpoint says of itself: position, train_seconds, metrics, ...; {} if there is none of this step."""
-    checkpoint = run_metadata.checkpoint_folder(workdir) / str(step)
-    return _meta(checkpoint) if checkpoint.is_dir() else {}
-
-
-def cost(meta: Mapping[str, Any]) -> dict[str, float]:
-    """`train_seconds` up to a checkpoint, evaluations and saves included, and the `images_per_second` that this makes."""
-    return {"train_seconds": meta["train_seconds"], "images_per_second": meta["position"] / meta["train_seconds"]}
 
 
 class Checkpoints:
@@ -65,7 +52,7 @@ class Checkpoints:
         def open_folder() -> list[int]:
             with run_metadata.writing(workdir):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _set_aside(self.folder, _intact(self.folder)[1])
+                _set_aside(self.folder, checkpoint_files.intact(self.folder)[1])
             return run_metadata.steps(self.folder)
 
         steps = distributed.from_first(open_folder)
@@ -79,7 +66,8 @@ class Checkpoints:
             distributed.from_first(give_up)
 
         def value(metrics):
-            return metrics[best] if math.isfinite(metrics.get(best, math.nan)) else math.inf
+            found = former_names.metrics(metrics).get(best, math.nan)
+            return found if math.isfinite(found) else math.inf
 
         policies = [checkpoint_managers.LatestN(keep)]
         if best:
@@ -164,8 +152,8 @@ class Checkpoints:
         step = self.latest()
         tree, ema = _pack(state)
         tree = {"state": tree, "averages": averages}
-        _check_fit(self.folder / str(step), state=tree, ema=ema)
-        with _unreadable(self.folder / str(step)):
+        checkpoint_files.check_fit(self.folder / str(step), state=tree, ema=ema)
+        with checkpoint_files.unreadable(self.folder / str(step)):
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -174,7 +162,7 @@ class Checkpoints:
                     meta=ocp.args.JsonRestore(),
                 ),
             )
-        _check_step(self.folder / str(step), int(found.state["state"]["step"]))
+        checkpoint_files.check_step(self.folder / str(step), int(found.state["state"]["step"]))
         return _unpack(found.state["state"], found.ema), found.state["averages"], found.meta
 
     def check(self) -> None:
@@ -199,127 +187,16 @@ class Checkpoints:
             reason = _os_reason(error)
             if reason is None:
                 raise
-            good = max(_intact(self.folder)[0], default=None)
+            good = max(checkpoint_files.intact(self.folder)[0], default=None)
             last = "there is no earlier one" if good is None else f"the last good one is of step {good}"
             raise UserError(
                 f"the checkpoint of step {step} could not be written to {self.folder} ({reason}): {last}; "
-                "mend this and run the same command again."
+                "fix this and run the same command again."
             ) from error
-
-
-def restore_for_inference(
-    experiment: Any,
-    config: ml_collections.ConfigDict,
-    workdir: str | os.PathLike,
-    *,
-    step: int | str | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[Any, int]:
-    """-> (EMA params, step) of a run; opens nothing else and changes nothing.
-
-    Args:
-      experiment: what the config builds; its `init` gives the shapes.
-      config: compared with the run's, except for the keys in `run_metadata.MAY_DIFFER_IN_USE`.
-      workdir: the run's folder.
-      step: which checkpoint; by default the newest that is whole, or "best" for the one with the smallest config.train.best.
-      mesh: spreads the weights over a mesh by experiment.rules; by default they go to one device.
-
-    Raises:
-      UserError: no checkpoint, another config, other frozen networks, or a checkpoint that is damaged or does not fit the network.
-    """
-    run_metadata.check_config(workdir, config, in_use=True)
-    run_metadata.check_dependencies(workdir, experiment)
-    checkpoint, others = choose(workdir, step, config.train.best)
-    ema = averages_of(experiment, mesh)
-    _check_fit(checkpoint, ema=ema)
-    return restore_averages(checkpoint, ema, others), int(checkpoint.name)
-
-
-def choose(workdir: str | os.PathLike, step: int | str | None = None, metric: str = "") -> tuple[pathlib.Path, list[int]]:
-    """-> (a checkpoint of `step`, "best" by `metric` or the newest, whose averages are whole; the steps of the others)."""
-    folder = run_metadata.checkpoint_folder(workdir)
-    intact, damages = _intact(folder)
-    newest = step is None
-    if newest:
-        while intact and (problem := _damage_of_averages(folder / str(intact[-1]))):
-            damages[intact.pop()] = problem
-    for damaged, problem in damages.items():
-        log.warning("checkpoint %s is damaged (%s): it is not opened.", folder / str(damaged), problem)
-    if not intact:
-        whole = " that is whole" if damages else ""
-        raise UserError(f"there is no checkpoint in {workdir}{whole}: train first, or name the workdir of a run.")
-    if step == "best":
-        if not metric:
-            raise UserError(f"config.train.best of the run in {workdir} names no metric, so no checkpoint is its best: name a step.")
-        values = {step: _meta(folder / str(step))["metrics"].get(metric, math.nan) for step in intact}
-        values = {step: value for step, value in values.items() if math.isfinite(value)}
-        if not values:
-            raise UserError(f"no checkpoint in {workdir} records the metric {metric!r} (config.train.best).")
-        step = min(values, key=values.get)
-    step = intact[-1] if newest else step
-    there = ", ".join(str(other) for other in intact if other != step) or "none"
-    if step not in [*intact, *damages]:
-        raise UserError(f"there is no checkpoint of step {step} in {workdir}: there are {there}.")
-    if problem := damages.get(step) or (None if newest else _damage_of_averages(folder / str(step))):
-        raise UserError(f"the checkpoint {folder / str(step)} is damaged ({problem}): choose another step (there are {there}).")
-    if (folder / str(step) / "meta").exists():  # weights can be used without
-        _check_step(folder / str(step), _meta(folder / str(step)).get("step"))
-    return folder / str(step), [other for other in intact if other != step]
-
-
-def averages_of(experiment: Any, mesh: Mesh | None) -> Any:
-    """The averaged weights of an experiment, abstract: on one device, or spread over a mesh by experiment.rules."""
-    shapes = jax.eval_shape(experiment.init, jax.random.key(0))
-    if mesh is None:
-        # A committed device would forbid use with arrays elsewhere, but one process has one default device.
-        target = jax.tree.map(lambda x: SingleDeviceSharding(jax.local_devices()[0]), shapes)
-    else:
-        target = sharding.shardings(shapes, experiment.rules, mesh)
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=where), shapes, target)
-
-
-def restore_averages(checkpoint: pathlib.Path, like: Any, others: list[int]) -> Any:
-    """The averaged weights of a checkpoint, onto the shapes and shardings of these abstract ones, which must be its own.
-
-    Raises:
-      UserError: they cannot be read, or are not finite; it names the `others` of the run.
-    """
-    with _unreadable(checkpoint), ocp.StandardCheckpointer() as reader:
-        params = reader.restore(checkpoint / "ema", like)
-    _check_finite(params, checkpoint.parents[1], int(checkpoint.name), others)
-    return params
-
-
-def saved_averages(checkpoint: pathlib.Path) -> Any:
-    """A pytree with what is noted of each array of averaged weights in a checkpoint: `shape`, `dtype`."""
-    with _unreadable(checkpoint):
-        return ocp.StandardCheckpointHandler().metadata(checkpoint / "ema").tree
-
-
-def _check_finite(params: Any, workdir: str | os.PathLike, step: int, others: list[int]) -> None:
-    """Raises UserError if weights are not finite: all that is made of them would be NaN, or a class that NaN is taken for."""
-    finite = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params))
-    leaves = jax.tree_util.tree_leaves_with_path(finite)
-    wrong = [jax.tree_util.keystr(path, simple=True, separator="/") for path, good in leaves if not good]
-    if wrong:
-        remedy = f"name another (--step {others[-1]})" if others else "train again with a smaller learning rate"
-        raise UserError(
-            f"the averaged weights of step {step} in {workdir} are not finite in {len(wrong)} arrays, such as {wrong[0]}: {remedy}.")
-
-
-def _intact(folder: pathlib.Path) -> tuple[list[int], dict[int, str]]:
-    """-> (the steps of checkpoints whose small files are whole and whose others have their size, what is wrong with each of the others)."""
-    found = {step: integrity.damage(folder / str(step)) for step in run_metadata.steps(folder)}
-    return [step for step in found if not found[step]], {step: problem for step, problem in found.items() if problem}
 
 
 def _damage_in_part(checkpoint: pathlib.Path) -> str | None:
     return integrity.damage(checkpoint, lambda name: True, jax.process_index(), jax.process_count())
-
-
-def _damage_of_averages(checkpoint: pathlib.Path) -> str | None:
-    """What is wrong with what inference opens; the same in every process that opens it."""
-    return distributed.first_of_all(integrity.damage(checkpoint, lambda name: name.startswith("ema/")))
 
 
 def _remove_drafts(folder: pathlib.Path) -> None:
@@ -347,14 +224,6 @@ def _set_aside(folder: pathlib.Path, damages: Mapping[int, str]) -> None:
         )
 
 
-def _meta(checkpoint: pathlib.Path) -> dict[str, Any]:
-    with _unreadable(checkpoint), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        meta = reader.restore(checkpoint / "meta")
-        if not isinstance(meta, Mapping):
-            raise ValueError(f"its meta is {meta!r:.50}")
-        return meta
-
-
 def _pack(state: State) -> tuple[dict[str, Any], Any]:
     """A state, real or abstract, as (everything but the average, the average), with the key as plain integers."""
     key = state.key
@@ -368,46 +237,6 @@ def _pack(state: State) -> tuple[dict[str, Any], Any]:
 
 def _unpack(tree: Mapping[str, Any], ema: Any) -> State:
     return State(**{**tree, "key": jax.random.wrap_key_data(tree["key"])}, ema=ema)
-
-
-def _check_step(checkpoint: pathlib.Path, step: int | None) -> None:
-    """Raises UserError if a checkpoint is of another step than its folder says; those of earlier versions do not note it for inference."""
-    if step not in (None, int(checkpoint.name)):
-        raise UserError(
-            f"the checkpoint {checkpoint} is a copy of that of step {step}, not of step {checkpoint.name}: "
-            f"move it away, or name its folder {step} again.")
-
-
-def _check_fit(checkpoint: pathlib.Path, **items: Any) -> None:
-    """Raises UserError unless the saved arrays have the names and shapes of these trees."""
-    for item, tree in items.items():
-        with _unreadable(checkpoint):
-            saved = array_shapes(ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree)
-        wanted = array_shapes(tree)
-        for name in [*wanted, *saved]:
-            there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-            if there != here:
-                raise UserError(
-                    f"the checkpoint {checkpoint} is of another network, optimizer or loss: {item}/{name} is {there} there and "
-                    f"{here} here; go back to the code and config that wrote it, or use another workdir."
-                )
-
-
-def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """path -> shape of the arrays of a tree, "params/blocks/mlp/kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
-
-@contextlib.contextmanager
-def _unreadable(checkpoint: pathlib.Path):
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"the checkpoint {checkpoint} cannot be read ({reason}): if it is corrupt, move it away to go on from the one before."
-        ) from error
 
 
 def _os_reason(error: BaseException | None) -> str | None:

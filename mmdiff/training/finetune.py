@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmdiff.errors import UserError
-from mmdiff.training import checkpoints, run_metadata
+from mmdiff.training import averaged_weights, checkpoint_files, run_metadata
 
 LISTED = 40  # arrays that are named one by one
 
@@ -30,9 +30,9 @@ def start_from(
     Raises:
       UserError: no checkpoint, one that cannot be read, nothing fits, or something does not and `strict` is set.
     """
-    checkpoint, others = checkpoints.choose(workdir)
-    wanted, saved = checkpoints.averages_of(experiment, mesh), checkpoints.saved_averages(checkpoint)
-    here, there = checkpoints.array_shapes(wanted), checkpoints.array_shapes(saved)
+    checkpoint, others = averaged_weights.choose(workdir)
+    wanted, saved = averaged_weights.averages_of(experiment, mesh), averaged_weights.saved_averages(checkpoint)
+    here, there = checkpoint_files.array_shapes(wanted), checkpoint_files.array_shapes(saved)
     fit = [name for name in here if there.get(name) == here[name]]
     unfit = [name for name in {**here, **there} if name not in fit]
     said = [f"the weights from {workdir} were trained with other {name}: what they know of these does not fit"
@@ -49,7 +49,7 @@ def start_from(
         remedy = "set config.train.start_strict=false to take what fits" if fit else "name a run of a like network as config.train.start"
         raise UserError(f"{reason}: {remedy}.")
     if not unfit:
-        return checkpoints.restore_averages(checkpoint, wanted, others), said
+        return averaged_weights.restore_averages(checkpoint, wanted, others), said
 
     targets = dict(zip(here, jax.tree.leaves(wanted)))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -57,7 +57,7 @@ def start_from(
         targets[name] if name in fit else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
         for name, leaf in zip(there, jax.tree.leaves(saved))
     ]
-    found = checkpoints.restore_averages(checkpoint, jax.tree.unflatten(jax.tree.structure(saved), like), others)
+    found = averaged_weights.restore_averages(checkpoint, jax.tree.unflatten(jax.tree.structure(saved), like), others)
     found = dict(zip(there, jax.tree.leaves(found)))
     fresh = zip(here, jax.tree.leaves(ema))
     return jax.tree.unflatten(jax.tree.structure(ema), [found[name] if name in fit else leaf for name, leaf in fresh]), said

@@ -21,7 +21,7 @@ from clu.metrics import Average
 
 from mmdiff import console
 from mmdiff.errors import UserError
-from mmdiff.training import checkpoints
+from mmdiff.training import checkpoint_files
 from mmdiff.training.integrity import write_whole
 from mmdiff.training.step import noise_scale_of
 
@@ -88,7 +88,7 @@ class MetricsLogger:
             now = time.perf_counter()
             rate = (step - self._logged_step) * self._options.global_batch / (now - self._logged - self._paused)
             self._logged, self._logged_step, self._paused = now, step, 0.0
-            with np.errstate(invalid="ignore"):  # 0 / 0 if every step was void
+            with np.errstate(invalid="ignore"):  # 0 / 0 if every step was skipped
                 values = {name: float(mean.compute()) for name, mean in jax.device_get(dict(sums)).items()}
             values["skipped"] = int(values["skipped"])
             if "noise_scale/trace" in values:
@@ -114,7 +114,7 @@ class MetricsLogger:
         values = {
             "steps": step,
             "finished": step == self._options.steps,
-            **checkpoints.cost(meta),
+            **checkpoint_files.cost(meta),
             "compile_seconds": meta["compile_seconds"],
             "global_batch": self._options.global_batch,
             "device": device(),

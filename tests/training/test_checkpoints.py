@@ -20,8 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from mmdiff import nets
 from mmdiff.errors import UserError
-from mmdiff.training import checkpoints, integrity, sharding
-from mmdiff.training.checkpoints import Checkpoints, restore_for_inference
+from mmdiff.training import averaged_weights, checkpoint_files, integrity, sharding
+from mmdiff.training.averaged_weights import restore_for_inference
+from mmdiff.training.checkpoints import Checkpoints
 from mmdiff.training.run_metadata import write_config
 from mmdiff.training.step import make_step
 
@@ -169,7 +170,7 @@ def test_a_damaged_checkpoint_is_not_opened_whichever_file_it_is(tmp_path):
                 victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
             else:
                 victim.unlink()
-            assert checkpoints._intact(workdir / "checkpoints")[0] == [1], (kind, damage)
+            assert checkpoint_files.intact(workdir / "checkpoints")[0] == [1], (kind, damage)
             shutil.rmtree(workdir)
 
 
@@ -203,8 +204,8 @@ def test_a_checkpoint_under_another_step_is_refused(tmp_path):
         saved.restore(*abstract(mesh_of(1)))
     for step in (None, 8):
         with pytest.raises(UserError, match=said):
-            checkpoints.choose(tmp_path, step)
-    assert checkpoints.choose(tmp_path, 4) == (tmp_path / "checkpoints/4", [8])
+            averaged_weights.choose(tmp_path, step)
+    assert averaged_weights.choose(tmp_path, 4) == (tmp_path / "checkpoints/4", [8])
     shutil.copytree(tmp_path / "checkpoints/4", tmp_path / "checkpoints/9")
     (tmp_path / "checkpoints/9/meta/metadata").write_text("{}")  # as earlier versions wrote it: the state says it all the same
     integrity.write_manifest(tmp_path / "checkpoints/9")
@@ -214,10 +215,10 @@ def test_a_checkpoint_under_another_step_is_refused(tmp_path):
         (tmp_path / "checkpoints/9/meta/metadata").write_text(text)
         integrity.write_manifest(tmp_path / "checkpoints/9")
         with pytest.raises(UserError, match="checkpoints/9 cannot be read"):
-            checkpoints.choose(tmp_path)
+            averaged_weights.choose(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints/9/meta")
     integrity.write_manifest(tmp_path / "checkpoints/9")
-    assert checkpoints.choose(tmp_path)[0].name == "9"
+    assert averaged_weights.choose(tmp_path)[0].name == "9"
 
 
 def test_an_interrupted_save_is_no_checkpoint(tmp_path):

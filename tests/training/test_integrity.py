@@ -13,7 +13,8 @@ from test_checkpoints import WIDTH, abstract, assert_same, make, mesh_of, meta, 
 
 from mmdiff.errors import UserError
 from mmdiff.training import integrity
-from mmdiff.training.checkpoints import Checkpoints, restore_for_inference
+from mmdiff.training.averaged_weights import restore_for_inference
+from mmdiff.training.checkpoints import Checkpoints
 from mmdiff.training.run_metadata import write_config
 
 

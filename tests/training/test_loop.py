@@ -18,7 +18,7 @@ from mmdiff.data import loader
 from mmdiff.data.order import ORDER_VERSION
 from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
-from mmdiff.training import checkpoints, lock, loop, metrics_logger, run_metadata, sharding
+from mmdiff.training import averaged_weights, checkpoint_files, lock, loop, metrics_logger, run_metadata, sharding
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def test_a_run_leaves_its_files(config, tmp_path, capsys):
     assert {"loss", "loss/x", "grad_norm", "param_norm", "skipped", "images_per_second", "train_seconds"} < set(rows(tmp_path)[0])
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["steps"] == 12 and run["finished"] and run["train_seconds"] > 0 and run["images_per_second"] > 0
-    meta = checkpoints.read_meta(tmp_path, 12)
-    assert checkpoints.cost(meta) == {name: run[name] for name in ("train_seconds", "images_per_second")}
+    meta = checkpoint_files.read_meta(tmp_path, 12)
+    assert checkpoint_files.cost(meta) == {name: run[name] for name in ("train_seconds", "images_per_second")}
     assert run["images_per_second"] == 12 * 16 / run["train_seconds"]
     text = capsys.readouterr().err
     assert "256 parameters" in text and "step 12/12" in text and "images/s  ETA 0:00:00" in text and "\r" not in text
@@ -61,7 +61,7 @@ def test_a_run_leaves_its_files(config, tmp_path, capsys):
     again = loop.train(toy.build(config), config, tmp_path)
     same_leaves(state, again)
     assert "nothing to do" in capsys.readouterr().err
-    ema, step = checkpoints.restore_for_inference(toy.build(config), config, tmp_path)
+    ema, step = averaged_weights.restore_for_inference(toy.build(config), config, tmp_path)
     assert step == 12
     jax.tree.map(np.testing.assert_array_equal, ema, state.ema)
 
@@ -138,7 +138,7 @@ def test_a_run_that_no_longer_learns_ends(spoiled, cause, config, tmp_path):
     with pytest.raises(UserError, match=f"5 steps in a row up to step .* as the {cause} was not finite: look at the learning rate"):
         loop.train(experiment, config, where)
     if spoiled == "data":
-        params, step = checkpoints.restore_for_inference(experiment, config, tmp_path)
+        params, step = averaged_weights.restore_for_inference(experiment, config, tmp_path)
         assert step in (4, 8)
         jax.tree.map(np.testing.assert_array_equal, params, good.ema)
 
@@ -248,7 +248,7 @@ def test_a_run_continues_with_batches_of_another_size_and_sees_every_example_onc
         loop.train(experiment, config, tmp_path)
         asked = (steps - (3 if size == 8 else 6)) * size
         assert seen[-asked:] == [int(order_of(config, source, [p])[0][0]) for p in range(at, at + asked)]
-        assert checkpoints.read_meta(tmp_path, steps)["position"] == at + asked
+        assert checkpoint_files.read_meta(tmp_path, steps)["position"] == at + asked
     said = capsys.readouterr().err
     assert "train.global_batch 16 -> 8" in said and "train.learning_rate 0.1 -> 0.2" in said and "schedules" in said
 
@@ -267,7 +267,7 @@ def test_a_data_set_that_grew_is_refused_unless_it_is_wanted(config, tmp_path, c
         config.train.other_data = True
     loop.train(more, config, tmp_path)
     assert "50 examples then, 51 now" in capsys.readouterr().err
-    meta = checkpoints.read_meta(tmp_path, 4)
+    meta = checkpoint_files.read_meta(tmp_path, 4)
     assert meta["order"] == ORDER_VERSION and meta["data"]["fingerprint"].startswith("51-")
     assert run_metadata.read_data(tmp_path) == meta["data"]
 
