@@ -62,6 +62,7 @@ def open_run(
         raise UserError(f"there is no run in {workdir}: train it first, with {command}.")
     from mmdiff.training import run_metadata
 
+    run_metadata.checkpoint_folder(workdir)  # a bucket is refused
     _take_stored(values, overrides, workdir)
     with configs.blaming(values, module, overrides):
         experiment = run_metadata.with_class_names(configs.build(values, module), workdir)
