@@ -22,7 +22,7 @@ REQUIRED = [
     "pillow>=10.1,<14",
     "tokenizers>=0.20,<0.24",  # captions
     "tensorboard>=2.20,<3",  # writes the curves, without TensorFlow, and shows them
-    "tensorflow-datasets>=4.9.10,<5",  # the first that prepares and reads its data sources without TensorFlow
+    "tensorflow-datasets>=4.9.10,<5",  # prepares and reads its data sources without TensorFlow (4.9.7 does not)
     "array_record>=0.7,<0.9",  # what tfds.data_source reads
     "importlib_resources>=6,<8",  # imported by tensorflow-datasets, not declared by it
 ]

@@ -11,6 +11,7 @@ import pytest
 
 from mmdiff import arguments, losses, nets, sampling, schedules, times
 from mmdiff import config as configs
+from mmdiff.__main__ import main
 from mmdiff.experiment import initialiser
 from mmdiff.processes import Gaussian, Joint, velocity
 
@@ -121,3 +122,16 @@ def test_printed_commands_have_flags_and_values_that_exist(name, monkeypatch):
             configs.load(args.config, args.overrides)
         elif words[0] in ("python", "bash"):
             assert pathlib.Path(words[1]).is_file(), words
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run_in_order_in_small(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    small = ["model.width=16", "model.depth=1", "train.steps=2", "sample.steps=2"]
+    for words in COMMANDS["README.md"]:
+        if words[:3] == ["python", "-m", "mmdiff"] and "configs/digits_joint.py" in words:
+            words = [word.replace("runs/", f"{tmp_path}/runs/") for word in words[3:]]
+            words += [f"--config.{each}" for each in small if words[0] == "train"]
+            assert main(words) == 0, (words, capsys.readouterr())
+    assert (tmp_path / "runs/a/report.json").is_file() and (tmp_path / "runs/a/labels/samples.npz").is_file()
+    assert (tmp_path / "runs/b/checkpoints").is_dir()
