@@ -24,6 +24,7 @@ REQUIRED = [
     "tensorboard>=2.20,<3",  # writes the curves, without TensorFlow, and shows them
     "tensorflow-datasets>=4.9.10,<5",  # prepares and reads its data sources without TensorFlow (4.9.7 does not)
     "array_record>=0.7,<0.9",  # what tfds.data_source reads
+    "tqdm>=4.60,<5",  # progress bars
     "importlib_resources>=6,<8",  # imported by tensorflow-datasets, not declared by it
 ]
 AUDIO = ["librosa>=0.11,<0.12", "soundfile>=0.13,<0.15"]

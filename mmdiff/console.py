@@ -1,6 +1,7 @@
 """What a person sees: every message passes `say` (stderr) or `out` (stdout), and neither ever stops the program.
 
 A terminal can be closed, a disk be full, the reader of a pipe be gone: the work goes on, and what could not be shown is dropped.
+Long work has a progress bar on a terminal and in a notebook, and plain lines elsewhere, as in a log file.
 """
 
 from __future__ import annotations
@@ -8,9 +9,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import shutil
 import sys
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
+T = TypeVar("T")
+LINE_SECONDS = 30  # where there is no bar, a line comes as often as that
 _failed: dict[str, OSError | ValueError] = {}  # "stderr" or "stdout" -> what its last message met
 
 
@@ -32,6 +38,70 @@ def is_terminal() -> bool:
         return False
 
 
+def shows_bars() -> bool:
+    """Whether a line on stderr can renew itself: on a terminal, and in a notebook."""
+    kernel = sys.modules.get("IPython")
+    shell = kernel.get_ipython() if kernel else None
+    return is_terminal() or hasattr(shell, "kernel")
+
+
+class Bar:
+    """A progress bar (tqdm) where one can be shown; elsewhere nothing, `shown` is false, and the caller's own lines tell the progress.
+
+    >>> bar = Bar(3)
+    >>> bar.update(1, "loss 0.5")
+    >>> bar.close()
+
+    Args:
+      total: how many steps there are.
+      start: how many are done.
+      unit: what one is called.
+      keeps: whether the bar stays when it is closed.
+    """
+
+    def __init__(self, total: int, *, start: int = 0, unit: str = "step", keeps: bool = True):
+        self.shown, self._bar = shows_bars(), None
+        if self.shown:
+            from tqdm import tqdm
+
+            tqdm.monitor_interval = 0  # no thread
+            width = shutil.get_terminal_size().columns
+            self._bar = tqdm(
+                total=total, initial=start, unit=f" {unit}", leave=keeps, file=_Stderr(), ncols=width, mininterval=0.5,
+                delay=0 if keeps else 1)
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` steps are done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._bar is None:
+            say(text)
+        else:
+            self._bar.clear()
+            say(text)
+            self._bar.refresh()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def progress(items: Sequence[T], unit: str) -> Iterator[T]:
+    """The items one after another, with a bar where one can be shown, and elsewhere with a line every half minute."""
+    bar, since = Bar(len(items), unit=unit, keeps=False), time.monotonic()
+    with contextlib.closing(bar):
+        for done, item in enumerate(items, 1):
+            yield item
+            bar.update(done)
+            if not bar.shown and time.monotonic() - since > LINE_SECONDS:
+                since = time.monotonic()
+                say(f"mmdiff: {unit} {done} of {len(items)}")
+
+
 def failure() -> str:
     """Why the answer on stdout is not whole: "" if it is, "pipe" if its reader has gone, else what the operating system says."""
     error = _failed.get("stdout")
@@ -44,6 +114,16 @@ def open_standard_files() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
+
+
+class _Stderr:
+    """The file of tqdm."""
+
+    def write(self, text: str) -> None:
+        _write("stderr", text, "")
+
+    def flush(self) -> None:
+        pass
 
 
 def _write(name: str, text: str, end: str) -> bool:

@@ -74,3 +74,36 @@ def test_every_message_passes_here():
                 with open(os.path.join(folder, file)) as opened:
                     found += [(file, line) for line in opened if "sys.stderr" in line or line.lstrip().startswith("print(")]
     assert not found
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_a_bar_with_lines_above_it(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = console.Bar(4, start=1)
+    bar.say("a line")
+    bar.update(3, "loss 0.5")
+    bar.close()
+    written = sys.stderr.getvalue()
+    assert bar.shown and "a line\n" in written and written.rindex("3/4") > written.index("1/4") and "loss 0.5" in written
+
+
+def test_a_log_file_gets_plain_lines(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    assert list(console.progress("abcde", "batch")) == list("abcde")
+    err = capsys.readouterr().err
+    assert err.splitlines() == ["mmdiff: batch 2 of 5", "mmdiff: batch 4 of 5"] and "\r" not in err
+
+
+def test_a_bar_on_a_terminal_that_is_gone_ends_nothing(monkeypatch):
+    class Gone(Terminal):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(console, "_failed", {})
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert list(console.progress(range(3), "batch")) == [0, 1, 2]

@@ -357,6 +357,8 @@ def test_notebook_trains_and_shows(monkeypatch, tmp_path):
     import nbformat
 
     monkeypatch.setenv("STEPS", "30")
+    monkeypatch.setenv("DRIVE", str(tmp_path / "drive"))
+    (tmp_path / "drive").mkdir()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as there
@@ -366,9 +368,10 @@ def test_notebook_trains_and_shows(monkeypatch, tmp_path):
     notebook.cells.append(probe)
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
 
-    pictures = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code]
-    assert sum(pictures) == 5  # data, curves, drawn digits, named digits, pairs
+    images = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code]
+    assert sum(images) == 6  # data, curves, sampled digits, classified digits, pairs, sevens of the run
     text = "".join(output.text for cell in code for output in cell.outputs if output.output_type == "stream")
-    assert "500 test digits are named right" in text
+    assert "500 test digits are classified right" in text and "step 30: " in text and "30/30" in text
+    assert (tmp_path / "drive/mmdiff/digits_joint/checkpoints/30").is_dir()
     values = json.loads(eval(probe.outputs[-1].data["text/plain"]))
     assert len(values) == 30 and sum(values[-5:]) < 0.9 * sum(values[:5])

@@ -169,7 +169,7 @@ ARROWS = {
     "__main__": BASE | {"arguments", "commands"},
 }
 PLAIN = {"jax", "flax", "optax", "chex", "numpy"}
-BESIDE_PLAIN = {"config": {"ml_collections"}, "aot": {"ml_collections", "libtpu"}}
+BESIDE_PLAIN = {"console": {"tqdm"}, "config": {"ml_collections"}, "aot": {"ml_collections", "libtpu"}}
 OUTER = {"data", "evals", "projects", "runs", "commands", "__main__"}  # what may import more than PLAIN; of training these modules
 OUTER_TRAINING = {"loop", "averaged_weights", "checkpoint_files", "checkpoints", "metrics_logger", "run_metadata", "skipped", "validation"}
 

@@ -70,7 +70,7 @@ def in_batches(function: Callable, params: Any, keys: jax.Array, given: Any, siz
     size = min(size, count)
     compiled = jax.jit(function)
     parts = []
-    for start in range(0, count, size):
+    for start in console.progress(range(0, count, size), "batch"):
         rows = np.minimum(np.arange(start, start + size), count - 1)  # what the last batch lacks repeats the last example
         parts.append(jax.device_get(compiled(params, keys[rows], jax.tree.map(lambda array: array[rows], given))))
     results = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)

@@ -138,7 +138,7 @@ def lost(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def exit_together() -> Iterator[None]:
     """A context (and decorator) for what all processes do together: if one fails, it ends, and so do the others.
 
     At the exit of a process JAX waits for all others, while these wait for its part of a sum: so a process that failed does not

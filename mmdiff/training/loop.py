@@ -36,7 +36,7 @@ OPTIONS = (  # what is read of config.train
 )  # fmt: skip
 
 
-@distributed.together()
+@distributed.exit_together()
 def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> State:
     """Trains to config.train.steps, from the newest checkpoint in `workdir` if there is one, and returns the final state.
 
@@ -154,11 +154,11 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             """Waits until at most `remaining` steps are in flight; true if some process was asked to stop before one."""
             asked = False
             while len(in_flight) > remaining:
-                done, sums, metrics, told = in_flight.popleft()
+                done, sums, metrics, signalled = in_flight.popleft()
                 jax.block_until_ready(sums)
                 logger.finished(done, sums)
                 skipped.finished(done, metrics, sums["skipped"].total)
-                asked |= bool(told)
+                asked |= bool(signalled)
             return asked
 
         for step in range(start + 1, options.steps + 1):
@@ -206,7 +206,7 @@ def checked(experiment: Experiment, batch: Mapping[str, np.ndarray]) -> Mapping[
     """The batch, unless its data would be silently taken for something else (a class id out of range): then UserError."""
     try:
         experiment.process.check(batch)
-        BatchLoss.of(experiment.loss).check(batch)  # of processes that are trained beside it
+        BatchLoss.of(experiment.loss).check(batch)  # of processes that are trained with it
     except ValueError as error:
         raise UserError(f"the training data does not fit the process: {error}") from error
     return batch

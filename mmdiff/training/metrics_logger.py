@@ -33,7 +33,7 @@ TIMING = ("images_per_second", "train_seconds")  # the keys of a metrics line th
 class MetricsLogger:
     """Writes metrics.jsonl, TensorBoard events, run.json and the progress on stderr; a context manager.
 
-    Only process 0 writes. On a terminal the progress is one line that renews itself; elsewhere it is a line per log step.
+    Only process 0 writes. On a terminal and in a notebook the progress is a bar; elsewhere it is a line per log step.
 
     Args:
       workdir: the run's folder.
@@ -45,7 +45,7 @@ class MetricsLogger:
     def __init__(self, workdir: str | os.PathLike, options: ml_collections.ConfigDict, start: int, seconds: float):
         self._workdir, self._options, self._start, self._before = pathlib.Path(workdir), options, start, seconds
         self._writes = jax.process_index() == 0
-        self._terminal = console.is_terminal()
+        self._bar = None
         self._events, self._file, self._loss, self._skipped = None, None, math.nan, 0
         self._began = self._printed = self._logged = time.perf_counter()
         self._logged_step, self._paused = start, 0.0
@@ -60,6 +60,8 @@ class MetricsLogger:
         return self
 
     def __exit__(self, *_) -> None:
+        if self._bar:
+            self._bar.close()
         if self._writes:
             with contextlib.suppress(OSError):  # of a full disk, which has been reported
                 self._file.close()
@@ -69,6 +71,8 @@ class MetricsLogger:
     def start_clock(self) -> None:
         """Training time runs from here."""
         self._began = self._printed = self._logged = time.perf_counter()
+        if self._writes:
+            self._bar = console.Bar(self._options.steps, start=self._start)
 
     def seconds(self) -> float:
         """Training time so far, that of earlier runs included; compilation is not."""
@@ -95,7 +99,7 @@ class MetricsLogger:
                 values["noise_scale"] = noise_scale_of(values)  # of the means: a mean of ratios would be biased
             self._loss, self._skipped = values["loss"], values["skipped"]
             self.write(step, {**values, "images_per_second": rate, "train_seconds": self.seconds()})
-        if logs or self._terminal and time.perf_counter() - self._printed > 0.5:
+        if logs or self._bar and self._bar.shown and time.perf_counter() - self._printed > 0.5:
             self._progress(step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -126,7 +130,7 @@ class MetricsLogger:
     def say(self, text: str) -> None:
         """A line on stderr."""
         if self._writes:
-            console.say(f"\r\x1b[K{text}" if self._terminal else text)
+            (self._bar or console).say(text)
 
     @contextlib.contextmanager
     def _writing(self, name: str):
@@ -145,17 +149,17 @@ class MetricsLogger:
         left = datetime.timedelta(seconds=round(per_step * (self._options.steps - step)))
         loss = f"  loss {self._loss:.4f}" if math.isfinite(self._loss) else ""
         skipped = f"  {self._skipped} skipped" if self._skipped else ""
-        text = f"step {step}/{self._options.steps}{loss}{skipped}  {self._options.global_batch / per_step:.4g} images/s  ETA {left}"
-        if not self._terminal or step == self._options.steps:
-            self.say(text)
-        elif self._writes:
-            console.say(f"\r\x1b[K{text}", end="")
+        rate = f"{self._options.global_batch / per_step:.4g} images/s"
+        if self._bar and self._bar.shown:
+            self._bar.update(step, f"{loss}{skipped}  {rate}".strip())
+        else:
+            self.say(f"step {step}/{self._options.steps}{loss}{skipped}  {rate}  ETA {left}")
 
 
 class Events:
     """TensorBoard events, without tensorflow, whose import takes longer than compiling a small model.
 
-    The first event makes TensorBoard forget what the run told of later steps before, if it went further than its last checkpoint.
+    The first event makes TensorBoard forget what the run wrote of later steps before, if it went further than its last checkpoint.
 
     Args:
       workdir: where the event file is made.

@@ -3,7 +3,7 @@
     WORKDIR/config.json         the run's config
     WORKDIR/dependencies.json   fingerprints of the frozen networks that it is trained with, if there are any
     WORKDIR/data.json           the fingerprint of its training data and the names of the classes (each checkpoint has them as well)
-    WORKDIR/checkpoints/STEP    a run that has none may begin anew with any config
+    WORKDIR/checkpoints/STEP    a run that has none may start again with any config
 """
 
 from __future__ import annotations
