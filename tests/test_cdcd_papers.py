@@ -12,7 +12,7 @@ import small_sets
 
 from mmdiff import config as configs
 from mmdiff.__main__ import main
-from mmdiff.data import token_cache
+from mmdiff.data import network_cache, token_cache
 from mmdiff.data.loader import batches
 from mmdiff.data.sources import load_all
 from mmdiff.data.token_cache import open_tokenizer, read_meta, token_source
@@ -75,7 +75,7 @@ def caches(sets, tmp_path_factory):
             experiment, _ = load("pictures_tokenizer", **underscored(TINY), data__name=SETS[name], data__dir=sets[SETS[name]])
             params = jax.jit(experiment.init)(jax.random.key(0))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(token_cache, "PIXELS", 2 * 256**2)
+                patch.setattr(network_cache, "PIXELS", 2 * 256**2)
                 assert experiment.cache.write(made[name], params, {"config": {}, "step": 0})
         return made[name]
 
@@ -114,7 +114,7 @@ def test_the_full_width_lowers(name):
 
 @pytest.mark.parametrize("name", ["imagenet256_class", *(pytest.param(name, marks=pytest.mark.slow) for name in TEXTS)])
 def test_a_step_and_a_sample_from_a_cache(name, caches, monkeypatch):
-    monkeypatch.setattr(token_cache, "PIXELS", 2 * 256**2)
+    monkeypatch.setattr(network_cache, "PIXELS", 2 * 256**2)
     cache, condition = caches(name), "text" if name in TEXTS else "label"
     experiment, _ = load(name, **underscored(small(name)), data__dir=cache, loss__count=2, train__warmup_steps=0, sample__top_p=1e-6)
     assert (experiment.frozen_deps["tokenizer"]() == token_cache.read_meta(cache)["fingerprint"]) == (name not in TEXTS)  # words count, too
