@@ -1,4 +1,4 @@
-"""What the fields of a network and of its streams may hold: one check that all of them pass when they are constructed."""
+"""One check of the fields of networks and their streams, at construction."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from mmdiff.checks import number, short
 from mmdiff.errors import UserError
 
-LAYERS, SIZES, ENTRIES = 1024, 65_536, 2**24  # above them no network is meant, and none would be built in a minute
+LAYERS, SIZES, ENTRIES = 1024, 65_536, 2**24  # larger values are mistakes, and would take minutes to trace
 LIMITS = {"depth": LAYERS, "head_depth": LAYERS, "text_depth": LAYERS, "shared": LAYERS, "encoder_blocks": LAYERS, "decoder_blocks": LAYERS}
 LIMITS |= dict.fromkeys(("classes", "states", "vocabulary", "labels", "length", "count", "codes", "genres", "samples", "times"), ENTRIES)
-OR_NONE = {"shared", "head_depth", "encoder_blocks", "decoder_blocks"}  # of which none is a choice
+OR_NONE = {"shared", "head_depth", "encoder_blocks", "decoder_blocks"}  # which may be 0
 
 
 class Network(nn.Module):
@@ -27,7 +27,7 @@ class Network(nn.Module):
 
 
 def check_fields(owner: Any) -> None:
-    """Raises UserError, one sentence with the field's name, at the first field of a dataclass that no network can have.
+    """Raises UserError, which names the field, at the first field of a dataclass with an impossible value.
 
     Fields that are declared as integers are sizes: whole numbers of 1 or more (0 where that is the default or in `OR_NONE`), at most as
     many as `LIMITS` or `SIZES` says. Those declared as floats are finite, and above 0 (or 0 where that is the default). A `width` is a

@@ -1,7 +1,7 @@
-"""Reads a compiled program (`compiled.as_text()`): what it sends between devices and what it moves through device memory.
+"""Communication and memory traffic of a compiled program, from its HLO text (`compiled.as_text()`).
 
-The text lists computations, each a list of instructions; fusions, loops and calls name the computations that they run. Everything
-here is counted per device and per run of the program, a loop's body as often as it runs.
+The text lists computations, each a list of instructions; fusions, loops and calls name the computations that they run. All counts are
+per device and per run of the program, a loop's body as often as it runs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast",
 )  # fmt: skip
-# Instructions that move nothing: they name, group or end what another one began. Custom calls go by their target.
+# Instructions that move no data: they name, group or complete the work of others. Custom calls are listed by their target.
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "while", "conditional",
     "call", "opt-barrier", "async-start", "async-update", "add-dependency", "recv", "AllocateBuffer", "ConcatBitcast",
     "AssumeGatherIndicesInBound", "AsyncCollectiveDone",
 }  # fmt: skip
-SLICES = ("slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start")  # they read what they return, not their whole operand
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # they write one operand, this one, into another in place
+SLICES = ("slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start")  # read as much as they return
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # write this operand into the first in place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +76,14 @@ class Computation(dict[str, Instruction]):
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """What the devices exchange by one instruction.
+    """One collective instruction.
 
     Attributes:
       kind: one of `COLLECTIVES`.
       bytes: of a device's operands.
-      groups: the devices that exchange with each other, by their position in the mesh: [groups, devices of each]. Of a permutation:
-        the pairs (source, target).
+      groups: positions of devices in the mesh, [groups, devices of each]; of a permutation the pairs (source, target).
       times: how often it runs.
-      network: it goes over the data-centre network, to the same device of every other slice, and has no groups.
+      network: over the data-centre network, to the same device of every other slice; without groups.
     """
 
     kind: str
@@ -101,7 +100,7 @@ class Program:
         program.collectives(), program.traffic()
 
     Attributes:
-      unknown_loops: the loops that do not say how often they run; their bodies are counted once.
+      unknown_loops: the loops with an unknown trip count; their bodies are counted once.
     """
 
     def __init__(self, text: str):
@@ -117,7 +116,7 @@ class Program:
         self._runs = self._count_runs(next(reversed(self._computations)))
 
     def collectives(self) -> list[Collective]:
-        """Every exchange between devices."""
+        """All collectives, in the order of the text."""
         found = []
         for times, computation, instruction in self._executed(self._runs):
             kind = instruction.opcode.removesuffix("-start")
@@ -133,8 +132,8 @@ class Program:
     def traffic(self) -> int:
         """Bytes read from and written to the device's main memory.
 
-        The sum over instructions of what they read and write, a fusion being one instruction. Buffers that the compiler keeps in
-        fast memory do not count, slices count for their own size, not their source's, and all shapes with their padding.
+        The sum over instructions of their reads and writes, a fusion being one instruction. Buffers in fast memory do not count, slices
+        count with their own size, not their source's, and all shapes with their padding.
         """
         fused = {name for c in self._computations.values() for i in c.values() if i.opcode == "fusion" for name in i.called("calls")}
         runs = {name: times for name, times in self._runs.items() if name not in fused}

@@ -1,4 +1,4 @@
-"""What large batches ask of an optimizer beyond optax's constructors: learning rates that follow the batch, and scanned layers.
+"""What optax's constructors lack for large batches and scanned layers: scaled learning rates, masks, and per-layer Muon and LAMB.
 
 An optimizer is an ordinary constructor call in a config. With `rate` a number or a schedule:
 
@@ -29,10 +29,13 @@ LAYERS = r"(^|/)block(s|_\d+)/"  # scanned or not
 
 
 def scaled(rate: float, batch: int, base_batch: int, rule: str) -> float:
-    """The learning rate for `batch` examples, if `rate` is the one for `base_batch`.
+    """The learning rate for `batch` examples where `rate` suits `base_batch`.
 
-    With k = batch / base_batch: "none" leaves it, "linear" makes it k rate (SGD; Goyal et al. 2017, with warm-up), "sqrt" makes it
-    sqrt(k) rate (Adam and its kind; Malladi et al. 2022). Both hold while the batch is below the gradient's noise scale.
+    With k = batch / base_batch: rate ("none"), k rate ("linear": SGD with warm-up, Goyal et al. 2017), or sqrt(k) rate ("sqrt": Adam and
+    its kind, Malladi et al. 2022). The rules hold while the batch is below the gradient's noise scale.
+
+    >>> scaled(1e-4, 1024, 256, "sqrt")
+    0.0002
 
     Raises:
       UserError: another rule, or batches that are not positive.
@@ -46,7 +49,11 @@ def scaled(rate: float, batch: int, base_batch: int, rule: str) -> float:
 
 
 def warmup(rate: float, steps: int) -> optax.Schedule:
-    """`rate min(1, (step + 1) / steps)`: a linear start, then constant; `steps` 0 is none. The first step moves already."""
+    """`rate min(1, (step + 1) / steps)`: linear warm-up, then constant; constant from the start for `steps` 0.
+
+    >>> [float(warmup(0.5, 2)(step)) for step in range(3)]
+    [0.25, 0.5, 0.5]
+    """
     return lambda step: rate * jnp.minimum(1.0, (step + 1) / max(steps, 1))
 
 
@@ -92,7 +99,7 @@ def vq_diffusion(train: Any, mask: Any = None) -> optax.GradientTransformationEx
 
 
 class Plateau(NamedTuple):
-    """What `plateau` keeps: updates done, the factor on the rate, the best loss and the updates since it was found."""
+    """The state of `plateau`: updates done, the factor on the rate, the best loss and the updates since it was found."""
 
     count: jax.Array
     factor: jax.Array
@@ -103,14 +110,14 @@ class Plateau(NamedTuple):
 def plateau(
     rate: float, warmup_steps: int, patience: int, start: float = 3e-6, threshold: float = 0.1, floor: float = 1e-6
 ) -> optax.GradientTransformationExtraArgs:
-    """The released VQ-Diffusion's and CDCD's learning rate; it stands last in a chain, `optax.scale_by_learning_rate` by another rule.
+    """The learning rate of the released VQ-Diffusion and CDCD, the last link of a chain in place of `optax.scale_by_learning_rate`.
 
-    For `warmup_steps` updates it rises linearly from `start` to `rate`. From then on it is halved, down to `floor`, whenever `patience`
-    updates on end brought no batch whose loss is below `best - threshold |best|`, best being the lowest such loss so far. As a
-    single batch is seldom that lucky, that is about one halving every `patience` updates.
+    For `warmup_steps` updates it rises linearly from `start` to `rate`. Then it is halved, down to `floor`, whenever `patience` updates
+    in a row had no batch with a loss below `best - threshold |best|`, best being the lowest such loss so far. As a single batch is seldom
+    that lucky, it is halved about every `patience` updates.
 
-    The step passes the loss as `value`. Rates are per update, whatever the batch. With losses below zero the released code calls
-    `best (1 - threshold)` an improvement, which is above best; here it is below, for either sign.
+    The step passes the loss as `value`. Rates are per update, whatever the batch. For losses below zero the released code takes
+    `best (1 - threshold)`, which is above best; here the bound is below best for either sign.
     """
 
     def init(params):
@@ -138,12 +145,16 @@ def plateau(
 
 
 def all_but(pattern: str):
-    """A mask for weight decay: True for the weights whose path, "params/encoder/...", a regular expression does not find."""
+    """A mask for weight decay: True for the weights whose path, "params/encoder/...", does not match a regular expression.
+
+    >>> all_but("/bias$")({"params": {"out": {"kernel": 0, "bias": 0}}})
+    {'params': {'out': {'bias': False, 'kernel': True}}}
+    """
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: not re.search(pattern, _name(path)), params)
 
 
 def muon_dimensions(params: Any) -> Any:
-    """For `optax.contrib.muon`: the kernels of the transformer's layers, one matrix [in, out] each; all else goes to AdamW.
+    """`muon_weight_dimension_numbers` of `optax.contrib.muon`: kernels of blocks, one matrix [in, out] each; AdamW for the rest.
 
     Embeddings, biases and the layers at the network's ends are AdamW's (Jordan et al. 2024). Leading dimensions, a scanned
     network's depth, are a batch of matrices.

@@ -1,4 +1,4 @@
-"""Lifelines between the processes of a run: each knows at once when another is gone, and ends with a clear error.
+"""Lifelines between the processes of a run: each is notified at once when another is gone, and ends with a clear error.
 
 JAX's coordination service does the same later, or by aborting with a stack of C++ functions: at once if process 0 is gone, as its client
 then loses its connection. So every process i > 0 reaches the service through a relay of its own, which never breaks, and process 0
