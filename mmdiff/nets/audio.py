@@ -29,16 +29,16 @@ FLOOR = 1e-3  # of a magnitude under the logarithm; a full sine has 0.5
 class AudioAutoencoder(Autoencoder):
     """Waveforms [B, samples] in [-1, 1] <-> tokens int32 [B, samples / hop] in 0..codes-1: 44,032 samples are 344 tokens of 128.
 
-    It takes any number of samples that the hop divides; `samples` is what an example has. Jukebox's stacks of convolutions of stride 2
-    are here one product for each level (stride 8, 4, 4), with residual blocks before and behind it.
+    Any number of samples that the hop divides is encoded; an example has `samples`. Jukebox's stacks of convolutions of stride 2 are here
+    one product for each level (stride 8, 4, 4), with residual blocks before and after it.
 
     Attributes:
       samples: of an example.
       hop: samples for a token: 8, 32 or 128, which take one, two or three levels.
       codes, code_size: entries of the codebook and their dimension.
       widths: channels at 8, 32 and 128 samples for a position.
-      encoder_blocks, decoder_blocks: residual blocks there, with dilations 1, 3, 9, ... Many in the decoder at the last level are cheap
-        and let a token tell what a sound begins, and those behind it little.
+      encoder_blocks, decoder_blocks: residual blocks there, with dilations 1, 3, 9, ... At the last level many are cheap in the decoder;
+        they let a token encode the onset of a sound, and the tokens after it little.
     """
 
     samples: int
@@ -75,7 +75,7 @@ class AudioAutoencoder(Autoencoder):
 
 
 class Encoder(nn.Module):
-    """[B, samples] -> [B, samples / product of strides, size]. Beside the samples it sees their mu-law, in which the quiet ones count."""
+    """[B, samples] -> [B, samples / product of strides, size]. Its input is the samples and their mu-law, in which quiet ones count."""
 
     strides: Sequence[int]
     widths: Sequence[int]
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way back: [B, length, size] -> [B, length * product of strides]."""
+    """The decoder: [B, length, size] -> [B, length * product of strides]."""
 
     strides: Sequence[int]
     widths: Sequence[int]

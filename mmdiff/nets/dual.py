@@ -54,7 +54,7 @@ class DualStream(DiffusionTransformer):
       reinject: the noised query is added before every block (the paper's), else before the first.
       head_depth, head_width, head_heads: M blocks after the trunk over query and image, with weights of their own; width and heads are
         the trunk's where they are 0.
-      pooled: the mean of the caption's tokens modulates the image in generation, beside its time (SD3's).
+      pooled: the mean of the caption's tokens modulates the image in generation, together with its time (as in SD3).
       captions: the caption has an output, for a process that diffuses it ("mmdit" alone).
       logits: initial scale and bias: CLIP's 1 / 0.07; SigLIP starts from (10, -10).
       width, heads, ...: see `Transformer` and `DiffusionTransformer`.

@@ -36,7 +36,7 @@ class TextEncoder(Transformer):
     @nn.compact
     def __call__(self, ids):
         if ids.shape[1:] != (self.length,):
-            raise UserError(f"this text encoder reads {self.length} ids a text, not {ids.shape[1:]}: pad or cut the texts.")
+            raise UserError(f"this text encoder takes {self.length} ids a text, not {ids.shape[1:]}: pad or cut the texts.")
         check_ids("text", ids, self.vocabulary)
         embed = partial(nn.Embed, features=self.width, embedding_init=normal, dtype=self.dtype)
         h = embed(self.vocabulary, name="tokens_in")(ids) + embed(self.length, name="columns")(jnp.arange(self.length))

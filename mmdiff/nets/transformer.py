@@ -197,7 +197,7 @@ class Attention(nn.Module):
 
         Args:
           streams: tokens by name.
-          visible: name -> bool [B, N], False for what no token may see; a stream that is left out is seen.
+          visible: name -> bool [B, N], False for masked tokens; a stream that is left out is not masked.
           cache: keys and values of streams that are not there, from an earlier call.
         """
         made = _Layers(self.weights, self.parts, self.dtype)
@@ -212,8 +212,8 @@ class Attention(nn.Module):
             k, v = (_join(pair) for pair in zip(*(keys[other] for other in read)))
             mask = None
             if any(other in visible for other in read):
-                seen = [visible[other] if other in visible else jnp.ones(keys[other][0].shape[:2], bool) for other in read]
-                mask = jnp.concatenate(seen, axis=1)[:, None, None]
+                masks = [visible[other] if other in visible else jnp.ones(keys[other][0].shape[:2], bool) for other in read]
+                mask = jnp.concatenate(masks, axis=1)[:, None, None]
             out = attention(q, k, v, mask, self.backend).reshape(*q.shape[:2], -1)
             updates[name] = made(Dense, name, "out", features=out.shape[-1], kernel_init=self.init)(out)
         return updates, {name: keys[name] for name in streams}
@@ -236,7 +236,7 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, context, mask=None):
-        """`mask`: bool [B, M], False for what no token may see; without any key the update is 0."""
+        """`mask`: bool [B, M], False for masked tokens; without any key the update is 0."""
 
         def dense(features, name, x):
             return Dense(features, kernel_init=self.init, dtype=self.dtype, name=self.prefix + name)(x)
@@ -293,7 +293,7 @@ class Block(nn.Module):
           streams: name -> tokens [B, N, W].
           conditions: name -> [B, W].
           visible, cache: as in `Attention`.
-          context: (tokens [B, M, C], bool [B, M]) for `cross_stream`; False hides one.
+          context: (tokens [B, M, C], bool [B, M]) for `cross_stream`; False masks one.
           added: name -> [B, N, D], which is added to the stream by a product of this block.
         """
         names, streams, weights, parts = sorted(streams), dict(streams), self.weights or {}, ()

@@ -205,7 +205,7 @@ _ending = threading.Lock()
 
 
 def _relayed(coordinator: str, process: int) -> dict[str, str | int]:
-    """Ties this process to the others; -> what `jax.distributed.initialize` is to be told. Raises UserError if the port is in use."""
+    """Ties this process to the others; -> arguments for `jax.distributed.initialize`. Raises UserError if the port is in use."""
     global _peers
     host, _, port = coordinator.rpartition(":")
     _peers = Peers(process, lambda other: _end(f"process {other} of this run is gone"), HEARTBEAT_SECONDS)

@@ -107,7 +107,7 @@ class Program:
         self._computations = dict(_parse(text))
         self._devices = math.prod(map(int, re.findall(r"(?:replica_count|num_partitions)=(\d+)", text.partition("\n")[0])))
         # The TPU compiler spreads a collective over fusions that compute something else: one starts it, the others repeat it.
-        # (Channels alone do not tell them: different collectives of a program may have the same number.)
+        # (Channels do not identify them: different collectives of a program may have the same number.)
         every = [(c, i) for c in self._computations.values() for i in c.values()]
         started = [c[name] for c, i in every if i.opcode == "AsyncCollectiveStart" for name in i.operands]
         names, marks = {i.name for i in started}, {_mark(i) for i in started if _channel(i)}

@@ -61,7 +61,7 @@ class Peers:
         return relay.getsockname()[1]
 
     def leave(self, in_peace: bool) -> None:
-        """This process ends: it looks at the others no more. If not `in_peace`, they find it gone when it is."""
+        """This process ends and watches the others no more. If not `in_peace`, they will find it gone."""
         if self._closing:
             return
         self._closing = True
@@ -104,7 +104,7 @@ class Peers:
                 time.sleep(min(self._silence / 8, 5.0))
 
     def _join(self, near: socket.socket, far: socket.socket, hold: bool) -> None:
-        """Relays between the two. With `hold`, an end of the far one is not passed on: the lifeline tells what it means."""
+        """Relays between the two. With `hold`, a close of the far one is not passed on: the lifeline reports what it means."""
         _quick(near), _quick(far)
         self._start(_relay, near, far)
         _relay(far, near, close=not hold)

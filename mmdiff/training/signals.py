@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# What asks a process to stop: a scheduler or a person; a closed terminal; what Slurm and its like are told to send before a time limit.
+# What asks a process to stop: a scheduler or a person; a closed terminal; what Slurm and its like can send before a time limit.
 SAVING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name))
 REPEATED = 1.0
 
 
 class Signals:
-    """A context in which the first signal that asks to stop (one of SAVING) is noted, not obeyed. What is ignored, as by nohup, stays so.
+    """A context that records the first signal to stop (one of SAVING) instead of ending. A signal that is ignored, as by nohup, stays so.
 
     Closing a terminal or ending a group of processes may deliver one signal twice: within REPEATED seconds it counts once, but for Ctrl-C.
 

@@ -297,7 +297,7 @@ def test_text_features():
     np.testing.assert_allclose(apply(params, ids[::-1])[::-1], out, atol=1e-5)
     with pytest.raises(ValueError, match="text must lie in 0..5, got values from 0 to 6"):
         encoder.apply(params, ids.at[0, 0].set(6))
-    with pytest.raises(ValueError, match="reads 3 ids a text, not"):
+    with pytest.raises(ValueError, match="takes 3 ids a text, not"):
         encoder.apply(params, ids[:, :2])
 
 

@@ -140,5 +140,5 @@ def test_the_loss_and_its_gradients(name, by_hand, logits):
 
 
 def test_texts_of_another_length_are_refused():
-    with pytest.raises(UserError, match="reads 6 ids a text"):
+    with pytest.raises(UserError, match="takes 6 ids a text"):
         read(weights(), X["text"][:, :5])
