@@ -8,6 +8,6 @@ __all__, __getattr__, __dir__ = lazily(
     checkpoints="Checkpoints",
     loop="train",
     optim="adamw",
-    sharding="make_mesh place place_state shardings specs",
+    sharding="init_sharded_state make_mesh partition_specs shard_batch shardings",
     step="State init_state make_step step_of",
 )
