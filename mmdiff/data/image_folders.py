@@ -161,6 +161,9 @@ def _named_parts(folder: pathlib.Path, kind: str) -> dict[str, str]:
     present = files.folders(folder)
     named = {part: [name for name in names if name in present] for part, names in PARTS.items()}
     clear = present == named["train"] or named["val"] or named["test"] or kind == "caption"
+    held_out = [name for name in named["val"] + named["test"] if files.folders(folder / name)]
+    if not named["train"] and held_out and kind == "label":
+        raise UserError(f"there is no folder {folder / 'train'}: with {folder / held_out[0]} belongs {folder}/train/CLASS.")
     if not named["train"] or not (clear or kind == "label" and files.folders(folder / "train")):
         return {}  # a class may be called train
     if len(named["val"]) > 1:
