@@ -12,16 +12,14 @@ Measured (seed 0, 500 test digits, EMA weights, two CPU cores; settings chosen o
 14 minutes of training on two CPU cores shared with much other work.
 """
 
-import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Images, Labels
-from mmdiff.experiment import Experiment, initialiser
+from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Images, Labels
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
 from mmdiff.projects.digits.digits import NAMES, digits_source
 from mmdiff.projects.digits.joint_image_label import JointImageLabel
+from mmdiff.training import optim
 
 
 def get_config():
@@ -32,57 +30,27 @@ def get_config():
         # classifier from learning 1,097 images by heart; image without label.
         "times": {"joint": 0.38, "image_given_label": 0.25, "label_given_image": 0.09, "label_given_noisy": 0.2, "image_alone": 0.08},
         "label_weight": 0.4,
-        "train": {
-            "steps": 3200, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
-            "learning_rate": 2.5e-3, "warmup_steps": 100, "weight_decay": 0.7, "clip": 1.0,
-            "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=3200, global_batch=128, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.7, clip=1.0, eval_every=500),
         "sample": {"steps": 12, "guidance": 1.4, "guided_during": (0.2, 0.7)},  # times of the image
         "eval": {"batch": 250},
     })
 
 
-def early(t):
-    """Joint samples settle their label in the first half of the trajectory, while the image is still mostly noise and can follow it."""
-    return jnp.maximum(2.0 * t - 1.0, 0.0)
-
-
 def build(config):
     process = Joint(image=Gaussian(schedules.flow(), velocity), label=absorbing(10))
     net = nets.MMDiT(
-        modalities={"image": nets.Patches(8, 8, 1, config.model.patch), "label": nets.Label(states=11, classes=10)},
-        depth=config.model.depth, width=config.model.width, heads=config.model.heads, shared=True, scan=False)
-
-    noisy, given, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
-    when = times.mixture(
-        (config.times.joint, times.joint(image=noisy, label=noisy)),
-        (config.times.image_given_label, times.joint(image=noisy, label=given)),
-        (config.times.label_given_image, times.joint(image=given, label=absent)),
-        (config.times.label_given_noisy, times.joint(image=times.uniform(0.0, 0.7), label=absent)),
-        (config.times.image_alone, times.joint(image=noisy, label=absent)))
-    terms = {
-        "image": (1.0, losses.on("image", process.parts["image"].loss)),
-        "label": (config.label_weight, losses.on("label", process.parts["label"].loss)),
-    }
-
-    train = config.train
-    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"image": (8, 8, 1), "label": ()}
+        {"image": nets.Patches(8, 8, 1, config.model.patch), "label": nets.Label(states=11, classes=10)}, shared=True,
+        **nets.options(config.model, without="patch"))
+    noise_levels = times.image_label(config.times)
+    # Joint samples settle their label in the first half of the trajectory, while the image is still mostly noise and can follow it.
+    sampler = {
+        "drop": ("label",), "paths": {"label": sampling.settled_at(0.5)}, "heun": True,
+        "guided_during": ("image", *config.sample.guided_during)}
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, when, terms),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
-        train_data=lambda: digits_source("train"),
-        validation_data=lambda: digits_source("validation"),
-        test_data=lambda: digits_source("test"),
-        shape=shape,
-        sample=sampling.make_sampler(
-            process, net.apply, shape, drop=("label",), paths={"label": early}, heun=True,
-            guided_during=("image", *config.sample.guided_during)),
+        process=process, net=net,
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(10, synonyms=NAMES)},
-        evaluators=(JointImageLabel(batch=config.eval.batch),),
-    )
+        loss=losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, image=1.0, label=config.label_weight)),
+        optimizer=optim.adamw(config.train), data=digits_source,
+        sampler=sampler,
+        evaluators=(JointImageLabel(batch=config.eval.batch),))

@@ -77,14 +77,16 @@ def named(vectors, towers, data):
     return metrics
 
 
-def silent(experiment, config, module):
+def silent(experiment, config):
     """The experiment of naming by a query of zeros: the vector is told of the image in one call, and no noise goes in."""
     aligner = experiment.evaluators[0].aligner
     process = Joint(image=experiment.process.parts["image"], query=Given(0.0))
-    when = times.joint(query=times.constant(1.0), image=module.beheld(config.times))
+    shares = config.times
+    pictured = times.joint(query=1.0, image=times.mixture(
+        (shares.clean, 0.0), (shares.noisy, times.uniform(0.0, 0.7)), (shares.dropped, 1.0)))
     apply = functools.partial(aligner.net.apply, tasks=("align",))
     term = matching.embedding_loss(aligner.query, "query", config.query.loss)
-    loss = losses.combine(name=(config.query.weight, losses.diffusion(process, apply, when, {config.query.loss: (1.0, term)})))
+    loss = losses.combine(name=(config.query.weight, losses.diffusion(process, apply, pictured, {config.query.loss: (1.0, term)})))
 
     def vectors(params, keys, images):
         x, t = {"image": images, "query": jnp.zeros((len(images), aligner.size))}, jnp.zeros(len(images))
@@ -124,7 +126,7 @@ def run(seed, data, overrides):
     towers, aligner = experiment.evaluators[0].towers, experiment.evaluators[0].aligner
     scenes_of = {split: load_all(scenes.Scenes(split, 16, COUNT)) for split in SPLITS}
     if data == "without noise":
-        experiment, told = silent(experiment, config, module)
+        experiment, told = silent(experiment, config)
     params, seconds = experiments.train(experiment, config)
     metrics = {}
     if data == "without noise":

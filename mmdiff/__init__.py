@@ -13,5 +13,5 @@ __all__, __getattr__, __dir__ = lazily(
     __name__,
     "contrastive", "data", "evals", "grids", "guidance", "losses", "matching", "nets", "processes", "sampling", "schedules", "times",
     "training", "transforms",
-    errors="UserError", experiment="Experiment initialiser", runs="open_run Run",
+    defaults="training_config", errors="UserError", experiment="Experiment initialiser", runs="open_run Run",
 )

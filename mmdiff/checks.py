@@ -81,7 +81,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     (r"temperature", Range(0, 1e6, above=True)),
     # of sampling
     (r"guidance", GUIDANCE),
-    (r"(steps|calls|draws)", NETWORK_CALLS),
+    (r"(steps|sampling_steps|draws)", NETWORK_CALLS),
     (r"top_p", Range(0, 1, above=True)),
     # of networks
     (r"codes", Range(2, 2**20)),

@@ -241,9 +241,12 @@ def _part(file: pathlib.Path, names: list[str]) -> dict[str, Any]:
         name = wanted.pop()
         for statement in binds.get(name, ()) if name not in seen else ():
             neighbour = file.parent / f"{getattr(statement, 'module', None)}.py"
-            if isinstance(statement, ast.ImportFrom) and not statement.level and neighbour.is_file():
+            if isinstance(statement, ast.ImportFrom):
                 alias = next(alias for alias in statement.names if (alias.asname or alias.name) == name)
-                space[name] = _part(neighbour, [alias.name])[alias.name]
+                if not statement.level and neighbour.is_file():
+                    space[name] = _part(neighbour, [alias.name])[alias.name]
+                else:  # of several names the one alone: others may take seconds to import
+                    chosen.append(ast.copy_location(ast.ImportFrom(statement.module, [alias], statement.level), statement))
             elif statement not in chosen:
                 chosen.append(statement)
                 wanted += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {"eval.calls": "eval.sampling_steps"}
 ADDED: dict[str, Any] = {}
 METRICS: dict[str, str] = {
     "cosine_read": "cosine_predicted", "error_read": "error_predicted", "error_read_mean": "error_predicted_mean",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,14 @@ def spaced_grid(steps: int, chain: int) -> jax.Array:
         nodes.append(round(place) + 1)  # half to even, and the rounding of repeated addition, as published
         place += (chain - 1) / (steps - 1)
     return jnp.asarray([*reversed(nodes), 0], jnp.result_type(float)) / chain
+
+
+def settled_at(time: float) -> Callable[[jax.Array], jax.Array]:
+    """A path of `make_sampler`: a modality that is clean once the trajectory is at `time`, `max(t - time, 0) / (1 - time)`.
+
+    Joint samples then settle their label while the image is still mostly noise and can follow it.
+    """
+    return lambda t: jnp.maximum(t - time, 0.0) / (1 - time)
 
 
 def karras_grid(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
-from mmdiff.losses import InBatchTerm
+from mmdiff.losses import InBatchTerm, Term, on
 from mmdiff.processes.base import Process
 
 
@@ -56,6 +56,11 @@ def embedding_loss(process: Process, of: str, loss: str = "infonce") -> InBatchT
         return l2_normalize(x0_hat), l2_normalize(x0), _logits(out)
 
     return InBatchTerm(embed, _compared(loss))
+
+
+def terms(process: Process, of: str, loss: str = "infonce") -> dict[str, tuple[float, Term]]:
+    """The terms of a loss of diffused embeddings: `embedding_loss` under its name, or with "mse" the regression on the same vectors."""
+    return {loss: (1.0, on(of, process.loss) if loss == "mse" else embedding_loss(process, of, loss))}
 
 
 def clip_loss(one: str = "image_vector", other: str = "text_vector", loss: str = "infonce") -> InBatchTerm:

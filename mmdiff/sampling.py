@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.errors import UserError
-from mmdiff.grids import karras_grid, spaced_grid, uniform_grid
+from mmdiff.grids import karras_grid, settled_at, spaced_grid, uniform_grid
 from mmdiff.guidance import autoguided, dropped, guided, head_guided, interval
 from mmdiff.processes.base import Process, concrete, fold
 from mmdiff.transforms import (
@@ -44,8 +44,8 @@ from mmdiff.transforms import (
 
 __all__ = [
     "SamplerState", "Transform", "autoguided", "clip", "confidence", "dpmpp_2m", "following", "guided", "head_guided", "interval",
-    "karras_grid", "make_sampler", "only", "released_stride", "sample", "sampled", "spaced_grid", "start", "temperature", "threshold",
-    "top_p", "uniform_grid",
+    "karras_grid", "make_sampler", "only", "released_stride", "sample", "sampled", "settled_at", "spaced_grid", "start", "temperature",
+    "threshold", "top_p", "uniform_grid",
 ]
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -264,16 +264,34 @@ def conditional(*conditions: str, dropout: float, **noisy: Times) -> Times:
         (share, joint(**noisy, **dict.fromkeys(conditions, time))) for share, time in ((1 - dropout, 0.0), (dropout, 1.0))))
 
 
-def multitask(target: str, other: str, noisy: Times, **shares: float) -> Times:
-    """MT-Diffusion's times of an `Aggregate`, by the shares of what an example trains (Chen et al. 2024): `known=0.4, hidden=0.4, ...`.
+def image_label(shares: Mapping[str, float]) -> Times:
+    """Times of one network for pairs, images of a label, labels of an image and images alone, by the shares of the examples:
+
+    joint (both noisy), image_given_label, label_given_image, label_given_noisy (an image at t up to 0.7, which keeps the classifier from
+    learning the training images by heart), image_alone.
+    """
+    noisy = uniform()
+    return mixture(
+        (shares["joint"], joint(image=noisy, label=noisy)),
+        (shares["image_given_label"], joint(image=noisy, label=0.0)),
+        (shares["label_given_image"], joint(image=0.0, label=1.0)),
+        (shares["label_given_noisy"], joint(image=uniform(0.0, 0.7), label=1.0)),
+        (shares["image_alone"], joint(image=noisy, label=1.0)))
+
+
+def multitask(
+    target: str, other: str, noisy: Times, shares: Mapping[str, float], order: Sequence[str] = ("known", "hidden", "absent", "clean")
+) -> Times:
+    """MT-Diffusion's times of an `Aggregate`, by the shares of what an example trains (Chen et al. 2024):
 
     known: the target given the other modality (X). hidden: the other is in the target's mean alone, at one time with it (U).
-    absent: the target alone (plain DDPM). clean: the other is to be predicted from a clean target.
+    absent: the target alone (plain DDPM). clean: the other is to be predicted from a clean target. In which `order` the mixture has them
+    decides which random number is whose.
     """
     rules = {
         "known": joint(**{target: noisy, other: 0.0}), "hidden": shared(target, other, times=noisy),
         "absent": joint(**{target: noisy, other: 1.0}), "clean": joint(**{target: 0.0, other: 1.0})}
-    return mixture(*((share, rules[name]) for name, share in shares.items()))
+    return mixture(*((shares[name], rules[name]) for name in order))
 
 
 def mixture(*choices: tuple[float, Times | float]) -> Times:

@@ -187,7 +187,8 @@ for value, *words in (
     ("sample.steps=1000000000", "at most 100,000"), ("sample.guidance=nan", "a finite number"),
     ("sample.guidance=inf", "a finite number"), ("sample.guidance=1e39", "at most 10,000"), ("sample.top_p=0", "above 0 and at most 1"),
     ("sample.top_p=86", "above 0 and at most 1"), ("sample.top_p=nan", "above 0 and at most 1"), ("sample.top_p=-0.5", "above 0"),
-    ("eval.batch=0", "1 or more"), ("eval.batch=-1", "1 or more"), ("eval.examples=0", "1 or more"), ("eval.calls=8,0", "1 or more"),
+    ("eval.batch=0", "1 or more"), ("eval.batch=-1", "1 or more"), ("eval.examples=0", "1 or more"),
+    ("eval.sampling_steps=8,0", "1 or more"),
     ("data.classes=-1", "0 or more"), ("data.size=0", "1 or more"), ("data.size=1000000", "at most 65,536"),
 ):  # fmt: skip
     key = value.partition("=")[0]

@@ -30,16 +30,11 @@ here. By the ahead-of-time report on 16 chips of v5e: 434.8M parameters with the
 20 ms at least, which the links bound: there is one segment a chip.
 """
 
-import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Features, Labels
-from mmdiff.data.network_cache import network_fingerprint
-from mmdiff.data.sources import Subset
+from mmdiff import Experiment, contrastive, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Features, Labels, Subset, network_fingerprint, published
 from mmdiff.data.token_cache import decoder, open_tokens
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.dance.aist import SEGMENTS, Segments
 from mmdiff.projects.dance.dance import RATE, TICK
@@ -59,17 +54,13 @@ def get_config():
         "data": {"source": "tokens", "dir": "", "name": "aist", "seconds": 2, "video": False},  # or random
         "model": {"width": 1024, "depth": 19, "heads": 16, "dtype": "bfloat16", "remat": "none", "scan": True},
         "dance": {"width": 1024, "depth": 2, "heads": 16, "stride": 4, "fused": True, "freeze": False},
-        "chain": {"steps": 80, "evidence": False},
-        "dropout": 0.1,
+        "chain": {"steps": 80, "evidence": False}, "dropout": 0.1,
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
         "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
-        "train": {
-            "steps": 41_450, "global_batch": 16, "microbatches": 1, "ema": 0.9996, "start": "",
-            "learning_rate": 2e-4, "warmup_steps": 1000, "patience": 60_000, "weight_decay": 4.5e-2, "clip": 0.5,
-            "log_every": 100, "eval_every": 2000, "checkpoint_every": 2000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=41_450, global_batch=16, ema=0.9996, eval_every=2000, log_every=100,
+            learning_rate=2e-4, warmup_steps=1000, patience=60_000, weight_decay=4.5e-2, clip=0.5),
         "sample": {"steps": 80, "guidance": 1.0, "top_p": 0.86},
         # Held-out ones that are measured, evenly spread over all of them; segments: their own folder, for the real music.
         "eval": {"examples": 512, "segments": "", "batch": 64},
@@ -77,65 +68,40 @@ def get_config():
 
 
 def build(config):
-    data, steps, train, computed = config.data, config.chain.steps, config.train, dict(config.model)
-    computed["dtype"] = jnp.dtype(computed["dtype"])
-    common = {name: computed[name] for name in ("dtype", "remat", "scan")}
+    data, steps, dance, count = config.data, config.chain.steps, config.dance, config.eval.examples
     fps, numbers = SEGMENTS[data.name]
-    genres = data.name == "aist"  # TikTok has none
-
-    dance = dict(config.dance)
-    how = {name: dance.pop(name) for name in ("fused", "freeze")}
-    motion = nets.MotionEncoder(**dance, **common, fps=fps)
-    encoder = nets.DanceEncoder(motion, genres=len(GENRES) + 1 if genres else 0, video=data.video, dtype=common["dtype"], **how)
+    genres = GENRES if data.name == "aist" else ()  # TikTok has none
+    model = nets.options(config.model)
+    computed = {name: model[name] for name in ("dtype", "remat", "scan")}
+    motion = nets.MotionEncoder(fps=fps, **nets.options({**dance, **computed}, without=("fused", "freeze")))
+    encoder = nets.DanceEncoder(
+        motion, genres=len(genres) + 1 if genres else 0, video=data.video, dtype=model["dtype"], fused=dance.fused, freeze=dance.freeze)
     net = nets.cdcd(
-        NETWORKS[data.name, data.seconds], modality="music", context=encoder.conditions, encoder=encoder, times=steps, **computed)
+        NETWORKS[data.name, data.seconds], modality="music", context=encoder.conditions, encoder=encoder, times=steps, **model)
     modalities = {
         "music": TokenAudio(data.seconds * RATE // TICK, CODES, decoder(data.dir) if data.dir else None),
         "motion": Motion(data.seconds * fps, numbers // 3),
-        **({"genre": Labels(len(GENRES), GENRES, name="genre")} if genres else {}),
-        **({"video": Features(VIDEO, name="video")} if data.video else {}),
-    }
-    shape = {name: modality.shape for name, modality in modalities.items()}
-
+        **({"genre": Labels(len(genres), genres, name="genre")} if genres else {}),
+        **({"video": Features(VIDEO, name="video")} if data.video else {})}
     music = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
-    nulls = {name: len(GENRES) if name == "genre" else 0.0 for name in encoder.conditions}
-    process = Joint(music=music, **{name: Given(null) for name, null in nulls.items()})
-    noisy = times.importance(steps, "vlb")
-    when = times.mixture(*(
-        (share, times.joint(music=noisy, **{name: times.constant(time) for name in nulls}))
-        for share, time in ((1 - config.dropout, 0.0), (config.dropout, 1.0))))
-    others = contrastive.inter(config.loss.count, by="genre" if genres else "motion")
-    form = contrastive.form(config.form, config.temperature)
-    terms = contrastive.cdcd(music, steps, of="music", given="motion", falling=False, others=others, form=form, **config.loss)
+    process = Joint(music=music, **{name: Given(len(genres) if name == "genre" else 0.0) for name in encoder.conditions})
+    noise_levels = times.conditional(*encoder.conditions, dropout=config.dropout, music=times.importance(steps, "vlb"))
+    terms = contrastive.cdcd(
+        music, steps, of="music", given="motion", falling=False, form=contrastive.form(config.form, config.temperature),
+        others=contrastive.inter(config.loss.count, by="genre" if genres else "motion"), **config.loss)
 
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(train.clip),
-        optax.scale_by_adam(b1=0.9, b2=0.96),
-        optax.add_decayed_weights(train.weight_decay, optim.all_but(encoder.FROZEN) if how["freeze"] else None),
-        optim.plateau(train.learning_rate, train.warmup_steps, train.patience))
-    decode = modalities["music"].decode
+    def clips(split, count=count):
+        split = {"validation": VALIDATION[data.name]}.get(split, split)
+        return Subset(Segments(config.eval.segments, split, data.name, data.seconds), count)
 
-    held_out = {"validation": VALIDATION[data.name], "test": "test"}
-
-    def clips(split, count=config.eval.examples):
-        return Subset(Segments(config.eval.segments, held_out.get(split, split), data.name, data.seconds), count)
-
-    judged = MusicForDances(
-        decode, clips=clips, training=lambda: clips("train", CLASSIFIED * config.eval.examples),
-        genres=GENRES if genres else (), given=tuple(nulls), count=config.eval.examples, batch=config.eval.batch)
-    truncated = sampling.only("music", sampling.top_p(config.sample.top_p))
+    metrics = MusicForDances(
+        modalities["music"].decode, clips=clips, training=lambda: clips("train", CLASSIFIED * count), genres=genres,
+        given=tuple(encoder.conditions), count=count, batch=config.eval.batch)
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, when, terms),
-        optimizer=optimizer,
-        train_data=lambda: open_tokens(data, "train", modalities),
-        validation_data=lambda: Subset(open_tokens(data, held_out["validation"], modalities), config.eval.examples),
-        test_data=lambda: Subset(open_tokens(data, held_out["test"], modalities), config.eval.examples),
-        shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, drop=tuple(nulls), transforms=(truncated,)),
-        modalities=modalities,
+        process=process, net=net, modalities=modalities,
+        loss=losses.diffusion(process, net.apply, noise_levels, terms),
+        optimizer=optim.vq_diffusion(config.train, optim.all_but(encoder.FROZEN) if dance.freeze else None),
+        data=published(lambda split: open_tokens(data, split, modalities), count, VALIDATION[data.name], "test"),
+        sampler={"transforms": [sampling.only("music", sampling.top_p(config.sample.top_p))]},
         frozen_deps={"tokenizer": lambda: network_fingerprint(data.dir)},
-        evaluators=(judged,) if config.eval.segments else (),
-    )
+        evaluators=(metrics,) if config.eval.segments else ())

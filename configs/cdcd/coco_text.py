@@ -26,17 +26,11 @@ On 16 chips of v5e, by the ahead-of-time report: 99.0M parameters, 63.2M of them
 53 ms at least (compiled in two to three minutes).
 """
 
-import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Labels
-from mmdiff.data.network_cache import network_fingerprint
-from mmdiff.data.sources import Subset
+from mmdiff import Experiment, contrastive, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Labels, Texts, TokenImages, network_fingerprint, published
 from mmdiff.data.token_cache import decoder, open_tokenizer, open_tokens
-from mmdiff.data.token_modalities import Texts, TokenImages
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim
 
@@ -50,63 +44,39 @@ def get_config():
         "data": {"source": "tokens", "dir": "", "classes": 0},  # or random
         "model": {"width": 192, "depth": 18, "heads": 16, "dtype": "bfloat16", "remat": "none", "scan": True},
         "text": {"width": 512, "depth": 12, "heads": 8, "freeze": False},
-        "chain": {"steps": 80, "evidence": False},
-        "text_dropout": 0.1,
+        "chain": {"steps": 80, "evidence": False}, "text_dropout": 0.1,
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
         "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
-        "train": {
-            "steps": 1_294_000, "global_batch": 32, "microbatches": 1, "ema": 0.9996, "start": "",
-            "learning_rate": 2e-4, "warmup_steps": 1000, "patience": 60_000, "weight_decay": 4.5e-2, "clip": 0.5,
-            "log_every": 100, "eval_every": 10_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=1_294_000, global_batch=32, ema=0.9996, eval_every=10_000, checkpoint_every=5_000, log_every=100,
+            learning_rate=2e-4, warmup_steps=1000, patience=60_000, weight_decay=4.5e-2, clip=0.5),
         "sample": {"steps": 80, "guidance": 1.0, "top_p": 0.85},
         "eval": {"examples": 2048},  # held-out ones whose loss is measured, evenly spread over all of them
     })
 
 
 def build(config):
-    data, steps, train = config.data, config.chain.steps, config.train
+    data, steps = config.data, config.chain.steps
     tokens = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
     process = Joint(tokens=tokens, text=Given(null=0))
-    computed = {**config.model, "dtype": jnp.dtype(config.model.dtype)}
-    common = {name: computed[name] for name in ("dtype", "remat", "scan")}
-    encoder = nets.TextEncoder(VOCABULARY, LENGTH, normalise=True, **config.text, **common)
-    net = nets.cdcd("coco", encoder=encoder, times=steps, **computed)
-
-    noisy = times.importance(steps, "vlb")
-    when = times.mixture(
-        (1 - config.text_dropout, times.joint(tokens=noisy, text=times.constant(0.0))),
-        (config.text_dropout, times.joint(tokens=noisy, text=times.constant(1.0))))
+    model = nets.options(config.model)
+    encoder = nets.TextEncoder(
+        VOCABULARY, LENGTH, normalise=True, **config.text, **{name: model[name] for name in ("dtype", "remat", "scan")})
+    net = nets.cdcd("coco", encoder=encoder, times=steps, **model)
+    modalities = {
+        "tokens": TokenImages(*GRID, CODES, decode=decoder(data.dir) if data.dir else None), "text": Texts(open_tokenizer(data, LENGTH)),
+        **({"label": Labels(data.classes)} if data.classes else {})}
     # Negatives of another condition: of another class where there are classes, else of another caption.
     others = contrastive.inter(config.loss.count, by="label" if data.classes else "text")
-    form = contrastive.form(config.form, config.temperature)
-    terms = contrastive.cdcd(tokens, steps, of="tokens", given="text", others=others, form=form, **config.loss)
-
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(train.clip),
-        optax.scale_by_adam(b1=0.9, b2=0.96),
-        optax.add_decayed_weights(train.weight_decay, optim.all_but("/encoder/") if config.text.freeze else None),
-        optim.plateau(train.learning_rate, train.warmup_steps, train.patience))
-
-    decode = decoder(data.dir) if data.dir else None
-    modalities = {"tokens": TokenImages(*GRID, CODES, decode=decode), "text": Texts(open_tokenizer(data, LENGTH))}
-    shape = {name: modality.shape for name, modality in modalities.items()}
-    if data.classes:
-        modalities["label"] = Labels(data.classes)
-    truncated = sampling.only("tokens", sampling.top_p(config.sample.top_p))
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, when, terms),
-        optimizer=optimizer,
-        train_data=lambda: open_tokens(data, "train", modalities),
-        validation_data=lambda: Subset(open_tokens(data, "val", modalities), config.eval.examples),
-        test_data=lambda: Subset(open_tokens(data, "val", modalities), config.eval.examples),  # the set has no third part with answers
-        shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, drop=("text",), transforms=(truncated,)),
-        modalities=modalities,
-        frozen_deps={"tokenizer": lambda: network_fingerprint(data.dir)},
-    )
+        process=process, net=net, modalities=modalities,
+        loss=losses.diffusion(
+            process, net.apply, times.conditional("text", dropout=config.text_dropout, tokens=times.importance(steps, "vlb")),
+            contrastive.cdcd(
+                tokens, steps, of="tokens", given="text", others=others, form=contrastive.form(config.form, config.temperature),
+                **config.loss)),
+        optimizer=optim.vq_diffusion(config.train, optim.all_but("/encoder/") if config.text.freeze else None),
+        data=published(lambda split: open_tokens(data, split, modalities), config.eval.examples),
+        sampler={"transforms": [sampling.only("tokens", sampling.top_p(config.sample.top_p))]},
+        frozen_deps={"tokenizer": lambda: network_fingerprint(data.dir)})

@@ -19,10 +19,8 @@ On 16 chips of v5e, by the ahead-of-time report: 99.0M parameters, 9.2 GB a chip
 six minutes).
 """
 
-from coco_text import build
+from coco_text import build as build
 from coco_text import get_config as coco
-
-__all__ = ["build", "get_config"]
 
 
 def get_config():

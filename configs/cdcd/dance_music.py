@@ -23,14 +23,11 @@ of music on one CPU core, 6.5 s in ten steps. Cost: 2.5M parameters, 50 minutes 
 were not tuned.
 """
 
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Labels
-from mmdiff.data.network_cache import network_fingerprint
+from mmdiff import Experiment, contrastive, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Labels, network_fingerprint
 from mmdiff.data.token_cache import decoder, open_tokens
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.dance.dance import DanceMusic
 from mmdiff.projects.dance.music import MusicForDances
@@ -54,67 +51,45 @@ def get_config():
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
         "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
-        "train": {
-            "steps": 2000, "global_batch": 32, "microbatches": 1, "ema": 0.995, "start": "",
-            "learning_rate": 2e-3, "warmup_steps": 100, "weight_decay": 0.05, "clip": 1.0,
-            "log_every": 50, "eval_every": 500, "checkpoint_every": 250, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=2000, global_batch=32, ema=0.995, learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, clip=1.0,
+            eval_every=500, checkpoint_every=250),
         "sample": {"steps": 40, "guidance": 1.5, "top_p": 0.86},  # truncated as released
         "eval": {"clips": 200, "batch": 50},
     })
 
 
 def build(config):
-    data, steps, model, train = config.data, config.chain.steps, config.model, config.train
+    data, steps, dance, dropout = config.data, config.chain.steps, config.dance, config.dropout
     music = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
     process = Joint(music=music, motion=Given(0.0), genre=Given(null=len(GENRES)))
-    model, dance = dict(model), dict(config.dance)
-    model["aligned"] = SECONDS * FPS // dance["stride"] if model["aligned"] else 0
-    how = {name: dance.pop(name) for name in ("fused", "freeze")}
-    encoder = nets.DanceEncoder(nets.MotionEncoder(**dance, fps=FPS, scan=False), genres=len(GENRES) + 1, **how)
+    encoder = nets.DanceEncoder(
+        nets.MotionEncoder(fps=FPS, **nets.options(dance, without=("fused", "freeze"))),
+        genres=len(GENRES) + 1, fused=dance.fused, freeze=dance.freeze)
     net = nets.TokenTransformer(
-        classes=CODES, grid=(1, LENGTH), modality="music", seconds=SECONDS, context=encoder.conditions, encoder=encoder, **model,
-        scan=False)
-
-    noisy, dropout = times.importance(steps, "vlb"), config.dropout
-    when = times.mixture(*(
-        (share, times.joint(music=noisy, motion=times.constant(motion), genre=times.constant(genre)))
-        for share, motion, genre in (
-            (1 - dropout.both - dropout.motion - dropout.genre, 0.0, 0.0),
-            (dropout.both, 1.0, 1.0), (dropout.motion, 1.0, 0.0), (dropout.genre, 0.0, 1.0))))
-    # Negatives of other clips are of other genres.
-    others, form = contrastive.inter(config.loss.count, by="genre"), contrastive.form(config.form, config.temperature)
-    terms = contrastive.cdcd(music, steps, of="music", given="motion", falling=False, others=others, form=form, **config.loss)
-
-    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    decays = optim.all_but(encoder.FROZEN) if how["freeze"] else None
-    decode = decoder(data.dir)
+        classes=CODES, grid=(1, LENGTH), modality="music", seconds=SECONDS, context=encoder.conditions, encoder=encoder,
+        aligned=SECONDS * FPS // dance.stride if config.model.aligned else 0, **nets.options(config.model, without="aligned"))
     modalities = {
-        "music": TokenAudio(LENGTH, CODES, decode),
+        "music": TokenAudio(LENGTH, CODES, decoder(data.dir)),
         "motion": Motion(SECONDS * FPS, len(PARENTS), PARENTS),
-        "genre": Labels(len(GENRES), GENRES, name="genre"),
-    }
-    shape = {name: modality.shape for name, modality in modalities.items()}
-    truncation = sampling.only("music", sampling.top_p(config.sample.top_p))
+        "genre": Labels(len(GENRES), GENRES, name="genre")}
+    noisy = times.importance(steps, "vlb")
+    noise_levels = times.mixture(
+        (1 - dropout.both - dropout.motion - dropout.genre, times.joint(music=noisy, motion=0.0, genre=0.0)),
+        (dropout.both, times.joint(music=noisy, motion=1.0, genre=1.0)),
+        (dropout.motion, times.joint(music=noisy, motion=1.0, genre=0.0)),
+        (dropout.genre, times.joint(music=noisy, motion=0.0, genre=1.0)))
+    terms = contrastive.cdcd(
+        music, steps, of="music", given="motion", falling=False, form=contrastive.form(config.form, config.temperature),
+        others=contrastive.inter(config.loss.count, by="genre"), **config.loss)  # negatives of other clips are of other genres
+    metrics = MusicForDances(
+        modalities["music"].decode, clips=DanceMusic, training=lambda: DanceMusic("train"), genres=GENRES,
+        count=config.eval.clips, batch=config.eval.batch, parents=PARENTS)
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, when, terms),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay, mask=decays)),
-        train_data=lambda: open_tokens(data, "train", modalities),
-        validation_data=lambda: open_tokens(data, "validation", modalities),
-        test_data=lambda: open_tokens(data, "test", modalities),
-        shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, ("motion", "genre"), transforms=[truncation]),
-        modalities=modalities,
+        process=process, net=net, modalities=modalities,
+        loss=losses.diffusion(process, net.apply, noise_levels, terms),
+        optimizer=optim.adamw(config.train, optim.all_but(encoder.FROZEN) if dance.freeze else None),
+        data=lambda split: open_tokens(data, split, modalities),
+        sampler={"transforms": [sampling.only("music", sampling.top_p(config.sample.top_p))]},
         frozen_deps={"tokenizer": lambda: network_fingerprint(data.dir)},
-        evaluators=(
-            MusicForDances(
-                decode, clips=DanceMusic, training=lambda: DanceMusic("train"), genres=GENRES,
-                count=config.eval.clips, batch=config.eval.batch, parents=PARENTS),
-            Speed(given=("motion", "genre"), seconds=SECONDS, batch=config.eval.batch),
-        ),
-    )
+        evaluators=(metrics, Speed(given=("motion", "genre"), seconds=SECONDS, batch=config.eval.batch)))

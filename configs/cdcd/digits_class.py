@@ -15,18 +15,16 @@ metrics, whose standard errors are 0.004 and 0.009. Cost: 1.08M parameters, six 
 samplers at fewer steps as well (the table is in configs/cdcd/README.md) and took a quarter of an hour on cores shared with other work.
 """
 
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Labels
-from mmdiff.data.token_modalities import TokenImages
+from mmdiff import Experiment, contrastive, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Labels, TokenImages
 from mmdiff.errors import UserError
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.digits.calls import Calls
 from mmdiff.projects.digits.class_token_images import ClassTokenImages
 from mmdiff.projects.digits.digits import NAMES, digits_tokens
+from mmdiff.training import optim
 
 CLASSES, LEVELS = 10, 17  # the null label is CLASSES
 
@@ -35,64 +33,38 @@ def get_config():
     return ConfigDict({
         "seed": 0,
         "model": {"width": 128, "depth": 4, "heads": 4, "patch": 2, "mlp_ratio": 4.0},
-        "chain": {"steps": 80, "evidence": True},
-        "label_dropout": 0.1,
+        "chain": {"steps": 80, "evidence": True}, "label_dropout": 0.1,
         # The released weights; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
         "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
-        "train": {
-            "steps": 1500, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
-            "learning_rate": 2e-3, "warmup_steps": 100, "weight_decay": 0.5, "clip": 1.0,
-            "log_every": 50, "eval_every": 250, "checkpoint_every": 250, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=1500, global_batch=128, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.5, clip=1.0, eval_every=250),
         "sample": {"steps": 80, "guidance": 1.2},
-        "eval": {"batch": 250, "calls": (80, 40, 20, 10)},  # steps of the samplers that are compared
+        "eval": {"batch": 250, "sampling_steps": (80, 40, 20, 10)},  # of the samplers that are compared
     })
 
 
 def build(config):
-    steps, model, train = config.chain.steps, config.model, config.train
+    steps = config.chain.steps
     tokens = MaskReplace(LEVELS, schedules.vqd_released(steps), config.chain.evidence)
     process = Joint(tokens=tokens, label=Given(null=CLASSES))
-    net = nets.TokenTransformer(
-        classes=LEVELS, grid=(8, 8), depth=model.depth, width=model.width, heads=model.heads, labels=CLASSES + 1,
-        mlp_ratio=model.mlp_ratio, patch=model.patch, scan=False)
-
-    noisy = times.importance(steps, "vlb")
-    when = times.mixture(
-        (1 - config.label_dropout, times.joint(tokens=noisy, label=times.constant(0.0))),
-        (config.label_dropout, times.joint(tokens=noisy, label=times.constant(1.0))))
-    form = contrastive.form(config.form, config.temperature)
-    terms = contrastive.cdcd(tokens, steps, of="tokens", given="label", form=form, **config.loss)
-
-    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"tokens": (64,), "label": ()}
-    drop = ("label",)
+    net = nets.TokenTransformer(classes=LEVELS, grid=(8, 8), labels=CLASSES + 1, **nets.options(config.model))
 
     def released(calls):  # one call more than those asked for, at t = 1 / steps
         if steps % calls:
-            raise UserError(f"config.eval.calls: the released trajectory needs a divisor of the chain's {steps} steps, not {calls}.")
+            raise UserError(f"config.eval.sampling_steps: the released sampler needs a divisor of the chain's {steps} steps, not {calls}.")
         grid, stride = sampling.released_stride(steps, steps // calls - 1)
         return grid, [sampling.only("tokens", stride)]
 
     metrics = ClassTokenImages(bound_steps=steps, batch=config.eval.batch)
-    strided = {"released": sampling.make_sampler(process, net.apply, shape, drop, grid=released)}
+    compared = ["conditional_agreement", "classification_accuracy_score", "frechet_ratio"]
+    strided = {"released": sampling.make_sampler(process, net.apply, {"tokens": (64,), "label": ()}, ("label",), grid=released)}
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, when, terms),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
-        train_data=lambda: digits_tokens("train"),
-        validation_data=lambda: digits_tokens("validation"),
-        test_data=lambda: digits_tokens("test"),
-        shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, drop),
+        process=process, net=net,
         modalities={"tokens": TokenImages(8, 8, LEVELS), "label": Labels(CLASSES, synonyms=NAMES)},
-        evaluators=(
-            metrics,
-            Calls(metrics, ["conditional_agreement", "classification_accuracy_score", "frechet_ratio"], config.eval.calls, strided),
-        ),
-    )
+        loss=losses.diffusion(
+            process, net.apply, times.conditional("label", dropout=config.label_dropout, tokens=times.importance(steps, "vlb")),
+            contrastive.cdcd(
+                tokens, steps, of="tokens", given="label", form=contrastive.form(config.form, config.temperature), **config.loss)),
+        optimizer=optim.adamw(config.train), data=digits_tokens,
+        evaluators=(metrics, Calls(metrics, compared, config.eval.sampling_steps, strided)))

@@ -25,17 +25,11 @@ On 16 chips of v5e, by the ahead-of-time report: 517.8M parameters, 15.9 GB a ch
 two minutes). config.train.mesh.data=1 with mesh.fsdp=16 splits the state, 8.3 GB of these.
 """
 
-import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Labels
-from mmdiff.data.network_cache import network_fingerprint
-from mmdiff.data.sources import Subset
+from mmdiff import Experiment, contrastive, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Labels, TokenImages, network_fingerprint, published
 from mmdiff.data.token_cache import decoder, open_tokens
-from mmdiff.data.token_modalities import TokenImages
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim
 
@@ -47,56 +41,31 @@ def get_config():
         "seed": 0,
         "data": {"source": "tokens", "dir": ""},  # or random
         "model": {"width": 512, "depth": 24, "heads": 16, "dtype": "bfloat16", "remat": "none", "scan": True},
-        "chain": {"steps": 80, "evidence": False},
-        "label_dropout": 0.1,
+        "chain": {"steps": 80, "evidence": False}, "label_dropout": 0.1,
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
         "loss": {"auxiliary": 1e-3, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
         "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
-        "train": {
-            "steps": 667_000, "global_batch": 192, "microbatches": 1, "ema": 0.9996, "start": "",
-            "learning_rate": 4.5e-4, "warmup_steps": 5000, "patience": 100_000, "weight_decay": 4.5e-2, "clip": 0.5,
-            "log_every": 100, "eval_every": 10_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=667_000, global_batch=192, ema=0.9996, eval_every=10_000, checkpoint_every=5_000, log_every=100,
+            learning_rate=4.5e-4, warmup_steps=5000, patience=100_000, weight_decay=4.5e-2, clip=0.5),
         "sample": {"steps": 80, "guidance": 1.0, "top_p": 0.86},
         "eval": {"examples": 2048},  # held-out ones whose loss is measured, evenly spread over all of them
     })
 
 
 def build(config):
-    data, steps, train = config.data, config.chain.steps, config.train
+    data, steps = config.data, config.chain.steps
     tokens = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
     process = Joint(tokens=tokens, label=Given(null=CLASSES))
-    net = nets.cdcd("imagenet", labels=CLASSES + 1, times=steps, **{**config.model, "dtype": jnp.dtype(config.model.dtype)})
-
-    noisy = times.importance(steps, "vlb")
-    when = times.mixture(
-        (1 - config.label_dropout, times.joint(tokens=noisy, label=times.constant(0.0))),
-        (config.label_dropout, times.joint(tokens=noisy, label=times.constant(1.0))))
-    form = contrastive.form(config.form, config.temperature)
-    terms = contrastive.cdcd(tokens, steps, of="tokens", given="label", form=form, **config.loss)
-
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(train.clip),
-        optax.scale_by_adam(b1=0.9, b2=0.96),
-        optax.add_decayed_weights(train.weight_decay),
-        optim.plateau(train.learning_rate, train.warmup_steps, train.patience))
-
-    decode = decoder(data.dir) if data.dir else None
-    modalities = {"tokens": TokenImages(*GRID, CODES, decode=decode), "label": Labels(CLASSES)}
-    shape = {name: modality.shape for name, modality in modalities.items()}
-    truncated = sampling.only("tokens", sampling.top_p(config.sample.top_p))
+    net = nets.cdcd("imagenet", labels=CLASSES + 1, times=steps, **nets.options(config.model))
+    modalities = {"tokens": TokenImages(*GRID, CODES, decode=decoder(data.dir) if data.dir else None), "label": Labels(CLASSES)}
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, when, terms),
-        optimizer=optimizer,
-        train_data=lambda: open_tokens(data, "train", modalities),
-        validation_data=lambda: Subset(open_tokens(data, "val", modalities), config.eval.examples),
-        test_data=lambda: Subset(open_tokens(data, "val", modalities), config.eval.examples),  # the set has no third part with answers
-        shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, drop=("label",), transforms=(truncated,)),
-        modalities=modalities,
-        frozen_deps={"tokenizer": lambda: network_fingerprint(data.dir)},
-    )
+        process=process, net=net, modalities=modalities,
+        loss=losses.diffusion(
+            process, net.apply, times.conditional("label", dropout=config.label_dropout, tokens=times.importance(steps, "vlb")),
+            contrastive.cdcd(
+                tokens, steps, of="tokens", given="label", form=contrastive.form(config.form, config.temperature), **config.loss)),
+        optimizer=optim.vq_diffusion(config.train),
+        data=published(lambda split: open_tokens(data, split, modalities), config.eval.examples),
+        sampler={"transforms": [sampling.only("tokens", sampling.top_p(config.sample.top_p))]},
+        frozen_deps={"tokenizer": lambda: network_fingerprint(data.dir)})

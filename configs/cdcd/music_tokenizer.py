@@ -18,19 +18,21 @@ coverage and hit are 1.0 whatever is played. Cost: 0.55M parameters, 45 minutes 
 core); beats and genres are there after 750 steps.
 """
 
-import optax
+from functools import partial
+
 from ml_collections import ConfigDict
 
-from mmdiff.data.network_cache import CacheWriter
-from mmdiff.data.sources import Subset
+from mmdiff import Experiment, training_config
+from mmdiff.data import CacheWriter, Subset, published
 from mmdiff.errors import UserError
-from mmdiff.experiment import Experiment, reconstructing
+from mmdiff.experiment import reconstructing
 from mmdiff.nets.audio import AudioAutoencoder, audio_loss
 from mmdiff.projects.dance.aist import Segments
 from mmdiff.projects.dance.dance import COUNTS, RATE, TICK, DanceMusic
 from mmdiff.projects.dance.music import CLASSIFIED, MusicReconstructions
 from mmdiff.projects.dance.sounds import Waveforms
 from mmdiff.projects.dance.styles import GENRES
+from mmdiff.training import optim
 
 SPLITS = {"dance_music": tuple(COUNTS), "aist": ("train", "val", "test"), "tiktok": ("train", "test")}
 VALIDATION = {"dance_music": "validation", "aist": "val", "tiktok": "test"}  # TikTok is published without one
@@ -43,42 +45,31 @@ def get_config():
         "model": {
             "hop": 128, "codes": 512, "code_size": 16, "widths": (32, 64, 128), "encoder_blocks": (1, 1, 2), "decoder_blocks": (1, 2, 4)},
         "loss": {"crop": 86 * TICK, "waveform": 1.0, "spectral": 1.0, "windows": (2048, 512, 128), "commitment": 0.25, "revive": 1.0},
-        "train": {
-            "steps": 2000, "global_batch": 16, "microbatches": 1, "ema": 0.99, "start": "",
-            "learning_rate": 2e-3, "warmup_steps": 50, "weight_decay": 1e-4, "clip": 1.0,
-            "log_every": 50, "eval_every": 0, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=2000, global_batch=16, ema=0.99, learning_rate=2e-3, warmup_steps=50, weight_decay=1e-4, clip=1.0,
+            eval_every=0, checkpoint_every=500),
         "sample": {"steps": 1, "guidance": 1.0},
     })
 
 
 def build(config):
-    data, train = config.data, config.train
+    data = config.data
     if data.name not in SPLITS:
         raise UserError(f"config.data.name is {data.name!r}: choose one of {', '.join(SPLITS)}.")
     samples = data.seconds * RATE // TICK * TICK
     net = AudioAutoencoder(samples, **config.model)
 
     def clips(split):
-        own = data.name == "dance_music"
-        return DanceMusic(split, data.seconds) if own else Segments(data.dir, split, data.name, data.seconds, data.video)
+        synthetic = data.name == "dance_music"
+        return DanceMusic(split, data.seconds) if synthetic else Segments(data.dir, split, data.name, data.seconds, data.video)
 
-    splits = {split: lambda split=split: clips(split) for split in SPLITS[data.name]}
+    def training():  # the lists of real segments may go genre by genre
+        return clips("train") if data.name == "dance_music" else Subset(clips("train"), CLASSIFIED * MusicReconstructions.count)
 
-    # The lists of real segments may go genre by genre.
-    training = splits["train"] if data.name == "dance_music" else lambda: Subset(splits["train"](), CLASSIFIED * MusicReconstructions.count)
-    judged = MusicReconstructions(net, training, () if data.name == "tiktok" else GENRES, config.loss.windows)
-    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
     return Experiment(
         **reconstructing(net, "audio"),
-        loss=audio_loss(net, **config.loss),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
-        train_data=splits["train"],
-        validation_data=splits[VALIDATION[data.name]],
-        test_data=splits["test"],
         modalities={name: Waveforms(samples, name=name) for name in ("audio", "reconstruction")},
-        evaluators=(judged,),
-        cache=CacheWriter(net, splits, image="audio", tokens="music"),
-    )
+        loss=audio_loss(net, **config.loss),
+        optimizer=optim.adamw(config.train), data=published(clips, validation=VALIDATION[data.name], test="test"),
+        evaluators=(MusicReconstructions(net, training, () if data.name == "tiktok" else GENRES, config.loss.windows),),
+        cache=CacheWriter(net, {split: partial(clips, split) for split in SPLITS[data.name]}, image="audio", tokens="music"))

@@ -19,18 +19,16 @@ numbers of classes, is trained from nothing on the set itself by the squared err
 compare Fréchet distances of its images with theirs. It has not been trained here.
 """
 
-import functools
+from functools import cache, partial
 
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff.data import image_datasets
-from mmdiff.data.modalities import Images
-from mmdiff.data.network_cache import CacheWriter
-from mmdiff.data.sources import Subset
+from mmdiff import Experiment, training_config
+from mmdiff.data import CacheWriter, Images, image_datasets, published
 from mmdiff.evals.tokenizer import Reconstructions
-from mmdiff.experiment import Experiment, reconstructing
+from mmdiff.experiment import reconstructing
 from mmdiff.nets.tokenizers import VQAutoencoder, vq_loss
+from mmdiff.training import optim
 
 SIZE = 256
 CLASS = {"codes": 974, "halvings": 4, "multipliers": (1, 1, 2, 4)}  # of configs/cdcd/imagenet256_class.py
@@ -43,37 +41,27 @@ def get_config():
         "data": {"name": "imagenet2012", "dir": "", "damaged": 0.0},
         "model": {"code_size": 8, "features": 64, "encoder_blocks": 2, "decoder_blocks": 2},
         "loss": {"commitment": 0.25, "revive": 1.0},
-        "train": {
-            "steps": 200_000, "global_batch": 64, "microbatches": 1, "ema": 0.999, "start": "",
-            "learning_rate": 3e-4, "warmup_steps": 1000, "weight_decay": 1e-4, "clip": 1.0,
-            "log_every": 100, "eval_every": 10_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=200_000, global_batch=64, ema=0.999, learning_rate=3e-4, warmup_steps=1000, weight_decay=1e-4, clip=1.0,
+            eval_every=10_000, checkpoint_every=5_000, log_every=100),
         "sample": {"steps": 1, "guidance": 1.0},
         "eval": {"pictures": 1000},  # held-out ones, evenly spread over all of them, and as many of training
     })
 
 
 def build(config):
-    data, train = config.data, config.train
-    net = VQAutoencoder(SIZE, SIZE, 3, **(TEXT if data.name in image_datasets.CAPTIONS else CLASS), **config.model)
+    data, captioned = config.data, config.data.name in image_datasets.CAPTIONS
+    net = VQAutoencoder(SIZE, SIZE, 3, **(TEXT if captioned else CLASS), **config.model)
     # Only `cache` needs the captions.
-    tokenizer = functools.cache(lambda: image_datasets.tokenizer(data.name, data.dir)) if data.name in image_datasets.CAPTIONS else None
+    tokenizer = cache(lambda: image_datasets.tokenizer(data.name, data.dir)) if captioned else None
 
     def split(name, tokenizer=None):
         return image_datasets.open_image_dataset(data, name, SIZE, tokenizer() if tokenizer else None)
 
-    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    modalities = {name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")}
     return Experiment(
         **reconstructing(net),
+        modalities={name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")},
         loss=vq_loss(net, **config.loss),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
-        train_data=lambda: split("train"),
-        validation_data=lambda: Subset(split("val"), config.eval.pictures),
-        test_data=lambda: Subset(split("val"), config.eval.pictures),  # the set has no third part with answers
-        modalities=modalities,
+        optimizer=optim.adamw(config.train), data=published(split, config.eval.pictures),
         evaluators=(Reconstructions(net, pool=16),),
-        cache=CacheWriter(net, {name: functools.partial(split, name, tokenizer) for name in ("train", "val")}, tokenizer=tokenizer),
-    )
+        cache=CacheWriter(net, {name: partial(split, name, tokenizer) for name in ("train", "val")}, tokenizer=tokenizer))

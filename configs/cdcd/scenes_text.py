@@ -18,14 +18,11 @@ standard error is 0.010. At guidance 1.5 0.852 and 1.11; without truncation, at 
 two CPU cores shared with other work.
 """
 
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import contrastive, losses, nets, sampling, schedules, times
-from mmdiff.data.network_cache import network_fingerprint
+from mmdiff import Experiment, contrastive, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Texts, TokenImages, network_fingerprint
 from mmdiff.data.token_cache import decoder, token_source
-from mmdiff.data.token_modalities import Texts, TokenImages
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.scenes import scenes
 from mmdiff.projects.scenes.captioned_scenes import CaptionedScenes
@@ -40,56 +37,35 @@ def get_config():
         "data": {"dir": "runs/scenes_tokens"},
         "model": {"width": 128, "depth": 4, "heads": 4, "patch": 2, "mlp_ratio": 4.0, "pooled": True},
         "text": {"width": 96, "depth": 1, "heads": 4, "freeze": False},
-        "chain": {"steps": 80, "evidence": True},
-        "text_dropout": 0.1,
+        "chain": {"steps": 80, "evidence": True}, "text_dropout": 0.1,
         # The released weights; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
         "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
-        "train": {
-            "steps": 4000, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
-            "learning_rate": 2e-3, "warmup_steps": 200, "weight_decay": 0.05, "clip": 1.0,
-            "log_every": 50, "eval_every": 1000, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=4000, global_batch=128, ema=0.998, learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, clip=1.0,
+            eval_every=1000, checkpoint_every=500),
         "sample": {"steps": 40, "guidance": 2.0, "top_p": 0.86},  # truncated as released
         "eval": {"batch": 250},
     })
 
 
 def build(config):
-    steps, model, train = config.chain.steps, config.model, config.train
+    steps, tokenizer = config.chain.steps, scenes.tokenizer()
     tokens = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
     process = Joint(tokens=tokens, text=Given(null=0))
-    tokenizer = scenes.tokenizer()
     encoder = nets.TextEncoder(tokenizer.size, tokenizer.length, scan=False, **config.text)
-    net = nets.TokenTransformer(
-        classes=CODES, grid=GRID, depth=model.depth, width=model.width, heads=model.heads, context=("text",),
-        encoder=encoder, pooled=model.pooled, mlp_ratio=model.mlp_ratio, patch=model.patch, scan=False)
-
-    noisy = times.importance(steps, "vlb")
-    when = times.mixture(
-        (1 - config.text_dropout, times.joint(tokens=noisy, text=times.constant(0.0))),
-        (config.text_dropout, times.joint(tokens=noisy, text=times.constant(1.0))))
-    others, form = contrastive.inter(config.loss.count, by="text"), contrastive.form(config.form, config.temperature)
-    decays = optim.all_but("/encoder/") if config.text.freeze else None
-    terms = contrastive.cdcd(tokens, steps, of="tokens", given="text", others=others, form=form, **config.loss)
-
-    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"tokens": (GRID[0] * GRID[1],), "text": (tokenizer.length,)}
-    truncation = sampling.only("tokens", sampling.top_p(config.sample.top_p))
+    net = nets.TokenTransformer(classes=CODES, grid=GRID, context=("text",), encoder=encoder, **nets.options(config.model))
+    others = contrastive.inter(config.loss.count, by="text")
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, when, terms),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay, mask=decays)),
-        train_data=lambda: token_source(config.data.dir, "train"),
-        validation_data=lambda: token_source(config.data.dir, "validation"),
-        test_data=lambda: token_source(config.data.dir, "test"),
-        shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, ("text",), transforms=[truncation]),
+        process=process, net=net,
         modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(tokenizer)},
+        loss=losses.diffusion(
+            process, net.apply, times.conditional("text", dropout=config.text_dropout, tokens=times.importance(steps, "vlb")),
+            contrastive.cdcd(
+                tokens, steps, of="tokens", given="text", others=others, form=contrastive.form(config.form, config.temperature),
+                **config.loss)),
+        optimizer=optim.adamw(config.train, optim.all_but("/encoder/") if config.text.freeze else None),
+        data=lambda split: token_source(config.data.dir, split),
+        sampler={"transforms": [sampling.only("tokens", sampling.top_p(config.sample.top_p))]},
         frozen_deps={"tokenizer": lambda: network_fingerprint(config.data.dir)},
-        evaluators=(CaptionedScenes(batch=config.eval.batch),),
-    )
+        evaluators=(CaptionedScenes(batch=config.eval.batch),))

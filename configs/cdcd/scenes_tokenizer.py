@@ -14,16 +14,18 @@ all that is lost is digits. Cost: 131,604 parameters, 3,000 steps; 678 s of trai
 1,050 images/s in its last 600 steps, a rate at which all of it takes three minutes), eval 50 s, cache 15 s.
 """
 
-import optax
+from functools import partial
+
 from ml_collections import ConfigDict
 
-from mmdiff.data.modalities import Images
-from mmdiff.data.network_cache import CacheWriter
+from mmdiff import Experiment, training_config
+from mmdiff.data import CacheWriter, Images
 from mmdiff.evals.tokenizer import Reconstructions
-from mmdiff.experiment import Experiment, reconstructing
+from mmdiff.experiment import reconstructing
 from mmdiff.nets.tokenizers import VQAutoencoder, vq_loss
 from mmdiff.projects.scenes.captioned_scenes import ASKED, Judge
 from mmdiff.projects.scenes.scenes import COUNTS, Scenes
+from mmdiff.training import optim
 
 SIZE = 16
 
@@ -33,32 +35,19 @@ def get_config():
         "seed": 0,
         "model": {"codes": 128, "code_size": 8, "features": 48, "encoder_blocks": 1, "decoder_blocks": 2},
         "loss": {"commitment": 0.25, "revive": 1.0},
-        "train": {
-            "steps": 3000, "global_batch": 64, "microbatches": 1, "ema": 0.995, "start": "",
-            "learning_rate": 2e-3, "warmup_steps": 50, "weight_decay": 1e-4, "clip": 1.0,
-            "log_every": 50, "eval_every": 1000, "checkpoint_every": 1000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=3000, global_batch=64, ema=0.995, learning_rate=2e-3, warmup_steps=50, weight_decay=1e-4, clip=1.0, eval_every=1000),
         "sample": {"steps": 1, "guidance": 1.0},
     })
 
 
 def build(config):
-    train = config.train
     net = VQAutoencoder(SIZE, SIZE, 3, **config.model)
-    splits = {split: lambda split=split: Scenes(split, SIZE) for split in COUNTS}
-
-    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    pictures = {name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")}
+    scenes = partial(Scenes, size=SIZE)
     return Experiment(
         **reconstructing(net),
+        modalities={name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")},
         loss=vq_loss(net, **config.loss),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
-        train_data=splits["train"],
-        validation_data=splits["validation"],
-        test_data=splits["test"],
-        modalities=pictures,
+        optimizer=optim.adamw(config.train), data=scenes,
         evaluators=(Reconstructions(net, judge=lambda: Judge(SIZE), all_of=ASKED),),
-        cache=CacheWriter(net, splits),
-    )
+        cache=CacheWriter(net, {split: partial(scenes, split) for split in COUNTS}))

@@ -17,10 +17,8 @@ The paper's metrics for it are not known to us. This has not been trained here. 
 parameters with the dance's encoder, 4.9 GB a chip of 16.9 and a step of 21 ms at least.
 """
 
-from aist_music import build
+from aist_music import build as build
 from aist_music import get_config as aist
-
-__all__ = ["build", "get_config"]
 
 
 def get_config():

@@ -27,26 +27,21 @@ that it had after 2,000 steps is reached here after 1,400.
 from functools import partial
 
 import jax
-import optax
-import optax.contrib
 from ml_collections import ConfigDict
 
-from mmdiff import losses, matching, nets, sampling, schedules, times
-from mmdiff.data.modalities import Features, Images
-from mmdiff.data.token_modalities import Texts
+from mmdiff import Experiment, initialiser, losses, matching, nets, schedules, times, training_config
+from mmdiff.data import Features, Images, Texts
 from mmdiff.data.tower_cache import Towers, WithTextEmbedding
 from mmdiff.errors import UserError
 from mmdiff.evals import zeroshot
 from mmdiff.evals.alignment import Aligner
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity, x0
 from mmdiff.projects.scenes import scenes
 from mmdiff.projects.scenes.captioned_scenes import CaptionedScenes
 from mmdiff.projects.scenes.scene_alignment import SceneAlignment
 from mmdiff.training import optim
 
-SIZE = 16
-SHAPE = (SIZE, SIZE, 3)
+SIZE, SHAPE = 16, (16, 16, 3)
 
 
 def get_config():
@@ -58,78 +53,50 @@ def get_config():
             "fusion": "mmdit", "two_way": False, "reinject": True},  # or shared: the paper's
         "query": {"size": 64, "gamma": 0.5, "loss": "infonce", "weight": 0.2},  # or siglip, mse
         "text_weight": 0.5,
-        # Shares of the times: drawing from a caption, without one, and writing it; in naming, of the image.
+        # Shares of the times: an image of a caption, without one, and a caption of an image; beside the query, of the image.
         "times": {"draw": 0.72, "bare": 0.08, "write": 0.2, "clean": 0.6, "noisy": 0.3, "dropped": 0.1},
         "tasks": "both",  # or draw or name: a single one
-        "train": {
-            "steps": 5000, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
-            "learning_rate": 2.5e-3, "warmup_steps": 100, "weight_decay": 0.1, "clip": 1.0,
-            "log_every": 50, "eval_every": 1000, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=5000, global_batch=128, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.1, clip=1.0,
+            eval_every=1000, checkpoint_every=500),
         "sample": {"steps": 25, "guidance": 2.0},
         "eval": {"batch": 250, "zeroshot": "", "zeroshot_dir": ""},  # names of data sets, or all: see mmdiff/evals/zeroshot.py
     })
 
 
 def build(config):
-    model, train, tokenizer, towers = config.model, config.train, scenes.tokenizer(), Towers(config.data.towers)
-    size = config.query.size
+    shares, size, tokenizer, towers = config.times, config.query.size, scenes.tokenizer(), Towers(config.data.towers)
+    modalities = {"image": Images(*SHAPE), "text": Texts(tokenizer), "query": Features(size, "query", norm=1.0)}
     net = nets.DualStream(
-        nets.Patches(*SHAPE, model.patch), nets.Tokens(tokenizer.length, tokenizer.size + 1, tokenizer.size), size,
-        depth=model.depth, width=model.width, heads=model.heads, shared=model.shared, head_depth=model.head_depth,
-        fusion=model.fusion, two_way=model.two_way, reinject=model.reinject, pooled=model.pooled, captions=True,
-        logits=matching.init_logits(config.query.loss), scan=False)
-    image = Gaussian(schedules.flow(), velocity)
-    text = absorbing(tokenizer.size)
-    query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
-    drawing, naming = Joint(image=image, text=text), Joint(image=image, query=query)
+        nets.Patches(*SHAPE, config.model.patch), nets.Tokens(tokenizer.length, tokenizer.size + 1, tokenizer.size), size, captions=True,
+        logits=matching.init_logits(config.query.loss), **nets.options(config.model, without="patch"))
     draw, name = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
-
-    noisy, clean, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
+    image, text = Gaussian(schedules.flow(), velocity), absorbing(tokenizer.size)
+    query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
+    generation, alignment = Joint(image=image, text=text), Joint(image=image, query=query)
+    noisy = times.uniform()
     captioned = times.mixture(
-        (config.times.draw, times.joint(image=noisy, text=clean)),
-        (config.times.bare, times.joint(image=noisy, text=absent)),
-        (config.times.write, times.joint(image=clean, text=noisy)))
-    named = times.joint(query=noisy, image=beheld(config.times))
-    match = losses.on("query", query.loss) if config.query.loss == "mse" else matching.embedding_loss(query, "query", config.query.loss)
+        (shares.draw, times.joint(image=noisy, text=0.0)),
+        (shares.bare, times.joint(image=noisy, text=1.0)),
+        (shares.write, times.joint(image=0.0, text=noisy)))
+    pictured = times.joint(query=noisy, image=times.mixture(
+        (shares.clean, 0.0), (shares.noisy, times.uniform(0.0, 0.7)), (shares.dropped, 1.0)))
     tasks = {
-        "draw": (1.0, losses.diffusion(drawing, draw, captioned, losses.weighted(drawing, text=config.text_weight))),
-        "name": (config.query.weight, losses.diffusion(naming, name, named, {config.query.loss: (1.0, match)})),
-    }
+        "draw": (1.0, losses.diffusion(generation, draw, captioned, losses.weighted(generation, text=config.text_weight))),
+        "name": (config.query.weight, losses.diffusion(alignment, name, pictured, matching.terms(query, "query", config.query.loss)))}
     if config.tasks not in ("both", *tasks):
         raise UserError(f"config.tasks is {config.tasks!r}: choose both, draw or name.")
-
-    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"image": SHAPE, "text": (tokenizer.length,), "query": (size,)}
-    seen = {name: shape[name] for name in ("image", "text")}
-    judged = CaptionedScenes("image", decode=lambda images: images, asked=tuple(scenes.ATTRIBUTES), batch=config.eval.batch)
     aligner = Aligner(net, query, size, SHAPE)
-    encode_image = aligner.function(10, cached=not model.two_way)
+    align = jax.jit(aligner.function(10, cached=not config.model.two_way))
+    classify = CaptionedScenes("image", decode=lambda images: images, asked=tuple(scenes.ATTRIBUTES), batch=config.eval.batch)
     return Experiment(
-        process=drawing,
-        init=initialiser(net, Joint(image=image, text=text, query=query), shape),
+        process=generation, modalities=modalities,
+        init=initialiser(net, Joint(image=image, text=text, query=query), {name: each.shape for name, each in modalities.items()}),
         apply=draw,
         loss=losses.combine(**(tasks if config.tasks == "both" else {config.tasks: tasks[config.tasks]})),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(train.clip),
-            optax.contrib.muon(
-                rate, weight_decay=train.weight_decay, adam_b2=0.99, consistent_rms=0.2,
-                muon_weight_dimension_numbers=optim.muon_dimensions)),
-        train_data=lambda: WithTextEmbedding(scenes.Scenes("train", SIZE), towers, size),
-        validation_data=lambda: WithTextEmbedding(scenes.Scenes("validation", SIZE), towers, size),
-        test_data=lambda: WithTextEmbedding(scenes.Scenes("test", SIZE), towers, size),
-        shape=seen,
-        sample=sampling.make_sampler(drawing, draw, seen, drop=("text",), heun=True),
-        modalities={"image": Images(*SHAPE), "text": Texts(tokenizer), "query": Features(size, "query", norm=1.0)},
-        frozen_deps={"towers": towers.fingerprint},
+        optimizer=optim.muon(config.train),
+        data=lambda split: WithTextEmbedding(scenes.Scenes(split, SIZE), towers, size),
+        sampler={"drop": ("text",), "heun": True}, frozen_deps={"towers": towers.fingerprint},
         evaluators=(
-            *zeroshot.asked(config.eval, jax.jit(encode_image), lambda params, texts: towers.encode(texts), SIZE),
-            SceneAlignment(aligner, towers, judged)),
-    )
-
-
-def beheld(shares):
-    """The times of an image that is to be named: clean, noisy or left out."""
-    return times.mixture(
-        (shares.clean, times.constant(0.0)), (shares.noisy, times.uniform(0.0, 0.7)), (shares.dropped, times.constant(1.0)))
+            *zeroshot.asked(config.eval, align, lambda params, texts: towers.encode(texts), SIZE),
+            SceneAlignment(aligner, towers, classify)))

@@ -12,16 +12,11 @@ parameters, five minutes on two CPU cores shared with other work.
 """
 
 import jax
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import losses, matching, nets, times
-from mmdiff.data.modalities import Images
-from mmdiff.data.network_cache import CacheWriter
-from mmdiff.data.token_modalities import Texts
-from mmdiff.errors import UserError
+from mmdiff import Experiment, losses, matching, nets, times, training_config
+from mmdiff.data import CacheWriter, Images, Texts
 from mmdiff.evals import zeroshot
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Given, Joint
 from mmdiff.projects.scenes import scenes
 from mmdiff.projects.scenes.scene_alignment import SceneTowers
@@ -35,49 +30,27 @@ def get_config():
         "seed": 0,
         "model": {"size": 64, "depth": 3, "width": 96, "text_depth": 1, "text_width": 64, "heads": 4, "patch": 4},
         "loss": "infonce",  # or siglip
-        "train": {
-            "steps": 1200, "global_batch": 256, "microbatches": 1, "ema": 0.998, "start": "",
-            "learning_rate": 2e-3, "warmup_steps": 100, "weight_decay": 0.2, "clip": 1.0,
-            "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
-        "sample": {"steps": 1, "guidance": 1.0},
-        "eval": {"batch": 250, "zeroshot": "", "zeroshot_dir": ""},
+        "train": training_config(
+            steps=1200, global_batch=256, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.2, clip=1.0, eval_every=500),
+        "sample": {"steps": 1, "guidance": 1.0}, "eval": {"batch": 250, "zeroshot": "", "zeroshot_dir": ""},
     })
 
 
 def build(config):
-    model, train, tokenizer = config.model, config.train, scenes.tokenizer()
+    tokenizer = scenes.tokenizer()
     net = nets.TwoTowers(
-        nets.Patches(SIZE, SIZE, 3, model.patch), tokenizer.size, tokenizer.length, model.size, model.depth, model.width,
-        model.text_depth, model.text_width, model.heads, logits=matching.init_logits(config.loss), scan=False)
+        nets.Patches(SIZE, SIZE, 3, config.model.patch), vocabulary=tokenizer.size, length=tokenizer.length,
+        logits=matching.init_logits(config.loss), **nets.options(config.model, without="patch"))
     process = Joint(image=Given(0.0), text=Given(0))
-    known = times.joint(image=times.constant(0.0), text=times.constant(0.0))
-
-    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"image": (SIZE, SIZE, 3), "text": (tokenizer.length,)}
+    known = times.joint(image=0.0, text=0.0)
     encode_image = jax.jit(lambda params, keys, given: net.apply(params, given["image"], method="encode_image"))
     encode_text = jax.jit(lambda params, ids: net.apply(params, ids, method="encode_text")[1])
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, known, {config.loss: (1.0, matching.clip_loss(loss=config.loss))}),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(train.clip),
-            optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay, mask=optim.all_but("logit_"))),
-        train_data=lambda: scenes.Scenes("train", SIZE),
-        validation_data=lambda: scenes.Scenes("validation", SIZE),
-        test_data=lambda: scenes.Scenes("test", SIZE),
-        shape=shape,
-        sample=draws_nothing,
+        process=process, net=net,
         modalities={"image": Images(SIZE, SIZE, 3), "text": Texts(tokenizer)},
+        loss=losses.diffusion(process, net.apply, known, {config.loss: (1.0, matching.clip_loss(loss=config.loss))}),
+        optimizer=optim.adamw(config.train, optim.all_but("logit_")), data=lambda split: scenes.Scenes(split, SIZE),
         evaluators=(
             *zeroshot.asked(config.eval, encode_image, lambda params, texts: encode_text(params, tokenizer.encode(texts)), SIZE),
             SceneTowers(net, size=SIZE)),
-        cache=CacheWriter(net, tokenizer=scenes.tokenizer),
-    )
-
-
-def draws_nothing(params, keys, given, *, steps, guidance, absent=(), history=False):
-    raise UserError("two towers draw nothing: they give configs/diffdis/scenes.py its texts' vectors (python -m mmdiff cache).")
+        cache=CacheWriter(net, tokenizer=scenes.tokenizer))

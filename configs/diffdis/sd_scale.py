@@ -35,22 +35,19 @@ or more.
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from mmdiff import losses, matching, nets, sampling, schedules, times
+from mmdiff import Experiment, initialiser, losses, matching, nets, schedules, times, training_config
+from mmdiff.data import Features, Latents, published
 from mmdiff.data.latents import open_source
-from mmdiff.data.modalities import Features, Latents
 from mmdiff.errors import UserError
 from mmdiff.evals import zeroshot
 from mmdiff.evals.alignment import Aligner, PairRetrieval
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Gaussian, Given, Joint, eps, x0
 from mmdiff.training import optim
 
-STEPS = 1000  # of the chain
-PIXELS = 8  # for a latent, in height and in width
+STEPS, PIXELS = 1000, 8  # of the chain; for a latent, in height and in width
 TOKENS, VECTOR = 77, 768  # of CLIP's text tower
 NEW = r"query|head|logit"  # the weights that a generator does not bring
 
@@ -65,66 +62,48 @@ def get_config():
         "query": {"gamma": 0.5, "loss": "infonce", "weight": 1.0},
         "dropout": 0.1,
         "tasks": "both",  # or draw or name: a single one
-        "train": {
-            "steps": 19_500, "global_batch": 1024, "microbatches": 1, "ema": 0.9999, "start": "",
-            "learning_rate": 1e-5, "new_learning_rate": 1e-4, "warmup_steps": 1000, "weight_decay": 1e-4,
-            "log_every": 100, "eval_every": 5_000, "checkpoint_every": 1_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=19_500, global_batch=1024, ema=0.9999, eval_every=5_000, checkpoint_every=1_000, log_every=100,
+            learning_rate=1e-5, new_learning_rate=1e-4, warmup_steps=1000, weight_decay=1e-4),
         "sample": {"steps": 50, "guidance": 4.0},
         "eval": {"batch": 100, "count": 1000, "zeroshot": "", "zeroshot_dir": "", "encoders": ""},
     })
 
 
 def build(config):
-    data, model, train = config.data, config.model, config.train
+    data, train = config.data, config.train
     modalities = {
         "image": Latents(data.size, data.size, 4), "text": Features(VECTOR, "text", TOKENS), "query": Features(VECTOR, "query", norm=1.0)}
     shape = {name: modality.shape for name, modality in modalities.items()}
-    depth, width, heads = nets.sizes(model.size)
     net = nets.DualStream(
-        nets.Patches(*shape["image"], model.patch), nets.Vectors(VECTOR, TOKENS), VECTOR, depth=depth, width=width, heads=heads,
-        shared=model.shared, fusion=model.fusion, two_way=model.two_way, reinject=model.reinject,
-        head_depth=model.head_depth, head_width=model.head_width, head_heads=model.head_heads,
-        logits=matching.init_logits(config.query.loss),
-        scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
+        nets.Patches(*shape["image"], config.model.patch), nets.Vectors(VECTOR, TOKENS), VECTOR,
+        logits=matching.init_logits(config.query.loss), **nets.options(config.model, without="patch"))
+    draw, name = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
     noise = schedules.scaled_linear_beta(STEPS)
     image, query = Gaussian(noise, eps), Gaussian(schedules.scaled(noise, config.query.gamma), x0, norm=1.0)
-    drawing, naming = Joint(image=image, text=Given(0.0)), Joint(image=Given(0.0), query=query)
-    draw, name = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
-
-    noisy = times.on_grid(STEPS)
-    dropped = times.mixture((1 - config.dropout, times.constant(0.0)), (config.dropout, times.constant(1.0)))
-    match = losses.on("query", query.loss) if config.query.loss == "mse" else matching.embedding_loss(query, "query", config.query.loss)
+    generation, alignment = Joint(image=image, text=Given(0.0)), Joint(image=Given(0.0), query=query)
+    noisy, dropped = times.on_grid(STEPS), times.mixture((1 - config.dropout, 0.0), (config.dropout, 1.0))
     tasks = {
-        "draw": (1.0, losses.diffusion(drawing, draw, times.joint(image=noisy, text=dropped))),
+        "draw": (1.0, losses.diffusion(generation, draw, times.joint(image=noisy, text=dropped))),
         "name": (config.query.weight, losses.diffusion(
-            naming, name, times.joint(image=dropped, query=noisy), {config.query.loss: (1.0, match)})),
-    }
+            alignment, name, times.joint(image=dropped, query=noisy), matching.terms(query, "query", config.query.loss)))}
     if config.tasks not in ("both", *tasks):
         raise UserError(f"config.tasks is {config.tasks!r}: choose both, draw or name.")
-
-    seen = {name: shape[name] for name in ("image", "text")}
     aligner = Aligner(net, query, VECTOR, shape["image"])
+    align = aligner.function(10, cached=not config.model.two_way)
     return Experiment(
-        process=drawing,
+        process=generation, modalities=modalities,
         init=initialiser(net, Joint(image=image, text=Given(0.0), query=query), shape),
         apply=draw,
         loss=losses.combine(**(tasks if config.tasks == "both" else {config.tasks: tasks[config.tasks]})),
         optimizer=optax.multi_transform(
-            {"kept": optax.adamw(optim.warmup(train.learning_rate, train.warmup_steps), weight_decay=train.weight_decay),
+            {"kept": optim.adm(train),
              "new": optax.adamw(train.new_learning_rate, weight_decay=train.weight_decay, mask=optim.all_but("logit"))},
             groups),
-        train_data=partial(open_source, data, "train", modalities),
-        validation_data=partial(open_source, data, "val", modalities),
-        test_data=partial(open_source, data, "val", modalities),  # the set has no third part with answers
-        shape=seen,
-        sample=sampling.make_sampler(drawing, draw, seen, drop=("text",)),
-        modalities=modalities,
+        data=published(lambda split: open_source(data, split, modalities)),
         evaluators=(
-            *classifiers(config.eval, aligner.function(10, cached=not model.two_way), modalities["image"], PIXELS * data.size),
-            PairRetrieval(aligner, config.eval.count, config.eval.batch)),
-    )
+            *classifiers(config.eval, align, modalities["image"], PIXELS * data.size),
+            PairRetrieval(aligner, config.eval.count, config.eval.batch)))
 
 
 def classifiers(options, align, image, size):

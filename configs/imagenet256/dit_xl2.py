@@ -20,17 +20,14 @@ Expected, from the paper (50,000 samples, not measured here): FID 19.5 after 400
 guidance 1.5. Cost: 675M parameters, 118.6 G multiply-adds an image and forward pass.
 """
 
-from functools import partial
 from math import log
 
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import losses, nets, sampling, schedules, times
+from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Labels, Latents, published
 from mmdiff.data.latents import open_source
-from mmdiff.data.modalities import Labels, Latents
-from mmdiff.experiment import Experiment
 from mmdiff.processes import Given, Joint, LearnedSigma, eps
 from mmdiff.training import optim
 
@@ -43,53 +40,31 @@ def get_config():
         "data": {"source": "latents", "dir": ""},  # or random
         "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "none", "scan": True},
         "label_dropout": 0.1,
-        "train": {
-            "steps": 400_000, "global_batch": 256, "microbatches": 1, "ema": 0.9999, "start": "",
+        "train": training_config(
+            steps=400_000, global_batch=256, ema=0.9999, eval_every=50_000, checkpoint_every=5_000, log_every=100,
             # The rate is for base_batch; scale_rule (none, linear, sqrt) makes it follow global_batch. Large batches want a warm-up.
-            "learning_rate": 1e-4, "base_batch": 256, "scale_rule": "none", "warmup_steps": 0, "weight_decay": 0.0,
+            learning_rate=1e-4, base_batch=256, scale_rule="none", warmup_steps=0, weight_decay=0.0,
             # More metrics: the gradient noise scale (with microbatches >= 2), and norms by group, as in (("blocks", "blocks/"),).
-            "noise_scale": False, "norm_groups": (),
-            "log_every": 100, "eval_every": 50_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+            noise_scale=False, norm_groups=()),
         "sample": {"steps": 250, "guidance": 1.5},
     })
 
 
 def build(config):
-    model, train = config.model, config.train
-    net = nets.DiT.preset(
-        model.size, model.patch, classes=CLASSES, learn_sigma=True, dtype=jnp.dtype(model.dtype), remat=model.remat, scan=model.scan)
-    apply = nets.as_joint(net)
-    process = Joint(image=LearnedSigma(schedules.linear_beta(STEPS), eps, prior_std=1.0), label=Given(null=CLASSES))
-
-    noisy, given, absent = times.on_grid(STEPS), times.constant(0.0), times.constant(1.0)
-    when = times.mixture(
-        (1 - config.label_dropout, times.joint(image=noisy, label=given)),
-        (config.label_dropout, times.joint(image=noisy, label=absent)))
-    terms = {
-        "image": (1.0, losses.on("image", process.parts["image"].loss)),
-        "sigma": (1 / (STEPS * log(2)), losses.on("image", losses.sigma_vlb(process.parts["image"], STEPS))),
-    }
-
-    rate = optim.warmup(optim.scaled(train.learning_rate, train.global_batch, train.base_batch, train.scale_rule), train.warmup_steps)
-    # Another optimizer is another call here; mmdiff/training/optim.py shows Lion, Muon and LAMB.
-    optimizer = optax.adamw(rate, weight_decay=train.weight_decay)
-
     modalities = {"image": Latents(32, 32, 4), "label": Labels(CLASSES)}
-    shape = {name: modality.shape for name, modality in modalities.items()}
+    net = nets.DiT.preset(
+        config.model.size, config.model.patch, classes=CLASSES, learn_sigma=True,
+        **nets.options(config.model, without=("size", "patch")))
+    apply = nets.as_joint(net)
+    image = LearnedSigma(schedules.linear_beta(STEPS), eps, prior_std=1.0)
+    process = Joint(image=image, label=Given(null=CLASSES))
+    sigma = (1 / (STEPS * log(2)), losses.on("image", losses.sigma_vlb(image, STEPS)))
+    noise_levels = times.conditional("label", dropout=config.label_dropout, image=times.on_grid(STEPS))
     return Experiment(
-        process=process,
-        init=lambda key: net.init(key, jnp.zeros((1, *shape["image"])), jnp.ones(1), jnp.zeros(1, jnp.int32)),
+        process=process, modalities=modalities,
+        init=lambda key: net.init(key, jnp.zeros((1, 32, 32, 4)), jnp.ones(1), jnp.zeros(1, jnp.int32)),
         apply=apply,
-        loss=losses.diffusion(process, apply, when, terms),
-        optimizer=optimizer,
-        train_data=partial(open_source, config.data, "train", modalities),
-        validation_data=partial(open_source, config.data, "val", modalities),
-        test_data=partial(open_source, config.data, "val", modalities),  # the set has no third part with answers
-        shape=shape,
-        sample=sampling.make_sampler(
-            process, apply, shape, drop=("label",), channels={"image": GUIDED},
-            grid=lambda steps: (sampling.spaced_grid(steps, STEPS), ())),  # fmt: skip
-        modalities=modalities,
-    )
+        loss=losses.diffusion(process, apply, noise_levels, losses.of_parts(process, image=1.0) | {"sigma": sigma}),
+        # Another optimizer is another call here; mmdiff/training/optim.py shows Lion, Muon and LAMB.
+        optimizer=optim.adm(config.train), data=published(lambda split: open_source(config.data, split, modalities)),
+        sampler={"channels": {"image": GUIDED}, "grid": lambda steps: (sampling.spaced_grid(steps, STEPS), ())})

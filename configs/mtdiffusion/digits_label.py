@@ -25,22 +25,20 @@ minutes of one quiet core.
 """
 
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Images, Labels
+from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Images, Labels
 from mmdiff.errors import UserError
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Aggregate, Gaussian, MeanShift, absorbing, moving_target, template, velocity
 from mmdiff.projects.digits.digits import NAMES, digits_source
 from mmdiff.projects.digits.joint_image_label import JointImageLabel
+from mmdiff.training import optim
 
 CLASSES, SHAPE = 10, (8, 8, 1)
 TASKS = {  # shares of the training times, as config.times
     "draw": {"hidden": 0.0, "known": 0.85, "absent": 0.15, "clean": 0.0},
-    "name": {"hidden": 0.0, "known": 0.0, "absent": 0.6, "clean": 0.4},
-}
+    "name": {"hidden": 0.0, "known": 0.0, "absent": 0.6, "clean": 0.4}}
 
 
 def get_config():
@@ -49,16 +47,12 @@ def get_config():
         "model": {"width": 96, "depth": 4, "heads": 4, "patch": 2, "head": "middle"},  # or output: the paper's M and E
         "kappa": 1.0, "power": 1.0,  # the mean carries kappa alpha(t) t^power E(label)
         "encoder": "belief",  # the network's, of a class; or mean: the classes' mean images; network: of runs from before the belief
-        # Shares of the training times: label hidden in the mean (U), known (X), absent (plain DDPM), absent beside a clean image.
+        # Shares of the training times: label hidden in the mean (U), known (X), absent (plain DDPM), absent with a clean image.
         "times": {"hidden": 0.3, "known": 0.3, "absent": 0.3, "clean": 0.1},
         "label_weight": 0.1,
         "task": "both",  # or draw or name: a single one
-        "train": {
-            "steps": 3200, "global_batch": 128, "microbatches": 1, "ema": 0.998, "start": "",
-            "learning_rate": 2.5e-3, "warmup_steps": 100, "weight_decay": 0.7, "clip": 1.0,
-            "log_every": 50, "eval_every": 500, "checkpoint_every": 500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=3200, global_batch=128, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.7, clip=1.0, eval_every=500),
         "sample": {"steps": 25, "guidance": 1.4, "settle": 0.75},  # the time at which joint samples settle their label
         "eval": {"batch": 250},
     })
@@ -75,48 +69,23 @@ def encoder(config, net, image):
 
 
 def build(config):
-    model, train = config.model, config.train
-    net = nets.MultiTaskDiT(
-        nets.Patches(*SHAPE, model.patch), {"label": nets.Classes(CLASSES + 1, CLASSES, model.head)},
-        depth=model.depth, width=model.width, heads=model.heads, scan=False)
-    image = Gaussian(schedules.flow(), velocity)
-    encode, shared = encoder(config, net, image)
-    process = Aggregate(
-        "image", {"label": MeanShift(encode, moving_target(config.kappa, lambda t: t**config.power), shared)},
-        image=image, label=absorbing(CLASSES, schedules.at_once()))
-
     if config.task not in ("both", *TASKS):
         raise UserError(f"config.task is {config.task!r}: choose one of both, {', '.join(TASKS)}.")
-    shares, noisy, known, absent = TASKS.get(config.task, config.times), times.uniform(), times.constant(0.0), times.constant(1.0)
-    when = times.mixture(
-        (shares["hidden"], times.shared("image", "label")),
-        (shares["known"], times.joint(image=noisy, label=known)),
-        (shares["absent"], times.joint(image=noisy, label=absent)),
-        (shares["clean"], times.joint(image=known, label=absent)))
-
-    terms = {
-        "image": (0.0 if config.task == "name" else 1.0, losses.on("image", process.parts["image"].loss)),
-        # Also where the label is absent, which is how an image is named.
-        "label": (0.0 if config.task == "draw" else config.label_weight, losses.on("label", process.parts["label"].loss)),
-    }
-
-    def label_time(t):
-        return jnp.maximum(t - config.sample.settle, 0.0) / (1 - config.sample.settle)
-
-    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    shape = {"image": SHAPE, "label": ()}
+    net = nets.MultiTaskDiT(
+        nets.Patches(*SHAPE, config.model.patch), {"label": nets.Classes(CLASSES + 1, CLASSES, config.model.head)},
+        **nets.options(config.model, without=("patch", "head")))
+    image = Gaussian(schedules.flow(), velocity)
+    encode, shared = encoder(config, net, image)
+    added = {"label": MeanShift(encode, moving_target(config.kappa, lambda t: t**config.power), shared)}
+    process = Aggregate("image", added, image=image, label=absorbing(CLASSES, schedules.at_once()))
+    shares = TASKS.get(config.task, config.times)
+    noise_levels = times.multitask("image", "label", times.uniform(), shares, ("hidden", "known", "absent", "clean"))
+    terms = losses.of_parts(
+        process, image=0.0 if config.task == "name" else 1.0, label=0.0 if config.task == "draw" else config.label_weight)
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, when, terms),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
-        train_data=lambda: digits_source("train"),
-        validation_data=lambda: digits_source("validation"),
-        test_data=lambda: digits_source("test"),
-        shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, drop=("label",), paths={"label": label_time}, heun=True),
+        process=process, net=net,
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(CLASSES, synonyms=NAMES)},
-        evaluators=(JointImageLabel(batch=config.eval.batch),),
-    )
+        loss=losses.diffusion(process, net.apply, noise_levels, terms),
+        optimizer=optim.adamw(config.train), data=digits_source,
+        sampler={"drop": ("label",), "paths": {"label": sampling.settled_at(config.sample.settle)}, "heun": True},
+        evaluators=(JointImageLabel(batch=config.eval.batch),))

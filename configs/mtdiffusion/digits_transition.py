@@ -15,20 +15,17 @@ sampled jointly with one 0.196: those maps are speckled, as all pixels' classes 
 import dataclasses
 
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import losses, nets, sampling, schedules, times
-from mmdiff.data.modalities import Images
-from mmdiff.data.token_modalities import ClassMaps
+from mmdiff import Experiment, losses, nets, schedules, times, training_config
+from mmdiff.data import ClassMaps, Images
 from mmdiff.errors import UserError
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, absorbing, moving_target, template, velocity
 from mmdiff.projects.scenes.image_transition import ImageTransition
 from mmdiff.projects.scenes.paired_scenes import PALETTE, PairedScenes
+from mmdiff.training import optim
 
-SIZE = 16
-SHAPE = (SIZE, SIZE, 3)
+SHAPE = (16, 16, 3)
 
 
 def get_config():
@@ -36,18 +33,13 @@ def get_config():
         "seed": 0,
         "pair": "segmentation",  # or night
         "model": {"width": 96, "depth": 4, "heads": 4, "patch": 4},
-        "kappa": 1.0,
-        # Shares of the training times: other picture known (X), hidden in the mean (U), absent (plain DDPM), absent beside a clean image.
+        "kappa": 1.0, "head_weight": 2.0,
+        # Shares of the training times: other picture known (X), hidden in the mean (U), absent (plain DDPM), absent with a clean image.
         "times": {"known": 0.3, "hidden": 0.3, "absent": 0.15, "clean": 0.25},
-        "head_weight": 2.0,
-        "train": {
-            "steps": 9000, "global_batch": 64, "microbatches": 1, "ema": 0.998, "start": "",
-            "learning_rate": 4e-3, "warmup_steps": 100, "weight_decay": 0.1, "clip": 1.0,
-            "log_every": 100, "eval_every": 1500, "checkpoint_every": 1500, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
-        "sample": {"steps": 25, "guidance": 1.0},
-        "eval": {"batch": 250, "count": 500},
+        "train": training_config(
+            steps=9000, global_batch=64, ema=0.998, learning_rate=4e-3, warmup_steps=100, weight_decay=0.1, clip=1.0,
+            eval_every=1500, log_every=100),
+        "sample": {"steps": 25, "guidance": 1.0}, "eval": {"batch": 250, "count": 500},
     })
 
 
@@ -57,46 +49,24 @@ def of_the_other(name, patches):
         classes = len(PALETTE)
         encode = template(0.72 * (np.array(PALETTE) / 127.5 - 1))
         part = nets.ClassGrid(dataclasses.replace(patches, channels=classes))
-        return ClassMaps(SIZE, SIZE, PALETTE), absorbing(classes, schedules.at_once()), encode, part
+        return ClassMaps(*SHAPE[:2], PALETTE), absorbing(classes, schedules.at_once()), encode, part
     if name == "night":
         return Images(*SHAPE, name="night"), Hidden(0.0), lambda x: 1.23 * x, nets.Grid(patches)
     raise UserError(f"config.pair is {name!r}: choose segmentation or night.")
 
 
 def build(config):
-    model, train, other = config.model, config.train, config.pair
-    patches = nets.Patches(*SHAPE, model.patch)
+    other, patches = config.pair, nets.Patches(*SHAPE, config.model.patch)
     modality, hidden, encode, part = of_the_other(other, patches)
-    net = nets.MultiTaskDiT(patches, {other: part}, depth=model.depth, width=model.width, heads=model.heads, scan=False)
+    net = nets.MultiTaskDiT(patches, {other: part}, **nets.options(config.model, without="patch"))
     process = Aggregate(
         "image", {other: MeanShift(encode, moving_target(config.kappa))}, image=Gaussian(schedules.flow(), velocity), **{other: hidden})
-
-    noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
-    when = times.mixture(
-        (config.times.known, times.joint(image=noisy, **{other: known})),
-        (config.times.hidden, times.shared("image", other)),
-        (config.times.absent, times.joint(image=noisy, **{other: absent})),
-        (config.times.clean, times.joint(image=known, **{other: absent})))
-    terms = {
-        "image": (1.0, losses.on("image", process.parts["image"].loss)),
-        other: (config.head_weight, losses.on(other, process.parts[other].loss)),  # also where it is absent: so it is told of an image
-    }
-
-    rate = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, max(train.steps, train.warmup_steps + 1))
-    modalities = {"image": Images(*SHAPE), other: modality}
-    shape = {name: each.shape for name, each in modalities.items()}
+    terms = losses.of_parts(process, image=1.0, **{other: config.head_weight})
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, when, terms),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(train.clip), optax.adamw(rate, b2=0.99, weight_decay=train.weight_decay)),
-        train_data=lambda: PairedScenes("train", other, SIZE),
-        validation_data=lambda: PairedScenes("validation", other, SIZE, config.eval.count),
-        test_data=lambda: PairedScenes("test", other, SIZE, config.eval.count),
-        shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, drop=(other,), heun=True),
-        modalities=modalities,
-        evaluators=(ImageTransition(other, batch=config.eval.batch),),
-    )
+        process=process, net=net,
+        modalities={"image": Images(*SHAPE), other: modality},
+        loss=losses.diffusion(process, net.apply, times.multitask("image", other, times.uniform(), config.times), terms),
+        optimizer=optim.adamw(config.train),
+        data=lambda split: PairedScenes(split, other, SHAPE[0], None if split == "train" else config.eval.count),
+        sampler={"drop": (other,), "heun": True},
+        evaluators=(ImageTransition(other, batch=config.eval.batch),))

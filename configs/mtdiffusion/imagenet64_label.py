@@ -32,15 +32,11 @@ On 16 chips of v5e, by the ahead-of-time report: 462.0M parameters (M; 499.9M wi
 with config.model.remat=none 19.9 GB, which do not fit.
 """
 
-import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import losses, nets, sampling, schedules, times
+from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Images, Labels, published
 from mmdiff.data.image_datasets import open_image_dataset
-from mmdiff.data.modalities import Images, Labels
-from mmdiff.data.sources import Subset
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Aggregate, Gaussian, MeanShift, absorbing, eps, moving_target
 from mmdiff.training import optim
 
@@ -52,59 +48,31 @@ def get_config():
         "seed": 0,
         "data": {"name": "imagenet2012", "dir": "", "size": 64, "damaged": 0.0},
         "model": {"size": "L", "patch": 4, "head": "middle", "dtype": "bfloat16", "remat": "dots", "scan": True},
-        "kappa": 1.0,
-        # Shares of the training times: label hidden in the mean (U), known (X), absent (plain DDPM), absent beside a clean image.
+        "kappa": 1.0, "head_weight": 0.1,
+        # Shares of the training times: label hidden in the mean (U), known (X), absent (plain DDPM), absent with a clean image.
         "times": {"hidden": 0.3, "known": 0.3, "absent": 0.3, "clean": 0.1},
-        "head_weight": 0.1,
-        "train": {
-            "steps": 1_000_000, "global_batch": 256, "microbatches": 1, "ema": 0.9999, "start": "",
-            "learning_rate": 1e-4, "warmup_steps": 0, "weight_decay": 0.0,
-            "log_every": 100, "eval_every": 50_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=1_000_000, global_batch=256, ema=0.9999, learning_rate=1e-4, warmup_steps=0, weight_decay=0.0,
+            eval_every=50_000, checkpoint_every=5_000, log_every=100),
         "sample": {"steps": 250, "guidance": 1.0},
         "eval": {"examples": 2048},  # held-out ones whose loss is measured, evenly spread over all of them
     })
 
 
 def build(config):
-    data, model, train = config.data, config.model, config.train
-    modalities = {"image": Images(data.size, data.size, 3), "label": Labels(CLASSES)}
-    shape = {name: modality.shape for name, modality in modalities.items()}
-    depth, width, heads = nets.sizes(model.size)
+    size = config.data.size
     net = nets.MultiTaskDiT(
-        nets.Patches(*shape["image"], model.patch), {"label": nets.Classes(CLASSES + 1, CLASSES, model.head)},
-        depth=depth, width=width, heads=heads, scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
-    image = Gaussian(schedules.cosine_beta(STEPS) if data.size <= 64 else schedules.linear_beta(STEPS), eps, eta=1.0)
-    encode = nets.by_network(net.apply, image, shape["image"], "label", CLASSES, mixed=True)
+        nets.Patches(size, size, 3, config.model.patch), {"label": nets.Classes(CLASSES + 1, CLASSES, config.model.head)},
+        **nets.options(config.model, without=("patch", "head")))
+    image = Gaussian(schedules.cosine_beta(STEPS) if size <= 64 else schedules.linear_beta(STEPS), eps, eta=1.0)
+    encode = nets.by_network(net.apply, image, (size, size, 3), "label", CLASSES, mixed=True)
     process = Aggregate(
         "image", {"label": MeanShift(encode, moving_target(config.kappa), shared=True)},
         image=image, label=absorbing(CLASSES, schedules.at_once()))
-
-    noisy, known, absent = times.on_grid(STEPS), times.constant(0.0), times.constant(1.0)
-    when = times.mixture(
-        (config.times.hidden, times.shared("image", "label", times=noisy)),
-        (config.times.known, times.joint(image=noisy, label=known)),
-        (config.times.absent, times.joint(image=noisy, label=absent)),
-        (config.times.clean, times.joint(image=known, label=absent)))
-    # Each by itself: the label's also where it is absent, which is how an image is named.
-    terms = {
-        "image": (1.0, losses.on("image", process.parts["image"].loss)),
-        "label": (config.head_weight, losses.on("label", process.parts["label"].loss)),
-    }
-
-    rate = optim.warmup(train.learning_rate, train.warmup_steps)
+    noise_levels = times.multitask("image", "label", times.on_grid(STEPS), config.times, ("hidden", "known", "absent", "clean"))
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, when, terms),
-        optimizer=optax.adamw(rate, weight_decay=train.weight_decay),
-        train_data=lambda: open_image_dataset(data, "train", data.size),
-        validation_data=lambda: Subset(open_image_dataset(data, "val", data.size), config.eval.examples),
-        test_data=lambda: Subset(open_image_dataset(data, "val", data.size), config.eval.examples),  # it has no third part with answers
-        shape=shape,
-        sample=sampling.make_sampler(
-            process, net.apply, shape, drop=("label",), transforms=(sampling.only("image", sampling.clip(-1, 1)),)),
-        modalities=modalities,
-    )
+        process=process, net=net,
+        modalities={"image": Images(size, size, 3), "label": Labels(CLASSES)},
+        loss=losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, image=1.0, label=config.head_weight)),
+        optimizer=optim.adm(config.train), data=published(lambda split: open_image_dataset(config.data, split, size), config.eval.examples),
+        sampler={"drop": ("label",), "transforms": [sampling.only("image", sampling.clip(-1, 1))]})

@@ -23,16 +23,12 @@ is no evaluator: FID needs the weights of an Inception network and LPIPS those o
 the ahead-of-time report: 459.1M parameters, 11.4 GB a chip of 16.9 and a step of 54 ms at least.
 """
 
-import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import losses, nets, sampling, schedules, times
+from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Images, published
 from mmdiff.data.image_datasets import open_image_dataset
 from mmdiff.data.masks import masking
-from mmdiff.data.modalities import Images
-from mmdiff.data.sources import Subset
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Aggregate, Gaussian, Given, Hidden, MeanShift, eps, identity, moving_target
 from mmdiff.training import optim
 
@@ -44,56 +40,37 @@ def get_config():
         "seed": 0,
         "data": {"name": "imagenet2012", "dir": "", "size": 64, "damaged": 0.0},
         "model": {"size": "L", "patch": 4, "dtype": "bfloat16", "remat": "dots", "scan": True},
-        "kappa": 1.0,
+        "kappa": 1.0, "head_weight": 0.1,
         # Up to so many patches of so many pixels are hidden, and everything in some images.
         "patches": {"size": 16, "most": 10, "complete": 0.1},
         # Shares of the training times: masked image and mask known (X), hidden but in the mean (U), absent (plain DDPM).
         "times": {"known": 0.6, "hidden": 0.2, "absent": 0.2},
-        "head_weight": 0.1,
-        "train": {
-            "steps": 1_000_000, "global_batch": 256, "microbatches": 1, "ema": 0.9999, "start": "",
-            "learning_rate": 1e-4, "warmup_steps": 0, "weight_decay": 0.0,
-            "log_every": 100, "eval_every": 50_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=1_000_000, global_batch=256, ema=0.9999, learning_rate=1e-4, warmup_steps=0, weight_decay=0.0,
+            eval_every=50_000, checkpoint_every=5_000, log_every=100),
         "sample": {"steps": 250, "guidance": 1.0},
         "eval": {"examples": 2048},  # held-out ones whose loss is measured, evenly spread over all of them
     })
 
 
 def build(config):
-    data, model, train = config.data, config.model, config.train
-    modalities = {name: Images(data.size, data.size, channels, name=name) for name, channels in (("image", 3), ("masked", 3), ("mask", 1))}
-    shape = {name: modality.shape for name, modality in modalities.items()}
-    patches = {name: nets.Patches(*size, model.patch) for name, size in shape.items()}
-    depth, width, heads = nets.sizes(model.size)
+    size = config.data.size
+    modalities = {name: Images(size, size, channels, name=name) for name, channels in (("image", 3), ("masked", 3), ("mask", 1))}
+    patches, masked, mask = (nets.Patches(*each.shape, config.model.patch) for each in modalities.values())
     net = nets.MultiTaskDiT(
-        patches["image"], {"masked": nets.Grid(patches["masked"]), "mask": nets.Grid(patches["mask"], head=False)},
-        depth=depth, width=width, heads=heads, scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
-    schedule = schedules.cosine_beta(STEPS) if data.size <= 64 else schedules.linear_beta(STEPS)
+        patches, {"masked": nets.Grid(masked), "mask": nets.Grid(mask, head=False)}, **nets.options(config.model, without="patch"))
+    schedule = schedules.cosine_beta(STEPS) if size <= 64 else schedules.linear_beta(STEPS)
     process = Aggregate(
         "image", {"masked": MeanShift(identity, moving_target(config.kappa))},
         image=Gaussian(schedule, eps, eta=1.0), masked=Hidden(0.0), mask=Given(1.0))
-
-    noisy, known, absent = times.on_grid(STEPS), times.constant(0.0), times.constant(1.0)
-    when = times.mixture(
-        (config.times.known, times.joint(image=noisy, masked=known, mask=known)),
-        (config.times.hidden, times.shared("image", "masked", times=noisy, mask=absent)),
-        (config.times.absent, times.joint(image=noisy, masked=absent, mask=absent)))
-    loss = losses.diffusion(process, net.apply, when, losses.weighted(process, masked=config.head_weight))
-
-    rate = optim.warmup(train.learning_rate, train.warmup_steps)
+    noisy = times.on_grid(STEPS)
+    noise_levels = times.mixture(
+        (config.times.known, times.joint(image=noisy, masked=0.0, mask=0.0)),
+        (config.times.hidden, times.shared("image", "masked", times=noisy, mask=1.0)),
+        (config.times.absent, times.joint(image=noisy, masked=1.0, mask=1.0)))
+    loss = losses.diffusion(process, net.apply, noise_levels, losses.weighted(process, masked=config.head_weight))
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
+        process=process, net=net, modalities=modalities,
         loss=losses.prepared(loss, masking(**config.patches)),
-        optimizer=optax.adamw(rate, weight_decay=train.weight_decay),
-        train_data=lambda: open_image_dataset(data, "train", data.size),
-        validation_data=lambda: Subset(open_image_dataset(data, "val", data.size), config.eval.examples),
-        test_data=lambda: Subset(open_image_dataset(data, "val", data.size), config.eval.examples),  # it has no third part with answers
-        shape=shape,
-        sample=sampling.make_sampler(
-            process, net.apply, shape, drop=("masked", "mask"), transforms=(sampling.only("image", sampling.clip(-1, 1)),)),
-        modalities=modalities,
-    )
+        optimizer=optim.adm(config.train), data=published(lambda split: open_image_dataset(config.data, split, size), config.eval.examples),
+        sampler={"drop": ("masked", "mask"), "transforms": [sampling.only("image", sampling.clip(-1, 1))]})

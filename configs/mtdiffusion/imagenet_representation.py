@@ -25,16 +25,11 @@ not come along. 680.3M parameters, whose state takes 10.9 GB: on chips of 16 GB 
 with config.model.remat=dots then 3.9 GB a chip of v5e and a step of 59 ms at least, by the ahead-of-time report for 16.
 """
 
-from functools import partial
-
-import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from mmdiff import losses, nets, sampling, schedules, times
+from mmdiff import Experiment, losses, nets, schedules, times, training_config
+from mmdiff.data import Features, Latents, published
 from mmdiff.data.latents import open_source
-from mmdiff.data.modalities import Features, Latents
-from mmdiff.experiment import Experiment, initialiser
 from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, eps, moving_target
 from mmdiff.projects.digits.digit_features import projection
 from mmdiff.training import optim
@@ -47,56 +42,28 @@ def get_config():
         "seed": 0,
         "data": {"source": "latents", "dir": "", "vector": 768},  # or random
         "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "none", "scan": True},
-        "kappa": 1.0,
-        # Shares of the training times: representation known (X), hidden in the mean (U), absent (plain DDPM), absent beside an image.
+        "kappa": 1.0, "head_weight": 0.1,
+        # Shares of the training times: representation known (X), hidden in the mean (U), absent (plain DDPM), absent with an image.
         "times": {"known": 0.35, "hidden": 0.25, "absent": 0.3, "clean": 0.1},
-        "head_weight": 0.1,
-        "train": {
-            "steps": 400_000, "global_batch": 256, "microbatches": 1, "ema": 0.9999, "start": "",
-            "learning_rate": 1e-4, "warmup_steps": 0, "weight_decay": 0.0,
-            "log_every": 100, "eval_every": 50_000, "checkpoint_every": 5_000, "keep": 2, "best": "", "prefetch": 4, "tensorboard": True,
-            "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
-        },
+        "train": training_config(
+            steps=400_000, global_batch=256, ema=0.9999, learning_rate=1e-4, warmup_steps=0, weight_decay=0.0,
+            eval_every=50_000, checkpoint_every=5_000, log_every=100),
         "sample": {"steps": 250, "guidance": 1.5},
     })
 
 
 def build(config):
-    data, model, train = config.data, config.model, config.train
-    modalities = {"image": Latents(32, 32, 4), "representation": Features(data.vector)}
-    shape = {name: modality.shape for name, modality in modalities.items()}
-    depth, width, heads = nets.sizes(model.size)
+    modalities = {"image": Latents(32, 32, 4), "representation": Features(config.data.vector)}
     net = nets.MultiTaskDiT(
-        nets.Patches(*shape["image"], model.patch), {"representation": nets.Vector(data.vector)},
-        depth=depth, width=width, heads=heads, scan=model.scan, remat=model.remat, dtype=jnp.dtype(model.dtype))
-    encode = projection(data.vector, shape["image"], 1.0)  # as large as the latents
+        nets.Patches(32, 32, 4, config.model.patch), {"representation": nets.Vector(config.data.vector)},
+        **nets.options(config.model, without="patch"))
+    encode = projection(config.data.vector, (32, 32, 4), 1.0)  # as large as the latents
     process = Aggregate(
         "image", {"representation": MeanShift(encode, moving_target(config.kappa))},
         image=Gaussian(schedules.linear_beta(STEPS), eps, eta=1.0), representation=Hidden(0.0))
-
-    noisy, known, absent = times.on_grid(STEPS), times.constant(0.0), times.constant(1.0)
-    when = times.mixture(
-        (config.times.known, times.joint(image=noisy, representation=known)),
-        (config.times.hidden, times.shared("image", "representation", times=noisy)),
-        (config.times.absent, times.joint(image=noisy, representation=absent)),
-        (config.times.clean, times.joint(image=known, representation=absent)))
-    # Each by itself: the representation's also where it is absent, which is how it is read off an image.
-    terms = {
-        "image": (1.0, losses.on("image", process.parts["image"].loss)),
-        "representation": (config.head_weight, losses.on("representation", process.parts["representation"].loss)),
-    }
-
-    rate = optim.warmup(train.learning_rate, train.warmup_steps)
+    noise_levels = times.multitask("image", "representation", times.on_grid(STEPS), config.times)
     return Experiment(
-        process=process,
-        init=initialiser(net, process, shape),
-        apply=net.apply,
-        loss=losses.diffusion(process, net.apply, when, terms),
-        optimizer=optax.adamw(rate, weight_decay=train.weight_decay),
-        train_data=partial(open_source, data, "train", modalities),
-        validation_data=partial(open_source, data, "val", modalities),
-        test_data=partial(open_source, data, "val", modalities),  # the set has no third part with answers
-        shape=shape,
-        sample=sampling.make_sampler(process, net.apply, shape, drop=("representation",)),
-        modalities=modalities,
-    )
+        process=process, net=net, modalities=modalities,
+        loss=losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, image=1.0, representation=config.head_weight)),
+        optimizer=optim.adm(config.train), data=published(lambda split: open_source(config.data, split, modalities)),
+        sampler={"drop": ("representation",)})

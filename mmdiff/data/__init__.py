@@ -7,7 +7,8 @@ __all__, __getattr__, __dir__ = lazily(
     latents="LatentSource write_latents",
     loader="batches prefetch",
     modalities="Features Images Labels Latents",
+    network_cache="CacheWriter network_fingerprint",
     own="OwnData open_arrays open_images",
-    sources="ArraySource RandomSource Source Subset",
+    sources="ArraySource RandomSource Source Subset published",
     token_modalities="ClassMaps Sequences Texts TokenImages",
 )

@@ -1,6 +1,6 @@
 """Networks: pure functions of (parameters, inputs, times) that know no process."""
 
-from mmdiff.nets.dit import DiT, as_joint, sizes
+from mmdiff.nets.dit import DiT, as_joint, options, sizes
 from mmdiff.nets.dual import DualStream, image_kv_cache, with_image_cache
 from mmdiff.nets.embed import Label, Patches, Tokens, Vectors
 from mmdiff.nets.mmdit import MMDiT
@@ -13,5 +13,5 @@ from mmdiff.nets.towers import TwoTowers
 __all__ = [
     "ClassGrid", "Classes", "DanceEncoder", "DiT", "DualStream", "Grid", "Label", "MMDiT", "MotionEncoder", "MultiTaskDiT", "Patches",
     "TextEncoder", "TokenTransformer", "Tokens", "TwoTowers", "Vector", "Vectors", "as_joint", "by_network", "cdcd", "image_kv_cache",
-    "sizes", "with_image_cache",
+    "options", "sizes", "with_image_cache",
 ]  # fmt: skip

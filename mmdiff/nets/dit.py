@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -16,6 +19,21 @@ def sizes(size: str) -> tuple[int, int, int]:
     if size not in SIZES:
         raise UserError(f"no DiT of size {size!r}; choose one of {', '.join(SIZES)}.")
     return SIZES[size]
+
+
+def options(model: Mapping[str, Any], without: str | Sequence[str] = ()) -> dict[str, Any]:
+    """The options of a network that the `model` section of a config states, `MMDiT(..., **options(config.model, without="patch"))`.
+
+    A published `size` becomes depth, width and heads, `dtype` a type; layers are not scanned unless it says so (small networks compile
+    faster in that way). What it states of other parts is left out by name.
+    """
+    found = {"scan": False, **model}
+    without = (without,) if isinstance(without, str) else tuple(without)
+    if isinstance(found.get("size"), str) and "size" not in without:
+        found |= zip(("depth", "width", "heads"), sizes(found.pop("size")))
+    if "dtype" in found:
+        found["dtype"] = jnp.dtype(found["dtype"])
+    return {name: value for name, value in found.items() if name not in without}
 
 
 class DiT(DiffusionTransformer):

@@ -84,6 +84,13 @@ def muon(train: Any) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(train.clip), orthogonal)
 
 
+def adm(train: Any) -> optax.GradientTransformation:
+    """The optimizer of ADM and DiT: AdamW at a constant rate after `warmup`; `scaled` where the section has a scale_rule."""
+    scaling = (train.global_batch, train.base_batch, train.scale_rule) if "scale_rule" in train else None
+    rate = scaled(train.learning_rate, *scaling) if scaling else train.learning_rate
+    return optax.adamw(warmup(rate, train.warmup_steps), weight_decay=train.weight_decay)
+
+
 def vq_diffusion(train: Any, mask: Any = None) -> optax.GradientTransformationExtraArgs:
     """The released VQ-Diffusion's and CDCD's optimizer: gradients clipped at `train.clip`, AdamW (0.9, 0.96), `plateau` as the rate.
 
