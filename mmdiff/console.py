@@ -1,6 +1,6 @@
 """What a person sees: every message passes `say` (stderr) or `out` (stdout), and neither ever stops the program.
 
-A terminal can be closed, a disk be full, the reader of a pipe be gone: the work goes on, and what could not be shown is dropped.
+A terminal can be closed, a disk be full, the reader of a pipe be gone: the work continues, and what could not be shown is dropped.
 Long work has a progress bar on a terminal and in a notebook, and plain lines elsewhere, as in a log file.
 """
 
