@@ -145,7 +145,7 @@ def show_configs(args: argparse.Namespace) -> None:
         for path in shipped_configs.copy(args.name, args.to):
             console.out(path)
     elif args.name:
-        console.out(shipped_configs.docstring(shipped_configs.find(args.name)))
+        console.out(shipped_configs.head(args.name))
     else:
         console.out(shipped_configs.table())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import re
 import shutil
 
 from mmdiff import suggest
@@ -39,19 +40,20 @@ def meant(name: str) -> str:
     stem = pathlib.PurePath(name).stem
     whole = pathlib.PurePath(name).with_suffix("").as_posix().removeprefix("configs/")
     near = whole if whole in known else suggest.word(whole, known)
-    near = near or next(iter(suggest_by_stem(stem, known)), None)
+    if not near:  # by the last part of the names
+        last = suggest.word(stem, {file.stem for file in known.values()})
+        near = next((name for name, file in known.items() if file.stem == last), None)
     return f", did you mean {near}?" if near else ""
-
-
-def suggest_by_stem(stem: str, known: dict[str, pathlib.Path]) -> list[str]:
-    """Names whose last part is, or is spelt like, `stem`."""
-    near = suggest.word(stem, {file.stem for file in known.values()})
-    return [name for name, file in known.items() if file.stem == near]
 
 
 def docstring(file: pathlib.Path) -> str:
     """What the head of a config says. Nothing is run or imported."""
     return ast.get_docstring(ast.parse(file.read_bytes())) or ""
+
+
+def head(name: str) -> str:
+    """What the head of a config says, whose commands have the names of configs for their paths in a checkout: they work anywhere."""
+    return re.sub(r"(--config +)configs/([\w/]+)\.py", r"\1\2", docstring(find(name)))
 
 
 def table() -> str:

@@ -75,7 +75,8 @@ def test_a_copy_is_a_config_with_the_neighbours_that_it_needs(tmp_path, capsys):
 
 def test_a_name_shows_the_head(capsys):
     assert main(["configs", "digits_joint"]) == 0
-    assert "Measured" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Measured" in said and "mmdiff train --config digits_joint --workdir" in said and "configs/" not in said
 
 
 def test_the_package_data_are_all_configs():
