@@ -44,7 +44,7 @@ environment() {
     fi
     if ! "$python" -c 'import pip' 2>/dev/null; then
         base=$(find_python)
-        "$base" -m venv "$venv" || fail "$base cannot make a virtual environment: install its venv package, such as python3-venv."
+        "$base" -m venv "$venv" || fail "$base cannot create a virtual environment: install its venv package, such as python3-venv."
     fi
     echo "Installing mmdiff${extras:+[$extras]} into $venv: a minute or two, once"
     # uv installs several times faster than pip, but does not read pip's settings: where it fails, pip gets its turn.

@@ -3,7 +3,7 @@
 #
 #   bash launch/quickstart.sh [WORKDIR] [--config.KEY=VALUE ...]
 #
-# Installs mmdiff into .venv, trains configs/digits_joint.py into WORKDIR (default: runs/digits_joint), evaluates it, and prints the figures
+# Installs mmdiff into .venv, trains configs/digits_joint.py into WORKDIR (default: runs/digits_joint), evaluates it, and prints the metrics
 # and where the report is. Run again, it continues what was interrupted and repeats nothing that is done. Options: launch/environment.sh.
 set -euo pipefail
 start=$PWD
@@ -25,5 +25,5 @@ echo "Training into $workdir"
 echo "Evaluating"
 "$python" -m mmdiff eval "${run[@]}" --reuse  # with the config that the run has stored
 echo
-echo "Done in $SECONDS s. To draw sevens:"
+echo "Done in $SECONDS s. To sample sevens:"
 echo "  $python -m mmdiff sample ${run[*]} --given label=7"

@@ -90,7 +90,7 @@ train() {
     local flags=
     if ((slices > 1)); then
         [[ -n $(value_of --config.train.mesh.slices "$@") ]] || set -- "$@" "--config.train.mesh.slices=$slices"
-        # Gradients of different slices are summed while the backward pass goes on: https://docs.jax.dev/en/latest/xla_flags.html
+        # Gradients of different slices are summed while the backward pass continues: https://docs.jax.dev/en/latest/xla_flags.html
         flags="LIBTPU_INIT_ARGS=$(quote "${LIBTPU_INIT_ARGS:---xla_tpu_enable_data_parallel_all_reduce_opt=true}") "
     fi
     everywhere "$flags$(host run "$@")"
