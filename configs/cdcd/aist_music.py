@@ -38,6 +38,7 @@ from mmdiff.data.token_cache import decoder, open_tokens
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.dance.aist import SEGMENTS, Segments
 from mmdiff.projects.dance.dance import RATE, TICK
+from mmdiff.projects.dance.motion import DanceEncoder, MotionEncoder
 from mmdiff.projects.dance.music import CLASSIFIED, MusicForDances
 from mmdiff.projects.dance.sounds import Motion, TokenAudio
 from mmdiff.projects.dance.styles import GENRES
@@ -73,8 +74,8 @@ def build(config):
     genres = GENRES if data.name == "aist" else ()  # TikTok has none
     model = nets.options(config.model)
     computed = {name: model[name] for name in ("dtype", "remat", "scan")}
-    motion = nets.MotionEncoder(fps=fps, **nets.options({**dance, **computed}, without=("fused", "freeze")))
-    encoder = nets.DanceEncoder(
+    motion = MotionEncoder(fps=fps, **nets.options({**dance, **computed}, without=("fused", "freeze")))
+    encoder = DanceEncoder(
         motion, genres=len(genres) + 1 if genres else 0, video=data.video, dtype=model["dtype"], fused=dance.fused, freeze=dance.freeze)
     net = nets.cdcd(
         NETWORKS[data.name, data.seconds], modality="music", context=encoder.conditions, encoder=encoder, times=steps, **model)

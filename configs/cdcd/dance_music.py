@@ -30,6 +30,7 @@ from mmdiff.data import Labels, network_fingerprint
 from mmdiff.data.token_cache import decoder, open_tokens
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.dance.dance import DanceMusic
+from mmdiff.projects.dance.motion import DanceEncoder, MotionEncoder
 from mmdiff.projects.dance.music import MusicForDances
 from mmdiff.projects.dance.skeleton import FPS, PARENTS
 from mmdiff.projects.dance.sounds import Motion, TokenAudio
@@ -63,8 +64,8 @@ def build(config):
     data, steps, dance, dropout = config.data, config.chain.steps, config.dance, config.dropout
     music = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
     process = Joint(music=music, motion=Given(0.0), genre=Given(null=len(GENRES)))
-    encoder = nets.DanceEncoder(
-        nets.MotionEncoder(fps=FPS, **nets.options(dance, without=("fused", "freeze"))),
+    encoder = DanceEncoder(
+        MotionEncoder(fps=FPS, **nets.options(dance, without=("fused", "freeze"))),
         genres=len(GENRES) + 1, fused=dance.fused, freeze=dance.freeze)
     net = nets.TokenTransformer(
         classes=CODES, grid=(1, LENGTH), modality="music", seconds=SECONDS, context=encoder.conditions, encoder=encoder,

@@ -4,14 +4,13 @@ from mmdiff.nets.dit import DiT, as_joint, options, sizes
 from mmdiff.nets.dual import DualStream, image_kv_cache, with_image_cache
 from mmdiff.nets.embed import Label, Patches, Tokens, Vectors
 from mmdiff.nets.mmdit import MMDiT
-from mmdiff.nets.motion import DanceEncoder, MotionEncoder
 from mmdiff.nets.multitask import Classes, ClassGrid, Grid, MultiTaskDiT, Vector, by_network
 from mmdiff.nets.text import TextEncoder
 from mmdiff.nets.tokens import TokenTransformer, cdcd
 from mmdiff.nets.towers import TwoTowers
 
 __all__ = [
-    "ClassGrid", "Classes", "DanceEncoder", "DiT", "DualStream", "Grid", "Label", "MMDiT", "MotionEncoder", "MultiTaskDiT", "Patches",
+    "ClassGrid", "Classes", "DiT", "DualStream", "Grid", "Label", "MMDiT", "MultiTaskDiT", "Patches",
     "TextEncoder", "TokenTransformer", "Tokens", "TwoTowers", "Vector", "Vectors", "as_joint", "by_network", "cdcd", "image_kv_cache",
     "options", "sizes", "with_image_cache",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from filled import filled
 
 from mmdiff import nets
 from mmdiff.nets import Patches, TextEncoder, TokenTransformer, embed
+from mmdiff.projects.dance.motion import MotionEncoder
 
 B, L, W, HEADS = 3, 5, 8, 2
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 6, (B, L)), jnp.int32)
@@ -96,7 +97,7 @@ NETWORKS = {
     "towers": (
         nets.TwoTowers(Patches(4, 4, 1, 2), vocabulary=6, length=L, size=4, text_depth=1, text_width=8, **SIZES),
         ({"image": IMAGE, "text": IDS[:2]}, {}), 1e-5),
-    "motion": (nets.MotionEncoder(depth=1, width=8, heads=2), (jnp.ones((2, 8, 3, 3)).at[:, ::2].set(0.5),), 1e-6),
+    "motion": (MotionEncoder(depth=1, width=8, heads=2), (jnp.ones((2, 8, 3, 3)).at[:, ::2].set(0.5),), 1e-6),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 from mmdiff import nets
 from mmdiff.errors import UserError
 from mmdiff.nets import Patches, audio, fields, tokenizers
+from mmdiff.projects.dance.motion import DanceEncoder, MotionEncoder
 
 SIZES = dict(depth=2, width=16, heads=2)
 IMAGE = Patches(8, 8, 3, 2, 6)
@@ -19,7 +20,7 @@ VALID = [
     nets.ClassGrid(IMAGE), nets.DiT(IMAGE, 3, **SIZES), nets.MMDiT({"image": IMAGE}, **SIZES), nets.MultiTaskDiT(IMAGE, {}, **SIZES),
     nets.DualStream(IMAGE, None, 8, shared=1, head_width=16, head_heads=2, **SIZES),
     nets.TokenTransformer(classes=5, grid=(4, 4), positions=(4, 4), labels=3, times=10, patch=2, **SIZES),
-    nets.TextEncoder(6, 3, **SIZES), nets.MotionEncoder(**SIZES), nets.DanceEncoder(nets.MotionEncoder(**SIZES), genres=3),
+    nets.TextEncoder(6, 3, **SIZES), MotionEncoder(**SIZES), DanceEncoder(MotionEncoder(**SIZES), genres=3),
     nets.TwoTowers(IMAGE, 7, 6, 8, text_depth=1, text_width=8, **SIZES), tokenizers.VQAutoencoder(8, 8, multipliers=(1,)),
     audio.AudioAutoencoder(1024),
 ]  # fmt: skip

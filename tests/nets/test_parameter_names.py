@@ -13,6 +13,7 @@ import pytest
 from mmdiff import nets
 from mmdiff.nets.audio import AudioAutoencoder
 from mmdiff.nets.tokenizers import VQAutoencoder
+from mmdiff.projects.dance.motion import DanceEncoder, MotionEncoder
 
 STORED = pathlib.Path(__file__).with_name("parameter_names.json")
 SIZES = dict(depth=2, width=16, heads=2)
@@ -24,7 +25,7 @@ AUX = {
     "label": nets.Classes(4, 3), "other": nets.Classes(4, 3, "output"), "vector": nets.Vector(4), "grid": nets.Grid(PATCHES),
     "map": nets.ClassGrid(nets.Patches(4, 4, 3, 2)),
 }  # fmt: skip
-DANCE = nets.MotionEncoder(stride=2, **SIZES)
+DANCE = MotionEncoder(stride=2, **SIZES)
 X = {
     "image": IMAGE, "label": LABEL, "other": LABEL, "text": IDS, "tokens": IDS, "vector": VECTOR, "query": VECTOR, "grid": IMAGE,
     "map": jnp.zeros((2, 4, 4), int), "context": CONTEXT,
@@ -47,7 +48,7 @@ NETWORKS = {
             6, (1, 5), pooled=True, aligned=4, context=("text",), encoder=nets.TextEncoder(6, 5, depth=1, width=8, heads=2), **SIZES),
         X, T),
     "TwoTowers": (nets.TwoTowers(PATCHES, 6, 5, 4, text_depth=1, text_width=8, **SIZES), X, T),
-    "DanceEncoder": (nets.DanceEncoder(DANCE, genres=4, video=True), MOTION, LABEL, VECTOR),
+    "DanceEncoder": (DanceEncoder(DANCE, genres=4, video=True), MOTION, LABEL, VECTOR),
     "VQAutoencoder": (VQAutoencoder(8, 8, 3, features=8, codes=16), jnp.zeros((2, 8, 8, 3))),
     "AudioAutoencoder": (AudioAutoencoder(256, hop=32, codes=16, widths=(4, 4, 4)), jnp.zeros((2, 256))),
 }  # fmt: skip

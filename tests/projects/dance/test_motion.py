@@ -10,8 +10,9 @@ from arrays import integers, normal
 from filled import filled
 
 from mmdiff.errors import UserError
-from mmdiff.nets import DanceEncoder, MotionEncoder, TokenTransformer, cdcd
+from mmdiff.nets import TokenTransformer, cdcd
 from mmdiff.nets.tokens import time_features
+from mmdiff.projects.dance.motion import DanceEncoder, MotionEncoder
 
 B, FRAMES, JOINTS, WIDTH = 3, 16, 5, 8
 MOTION = MotionEncoder(depth=1, width=WIDTH, heads=2, stride=2, fps=8, scan=False)
