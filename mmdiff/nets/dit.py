@@ -55,7 +55,14 @@ class DiT(DiffusionTransformer):
     def preset(
         cls, size: str, patch: int, *, image: int = 32, channels: int = 4, classes: int = 1000, learn_sigma: bool = True, **options
     ) -> DiT:
-        """The published DiT-`size`/`patch`: `DiT.preset("XL", 2)` works on 32x32x4 latents of 256-pixel images."""
+        """The published DiT-`size`/`patch`: `DiT.preset("XL", 2)` works on 32x32x4 latents of 256-pixel images.
+
+        >>> import jax
+        >>> inputs = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, int)
+        >>> shapes = jax.eval_shape(DiT.preset("B", 2).init, jax.random.key(0), *inputs)
+        >>> f"{sum(leaf.size for leaf in jax.tree.leaves(shapes)):,}"
+        '130,315,808'
+        """
         depth, width, heads = sizes(size)
         patches = Patches(image, image, channels, patch, 2 * channels if learn_sigma else channels)
         return cls(patches, classes, depth=depth, width=width, heads=heads, **options)

@@ -61,6 +61,14 @@ class DualStream(DiffusionTransformer):
 
     Raises:
       UserError: fields that do not fit together. KeyError: a modality that the tasks need is missing.
+
+    >>> net = DualStream(Patches(8, 8, 1, 2), None, 4, depth=2, shared=1, head_depth=1, width=16, heads=2, two_way=False)
+    >>> x, t = {"image": jnp.zeros((2, 8, 8, 1)), "query": jnp.zeros((2, 4))}, {"image": jnp.zeros(2), "query": jnp.ones(2)}
+    >>> params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+    >>> cache = jax.eval_shape(lambda params: image_kv_cache(net, params, x["image"]), params)
+    >>> out = jax.eval_shape(lambda params, cache: with_image_cache(net, cache)(params, x, t), params, cache)
+    >>> out["query"].shape
+    (2, 4)
     """
 
     patches: Patches

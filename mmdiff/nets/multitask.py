@@ -41,6 +41,12 @@ class MultiTaskDiT(DiffusionTransformer):
       target: the name of what is diffused.
       depth: blocks; heads that read the middle do so after half of them.
       width, heads, ...: see `Transformer` and `DiffusionTransformer`.
+
+    >>> net = MultiTaskDiT(Patches(8, 8, 1, 2), {"label": Classes(states=11, classes=10)}, depth=2, width=16, heads=2)
+    >>> x, t = {"image": jnp.zeros((2, 8, 8, 1)), "label": jnp.zeros(2, int)}, {"image": jnp.ones(2), "label": jnp.ones(2)}
+    >>> out = jax.eval_shape(lambda key: net.apply(net.init(key, x, t), x, t), jax.random.key(0))
+    >>> out["image"].shape, out["label"].shape
+    ((2, 8, 8, 1), (2, 10))
     """
 
     patches: Patches

@@ -71,7 +71,12 @@ class VQAutoencoder(Autoencoder):
       halvings: how often the encoder halves both sides: 1 makes a token of 2 x 2 pixels, 4 one of 16 x 16.
       features: channels of the convolutions, a multiple of 8.
       multipliers: what `features` is multiplied by after each halving, (1, 1, 2, 4); 1 everywhere by default.
-      encoder_blocks, decoder_blocks: residual blocks at every size. The fewer in the encoder, the more a token says of its own place.
+      encoder_blocks, decoder_blocks: residual blocks at every size. The fewer in the encoder, the more local a token is.
+
+    >>> net = VQAutoencoder(8, 8, 3, codes=16, features=8)
+    >>> ids, images = jax.eval_shape(lambda key: net.init_with_output(key, jnp.zeros((2, 8, 8, 3)))[0], jax.random.key(0))
+    >>> ids.shape, images.shape
+    ((2, 16), (2, 8, 8, 3))
     """
 
     height: int

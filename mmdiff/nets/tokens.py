@@ -202,6 +202,11 @@ def cdcd(size: str, **options) -> TokenTransformer:
 
     Conditions: "dance" [B, 1, 1024] of a motion encoder, "text" [B, 77, 512] of CLIP, both features unless an `encoder` makes them, and
     one of 1,000 labels. For guidance on labels add a row for their null: `cdcd("imagenet", labels=1001)`.
+
+    >>> net = cdcd("imagenet", labels=1001)
+    >>> x, t = {"tokens": jnp.zeros((1, 256), int), "label": jnp.zeros(1, int)}, {"tokens": jnp.ones(1)}
+    >>> jax.eval_shape(lambda key: net.apply(net.init(key, x, t), x, t), jax.random.key(0))["tokens"].shape
+    (1, 256, 974)
     """
     if size not in CDCD:
         raise UserError(f"no CDCD network {size!r}; choose one of {', '.join(CDCD)}.")

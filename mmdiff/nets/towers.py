@@ -36,6 +36,12 @@ class TwoTowers(Transformer):
       depth, width: of the image's tower. text_depth, text_width: of the text's. heads, ...: of both, see `Transformer`.
       logits: initial scale and bias: CLIP's 1 / 0.07; SigLIP starts from (10, -10).
       norm_eps: CLIP's.
+
+    >>> net = TwoTowers(Patches(8, 8, 3, 4), vocabulary=100, length=6, size=8, depth=1, width=16, text_depth=1, text_width=16)
+    >>> x = {"image": jnp.zeros((2, 8, 8, 3)), "text": jnp.zeros((2, 6), int)}
+    >>> out = jax.eval_shape(lambda key: net.apply(net.init(key, x, {}), x, {}), jax.random.key(0))
+    >>> out["image_vector"].shape, out["text_vector"].shape
+    ((2, 8), (2, 8))
     """
 
     patches: Patches
