@@ -97,9 +97,9 @@ def rolled(noised):
 
 def adaptive():
     """Times that follow a term that compares examples, beside one that does not."""
-    sampled = times.joint(image=times.constant(0.0), query=times.importance(8, "match"))
+    sampled = times.joint(image=times.constant(0.0), query=times.importance(8, "embedding"))
     return losses.diffusion(NAMING, name, sampled, {
-        "match": (1.0, matching.embedding_loss(QUERY, "query")), "mse": (0.5, losses.on("query", QUERY.loss))})  # fmt: skip
+        "embedding": (1.0, matching.embedding_loss(QUERY, "query")), "mse": (0.5, losses.on("query", QUERY.loss))})  # fmt: skip
 
 
 TASKS = {

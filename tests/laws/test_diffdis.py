@@ -372,7 +372,7 @@ def one_step(axes, loss, predict):
         return kernels | {"logit_scale": jnp.float32(5.0), "logit_bias": jnp.float32(-2.0)}
 
     when = times.joint(image=times.constant(0.0), query=times.uniform())
-    total = losses.diffusion(process, apply, when, {"match": (1.0, matching.embedding_loss(process.parts["query"], "query", loss))})
+    total = losses.diffusion(process, apply, when, {"embedding": (1.0, matching.embedding_loss(process.parts["query"], "query", loss))})
     mesh = sharding.make_mesh(dict(axes), jax.devices()[: math.prod(size for _, size in axes)])
     images = np.random.default_rng(1).normal(size=(16, 6)).astype(np.float32)
     batch = {"image": images, "query": np.asarray(units(16, 8)), "index": np.arange(16, dtype=np.uint32)}

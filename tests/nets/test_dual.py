@@ -175,7 +175,7 @@ def test_each_loss_trains_its_own_parts_and_both_the_trunk(fusion):
             {"eps": (1.0, losses.on("image", image.loss))})),
         "align": (0.5, losses.diffusion(
             Joint(image=Given(0.0), query=query), align, times.joint(image=given, query=noisy),
-            {"match": (1.0, matching.embedding_loss(query, "query"))})),
+            {"embedding": (1.0, matching.embedding_loss(query, "query"))})),
     }  # fmt: skip
 
     def gradients(params):
@@ -183,7 +183,7 @@ def test_each_loss_trains_its_own_parts_and_both_the_trunk(fusion):
         return [jax.grad(loss, has_aux=True)(params, {**X, "index": jnp.arange(B)}, jax.random.key(0)) for loss in of]
 
     (by_generation, seen), (by_alignment, also_seen) = jax.jit(gradients)(weights(fusion))
-    assert seen["generate/loss/eps"] > 0 and also_seen["align/loss/match"] > 0
+    assert seen["generate/loss/eps"] > 0 and also_seen["align/loss/embedding"] > 0
     by_generation, by_alignment = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): float(jnp.abs(leaf).max()) for path, leaf in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (by_generation, by_alignment))
