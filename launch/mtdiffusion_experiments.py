@@ -97,14 +97,14 @@ def as_joint(experiment, config):
     """The experiment with a `Joint` in the place of the `Aggregate`: the label has a time of its own, or a few are pinned."""
     process = Joint(image=experiment.process.chain, label=absorbing(10))
     noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
-    when = times.mixture(
+    noise_levels = times.mixture(
         (config.times.hidden, times.joint(image=noisy, label=noisy)),
         (config.times.known, times.joint(image=noisy, label=known)),
         (config.times.absent, times.joint(image=noisy, label=absent)),
         (config.times.clean, times.joint(image=known, label=absent)))
     return dataclasses.replace(
         experiment, process=process,
-        loss=losses.diffusion(process, experiment.apply, when, losses.weighted(process, label=config.label_weight)),
+        loss=losses.diffusion(process, experiment.apply, noise_levels, losses.weighted(process, label=config.label_weight)),
         sample=sampling.make_sampler(process, experiment.apply, experiment.shape, drop=("label",), heun=True))
 
 
@@ -113,14 +113,14 @@ def labels(experiment, params, config, key, data):
     train, test = load_all(experiment.train_data()), load_all(experiment.test_data())
     keys = jax.random.split(key, 5)
     quantize = experiment.modalities["image"].quantize
-    draw = functools.partial(sample_batched, experiment, params, batch=250, steps=config.sample.steps, guidance=config.sample.guidance)
+    sample = functools.partial(sample_batched, experiment, params, batch=250, steps=config.sample.steps, guidance=config.sample.guidance)
     asked = conditional.labels_to_ask(train["label"], 10, 100)
-    drawn = quantize(draw(keys[0], {"label": asked}, len(asked))["image"])
-    found = conditional.judge(drawn, asked, (train["image"], train["label"]), (test["image"], test["label"]), 10, 100)
+    sampled = quantize(sample(keys[0], {"label": asked}, len(asked))["image"])
+    found = conditional.judge(sampled, asked, (train["image"], train["label"]), (test["image"], test["label"]), 10, 100)
     metrics = {name: value for name, value in found.metrics.items() if name != "svm_real_accuracy"}
     count = len(train["image"])
-    bare = quantize(draw(keys[1], {}, count, absent=("label",))["image"])
-    metrics["frechet_ratio_absent"] = frechet_ratio(bare, test["image"], train["image"])
+    unconditional = quantize(sample(keys[1], {}, count, absent=("label",))["image"])
+    metrics["frechet_ratio_absent"] = frechet_ratio(unconditional, test["image"], train["image"])
     if data == "no head":  # names an image by its denoising losses alone
 
         def scores(params, keys, given):
@@ -140,12 +140,12 @@ def labels(experiment, params, config, key, data):
 
 
 def estimates(experiment):
-    """What may stand in for a label that is not known: the mean of E, E of a draw, E of the best class; all by the same plain steps."""
+    """What may stand in for a label that is not known: the mean of E, E of a sample, E of the best class; all by the same plain steps."""
     process = experiment.process
 
     def by(*transforms):
-        draw = sampling.make_sampler(process, experiment.apply, experiment.shape, drop=("label",), transforms=transforms)
-        return dataclasses.replace(experiment, sample=draw)
+        sampler = sampling.make_sampler(process, experiment.apply, experiment.shape, drop=("label",), transforms=transforms)
+        return dataclasses.replace(experiment, sample=sampler)
 
     return {
         "_mean": by(),

@@ -65,8 +65,8 @@ def run(seed, data, overrides):
     key, quantize = jax.random.key(1000 + seed), getattr(heun.modalities["image"], "quantize", np.asarray)
 
     def images(experiment, steps, guidance):
-        drawn = sample_batched(experiment, params, key, known, count, batch=250, steps=steps, guidance=guidance)
-        return np.asarray(drawn["image"])
+        sampled = sample_batched(experiment, params, key, known, count, batch=250, steps=steps, guidance=guidance)
+        return np.asarray(sampled["image"])
 
     guidance = float(config.sample.guidance)
     reference = images(heun, REFERENCE, guidance)

@@ -85,7 +85,7 @@ def cdcd(
     sample_inter: float = 0.0,
     count: int = 10,
     chunks: int = 8,
-    others: Negatives | None = None,
+    inter_negatives: Negatives | None = None,
     form: Form | None = None,
     of: str | None = None,
     given: str | None = None,
@@ -101,7 +101,7 @@ def cdcd(
       process, steps: the discrete chain and its T.
       falling: the auxiliary's a(t): from 2 to 1 (images), or from 1 to 2 (music).
       count: negatives for every example; chunks: see `intra`.
-      others: negatives of other conditions; `inter(count)` by default.
+      inter_negatives: negatives of other conditions; `inter(count)` by default.
       form: of all contrasts; `linear()`, the released one, by default.
       of: the modality's name, for a joint pass.
       given: the condition's name there. Data of another condition are negatives only where a condition is present: where it is dropped, for
@@ -117,7 +117,7 @@ def cdcd(
     if given and not of:
         raise UserError(f"cdcd: the condition {given!r} is one of a joint pass: say the modality's name, too, of=...")
     vlb, ce = losses.vlb(process, steps), losses.x0_ce(process)
-    within, between = intra(chunks, count), others or inter(count)
+    within, between = intra(chunks, count), inter_negatives or inter(count)
     terms = {"vlb": (1.0, vlb), "auxiliary": (steps * auxiliary, losses.auxiliary(process, steps, falling))}
     if of:
         terms = {name: (weight, losses.on(of, term)) for name, (weight, term) in terms.items()}

@@ -142,7 +142,7 @@ def test_the_reward_is_bounded_and_ends(mode):
 
 @pytest.mark.slow
 def test_the_whole_of_the_released_loss():
-    terms = cdcd(TOKENS, T, step_intra=5e-5, sample_inter=5e-6, others=table("negatives"), chunks=4)
+    terms = cdcd(TOKENS, T, step_intra=5e-5, sample_inter=5e-6, inter_negatives=table("negatives"), chunks=4)
     assert {name: weight for name, (weight, _) in terms.items()} == {
         "vlb": 1.0, "auxiliary": T * 5e-4, "step_intra": 5e-5, "sample_inter": T * 5e-6}  # fmt: skip
     share, found = np.arange(B) % T / T, {name: run(term) for name, (_, term) in terms.items()}
@@ -153,7 +153,7 @@ def test_the_whole_of_the_released_loss():
     with pytest.raises(UserError, match="the condition 'label' is one of a joint pass"):
         cdcd(TOKENS, T, given="label")
     # With another form the scores keep their temperature at all times.
-    term = cdcd(TOKENS, T, sample_inter=5e-6, others=table("negatives"), form=infonce())["sample_inter"][1]
+    term = cdcd(TOKENS, T, sample_inter=5e-6, inter_negatives=table("negatives"), form=infonce())["sample_inter"][1]
     np.testing.assert_allclose(run(term), (1 + share) * run(contrast(TOKENS, MODES["sample"], table("negatives"), infonce())), rtol=1e-5)
 
 

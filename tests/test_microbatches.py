@@ -81,7 +81,7 @@ def matched(loss):
 
 
 def contrasting(negatives, mode="sample_inter"):
-    terms = contrastive.cdcd(TOKENS, T, **{mode: 0.5}, others=negatives, count=3, chunks=4, of="tokens", given="label")
+    terms = contrastive.cdcd(TOKENS, T, **{mode: 0.5}, inter_negatives=negatives, count=3, chunks=4, of="tokens", given="label")
     return losses.diffusion(CHAIN, predict, GRID, terms)
 
 

@@ -89,7 +89,7 @@ def build(config):
     noise_levels = times.conditional(*encoder.conditions, dropout=config.dropout, music=times.importance(steps, "vlb"))
     terms = contrastive.cdcd(
         music, steps, of="music", given="motion", falling=False, form=contrastive.form(config.form, config.temperature),
-        others=contrastive.inter(config.loss.count, by="genre" if genres else "motion"), **config.loss)
+        inter_negatives=contrastive.inter(config.loss.count, by="genre" if genres else "motion"), **config.loss)
 
     def clips(split, count=count):
         split = {"validation": VALIDATION[data.name]}.get(split, split)

@@ -68,13 +68,13 @@ def build(config):
         "tokens": TokenImages(*GRID, CODES, decode=decoder(data.dir) if data.dir else None), "text": Texts(open_tokenizer(data, LENGTH)),
         **({"label": Labels(data.classes)} if data.classes else {})}
     # Negatives of another condition: of another class where there are classes, else of another caption.
-    others = contrastive.inter(config.loss.count, by="label" if data.classes else "text")
+    negatives = contrastive.inter(config.loss.count, by="label" if data.classes else "text")
     return Experiment(
         process=process, net=net, modalities=modalities,
         loss=losses.diffusion(
             process, net.apply, times.conditional("text", dropout=config.text_dropout, tokens=times.importance(steps, "vlb")),
             contrastive.cdcd(
-                tokens, steps, of="tokens", given="text", others=others, form=contrastive.form(config.form, config.temperature),
+                tokens, steps, of="tokens", given="text", inter_negatives=negatives, form=contrastive.form(config.form, config.temperature),
                 **config.loss)),
         optimizer=optim.vq_diffusion(config.train, optim.all_but("/encoder/") if config.text.freeze else None),
         data=published(lambda split: open_tokens(data, split, modalities), config.eval.examples),

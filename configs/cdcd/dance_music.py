@@ -82,7 +82,7 @@ def build(config):
         (dropout.genre, times.joint(music=noisy, motion=0.0, genre=1.0)))
     terms = contrastive.cdcd(
         music, steps, of="music", given="motion", falling=False, form=contrastive.form(config.form, config.temperature),
-        others=contrastive.inter(config.loss.count, by="genre"), **config.loss)  # negatives of other clips are of other genres
+        inter_negatives=contrastive.inter(config.loss.count, by="genre"), **config.loss)  # negatives of other clips are of other genres
     metrics = MusicForDances(
         modalities["music"].decode, clips=DanceMusic, training=lambda: DanceMusic("train"), genres=GENRES,
         count=config.eval.clips, batch=config.eval.batch, parents=PARENTS)

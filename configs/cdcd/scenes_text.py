@@ -55,14 +55,14 @@ def build(config):
     process = Joint(tokens=tokens, text=Given(null=0))
     encoder = nets.TextEncoder(tokenizer.size, tokenizer.length, scan=False, **config.text)
     net = nets.TokenTransformer(classes=CODES, grid=GRID, context=("text",), encoder=encoder, **nets.options(config.model))
-    others = contrastive.inter(config.loss.count, by="text")
+    negatives = contrastive.inter(config.loss.count, by="text")
     return Experiment(
         process=process, net=net,
         modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(tokenizer)},
         loss=losses.diffusion(
             process, net.apply, times.conditional("text", dropout=config.text_dropout, tokens=times.importance(steps, "vlb")),
             contrastive.cdcd(
-                tokens, steps, of="tokens", given="text", others=others, form=contrastive.form(config.form, config.temperature),
+                tokens, steps, of="tokens", given="text", inter_negatives=negatives, form=contrastive.form(config.form, config.temperature),
                 **config.loss)),
         optimizer=optim.adamw(config.train, optim.all_but("/encoder/") if config.text.freeze else None),
         data=lambda split: token_source(config.data.dir, split),

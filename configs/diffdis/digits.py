@@ -49,7 +49,7 @@ def build(config):
     net = nets.DualStream(
         nets.Patches(*SHAPE, config.model.patch), nets.Tokens(tokenizer.length, tokenizer.size, tokenizer.size), size,
         logits=matching.init_logits(config.query.loss), **nets.options(config.model, without="patch"))
-    draw, name = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
+    generate, align = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
     image, text = Gaussian(schedules.flow(), velocity), Given(0)
     query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
     generation, alignment = Joint(image=image, text=text), Joint(image=image, query=query)
@@ -59,10 +59,10 @@ def build(config):
     return Experiment(
         process=generation, modalities=modalities,
         init=initialiser(net, Joint(image=image, text=text, query=query), {name: each.shape for name, each in modalities.items()}),
-        apply=draw,
+        apply=generate,
         loss=losses.combine(
-            draw=(1.0, losses.diffusion(generation, draw, captioned, losses.weighted(generation))),
-            name=(config.query.weight, losses.diffusion(alignment, name, pictured, matching.terms(query, "query", config.query.loss)))),
+            draw=(1.0, losses.diffusion(generation, generate, captioned, losses.weighted(generation))),
+            name=(config.query.weight, losses.diffusion(alignment, align, pictured, matching.terms(query, "query", config.query.loss)))),
         optimizer=optim.adamw(config.train, optim.all_but("logit_")),
         data=lambda split: digits.captioned(digits.digits_source(split), prompts),
         sampler={"heun": True},

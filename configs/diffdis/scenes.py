@@ -70,7 +70,7 @@ def build(config):
     net = nets.DualStream(
         nets.Patches(*SHAPE, config.model.patch), nets.Tokens(tokenizer.length, tokenizer.size + 1, tokenizer.size), size, captions=True,
         logits=matching.init_logits(config.query.loss), **nets.options(config.model, without="patch"))
-    draw, name = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
+    generate, align = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
     image, text = Gaussian(schedules.flow(), velocity), absorbing(tokenizer.size)
     query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
     generation, alignment = Joint(image=image, text=text), Joint(image=image, query=query)
@@ -82,21 +82,21 @@ def build(config):
     pictured = times.joint(query=noisy, image=times.mixture(
         (shares.clean, 0.0), (shares.noisy, times.uniform(0.0, 0.7)), (shares.dropped, 1.0)))
     tasks = {
-        "draw": (1.0, losses.diffusion(generation, draw, captioned, losses.weighted(generation, text=config.text_weight))),
-        "name": (config.query.weight, losses.diffusion(alignment, name, pictured, matching.terms(query, "query", config.query.loss)))}
+        "draw": (1.0, losses.diffusion(generation, generate, captioned, losses.weighted(generation, text=config.text_weight))),
+        "name": (config.query.weight, losses.diffusion(alignment, align, pictured, matching.terms(query, "query", config.query.loss)))}
     if config.tasks not in ("both", *tasks):
         raise UserError(f"config.tasks is {config.tasks!r}: choose both, draw or name.")
     aligner = Aligner(net, query, size, SHAPE)
-    align = jax.jit(aligner.function(10, cached=not config.model.two_way))
+    encode_image = jax.jit(aligner.function(10, cached=not config.model.two_way))
     classify = CaptionedScenes("image", decode=lambda images: images, asked=tuple(scenes.ATTRIBUTES), batch=config.eval.batch)
     return Experiment(
         process=generation, modalities=modalities,
         init=initialiser(net, Joint(image=image, text=text, query=query), {name: each.shape for name, each in modalities.items()}),
-        apply=draw,
+        apply=generate,
         loss=losses.combine(**(tasks if config.tasks == "both" else {config.tasks: tasks[config.tasks]})),
         optimizer=optim.muon(config.train),
         data=lambda split: WithTextEmbedding(scenes.Scenes(split, SIZE), towers, size),
         sampler={"drop": ("text",), "heun": True}, frozen_deps={"towers": towers.fingerprint},
         evaluators=(
-            *zeroshot.asked(config.eval, align, lambda params, texts: towers.encode(texts), SIZE),
+            *zeroshot.asked(config.eval, encode_image, lambda params, texts: towers.encode(texts), SIZE),
             SceneAlignment(aligner, towers, classify)))

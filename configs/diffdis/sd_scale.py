@@ -78,23 +78,23 @@ def build(config):
     net = nets.DualStream(
         nets.Patches(*shape["image"], config.model.patch), nets.Vectors(VECTOR, TOKENS), VECTOR,
         logits=matching.init_logits(config.query.loss), **nets.options(config.model, without="patch"))
-    draw, name = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
+    generate, align = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
     noise = schedules.scaled_linear_beta(STEPS)
     image, query = Gaussian(noise, eps), Gaussian(schedules.scaled(noise, config.query.gamma), x0, norm=1.0)
     generation, alignment = Joint(image=image, text=Given(0.0)), Joint(image=Given(0.0), query=query)
     noisy, dropped = times.on_grid(STEPS), times.mixture((1 - config.dropout, 0.0), (config.dropout, 1.0))
     tasks = {
-        "draw": (1.0, losses.diffusion(generation, draw, times.joint(image=noisy, text=dropped))),
+        "draw": (1.0, losses.diffusion(generation, generate, times.joint(image=noisy, text=dropped))),
         "name": (config.query.weight, losses.diffusion(
-            alignment, name, times.joint(image=dropped, query=noisy), matching.terms(query, "query", config.query.loss)))}
+            alignment, align, times.joint(image=dropped, query=noisy), matching.terms(query, "query", config.query.loss)))}
     if config.tasks not in ("both", *tasks):
         raise UserError(f"config.tasks is {config.tasks!r}: choose both, draw or name.")
     aligner = Aligner(net, query, VECTOR, shape["image"])
-    align = aligner.function(10, cached=not config.model.two_way)
+    encode_image = aligner.function(10, cached=not config.model.two_way)
     return Experiment(
         process=generation, modalities=modalities,
         init=initialiser(net, Joint(image=image, text=Given(0.0), query=query), shape),
-        apply=draw,
+        apply=generate,
         loss=losses.combine(**(tasks if config.tasks == "both" else {config.tasks: tasks[config.tasks]})),
         optimizer=optax.multi_transform(
             {"kept": optim.adm(train),
@@ -102,7 +102,7 @@ def build(config):
             groups),
         data=published(lambda split: open_source(data, split, modalities)),
         evaluators=(
-            *classifiers(config.eval, align, modalities["image"], PIXELS * data.size),
+            *classifiers(config.eval, encode_image, modalities["image"], PIXELS * data.size),
             PairRetrieval(aligner, config.eval.count, config.eval.batch)))
 
 
