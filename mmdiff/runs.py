@@ -178,16 +178,10 @@ class Run:
                 raise UserError(f"the modality {name} is set twice: use one --given or one --absent for it.")
         if set(shape) <= {*given, *absent}:
             raise UserError("no modality is left to sample: leave out one --given or --absent.")
-        parsed = {}
-        for name, value in given.items():
-            if isinstance(value, str):
-                parsed[name] = modalities[name].parse(value)
-            else:
-                parsed[name] = np.asarray(value)
-                if parsed[name].ndim != len(shape[name]) + 1:
-                    form = ", ".join(["n", *map(str, shape[name])])
-                    raise UserError(f"the given {name} has the shape {list(parsed[name].shape)}, not [{form}]: one row for each sample.")
-                modalities[name].check(parsed[name])
+        parsed = {
+            name: modalities[name].parse(value) if isinstance(value, str) else modalities[name].check(value)
+            for name, value in given.items()
+        }
         counts = {name: len(array) for name, array in parsed.items() if len(array) > 1}
         number = number or max(counts.values(), default=16)
         for name, count in counts.items():

@@ -49,7 +49,7 @@ def test_what_is_absent_is_not_in_the_answer(run):
 @pytest.mark.parametrize(
     "asked, words",
     [
-        ({"given": {"image": np.zeros((8, 8, 1))}}, r"the given image has the shape \[8, 8, 1\], not \[n, 8, 8, 1\]"),
+        ({"given": {"image": np.zeros((8, 8, 1))}}, r"image: images need the shape \[n, 8, 8, 1\], got \[8, 8, 1\]"),
         ({"given": {"label": np.array([10])}}, "label"),
         ({"given": {"lable": "7"}}, "unknown modality 'lable'.* did you mean 'label'"),
         ({"given": {"label": "7"}, "absent": ["label"]}, "label is set twice"),
