@@ -1,26 +1,19 @@
 """Settings that must stand before jax starts: CPU, eight simulated devices, and compiled programs kept between test runs."""
 
 import gc
-import importlib.metadata
+import importlib
 import os
 import pathlib
 import sys
 import tempfile
 
 import pytest
+import xla_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of a run is compiling small programs, once each: cheap code, in a sixth of the time that XLA's own choice takes.
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know it
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):  # else a worker of this run, which inherits them
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+if xla_flags.DEVICES not in os.environ.get("XLA_FLAGS", ""):  # else a worker of this run, which inherits them
+    flags = [os.environ.get("XLA_FLAGS", ""), xla_flags.DEVICES, *xla_flags.CHEAP, *xla_flags.CHEAPEST]
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 # Compiled programs are kept between runs, and shared by the workers and the programs that a run starts.
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"mmdiff-tests-{os.getuid()}"
@@ -94,5 +87,9 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish(session):
     """What collecting has made stays until the end: the garbage collector need not look at it again whenever a program is traced."""
+    import jax
+
+    jax.devices()  # XLA has read its flags now; libtpu and the programs that a test starts get those that all of them know
+    os.environ["XLA_FLAGS"] = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if flag not in xla_flags.CHEAPEST)
     gc.collect()
     gc.freeze()
