@@ -17,7 +17,7 @@ Image: flow matching, velocity. Label: absorbing diffusion. Cost: 1.3M parameter
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mmdiff import losses, nets, schedules, times
+from mmdiff import losses, nets, sampling, schedules, times
 from mmdiff.data.own import open_images
 from mmdiff.defaults import training_config
 from mmdiff.errors import UserError
@@ -53,14 +53,8 @@ def build(config):
     streams = {"image": nets.Patches(*own.shape["image"], model.pop("patch")), "label": nets.Label(classes + 1, classes)}
     net = nets.MMDiT(streams, shared=True, **model)
 
-    noisy = times.uniform()
-    all_tasks = times.mixture(
-        (shares.joint, times.joint(image=noisy, label=noisy)),
-        (shares.image_given_label, times.joint(image=noisy, label=0.0)),
-        (shares.label_given_image, times.joint(image=0.0, label=1.0)),
-        (shares.label_given_noisy, times.joint(image=times.uniform(0.0, 0.7), label=1.0)),
-        (shares.image_alone, times.joint(image=noisy, label=1.0)))
-    noise_levels = all_tasks if joint else times.conditional("label", dropout=shares.image_alone, image=noisy)
+    conditional = times.conditional("label", dropout=shares.image_alone, image=times.uniform())
+    noise_levels = times.image_label(shares) if joint else conditional
     weights = {"image": 1.0, "label": config.label_weight} if joint else {"image": 1.0}
     loss = losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, **weights))
     return Experiment(
@@ -71,6 +65,6 @@ def build(config):
         optimizer=optim.muon(config.train),
         data=own.source,
         # A joint sample settles its label in the first half of the trajectory, while the image is still mostly noise and can follow it.
-        sampler={"drop": ("label",), "heun": True, "paths": {"label": lambda t: jnp.maximum(2.0 * t - 1.0, 0.0)}},
+        sampler={"drop": ("label",), "heun": True, "paths": {"label": sampling.settled_at(0.5)}},
         evaluators=(HeldOut(condition="label", **config.eval),),
     )
