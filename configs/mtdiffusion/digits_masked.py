@@ -55,5 +55,5 @@ def build(config):
         optimizer=optim.adamw(config.train), data=digits_source,
         sampler={"drop": ("masked", "mask"), "heun": True},
         evaluators=(Restoration(
-            config.patches.size, config.patches.most, digit_features.distance, "digits' features: projects.digits.digit_features",
+            config.patches.size, config.patches.most, digit_features.distance, "digits' features",
             draws=config.eval.draws, batch=config.eval.batch),))
