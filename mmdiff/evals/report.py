@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import html
 import importlib.metadata
 import io
 import json
 import math
+import operator
 import os
 import pathlib
 import platform
@@ -46,15 +48,15 @@ def write(
       UserError: the folder cannot be written.
     """
     workdir = pathlib.Path(workdir)
-    metrics = {name: value for found in results for name, value in found.metrics.items()}
+    measured = functools.reduce(operator.or_, results)
     report = {
-        **{name: _number(value) for name, value in metrics.items()},
+        **{name: _number(value) for name, value in measured.metrics.items()},
         **dict.fromkeys(("train_seconds", "images_per_second", "steps")),
         **(cost or {}),
         "step": int(step),
         "seed": int(config.seed),
         "split": experiment.split,
-        "settings": {name: value for found in results for name, value in found.settings.items()},
+        "settings": dict(measured.settings),
         "versions": versions(),
         "device": device(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -63,7 +65,7 @@ def write(
     json_path, html_path = paths(workdir, experiment.split)
     try:
         _replace(json_path, json.dumps(configs.plain(report), indent=2, allow_nan=False) + "\n")
-        _replace(html_path, _page(workdir, report, metrics, results))
+        _replace(html_path, _page(workdir, report, measured))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write the report to {workdir} ({reason}): free some space or allow writing.") from error
@@ -143,9 +145,7 @@ details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; } pre
 """
 
 
-def _page(workdir: pathlib.Path, report: Mapping, metrics: Mapping[str, float], results: Sequence[EvalResult]) -> str:
-    definitions = {name: note for found in results for name, note in found.definitions.items()}
-    shown = [(title, figure) for found in results for title, figure in found.figures.items()]
+def _page(workdir: pathlib.Path, report: Mapping, measured: EvalResult) -> str:
     title = f"{workdir.resolve().name}: {report['split']} data at step {report['step']:,}"
     hardware = report["device"]
     trained = [f"{report['train_seconds']:,.0f} s of training"] if _real(report["train_seconds"]) else []
@@ -155,11 +155,11 @@ def _page(workdir: pathlib.Path, report: Mapping, metrics: Mapping[str, float], 
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="dim">{html.escape(" · ".join([*trained, where, "seed " + str(report["seed"]), report["time"]]))}</p>',
         '<div class="cards">',
-        *(_card(name.replace("_", " "), value) for name, value in metrics.items()),
+        *(_card(name.replace("_", " "), value) for name, value in measured.metrics.items()),
         "</div>",
-        "<h2>Figures</h2>" if shown else "",
+        "<h2>Figures</h2>" if measured.figures else "",
         '<div class="grid">',
-        *(_figure(title, figure.image, figure.caption, figure.sounds) for title, figure in shown),
+        *(_figure(title, figure.image, figure.caption, figure.sounds) for title, figure in measured.figures.items()),
         "</div>",
     ]
     charts = list(_charts(workdir / "metrics.jsonl"))
@@ -167,7 +167,7 @@ def _page(workdir: pathlib.Path, report: Mapping, metrics: Mapping[str, float], 
         parts += ["<h2>Training</h2>", '<div class="grid">', *charts, "</div>"]
     parts += [
         "<h2>What the metrics are</h2>",
-        _table([(name, _digits(value), definitions.get(name, "")) for name, value in metrics.items()]),
+        _table([(name, _digits(value), measured.definitions.get(name, "")) for name, value in measured.metrics.items()]),
         "<h2>How they were measured</h2>",
         _table([(name, "", _words(value)) for name, value in report["settings"].items()]),
         "<h2>Versions</h2>",

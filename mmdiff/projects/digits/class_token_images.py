@@ -64,14 +64,8 @@ class ClassTokenImages:
             "bits_per_dim_independent_class": "independent tokens, counted for each class: this one knows the label, too",
             "bits_per_dim_raster_markov_class": "raster-order Markov, counted for each class",
         }
-        settings = {"bound_steps": self.bound_steps, "bound_images": len(bits)}
-        seconds = {**found.settings["evaluation_seconds"], **clock.seconds}
-        return EvalResult(
-            metrics={**found.metrics, **metrics},
-            definitions={**found.definitions, **definitions},
-            figures=found.figures,
-            settings={**found.settings, **settings, "evaluation_seconds": seconds},
-        )
+        settings = {"bound_steps": self.bound_steps, "bound_images": len(bits), "evaluation_seconds": clock.seconds}
+        return found | EvalResult(metrics, definitions, settings=settings)
 
     def samples(self, experiment, params, key, steps: int, guidance: float) -> EvalResult:
         """What depends on the sampler: metrics, definitions, figures and settings of one set of samples."""
@@ -90,12 +84,9 @@ class ClassTokenImages:
         clock.stop()
         sampler = f"{steps} steps, guidance {guidance:g}"
         shown, names = modality.show(tokens), name(np.arange(self.classes))
-        return EvalResult(
-            metrics=found.metrics,
-            definitions=found.definitions,
-            figures=conditional.figures(shown, asked, modality.show(test[self.tokens]), test[self.label], names, found, sampler),
-            settings={"sample_steps": steps, "guidance": guidance, **found.settings, "evaluation_seconds": clock.seconds},
-        )
+        settings = {"sample_steps": steps, "guidance": guidance, "evaluation_seconds": clock.seconds}
+        figures = conditional.figures(shown, asked, modality.show(test[self.tokens]), test[self.label], names, found, sampler)
+        return EvalResult({}, figures=figures, settings=settings) | found
 
 
 def independent_bits(train: np.ndarray, test: np.ndarray, states: int) -> float:

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mmdiff.evals import plots
 from mmdiff.evals.accuracy import accuracy, confusion
-from mmdiff.evals.evaluator import Figure
+from mmdiff.evals.evaluator import EvalResult, Figure
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.projects.digits import classifiers
 
 
-@dataclasses.dataclass(frozen=True)
-class Judged:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged(EvalResult):
     """What `judge` found.
 
     Attributes:
-      metrics, definitions, settings: as in `EvalResult`.
       classifier: the SVM trained on the real training images.
       rows: which samples count for `conditional_agreement`, equally many of every class.
       labels: the classifier's labels of these.
     """
 
-    metrics: Mapping[str, float]
-    definitions: Mapping[str, str]
-    settings: Mapping[str, Any]
     classifier: Any
     rows: np.ndarray
     labels: np.ndarray

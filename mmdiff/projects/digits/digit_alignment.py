@@ -78,7 +78,6 @@ class DigitAlignment:
         sampled = quantize(sample(keys[3], {"text": np.asarray(texts)[asked]}, len(asked), guidance=guidance)["image"])
         found = conditional.judge(
             sampled, asked, (train["image"], train["label"]), (test["image"], labels), 10, self.per_class)
-        metrics |= found.metrics
         metrics["round_trip"] = accuracy(classify(align(keys[4], sampled[found.rows], steps=10)), asked[found.rows])
 
         clock.start("best", f"sampling {self.choose} of each caption, unguided, and keeping what is aligned with it best")
@@ -124,7 +123,6 @@ class DigitAlignment:
             f"best_of_{self.choose}_agreement": f"the SVM's agreement with the best of {self.choose} unguided samples by the alignment "
             "branch's score; unguided_agreement with the first",
             "diffusion_classifier_cost": "its seconds per image over those of 10 steps of alignment without a cache",
-            **found.definitions,
         }
-        settings = {"sample_steps": steps, "guidance": guidance, **found.settings, "evaluation_seconds": clock.seconds}
-        return EvalResult(metrics, definitions, figures, settings)
+        settings = {"sample_steps": steps, "guidance": guidance, "evaluation_seconds": clock.seconds}
+        return EvalResult(metrics, definitions, figures, settings) | found

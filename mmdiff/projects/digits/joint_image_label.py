@@ -80,7 +80,6 @@ class JointImageLabel:
         metrics = {
             "label_accuracy": accuracy(read, test_labels),
             "label_accuracy_diffusion_classifier": accuracy(read_by_loss, test_labels),
-            **found.metrics,
             "joint_agreement": accuracy(judged_joint, joint_labels),
         }
         clock.stop()
@@ -92,13 +91,12 @@ class JointImageLabel:
             "test_images": len(test_images),
             "diffusion_classifier_draws": self.draws,
             "joint_agreement_samples": self.joint,
-            **found.settings,
             "generated_pixels": f"clipped and rounded to the data's {levels} levels" if levels else "clipped to [-1, 1]",
             "evaluation_seconds": clock.seconds,
         }
-        return EvalResult(
+        return found | EvalResult(
             metrics=metrics,
-            definitions={**self._definitions(len(test_images)), **found.definitions},
+            definitions=self._definitions(len(test_images)),
             figures=self._figures(
                 experiment,
                 real=(test_images, test_labels, read),

@@ -54,13 +54,8 @@ class MarkovSequences:
             f"{len(bits)} held-out sequences, standard error {bits.std() / math.sqrt(len(bits)):.4f}"
         )
         definitions["bits_per_dim_limit"] = "the same for the chains themselves: nll_data in bits"
-        seconds = {**found.settings["evaluation_seconds"], **clock.seconds}
-        return EvalResult(
-            metrics={**found.metrics, **metrics},
-            definitions={**found.definitions, **definitions},
-            figures=found.figures,
-            settings={**found.settings, "bound_steps": self.bound_steps, "evaluation_seconds": seconds},
-        )
+        settings = {"bound_steps": self.bound_steps, "evaluation_seconds": clock.seconds}
+        return found | EvalResult(metrics, definitions, settings=settings)
 
     def samples(self, experiment, params, key, steps: int, guidance: float) -> EvalResult:
         """What depends on the sampler: metrics, definitions and settings of one set of samples."""

@@ -138,7 +138,6 @@ class SceneAlignment:
 
         sampled = self.captioned.sample(experiment, params, keys[2:4], steps, guidance, clock)
         judged = self.captioned.judged(sampled, steps, guidance, clock, experiment.split)
-        metrics |= judged.metrics
         clock.start("round trip", "retrieving the captions of the samples")
         (_, first), (seen, others) = sampled.values()
         trip = scene_retrieval(align(keys[4], others, steps=10), self.towers.texts(seen["text"])[1], seen)
@@ -164,7 +163,7 @@ class SceneAlignment:
             metrics["caption_correctness" if split == main else f"caption_correctness_{split}"] = float(same.mean())
         clock.stop()
 
-        figures = dict(judged.figures)
+        figures = {}
         if written:
             shown = np.rint((held["image"][:20] + 1) * 127.5).astype(np.uint8)
             wrong = [one != other for one, other in zip(written[last], scenes.captions(held))]
@@ -184,9 +183,8 @@ class SceneAlignment:
             "round_trip": f"share of scenes sampled for training captions that the alignment branch retrieves among {AMONG}, right "
             f"{', '.join(ASKED)}",
             "caption_correctness": f"share of {main} scenes whose written caption is right, word by word",
-            **judged.definitions,
         }
-        return EvalResult(metrics, definitions, figures, {**judged.settings, "candidates": AMONG})
+        return judged | EvalResult(metrics, definitions, figures, {"candidates": AMONG})
 
 
 @dataclasses.dataclass(frozen=True)
