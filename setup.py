@@ -8,15 +8,15 @@ version = re.search(r'__version__ = "(.+)"', (root / "mmdiff" / "__init__.py").r
 readme = root / "README.md"
 TPU_COMPILER = "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
-# Lower bounds: what is needed. Upper bounds: below the next release that may break us; everything below is tested, on Python 3.11 and 3.13.
+# Lower bounds: the oldest with which the tests of what uses it pass. Upper bounds: below the first release that has not been tested.
 REQUIRED = [
     "jax>=0.10,<0.13",  # CPU only; the extras below add an accelerator
     "flax>=0.12,<0.13",
     "optax>=0.2.8,<0.3",
-    "orbax-checkpoint>=0.11.30,<0.13",
+    "orbax-checkpoint>=0.12,<0.13",
     "chex>=0.1.91,<0.2",
     "clu>=0.0.12,<0.1",
-    "ml-collections>=1.0,<2",
+    "ml-collections>=1.1,<2",
     "numpy>=2.0,<3",
     "scikit-learn>=1.5,<2",  # the quick start's digits and its independent classifier
     "pillow>=11.0,<14",
