@@ -162,7 +162,7 @@ def test_layers_of_a_scan_are_gathered_once_each():
 
 def test_a_network_split_by_fsdp_sends_weights_and_no_activations():
     mesh, batch = sharding.make_mesh({"fsdp": 8}), 512
-    net = nets.DiT(nets.Patches(8, 8, 1, 2), 10, 2, 128, 4)
+    net = nets.DiT(nets.Patches(8, 8, 1, 2), 10, depth=2, width=128, heads=4)
 
     def loss(params, batch, key):
         return (net.apply(params, batch["image"], batch["t"], batch["label"]) ** 2).mean(), {}
