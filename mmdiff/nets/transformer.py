@@ -58,7 +58,6 @@ class Transformer(Network, kw_only=True):
         common = {name: getattr(self, name) for name in ("heads", "mlp_ratio", "norm_eps", "backend", "dtype")}
         return stack(partial(block, **common, **fields), self.depth, self.scan, self.remat)
 
-
     def named_stack(self, name: str, depth: int, heads: int = 0, **fields: Any) -> Stack:
         """A `stack` of `Block`s under a name, with another depth and perhaps other heads."""
         check_heads(heads or self.heads)
@@ -107,8 +106,8 @@ def stack(block: partial, depth: int, scan: bool, remat: str) -> Callable:
             # XLA's CPU compiler would fuse the sum of all later blocks' gradients into each earlier block.
             carry = jax.lax.optimization_barrier(carry) if single_cpu() else carry
             own = () if each is None else (jax.tree.map(lambda leaf, i=i: leaf[i], each),)
-            carry, output = kind(**fields, name=f"block_{i}")(*constrain((carry, *constants)), *own)
-            outputs.append(output)
+            carry, extra = kind(**fields, name=f"block_{i}")(*constrain((carry, *constants)), *own)
+            outputs.append(extra)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs) if outputs else None
 
     def scanned(carry, *constants, each=None):
