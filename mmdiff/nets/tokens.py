@@ -71,7 +71,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, time=None, label=None, context=None):
-        options = dict(heads=self.heads, init=normal, backend=self.backend, dtype=self.dtype)
+        options = dict(heads=self.heads, kernel_init=normal, backend=self.backend, dtype=self.dtype)
         x = x + Attention(**options, name="attention")({"": self._norm(x, "attention", time, self.times)})[0][""]
         if context is not None:
             x = x + CrossAttention(**options, name="cross")(self._norm(x, "cross", time, self.times), context)

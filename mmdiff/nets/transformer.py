@@ -178,7 +178,7 @@ class Attention(nn.Module):
       parts: (prefix, length) of the parts of the stream "", if it consists of several: "" for layers that all of them share, which run as
         one product over all tokens.
       qk_norm: normalise queries and keys per head (RMS, learned scale; shared by all streams).
-      init: of the kernels.
+      kernel_init: their initialiser.
     """
 
     heads: int
@@ -186,7 +186,7 @@ class Attention(nn.Module):
     weights: Mapping[str, str] | None = None
     parts: tuple[tuple[str, int], ...] = ()
     qk_norm: bool = False
-    init: Callable = xavier
+    kernel_init: Callable = xavier
     backend: str | None = None
     dtype: Any = jnp.float32
 
@@ -202,7 +202,7 @@ class Attention(nn.Module):
         made = _Layers(self.weights, self.parts, self.dtype)
         queries, keys, updates = {}, dict(cache), {}
         for name, x in streams.items():
-            q, k, v = split_heads(made(Dense, name, "qkv", features=3 * x.shape[-1], kernel_init=self.init)(x), self.heads)
+            q, k, v = split_heads(made(Dense, name, "qkv", features=3 * x.shape[-1], kernel_init=self.kernel_init)(x), self.heads)
             if self.qk_norm:
                 q, k = made.layer(nn.RMSNorm, "", "q_norm")(q), made.layer(nn.RMSNorm, "", "k_norm")(k)
             queries[name], keys[name] = q, (k, v)
@@ -214,7 +214,7 @@ class Attention(nn.Module):
                 masks = [visible[other] if other in visible else jnp.ones(keys[other][0].shape[:2], bool) for other in read]
                 mask = jnp.concatenate(masks, axis=1)[:, None, None]
             out = attention(q, k, v, mask, self.backend).reshape(*q.shape[:2], -1)
-            updates[name] = made(Dense, name, "out", features=out.shape[-1], kernel_init=self.init)(out)
+            updates[name] = made(Dense, name, "out", features=out.shape[-1], kernel_init=self.kernel_init)(out)
         return updates, {name: keys[name] for name in streams}
 
 
@@ -224,12 +224,12 @@ class CrossAttention(nn.Module):
     Attributes:
       heads: of them.
       prefix: of the layers' names.
-      init: of the kernels.
+      kernel_init: their initialiser.
     """
 
     heads: int
     prefix: str = ""
-    init: Callable = xavier
+    kernel_init: Callable = xavier
     backend: str | None = None
     dtype: Any = jnp.float32
 
@@ -238,7 +238,7 @@ class CrossAttention(nn.Module):
         """`mask`: bool [B, M], False for masked tokens; without any key the update is 0."""
 
         def dense(features, name, x):
-            return Dense(features, kernel_init=self.init, dtype=self.dtype, name=self.prefix + name)(x)
+            return Dense(features, kernel_init=self.kernel_init, dtype=self.dtype, name=self.prefix + name)(x)
 
         b, n, width = x.shape
         q = dense(width, "q", x).reshape(b, n, self.heads, -1)

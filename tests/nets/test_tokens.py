@@ -15,8 +15,8 @@ from mmdiff import losses, sampling, times
 from mmdiff.contrastive import contrast, inter, intra
 from mmdiff.experiment import initialiser
 from mmdiff.nets import TextEncoder, TokenTransformer, cdcd
-from mmdiff.nets.tokens import MLP, Attention, Block
-from mmdiff.nets.transformer import layer_norm
+from mmdiff.nets.tokens import MLP, Block
+from mmdiff.nets.transformer import CrossAttention, layer_norm
 from mmdiff.processes import Given, Joint, absorbing
 from mmdiff.training import sharding
 from mmdiff.training.step import make_step
@@ -178,7 +178,7 @@ def test_positions_of_a_wider_table():
 
 @pytest.mark.slow
 def test_one_condition_token_is_added_to_all_positions():
-    layer = Attention(2)
+    layer = CrossAttention(2)
     x, c = jax.random.normal(jax.random.key(0), (B, 7, 16)), jax.random.normal(jax.random.key(1), (B, 1, 6))
     params = filled(layer, x, c)
     out = jax.jit(layer.apply)(params, x, c)
@@ -204,14 +204,14 @@ def test_a_modulation_of_zero_is_a_plain_norm():
     bare = {name: params[name] for name in ("attention", "mlp")}
     bare |= {f"{name}_norm": {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)} for name in ("attention", "mlp")}
     apply = jax.jit(modulated.apply)
-    np.testing.assert_allclose(apply({"params": params}, x, time, label), jax.jit(plain.apply)({"params": bare}, x), atol=1e-5)
+    np.testing.assert_allclose(apply({"params": params}, x, time, label)[0], jax.jit(plain.apply)({"params": bare}, x)[0], atol=1e-5)
     # Not zero: scale and shift are those of the row. The attention is switched off, the MLP's norm is modulated by the label.
     params = filled(modulated, x, time, label)["params"]
     params["attention"]["out"] = jax.tree.map(np.zeros_like, params["attention"]["out"])
     e = params["mlp_table"]["embedding"][2]
     scale, shift = np.split(e / (1 + np.exp(-e)) @ params["mlp_adaln"]["kernel"] + params["mlp_adaln"]["bias"], 2)
     expected = x[2:3] + MLP(4.0).apply({"params": params["mlp"]}, layer_norm(x[2:3]) * (1 + scale) + shift)
-    np.testing.assert_allclose(apply({"params": params}, x, time, label)[2:3], expected, atol=1e-4)
+    np.testing.assert_allclose(apply({"params": params}, x, time, label)[0][2:3], expected, atol=1e-4)
 
 
 def test_the_time_is_a_row_of_the_table():
