@@ -16,7 +16,7 @@ import numpy as np
 from clu.metrics import Average
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmdiff import console
+from mmdiff import checks, console
 from mmdiff.data import loader
 from mmdiff.data.order import ORDER_VERSION
 from mmdiff.errors import UserError
@@ -232,14 +232,7 @@ def _check(options: ml_collections.ConfigDict) -> None:
     missing = [name for name in OPTIONS if name not in options]
     if missing:
         raise UserError(f"the config lacks {', '.join(f'config.train.{name}' for name in missing)}: add them to its file.")
-    for name in ("steps", "log_every", "checkpoint_every", "keep", "microbatches"):
-        if options[name] < 1:
-            raise UserError(f"config.train.{name} must be 1 or more, not {options[name]}.")
-    for name in ("eval_every", "prefetch"):
-        if options[name] < 0:
-            raise UserError(f"config.train.{name} must be 0 or more, not {options[name]}.")
-    if not 0 <= options.ema < 1:
-        raise UserError(f"config.train.ema must be at least 0 and below 1, not {options.ema}.")
+    checks.check({f"train.{name}": options[name] for name in OPTIONS if name != "mesh"})  # make_mesh checks that
     if options.best and (not options.eval_every or options.checkpoint_every % options.eval_every):
         raise UserError(
             f"config.train.best={options.best!r} needs an evaluation at every checkpoint: let config.train.eval_every "
