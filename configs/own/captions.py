@@ -54,10 +54,11 @@ def build(config):
     if config.task not in ("joint", "conditional"):
         raise UserError(f"config.task is {config.task!r}: choose joint or conditional.")
     own, model, shares = open_images(config.data, "caption"), {**config.model, "dtype": jnp.dtype(config.model.dtype)}, config.times
-    joint, words = config.task == "joint", own.modalities["caption"].tokenizer
-    process = Joint(image=Gaussian(schedules.flow(), velocity), caption=absorbing(words.size) if joint else Given(null=0))
+    joint, tokenizer = config.task == "joint", own.modalities["caption"].tokenizer
+    process = Joint(image=Gaussian(schedules.flow(), velocity), caption=absorbing(tokenizer.size) if joint else Given(null=0))
     streams = {
-        "image": nets.Patches(*own.shape["image"], model.pop("patch")), "caption": nets.Tokens(words.length, words.size + 1, words.size)}
+        "image": nets.Patches(*own.shape["image"], model.pop("patch")),
+        "caption": nets.Tokens(tokenizer.length, states=tokenizer.size + 1, classes=tokenizer.size)}
     net = nets.MMDiT(streams, **model)
 
     noisy = times.uniform()

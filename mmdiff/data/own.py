@@ -77,19 +77,19 @@ def open_images(data: Any, beside: str = "image") -> OwnData:
     parts = image_folders.read(folder, beside, {"val": data.validation, "test": data.test})
     records = {split: parts[part] for split, part in SPLITS.items()}
     train = records["train"]
-    modalities, words = {"image": CroppedImages(data.size, data.size, data.channels)}, None
+    modalities, tokenizer = {"image": CroppedImages(data.size, data.size, data.channels)}, None
     found = f"{sum(map(len, records.values())):,} images"
     if beside == "label":
         modalities["label"] = Labels(len(train.names))
         found += f" in {len(train.names):,} classes ({_listed(train.names)})"
     if beside == "caption":
-        words = _tokenizer(train, data)
-        modalities["caption"] = Texts(words, name="caption")
-        found += f" with captions of {words.size:,} ids, up to {words.length} each"
-    sources = {split: OwnImages(part, modalities["image"], words, data.damaged) for split, part in records.items()}
-    frozen = {"captions' tokenizer": lambda: digest(words.size, dataclasses.asdict(words))} if words else {}
+        tokenizer = _trained_tokenizer(train, data)
+        modalities["caption"] = Texts(tokenizer, name="caption")
+        found += f" with captions of {tokenizer.size:,} ids, up to {tokenizer.length} each"
+    sources = {split: OwnImages(part, modalities["image"], tokenizer, data.damaged) for split, part in records.items()}
+    frozen = {"captions' tokenizer": lambda: digest(tokenizer.size, dataclasses.asdict(tokenizer))} if tokenizer else {}
     kind = f"{data.size}x{data.size} pixels, {'grey' if data.channels == 1 else 'colour'}"
-    return _told(OwnData(modalities, sources.__getitem__, f"{folder}: {found}; {_counts(records)}; {kind}", frozen))
+    return _announced(OwnData(modalities, sources.__getitem__, f"{folder}: {found}; {_counts(records)}; {kind}", frozen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,8 @@ class CroppedImages(Images):
 
     def pixels(self, file: Any) -> np.ndarray:
         """A file, a path or a member of a tar file, as uint8 [height, width, channels]. Raises FileError for a damaged one."""
-        picture = square(decode(file), self.height)
-        return np.asarray(picture.convert("L") if self.channels == 1 else picture).reshape(self.shape)
+        image = square(decode(file), self.height)
+        return np.asarray(image.convert("L") if self.channels == 1 else image).reshape(self.shape)
 
     def _picture(self, path: pathlib.Path) -> np.ndarray:
         return self.pixels(path)
@@ -112,9 +112,9 @@ class OwnImages:
     has. Images are decoded once, as long as all of them together fit in `MEMORY`.
     """
 
-    def __init__(self, records: Records, image: CroppedImages, words: bpe.Tokenizer | None = None, damaged: float = 0.0):
-        self._records, self._image, self._words, self.names = records, image, words, tuple(records.names)
-        self._reader, self._captions = UndamagedReader(records, damaged), max(records.captions, 1) if words else 1
+    def __init__(self, records: Records, image: CroppedImages, tokenizer: bpe.Tokenizer | None = None, damaged: float = 0.0):
+        self._records, self._image, self._tokenizer, self.names = records, image, tokenizer, tuple(records.names)
+        self._reader, self._captions = UndamagedReader(records, damaged), max(records.captions, 1) if tokenizer else 1
         self._kept = None
         if len(records) * np.prod(image.shape) <= MEMORY:
             self._kept, self._known = np.zeros((len(records), *image.shape), np.uint8), {}
@@ -137,9 +137,9 @@ class OwnImages:
         found = {"image": values(pixels)}
         if self.names:
             found["label"] = np.array([record["label"] for record in records], np.int32)
-        if self._words:
+        if self._tokenizer:
             texts = [record["captions"][i % len(record["captions"])] for record, i in zip(records, which.tolist())]
-            found["caption"] = self._words.encode(texts)
+            found["caption"] = self._tokenizer.encode(texts)
         return found
 
     def fingerprint(self):
@@ -149,15 +149,15 @@ class OwnImages:
         return self._image.pixels(record["image"])
 
 
-def _tokenizer(records: Records, data: Any) -> bpe.Tokenizer:
+def _trained_tokenizer(records: Records, data: Any) -> bpe.Tokenizer:
     """That of the captions of the training images: as long as the longest needs, and at most data.length."""
     parts = (records.get(range(start, min(start + 1000, len(records)))) for start in range(0, len(records), 1000))
     texts = [text for part in parts for record in part for text in record["captions"][: records.captions]]
     if data.length < 3 or data.vocabulary < 259:
         raise UserError("config.data.length must be 3 or more (start and end included), and config.data.vocabulary 259 or more.")
-    words = bpe.train(texts, data.length, data.vocabulary)
-    longest = int((words.encode(texts) != bpe.PADDING).sum(1).max())
-    return dataclasses.replace(words, length=longest)
+    tokenizer = bpe.train(texts, data.length, data.vocabulary)
+    longest = int((tokenizer.encode(texts) != bpe.PADDING).sum(1).max())
+    return dataclasses.replace(tokenizer, length=longest)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- arrays
@@ -224,7 +224,7 @@ def open_arrays(data: Any) -> OwnData:
                 part[name] = modality.standardize(part[name])
     sources = {split: ArraySource(arrays[part]) for split, part in SPLITS.items()}
     found = ", ".join(f"{name} {type(modality).__name__} {list(modality.shape)}" for name, modality in modalities.items())
-    return _told(OwnData(modalities, sources.__getitem__, f"{path}: {found}; {_counts(sources)}"))
+    return _announced(OwnData(modalities, sources.__getitem__, f"{path}: {found}; {_counts(sources)}"))
 
 
 def _stored(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
@@ -318,6 +318,6 @@ def _listed(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _told(found: OwnData) -> OwnData:
+def _announced(found: OwnData) -> OwnData:
     console.say(f"mmdiff: {found.summary}")
     return found
