@@ -94,7 +94,7 @@ def test_a_frozen_text_encoder_keeps_its_weights(freeze):
 
 def test_the_released_trajectory_refuses_what_does_not_divide_its_chain():
     experiment, _ = build("digits_class", chain__steps="8", eval__sampling_steps="(8, 3)")
-    draw = experiment.evaluators[1].draws["released"]
+    draw = experiment.evaluators[1].samplers["released"]
     with pytest.raises(UserError, match="divisor of the chain's 8 steps, not 3"):
         draw(None, jax.random.split(jax.random.key(0), 2), {}, steps=3, guidance=1.0)
 
