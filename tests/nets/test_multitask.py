@@ -176,7 +176,7 @@ def test_an_unbound_encoder_is_refused_and_a_bound_one_is_any_other():
     process, params = aggregate(), pair_params()
     data, t = pairs(), {name: jnp.full(B, 0.5) for name in PAIR_SHAPE}
     k = jax.random.split(jax.random.key(0), B)
-    with pytest.raises(ValueError, match="the encoder of 'label' is the network: use process.bound"):
+    with pytest.raises(ValueError, match="the encoder of 'label' is the network: use process.bind"):
         process.corrupt(k, process.select(data), t)
     table = by_network(pair_apply, IMAGE, SHAPE, "label", K, rms=0.7)(params, jnp.eye(K))
     fixed = Aggregate("image", {"label": MeanShift(lambda p: jnp.tensordot(p, table, 1), moving_target())}, process.parts)
