@@ -17,7 +17,7 @@ def get_config():
             "tensorboard": False, "scale_rule": "none", "mesh": {"slices": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1},
         },
         "sample": {"steps": 2, "guidance": 1.0, "top_p": 0.9},
-        "eval": {"batch": 8, "examples": 4, "calls": (2, 1)},
+        "eval": {"batch": 8, "examples": 4, "sampling_steps": (2, 1)},
     })  # fmt: skip
 
 
