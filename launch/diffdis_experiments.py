@@ -137,8 +137,8 @@ def run(seed, data, overrides):
         vectors = {split: aligner(params, key, each["image"], steps=10) for split, each in scenes_of.items()}
         metrics |= named(vectors, towers, scenes_of)
     if data in ("draw", "both"):
-        drawing = dataclasses.replace(experiment.evaluators[0].drawing, count=COUNT)
-        found = drawing.samples(experiment, params, key, config.sample.steps, config.sample.guidance).metrics
+        captioned = dataclasses.replace(experiment.evaluators[0].captioned, count=COUNT)
+        found = captioned.samples(experiment, params, key, config.sample.steps, config.sample.guidance).metrics
         metrics |= {name: found[name] for name in ("prompt_correctness", "prompt_correctness_seen", "frechet_ratio")}
     if data == "both":
         few = experiment.train_data().take(np.arange(256)) | {"index": np.arange(256, dtype=np.uint32)}
