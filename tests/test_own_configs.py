@@ -147,13 +147,13 @@ def colour_of(image):
 @pytest.mark.slow
 def test_images_in_classes_are_sampled_by_name_and_reported(many, tmp_path):
     use = ("--config", OWN / "image_label.py", "--workdir", tmp_path / "run")
-    command("train", *use, f"--config.data.dir={many / 'classes'}", "--config.data.size=16", "--config.train.steps=800",
-            "--config.train.tensorboard=false")  # fmt: skip
+    command("train", *use, f"--config.data.dir={many / 'classes'}", "--config.data.size=16", "--config.train.global_batch=32",
+            "--config.train.steps=500", "--config.train.tensorboard=false")  # fmt: skip
     for shape, colour in zip(SHAPES, COLOURS):
         command("sample", *use, "--given", f"label={shape}", "--out", tmp_path / shape)
         images = np.load(tmp_path / shape / "samples.npz")["image"]
         assert np.mean([colour_of(image) == colour for image in images]) >= 0.8, shape
-    command("eval", *use)
+    command("eval", *use, "--config.eval.most=60")
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["label_accuracy"] >= 0.9 and report["sample_agreement"] >= 0.8 and report["novelty"] > 0.1
 
@@ -168,7 +168,7 @@ def test_images_with_captions_are_sampled_by_text(many, tmp_path):
         command("sample", *use, "--given", f"caption=a {colour} circle", "--out", tmp_path / colour)
         right += [colour_of(image) == colour for image in np.load(tmp_path / colour / "samples.npz")["image"]]
     assert np.mean(right) >= 0.8
-    command("eval", *use)
+    command("eval", *use, "--config.eval.most=60")
     assert json.loads((tmp_path / "run/report.json").read_text())["caption_recall"] >= 0.5  # by chance 0.11
 
 
@@ -179,7 +179,7 @@ def test_vectors_are_sampled_in_their_units(many, tmp_path):
     command("sample", *use, "--given", "ring=outer", "--number", 200)
     radius = np.linalg.norm(np.load(tmp_path / "run/samples/samples.npz")["x"] - 100, axis=1)
     assert np.mean(np.abs(radius - 30) < 3) >= 0.8
-    command("eval", *use)
+    command("eval", *use, "--config.eval.most=200")
     assert json.loads((tmp_path / "run/report.json").read_text())["ring_accuracy"] >= 0.95
 
 
