@@ -28,8 +28,8 @@ T = TypeVar("T")
 def keys(stored: Mapping[str, T], known: Iterable[str]) -> dict[str, T | Any]:
     """The values of a stored config by dotted key, under the names that a config with the `known` keys has for them.
 
-    >>> keys({"seed": 3}, known=["seed"])  # with KEYS = {"eval.tries": "eval.count"}, "eval.tries" becomes "eval.count"
-    {'seed': 3}
+    >>> keys({"eval.calls": [80, 40]}, known=["eval.sampling_steps"])
+    {'eval.sampling_steps': [80, 40]}
     """
     known = set(known)
     found = {}
