@@ -16,6 +16,10 @@ config.task=conditional trains images of a text only. The head of configs/own/im
 larger ones. For tokens of a VQ autoencoder instead of pixels: configs/cdcd/pictures_tokenizer.py with --config.data.name=captioned.
 
 Image: flow matching, velocity. Caption: absorbing diffusion of its ids. Cost: 2.6M parameters; ten minutes on two CPU cores, estimated.
+
+Measured on 300 made-up images in a tar file, "a red circle" and eight other captions (240 for training), with config.data.size=16 and 750
+steps of batch 32: 48 of 48 samples for three texts have their colour; the own caption is found among nine in 0.80 of 30 test images, the
+Fréchet ratio is 1.42.
 """
 
 import jax.numpy as jnp

@@ -12,6 +12,9 @@ config.task=conditional trains images of a class only. The head of configs/own/i
 larger ones.
 
 Image: flow matching, velocity. Label: absorbing diffusion. Cost: 1.3M parameters; five minutes on two quiet CPU cores, estimated.
+
+Measured on 301 made-up images of 20 to 140 pixels, coloured shapes in three classes (241 for training), with config.data.size=16 and 500
+steps of batch 32: label accuracy 1.00 on 30 test images; a sample's nearest training image is of its class in 1.00, the Fréchet ratio 3.0.
 """
 
 import jax.numpy as jnp

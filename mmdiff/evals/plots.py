@@ -38,8 +38,9 @@ def grid(
     from PIL import Image, ImageDraw, ImageFont
 
     images = np.asarray(images)
-    sentences = words is not None and max(map(len, words), default=0) > 16
-    scale = max(1, -(-max(tile, 200 if sentences else 0) // images.shape[2]))
+    longest = max(map(len, words or ()), default=0)
+    sentences = longest > 16
+    scale = max(1, -(-max(tile, 200 if sentences else 13 * longest) // images.shape[2]))
     height, width = images.shape[1] * scale, images.shape[2] * scale
     if sentences:
         words = [textwrap.fill(text, width // 13, break_long_words=False) for text in words]
