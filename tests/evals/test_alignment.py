@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filled import filled
 
 from mmdiff import nets, schedules
 from mmdiff.evals import alignment
@@ -21,13 +22,7 @@ def aligner(two_way=False):
     net = nets.DualStream(
         nets.Patches(*SHAPE, 2), nets.Tokens(3, 6, 6), D, depth=2, width=16, heads=2, shared=1, head_depth=1, two_way=two_way)
     x = {"image": jnp.zeros((1, *SHAPE)), "text": jnp.ones((1, 3), jnp.int32), "query": jnp.zeros((1, D))}
-
-    @jax.jit
-    def init(key):  # zeros would hide things
-        params = net.init(key, x, dict.fromkeys(x, jnp.ones(1)))
-        return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), params)
-
-    params = init(jax.random.key(0))
+    params = filled(net, x, dict.fromkeys(x, jnp.ones(1)))
     return alignment.Aligner(net, QUERY, D, SHAPE), params
 
 
