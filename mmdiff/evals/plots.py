@@ -38,7 +38,7 @@ def grid(
     from PIL import Image, ImageDraw, ImageFont
 
     images = np.asarray(images)
-    longest = max(map(len, words or ()), default=0)
+    longest = max(map(len, words if words is not None else ()), default=0)
     sentences = longest > 16
     scale = max(1, -(-max(tile, 200 if sentences else 13 * longest) // images.shape[2]))
     height, width = images.shape[1] * scale, images.shape[2] * scale
