@@ -75,7 +75,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     (r"mesh\.\w+", Range(1, 65_536, also=(-1,))),
     # of losses and times
     (r"times\.\w+", SHARE),
-    (r"((\w+_)?dropout|dropout\.\w+|complete|damaged)", SHARE),
+    (r"((\w+_)?dropout|dropout\.\w+|complete|damaged|flips)", SHARE),
     (r"(count|crop|windows)", COUNT),
     (r"((\w+_)?weight|kappa|gamma|power|loss\.\w+)", Range(0, 1e6)),
     (r"temperature", Range(0, 1e6, above=True)),
@@ -84,7 +84,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     (r"(steps|sampling_steps|draws)", NETWORK_CALLS),
     (r"top_p", Range(0, 1, above=True)),
     # of networks
-    (r"codes", Range(2, 2**20)),
+    (r"(codes|vocabulary)", Range(2, 2**20)),
     (r"(code_size|query\.size|vector)", Range(1, 16_384)),
     (r"((\w+_)?(width|size|heads|patch|features|hop|stride)|widths)", SIZE),
     (r"((\w+_)?depth|layers)", Range(1, 1024)),

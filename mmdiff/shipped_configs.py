@@ -7,7 +7,7 @@ import pathlib
 import re
 import shutil
 
-from mmdiff import suggest
+from mmdiff import checks, suggest
 from mmdiff.errors import UserError
 
 LIST = "mmdiff configs lists those that come with mmdiff"
@@ -69,19 +69,23 @@ def copy(name: str, target: str) -> list[pathlib.Path]:
     Raises:
       UserError: no such config, a target that exists or is no Python file, a folder that cannot be written.
     """
-    source, target = find(name), pathlib.Path(target).expanduser()
-    if target.suffix != ".py":
-        raise UserError(f"--to {target} is not the name of a Python file: write --to {target.with_suffix('.py')}.")
-    pairs = [(source, target), *((file, target.parent / file.name) for file in neighbours(source))]
-    for _, new in pairs:
-        if new.exists():
-            raise UserError(f"{new} exists already: choose another file, or remove it.")
+    source, remedy = find(name), "write --to FILE.py"
     try:
+        target = pathlib.Path(target).expanduser()
+        if target.suffix != ".py":
+            raise UserError(f"--to {target} is not the name of a Python file: {remedy}.")
+        pairs = [(source, target), *((file, target.parent / file.name) for file in neighbours(source))]
+        for old, new in pairs:
+            if new.exists():
+                raise UserError(f"{new} exists already: choose another file, or remove it.")
+            if new == target and old != source:
+                raise UserError(f"--to {target} has the name of a config that {name} imports: choose another file.")
         target.parent.mkdir(parents=True, exist_ok=True)
         for old, new in pairs:
             shutil.copyfile(old, new)
-    except OSError as error:
-        raise UserError(f"cannot write to {target} ({error.strerror or error}): choose another file.") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write to {checks.short(str(target))[1:-1]} ({reason}): choose another file.") from error
     return [new for _, new in pairs]
 
 

@@ -65,7 +65,11 @@ def test_a_copy_is_a_config_with_the_neighbours_that_it_needs(tmp_path, capsys):
     ours, theirs = (configs.flatten(configs.load(path)[0]) for path in (str(target), "cdcd/cub200_text"))
     assert ours == theirs
     for args, words in [
-        (["cdcd/cub200_text", "--to", str(target)], "exists already"), (["digits_joint", "--to", str(tmp_path / "x")], "--to .*x.py"),
+        (["cdcd/cub200_text", "--to", str(target)], "exists already"),
+        (["digits_joint", "--to", str(tmp_path / "x")], "--to .*x is not the name"),
+        (["digits_joint", "--to", "."], "is not the name"), (["digits_joint", "--to", "~nobody-at-all/x.py"], "cannot write"),
+        (["digits_joint", "--to", "a" * 300 + ".py"], "cannot write"),
+        (["cdcd/cub200_text", "--to", str(tmp_path / "coco_text.py")], "the name of a config that"),
         (["cub200", "--to", str(tmp_path / "x.py")], "did you mean cdcd/cub200_text"), (["--to", "x.py"], "of which config"),
     ]:  # fmt: skip
         assert main(["configs", *args]) == 2

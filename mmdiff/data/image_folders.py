@@ -136,7 +136,7 @@ def split_rows(keys: Sequence[str], labels: Sequence[int], shares: Mapping[str, 
     for group in groups.values():
         least, rest = int(len(group) > len(shares)), group
         for name, share in shares.items():
-            count = max(round(share * len(group)), least)
+            count = min(max(round(share * len(group)), least), len(rest) - 1)  # one remains for training
             rows[name], rest = rows[name] + rest[:count], rest[count:]
         rows["train"] += rest
     return {name: np.array(sorted(chosen), np.int64) for name, chosen in rows.items()}
@@ -237,17 +237,28 @@ def _listed(path: pathlib.Path) -> dict[str, list[str]]:
         return {name: captions.captions_of(value, f"{name} in {path}") for name, value in stored.items()}
     lines = files.read_lines(path)
     if path.suffix == ".csv":
-        rows = [row for row in csv.reader(lines) if row]
-        rows = rows[1:] if rows and os.path.splitext(rows[0][0])[1].lower() not in IMAGE_SUFFIXES else rows  # a header
+        rows = _comma_separated(path, lines)
+        rows = rows[1:] if rows and os.path.splitext(rows[0][1][0])[1].lower() not in IMAGE_SUFFIXES else rows  # a header
         form = "comma: it is an image's file, a comma and its caption, in quotes if it holds commas"
     else:
-        rows, form = [line.split("\t", 1) for line in lines], "tab: it is an image's file, a tab and its caption"
+        rows = [(number, line.split("\t", 1)) for number, line in enumerate(lines, 1)]
+        form = "tab: it is an image's file, a tab and its caption"
     found: dict[str, list[str]] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         if len(row) != 2:
             raise UserError(f"line {number} of {path} has {'no' if len(row) < 2 else 'more than one'} {form}.")
         found.setdefault(row[0], []).append(captions.caption(row[1], f"line {number} of {path}"))
     return found
+
+
+def _comma_separated(path: pathlib.Path, lines: Sequence[str]) -> list[tuple[int, list[str]]]:
+    """(the number of its last line, its fields) of every row. Raises FileError for quotes that do not end."""
+    reader = csv.reader((f"{line}\n" for line in lines), strict=True)
+    try:
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        reason = f"is not comma-separated ({error}, line {reader.line_num})"
+        raise files.FileError(path, reason, 'end quotes that begin, and write "" for one in a caption') from error
 
 
 def _key(image: Any, folder: pathlib.Path) -> str:

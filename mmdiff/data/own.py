@@ -33,6 +33,8 @@ from mmdiff.errors import UserError
 SPLITS = {"train": "train", "validation": "val", "test": "test"}  # of an experiment -> of a folder
 ARRAYS = (".npy", ".npz")
 MEMORY = 2**31  # bytes of images that are kept once they are decoded
+RESERVED = ("index", "x0", "file", "allow_pickle", "self", "process", "parts")  # of batches, of numpy.savez and of what a config calls
+IDS = 2**20  # of tokens; the network has a row of weights for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class OwnData:
       modalities: by name, as an `Experiment` takes them.
       source: split -> `Source`, of "train", "validation" and "test".
       summary: what was found, in one line.
-      frozen_deps: the tokenizer of the captions, which the weights need: name -> `() -> fingerprint`.
+      frozen_deps: the tokenizer of the captions, or the arrays' units, which the weights need: name -> `() -> fingerprint`.
     """
 
     modalities: Mapping[str, Any]
@@ -216,15 +218,15 @@ def open_arrays(data: Any) -> OwnData:
     for name, modality in modalities.items():
         if isinstance(modality, Standardized):
             train = arrays["train"][name].astype(np.float64)
-            deviation = train.std(0)
             # What never changes keeps its value: the network learns 0 of it.
-            modality = dataclasses.replace(modality, mean=train.mean(0), deviation=np.where(deviation > 1e-12, deviation, 1.0))
+            deviation = np.where(train.max(0) > train.min(0), train.std(0), 1.0)
+            modality = dataclasses.replace(modality, mean=train.mean(0), deviation=deviation)
             modalities[name] = modality
             for part in arrays.values():
                 part[name] = modality.standardize(part[name])
     sources = {split: ArraySource(arrays[part]) for split, part in SPLITS.items()}
     found = ", ".join(f"{name} {type(modality).__name__} {list(modality.shape)}" for name, modality in modalities.items())
-    return _announced(OwnData(modalities, sources.__getitem__, f"{path}: {found}; {_counts(sources)}"))
+    return _announced(OwnData(modalities, sources.__getitem__, f"{path}: {found}; {_counts(sources)}", _units(modalities)))
 
 
 def _stored(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
@@ -237,6 +239,9 @@ def _stored(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
         parts = {"train": {file.stem: read_array(file) for file in files.matching(path, (".npy",), below=False)}}
     if not parts["train"]:
         raise UserError(f"{path} holds no arrays: name a .npy or .npz file, or a folder of .npy files.")
+    for name in parts["train"]:
+        if name in RESERVED or not name or "/" in name:
+            raise UserError(f"{path} has an array called {name!r}, which no modality can be called: rename it.")
     for part, arrays in parts.items():
         if set(arrays) != set(parts["train"]):
             raise UserError(f"{path} has the arrays {_listed([*parts['train']])} for training and {_listed([*arrays])} in {part}.")
@@ -254,6 +259,8 @@ def _modality(where: str, name: str, parts: Mapping[str, np.ndarray]) -> tuple[A
     if any(part.dtype.kind != kind or kind not in "iubUSf" or part.shape[1:] != size for part in parts.values()):
         found = f"{train.dtype} {list(train.shape)}"
         raise UserError(f"{where}: arrays hold numbers or texts, of one type and shape in all parts, not {found}.")
+    if 0 in size:
+        raise UserError(f"{where}: the rows hold nothing, {train.dtype} {list(train.shape)}.")
     pixels = train.dtype == np.uint8 and len(size) in (2, 3) or kind == "f" and len(size) == 3
     if pixels and len(size) == 3 and size[2] not in (1, 3):
         raise UserError(f"{where}: images have 1 or 3 channels, [n, height, width, channels], not {list(train.shape)}.")
@@ -274,6 +281,8 @@ def _modality(where: str, name: str, parts: Mapping[str, np.ndarray]) -> tuple[A
         return Labels(len(names), None if numbered else tuple(map(str, names)), name), every
     if kind in "iu" and len(size) == 1:
         states = max(int(array.max()) for array in parts.values()) + 1
+        if states > IDS:
+            raise UserError(f"{where}: ids of tokens are below {IDS:,}, and one is {states - 1:,}: number them 0, 1, 2, ...")
         modality = Sequences(size[0], states, name)
         return modality, {part: modality.check(array) for part, array in parts.items()}
     found = f"{train.dtype} {list(train.shape)}"
@@ -298,7 +307,19 @@ def _images_of_arrays(found: OwnData, beside: str) -> OwnData:
         return ArraySource({name: arrays[key] for name, key in named.items()})
 
     modalities = {name: dataclasses.replace(found.modalities[key], name=name) for name, key in named.items()}
-    return dataclasses.replace(found, modalities=modalities, source=source)
+    return dataclasses.replace(found, modalities=modalities, source=source, frozen_deps=_units(modalities))
+
+
+def _units(modalities: Mapping[str, Any]) -> dict[str, Callable[[], str]]:
+    """What arrays say of their modalities and no weights know: a run is not used with other units, or other names of classes."""
+    found = [
+        [name, list(getattr(each, "names", None) or ()), [f"{value:.6g}" for part in _scale(each) for value in np.ravel(part).tolist()]]
+        for name, each in sorted(modalities.items())]
+    return {"the arrays' units and classes": lambda: digest(len(found), found)}
+
+
+def _scale(modality: Any) -> tuple[Any, ...]:
+    return (modality.mean, modality.deviation) if isinstance(modality, Standardized) else ()
 
 
 # -------------------------------------------------------------------------------------------------------------------------- parts

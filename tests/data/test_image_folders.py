@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -135,6 +136,22 @@ def test_sets_of_ones_own_need_no_split(tmp_path):
     words = tokenizer("captioned", path, 8, 300)
     train, val = (load_all(ImageDataset("captioned", split, path, 4, words))["text"] for split in ("train", "val"))
     assert (len(train), len(val)) == (9, 1) and len(set(words.decode(np.concatenate([train, val])[:, 0]))) == 10
+
+
+@pytest.mark.parametrize("text, reason", [
+    ('0.png,"a cat\n1.png,a dog\n', "is not comma-separated .unexpected end of data, line 2"),  # not one image with a long caption
+    ('0.png,"a" cat\n', "is not comma-separated"),
+    (f'0.png,"{"x" * 200_000}"\n', "is not comma-separated .field larger"),
+    ('file,caption\n0.png,"a\ncat"\n1.png\n', "line 4 of .* has no comma"),
+])  # fmt: skip
+def test_quotes_of_a_list_must_end(tmp_path, text, reason):
+    write(tmp_path, {"captions.csv": text, "0.png": png(), "1.png": png()})
+    assert re.search(reason, refusal(tmp_path, "caption"))
+
+
+def test_every_label_keeps_an_example_for_training():
+    rows = image_folders.split_rows(list("abcde"), [0, 0, 1, 2, 2], {"val": 0.49, "test": 0.49})
+    assert {0, 1, 2} == {[0, 0, 1, 2, 2][row] for row in rows["train"]}
 
 
 def test_mistakes_are_named(tmp_path):

@@ -148,6 +148,24 @@ def test_arrays_alone_in_a_folder_and_split_by_the_user(tmp_path):
     np.testing.assert_allclose(found.modalities["x"].export(found.source("test").arrays["x"])[:, 0], [0, 1, 2], atol=1e-5)
 
 
+def test_arrays_of_other_units_or_names_of_classes_are_other_arrays(tmp_path):
+    """The network knows neither: a run would be sampled in the new units, and "a" would be what was "b"."""
+    x, y = np.random.default_rng(0).normal(size=(30, 2)), np.array(["a", "b"])[np.arange(30) % 2]
+    renamed = np.where(y == "a", "c", y)
+    sets = {"same": {"x": x, "y": y}, "order": {"y": y, "x": x}, "units": {"x": 10 * x, "y": y}, "names": {"x": x, "y": renamed}}
+    found = {}
+    for name, arrays in sets.items():
+        [(what, fingerprint_of)] = open_arrays(saved(tmp_path / f"{name}.npz", **arrays)).frozen_deps.items()
+        found[name] = fingerprint_of()
+    assert found["same"] == found["order"] and len(set(found.values())) == 3
+
+
+def test_vectors_of_any_scale_are_standardised_but_what_never_changes(tmp_path):
+    x = np.random.default_rng(0).normal(size=(200, 2)) * [1e-20, 0.0] + [0.0, 0.1]
+    train = open_arrays(saved(tmp_path / "x.npz", x=x)).source("train").arrays["x"]
+    np.testing.assert_allclose(train.std(0), [1, 0], atol=1e-3)
+
+
 def test_images_and_labels_of_arrays(tmp_path):
     config = saved(tmp_path / "x.npz", photos=np.zeros((30, 4, 4, 3), np.uint8), kind=np.arange(30) % 3)
     found = open_images(config, "label")
@@ -170,6 +188,10 @@ def test_images_and_labels_of_arrays(tmp_path):
     ({"x": np.zeros((30, 2, 2), np.int64)}, "are no images, vectors, labels or tokens"),
     ({"x": np.full((30, 2), -1)}, "ids are"),
     ({"x": np.zeros(2)}, "too few to split off"),
+    ({"x": np.zeros((30, 0), np.int64)}, "the rows hold nothing"),
+    ({"x": np.full((30, 2), 2**63, np.uint64)}, "ids of tokens are below 1,048,576, and one is 9,223,372,036,854,775,808"),
+    ({"index": np.arange(30) % 2}, "called 'index', which no modality can be"),  # every batch has one
+    ({"a/b": np.zeros((30, 2))}, "called 'a/b'"),
 ])  # fmt: skip
 def test_arrays_that_are_none(tmp_path, arrays, reason):
     with pytest.raises(UserError, match=reason):
