@@ -43,7 +43,7 @@ TRAIN = {
     "eval.batch": "200"}
 SMALL = {
     **TRAIN, "model.width": "64", "sample.steps": "12", "times.draw": "0.9", "times.bare": "0.1", "times.write": "0.0"}  # fmt: skip
-DRAW = {"text_weight": "0.0"}  # an absent caption is not to be read off the image either: that would be naming
+DRAW = {"text_weight": "0.0"}  # nor is an absent caption predicted from the image: that would be alignment
 BOTH = {**DRAW, "query.weight": "0.2"}
 TASKS = {
     "two towers": {**TRAIN, "model.width": "64", "model.depth": "3"},
@@ -64,8 +64,8 @@ def settings():
         yield "weight", f"both at {weight}", "both", {**SMALL, **BOTH, "query.weight": weight}
 
 
-def named(vectors, towers, data):
-    """What the vectors of both splits' scenes find."""
+def retrieval_metrics(vectors, towers, data):
+    """The retrieval and digit accuracy of the vectors of both splits' scenes."""
     metrics = {}
     for split in SPLITS:
         suffix = "" if split == "test" else f"_{split}"
@@ -77,8 +77,8 @@ def named(vectors, towers, data):
     return metrics
 
 
-def silent(experiment, config):
-    """The experiment of naming by a query of zeros: the vector is told of the image in one call, and no noise goes in."""
+def without_noise(experiment, config):
+    """The experiment of alignment by a query of zeros: the vector is predicted from the image in one call, and no noise goes in."""
     aligner = experiment.evaluators[0].aligner
     process = Joint(image=experiment.process.parts["image"], query=Given(0.0))
     shares = config.times
@@ -98,7 +98,7 @@ def silent(experiment, config):
 def norms(config, module, params, batch, key):
     """The norms of both losses' gradients, unweighted, on the image's weights in the shared trunk."""
     found = {}
-    for task in ("generate", "align"):
+    for task in ("draw", "name"):  # as config.tasks calls generation and alignment
         only, _ = configs.load(str(CONFIGS / "scenes.py"), [])
         only.update(config)
         with only.unlocked():
@@ -126,16 +126,16 @@ def run(seed, data, overrides):
     towers, aligner = experiment.evaluators[0].towers, experiment.evaluators[0].aligner
     scenes_of = {split: load_all(scenes.Scenes(split, 16, COUNT)) for split in SPLITS}
     if data == "without noise":
-        experiment, told = silent(experiment, config)
+        experiment, vectors_of = without_noise(experiment, config)
     params, seconds = experiments.train(experiment, config)
     metrics = {}
     if data == "without noise":
         keys = example_keys(key, COUNT)
-        vectors = {split: in_batches(told, params, keys, each["image"], 250) for split, each in scenes_of.items()}
-        metrics |= named(vectors, towers, scenes_of)
+        vectors = {split: in_batches(vectors_of, params, keys, each["image"], 250) for split, each in scenes_of.items()}
+        metrics |= retrieval_metrics(vectors, towers, scenes_of)
     elif data != "draw":
         vectors = {split: aligner(params, key, each["image"], steps=10) for split, each in scenes_of.items()}
-        metrics |= named(vectors, towers, scenes_of)
+        metrics |= retrieval_metrics(vectors, towers, scenes_of)
     if data in ("draw", "both"):
         captioned = dataclasses.replace(experiment.evaluators[0].captioned, count=COUNT)
         found = captioned.samples(experiment, params, key, config.sample.steps, config.sample.guidance).metrics

@@ -85,22 +85,22 @@ USE = "--config digits_joint --workdir runs/digits_joint"
 TOKENIZER = "--config cdcd/scenes_tokenizer --workdir runs/scenes_tokenizer"
 EXAMPLES = {
     "train": [f"train {USE}", f"train {USE} --config.train.steps=100"],
-    "aot": [
-        "aot --config imagenet256/dit_xl2 --topology v5e:4x4 --config.train.mesh.fsdp=16",
-        "aot --config imagenet256/dit_xl2 --topology v5p:2x2x4 --slices 2 --json report.json",
-    ],
-    "bench": [
-        "bench --config imagenet256/dit_xl2 --config.model.size=S --config.train.global_batch=8",
-        "bench --config imagenet256/dit_xl2 --json bench.json --peer 'python their_step.py --batch 256'",
-    ],
-    "eval": [f"eval {USE}", f"eval {USE} --split validation --config.sample.guidance=1.3"],
-    "configs": ["configs", "configs digits_joint --to my_digits.py"],
-    "cache": [f"cache {TOKENIZER} --out runs/scenes_tokens", f"cache {TOKENIZER} --out runs/scenes_tokens --split train"],
     "sample": [
         f"sample {USE} --number 64",
         f"sample {USE} --given label=7 --guidance 1.5",
         f"sample {USE} --given image=seven.png",
         f"sample {USE} --absent label --seed 1",
+    ],
+    "eval": [f"eval {USE}", f"eval {USE} --split validation --config.sample.guidance=1.3"],
+    "configs": ["configs", "configs digits_joint --to my_digits.py"],
+    "cache": [f"cache {TOKENIZER} --out runs/scenes_tokens", f"cache {TOKENIZER} --out runs/scenes_tokens --split train"],
+    "bench": [
+        "bench --config imagenet256/dit_xl2 --config.model.size=S --config.train.global_batch=8",
+        "bench --config imagenet256/dit_xl2 --json bench.json --peer 'python their_step.py --batch 256'",
+    ],
+    "aot": [
+        "aot --config imagenet256/dit_xl2 --topology v5e:4x4 --config.train.mesh.fsdp=16",
+        "aot --config imagenet256/dit_xl2 --topology v5p:2x2x4 --slices 2 --json report.json",
     ],
 }
 
@@ -193,18 +193,6 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     sub = command("train", "train, or continue a run", TRAIN)
     of_processes(sub)
-    sub = command("bench", "measure how fast training is here", BENCH, workdir=False)
-    option = sub.add_argument
-    option("--steps", type=_count, default=5, metavar="N", help="timed steps in a round (default: 5)")
-    option("--rounds", type=_count, default=5, metavar="N", help="rounds in which the programs take turns (default: 5)")
-    option("--peer", default="", metavar="COMMAND", help="another program to compare with, in quotes")
-    option("--json", type=_path, metavar="FILE", help="write the metrics to a file, too")
-    of_processes(sub)
-    sub = command("aot", "what a training step needs of TPUs that are not here", AOT, workdir=False)
-    option = sub.add_argument
-    option("--topology", required=True, metavar="KIND:SHAPE", help="the TPUs: v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:16x16, ...")
-    option("--slices", type=_count, default=1, metavar="N", help="so many of them, joined by the data-centre network (default: 1)")
-    option("--json", type=_path, metavar="FILE", help="write the report to a file, too")
     sub = command("sample", "sample from a trained model", SAMPLE)
     option = sub.add_argument
     option("--number", type=_count, metavar="N", help="how many samples (default: what a given file holds, or 16)")
@@ -221,14 +209,26 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     sub.add_argument("--reuse", action="store_true", help="print the report of this checkpoint and config if there is one")
     sub.add_argument("--zeroshot", metavar="NAMES", help="classify images of published sets by prompts, too: all, or cifar10,food101")
     sub.add_argument("--zeroshot-dir", type=_path, metavar="DIR", help="where these data sets are (default: where TFDS keeps them)")
+    sub = add("configs", "list the shipped configs, or copy one", CONFIGS)
+    sub.add_argument("name", nargs="?", type=_path, metavar="NAME", help="one of them")
+    sub.add_argument("--to", type=_path, metavar="FILE.py", help="write a copy of it here, to start from")
     sub = command("cache", "encode a data set with a trained tokenizer", CACHE)
     option = sub.add_argument
     option("--out", type=_path, required=True, metavar="DIR", help="the folder of the cache")
     option("--split", action="append", default=[], metavar="NAME", help="encode this split only; repeatable")
     of_checkpoint(sub)
-    sub = add("configs", "list the shipped configs, or copy one", CONFIGS)
-    sub.add_argument("name", nargs="?", type=_path, metavar="NAME", help="one of them")
-    sub.add_argument("--to", type=_path, metavar="FILE.py", help="write a copy of it here, to start from")
+    sub = command("bench", "measure how fast training is here", BENCH, workdir=False)
+    option = sub.add_argument
+    option("--steps", type=_count, default=5, metavar="N", help="timed steps in a round (default: 5)")
+    option("--rounds", type=_count, default=5, metavar="N", help="rounds in which the programs take turns (default: 5)")
+    option("--peer", default="", metavar="COMMAND", help="another program to compare with, in quotes")
+    option("--json", type=_path, metavar="FILE", help="write the metrics to a file, too")
+    of_processes(sub)
+    sub = command("aot", "what a training step needs of TPUs that are not here", AOT, workdir=False)
+    option = sub.add_argument
+    option("--topology", required=True, metavar="KIND:SHAPE", help="the TPUs: v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:16x16, ...")
+    option("--slices", type=_count, default=1, metavar="N", help="so many of them, joined by the data-centre network (default: 1)")
+    option("--json", type=_path, metavar="FILE", help="write the report to a file, too")
     return parser, dict(commands.choices)
 
 
@@ -238,7 +238,7 @@ def _format(prog: str) -> argparse.HelpFormatter:
 
 
 def _examples(*commands: str) -> str:
-    return "examples:\n" + "\n".join(f"  python -m mmdiff {line}" for name in commands for line in EXAMPLES[name])
+    return "examples:\n" + "\n".join(f"  mmdiff {line}" for name in commands for line in EXAMPLES[name])
 
 
 def _path(text: str) -> str:

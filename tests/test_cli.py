@@ -412,7 +412,7 @@ def test_help_shows_how_to_use_it(capsys, command):
         main([*command, "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert "examples:\n  python -m mmdiff" in text and "--config digits_joint" in text
+    assert "examples:\n  mmdiff" in text and "--config digits_joint" in text
     words = {
         "train": ["--config.KEY=VALUE", "continues a run", "checkpoints"],
         "sample": ["--given NAME=VALUE", "--absent", "--guidance", "samples.npz"],

@@ -7,7 +7,7 @@
     DIR/words.json         where there are texts, their tokenizer
     DIR/cache.json         config, step, network and its fields, fingerprint of the weights; type and shape of every array
 
-`python -m mmdiff cache` writes it (`CacheWriter.write`) under another name and renames it when it is complete, so DIR is whole or absent;
+`mmdiff cache` writes it (`CacheWriter.write`) under another name and renames it when it is complete, so DIR is whole or absent;
 after a kill the same call continues. `token_cache` reads the folders of tokenizers, `tower_cache` those of two towers, which have no
 splits and towers.json instead of cache.json.
 """
@@ -71,13 +71,13 @@ def _tower_fields(net):
 TOKENS = Kind(
     "cache.json", "tokens",
     "there is no token cache in {folder}: train a tokenizer (configs/cdcd/scenes_tokenizer.py, pictures_tokenizer.py) and write one with "
-    "python -m mmdiff cache --config TOKENIZER.py --workdir RUN --out {folder}.",
+    "mmdiff cache --config TOKENIZER.py --workdir RUN --out {folder}.",
     _autoencoder_fields, lambda meta: AUTOENCODERS[meta.get("network", "VQAutoencoder")](**meta["net"]),
 )  # fmt: skip
 TOWERS = Kind(
     "towers.json", "towers",
     "there are no towers in {folder}: train some (configs/diffdis/scenes_towers.py) and write them with "
-    "python -m mmdiff cache --config TOWERS.py --workdir RUN --out {folder}.",
+    "mmdiff cache --config TOWERS.py --workdir RUN --out {folder}.",
     _tower_fields, lambda meta: TwoTowers(**{"norm_eps": 1e-6, **meta["net"], "patches": Patches(**meta["net"]["patches"])}),
 )  # fmt: skip
 

@@ -225,7 +225,7 @@ def open_arrays(data: Any) -> OwnData:
             for part in arrays.values():
                 part[name] = modality.standardize(part[name])
     sources = {split: ArraySource(arrays[part]) for split, part in SPLITS.items()}
-    found = ", ".join(f"{name} {type(modality).__name__} {list(modality.shape)}" for name, modality in modalities.items())
+    found = ", ".join(f"{name} ({_kind(modality)})" for name, modality in modalities.items())
     return _announced(OwnData(modalities, sources.__getitem__, f"{path}: {found}; {_counts(sources)}", _units(modalities)))
 
 
@@ -327,8 +327,20 @@ def _scale(modality: Any) -> tuple[Any, ...]:
 
 def _expanded(data: Any) -> pathlib.Path:
     if not data.dir:
-        raise UserError("config.data.dir is empty: name your data, --config.data.dir=PATH (mmdiff/data/own.py says what it may hold).")
+        raise UserError("config.data.dir is empty: name your data, --config.data.dir=PATH; the config's head says what it may hold.")
     return files.expand(data.dir)
+
+
+def _kind(modality: Any) -> str:
+    """What an array was taken for, as the user would say it."""
+    if isinstance(modality, Images):
+        height, width, channels = modality.shape
+        return f"images {height}x{width}x{channels}"
+    if isinstance(modality, Standardized):
+        return f"{modality.count} vectors of {modality.size}" if modality.count else f"vectors of {modality.size}"
+    if isinstance(modality, Labels):
+        return f"labels of {modality.count} classes"
+    return f"{modality.length} tokens of {modality.states} states"
 
 
 def _counts(parts: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from mmdiff.data.token_modalities import TokenImages
 from mmdiff.errors import UserError
 
 NO_FOLDER = (
-    "config.data.dir is empty: name the folder of a token cache (the head of configs/cdcd/pictures_tokenizer.py says how to write one), "
+    "config.data.dir is empty: name the folder of a token cache (the config's head says how to write one), "
     "or try the config out on made-up tokens with config.data.source=random."
 )
 

@@ -120,6 +120,8 @@ def test_arrays_say_what_they_are(tmp_path):
     assert [found.modalities[name].count for name in ("class", "name", "yes", "far")] == [3, 2, 2, 2]
     assert found.modalities["name"].names == ("a", "b") and found.modalities["class"].names is None
     assert found.modalities["far"].parse("8,7").tolist() == [1, 0] and found.modalities["tokens"].states == 9
+    kinds = ("class (labels of 3 classes)", "vectors (vectors of 5)", "tokens (", "34 train, 3 validation, 3 test")
+    assert all(kind in found.summary for kind in kinds)
     parts = {split: load_all(found.source(split)) for split in ("train", "validation", "test")}
     assert [len(part["class"]) for part in parts.values()] == [34, 3, 3]
     for part in parts.values():
