@@ -82,11 +82,11 @@ def without_noise(experiment, config):
     aligner = experiment.evaluators[0].aligner
     process = Joint(image=experiment.process.parts["image"], query=Given(0.0))
     shares = config.times
-    pictured = times.joint(query=1.0, image=times.mixture(
+    align_times = times.joint(query=1.0, image=times.mixture(
         (shares.clean, 0.0), (shares.noisy, times.uniform(0.0, 0.7)), (shares.dropped, 1.0)))
     apply = functools.partial(aligner.net.apply, tasks=("align",))
     term = matching.embedding_loss(aligner.query, "query", config.query.loss)
-    loss = losses.combine(name=(config.query.weight, losses.diffusion(process, apply, pictured, {config.query.loss: (1.0, term)})))
+    loss = losses.combine(name=(config.query.weight, losses.diffusion(process, apply, align_times, {config.query.loss: (1.0, term)})))
 
     def vectors(params, keys, images):
         x, t = {"image": images, "query": jnp.zeros((len(images), aligner.size))}, jnp.zeros(len(images))

@@ -6,8 +6,8 @@
     encoder     digits_label: the label's encoder, which is the network's belief about the class, the class's mean image, or none (w = 0)
     label       digits_label: DDPM (A0), a head without aggregation (A1), aggregation without a head (A2), both (A3), against a Joint
                 with independent times; the other head, modality drop, the weights kappa and lambda
-    masked      digits_masked: the plain conditional model (A4) and the whole (A5)
-    transition  digits_transition: the plain conditional models of both directions, and the whole
+    masked      digits_masked: the plain conditional model (A4) and the full model (A5)
+    transition  digits_transition: the plain conditional models of both directions, and the full model
 
 Cost: 54 trainings. One takes 40 to 90 seconds on a quiet core, as many again for samples and metrics: some 50 minutes on two cores.
 Measured in parts, on cores shared with other work.

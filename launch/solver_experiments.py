@@ -9,7 +9,7 @@ conditions. Heun of N steps makes 2N - 1 network calls, and so does 2M of 2N - 1
     frechet  Fréchet ratio to the validation images (raw pixels): what it does to the samples
 
 Found: at a config's own number of calls 2M's error is about half of Heun's (not for scenes and segmentations), and yet its Fréchet ratio is
-equal or slightly higher, in every config and seed that was run. So the configs keep Heun.
+equal or slightly higher, in every config and seed that was run. Thus the configs keep Heun.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from mmdiff.errors import UserError
 
 
 def uniform_grid(steps: int, first: float = 1.0) -> jax.Array:
-    """`first, first (1 - 1/N), ..., 0`: N steps. Below 1 (`first` in (0, 1]) `sample` has to be told where to start.
+    """`first, first (1 - 1/N), ..., 0`: N steps. Below 1 (`first` in (0, 1]) `sample` needs a `start`.
 
     >>> [float(t) for t in uniform_grid(4)]
     [1.0, 0.75, 0.5, 0.25, 0.0]

@@ -36,7 +36,7 @@ def get_config():
             "fusion": "mmdit", "two_way": False, "reinject": True},  # or shared: the paper's
         "query": {"size": 64, "gamma": 0.5, "loss": "infonce", "weight": 0.3},  # or siglip, mse
         "text_dropout": 0.1,
-        "times": {"clean": 0.5, "noisy": 0.4, "dropped": 0.1},  # of the image beside the query
+        "times": {"clean": 0.5, "noisy": 0.4, "dropped": 0.1},  # of the image, while the query is denoised
         "train": training_config(
             steps=3000, global_batch=96, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.7, clip=1.0, eval_every=500),
         "sample": {"steps": 25, "guidance": 1.2}, "eval": {"batch": 250},
@@ -54,7 +54,7 @@ def build(config):
     query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
     generation, alignment = Joint(image=image, text=text), Joint(image=image, query=query)
     captioned = times.joint(image=times.uniform(), text=times.mixture((1 - config.text_dropout, 0.0), (config.text_dropout, 1.0)))
-    pictured = times.joint(query=times.uniform(), image=times.mixture(
+    align_times = times.joint(query=times.uniform(), image=times.mixture(
         (config.times.clean, 0.0), (config.times.noisy, times.uniform(0.0, 0.7)), (config.times.dropped, 1.0)))
     return Experiment(
         process=generation, modalities=modalities,
@@ -62,7 +62,7 @@ def build(config):
         apply=generate,
         loss=losses.combine(
             draw=(1.0, losses.diffusion(generation, generate, captioned, losses.weighted(generation))),
-            name=(config.query.weight, losses.diffusion(alignment, align, pictured, matching.terms(query, "query", config.query.loss)))),
+            name=(config.query.weight, losses.diffusion(alignment, align, align_times, matching.terms(query, "query", config.query.loss)))),
         optimizer=optim.adamw(config.train, optim.all_but("logit_")),
         data=lambda split: digits.captioned(digits.digits_source(split), prompts),
         sampler={"heun": True},

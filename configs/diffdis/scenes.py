@@ -53,7 +53,7 @@ def get_config():
             "fusion": "mmdit", "two_way": False, "reinject": True},  # or shared: the paper's
         "query": {"size": 64, "gamma": 0.5, "loss": "infonce", "weight": 0.2},  # or siglip, mse
         "text_weight": 0.5,
-        # Shares of the times: an image of a caption, without one, and a caption of an image; beside the query, of the image.
+        # Shares of the times: an image of a caption, without one, and a caption of an image; of the image, while the query is denoised.
         "times": {"draw": 0.72, "bare": 0.08, "write": 0.2, "clean": 0.6, "noisy": 0.3, "dropped": 0.1},
         "tasks": "both",  # or draw or name: a single one
         "train": training_config(
@@ -79,11 +79,11 @@ def build(config):
         (shares.draw, times.joint(image=noisy, text=0.0)),
         (shares.bare, times.joint(image=noisy, text=1.0)),
         (shares.write, times.joint(image=0.0, text=noisy)))
-    pictured = times.joint(query=noisy, image=times.mixture(
+    align_times = times.joint(query=noisy, image=times.mixture(
         (shares.clean, 0.0), (shares.noisy, times.uniform(0.0, 0.7)), (shares.dropped, 1.0)))
     tasks = {
         "draw": (1.0, losses.diffusion(generation, generate, captioned, losses.weighted(generation, text=config.text_weight))),
-        "name": (config.query.weight, losses.diffusion(alignment, align, pictured, matching.terms(query, "query", config.query.loss)))}
+        "name": (config.query.weight, losses.diffusion(alignment, align, align_times, matching.terms(query, "query", config.query.loss)))}
     if config.tasks not in ("both", *tasks):
         raise UserError(f"config.tasks is {config.tasks!r}: choose both, draw or name.")
     aligner = Aligner(net, query, size, SHAPE)

@@ -107,7 +107,7 @@ def build(config):
 
 
 def classifiers(options, align, image, size):
-    """What classifies pictures by prompts, if that is asked for, with the autoencoder and the text tower of config.eval.encoders."""
+    """Zero-shot classification by prompts, if asked for, with the autoencoder and the text tower of config.eval.encoders."""
     if not options.zeroshot:
         return ()
     encoders, align = zeroshot.encoders(options.encoders), jax.jit(align)

@@ -34,7 +34,7 @@ def get_config():
         "pair": "segmentation",  # or night
         "model": {"width": 96, "depth": 4, "heads": 4, "patch": 4},
         "kappa": 1.0, "head_weight": 2.0,
-        # Shares of the training times: other picture known (X), hidden in the mean (U), absent (plain DDPM), absent with a clean image.
+        # Shares of the training times: other image known (X), hidden in the mean (U), absent (plain DDPM), absent with a clean image.
         "times": {"known": 0.3, "hidden": 0.3, "absent": 0.15, "clean": 0.25},
         "train": training_config(
             steps=9000, global_batch=64, ema=0.998, learning_rate=4e-3, warmup_steps=100, weight_decay=0.1, clip=1.0,
@@ -44,7 +44,7 @@ def get_config():
 
 
 def of_the_other(name, patches):
-    """The other picture's modality, process, encoder, and part of the network. Encoded, it is as large as the images (0.71)."""
+    """The other image's modality, process, encoder, and part of the network. Encoded, it is as large as the images (0.71)."""
     if name == "segmentation":
         classes = len(PALETTE)
         encode = template(0.72 * (np.array(PALETTE) / 127.5 - 1))

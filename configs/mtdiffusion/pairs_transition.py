@@ -38,7 +38,7 @@ def get_config():
         "data": {"name": "cityscapes", "dir": "", "size": 64, "damaged": 0.0},
         "model": {"size": "B", "patch": 4, "dtype": "bfloat16", "remat": "none", "scan": True},
         "kappa": 1.0, "head_weight": 0.1,
-        # Shares of the training times: other picture hidden in the mean (U), known (X), absent (plain DDPM), absent with a clean image.
+        # Shares of the training times: other image hidden in the mean (U), known (X), absent (plain DDPM), absent with a clean image.
         "times": {"hidden": 0.4, "known": 0.4, "absent": 0.1, "clean": 0.1},
         "train": training_config(
             steps=100_000, global_batch=128, ema=0.9999, learning_rate=1e-4, warmup_steps=0, weight_decay=0.0,

@@ -36,7 +36,7 @@ def get_config():
         "data": {"dir": "", "validation": 0.1, "test": 0.1},
         "model": {"width": 128, "depth": 4, "heads": 4, "patch": 4, "dtype": "float32", "scan": False, "remat": "none"},
         "times": {"joint": 0.5, "given": 0.25, "alone": 0.25},  # shares: all noisy; one given the others; one without them
-        "discrete_weight": 0.2,  # of labels and tokens, beside 1 of vectors and images
+        "discrete_weight": 0.2,  # of labels and tokens; that of vectors and images is 1
         "train": training_config(
             steps=2000, global_batch=128, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, clip=1.0, eval_every=500,
             checkpoint_every=500),

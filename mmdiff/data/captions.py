@@ -49,12 +49,12 @@ def caption(text: str, name: Any) -> str:
     return captions
 
 
-def read_captions(name: Any, beside: Mapping[str, Callable[[], bytes]]) -> list[str]:
-    """An image's captions, by what reads the "txt" or else the "json" beside it. Raises FileError where there are none."""
+def read_captions(name: Any, sidecars: Mapping[str, Callable[[], bytes]]) -> list[str]:
+    """An image's captions, by what reads the "txt" or else the "json" of its name. Raises FileError where there are none."""
     try:
-        if "txt" in beside:
-            return [caption(files.decode(beside["txt"](), f"the caption of {name}"), name)]
-        return captions_of(files.parse_json(beside["json"](), f"the .json of {name}")["caption"], name)
+        if "txt" in sidecars:
+            return [caption(files.decode(sidecars["txt"](), f"the caption of {name}"), name)]
+        return captions_of(files.parse_json(sidecars["json"](), f"the .json of {name}")["caption"], name)
     except FileError as error:
         if " is not valid JSON " not in str(error):
             raise
@@ -74,8 +74,8 @@ def of_each(paths: Sequence[pathlib.Path]) -> list[list[str]]:
         other = seen.setdefault(path.with_suffix(""), path)
         if other is not path:
             raise FileError(path, f"has the name of {other.name}, and a caption belongs to one image", "rename or remove one")
-        beside = {kind: path.with_suffix(f".{kind}") for kind in ("txt", "json")}
-        readers = {kind: functools.partial(files.read_bytes, each) for kind, each in beside.items() if os.path.lexists(each)}
+        sidecars = {kind: path.with_suffix(f".{kind}") for kind in ("txt", "json")}
+        readers = {kind: functools.partial(files.read_bytes, each) for kind, each in sidecars.items() if os.path.lexists(each)}
         found.append(read_captions(path, readers))
     return found
 
@@ -158,7 +158,7 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
     """
     members, counts, texts = [], [], []
     for shard, path in enumerate(paths):
-        pictures, beside, end, left_out = {}, {}, 0, []
+        images, sidecars, end, left_out = {}, {}, 0, []
         try:
             with files.open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
@@ -177,16 +177,16 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                     if not member.isreg() or member.issparse():
                         remedy = "write the tar file with --hard-dereference --dereference and without --sparse"
                         raise FileError(f"{member.name} in {path}", "is a link or a sparse file, not a file", remedy)
-                    group, own = (pictures, (folder, stem)) if f".{kind}" in IMAGE_SUFFIXES else (beside, (folder, stem, kind))
+                    group, own = (images, (folder, stem)) if f".{kind}" in IMAGE_SUFFIXES else (sidecars, (folder, stem, kind))
                     if own in group:
                         what = f"is the second of its key there, beside {group[own].name}"
                         raise FileError(f"{member.name} in {path}", what, "remove or rename one of them")
                     group[own] = member
                 file.seek(end)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what ends a tar file
-                    raise tarfile.ReadError(f"no end after {len(pictures)} images")
-                for key, member in pictures.items():
-                    own = {kind: beside[*key, kind] for kind in ("txt", "json") if (*key, kind) in beside}
+                    raise tarfile.ReadError(f"no end after {len(images)} images")
+                for key, member in images.items():
+                    own = {kind: sidecars[*key, kind] for kind in ("txt", "json") if (*key, kind) in sidecars}
                     readers = {kind: functools.partial(_content, tar, each) for kind, each in own.items()}
                     captions = read_captions(f"{member.name} in {path}", readers)[:MOST]
                     members.append((shard, member.offset_data, member.size))

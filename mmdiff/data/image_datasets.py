@@ -238,13 +238,13 @@ def _cub200(folder: pathlib.Path, classes: str) -> Files:
         if name not in numbers:
             raise UserError(f"{listed} names the class {name!r}, but {images} has no such folder.")
         for path in of_class(images / name):
-            beside = texts / name / f"{path.stem}.txt"
+            file = texts / name / f"{path.stem}.txt"
             try:
-                lines = [line.strip() for line in files.read_lines(beside) if line.strip()]
+                lines = [line.strip() for line in files.read_lines(file) if line.strip()]
             except FileError as error:
-                raise UserError(f"the captions {beside} of {path} cannot be read ({error.reason}): unpack them again.") from error
+                raise UserError(f"the captions {file} of {path} cannot be read ({error.reason}): unpack them again.") from error
             if not lines:
-                raise UserError(f"{beside} holds no captions: unpack it again.")
+                raise UserError(f"{file} holds no captions: unpack it again.")
             records.append({"image": path, "label": numbers[name], "captions": lines})
     return nonempty(records, folder, f"images of the classes in {listed}", list(numbers))
 

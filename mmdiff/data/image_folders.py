@@ -76,7 +76,7 @@ def read(data_dir: str | os.PathLike, kind: str, shares: Mapping[str, float] = S
 
     Args:
       data_dir: the folder, or one tar file, as above.
-      kind: what is wanted beside the images: "label", "caption", or "image" for nothing.
+      kind: what the images come with: "label", "caption", or "image" for images alone.
       shares: of the training data that are split off, where the folder has no such part.
 
     Raises:
@@ -120,7 +120,7 @@ def split_rows(keys: Sequence[str], labels: Sequence[int], shares: Mapping[str, 
     Args:
       keys: one for each example.
       labels: what is split evenly.
-      shares: of the parts beside "train", each above 0, in all below 1.
+      shares: of the parts other than "train", each above 0, in all below 1.
 
     Raises:
       UserError: other shares.

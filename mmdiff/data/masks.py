@@ -1,4 +1,4 @@
-"""Masks of square patches, drawn on the device: what MT-Diffusion's masked images hide (Chen et al. 2024, section 5.2).
+"""Masks of square patches, sampled on the device: what MT-Diffusion's masked images hide (Chen et al. 2024, section 5.2).
 
 A mask is float32 [height, width, 1], 1 where an image is hidden and 0 where it is seen; the hidden pixels of a masked image are zero,
 the middle of [-1, 1]. The paper's 64 x 64 images have up to 10 patches of 16 x 16, which hide 25 % on average (63 % if they are 20); up to
@@ -31,12 +31,12 @@ def patches(key: jax.Array, height: int, width: int, size: int, most: int, count
         raise UserError(f"patches of {size} pixels do not fit into an image of {height} x {width}: choose 1 to {min(height, width)}.")
     number_key, place_key = jax.random.split(key)
     number = jax.random.randint(number_key, (), 0, most + 1) if count is None else count
-    drawn = jnp.arange(most if count is None else count)
+    indices = jnp.arange(most if count is None else count)
     room = jnp.array([height, width]).reshape(2, 1, 1) - size + 1
-    starts = jax.random.randint(place_key, (2, drawn.size, 1), 0, room)
+    starts = jax.random.randint(place_key, (2, indices.size, 1), 0, room)
     rows, columns = (
         (place >= start) & (place < start + size) for start, place in zip(starts, (jnp.arange(height), jnp.arange(width))))
-    covered = rows[:, :, None] & columns[:, None, :] & (drawn < number)[:, None, None]
+    covered = rows[:, :, None] & columns[:, None, :] & (indices < number)[:, None, None]
     return covered.any(0)[..., None].astype(jnp.float32)
 
 

@@ -43,9 +43,9 @@ def read_image(file: str | os.PathLike | bytes, name: Any = None, ids: bool = Fa
     name = file if name is None else name
     with io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as stream:
         try:
-            with Image.open(stream, formats=FORMATS) as picture:
-                picture.load()
-                return picture if ids else _plain(picture, name)
+            with Image.open(stream, formats=FORMATS) as image:
+                image.load()
+                return image if ids else _plain(image, name)
         except FileError:
             raise
         except Image.DecompressionBombError as error:
@@ -72,39 +72,39 @@ def _unidentified(stream: BinaryIO) -> tuple[str, str]:
     return what, "give a PNG or JPEG file, or copy it again"
 
 
-def _signed(picture: Any) -> bool:
+def _signed(image: Any) -> bool:
     """Whether an image's values are integers with a sign, as those of a TIFF file can be."""
-    return getattr(picture, "tag_v2", {}).get(339, (1,))[0] == 2
+    return getattr(image, "tag_v2", {}).get(339, (1,))[0] == 2
 
 
-def _plain(picture: Any, name: Any) -> Any:
+def _plain(image: Any, name: Any) -> Any:
     """What `read_image` makes of an image that Pillow has read."""
     from PIL import Image, ImageOps
 
     try:
-        ImageOps.exif_transpose(picture, in_place=True)
+        ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # what stands beside the pixels is damaged, they are not
         log.debug("the EXIF data of %s cannot be read: it is taken to be upright.", name)
-    if picture.mode.startswith("I") or picture.mode == "F" or picture.mode == "L" and _signed(picture):
-        return Image.fromarray(_bytes(picture, name))
-    if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
-        whole = {"La": "LA", "RGBa": "RGBA"}.get(picture.mode, picture.mode)
-        seen = picture.convert(whole).convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-    return picture if picture.mode in ("L", "RGB") else picture.convert("L" if picture.mode == "1" else "RGB")
+    if image.mode.startswith("I") or image.mode == "F" or image.mode == "L" and _signed(image):
+        return Image.fromarray(_bytes(image, name))
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        whole = {"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
+        seen = image.convert(whole).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _bytes(picture: Any, name: Any) -> np.ndarray:
+def _bytes(image: Any, name: Any) -> np.ndarray:
     """The pixels of one deep channel as uint8."""
-    tags = getattr(picture, "tag_v2", {})
-    values = np.asarray(picture)
-    if picture.mode == "F":
+    tags = getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    if image.mode == "F":
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
             low, high = np.min(values), np.max(values)
             raise FileError(name, f"holds floats from {low:g} to {high:g}", "an image's floats must be in [0, 1], scale them")
         top = 1
     else:
-        bits, signed = tags.get(258, (16,))[0], _signed(picture)
+        bits, signed = tags.get(258, (16,))[0], _signed(image)
         if signed and bits == 8:  # Pillow takes them for unsigned ones, and those of 32 bits the other way round
             values = values.view(np.int8)
         if not signed and bits == 32:
@@ -115,7 +115,7 @@ def _bytes(picture: Any, name: Any) -> np.ndarray:
     white = tags.get(262) == 0  # is zero
     if values.dtype == np.uint16:  # by a table: images can be large
         table = _scaled(np.arange(2**16), top, white)
-        if isinstance(clear := picture.info.get("transparency"), int):  # of a PNG: the value that is transparent
+        if isinstance(clear := image.info.get("transparency"), int):  # of a PNG: the value that is transparent
             table[clear] = 255
         return table[values]
     return _scaled(values, top, white)

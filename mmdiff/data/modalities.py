@@ -293,7 +293,7 @@ class Labels:
         return array.astype(np.int32)
 
     def show(self, array) -> list[str]:
-        """A word for every label; "-" for an id that is no class (the mask of a label that was never drawn)."""
+        """A word for every label; "-" for an id that is no class (the mask of a label that was never sampled)."""
         names = self.names or [str(number) for number in range(self.count)]
         return [str(names[i]) if 0 <= i < self.count else "-" for i in np.asarray(array).astype(int)]
 

@@ -1,4 +1,4 @@
-"""Negatives for the contrast that are chosen once, beside every example: partners of another class, by a table of indices."""
+"""Negatives for the contrast that are chosen once for every example: partners of another class, by a table of indices."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class WithNegatives:
 
 
 def partners(classes: np.ndarray, count: int = 10, seed: int = 0) -> np.ndarray:
-    """For every example `count` others of another class, drawn uniformly with replacement: int64 [n, count], a function of the seed.
+    """For every example `count` others of another class, sampled uniformly with replacement: int64 [n, count], a function of the seed.
 
     Args:
       classes: [n] or, where a class is several values (a text's ids), [n, ...].

@@ -59,32 +59,32 @@ class OwnData:
         return {name: modality.shape for name, modality in self.modalities.items()}
 
 
-def open_images(data: Any, beside: str = "image") -> OwnData:
-    """A user's images: "image" and, by `beside`, "label" or "caption".
+def open_images(data: Any, kind: str = "image") -> OwnData:
+    """A user's images: "image" and, by `kind`, "label" or "caption".
 
     Args:
       data: the section of a config: dir, size (of the side, in pixels), channels (1 is grey, 3 colour), damaged (the share of images that
         may be, see `stored_images.UndamagedReader`), validation and test (the shares that are split off); of captions length (the most ids
         of one) and vocabulary (the most ids).
-      beside: "image" for images alone.
+      kind: of images, as `image_folders.read` has it: "label", "caption", or "image" for images alone.
 
     Raises:
       UserError: no data, another layout than is wanted, too few examples, another setting.
     """
     folder = _expanded(data)
     if folder.suffix.lower() in ARRAYS:
-        return _images_of_arrays(open_arrays(data), beside)
+        return _images_of_arrays(open_arrays(data), kind)
     if data.channels not in (1, 3):
         raise UserError(f"config.data.channels is 1 (grey) or 3 (colour), not {data.channels}.")
-    parts = image_folders.read(folder, beside, {"val": data.validation, "test": data.test})
+    parts = image_folders.read(folder, kind, {"val": data.validation, "test": data.test})
     records = {split: parts[part] for split, part in SPLITS.items()}
     train = records["train"]
     modalities, tokenizer = {"image": CroppedImages(data.size, data.size, data.channels)}, None
     found = f"{sum(map(len, records.values())):,} images"
-    if beside == "label":
+    if kind == "label":
         modalities["label"] = Labels(len(train.names))
         found += f" in {len(train.names):,} classes ({_listed(train.names)})"
-    if beside == "caption":
+    if kind == "caption":
         tokenizer = _trained_tokenizer(train, data)
         modalities["caption"] = Texts(tokenizer, name="caption")
         found += f" with captions of {tokenizer.size:,} ids, up to {tokenizer.length} each"
@@ -289,14 +289,14 @@ def _modality(where: str, name: str, parts: Mapping[str, np.ndarray]) -> tuple[A
     raise UserError(f"{where}: {found} are no images, vectors, labels or tokens (see mmdiff/data/own.py).")
 
 
-def _images_of_arrays(found: OwnData, beside: str) -> OwnData:
+def _images_of_arrays(found: OwnData, kind: str) -> OwnData:
     """The images and labels among arrays, under these names."""
-    kinds = {"image": Images} | ({"label": Labels} if beside == "label" else {})
-    if beside == "caption":
+    wanted = {"image": Images} | ({"label": Labels} if kind == "label" else {})
+    if kind == "caption":
         raise UserError("captions come from a folder or tar files, not from arrays: see mmdiff/data/image_folders.py.")
     named = {}
-    for name, kind in kinds.items():
-        own = [key for key, modality in found.modalities.items() if isinstance(modality, kind)]
+    for name, modality_class in wanted.items():
+        own = [key for key, modality in found.modalities.items() if isinstance(modality, modality_class)]
         if len(own) != 1 and name not in own:
             listed = _listed(sorted(found.modalities))
             raise UserError(f"config.data.dir has the arrays {listed}, and one of {name}s is needed: call it {name}, or use own/arrays.")

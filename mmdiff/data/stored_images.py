@@ -108,19 +108,19 @@ def decode(file: pathlib.Path | captions.Member | Stored, ids: bool = False) -> 
         raise FileError(file, "cannot be read as an image (No such file or directory)", "copy it again") from error
 
 
-def values(picture: Any) -> np.ndarray:
+def values(image: Any) -> np.ndarray:
     """Values 0..255 of a Pillow image or an array as float32 in [-1, 1]."""
-    return np.asarray(picture, np.float32) / np.float32(127.5) - 1
+    return np.asarray(image, np.float32) / np.float32(127.5) - 1
 
 
-def square(picture: Any, size: int, ids: bool = False) -> Any:
+def square(image: Any, size: int, ids: bool = False) -> Any:
     """The central square of a Pillow image, `size` pixels wide: in colour, resampled (bicubic, antialiased); or ids, the nearest."""
     from PIL import Image
 
-    side = min(picture.size)
-    left, top = ((length - side) // 2 for length in picture.size)
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
     how = Image.Resampling.NEAREST if ids else Image.Resampling.BICUBIC
-    return (picture if ids else picture.convert("RGB")).resize((size, size), how, (left, top, left + side, top + side))
+    return (image if ids else image.convert("RGB")).resize((size, size), how, (left, top, left + side, top + side))
 
 
 @functools.cache

@@ -144,8 +144,8 @@ class Captioned:
     def take(self, indices):
         indices = np.asarray(indices, np.int64)
         check_range(indices, len(self))
-        picture, caption = np.divmod(indices, self._captions)
-        found = self._source.take(picture)
+        image, caption = np.divmod(indices, self._captions)
+        found = self._source.take(image)
         return {**found, "text": found["text"][np.arange(len(indices)), caption]}
 
     def fingerprint(self):

@@ -1,4 +1,4 @@
-"""DiffDis' alignment task, which denoises a text's vector beside an image; and retrieval of pairs by it."""
+"""DiffDis' alignment task, which denoises a text's vector given an image; and retrieval of pairs by it."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ NOISELESS = 2e-3  # the time at which the 256 levels, 2 / 255 apart, hardly blur
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Metrics and grids of a joint model of `target`, an image or vectors, and whatever stands beside it.
+    """Metrics and grids of a joint model of `target`, an image or vectors, and the modalities of the same examples.
 
     * `held_out_loss`, and each term of it: the training loss of the held-out examples, with fixed noise.
     * `bits_per_dimension` of images: a bound on -log p(image | condition) of 8-bit pixels, in bits per channel of a pixel.
@@ -202,13 +202,13 @@ class HeldOut:
             captions = [" ".join(row) for row in zip(*texts)] if texts else None
             return plots.grid(show(arrays[self.target][:SHOWN]), 10, captions)
 
-        beside = [name for name in experiment.shape if name != self.target]
+        others = [name for name in experiment.shape if name != self.target]
         given = [self.condition] if self.condition else []
         what = f"Given {self.condition}; {sampler}." if given else f"{sampler}."
         return {
             "Samples": Figure(sheet({**train, self.target: sampled}, given), what),
-            "Joint samples": Figure(sheet(joint, beside), f"All modalities sampled together; {sampler}."),
-            "Real images": Figure(sheet(test, beside), "Held out, for comparison."),
+            "Joint samples": Figure(sheet(joint, others), f"All modalities sampled together; {sampler}."),
+            "Real data": Figure(sheet(test, others), "Held out, for comparison."),
         }
 
 

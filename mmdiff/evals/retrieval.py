@@ -1,6 +1,6 @@
-r"""Alignment: a vector denoised beside an image against the vectors of candidate texts, and retrieval in both directions.
+r"""Alignment: a vector denoised given an image against the vectors of candidate texts, and retrieval in both directions.
 
-    vectors = align(process, naming, params, keys, {"image": images}, shape, steps=10, seeds=4)      [n, D]
+    vectors = align(process, apply, params, keys, {"image": images}, shape, steps=10, seeds=4)      [n, D]
     best("scores", scores(vectors, class_vectors(encode, names, templates)))                         zero-shot classes
     recalls(scores(vectors, captions), relevant)                                                     Recall@K both ways
 
@@ -38,7 +38,7 @@ def align(
     guidance: float = 1.0,
     drop: Sequence[str] = (),
 ) -> jax.Array:
-    """The unit vectors [n, D] that `target` is denoised to from pure noise beside `given`.
+    """The unit vectors [n, D] that `target` is denoised to from pure noise with `given`.
 
     The belief is normalised at every step, after guidance and before the step uses it: a loss of cosines leaves its length free. Over
     seeds the unit vectors are averaged, and the mean normalised: a mean of the answers, where one draw may be any of them.

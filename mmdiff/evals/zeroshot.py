@@ -192,7 +192,7 @@ def asked(options: Any, encode_image: Callable, encode_text: Callable, size: int
 
 
 def encoders(path: str) -> Any:
-    """A Python file with the networks that stand before and beside a latent model, as a module:
+    """A Python file with the networks that a latent model needs, autoencoder and text tower, as a module:
 
         encode_image(images float32 [n, size, size, 3] in [-1, 1]) -> latents [n, ...]
         encode_text(texts) -> vectors [n, D]

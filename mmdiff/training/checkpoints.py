@@ -94,7 +94,7 @@ class Checkpoints:
 
     def __exit__(self, kind, error, traceback) -> None:
         if distributed.lost(error):
-            return  # what goes on in the background waits for a process that is gone
+            return  # a save in the background waits for a process that is gone
         try:
             self.wait()
         except UserError:
@@ -166,7 +166,7 @@ class Checkpoints:
         return _unpack(found.state["state"], found.ema), found.state["averages"], found.meta
 
     def check(self) -> None:
-        """Raises UserError if a save in the background has failed; does not wait for one that goes on."""
+        """Raises UserError if a save in the background has failed; does not wait for one in progress."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 

@@ -19,7 +19,7 @@ Metrics = Mapping[str, jax.Array]
 Step = Callable[["State", Mapping[str, jax.Array]], tuple["State", Metrics]]
 
 # Steps that are handed to the device before the host waits for the first of them. Enough that the device never waits for
-# Python, few enough that a run that is told to stop has saved itself within a scheduler's grace period.
+# Python, few enough that a run that is asked to stop has saved itself within a scheduler's grace period.
 IN_FLIGHT = 4
 
 

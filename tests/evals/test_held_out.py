@@ -88,7 +88,7 @@ def test_an_exact_model_of_classes(exact):
     assert entropy - 0.05 < metrics["bits_per_dimension"] < entropy + 0.8  # a bound: the model does not know of levels
     assert set(exact.definitions) == set(metrics) and exact.settings["held_out_examples"] == 24
     assert set(exact.figures) == {
-        "Image to label", "Samples and their nearest training images", "Samples", "Joint samples", "Real images"}
+        "Image to label", "Samples and their nearest training images", "Samples", "Joint samples", "Real data"}
 
 
 def test_copies_and_samples_of_other_classes_are_told_from_good_ones(exact):

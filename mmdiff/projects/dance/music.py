@@ -85,7 +85,7 @@ def heard_before(source: Source, count: int, genres: Sequence[str]) -> dict[str,
         return {name: array for name, array in load_all(Subset(source, count)).items() if name != "genre"}
     found = source.take(np.arange(min(CLASSIFIED * count, len(source))))
     if "genre" not in found:
-        raise UserError(f"the genres {', '.join(genres)} are to be told apart, and the training clips have none.")
+        raise UserError(f"the genres {', '.join(genres)} are to be classified, and the training clips have none.")
     return found
 
 
@@ -106,7 +106,7 @@ def definitions(count: int, suffix: str = "", what: str = "samples", known: bool
 
 @dataclasses.dataclass(frozen=True)
 class MusicForDances:
-    """The metrics and figures of a model that samples music for dances; beside each metric that of its tokenizer's reconstructions,
+    """The metrics and figures of a model that samples music for dances; with each metric that of its tokenizer's reconstructions,
     the ceiling, and that of the real clips.
 
     Attributes:

@@ -149,10 +149,10 @@ class Motion:
         from PIL import Image, ImageDraw
 
         array, size = np.nan_to_num(np.asarray(array, np.float64)), (self.FIGURES * self.SIDE, self.SIDE)
-        pictures = []
+        images = []
         for dance in array[:, np.linspace(0, self.frames - 1, self.FIGURES).astype(int)]:
-            picture = Image.new("RGB", (4 * size[0], 4 * size[1]), "white")  # four times as large: what is drawn has smooth edges
-            draw = ImageDraw.Draw(picture)
+            image = Image.new("RGB", (4 * size[0], 4 * size[1]), "white")  # four times as large: lines have smooth edges
+            draw = ImageDraw.Draw(image)
             for number, figure in enumerate(dance):
                 x, y = 4 * self.SIDE * (figure[:, :2] * (1, -1) / self.REACH + 1).clip(-1, 3).T / 2
                 points = list(zip(x + 4 * self.SIDE * number, y))
@@ -160,8 +160,8 @@ class Motion:
                     if self.parents is not None and self.parents[joint] >= 0:
                         draw.line([points[self.parents[joint]], (right, down)], fill="black", width=6)
                     draw.ellipse([right - 4, down - 4, right + 4, down + 4], fill="crimson")
-            pictures.append(np.asarray(picture.resize(size, Image.Resampling.BOX)))
-        return np.stack(pictures)
+            images.append(np.asarray(image.resize(size, Image.Resampling.BOX)))
+        return np.stack(images)
 
     def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Joints of normal places, 0.3 m from the centre: float32 [count, frames, joints, 3]."""

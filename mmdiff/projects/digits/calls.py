@@ -20,7 +20,7 @@ class Calls:
       evaluator: has `samples(experiment, params, key, steps, guidance) -> EvalResult`.
       names: which of its metrics; `x` becomes `x_at_40_steps`.
       steps: the numbers of steps.
-      samplers: other samplers by name, as `Experiment.sample`, beside the experiment's own: `x_released_at_40_steps`.
+      samplers: other samplers by name, as `Experiment.sample`, in addition to the experiment's own: `x_released_at_40_steps`.
     """
 
     evaluator: Any

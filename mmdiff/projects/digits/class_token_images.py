@@ -21,7 +21,7 @@ class ClassTokenImages:
 
     As many samples are made as there are training images, with their labels, and more of a class that comes up less than `per_class`
     times; see `conditional` for what is measured of them. The bound on the likelihood of the held-out images given their labels
-    stands beside models fitted to the training tokens by counting (`independent_bits`, `raster_markov_bits`).
+    is compared with models fitted to the training tokens by counting (`independent_bits`, `raster_markov_bits`).
 
     Attributes:
       bound_steps: T, the steps of the chain whose likelihood is bounded; T + 1 network calls for every held-out image.

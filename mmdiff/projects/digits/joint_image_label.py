@@ -145,16 +145,16 @@ class JointImageLabel:
             "From noise to image": Figure(
                 plots.grid(show(chain), 10), f"States of ten trajectories, a label each, from noise, above, to the image; {sampler}."),
             "Image to label": Figure(
-                plots.matrix(confusion(read, labels, self.classes), names, "true label", "label read by the model"),
+                plots.matrix(confusion(read, labels, self.classes), names, "true label", "label predicted by the model"),
                 f"{len(labels)} held-out images, one network call each.",
             ),
         }
         wrong = np.flatnonzero(read != labels)
         if wrong.size:
             words = [f"{true} as {found}" for true, found in zip(name(labels[wrong[:30]]), name(read[wrong[:30]]))]
-            result["Misread images"] = Figure(
+            result["Misclassified images"] = Figure(
                 plots.grid(show(images[wrong[:30]]), 10, words),
-                f"True label, then the label read by the model: {min(30, wrong.size)} of {wrong.size} mistake(s).",
+                f"True label, then the predicted one: {min(30, wrong.size)} of {wrong.size} mistake(s).",
             )
         return result
 

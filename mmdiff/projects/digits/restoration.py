@@ -1,4 +1,4 @@
-"""How well hidden patches of an image are sampled, beside fills that need no network."""
+"""How well hidden patches of an image are sampled, compared with fills that need no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that is measured of class-conditional sequences whose law is known: each metric of the samples beside that of real data."""
+"""Everything that is measured of class-conditional sequences whose law is known: each metric of the samples with that of real data."""
 
 from __future__ import annotations
 

@@ -90,11 +90,11 @@ class Pairs:
             photograph, classes = decode(record["image_left"]), decode(record["segmentation_label"], ids=True)
             colours = CITYSCAPES[np.asarray(square(classes, self._size, ids=True))]
             return np.stack([values(square(photograph, self._size)), values(colours)])
-        picture = decode(record["image"])
-        width, height = picture.size
+        image = decode(record["image"])
+        width, height = image.size
         if width != 2 * height:
             raise UserError(f"{record['image']} has {width} x {height} pixels: a pair is one file with two squares side by side.")
-        left, right = (picture.crop((start, 0, start + height, height)) for start in (0, height))
+        left, right = (image.crop((start, 0, start + height, height)) for start in (0, height))
         pair = np.stack([values(square(half, self._size)) for half in (left, right)])
         return pair[::-1] if self._name == "night2day" else pair
 

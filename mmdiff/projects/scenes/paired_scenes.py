@@ -34,7 +34,7 @@ class PairedScenes:
 
     def __init__(self, split: str, other: str, size: int = 16, count: int | None = None):
         if other not in ("segmentation", "night"):
-            raise UserError(f"the digit scenes have no image {other!r} beside the image: choose segmentation or night.")
+            raise UserError(f"the digit scenes have no second image {other!r}: choose segmentation or night.")
         self._scenes, self._other = scenes.Scenes(split, size, count), other
 
     def __len__(self):

@@ -90,7 +90,7 @@ def test_what_was_heard_before():
     np.testing.assert_array_equal(heard_before(source, 10, GENRES)["audio"], np.arange(50))
     without = heard_before(source, 10, ())
     assert set(without) == {"audio"} and len(without["audio"]) == 10 and np.diff(without["audio"]).min() >= 9
-    with pytest.raises(UserError, match="the genres low, high are to be told apart, and the training clips have none"):
+    with pytest.raises(UserError, match="the genres low, high are to be classified, and the training clips have none"):
         heard_before(ArraySource({"audio": np.arange(100)}), 10, GENRES)
 
 

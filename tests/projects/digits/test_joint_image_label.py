@@ -100,7 +100,7 @@ def test_counts_are_stated(results):
 
 
 def test_pictures(results):
-    images = {"Label to image", "Real images", "Joint samples", "Unconditional images", "Misread images", "From noise to image"}
+    images = {"Label to image", "Real images", "Joint samples", "Unconditional images", "Misclassified images", "From noise to image"}
     plots = {"Image to label", "Label to image, as the SVM sees it"}
     assert set(results.figures) == images | plots
     for title, picture in results.figures.items():

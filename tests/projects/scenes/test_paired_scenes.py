@@ -59,5 +59,5 @@ def test_night_is_dark_keeps_the_scene_and_can_be_undone(scenes):
 
 
 def test_there_is_no_other_other():
-    with pytest.raises(UserError, match="no image 'winter' beside the image: choose segmentation or night"):
+    with pytest.raises(UserError, match="no second image 'winter': choose segmentation or night"):
         PairedScenes("train", "winter")
