@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
 import os
 import pathlib
 import zlib
@@ -54,6 +55,8 @@ def open_run(
     Raises:
       UserError: no such config or run, a key that cannot be set here, or a config that cannot be built.
     """
+    if step not in (None, "best") and not checks.is_whole(step, 0):
+        raise UserError(f"step is the number of a checkpoint or 'best', not {checks.short(step)}.")
     items = overrides.items() if isinstance(overrides, Mapping) else overrides
     overrides = [(key, value if isinstance(value, str) else str(value)) for key, value in items]
     values, module = configs.load(os.fspath(config), overrides)
@@ -159,7 +162,10 @@ class Run:
         steps = sampler.get("steps") if steps is None else steps
         if steps is None:
             raise UserError(f"{self.name} has no config.sample.steps: name --steps.")
-        return steps, float(sampler.get("guidance", 1.0) if guidance is None else guidance), self.config.seed if seed is None else seed
+        guidance = sampler.get("guidance", 1.0) if guidance is None else guidance
+        if not isinstance(guidance, numbers.Real):
+            raise UserError(f"the weight of guidance must be a number, not {checks.short(guidance)}.")
+        return steps, float(guidance), self.config.seed if seed is None else seed
 
     def parse(self, number: int | None, given: Mapping[str, Any] | None, absent: Sequence[str] = ()) -> tuple[dict[str, np.ndarray], int]:
         """-> ({name: [number, ...]}, number) of what `sample` takes. One value is repeated; several (7,7,3 or a file) set the number."""
@@ -178,10 +184,21 @@ class Run:
                 raise UserError(f"the modality {name} is set twice: use one --given or one --absent for it.")
         if set(shape) <= {*given, *absent}:
             raise UserError("no modality is left to sample: leave out one --given or --absent.")
-        parsed = {
-            name: modalities[name].parse(value) if isinstance(value, str) else modalities[name].check(value)
-            for name, value in given.items()
-        }
+        if number is not None and not checks.is_whole(number, 1):
+            raise UserError(f"the number of samples must be an integer of 1 or more, not {checks.short(number)}.")
+
+        def parsed_of(name, value):
+            if isinstance(value, (str, os.PathLike)):
+                return modalities[name].parse(os.fspath(value))
+            try:
+                array = np.asarray(value)
+            except ValueError:  # rows of different lengths
+                array = np.empty((), object)
+            if array.dtype.kind not in "biufV":
+                raise UserError(f"{name} is given as {checks.short(value)}: give text, a file, or an array of numbers.")
+            return modalities[name].check(array)
+
+        parsed = {name: parsed_of(name, value) for name, value in given.items()}
         counts = {name: len(array) for name, array in parsed.items() if len(array) > 1}
         number = number or max(counts.values(), default=16)
         for name, count in counts.items():
@@ -238,6 +255,8 @@ class Run:
         Raises:
           UserError: the config measures nothing, or labels mean other classes than in training.
         """
+        if split not in ("test", "validation"):
+            raise UserError(f"split is 'test' or 'validation', not {checks.short(split)}.")
         if not self.experiment.evaluators:
             raise UserError(f"{self.name} measures nothing as it is set: see its head, or give its Experiment evaluators.")
         from mmdiff.evals import report

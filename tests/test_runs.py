@@ -55,6 +55,13 @@ def test_what_is_absent_is_not_in_the_answer(run):
         ({"given": {"label": "7"}, "absent": ["label"]}, "label is set twice"),
         ({"absent": ["image", "label"]}, "no modality is left"),
         ({"number": 2, "given": {"label": np.array([1, 2, 3])}}, "holds 3 examples, not 2"),
+        ({"number": 0}, "an integer of 1 or more, not 0"),
+        ({"number": 2.5}, "an integer of 1 or more, not 2.5"),
+        ({"guidance": "strong"}, "the weight of guidance must be a number, not 'strong'"),
+        ({"given": {"image": np.zeros((1, 8, 8, 1), np.uint8)}}, "got uint8: divide"),
+        ({"given": {"image": [["a"]]}}, "image is given as .*: give text, a file"),
+        ({"given": {"label": [[1], [2, 3]]}}, "label is given as .*: give text, a file"),
+        ({"given": {"image": pathlib.Path("/none/seven.png")}}, "no such file|/none/seven.png"),
     ],
 )
 def test_mistakes_are_sentences(run, asked, words):
@@ -72,6 +79,12 @@ def test_it_measures_and_writes_the_report(run, workdir):
     assert run.report_paths()[0].stat().st_mtime_ns == before
 
 
+def test_nothing_but_test_and_validation_data_are_measured(run):
+    for split in ("val", "train"):  # not the test data under another name
+        with pytest.raises(UserError, match=f"split is 'test' or 'validation', not '{split}'"):
+            run.evaluate(split)
+
+
 def test_its_values_are_those_of_the_run_and_some_can_be_set(run, workdir):
     assert run.config.train.steps == 4 and run.settings() == (2, 1.0, 0)
     assert open_run(TINY, workdir, {"sample.steps": 3, "seed": 5}).settings() == (3, 1.0, 5)
@@ -82,6 +95,8 @@ def test_its_values_are_those_of_the_run_and_some_can_be_set(run, workdir):
 def test_a_checkpoint_can_be_chosen(workdir):
     run = open_run(TINY, workdir, step=2)
     assert run.step == 2
+    with pytest.raises(UserError, match="step is the number of a checkpoint or 'best', not '2'"):
+        open_run(TINY, workdir, step="2")
     with pytest.raises(UserError, match="there is no checkpoint of step 3"):
         open_run(TINY, workdir, step=3).sample(1)
 

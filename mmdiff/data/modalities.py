@@ -70,9 +70,12 @@ class Images:
         """`array` as float32 [n, height, width, channels].
 
         Raises:
-          UserError: a wrong shape, values that are not finite or outside [-1, 1].
+          UserError: a wrong shape or type, values that are not finite or outside [-1, 1].
         """
-        array = np.asarray(array, np.float32)
+        array = np.asarray(array)
+        if array.dtype == np.uint8:  # a dark one would pass for floats
+            raise UserError(f"{self.name}: pixels must be floats in [-1, 1], got uint8: divide them by 127.5 and subtract 1.")
+        array = array.astype(np.float32)
         if array.ndim != 4 or array.shape[1:] != self.shape:
             raise UserError(f"{self.name}: images need the shape [n, {self._size}], got {list(array.shape)}.")
         if not array.size or not np.isfinite(array).all() or np.abs(array).max() > 1:
