@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 Loss = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+"""`(params, batch, key) -> (scalar, metrics)`, as `jax.value_and_grad(..., has_aux=True)` takes it."""
 
 
 def diffusion(

@@ -26,6 +26,7 @@ from mmdiff.processes.base import Noised, per_example_mean
 from mmdiff.processes.discrete import LOG_FLOOR
 
 Term = Callable[[Any, Noised], Any]
+"""`(out, noised) -> [B]`: the network's output and the corrupted batch to one number for each example."""
 
 
 @dataclasses.dataclass(frozen=True)

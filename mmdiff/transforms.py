@@ -39,10 +39,12 @@ class SamplerState:
     keys: Any
 
     def corrected(self, x0: Any) -> SamplerState:
+        """With another belief, for this step and for the history of the next."""
         return self.replace(x0=x0, x0_for_history=x0)
 
 
 Transform = Callable[[SamplerState], SamplerState]
+"""Changes the step about to be taken, as `clip` and `dpmpp_2m` do; `sample` applies them in order."""
 
 
 def only(name: str, transform: Transform) -> Transform:

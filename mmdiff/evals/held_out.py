@@ -29,7 +29,7 @@ class HeldOut:
     """Metrics and grids of a joint model of `target`, an image or vectors, and the modalities of the same examples.
 
     * `held_out_loss`, and each term of it: the training loss of the held-out examples, with fixed noise.
-    * `bits_per_dimension` of images: a bound on -log p(image | condition) of 8-bit pixels, in bits per channel of a pixel.
+    * `bits_per_dim` of images: a bound on -log p(image | condition) of 8-bit pixels, in bits per channel of a pixel.
     * `label_accuracy`: the most likely label of each held-out image, by one network call.
     * `caption_recall`: the share of held-out images whose own caption explains them best (the least denoising loss) among ten.
     * `frechet_ratio` of samples with the training examples' conditions: 1 is as good as fresh real data.
@@ -123,7 +123,7 @@ class HeldOut:
         bits = in_batches(bound, params, example_keys(key, count), {name: test[name] for name in experiment.shape}, self.batch)
         given = f" given {self.condition}" if self.condition else ""
         definition = f"variational bound on -log2 p(image{given}) of 8-bit pixels, per channel of a pixel; {count} held-out images"
-        return {"bits_per_dimension": float(bits.mean())}, {"bits_per_dimension": definition}, {}
+        return {"bits_per_dim": float(bits.mean())}, {"bits_per_dim": definition}, {}
 
     def _accuracy(self, experiment, params, key, test, name):
         def read(params, keys, given):

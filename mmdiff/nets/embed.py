@@ -98,12 +98,22 @@ def _sides(patch: int | tuple[int, int]) -> tuple[int, int]:
     return (patch, patch) if isinstance(patch, int) else patch
 
 
-# A modality's stream: `encode` makes tokens [B, N, width] of what the process feeds the network, `decode` makes the output.
-# Both are called inside a linen module, whose parameters they create under the modality's name.
+class Stream:
+    """A modality's tokens in a network. Both methods are called in a linen module; their parameters have the modality's name."""
+
+    length: int  # tokens
+
+    def encode(self, x, width, dtype, name):
+        """What the process feeds the network -> tokens [B, length, width]."""
+        raise NotImplementedError
+
+    def decode(self, h, dtype, name):
+        """The network's last tokens [B, length, width] -> its output for the modality."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class Patches:
+class Patches(Stream):
     """Images [B, H, W, C], one token per patch, with fixed 2-d positions. `out_channels` (default C) may hold more, e.g. a sigma head."""
 
     height: int
@@ -132,7 +142,7 @@ class Patches:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class Tokens(Stream):
     """Integers [B, length] below `states`, with learned positions; outputs logits [B, length, classes]."""
 
     length: int
@@ -152,7 +162,7 @@ class Tokens:
 
 
 @dataclasses.dataclass(frozen=True)
-class Label:
+class Label(Stream):
     """One integer [B] below `states` (the mask or null included), one token; outputs logits [B, classes]."""
 
     states: int
@@ -170,8 +180,8 @@ class Label:
 
 
 @dataclasses.dataclass(frozen=True)
-class Vectors:
-    """Features [B, length, size], or [B, size] with length None: one token each, learned positions; outputs the same shape."""
+class Vectors(Stream):
+    """Features [B, count, size], or [B, size] with count None: one token each, learned positions; outputs the same shape."""
 
     size: int
     count: int | None = None

@@ -45,9 +45,11 @@ class Discrete(Process):
     stationary: np.ndarray
 
     def push(self, p, s, t):
+        """The distribution at t of what has the distribution p [..., states] at s; at s = None p is over the clean classes."""
         raise NotImplementedError
 
     def pull(self, f, s, t):
+        """The transpose of `push`: the likelihood, by the state at s, of what has the likelihood f [..., states] by the state at t."""
         raise NotImplementedError
 
     @property

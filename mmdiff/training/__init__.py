@@ -7,7 +7,7 @@ __all__, __getattr__, __dir__ = lazily(
     averaged_weights="restore_for_inference",
     checkpoints="Checkpoints",
     loop="train",
-    optim="adamw",
+    optim="adamw muon",
     sharding="init_sharded_state make_mesh partition_specs shard_batch shardings",
     step="State init_state make_step step_of",
 )

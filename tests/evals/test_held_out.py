@@ -85,7 +85,7 @@ def test_an_exact_model_of_classes(exact):
     assert 0.8 < metrics["novelty"] < 1.2 and 0.3 < metrics["frechet_ratio"] < 3
     assert metrics["held_out_loss"] == metrics["held_out_loss_image"]
     entropy = 0.5 * math.log2(2 * math.pi * math.e * NOISE**2) - math.log2(2 / 255)  # of a pixel on levels 2 / 255 apart
-    assert entropy - 0.05 < metrics["bits_per_dimension"] < entropy + 0.8  # a bound: the model does not know of levels
+    assert entropy - 0.05 < metrics["bits_per_dim"] < entropy + 0.8  # a bound: the model does not know of levels
     assert set(exact.definitions) == set(metrics) and exact.settings["held_out_examples"] == 24
     assert set(exact.figures) == {
         "Image to label", "Samples and their nearest training images", "Samples", "Joint samples", "Real data"}
