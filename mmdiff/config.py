@@ -10,6 +10,7 @@ import ast
 import contextlib
 import copy
 import importlib.util
+import io
 import json
 import math
 import os
@@ -130,7 +131,8 @@ def _guilty(config: ml_collections.ConfigDict, module: ModuleType, overrides: Ma
         values = copy.deepcopy(config)
         put(values, {key: own[key] for key in left_out if key in own})
         try:
-            jax.eval_shape(module.build(values).init, jax.random.key(0))
+            with contextlib.redirect_stderr(io.StringIO()):  # what a build says of its data has been said
+                jax.eval_shape(module.build(values).init, jax.random.key(0))
         except (Exception, SystemExit):
             return False
         return True

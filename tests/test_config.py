@@ -282,3 +282,10 @@ for path in sorted(pathlib.Path({str(CONFIGS)!r}).rglob("*.py")):
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_build_says_is_said_once_though_a_mistake_is_sought_by_building_again(tmp_path, capsys):
+    says = "    from mmdiff import console\n    console.say('data found')\n"
+    with pytest.raises(UserError, match="with config.model.width=9"):
+        built(tmp_path, f"{says}    import jax.numpy as jnp\n    jnp.zeros(8).reshape(config.model.width){PARTS}", [("model.width", "9")])
+    assert capsys.readouterr().err == "data found\n"

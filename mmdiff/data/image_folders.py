@@ -93,7 +93,7 @@ def read(data_dir: str | os.PathLike, kind: str, shares: Mapping[str, float] = S
     rows = split_rows(keys, [record.get("label", 0) for record in records], missing)
     if empty := [name for name, chosen in rows.items() if not len(chosen)]:
         remedy = "add some, or make folders train, val and test"
-        raise UserError(f"{folder} has {len(whole):,} images, too few to split off {empty[0]} data: {remedy}.")
+        raise UserError(f"{folder} has {len(whole):,} image{'s' * (len(whole) != 1)}, too few to split off {empty[0]} data: {remedy}.")
     return found | {split: Part(whole, chosen) for split, chosen in rows.items()}
 
 
