@@ -27,7 +27,7 @@ def get_config():
         "seed": 0,
         "model": {"width": 96, "depth": 4, "heads": 4, "patch": 2},
         # Shares of the training times: both noisy; image given label; label given image; label given a noisy image, which keeps the
-        # classifier from learning 1,097 images by heart; image without label.
+        # classifier from memorising 1,097 images; image without label.
         "times": {"joint": 0.38, "image_given_label": 0.25, "label_given_image": 0.09, "label_given_noisy": 0.2, "image_alone": 0.08},
         "label_weight": 0.4,
         "train": training_config(

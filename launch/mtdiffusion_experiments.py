@@ -116,7 +116,7 @@ def labels(experiment, params, config, key, data):
     sample = functools.partial(sample_batched, experiment, params, batch=250, steps=config.sample.steps, guidance=config.sample.guidance)
     asked = conditional.labels_to_ask(train["label"], 10, 100)
     sampled = quantize(sample(keys[0], {"label": asked}, len(asked))["image"])
-    found = conditional.judge(sampled, asked, (train["image"], train["label"]), (test["image"], test["label"]), 10, 100)
+    found = conditional.measure(sampled, asked, (train["image"], train["label"]), (test["image"], test["label"]), 10, 100)
     metrics = {name: value for name, value in found.metrics.items() if name != "svm_real_accuracy"}
     count = len(train["image"])
     unconditional = quantize(sample(keys[1], {}, count, absent=("label",))["image"])

@@ -173,7 +173,7 @@ def _keep_memory() -> None:
 
 
 def _is_spare() -> bool:
-    """Whether a launcher has started this process beside another: one samples and evaluates."""
+    """Whether a launcher has started this process among others: one samples and evaluates."""
     name, rank = distributed.rank()
     if rank:
         console.say(f"mmdiff: nothing to do in process {rank} ({name}): process 0 alone does this.")

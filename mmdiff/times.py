@@ -268,7 +268,7 @@ def image_label(shares: Mapping[str, float]) -> Times:
     """Times of one network for pairs, images of a label, labels of an image and images alone, by the shares of the examples:
 
     joint (both noisy), image_given_label, label_given_image, label_given_noisy (an image at t up to 0.7, which keeps the classifier from
-    learning the training images by heart), image_alone.
+    memorising the training images), image_alone.
     """
     noisy = uniform()
     return mixture(

@@ -5,7 +5,7 @@
     python -m mmdiff sample --config configs/diffdis/digits.py --workdir runs/diffdis_digits --given text="a handwritten seven"
 
 The captions' vectors are ten random directions. Classification is also trained on noisy images (config.times.noisy), which keeps it from
-learning 1,097 images by heart; the paper's on clean ones alone.
+memorising 1,097 images; the paper's on clean ones alone.
 
 Measured before the validation split (seed 0, 1,297 training and 500 held-out digits, EMA weights): alignment accuracy 0.994 from noise in
 one and in ten steps, 0.984 in fifty, 0.138 without the image; agreement of sampled digits 0.993, classification accuracy score 0.968,

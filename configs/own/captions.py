@@ -4,8 +4,8 @@
     python -m mmdiff sample --config configs/own/captions.py --workdir runs/mine --given caption="a red circle"
     python -m mmdiff eval   --config configs/own/captions.py --workdir runs/mine
 
-FOLDER holds tar files as of WebDataset and img2dataset (NAME.png beside NAME.txt, or a NAME.json with "caption"), or is one of them; or
-images beside such files, or images and a captions.csv, .tsv or .json (mmdiff/data/image_folders.py). A tenth each is held out for
+FOLDER holds tar files as of WebDataset and img2dataset (NAME.png with NAME.txt, or a NAME.json with "caption"), or is one of them; or
+images next to such files, or images and a captions.csv, .tsv or .json (mmdiff/data/image_folders.py). A tenth each is held out for
 validation and test, unless FOLDER has folders train, val and test. `--given image=FILE` writes captions of an image, and
 `--absent caption` samples images alone.
 

@@ -24,7 +24,7 @@ from mmdiff.errors import UserError
 log = logging.getLogger(__name__)
 INDEX, FORMAT = "index.npz", 2  # the format: 2 knows several captions of an image, and refuses what is none
 MOST = 10  # captions of an image that are used; the rest is left out
-BELONGS = 'beside it belongs a .txt of its name, or a .json with "caption", a text or a list of texts'
+BELONGS = 'put a .txt of its name next to it, or a .json with "caption", a text or a list of texts'
 
 
 def captions_of(value: Any, name: Any) -> list[str]:
@@ -64,7 +64,7 @@ def read_captions(name: Any, sidecars: Mapping[str, Callable[[], bytes]]) -> lis
 
 
 def of_each(paths: Sequence[pathlib.Path]) -> list[list[str]]:
-    """The captions of images in a folder, each beside a `.txt` or a `.json` of its name.
+    """The captions of images in a folder, each next to a `.txt` or a `.json` of its name.
 
     Raises:
       FileError: two images of one name, which would share a caption; an image without one.
@@ -179,7 +179,7 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                         raise FileError(f"{member.name} in {path}", "is a link or a sparse file, not a file", remedy)
                     group, own = (images, (folder, stem)) if f".{kind}" in IMAGE_SUFFIXES else (sidecars, (folder, stem, kind))
                     if own in group:
-                        what = f"is the second of its key there, beside {group[own].name}"
+                        what = f"is the second of its key there, after {group[own].name}"
                         raise FileError(f"{member.name} in {path}", what, "remove or rename one of them")
                     group[own] = member
                 file.seek(end)

@@ -24,7 +24,7 @@ from mmdiff.errors import UserError
 
 log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-UNREAD_SUFFIXES = (  # that are not read: beside others they would be left out without a word
+UNREAD_SUFFIXES = (  # that are not read: among others they would be left out without a word
     ".jfif", ".jpe", ".apng", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".psd", ".svg", ".exr", ".hdr", ".dng",
     ".cr2", ".nef", ".arw")
 SYSTEM = (  # names that operating systems and archivers leave behind; those that begin with a dot are hidden anyway

@@ -10,7 +10,7 @@
     cifar10, cifar100, caltech101, dtd, eurosat, oxford_flowers102, food101, oxford_iiit_pet, cars196, sun397
                      TFDS, the same: label; "eurosat/rgb", and of SUN397 "standard-part1-120k", the first of the published partitions
     folder           one's own, in folders of classes: label, the classes in the order of names
-    captioned        one's own, or what img2dataset writes of CC3M: captions, in tar files, in a list or beside the images
+    captioned        one's own, or what img2dataset writes of CC3M: captions, in tar files, in a list or next to the images
 
 What one's own folder may hold says `data.image_folders`: train and val, or the images themselves, of which a tenth is then "val". What
 else a file of them can be, and how an image of any kind becomes values, says `data.files`.

@@ -1,12 +1,12 @@
 """A user's own images: which a folder holds, with their classes or captions, and which of them are for training.
 
     FOLDER/CLASS/NAME.png          images in folders of their classes: label, in the order of the classes' names
-    FOLDER/00000.tar, ...          images with captions (WebDataset): NAME.png beside NAME.txt, or a NAME.json with "caption"; or one tar
+    FOLDER/00000.tar, ...          images with captions (WebDataset): NAME.png with NAME.txt, or a NAME.json with "caption"; or one tar
     FOLDER/captions.tsv            a FILE, a tab and its caption on every line; captions.csv, a comma; captions.json, {FILE: CAPTION, ...}
-    FOLDER/NAME.png, A/NAME.png    images with captions, beside NAME.txt, or a NAME.json with "caption"
+    FOLDER/NAME.png, A/NAME.png    images with captions in NAME.txt, or a NAME.json with "caption"
     FOLDER/A/NAME.png              images alone
 
-A user's own split is FOLDER/train beside FOLDER/val (or validation) and FOLDER/test, of which each holds one of these. What there is not of
+A user's own split is FOLDER/train, with FOLDER/val (or validation) and FOLDER/test, of which each holds one of these. What there is not of
 validation and test data is split off the training data: of every class the same share, chosen by a hash of the files' names, so that every
 run and every machine chooses the same. All captions of an image are in one part. Of each image as many captions are used as the one with
 the most has, up to 10; one without words is an error.
@@ -104,7 +104,7 @@ def read_set(data_dir: str | os.PathLike, kind: str, split: str) -> Records:
     if not named:
         return read(data_dir, kind, {"val": SHARES["val"]})[split]
     if split not in named:
-        raise UserError(f"there is no folder {folder / split}: it belongs beside {folder / named['train']}.")
+        raise UserError(f"there is no folder {folder / split}: make it next to {folder / named['train']}.")
     return _read(folder, named, split, kind)
 
 

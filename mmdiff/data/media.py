@@ -83,7 +83,7 @@ def _plain(image: Any, name: Any) -> Any:
 
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # what stands beside the pixels is damaged, they are not
+    except Exception:  # the metadata are damaged, the pixels are not
         log.debug("the EXIF data of %s cannot be read: it is taken to be upright.", name)
     if image.mode.startswith("I") or image.mode == "F" or image.mode == "L" and _signed(image):
         return Image.fromarray(_bytes(image, name))

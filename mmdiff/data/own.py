@@ -4,7 +4,7 @@ Images come from folders and tar files, which `data.image_folders` describes, wi
 
     NAME.npz                   an entry for each modality, all of one length
     NAME.npy                   one modality, "x"
-    FOLDER/train.npz           beside val.npz and test.npz: the user's own split
+    FOLDER/train.npz           with val.npz and test.npz: the user's own split
     FOLDER/A.npy, B.npy, ...   a modality each
 
 What an array is says its type: uint8 [n, H, W] or [n, H, W, 1 or 3], and floats [n, H, W, 1 or 3] in [-1, 1], are images; floats [n] and

@@ -457,7 +457,7 @@ def shard(path, members):
 
 @pytest.mark.parametrize("members, said", [
     ([("0.png", PNG), ("0.txt", b"a"), ("0.png", PNG)], "0.png in .*is the second of its key"),
-    ([("0.png", PNG), ("0.txt", b"a"), ("0.jpg", PNG)], "0.jpg in .*is the second of its key there, beside 0.png"),
+    ([("0.png", PNG), ("0.txt", b"a"), ("0.jpg", PNG)], "0.jpg in .*is the second of its key there, after 0.png"),
     ([("0.png", PNG), ("0.txt", b"a"), ("./0.txt", b"b")], "./0.txt in .*is the second"),
     ([("0.png", PNG), ("0.txt", b"a"), ("1.png", "0.png"), ("1.txt", b"b")], "1.png in .*is a link"),
     ([("0.png", PNG), ("0.txt", b"a"), ("1.jfif", PNG), ("1.txt", b"b")], "1.jfif in .*is a kind of image that is not read"),

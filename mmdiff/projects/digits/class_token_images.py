@@ -80,7 +80,7 @@ class ClassTokenImages:
         sampled = modality.images(tokens)
         clock.start("classifiers", "training the independent classifier")
         real = (images, train[self.label]), (test_images, test[self.label])
-        found = conditional.judge(sampled, asked, *real, self.classes, self.per_class)
+        found = conditional.measure(sampled, asked, *real, self.classes, self.per_class)
         clock.stop()
         sampler = f"{steps} steps, guidance {guidance:g}"
         shown, names = modality.show(tokens), name(np.arange(self.classes))

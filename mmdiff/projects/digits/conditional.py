@@ -17,7 +17,7 @@ from mmdiff.projects.digits import classifiers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judged(EvalResult):
-    """What `judge` found.
+    """What `measure` found.
 
     Attributes:
       classifier: the SVM trained on the real training images.
@@ -36,7 +36,7 @@ def labels_to_ask(labels: np.ndarray, classes: int, per_class: int) -> np.ndarra
     return np.concatenate([labels, np.repeat(np.arange(classes), missing)]).astype(np.int32)
 
 
-def judge(
+def measure(
     sampled: np.ndarray,
     asked: np.ndarray,
     train: tuple[np.ndarray, np.ndarray],
@@ -57,11 +57,11 @@ def judge(
     count = len(images)
     rows = np.concatenate([np.flatnonzero(asked == c)[:per_class] for c in range(classes)])
     classifier = classifiers.svm(images, labels)
-    judged = classifiers.predict(classifier, sampled[rows])
+    predicted = classifiers.predict(classifier, sampled[rows])
     score = classifiers.classification_accuracy_score(sampled[:count], asked[:count], test_images, test_labels)
     return Judged(
         metrics={
-            "conditional_agreement": accuracy(judged, asked[rows]),
+            "conditional_agreement": accuracy(predicted, asked[rows]),
             "classification_accuracy_score": score,
             "svm_real_accuracy": classifiers.agreement(classifier, test_images, test_labels),
             "frechet_ratio": frechet_ratio(sampled[:count], test_images, images),
@@ -85,7 +85,7 @@ def judge(
         },
         classifier=classifier,
         rows=rows,
-        labels=judged,
+        labels=predicted,
     )
 
 

@@ -76,7 +76,7 @@ class DigitAlignment:
         quantize = experiment.modalities["image"].quantize
         sample = functools.partial(sample_batched, experiment, params, batch=self.batch, steps=steps)
         sampled = quantize(sample(keys[3], {"text": np.asarray(texts)[asked]}, len(asked), guidance=guidance)["image"])
-        found = conditional.judge(
+        found = conditional.measure(
             sampled, asked, (train["image"], train["label"]), (test["image"], labels), 10, self.per_class)
         metrics["round_trip"] = accuracy(classify(align(keys[4], sampled[found.rows], steps=10)), asked[found.rows])
 

@@ -75,7 +75,7 @@ class JointImageLabel:
         chain = states(experiment, params, given_key, each, self.image, steps=steps, guidance=guidance)
 
         clock.start("classifiers", "training the independent classifier")
-        found = conditional.judge(sampled, asked, (images, labels), (test_images, test_labels), self.classes, self.per_class)
+        found = conditional.measure(sampled, asked, (images, labels), (test_images, test_labels), self.classes, self.per_class)
         judged_joint = classifiers.predict(found.classifier, joint_images)
         metrics = {
             "label_accuracy": accuracy(read, test_labels),

@@ -52,7 +52,7 @@ class CaptionedScenes:
         """All of it depends on the sampler."""
         clock = Clock()
         sampled = self.sample(experiment, params, jax.random.split(key), steps, guidance, clock)
-        return self.judged(sampled, steps, guidance, clock, experiment.split)
+        return self.measure(sampled, steps, guidance, clock, experiment.split)
 
     def sample(self, experiment, params, keys, steps: int, guidance: float, clock: Clock) -> dict[str, tuple[Mapping, np.ndarray]]:
         """"held-out" (or "validation") and "training" -> (the scenes whose captions are given, images sampled for them), a key each."""
@@ -71,7 +71,7 @@ class CaptionedScenes:
         """Of which scenes all that is asked was `found` as in `labels`: bool [n]."""
         return np.logical_and.reduce([found[name] == labels[name] for name in self.asked])
 
-    def judged(
+    def measure(
         self, sampled: Mapping[str, tuple[Mapping, np.ndarray]], steps: int, guidance: float, clock: Clock, split: str = "test"
     ) -> EvalResult:
         """What is found of what `sample` gave for that split."""

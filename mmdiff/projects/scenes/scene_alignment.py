@@ -137,7 +137,7 @@ class SceneAlignment:
         metrics["retrieval_r1_dropped"] = found(main, align(keys[1], None, count=count, steps=10))
 
         sampled = self.captioned.sample(experiment, params, keys[2:4], steps, guidance, clock)
-        judged = self.captioned.judged(sampled, steps, guidance, clock, experiment.split)
+        measured = self.captioned.measure(sampled, steps, guidance, clock, experiment.split)
         clock.start("round trip", "retrieving the captions of the samples")
         (_, first), (seen, others) = sampled.values()
         trip = scene_retrieval(align(keys[4], others, steps=10), self.towers.texts(seen["text"])[1], seen)
@@ -184,7 +184,7 @@ class SceneAlignment:
             f"{', '.join(ASKED)}",
             "caption_correctness": f"share of {main} scenes whose written caption is right, word by word",
         }
-        return judged | EvalResult(metrics, definitions, figures, {"candidates": AMONG})
+        return measured | EvalResult(metrics, definitions, figures, {"candidates": AMONG})
 
 
 @dataclasses.dataclass(frozen=True)
