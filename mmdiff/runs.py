@@ -67,6 +67,7 @@ def open_run(
 
     run_metadata.checkpoint_folder(workdir)  # a bucket is refused
     _take_stored(values, overrides, workdir)
+    run_metadata.check_config(workdir, values, in_use=True)  # before a build that may fail for a value of another config
     with configs.blaming(values, module, overrides):
         experiment = run_metadata.with_class_names(configs.build(values, module), workdir)
     return Run(os.fspath(config), values, experiment, pathlib.Path(workdir), module, tuple(overrides), step)

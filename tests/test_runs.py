@@ -101,6 +101,12 @@ def test_a_checkpoint_can_be_chosen(workdir):
         open_run(TINY, workdir, step=3).sample(1)
 
 
+def test_the_run_of_another_config_is_refused_before_that_one_is_built(workdir):
+    """own/images has no data here, and says so only of a run of its own."""
+    with pytest.raises(UserError, match=r"holds a run of another config: .* and \d+ more; use that config"):
+        open_run("own/images", workdir)
+
+
 def test_there_must_be_a_run(tmp_path):
     with pytest.raises(UserError, match="there is no run in .*: train it first"):
         open_run(TINY, tmp_path / "none")

@@ -27,6 +27,8 @@ from mmdiff.data.sources import fingerprint
 from mmdiff.errors import UserError
 from mmdiff.training.integrity import write_whole
 
+LISTED = 6  # keys of another config that an error names
+
 # What may change when a run continues: how it learns, how long, where and how often, but not what its weights mean. A section stands for
 # its keys. (The mesh and micro-batches change results by rounding only.)
 FOLDERS = ("data.dir", "data.towers")  # what lies there must be the same: its fingerprint is compared
@@ -55,8 +57,8 @@ def check_config(
     the weights are only used (`in_use`), not trained on. Without a checkpoint there is nothing to protect: {}.
 
     Raises:
-      UserError: `workdir` holds checkpoints of another config (it names each other key that differs, with both values) or, if it is to be
-        trained, of none, or something else.
+      UserError: `workdir` holds checkpoints of another config (it names keys that differ, `LISTED` at most, with both values) or, if it is
+        to be trained, of none, or something else.
     """
     stored = read_config(workdir)
     if not steps(checkpoint_folder(workdir)):
@@ -75,7 +77,8 @@ def check_config(
 
     may = {key for key in differs if longest(key, may_differ) > longest(key, set(MUST_AGREE) - set(may_differ))}
     if set(differs) - may:
-        listed = ", ".join(f"{key} (there {old!r}, here {new!r})" for key, (old, new) in differs.items() if key not in may)
+        named = [f"{key} (there {old!r}, here {new!r})" for key, (old, new) in differs.items() if key not in may]
+        listed = ", ".join(named[:LISTED]) + (f" and {len(named) - LISTED} more" if len(named) > LISTED else "")
         raise UserError(f"{workdir} holds a run of another config: {listed}; use that config or another workdir.")
     return {key: values for key, values in differs.items() if key in may}
 
