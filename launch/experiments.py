@@ -74,6 +74,12 @@ def differences(rows: Sequence[Mapping], name: str, base: str, names: Sequence[s
     return np.array([found[one] - found[other] for one, other in pairs if other in found])
 
 
+def _read(line: str) -> dict[str, Any]:
+    """A row of runs.jsonl; earlier versions called its metrics figures."""
+    row = json.loads(line)
+    return {"metrics": row.pop("figures", None), **row}
+
+
 def table(rows: Sequence[Mapping], bases: Mapping[str, str]) -> None:
     """Prints mean and standard error over the seeds, as Markdown, and what each setting changes against its part's base."""
     for part in dict.fromkeys(row["part"] for row in rows):
@@ -107,7 +113,7 @@ def main(description: str, settings: Sequence[Setting], run: Callable, bases: Ma
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "runs.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = [_read(line) for line in log.read_text().splitlines()] if log.exists() else []
     every = [(seed, *each) for seed in SEEDS for part in args.parts for each in settings if each[0] == part]  # a seed of all first
     wanted = {(seed, part, setting): overrides for seed, part, setting, _, overrides in every}
     rows = [row for row in rows if wanted.get((row["seed"], row["part"], row["setting"])) == row["overrides"]]  # not of other values

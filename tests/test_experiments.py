@@ -41,6 +41,14 @@ def test_finished_rows_count_only_for_the_values_they_were_run_with(experiments,
     assert "| x=1 | 3 | 1.0000 ± 0.0000 |" in text and "x=2" not in text
 
 
+def test_rows_of_earlier_versions_count(experiments, tmp_path, monkeypatch, capsys):
+    rows = "".join(json.dumps(row("x", seed, part="p", metric=2.0)) + "\n" for seed in experiments.SEEDS)
+    (tmp_path / "runs.jsonl").write_text(rows.replace('"metrics"', '"figures"'))
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path)])
+    experiments.main("", [("p", "x", "data", {})], None, {})
+    assert "| x | 3 | 2.0000 ± 0.0000 |" in capsys.readouterr().out
+
+
 def test_the_error_is_that_of_the_mean(experiments):
     values = np.random.default_rng(0).normal(3.0, 2.0, (10_000, 1))
     assert experiments.cells(values).split(" ± ")[1] == "0.0200"
