@@ -69,8 +69,9 @@ def open_run(
     _take_stored(values, overrides, workdir)
     run_metadata.check_config(workdir, values, in_use=True)  # before a build that may fail for a value of another config
     with configs.blaming(values, module, overrides):
-        experiment = run_metadata.with_class_names(configs.build(values, module), workdir)
-    return Run(os.fspath(config), values, experiment, pathlib.Path(workdir), module, tuple(overrides), step)
+        built = configs.build(values, module)
+        experiment = run_metadata.with_class_names(built, workdir)
+    return Run(os.fspath(config), values, experiment, pathlib.Path(workdir), module, tuple(overrides), step, built.modalities)
 
 
 def _take_stored(config: ml_collections.ConfigDict, overrides: Sequence[tuple[str, str]], workdir: str | os.PathLike) -> None:
@@ -113,6 +114,7 @@ class Run:
     _module: ModuleType
     _overrides: tuple[tuple[str, str], ...]
     _asked: int | str | None
+    _modalities: Mapping[str, Any]  # as the config builds them
 
     @functools.cached_property
     def _weights(self) -> tuple[Any, int]:
@@ -265,7 +267,7 @@ class Run:
 
         experiment = self.experiment.on_validation() if split == "validation" else self.experiment
         with configs.blaming(self.config, self._module, self._overrides):
-            run_metadata.check_classes(self.workdir, experiment)
+            run_metadata.check_classes(self.workdir, dataclasses.replace(experiment, modalities=self._modalities))
         params, step = self._weights
         json_path, html_path = self.report_paths(split)
         if not (reuse and self._is_report_of(json_path, step) and html_path.exists()):

@@ -107,6 +107,7 @@ def test_every_config_builds_on_a_users_data(name, task, few):
     keys = jax.random.split(jax.random.key(0), 2)
     sampled = jax.eval_shape(lambda params: experiment.sample(params, keys, given, steps=2, guidance=1.5), params)
     assert {key: array.shape for key, array in sampled.items()} == {key: (2, *shape) for key, shape in experiment.shape.items()}
+    assert bool(experiment.frozen_deps) == (name in ("captions", "arrays"))  # what the weights need of the data
     for split in ("train", "validation", "test"):
         assert len(getattr(experiment, f"{split}_data")()) > 0
 

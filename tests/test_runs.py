@@ -1,6 +1,8 @@
 """A run that is opened samples and measures as the commands do."""
 
+import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,14 @@ from mmdiff.__main__ import main
 from mmdiff.errors import UserError
 from mmdiff.runs import open_run
 
+FOLDER = """
+
+def build(config):
+    import dataclasses
+    import types
+    names = [f"class {i}" if i != 3 else "a new one" for i in range(10)]
+    return dataclasses.replace(tiny(config), test_data=lambda: types.SimpleNamespace(names=names))
+"""
 TINY = str(pathlib.Path(__file__).parent / "tiny.py")
 
 
@@ -83,6 +93,19 @@ def test_nothing_but_test_and_validation_data_are_measured(run):
     for split in ("val", "train"):  # not the test data under another name
         with pytest.raises(UserError, match=f"split is 'test' or 'validation', not '{split}'"):
             run.evaluate(split)
+
+
+def test_data_of_other_classes_are_not_measured(workdir, tmp_path):
+    """A folder of classes is named by what lies in it: the run remembers what its labels meant."""
+    shutil.copytree(workdir, tmp_path / "run")
+    names = [f"class {i}" for i in range(10)]
+    (tmp_path / "run/data.json").write_text(json.dumps({"fingerprint": "40-x", "classes": {"label": names}}))
+    config = tmp_path / "folder.py"
+    config.write_text((pathlib.Path(TINY).read_text().replace("def build(", "def tiny(")) + FOLDER)
+    run = open_run(config, tmp_path / "run")
+    assert run.show({"label": [3]}) == {"label": ["class 3"]}
+    with pytest.raises(UserError, match="class 3 of label was class 3 in the data that the run .* and is a new one"):
+        run.evaluate()
 
 
 def test_its_values_are_those_of_the_run_and_some_can_be_set(run, workdir):

@@ -77,6 +77,7 @@ def build(config):
         loss=losses.diffusion(process, net.apply, noise_levels, losses.weighted(process, **weights)),
         optimizer=optim.muon(config.train),
         data=own.source,
+        frozen_deps=own.frozen_deps,
         sampler={"drop": tuple(labels), "heun": True},
         evaluators=evaluators,
     )

@@ -67,6 +67,7 @@ def build(config):
         loss=losses.prepared(loss, losses.flips("image", config.data.flips)),
         optimizer=optim.muon(config.train),
         data=own.source,
+        frozen_deps=own.frozen_deps,
         # A joint sample settles its label in the first half of the trajectory, while the image is still mostly noise and can follow it.
         sampler={"drop": ("label",), "heun": True, "paths": {"label": sampling.settled_at(0.5)}},
         evaluators=(HeldOut(condition="label", **config.eval),),

@@ -54,6 +54,7 @@ def build(config):
         loss=losses.prepared(loss, losses.flips("image", config.data.flips)),
         optimizer=optim.muon(config.train),
         data=own.source,
+        frozen_deps=own.frozen_deps,
         sampler={"heun": True},
         evaluators=(HeldOut(**config.eval),),
     )
