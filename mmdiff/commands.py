@@ -70,7 +70,7 @@ def sample(args: argparse.Namespace) -> None:
     if _is_spare():
         return
     _prepare()
-    given = _pairs(args.given, args.absent)
+    given = _pairs(args.given)
     run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
     given, number = run.parse(args.number, given, args.absent)
     _writable("--out", args.out)
@@ -90,7 +90,7 @@ def sample(args: argparse.Namespace) -> None:
         console.out(path)
 
 
-def _pairs(given: list[str], absent: list[str]) -> dict[str, str]:
+def _pairs(given: list[str]) -> dict[str, str]:
     """{NAME: VALUE} of --given NAME=VALUE."""
     pairs = [text.partition("=") for text in given]
     names = [name for name, _, _ in pairs]

@@ -113,6 +113,8 @@ def test_every_config_builds_on_a_users_data(name, task, few):
 
 
 def test_mistakes_are_named(few):
+    with pytest.raises(UserError, match="config.data.flips must be at least 0 and at most 1"):
+        built("images", few, **{"data.flips": "2"})
     with pytest.raises(UserError, match="config.data.dir is empty"):
         built("images", few, **{"data.dir": ""})
     with pytest.raises(UserError, match="is in no folder of a class"):
