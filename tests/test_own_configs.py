@@ -164,8 +164,8 @@ def test_images_in_classes_are_sampled_by_name_and_reported(many, tmp_path):
 @pytest.mark.slow
 def test_images_with_captions_are_sampled_by_text(many, tmp_path):
     use = ("--config", OWN / "captions.py", "--workdir", tmp_path / "run")
-    command("train", *use, f"--config.data.dir={many / 'captions.tar'}", "--config.data.size=16", "--config.train.steps=1200",
-            "--config.train.tensorboard=false")  # fmt: skip
+    command("train", *use, f"--config.data.dir={many / 'captions.tar'}", "--config.data.size=16", "--config.train.steps=750",
+            "--config.train.global_batch=32", "--config.train.tensorboard=false")  # fmt: skip
     right = []
     for colour in COLOURS:
         command("sample", *use, "--given", f"caption=a {colour} circle", "--out", tmp_path / colour)
