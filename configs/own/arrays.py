@@ -17,15 +17,12 @@ radius 10 and 30 with the rings' names: 0.99 of the points sampled for a ring ar
 Fréchet ratio 1.18.
 """
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mmdiff import losses, nets, schedules, times
+from mmdiff import Experiment, losses, nets, schedules, times, training_config
 from mmdiff.data.modalities import Images, Labels
 from mmdiff.data.own import Standardized, open_arrays
-from mmdiff.defaults import training_config
 from mmdiff.evals.held_out import HeldOut
-from mmdiff.experiment import Experiment
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
 from mmdiff.training import optim
 
@@ -38,26 +35,24 @@ def get_config():
         "times": {"joint": 0.5, "given": 0.25, "alone": 0.25},  # shares: all noisy; one given the others; one without them
         "discrete_weight": 0.2,  # of labels and tokens; that of vectors and images is 1
         "train": training_config(
-            steps=2000, global_batch=128, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, clip=1.0, eval_every=500,
-            checkpoint_every=500),
+            steps=2000, global_batch=128, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, clip=1.0, eval_every=500),
         "sample": {"steps": 50, "guidance": 1.0},
         "eval": {"most": 2000, "batch": 250},
     })
 
 
 def build(config):
-    own, model = open_arrays(config.data), {**config.model, "dtype": jnp.dtype(config.model.dtype)}
-    patch, parts, streams = model.pop("patch"), {}, {}
+    own, parts, streams = open_arrays(config.data), {}, {}
     for name, modality in own.modalities.items():
         if isinstance(modality, (Images, Standardized)):
             parts[name] = Gaussian(schedules.flow(), velocity)
             vectors = isinstance(modality, Standardized)
-            streams[name] = nets.Vectors(modality.size, modality.count) if vectors else nets.Patches(*modality.shape, patch)
+            streams[name] = nets.Vectors(modality.size, modality.count) if vectors else nets.Patches(*modality.shape, config.model.patch)
         elif isinstance(modality, Labels):
             parts[name], streams[name] = absorbing(modality.count), nets.Label(modality.count + 1, modality.count)
         else:
             parts[name], streams[name] = absorbing(modality.states), nets.Tokens(modality.length, modality.states + 1, modality.states)
-    process, net = Joint(**parts), nets.MMDiT(streams, **model)
+    process, net = Joint(**parts), nets.MMDiT(streams, **nets.options(config.model, without="patch"))
 
     def each(others):
         """One entry noisy, the others at one time, each with equal chances."""
@@ -71,13 +66,9 @@ def build(config):
     weights = {name: 1.0 if name in continuous else config.discrete_weight for name in parts}
     evaluators = [HeldOut(target, labels[0] if len(labels) == 1 else "", **config.eval) for target in continuous[:1]]
     return Experiment(
-        process=process,
-        net=net,
-        modalities=own.modalities,
+        process=process, net=net, **own.for_experiment,
         loss=losses.diffusion(process, net.apply, noise_levels, losses.weighted(process, **weights)),
         optimizer=optim.muon(config.train),
-        data=own.source,
-        frozen_deps=own.frozen_deps,
         sampler={"drop": tuple(labels), "heun": True},
         evaluators=evaluators,
     )

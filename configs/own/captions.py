@@ -22,15 +22,12 @@ steps of batch 32: 48 of 48 samples for three texts have their colour; the own c
 Fréchet ratio is 1.42.
 """
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mmdiff import losses, nets, schedules, times
+from mmdiff import Experiment, losses, nets, schedules, times, training_config
 from mmdiff.data.own import open_images
-from mmdiff.defaults import training_config
 from mmdiff.errors import UserError
 from mmdiff.evals.held_out import HeldOut
-from mmdiff.experiment import Experiment
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, velocity
 from mmdiff.training import optim
 
@@ -47,8 +44,7 @@ def get_config():
         "times": {"joint": 0.1, "image_given_caption": 0.6, "caption_given_image": 0.2, "image_alone": 0.1},
         "caption_weight": 0.3,
         "train": training_config(
-            steps=3000, global_batch=64, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=500,
-            checkpoint_every=500),
+            steps=3000, global_batch=64, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=500),
         "sample": {"steps": 25, "guidance": 2.0},
         "eval": {"most": 200, "batch": 64},
     })
@@ -57,13 +53,13 @@ def get_config():
 def build(config):
     if config.task not in ("joint", "conditional"):
         raise UserError(f"config.task is {config.task!r}: choose joint or conditional.")
-    own, model, shares = open_images(config.data, "caption"), {**config.model, "dtype": jnp.dtype(config.model.dtype)}, config.times
+    own, shares = open_images(config.data, "caption"), config.times
     joint, tokenizer = config.task == "joint", own.modalities["caption"].tokenizer
     process = Joint(image=Gaussian(schedules.flow(), velocity), caption=absorbing(tokenizer.size) if joint else Given(null=0))
     streams = {
-        "image": nets.Patches(*own.shape["image"], model.pop("patch")),
+        "image": nets.Patches(*own.shape["image"], config.model.patch),
         "caption": nets.Tokens(tokenizer.length, states=tokenizer.size + 1, classes=tokenizer.size)}
-    net = nets.MMDiT(streams, **model)
+    net = nets.MMDiT(streams, **nets.options(config.model, without="patch"))
 
     noisy = times.uniform()
     all_tasks = times.mixture(
@@ -75,13 +71,9 @@ def build(config):
     weights = {"image": 1.0, "caption": config.caption_weight} if joint else {"image": 1.0}
     loss = losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, **weights))
     return Experiment(
-        process=process,
-        net=net,
-        modalities=own.modalities,
+        process=process, net=net, **own.for_experiment,
         loss=losses.prepared(loss, losses.flips("image", config.data.flips)),
         optimizer=optim.muon(config.train),
-        data=own.source,
         sampler={"drop": ("caption",), "heun": True},
-        frozen_deps=own.frozen_deps,
         evaluators=(HeldOut(condition="caption", **config.eval),),
     )

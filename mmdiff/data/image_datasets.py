@@ -189,8 +189,8 @@ class Tfds:
         try:
             builder = tfds.builder_from_directory(str(newest))
             features = dict(builder.info.features.items())
-            pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
-            self._source = builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in pictures})
+            encoded = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+            self._source = builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in encoded})
         except (NotImplementedError, ValueError, OSError, KeyError) as error:
             what = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{newest} cannot be read ({what}): prepare it again, with {command}") from error

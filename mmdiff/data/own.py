@@ -54,6 +54,11 @@ class OwnData:
     frozen_deps: Mapping[str, Callable[[], str]] = dataclasses.field(default_factory=dict)
 
     @property
+    def for_experiment(self) -> dict[str, Any]:
+        """What it states of an `Experiment`, `Experiment(**own.for_experiment, ...)`."""
+        return {"modalities": self.modalities, "data": self.source, "frozen_deps": self.frozen_deps}
+
+    @property
     def shape(self) -> dict[str, tuple[int, ...]]:
         """The shape of one example of every modality."""
         return {name: modality.shape for name, modality in self.modalities.items()}
