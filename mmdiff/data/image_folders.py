@@ -1,4 +1,4 @@
-"""A user's own images: which a folder holds, with their classes or captions, and which of them are for training.
+"""A user's own images: what a folder holds, with classes or captions, and how it is split.
 
     FOLDER/CLASS/NAME.png          images in folders of their classes: label, in the order of the classes' names
     FOLDER/00000.tar, ...          images with captions (WebDataset): NAME.png with NAME.txt, or a NAME.json with "caption"; or one tar
@@ -6,10 +6,10 @@
     FOLDER/NAME.png, A/NAME.png    images with captions in NAME.txt, or a NAME.json with "caption"
     FOLDER/A/NAME.png              images alone
 
-A user's own split is FOLDER/train, with FOLDER/val (or validation) and FOLDER/test, of which each holds one of these. What there is not of
-validation and test data is split off the training data: of every class the same share, chosen by a hash of the files' names, so that every
-run and every machine chooses the same. All captions of an image are in one part. Of each image as many captions are used as the one with
-the most has, up to 10; one without words is an error.
+A user's own split is FOLDER/train with FOLDER/val (or validation) and FOLDER/test, each in one of these layouts. A missing validation or
+test split is held out from the training data: the same share of every class, chosen by a hash of the file names, so that every run and
+every machine makes the same choice. All captions of an image are in one split. Up to 10 captions of an image are used; an empty one is an
+error.
 
 Folders are read with all that lies below, in the order of names, without hidden and system files (see `data.files`).
 """
@@ -56,7 +56,7 @@ class Files:
 
 
 class Part:
-    """The `Records` of some rows of others."""
+    """Some rows of other `Records`."""
 
     def __init__(self, records: Records, rows: np.ndarray):
         self._records, self._rows, self.names, self.captions = records, rows, records.names, records.captions
@@ -72,12 +72,12 @@ class Part:
 
 
 def read(data_dir: str | os.PathLike, kind: str, shares: Mapping[str, float] = SHARES) -> dict[str, Records]:
-    """A user's images: the `Records` of "train" and of every part in `shares`.
+    """A user's images: the `Records` of "train" and of every split in `shares`.
 
     Args:
       data_dir: the folder, or one tar file, as above.
       kind: what the images come with: "label", "caption", or "image" for images alone.
-      shares: of the training data that are split off, where the folder has no such part.
+      shares: how much of the training data is held out for each split that the folder does not have.
 
     Raises:
       UserError: no such folder, another layout, nothing in it, too few images to split.
@@ -111,7 +111,7 @@ def read_set(data_dir: str | os.PathLike, kind: str, split: str) -> Records:
 def split_rows(keys: Sequence[str], labels: Sequence[int], shares: Mapping[str, float]) -> dict[str, np.ndarray]:
     """The rows of each part, ascending: {"train": int64 [n], ...}. Of every label the same shares, at least one of three or more.
 
-    Which, says a hash of the keys alone: the same everywhere, and an added example moves few of the others.
+    A hash of the keys alone chooses them: the choice is the same everywhere, and an added example moves few others.
 
     >>> rows = split_rows([f"{i}.png" for i in range(20)], [0] * 20, {"val": 0.1, "test": 0.1})
     >>> {part: len(chosen) for part, chosen in rows.items()}
@@ -143,7 +143,7 @@ def split_rows(keys: Sequence[str], labels: Sequence[int], shares: Mapping[str, 
 
 
 def nonempty(records: Sequence[dict[str, Any]], folder: pathlib.Path, what: str, names: Sequence[str] = ()) -> Files:
-    """`Files` of the records of a folder, or a UserError: there are none of `what`."""
+    """The records of a folder as `Files`. Raises UserError if there are none of `what`."""
     if not records:
         raise UserError(f"there are no {what}.")
     return Files(records, folder, names)
@@ -172,7 +172,7 @@ def _named_parts(folder: pathlib.Path, kind: str) -> dict[str, str]:
 
 
 def _read(folder: pathlib.Path, named: Mapping[str, str], split: str, kind: str) -> Records:
-    """All that the folder of a part holds; without parts, all that the folder holds."""
+    """Everything in the folder of a split, or in the whole folder where the user has not split it."""
     own = folder / named[split] if split in named else folder
     if kind == "caption":
         return _captioned(own)

@@ -7,7 +7,7 @@ Images come from folders and tar files, which `data.image_folders` describes, wi
     FOLDER/train.npz           with val.npz and test.npz: the user's own split
     FOLDER/A.npy, B.npy, ...   a modality each
 
-What an array is says its type: uint8 [n, H, W] or [n, H, W, 1 or 3], and floats [n, H, W, 1 or 3] in [-1, 1], are images; floats [n] and
+An array's type says what it is: uint8 [n, H, W] or [n, H, W, 1 or 3], and floats [n, H, W, 1 or 3] in [-1, 1], are images; floats [n] and
 [n, d] vectors, which are standardised for the network (samples are in the units of the file); floats [n, k, d] several vectors each;
 integers, booleans and texts [n] are labels; integers [n, L] sequences of tokens. Rows are split as images are.
 """
@@ -258,7 +258,7 @@ def _stored(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _modality(where: str, name: str, parts: Mapping[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
-    """The modality that an array's type says, and the arrays of its parts as the network has them."""
+    """The modality that follows from an array's type, and its arrays as the network takes them."""
     train = parts["train"]
     kind, size = train.dtype.kind, train.shape[1:]
     if any(part.dtype.kind != kind or kind not in "iubUSf" or part.shape[1:] != size for part in parts.values()):
@@ -316,7 +316,7 @@ def _images_of_arrays(found: OwnData, kind: str) -> OwnData:
 
 
 def _units(modalities: Mapping[str, Any]) -> dict[str, Callable[[], str]]:
-    """What arrays say of their modalities and no weights know: a run is not used with other units, or other names of classes."""
+    """The units and class names of the arrays, which the weights do not hold: a run is refused with others."""
     found = [
         [name, list(getattr(each, "names", None) or ()), [f"{value:.6g}" for part in _scale(each) for value in np.ravel(part).tolist()]]
         for name, each in sorted(modalities.items())]
