@@ -32,7 +32,7 @@ def test_the_loss_falls_and_labels_are_read(run):
     assert losses[-1] < 0.75 * losses[0]
     assert [line["step"] for line in lines if "val/loss" in line] == [150, 300]
 
-    from mmdiff.projects.digits.joint_image_label import read_labels
+    from mmdiff.evals.evaluator import predict_batched
     from mmdiff.training.averaged_weights import restore_for_inference
 
     config, module = configs.load(CONFIG, [tuple(arg.removeprefix("--config.").split("=")) for arg in SMALL])
@@ -40,7 +40,7 @@ def test_the_loss_falls_and_labels_are_read(run):
     params, step = restore_for_inference(experiment, config, run)
     assert step == 300
     test = load_all(experiment.test_data())
-    read = read_labels(experiment, params, jax.random.key(0), {"image": test["image"]}, "label", 250)
+    read = predict_batched(experiment, params, jax.random.key(0), {"image": test["image"]}, "label", 250)
     assert (read.argmax(-1) == test["label"]).mean() > 0.6  # chance is 0.1
 
 

@@ -13,9 +13,9 @@ from mmdiff import config as configs
 from mmdiff.data.sources import ArraySource, load_all
 from mmdiff.errors import UserError
 from mmdiff.evals import report
+from mmdiff.evals.evaluator import predict_batched
 from mmdiff.processes import fold
 from mmdiff.projects.digits import digits
-from mmdiff.projects.digits.joint_image_label import read_labels
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs/mtdiffusion"
 SMALL = {
@@ -90,7 +90,7 @@ def test_labels_are_read_from_images_alone(encoder, head, monkeypatch):
         params = jax.tree.map(  # nothing is zero, so that outputs depend on inputs
             lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), experiment.init(jax.random.key(0)))
         images = {"image": load_all(experiment.test_data())["image"]}
-        read[name] = read_labels(experiment, params, jax.random.key(1), images, "label", 100)
+        read[name] = predict_batched(experiment, params, jax.random.key(1), images, "label", 100)
     np.testing.assert_array_equal(read["right"], read["wrong"])
     assert len(np.unique(read["right"].argmax(-1))) > 1 and read["right"].std(0).min() > 1e-4
 

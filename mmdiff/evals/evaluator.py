@@ -14,6 +14,7 @@ import numpy as np
 
 from mmdiff import console
 from mmdiff.errors import UserError
+from mmdiff.evals.accuracy import posterior
 
 SECONDS = "evaluation_seconds"  # the setting that says how long every stage of an evaluation took
 
@@ -134,6 +135,18 @@ def example_keys(key: jax.Array, count: int) -> jax.Array:
 def say(message: str) -> None:
     """A line for the person who waits; standard output is left to results."""
     console.say(f"mmdiff eval: {message}")
+
+
+def predict_batched(experiment, params, key, given, target: str, batch: int) -> np.ndarray:
+    """`accuracy.posterior` of all examples of `given`, by one network call each: [n, ...]; example i's key is `fold_in(key, i)`.
+
+    Of a label or tokens these are probabilities, of images and vectors their means.
+    """
+
+    def predict(params, keys, given):
+        return posterior(experiment.process, experiment.apply, params, keys, given, target, experiment.shape)
+
+    return in_batches(predict, params, example_keys(key, len(next(iter(given.values())))), given, batch)
 
 
 def sample_batched(

@@ -14,8 +14,8 @@ from mmdiff.data.sources import Subset, load_all
 from mmdiff.data.token_modalities import Texts
 from mmdiff.errors import UserError
 from mmdiff.evals import likelihood, plots
-from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, example_keys, in_batches, sample_batched
+from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, example_keys, in_batches, predict_batched, sample_batched
 from mmdiff.evals.frechet import flatten, frechet_ratio, real_distance
 
 SIDE = 8  # images are shrunk to this side before they are compared
@@ -126,11 +126,8 @@ class HeldOut:
         return {"bits_per_dim": float(bits.mean())}, {"bits_per_dim": definition}, {}
 
     def _accuracy(self, experiment, params, key, test, name):
-        def read(params, keys, given):
-            return posterior(experiment.process, experiment.apply, params, keys, given, name, experiment.shape)
-
         true, count = test[name], len(test[self.target])
-        beliefs = in_batches(read, params, example_keys(key, count), {self.target: test[self.target]}, self.batch)
+        beliefs = predict_batched(experiment, params, key, {self.target: test[self.target]}, name, self.batch)
         predicted = best(f"p({name} | {self.target})", beliefs)
         modality = experiment.modalities[name]
         metrics = {f"{name}_accuracy": accuracy(predicted, true)}

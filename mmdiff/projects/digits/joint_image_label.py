@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 
 from mmdiff.data.sources import load_all
 from mmdiff.evals import plots
-from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses, posterior
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, example_keys, in_batches, sample_batched, states
+from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, example_keys, in_batches, predict_batched, sample_batched, states
 from mmdiff.projects.digits import classifiers, conditional
 
 
@@ -57,8 +56,8 @@ class JointImageLabel:
         sample = functools.partial(sample_batched, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
         clock = Clock()
 
-        clock.start("label_accuracy", f"reading the labels of {len(test_images)} images in one network call each")
-        read = best("p(label | image)", read_labels(experiment, params, read_key, {self.image: test_images}, self.label, self.batch))
+        clock.start("label_accuracy", f"predicting the labels of {len(test_images)} images in one network call each")
+        read = best("p(label | image)", predict_batched(experiment, params, read_key, {self.image: test_images}, self.label, self.batch))
         clock.start("diffusion_classifier", f"the same by denoising losses, {self.draws} x {self.classes} calls each")
         read_by_loss = best("minus the denoising losses", -self._losses(experiment, params, loss_key, test_images))
 
@@ -157,13 +156,3 @@ class JointImageLabel:
                 f"True label, then the predicted one: {min(30, wrong.size)} of {wrong.size} mistake(s).",
             )
         return result
-
-
-def read_labels(experiment, params, key, given: Mapping[str, Any], label: str, batch: int) -> np.ndarray:
-    """p(label | given) [n, K] for all examples of `given`, by one network call each; example i's key is `fold_in(key, i)`."""
-
-    def read(params, keys, given):
-        return posterior(experiment.process, experiment.apply, params, keys, given, label, experiment.shape)
-
-    keys = example_keys(key, len(next(iter(given.values()))))
-    return in_batches(read, params, keys, given, batch)

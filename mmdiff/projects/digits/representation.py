@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.data.sources import load_all
 from mmdiff.evals import plots
-from mmdiff.evals.accuracy import accuracy, posterior
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, example_keys, in_batches, sample_batched, states
+from mmdiff.evals.accuracy import accuracy
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, predict_batched, sample_batched, states
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.projects.digits import classifiers
 
@@ -62,7 +61,7 @@ class ImageRepresentation:
             if given:
                 metrics[f"class_agreement_{name}"] = accuracy(classifiers.predict(classifier, images), train["label"])
         clock.start("predicted", f"predicting the representations of {len(test['image'])} images")
-        predicted = self._predict(experiment, params, keys[4], test["image"])
+        predicted = predict_batched(experiment, params, keys[4], {"image": test["image"]}, NAME, self.batch)
         metrics["cosine_predicted"] = float(cosine(predicted, test[NAME]).mean())
         metrics["cosine_same_class"], metrics["cosine_any"] = pairs(test[NAME], test["label"])
         clock.start("chain", "keeping the states of ten images")
@@ -86,12 +85,6 @@ class ImageRepresentation:
                 "sample_steps": steps, "guidance": guidance, "samples": count, "test_images": len(test["image"]),
                 "evaluation_seconds": clock.seconds},
         )  # fmt: skip
-
-    def _predict(self, experiment, params, key, images):
-        def predict(params, keys, given):
-            return posterior(experiment.process, experiment.apply, params, keys, given, NAME, experiment.shape)
-
-        return in_batches(predict, params, example_keys(key, len(images)), {"image": jnp.asarray(images)}, self.batch)
 
     def _definitions(self, count, test):
         ways = {

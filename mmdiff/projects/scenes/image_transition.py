@@ -6,13 +6,11 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.data.sources import Subset, load_all
 from mmdiff.evals import plots
-from mmdiff.evals.accuracy import posterior
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, example_keys, in_batches, sample_batched, states
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, predict_batched, sample_batched, states
 from mmdiff.evals.frechet import frechet_distance, real_distance
 from mmdiff.projects.scenes import paired_scenes
 from mmdiff.projects.scenes.captioned_scenes import trained_judge
@@ -96,10 +94,7 @@ class ImageTransition:
         )  # fmt: skip
 
     def _predict(self, experiment, params, key, images):
-        def predict(params, keys, given):
-            return posterior(experiment.process, experiment.apply, params, keys, given, self.other, experiment.shape)
-
-        found = in_batches(predict, params, example_keys(key, len(images)), {"image": jnp.asarray(images)}, self.batch)
+        found = predict_batched(experiment, params, key, {"image": images}, self.other, self.batch)
         return _seen(experiment, self.other, found if self.other == "night" else found.argmax(-1))
 
     def _implied(self, images):
