@@ -5,8 +5,8 @@
     python -m mmdiff eval   --config configs/own/image_label.py --workdir runs/mine
 
 FOLDER has a folder for each class, FOLDER/cat/*.png, or is a .npz file of images and labels; a tenth of every class each is held out for
-validation and test, unless FOLDER has folders train, val and test with the classes in them (mmdiff/data/own.py). `--given image=FILE`
-predicts the class of an image, `--absent label` samples images alone.
+validation and test, unless FOLDER has folders train, val and test with the classes in them (mmdiff/data/image_folders.py).
+`--given image=FILE` predicts the class of an image, `--absent label` samples images alone.
 
 config.task=conditional trains images of a class only. The head of configs/own/images.py says how images are read, and what to set for
 larger ones.

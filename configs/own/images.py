@@ -5,9 +5,9 @@
     python -m mmdiff eval   --config configs/own/images.py --workdir runs/mine
 
 FOLDER holds images, at any depth, or is a .npz or .npy file of them; a tenth each is held out for validation and test, unless FOLDER has
-folders train, val and test (mmdiff/data/own.py). An image's central square is shrunk to config.data.size pixels; config.data.channels=1
-makes it grey, and config.data.flips=0.5 mirrors half of the images in training. `sample` and `eval` need FOLDER, too; where it has moved,
---config.data.dir=THERE.
+folders train, val and test (mmdiff/data/image_folders.py). An image's central square is shrunk to config.data.size pixels;
+config.data.channels=1 makes it grey, and config.data.flips=0.5 mirrors half of the images in training. `sample` and `eval` need FOLDER,
+too; where it has moved, --config.data.dir=THERE.
 
 The settings are for some hundred to some thousand small images on a CPU. For more and larger ones on a GPU, say:
 

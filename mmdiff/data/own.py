@@ -238,7 +238,7 @@ def _stored(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
     """The arrays by part and name: "train" alone, or the user's own split."""
     if not files.is_folder(path):
         parts = {"train": read_arrays(path) if path.suffix.lower() == ".npz" else {"x": read_array(path)}}
-    elif files.is_folder(path) and (path / "train.npz").exists():
+    elif (path / "train.npz").exists():
         parts = {part: read_arrays(path / f"{part}.npz") for part in image_folders.PARTS if (path / f"{part}.npz").exists()}
     else:
         parts = {"train": {file.stem: read_array(file) for file in files.matching(path, (".npy",), below=False)}}
