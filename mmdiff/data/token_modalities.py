@@ -18,8 +18,37 @@ from mmdiff.data.modalities import Images, span
 from mmdiff.errors import UserError
 
 
+class DiscreteModality:
+    """What modalities share whose examples are integers in 0..states-1: `check` and `random`.
+
+    A subclass has `shape`, that of one example, `states` and `name`.
+    """
+
+    shape: tuple[int, ...]
+    states: int
+    name: str
+
+    def check(self, array) -> np.ndarray:
+        """`array` as int32 [n, *shape].
+
+        Raises:
+          UserError: a wrong shape, a type that is not integer, or a value outside 0..states-1.
+        """
+        array, name = np.asarray(array), self.name
+        if array.ndim != 1 + len(self.shape) or array.shape[1:] != self.shape or array.dtype.kind not in "iu":
+            size = ", ".join(map(str, self.shape))
+            raise UserError(f"{name}: needs integers of shape [n, {size}], got {array.dtype} {list(array.shape)}.")
+        if not array.size or array.min() < 0 or array.max() >= self.states:
+            raise UserError(f"{name}: ids are 0..{self.states - 1}, got {span(array)}.")
+        return array.astype(np.int32)
+
+    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Values with equal chances: int32 [count, *shape]."""
+        return rng.integers(self.states, size=(count, *self.shape), dtype=np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
-class Sequences:
+class Sequences(DiscreteModality):
     """Rows of tokens: int32 [n, length] in 0..states-1.
 
     >>> Sequences(4, 10).parse("3 1 4 1")
@@ -53,25 +82,13 @@ class Sequences:
             raise UserError(f"{self.name}: {text!r} is not a row of numbers like '3 1 4'.") from None
         return self.check(numbers)
 
-    def check(self, array) -> np.ndarray:
-        """`array` as int32 [n, length].
-
-        Raises:
-          UserError: a wrong shape, a type that is not integer, or a token outside 0..states-1.
-        """
-        return ids(array, self.shape, self.states, self.name)
-
     def show(self, array) -> list[str]:
         """The numbers in a row, for every sequence; "-" for an id that is no token (a mask)."""
         return [" ".join(str(token) if 0 <= token < self.states else "-" for token in row) for row in np.asarray(array)]
 
-    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Tokens with equal chances: int32 [count, length]."""
-        return rng.integers(self.states, size=(count, *self.shape), dtype=np.int32)
-
 
 @dataclasses.dataclass(frozen=True)
-class TokenImages:
+class TokenImages(DiscreteModality):
     """Images as tokens: int32 [n, height * width] in raster order, in 0..states-1.
 
     Attributes:
@@ -108,14 +125,6 @@ class TokenImages:
         pixels = Images(self.height, self.width, 1, self.states, self.name).parse(text)
         return np.rint((pixels + 1) * ((self.states - 1) / 2)).astype(np.int32).reshape(len(pixels), -1)
 
-    def check(self, array) -> np.ndarray:
-        """`array` as int32 [n, height * width].
-
-        Raises:
-          UserError: a wrong shape, a type that is not integer, or a token outside 0..states-1.
-        """
-        return ids(array, self.shape, self.states, self.name)
-
     def images(self, array) -> np.ndarray:
         """Tokens -> images, float32 [n, H, W, C] in [-1, 1]. An id beyond the tokens (a mask) counts as the last of them."""
         found = decoded(array, self.states, self.decode)
@@ -125,13 +134,9 @@ class TokenImages:
         """Pixels for the eye: uint8 [n, H, W, C], from 0 for -1 to 255 for 1."""
         return np.rint((self.images(array) + 1) * 127.5).astype(np.uint8)
 
-    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Tokens with equal chances: int32 [count, height * width]."""
-        return rng.integers(self.states, size=(count, *self.shape), dtype=np.int32)
-
 
 @dataclasses.dataclass(frozen=True)
-class ClassMaps:
+class ClassMaps(DiscreteModality):
     """A class for each pixel: int32 [n, height, width] in 0..K-1, shown in the colours of a palette.
 
     Attributes:
@@ -150,6 +155,11 @@ class ClassMaps:
         """The shape of one example."""
         return self.height, self.width
 
+    @property
+    def states(self) -> int:
+        """The number of classes."""
+        return len(self.palette)
+
     def parse(self, text: str) -> np.ndarray:
         """The maps in a `.npy`/`.npz` file, or of images as `Images` reads them, by the colour that is nearest: int32 [n, height, width].
 
@@ -164,26 +174,14 @@ class ClassMaps:
         colours = np.array(self.palette, np.float32)
         return np.argmin((colours**2).sum(-1) - 2 * pixels @ colours.T, -1).astype(np.int32)
 
-    def check(self, array) -> np.ndarray:
-        """`array` as int32 [n, height, width].
-
-        Raises:
-          UserError: a wrong shape, a type that is not integer, or a class outside 0..K-1.
-        """
-        return ids(array, self.shape, len(self.palette), self.name)
-
     def show(self, array) -> np.ndarray:
         """The colours: uint8 [n, height, width, 3]; grey for an id that is no class (a mask)."""
         colours = np.array([*self.palette, (128, 128, 128)], np.uint8)
         return colours[np.minimum(np.asarray(array), len(self.palette))]
 
-    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Classes with equal chances: int32 [count, height, width]."""
-        return rng.integers(len(self.palette), size=(count, *self.shape), dtype=np.int32)
-
 
 @dataclasses.dataclass(frozen=True)
-class Texts:
+class Texts(DiscreteModality):
     """Sentences: int32 [n, tokenizer.length], the ids of a tokenizer; a row of padding is an absent text.
 
     Attributes:
@@ -198,6 +196,11 @@ class Texts:
     def shape(self) -> tuple[int]:
         """The shape of one example."""
         return (self.tokenizer.length,)
+
+    @property
+    def states(self) -> int:
+        """The number of ids."""
+        return self.tokenizer.size
 
     def parse(self, text: str) -> np.ndarray:
         """A sentence, one per line of a `.txt` file, or the ids in a `.npy`/`.npz` file: int32 [n, length].
@@ -224,31 +227,9 @@ class Texts:
                 raise UserError(f"{self.name}: none of the training texts has {', '.join(map(repr, unseen))}, spelled and spaced as here.")
         return self.tokenizer.encode(sentences)
 
-    def check(self, array) -> np.ndarray:
-        """`array` as int32 [n, length].
-
-        Raises:
-          UserError: a wrong shape, a type that is not integer, or an id that the tokenizer does not have.
-        """
-        return ids(array, self.shape, self.tokenizer.size, self.name)
-
     def show(self, array) -> list[str]:
         """The sentences; "-" for an absent one."""
         return [text or "-" for text in self.tokenizer.decode(array)]
-
-    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Ids with equal chances: int32 [count, length]."""
-        return rng.integers(self.tokenizer.size, size=(count, *self.shape), dtype=np.int32)
-
-
-def ids(array, shape: tuple[int, ...], states: int, name: str) -> np.ndarray:
-    """`array` as int32 [n, *shape] with values in 0..states-1, or a UserError."""
-    array = np.asarray(array)
-    if array.ndim != 1 + len(shape) or array.shape[1:] != shape or array.dtype.kind not in "iu":
-        raise UserError(f"{name}: needs integers of shape [n, {', '.join(map(str, shape))}], got {array.dtype} {list(array.shape)}.")
-    if not array.size or array.min() < 0 or array.max() >= states:
-        raise UserError(f"{name}: ids are 0..{states - 1}, got {span(array)}.")
-    return array.astype(np.int32)
 
 
 def decoded(tokens, states: int, decode: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:

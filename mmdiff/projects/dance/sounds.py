@@ -13,7 +13,7 @@ import numpy as np
 from mmdiff.data import files, media
 from mmdiff.data.arrays import read_array
 from mmdiff.data.modalities import finite_floats, span
-from mmdiff.data.token_modalities import decoded, ids
+from mmdiff.data.token_modalities import DiscreteModality, decoded
 from mmdiff.errors import UserError, import_extra
 
 
@@ -169,7 +169,7 @@ class Motion:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenAudio:
+class TokenAudio(DiscreteModality):
     """Sounds as tokens: int32 [n, length] in 0..states-1.
 
     Attributes:
@@ -202,14 +202,6 @@ class TokenAudio:
             raise UserError(f"{self.name}: give tokens in a .npy or .npz file, integers [n, {self.length}], not {path}.")
         return self.check(np.atleast_2d(read_array(path, self.name)))
 
-    def check(self, array) -> np.ndarray:
-        """`array` as int32 [n, length].
-
-        Raises:
-          UserError: a wrong shape, a type that is not integer, or a token outside 0..states-1.
-        """
-        return ids(array, self.shape, self.states, self.name)
-
     def sounds(self, array) -> np.ndarray:
         """Tokens -> sounds, float32 [n, samples] in [-1, 1]. An id beyond the tokens (a mask) counts as the last of them."""
         found = decoded(array, self.states, self.decode)
@@ -223,10 +215,6 @@ class TokenAudio:
     def write(self, array, folder: pathlib.Path) -> list[pathlib.Path]:
         """Writes one wav file per sound, FOLDER/music_0.wav and so on, by the modality's name; -> their paths."""
         return write_wavs(self.sounds(array), self.rate, folder, self.name)
-
-    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Tokens with equal chances: int32 [count, length]."""
-        return rng.integers(self.states, size=(count, *self.shape), dtype=np.int32)
 
 
 def wav(sound: np.ndarray, rate: int) -> bytes:
