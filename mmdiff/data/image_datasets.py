@@ -12,8 +12,8 @@
     folder           one's own, in folders of classes: label, the classes in the order of names
     captioned        one's own, or what img2dataset writes of CC3M: captions, in tar files, in a list or next to the images
 
-What one's own folder may hold says `data.image_folders`: train and val, or the images themselves, of which a tenth is then "val". What
-else a file of them can be, and how an image of any kind becomes values, says `data.files`.
+`data.image_folders` says what one's own folder may hold: train and val, or the images themselves, of which a tenth is then "val".
+`data.files` says how files are found and read, `data.media` which kinds of images, and how one of any kind becomes values.
 
 The splits are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 images; TFDS calls its parts val,
 restval and test), of CUB-200 the test classes, of EuroSAT all (it is published without splits, and has no "train"), else the test set.
@@ -40,7 +40,7 @@ from mmdiff.data import bpe, files, image_folders
 from mmdiff.data.files import FileError
 from mmdiff.data.image_folders import Files, nonempty, of_class
 from mmdiff.data.modalities import Images, Labels
-from mmdiff.data.sources import RandomSource, Source, check_range, digest
+from mmdiff.data.sources import Source, check_range, digest, made_up
 from mmdiff.data.stored_images import Records, Stored, UndamagedReader, decode, square, values
 from mmdiff.errors import UserError
 
@@ -132,7 +132,7 @@ def open_image_dataset(data: Any, split: str, size: int, tokenizer: bpe.Tokenize
       UserError: no folder, or what `ImageDataset` refuses.
     """
     if data.name == "random":
-        return RandomSource({"image": Images(size, size, 3), "label": Labels(1000)}, 1_000_000 if split == "train" else 1024)
+        return made_up({"image": Images(size, size, 3), "label": Labels(1000)}, split)
     return ImageDataset(data.name, split, data.dir, size, tokenizer, data.get("damaged", 0.0))
 
 

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from mmdiff.data import arrays, files
-from mmdiff.data.sources import RandomSource, Source, check_range, digest
+from mmdiff.data.sources import Source, check_range, digest, made_up
 from mmdiff.errors import UserError
 
 META = "meta.json"
-RANDOM_SIZES = {"train": 1_281_167, "val": 1024}  # of the made-up examples: ImageNet's, and few enough to evaluate on
+IMAGENET = 1_281_167  # training examples, and as many made-up ones
 
 
 def write_latents(
@@ -179,7 +179,7 @@ def open_source(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
       UserError: another source, or what `LatentSource` refuses. "tfds" is one: images need an autoencoder before they are latents.
     """
     if data.source == "random":
-        return RandomSource(modalities, RANDOM_SIZES[split])
+        return made_up(modalities, split, IMAGENET)
     if data.source == "latents" and data.dir:
         return LatentSource(data.dir, split, modalities)
     if data.source == "latents":

@@ -104,6 +104,11 @@ class RandomSource:
         return digest(self._size, "random", self._shapes)
 
 
+def made_up(modalities: Mapping[str, Any], split: str, train: int = 1_000_000) -> RandomSource:
+    """A `RandomSource` in place of a split of a data set: `train` examples for training, and few enough to evaluate on otherwise."""
+    return RandomSource(modalities, train if split == "train" else 1024)
+
+
 class Subset:
     """A `Source` of `count` examples of another, evenly spread over it; all of them, if it has no more."""
 

@@ -14,7 +14,7 @@ from mmdiff.data import arrays, files
 from mmdiff.data.bpe import Tokenizer, train
 from mmdiff.data.network_cache import TOKENS, map_batched, part_of, read_network, read_tokenizer
 from mmdiff.data.network_cache import read_meta as read_network_meta
-from mmdiff.data.sources import ArraySource, RandomSource, Source, check_range, digest
+from mmdiff.data.sources import ArraySource, Source, check_range, digest, made_up
 from mmdiff.data.sources import fingerprint as source_fingerprint
 from mmdiff.data.token_modalities import TokenImages
 from mmdiff.errors import UserError
@@ -82,7 +82,7 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
       UserError: another source, no folder, what `token_source` refuses, or a cache of another grid, codebook or without a modality.
     """
     if data.source == "random":
-        return RandomSource(modalities, 1_000_000 if split == "train" else 1024)
+        return made_up(modalities, split)
     if data.source != "tokens":
         raise UserError(f"config.data.source is {data.source!r}: choose tokens or random.")
     if not data.dir:

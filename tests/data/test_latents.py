@@ -136,7 +136,7 @@ def test_what_a_config_may_name(cache):
 
     assert len(open_source(data("latents", cache), "train", MODALITIES)) == COUNT
     made_up = open_source(data("random"), "train", MODALITIES)
-    assert isinstance(made_up, RandomSource) and len(made_up) == latents.RANDOM_SIZES["train"]
+    assert isinstance(made_up, RandomSource) and len(made_up) == latents.IMAGENET
     assert "config.data.dir is empty" in refusal(open_source, data("latents"), "train", MODALITIES)
     assert "must be encoded first" in refusal(open_source, data("tfds"), "train", MODALITIES)
     assert "choose latents, random or tfds" in refusal(open_source, data("imagenet"), "train", MODALITIES)

@@ -21,7 +21,7 @@ import numpy as np
 from mmdiff.data import files, image_datasets
 from mmdiff.data.files import IMAGE_SUFFIXES
 from mmdiff.data.modalities import Images
-from mmdiff.data.sources import RandomSource, Source, check_range, digest
+from mmdiff.data.sources import Source, check_range, digest, made_up
 from mmdiff.data.stored_images import UndamagedReader, decode, square, values
 from mmdiff.errors import UserError
 
@@ -107,5 +107,5 @@ def open_pairs(data: Any, split: str, size: int) -> Source:
     """
     if data.name == "random":
         names = ("image", *OTHER.values())
-        return RandomSource({name: Images(size, size, 3, name=name) for name in names}, 1_000_000 if split == "train" else 1024)
+        return made_up({name: Images(size, size, 3, name=name) for name in names}, split)
     return Pairs(data.name, split, data.dir, size, data.get("damaged", 0.0))
