@@ -85,6 +85,19 @@ def flatten(examples: np.ndarray) -> np.ndarray:
     return np.asarray(examples).reshape(len(examples), -1)
 
 
+def pooled(images: np.ndarray, side: int) -> np.ndarray:
+    """Means over fields as features: [n, H, W, C] -> [n, d] of at most side x side x C; what does not fit into fields, at the edges, is
+    left out.
+
+    >>> pooled(np.arange(16.0).reshape(1, 4, 4, 1), 2)
+    array([[ 2.5,  4.5, 10.5, 12.5]])
+    """
+    n, height, width, channels = images.shape
+    (rows, high), (columns, wide) = ((min(side, length), length // min(side, length)) for length in (height, width))
+    fields = images[:, : rows * high, : columns * wide].reshape(n, rows, high, columns, wide, channels)
+    return fields.mean((2, 4), dtype=np.float64).reshape(n, -1)
+
+
 def _root(matrix: np.ndarray) -> np.ndarray:
     """The square root of a symmetric positive semi-definite matrix; eigenvalues below zero are rounding errors."""
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)

@@ -16,7 +16,7 @@ from mmdiff.errors import UserError
 from mmdiff.evals import likelihood, plots
 from mmdiff.evals.accuracy import accuracy, confusion, denoising_losses
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, example_keys, in_batches, predict_batched, sample_batched
-from mmdiff.evals.frechet import flatten, frechet_ratio, real_distance
+from mmdiff.evals.frechet import flatten, frechet_ratio, pooled, real_distance
 
 SIDE = 8  # images are shrunk to this side before they are compared
 SHOWN = 40  # samples in a grid
@@ -163,8 +163,8 @@ class HeldOut:
 
     def _quality(self, experiment, sampled, train, test):
         image = isinstance(experiment.modalities[self.target], Images)
-        features = _shrunk if image else flatten
-        made, known, held = (features(array) for array in (sampled, train[self.target], test[self.target]))
+        made, known, held = (
+            pooled(array, SIDE) if image else flatten(array) for array in (sampled, train[self.target], test[self.target]))
         near, place = _nearest(made, known)
         real, real_place = _nearest(held, known)
         metrics = {"novelty": float(near.mean() / max(real.mean(), 1e-12))}
@@ -207,14 +207,6 @@ class HeldOut:
             "Joint samples": Figure(sheet(joint, others), f"All modalities sampled together; {sampler}."),
             "Real data": Figure(sheet(test, others), "Held out, for comparison."),
         }
-
-
-def _shrunk(images: np.ndarray) -> np.ndarray:
-    """Means over fields: [n, H, W, C] -> [n, d] of at most 8 x 8 x C; what does not fit into fields is left out at the edges."""
-    n, height, width, channels = images.shape
-    (rows, high), (columns, wide) = ((min(SIDE, length), length // min(SIDE, length)) for length in (height, width))
-    fields = images[:, : rows * high, : columns * wide].reshape(n, rows, high, columns, wide, channels)
-    return fields.mean((2, 4), dtype=np.float64).reshape(n, -1)
 
 
 def _nearest(examples: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -13,7 +14,7 @@ from mmdiff.data.network_cache import map_batched, part_of
 from mmdiff.data.sources import load_all
 from mmdiff.evals import plots
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure
-from mmdiff.evals.frechet import frechet_ratio
+from mmdiff.evals.frechet import frechet_ratio, pooled
 from mmdiff.nets.tokenizers import VQAutoencoder, usage
 
 
@@ -44,6 +45,7 @@ class Reconstructions:
         clock.start("reconstructions", f"encoding and decoding {len(real) + len(fresh)} images")
         encode, decode = (jax.jit(lambda x, method=method: self.net.apply(params, x, method=method)) for method in ("encode", "decode"))
         part, features = part_of(self.net), f"images of {self.pool} x {self.pool}" if self.pool else "raw pixels"
+        shrink = functools.partial(pooled, side=self.pool) if self.pool else None
         ids = map_batched(encode, real, part)
         images, train_images = map_batched(decode, ids, part), map_batched(decode, map_batched(encode, fresh, part), part)
         mse = float(((images - real) ** 2).mean())
@@ -53,7 +55,7 @@ class Reconstructions:
             "reconstruction_psnr": 10 * math.log10(4 / max(mse, 1e-12)),
             "codebook_usage": float(share),
             "codebook_perplexity": float(perplexity),
-            "frechet_ratio": frechet_ratio(train_images, real, fresh, self._pooled),
+            "frechet_ratio": frechet_ratio(train_images, real, fresh, shrink),
         }
         definitions = {
             "reconstruction_mse": f"squared error of a channel of a pixel, in [-1, 1]; {len(real)} held-out images",
@@ -86,13 +88,6 @@ class Reconstructions:
             },
             settings={"held_out_images": len(real), "frechet_features": features, "evaluation_seconds": clock.seconds},
         )
-
-    def _pooled(self, images: np.ndarray) -> np.ndarray:
-        """[n, H, W, C] -> [n, d]."""
-        if self.pool:
-            n, height, width, channels = images.shape
-            images = images.reshape(n, self.pool, height // self.pool, self.pool, width // self.pool, channels).mean((2, 4))
-        return images.reshape(len(images), -1)
 
     @staticmethod
     def _sheet(real: np.ndarray, images: np.ndarray, columns: int = 10, lines: int = 4):
