@@ -96,7 +96,7 @@ class UndamagedReader:
                 why = f"{allowed + 1} of {total:,} images are damaged, more than config.data.damaged={self._share:g} allows"
                 raise UserError(f"{why}: copy the data again, or raise it; the last is {error}") from error
             self._bad[index] = str(error)
-            log.warning("%s It is left out, the %d. of at most %d of %d images.", error, len(self._bad), allowed, total)
+            log.warning("%s It is left out: %d of at most %d damaged images, of %d in all.", error, len(self._bad), allowed, total)
 
 
 def decode(file: pathlib.Path | captions.Member | Stored, ids: bool = False) -> Any:

@@ -131,7 +131,7 @@ class ZeroShot:
             say(f"not run for want of data or names (data/image_datasets.py, evals/zeroshot.py say what lies where): {', '.join(not_run)}")
         for name, (source, names) in sources.items():
             clock.start(name, f"classifying {len(source):,} images of {name}, {len(names)} classes")
-            predicted, true = self._named(params, key, source, self._classes(params, names, TASKS[name].templates))
+            predicted, true = self._classify(params, key, source, self._classes(params, names, TASKS[name].templates))
             share = f"share of {len(source):,} images of {name} whose class is predicted, among {len(names)} by the vectors of prompts"
             metrics |= {f"{name}_top1": accuracy(predicted, true), f"{name}_mean_per_class": mean_per_class(predicted, true)}
             definitions |= {f"{name}_top1": share, f"{name}_mean_per_class": "the mean over the classes of that share"}
@@ -153,7 +153,7 @@ class ZeroShot:
         encode = functools.partial(self.encode_text, params)
         return np.concatenate([class_vectors(encode, names[i : i + part], templates) for i in range(0, len(names), part)])
 
-    def _named(self, params: Any, key: jax.Array, source: Source, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _classify(self, params: Any, key: jax.Array, source: Source, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The predicted and the true labels [n]; only `batch` images are in memory."""
         count, predicted, true = len(source), [], []
         keys = example_keys(key, count)

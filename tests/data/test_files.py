@@ -336,7 +336,7 @@ def test_damaged_pictures_may_be_left_out(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found, again = (source.take(np.arange(20)) for _ in range(2))
     assert [record.getMessage().count(name) for record, name in zip(caplog.records, ("04.png", "19.png"), strict=True)] == [1, 1]
-    assert "2. of at most 2 of 20 images" in caplog.text
+    assert "2 of at most 2 damaged images, of 20 in all" in caplog.text
     # The next one that is sound, with its own label, and always the same.
     values, right = np.rint((found["image"][:, 0, 0, 0] + 1) * 127.5), [int(name) for name in order]
     right[2], right[19] = 6, 0
