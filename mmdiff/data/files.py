@@ -24,6 +24,7 @@ from mmdiff.errors import UserError
 
 log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+ARRAY_SUFFIXES = (".npy", ".npz")
 UNREAD_SUFFIXES = (  # that are not read: among others they would be left out without a word
     ".jfif", ".jpe", ".apng", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".psd", ".svg", ".exr", ".hdr", ".dng",
     ".cr2", ".nef", ".arw")

@@ -63,7 +63,7 @@ class Images:
             if not found:
                 raise UserError(f"the folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
             return np.concatenate([self.parse(str(file)) for file in found])
-        array = read_array(path, self.name) if path.suffix.lower() in (".npy", ".npz") else self._picture(path)
+        array = read_array(path, self.name) if path.suffix.lower() in files.ARRAY_SUFFIXES else self._picture(path)
         return self.quantize(self._sized(array, path))
 
     def check(self, array) -> np.ndarray:
@@ -150,7 +150,7 @@ class Latents:
           UserError: a file that is missing or no NumPy file, or what `check` refuses.
         """
         path = files.expand(text)
-        if path.suffix.lower() not in (".npy", ".npz"):
+        if path.suffix.lower() not in files.ARRAY_SUFFIXES:
             raise UserError(f"{self.name}: latents come in .npy or .npz files, not {path}: encode the images first.")
         array = read_array(path, self.name)
         return self.check(array[None] if array.ndim == 3 else array)
@@ -211,7 +211,7 @@ class Features:
           UserError: a file that is missing or no NumPy file, or what `check` refuses.
         """
         path = files.expand(text)
-        if path.suffix.lower() not in (".npy", ".npz"):
+        if path.suffix.lower() not in files.ARRAY_SUFFIXES:
             raise UserError(f"{self.name}: vectors come in .npy or .npz files, not {path}.")
         array = read_array(path, self.name)
         return self.check(array[None] if array.ndim == len(self.shape) else array)
@@ -276,7 +276,7 @@ class Labels:
         Raises:
           UserError: neither a name, nor a number in 0..count-1, nor such a file.
         """
-        if pathlib.Path(text).suffix.lower() in (".npy", ".npz"):
+        if pathlib.Path(text).suffix.lower() in files.ARRAY_SUFFIXES:
             return self.check(np.atleast_1d(read_array(files.expand(text), self.name)))
         words = [text] if text in (self.names or ()) else text.split(",")  # a name may hold a comma
         return np.array([self._number(word.strip()) for word in words], np.int32)

@@ -31,7 +31,6 @@ from mmdiff.data.token_modalities import Sequences, Texts
 from mmdiff.errors import UserError
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}  # of an experiment -> of a folder
-ARRAYS = (".npy", ".npz")
 MEMORY = 2**31  # bytes of images that are kept once they are decoded
 RESERVED = ("index", "x0", "file", "allow_pickle", "self", "process", "parts")  # of batches, of numpy.savez and of what a config calls
 IDS = 2**20  # of tokens; the network has a row of weights for each
@@ -77,7 +76,7 @@ def open_images(data: Any, kind: str = "image") -> OwnData:
       UserError: no data, another layout than is wanted, too few examples, another setting.
     """
     folder = _expanded(data)
-    if folder.suffix.lower() in ARRAYS:
+    if folder.suffix.lower() in files.ARRAY_SUFFIXES:
         return _images_of_arrays(open_arrays(data), kind)
     if data.channels not in (1, 3):
         raise UserError(f"config.data.channels is 1 (grey) or 3 (colour), not {data.channels}.")

@@ -74,7 +74,7 @@ class Sequences(DiscreteModality):
         Raises:
           UserError: words that are no numbers, or what `check` refuses.
         """
-        if pathlib.Path(text).suffix.lower() in (".npy", ".npz"):
+        if pathlib.Path(text).suffix.lower() in files.ARRAY_SUFFIXES:
             return self.check(np.atleast_2d(read_array(files.expand(text), self.name)))
         try:
             numbers = np.array([[int(word) for word in text.replace(",", " ").split()]], np.int64)
@@ -116,7 +116,7 @@ class TokenImages(DiscreteModality):
           UserError: a file that is missing or is neither, or has the wrong size or range.
         """
         path = files.expand(text)
-        if path.suffix.lower() in (".npy", ".npz"):
+        if path.suffix.lower() in files.ARRAY_SUFFIXES:
             array = read_array(path, self.name)
             if array.dtype.kind in "iu" and array.shape[-1:] == self.shape:
                 return self.check(np.atleast_2d(array))
@@ -167,7 +167,7 @@ class ClassMaps(DiscreteModality):
           UserError: a file that is missing or is neither, or has the wrong size or range.
         """
         path = files.expand(text)
-        if path.suffix.lower() in (".npy", ".npz"):
+        if path.suffix.lower() in files.ARRAY_SUFFIXES:
             array = read_array(path, self.name)
             return self.check(array[None] if array.ndim == 2 else array)
         pixels = (Images(self.height, self.width, 3, name=self.name).parse(text) + 1) * 127.5
@@ -209,7 +209,7 @@ class Texts(DiscreteModality):
           UserError: no such file, no words, words that no training text has, or what `check` refuses.
         """
         path = pathlib.Path(text)
-        if path.suffix.lower() in (".npy", ".npz"):
+        if path.suffix.lower() in files.ARRAY_SUFFIXES:
             return self.check(np.atleast_2d(read_array(path, self.name)))
         sentences = [text]
         if path.suffix.lower() == ".txt":

@@ -45,7 +45,7 @@ class Waveforms:
           UserError: a file that is missing or is neither, or what `check` refuses.
         """
         path = files.expand(text)
-        if path.suffix.lower() in (".npy", ".npz"):
+        if path.suffix.lower() in files.ARRAY_SUFFIXES:
             return self.check(np.atleast_2d(read_array(path, self.name)))
         sound, rate = media.read_sound(path)
         librosa = import_extra("librosa", "audio")
@@ -116,7 +116,7 @@ class Motion:
           UserError: a file that is missing or is neither, a dance that is too short or has other joints.
         """
         path = files.expand(text)
-        if path.suffix.lower() in (".npy", ".npz"):
+        if path.suffix.lower() in files.ARRAY_SUFFIXES:
             array = read_array(path, self.name)
             if array.ndim == 2 and array.shape == (self.frames, 3 * self.joints):  # a released segment
                 array = array.reshape(self.shape)
@@ -198,7 +198,7 @@ class TokenAudio(DiscreteModality):
           UserError: a file that is missing or is neither, or what `check` refuses.
         """
         path = files.expand(text)
-        if path.suffix.lower() not in (".npy", ".npz"):
+        if path.suffix.lower() not in files.ARRAY_SUFFIXES:
             raise UserError(f"{self.name}: give tokens in a .npy or .npz file, integers [n, {self.length}], not {path}.")
         return self.check(np.atleast_2d(read_array(path, self.name)))
 

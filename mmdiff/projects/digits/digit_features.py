@@ -3,7 +3,8 @@
 The network is scikit-learn's `MLPClassifier`, 64-64-32-10 with tanh, trained for 60 epochs on the 1,097 training digits from a fixed
 seed (under a second). A digit's features are its last hidden layer, scaled to a root mean square of 1.
 
-Measured: the network names 97.2 % of the test digits; between two of one class `distance` is 0.44 on average, of two classes 2.1.
+Measured: the network classifies 97.2 % of the test digits correctly; between two of one class `distance` is 0.44 on average, of two
+classes 2.1.
 """
 
 from __future__ import annotations
