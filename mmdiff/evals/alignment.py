@@ -20,7 +20,7 @@ class Aligner:
     """A `DualStream` read by its second task: images -> unit vectors of their texts, denoised from noise.
 
     Attributes:
-      net: the network. Without `two_way` an image is looked at once, and each further step costs one token.
+      net: the network. Without `two_way` an image is encoded once, and each further step costs one token.
       query: the vector's process.
       size: of the vector. shape: of an image.
     """
@@ -41,29 +41,29 @@ class Aligner:
 
     @functools.cache  # the same function for the same options, so that jax compiles it once
     def function(self, steps: int, seeds: int = 1, guidance: float = 1.0, cached: bool = False):
-        """`(params, keys, given) -> vectors`, to be jitted; `cached` looks at the images once."""
+        """`(params, keys, given) -> vectors`, to be jitted; `cached` encodes the images once."""
         options = dict(steps=steps, seeds=seeds)
 
-        def beside_cache(params, keys, given):
+        def with_cache(params, keys, given):
             images = given.get("image", jnp.zeros((len(keys), *self.shape)))
             hidden = jnp.ones(len(keys))
             plain = with_image_cache(self.net, image_kv_cache(self.net, params, images, None if given else hidden))
             network = plain
             if given and guidance != 1:
-                bare = with_image_cache(self.net, image_kv_cache(self.net, params, images, hidden))
+                unconditional = with_image_cache(self.net, image_kv_cache(self.net, params, images, hidden))
 
                 def network(params, x, t):
-                    return jax.tree.map(lambda u, c: u + guidance * (c - u), bare(params, x, t), plain(params, x, t))
+                    return jax.tree.map(lambda u, c: u + guidance * (c - u), unconditional(params, x, t), plain(params, x, t))
 
             return retrieval.align(Joint(query=self.query), network, params, keys, {}, {"query": (self.size,)}, **options)
 
-        def beside_images(params, keys, given):
+        def without_cache(params, keys, given):
             apply = functools.partial(self.net.apply, tasks=("align",))
             shape = {"image": self.shape, "query": (self.size,)}
             process, scale = Joint(image=Given(0.0), query=self.query), guidance if given else 1.0
             return retrieval.align(process, apply, params, keys, given, shape, guidance=scale, drop=("image",), **options)
 
-        return beside_cache if cached else beside_images
+        return with_cache if cached else without_cache
 
 
 STEPS_AND_SEEDS = {"1": (1, 1), "2": (2, 1), "5": (5, 1), "10": (10, 1), "50": (50, 1), "1_of_4": (1, 4), "1_of_8": (1, 8)}  # steps, seeds

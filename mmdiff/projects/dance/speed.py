@@ -19,7 +19,7 @@ class Speed:
       given: the modalities of a clip that the model is given.
       seconds: of a clip.
       batch: clips that are sampled at once.
-      repeats: drawings of each kind, of which the median counts.
+      repeats: runs of each kind, of which the median counts.
     """
 
     given: tuple[str, ...]

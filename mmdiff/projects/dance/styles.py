@@ -17,7 +17,7 @@ class Style:
     Attributes:
       tempo: beats a minute, from and to.
       wait: the share of a beat for which a key pose is held.
-      bounce: how far the knees bend on the beat, in radians, and how short they do it.
+      bounce: how far the knees bend on the beat, in radians, and how briefly.
       stance: joint -> rotation vector in radians, of left joints also for the right ones.
       moves: (joint, rotation vector, keys a beat, whether left and right move against each other).
       drums: the names of its kick, snare and hat in `_drum`.

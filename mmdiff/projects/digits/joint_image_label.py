@@ -52,7 +52,7 @@ class JointImageLabel:
         images, labels = (load_all(experiment.train_data())[name] for name in (self.image, self.label))
         test_images, test_labels = (load_all(experiment.test_data())[name] for name in (self.image, self.label))
         quantize = experiment.modalities[self.image].quantize
-        read_key, loss_key, given_key, joint_key, bare_key = jax.random.split(key, 5)
+        read_key, loss_key, given_key, joint_key, unconditional_key = jax.random.split(key, 5)
         sample = functools.partial(sample_batched, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
         clock = Clock()
 
@@ -68,7 +68,7 @@ class JointImageLabel:
         joint = sample(joint_key, {}, self.joint)
         joint_images, joint_labels = quantize(joint[self.image]), joint[self.label]
         clock.start("unconditional_samples", "sampling 100 unconditional images")
-        bare = quantize(sample(bare_key, {}, 100, absent=(self.label,))[self.image])
+        unconditional = quantize(sample(unconditional_key, {}, 100, absent=(self.label,))[self.image])
         clock.start("chain", "keeping the states of ten trajectories")
         each = {self.label: np.arange(10, dtype=np.int32) % self.classes}
         chain = states(experiment, params, given_key, each, self.image, steps=steps, guidance=guidance)
@@ -101,7 +101,7 @@ class JointImageLabel:
                 real=(test_images, test_labels, read),
                 given=(sampled, asked, found),
                 joint=(joint_images, joint_labels, judged_joint),
-                bare=bare,
+                unconditional=unconditional,
                 chain=chain,
                 sampler=f"{steps} steps, guidance {guidance:g}",
             ),
@@ -129,7 +129,7 @@ class JointImageLabel:
             "label sampled with them",
         }
 
-    def _figures(self, experiment, *, real, given, joint, bare, chain, sampler: str) -> Mapping[str, Figure]:
+    def _figures(self, experiment, *, real, given, joint, unconditional, chain, sampler: str) -> Mapping[str, Figure]:
         show, name = experiment.modalities[self.image].show, experiment.modalities[self.label].show
         names = name(np.arange(self.classes))
         (images, labels, read), (sampled, asked, found) = real, given
@@ -140,7 +140,7 @@ class JointImageLabel:
                 plots.grid(show(joint_images), 10, name(joint_labels), wrong=judged_joint != joint_labels),
                 f"Image and label sampled together; {sampler}. A label is red where the SVM sees another one.",
             ),
-            "Unconditional images": Figure(plots.grid(show(bare), 10), f"Sampled with the label held absent (t = 1); {sampler}."),
+            "Unconditional images": Figure(plots.grid(show(unconditional), 10), f"Sampled with the label held absent (t = 1); {sampler}."),
             "From noise to image": Figure(
                 plots.grid(show(chain), 10), f"States of ten trajectories, a label each, from noise, above, to the image; {sampler}."),
             "Image to label": Figure(
