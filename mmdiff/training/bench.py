@@ -25,9 +25,8 @@ from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
 from mmdiff.keys import key_of
-from mmdiff.microbatches import BatchLoss
 from mmdiff.training import perf, sharding
-from mmdiff.training.step import IN_FLIGHT, Step, step_of
+from mmdiff.training.step import IN_FLIGHT, Step, checked, step_of
 
 TERA = 1e12
 
@@ -111,7 +110,7 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     waits, peers = [], []
 
     # Batches are read, checked and placed in a thread, as in `train`.
-    placed = (sharding.shard_batch(_checked(experiment, batch), mesh) for batch in batches)
+    placed = (sharding.shard_batch(checked(experiment, batch), mesh) for batch in batches)
     with loader.prefetch(placed, train.prefetch) as stream:
         jax.block_until_ready(stepping())
         memory = _memory(program)
@@ -269,12 +268,6 @@ def _time(call: Callable[[], jax.Array], count: int) -> float:
             jax.block_until_ready(in_flight.popleft())
     jax.block_until_ready(list(in_flight))
     return (time.perf_counter() - began) / count
-
-
-def _checked(experiment: Experiment, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    experiment.process.check(batch)
-    BatchLoss.of(experiment.loss).check(batch)
-    return batch
 
 
 def _memory(program: jax.stages.Compiled) -> dict[str, float | None]:

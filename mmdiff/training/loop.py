@@ -7,12 +7,11 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from clu.metrics import Average
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -22,12 +21,11 @@ from mmdiff.data.order import ORDER_VERSION
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
 from mmdiff.keys import check_seed, key_of
-from mmdiff.microbatches import BatchLoss
 from mmdiff.training import checkpoints, distributed, finetune, lock, run_metadata, sharding
 from mmdiff.training.metrics_logger import MetricsLogger, device
 from mmdiff.training.signals import Signals, make_any_process_signalled
 from mmdiff.training.skipped import SkippedSteps
-from mmdiff.training.step import IN_FLIGHT, State, step_of
+from mmdiff.training.step import IN_FLIGHT, State, checked, step_of
 from mmdiff.training.validation import Validation
 
 OPTIONS = (  # what is read of config.train
@@ -200,16 +198,6 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             logger.say(f"{stop.name}: saved step {step}{stop.after()}; the same command continues")
             raise SystemExit(stop.status)
         return state
-
-
-def checked(experiment: Experiment, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The batch, unless its data would be silently taken for something else (a class id out of range): then UserError."""
-    try:
-        experiment.process.check(batch)
-        BatchLoss.of(experiment.loss).check(batch)  # of processes that are trained with it
-    except ValueError as error:
-        raise UserError(f"the training data does not fit the process: {error}") from error
-    return batch
 
 
 def make_accumulate() -> Callable:

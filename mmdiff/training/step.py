@@ -32,7 +32,7 @@ class State:
       params: the weights.
       opt: the optimizer's state.
       ema: the running average of `params`, float32.
-      key: a typed key that never changes: step i draws from fold_in(key, i).
+      key: a typed key that never changes: step i uses fold_in(key, i).
       stats: {"skipped": int32 []}, the steps that were skipped because a number was not finite, and under "loss" the loss's own state, if
         it has one (`BatchLoss.init`).
     """
@@ -172,6 +172,16 @@ def step_of(experiment: Any, options: Mapping[str, Any]) -> Step:
         noise_scale=options.get("noise_scale", False),
         norm_groups=options.get("norm_groups", ()),
     )
+
+
+def checked(experiment: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch, unless its data would be silently taken for something else (a class id out of range): then UserError."""
+    try:
+        experiment.process.check(batch)
+        BatchLoss.of(experiment.loss).check(batch)  # of processes that are trained with it
+    except ValueError as error:
+        raise UserError(f"the training data does not fit the process: {error}") from error
+    return batch
 
 
 def noise_scale_of(metrics: Mapping[str, float]) -> float:
