@@ -62,7 +62,7 @@ DATA = {
     "DDPM": "no head", "aggregation alone": "no head", "joint with independent times": "joint", "aggregation and head": "estimates",
 }  # fmt: skip
 PLAIN = {"kappa": "0.0", "head_weight": "0.0"}
-BESIDE = {
+VARIANTS = {
     "masked": {
         "plain conditional": {**PLAIN, **shares(known=0.8, hidden=0, absent=0.2)},
         "aggregation and head": shares(known=0.7, hidden=0.1, absent=0.2),
@@ -88,7 +88,7 @@ def settings():
     for name, overrides in LABELS.items():
         data = DATA.get(name, "label")
         yield "label", name, data, {**SMALL, **LABEL, **overrides}
-    for part, each in BESIDE.items():
+    for part, each in VARIANTS.items():
         for name, overrides in each.items():
             yield part, name, part, {**SMALL, **SIZES[part], **overrides}
 
@@ -156,7 +156,7 @@ def estimates(experiment):
 
 def run(seed, data, overrides):
     """One training and what it is good for: (metrics, seconds)."""
-    name = data if data in BESIDE else "label"
+    name = data if data in VARIANTS else "label"
     config, module = configs.load(str(CONFIGS / f"digits_{name}.py"), [*overrides.items(), ("seed", str(seed))])
     experiment = module.build(config)
     experiment = as_joint(experiment, config) if data == "joint" else experiment

@@ -123,8 +123,8 @@ def _zeroshot(args: argparse.Namespace) -> list[tuple[str, str]]:
         raise UserError("--zeroshot measures published test sets, on which nothing is to be chosen: leave --split validation out.")
     if "zeroshot" not in configs.load(args.config, args.overrides)[0].get("eval", {}):
         raise UserError(
-            f"{args.config} has no vectors of images and texts to classify by: --zeroshot is for configs/diffdis/sd_scale.py, scenes.py, "
-            "scenes_towers.py and what sets config.eval.zeroshot.")
+            f"{args.config} has no vectors of images and texts to classify by: --zeroshot is for configs that have "
+            "config.eval.zeroshot, such as diffdis/scenes.")
     return [(f"eval.{name}", value) for name, value in given.items()]
 
 

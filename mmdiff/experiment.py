@@ -43,7 +43,7 @@ class Experiment:
     (2, 8, 8, 1)
 
     `dataclasses.replace` keeps what has followed: with another process or network, set `init`, `apply`, `shape` or `sample` to None, and
-    they follow anew.
+    they are derived again.
 
     Attributes:
       process: the corruption process (usually a `Joint`).

@@ -7,7 +7,7 @@ Whoever renames something that a run stores adds a line here in the same commit.
     METRICS   metrics in report.json, metrics.jsonl, a checkpoint and config.train.best: {old: new}, whole or as the first part ("match")
     FILES     files of a workdir: {new: old}
 
-A config file of a user's own may still use an old key: a stored key is renamed only where the config at hand has the new one.
+A config file of a user's own may still use an old key: a stored key is renamed only where the config that is opened has the new one.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def _logits(out):
 def _compared(loss: str) -> Callable:
     """The comparison of `embedding_loss` as `(unit vectors [B, D], unit vectors [B, D], logits) -> [B]`."""
     if loss not in ("infonce", "siglip"):
-        raise UserError(f"embedding_loss: there is no loss {loss!r}; choose infonce or siglip.")
+        raise UserError(f"there is no loss of embeddings {loss!r}; choose infonce or siglip.")
 
     def values(embeddings):
         one, other, logits = embeddings

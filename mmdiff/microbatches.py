@@ -65,7 +65,7 @@ class MicroBatch:
 def split(x: jax.Array, parts: int) -> jax.Array:
     """[B, ...] -> [parts, B/parts, ...], micro-batch j being the rows j, j + parts, j + 2 parts, ...
 
-    Of a batch whose rows are spread over devices in blocks, every device so keeps its rows and gives an equal share of them to
+    Of a batch whose rows are spread over devices in blocks, every device thus keeps its rows and gives an equal share of them to
     each micro-batch: nothing moves. (Splitting into blocks of rows would give each micro-batch to a few devices only.)
 
     >>> split(jnp.arange(6), 2).tolist()

@@ -292,7 +292,7 @@ class Run:
         """
         if self.experiment.cache is None:
             raise UserError(
-                f"{self.name} trains no tokenizer and no towers, so there is nothing to cache: see configs/cdcd/scenes_tokenizer.py.")
+                f"{self.name} trains no tokenizer and no towers, so there is nothing to cache: see the config cdcd/scenes_tokenizer.")
         made_by = {"config": json.loads(configs.to_json(self.config)), "step": self.step}
         return self.experiment.cache.write(folder, self.params, made_by, splits)
 

@@ -44,8 +44,8 @@ from mmdiff.transforms import (
 
 __all__ = [
     "SamplerState", "Transform", "autoguided", "clip", "confidence", "dpmpp_2m", "following", "guided", "head_guided", "interval",
-    "karras_grid", "make_sampler", "only", "released_stride", "sample", "sampled", "settled_at", "spaced_grid", "start", "temperature",
-    "threshold", "top_p", "uniform_grid",
+    "karras_grid", "make_sampler", "only", "released_stride", "sample", "sample_prior", "sampled", "settled_at", "spaced_grid",
+    "temperature", "threshold", "top_p", "uniform_grid",
 ]
 
 
@@ -75,7 +75,7 @@ def sample(
       absent: modalities pinned at t = 1: the others are sampled without them.
       transforms: functions `SamplerState -> SamplerState`, applied in order at every step; `only(name, transform)` is one of a modality.
       heun: average the slopes at both ends of each step (`Process.heun`): second order, 2N - 1 network calls, for the step to t = 0 is
-        Euler's. For deterministic Gaussians, and not with a map that extrapolates (`dpmpp_2m`).
+        Euler's. For deterministic Gaussians, and not with a transform that extrapolates (`dpmpp_2m`).
       history: return every state on the way, [N + 1, B, ...], from the prior's sample to x_0.
       start: x_t at the grid's first time in place of the prior's sample, [B, ...], or per modality for some of them. Between 0 and 1 there
         is no prior but what the data make of it, `process.corrupt(keys, x0, t).xt`: of an image to be edited (SDEdit), of a draft to be
@@ -148,7 +148,7 @@ def sample(
             state = transform(state)
         return state
 
-    xt = _prior(process, fold(keys, "prior"), shape, given)
+    xt = sample_prior(process, fold(keys, "prior"), shape, given)
     xt = {**xt, **started} if joint else started.get(None, xt)
 
     def body(carry, i):
@@ -164,7 +164,7 @@ def sample(
         xs = process.step(step_keys, xt, state.x0, state.t, state.s)
         if heun:
             if any(a is not b for a, b in zip(jax.tree.leaves(state.x0), jax.tree.leaves(state.x0_for_history))):
-                raise UserError("sample: heun and a map that extrapolates the belief (dpmpp_2m) are both second order: use one of them.")
+                raise UserError("sample: heun and a transform that extrapolates (dpmpp_2m) are both second order: use one of them.")
 
             def corrected(xs):
                 x0 = belief(xs, s)
@@ -182,7 +182,7 @@ def sample(
     return jax.tree.map(lambda before, last: jnp.concatenate([before, last[None]]), states, x) if history else x
 
 
-def start(process: Process, keys: jax.Array, shape: Any, given: Mapping[str, jax.Array]) -> Any:
+def sample_prior(process: Process, keys: jax.Array, shape: Any, given: Mapping[str, jax.Array]) -> Any:
     """x at t = 1, a sample of the prior, with the modalities in `given` in place."""
     xt = process.prior(keys, shape)
     if not given:
@@ -192,9 +192,6 @@ def start(process: Process, keys: jax.Array, shape: Any, given: Mapping[str, jax
     pinned = {name: jnp.asarray(value) for name, value in given.items()}
     pinned = {name: value.astype(jnp.promote_types(value.dtype, xt[name].dtype)) for name, value in pinned.items()}
     return process.condition_prior({name: pinned.get(name, xt[name]) for name in shape}, tuple(pinned))
-
-
-_prior = start  # `sample` has an argument of this name
 
 
 def _started(process, start, shape, count, pinned):

@@ -39,7 +39,7 @@ def posterior(
     Returns process.clean's belief about the target: probabilities [B, ..., K] if it is categorical.
     """
     process = process.bind(params)
-    xt = sampling.start(process, keys, shape, given)
+    xt = sampling.sample_prior(process, keys, shape, given)
     t = {name: jnp.full(keys.shape[0], 0.0 if name in given else 1.0) for name in shape}
     return process.clean(apply(params, *process.inputs(xt, t)), xt, t)[target]
 

@@ -14,6 +14,7 @@ from mmdiff.nets.transformer import Block, DiffusionTransformer, normal, output
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 
+
 def sizes(size: str) -> tuple[int, int, int]:
     """(depth, width, heads) of the published sizes: "S", "B", "L" or "XL"."""
     if size not in SIZES:

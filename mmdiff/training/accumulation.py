@@ -71,8 +71,8 @@ def make_gradient(loss: Callable, microbatches: int = 1, noise_scale: bool = Fal
         if compares_examples(traced):
             raise UserError(
                 f"the loss compares the examples of a batch within a function of your own, and {microbatches} micro-batches would compare "
-                "fewer: give make_step, losses.combine and losses.diffusion what mmdiff.contrastive and mmdiff.losses make, unwrapped (or "
-                "a mmdiff.microbatches.BatchLoss of your own), or set config.train.microbatches=1."
+                "fewer: give make_step, losses.combine and losses.diffusion what mmdiff.losses, matching and contrastive make, unwrapped "
+                "(or a mmdiff.microbatches.BatchLoss of your own), or set config.train.microbatches=1."
             )
         slopes, whole, by_params = [], Pieces(jnp.zeros((), jnp.float32), {}), None
         if jax.tree.leaves(shapes.embeddings):

@@ -89,7 +89,6 @@ def flops(function: Callable, *args: Any) -> int:
     >>> flops(jnp.matmul, jnp.zeros((2, 3)), jnp.zeros((3, 5)))
     60
 
-
     Args:
       function: any function of arrays.
       args: its arguments, or their shapes (`jax.ShapeDtypeStruct`).
