@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
 from mmdiff.data import Images, Labels
 from mmdiff.errors import UserError
-from mmdiff.processes import Aggregate, Gaussian, MeanShift, absorbing, moving_target, template, velocity
+from mmdiff.processes import Aggregate, Gaussian, MeanShift, absorbing, by_network, moving_target, template, velocity
 from mmdiff.projects.digits.digits import NAMES, digits_source
 from mmdiff.projects.digits.joint_image_label import JointImageLabel
 from mmdiff.training import optim
@@ -61,7 +61,7 @@ def get_config():
 def encoder(config, net, image):
     """E of the label, and whether it is the network itself."""
     if config.encoder in ("belief", "network"):
-        return nets.by_network(net.apply, image if config.encoder == "belief" else None, SHAPE, "label", CLASSES), True
+        return by_network(net.apply, image if config.encoder == "belief" else None, SHAPE, "label", CLASSES), True
     if config.encoder == "mean":
         data = digits_source("train").arrays
         return template(jnp.stack([data["image"][data["label"] == c].mean(0) for c in range(CLASSES)])), False

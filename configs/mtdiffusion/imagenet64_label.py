@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
 from mmdiff.data import Images, Labels, published
 from mmdiff.data.image_datasets import open_image_dataset
-from mmdiff.processes import Aggregate, Gaussian, MeanShift, absorbing, eps, moving_target
+from mmdiff.processes import Aggregate, Gaussian, MeanShift, absorbing, by_network, eps, moving_target
 from mmdiff.training import optim
 
 CLASSES, STEPS = 1000, 1000  # the null label is CLASSES; STEPS of the chain
@@ -65,7 +65,7 @@ def build(config):
         nets.Patches(size, size, 3, config.model.patch), {"label": nets.Classes(CLASSES + 1, CLASSES, config.model.head)},
         **nets.options(config.model, without=("patch", "head")))
     image = Gaussian(schedules.cosine_beta(STEPS) if size <= 64 else schedules.linear_beta(STEPS), eps, eta=1.0)
-    encode = nets.by_network(net.apply, image, (size, size, 3), "label", CLASSES, mixed=True)
+    encode = by_network(net.apply, image, (size, size, 3), "label", CLASSES, mixed=True)
     process = Aggregate(
         "image", {"label": MeanShift(encode, moving_target(config.kappa), shared=True)},
         image=image, label=absorbing(CLASSES, schedules.at_once()))

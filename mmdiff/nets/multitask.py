@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mmdiff.nets.embed import Dense, Patches, TimeEmbed, patchify, xavier
 from mmdiff.nets.fields import check_fields
@@ -183,57 +182,3 @@ class Vector:
 
     def decode(self, features, blocks, dtype, name):
         return pooled(features.middle, self.size, dtype, name, features.norm_eps) if self.head else None
-
-
-SIGNAL = 0.1  # alpha / sigma at the time at which a class is encoded
-
-
-def by_network(
-    apply: Callable,
-    chain: Any,
-    shape: tuple[int, ...],
-    name: str,
-    classes: int,
-    target: str = "image",
-    rms: float = 0.8,
-    mixed: bool = False,
-) -> Callable:
-    """An encoder `(params, probabilities [B, K]) -> [B, *shape]` of a class: what the network believes of z_0 where nothing else is there.
-
-    E(c) = rms x0_hat / RMS(x0_hat), x0_hat = chain.clean(network(z = 0 at t, class c known)), near E[z_0 | c] up to a factor, whatever
-    the network predicts. (The raw output of eps, v or velocity is *minus* that.) t is the last of 1/1000, ..., 1 at which
-    alpha >= sigma / 10: where alpha is tiny, all of an output for eps is error. Of probabilities it is the mean of E (K network calls), or,
-    for many classes, `mixed`: E of the mean embedding (B calls). It depends on no z_t, and no gradient passes. For a network of the two
-    modalities alone.
-
-    Args:
-      apply: the network. classes: K. target: the name of z. rms: of what is returned.
-      chain: the process of z without what is added, a `Gaussian`; None for the raw output at t = 1, which is what the weights of runs
-        from before the belief know.
-      shape: of z. name: of the class.
-    """
-    raw = chain is None
-    with jax.ensure_compile_time_eval():
-        t = 1.0 if raw else last_time(chain.schedule, SIGNAL)
-
-    def images(params, x):
-        z, end = jnp.zeros((len(x), *shape)), jnp.full(len(x), t, jnp.float32)
-        net_z, net_t = (z, end) if raw else chain.inputs(z, end)
-        out = apply(params, {target: net_z, name: x}, {target: net_t, name: jnp.zeros(len(x))})[target]
-        believed = (out if raw else chain.clean(out, z, end))[..., : shape[-1]]
-        square = (believed**2).mean(tuple(range(1, believed.ndim)), keepdims=True) + (1e-6 if raw else 0.0)
-        return rms * believed / jnp.sqrt(jnp.where(square > 0, square, 1.0))
-
-    def encode(params, probabilities):
-        if mixed:
-            return images(params, probabilities)
-        return jnp.tensordot(probabilities, images(params, jnp.arange(classes)), 1)
-
-    return encode
-
-
-def last_time(schedule: Callable, signal: float) -> float:
-    """The last of the times 1/1000, ..., 1 at which alpha >= signal sigma; the first if there is none."""
-    t = np.arange(1, 1001, dtype=np.float32) / 1000
-    alpha, sigma = (np.asarray(c) for c in schedule(jnp.asarray(t)))
-    return float(t[max(np.flatnonzero(alpha >= signal * sigma), default=0)])

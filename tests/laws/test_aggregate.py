@@ -11,11 +11,11 @@ import pytest
 from arrays import normal
 from exact import SCHEDULES, Mixture, keys
 
-from mmdiff import losses, nets, processes, sampling, schedules, times
+from mmdiff import losses, processes, sampling, schedules, times
 from mmdiff.errors import UserError
 from mmdiff.evals import accuracy, likelihood
 from mmdiff.processes import Aggregate, Gaussian, Given, Hidden, Joint, MeanShift, fold, identity
-from mmdiff.processes.mean_shift import card, moving_target, stepwise, template, transition
+from mmdiff.processes.mean_shift import by_network, card, moving_target, stepwise, template, transition
 
 STEPS = 8
 ALPHAS = np.asarray([0.99, 0.97, 0.9, 0.85, 0.8, 0.6, 0.5, 0.2])  # the paper's alpha_t, 1 - beta_t
@@ -639,7 +639,7 @@ def encoded_by(process, table, data_std=None):
         image = x["image"] if data_std is None else x["image"] / process.chain.inputs(jnp.ones_like(x["image"]), t["image"])[0]
         return exact(params, {**x, "image": image}, t)
 
-    return nets.by_network(apply, process.chain, (2,), "label", 3, rms=0.7)(None, jnp.eye(3))
+    return by_network(apply, process.chain, (2,), "label", 3, rms=0.7)(None, jnp.eye(3))
 
 
 @pytest.mark.slow
@@ -728,11 +728,11 @@ def test_classification_is_by_the_image_alone():
 def test_what_is_known_shifts_the_prior():
     """CARD starts at N(E(x), 1) for a given x; what is not given, and a given target, add nothing."""
     process, labels = labelled(card()), jnp.asarray([0, 1, 2])
-    plain, known = (sampling.start(process, keys(3), SHAPE, given) for given in ({}, {"label": labels}))
+    plain, known = (sampling.sample_prior(process, keys(3), SHAPE, given) for given in ({}, {"label": labels}))
     np.testing.assert_allclose(known["image"] - plain["image"], TABLE, atol=1e-6)
     np.testing.assert_array_equal(known["label"], labels)
     image = jnp.ones((3, 2))
-    np.testing.assert_array_equal(sampling.start(process, keys(3), SHAPE, {"image": image, "label": labels})["image"], image)
+    np.testing.assert_array_equal(sampling.sample_prior(process, keys(3), SHAPE, {"image": image, "label": labels})["image"], image)
     # A target that is given stays as it is while the label is sampled.
     out = sampling.sample(process, linear_network, PARAMS, keys(3), sampling.uniform_grid(3), SHAPE, given={"image": image})
     np.testing.assert_array_equal(out["image"], image)

@@ -11,8 +11,8 @@ from filled import filled
 
 from mmdiff import losses, sampling, schedules, times
 from mmdiff.evals import accuracy
-from mmdiff.nets import Classes, ClassGrid, Grid, MultiTaskDiT, Patches, Vector, by_network
-from mmdiff.processes import Aggregate, Gaussian, Given, Hidden, MeanShift, absorbing, fold, identity, moving_target, velocity
+from mmdiff.nets import Classes, ClassGrid, Grid, MultiTaskDiT, Patches, Vector
+from mmdiff.processes import Aggregate, Gaussian, Given, Hidden, MeanShift, absorbing, by_network, fold, identity, moving_target, velocity
 from mmdiff.training.step import init_state, make_step
 
 B, K, SHAPE = 3, 5, (4, 4, 1)
