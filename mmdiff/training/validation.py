@@ -14,6 +14,7 @@ from mmdiff.experiment import Experiment
 from mmdiff.keys import key_of
 from mmdiff.microbatches import compares_examples
 from mmdiff.training import sharding
+from mmdiff.training.step import IN_FLIGHT
 
 
 class Validation:
@@ -43,6 +44,8 @@ class Validation:
         weighted = []  # (how many examples it stands for, metrics of a batch)
         for start in range(0, count - size + 1, size):
             weighted.append((size, self._metrics(params, start + np.arange(size))))
+            if len(weighted) > IN_FLIGHT:  # as in `train`: it bounds the memory of batches in flight
+                jax.block_until_ready(weighted[-1 - IN_FLIGHT])
         if left := count % size:
             positions = count - left + np.arange(size)
             if compares_examples(self._traced(params, self._batch(positions)).jaxpr):
