@@ -21,6 +21,7 @@ REQUIRED = [
     "scikit-learn>=1.5,<2",  # the quick start's digits and its independent classifier
     "pillow>=11.0,<14",
     "tokenizers>=0.20,<0.24",  # captions
+    "safetensors>=0.5,<0.9",  # published weights
     "tensorboard>=2.20,<3",  # writes the curves, without TensorFlow, and shows them
     "tensorflow-datasets>=4.9.10,<5",  # prepares and reads its data sources without TensorFlow (4.9.7 does not)
     "array_record>=0.7,<0.9",  # what tfds.data_source reads

@@ -297,7 +297,7 @@ class Run:
         return self.experiment.cache.write(folder, self.params, made_by, splits)
 
     def _is_report_of(self, path: pathlib.Path, step: int) -> bool:
-        from mmdiff.data import files
+        from mmdiff import files
 
         try:
             report = files.read_json(path)

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmdiff.data.files import FileError, expand, open_regular, read_bytes
+from mmdiff.files import FileError, expand, open_regular, read_bytes
 
 SAVE = "save it with numpy.save or numpy.savez"
 HEADER = 2000  # characters: 64 dimensions of 20 digits, and no table of fields

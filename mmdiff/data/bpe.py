@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff.data import files
+from mmdiff import files
 
 PADDING, START, END = 0, 1, 2  # the first ids; a text that is all padding is absent
 SPECIAL = ("<padding>", "<start>", "<end>")

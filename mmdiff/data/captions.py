@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmdiff.data import arrays, files
-from mmdiff.data.files import IMAGE_SUFFIXES, FileError
+from mmdiff import files
+from mmdiff.data import arrays
 from mmdiff.data.sources import sizes
 from mmdiff.errors import UserError
+from mmdiff.files import IMAGE_SUFFIXES, FileError
 
 log = logging.getLogger(__name__)
 INDEX, FORMAT = "index.npz", 2  # the format: 2 knows several captions of an image, and refuses what is none

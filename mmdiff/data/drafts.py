@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from mmdiff.data import files
+from mmdiff import files
 from mmdiff.errors import UserError
 
 CONTENT, IDENTITY, LOCK = "content", "made_of.json", "lock"

@@ -13,7 +13,7 @@
     captioned        one's own, or what img2dataset writes of CC3M: captions, in tar files, in a list or next to the images
 
 `data.image_folders` says what one's own folder may hold: train and val, or the images themselves, of which a tenth is then "val".
-`data.files` says how files are found and read, `data.media` which kinds of images, and how one of any kind becomes values.
+`mmdiff.files` says how files are found and read, `data.media` which kinds of images, and how one of any kind becomes values.
 
 The splits are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 images; TFDS calls its parts val,
 restval and test), of CUB-200 the test classes, of EuroSAT all (it is published without splits, and has no "train"), else the test set.
@@ -36,13 +36,14 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff.data import bpe, files, image_folders
-from mmdiff.data.files import FileError
+from mmdiff import files
+from mmdiff.data import bpe, image_folders
 from mmdiff.data.image_folders import Files, nonempty, of_class
 from mmdiff.data.modalities import Images, Labels
 from mmdiff.data.sources import Source, check_range, digest, made_up
 from mmdiff.data.stored_images import Records, Stored, UndamagedReader, decode, square, values
 from mmdiff.errors import UserError
+from mmdiff.files import FileError
 
 log = logging.getLogger(__name__)
 CAPTIONS = {"coco_captions": 5, "cub200": 10, "captioned": None}  # of an image; None is as many as the one with the most has

@@ -11,7 +11,7 @@ test split is held out from the training data: the same share of every class, ch
 every machine makes the same choice. All captions of an image are in one split. Up to 10 captions of an image are used; an empty one is an
 error.
 
-Folders are read with all that lies below, in the order of names, without hidden and system files (see `data.files`).
+Folders are read with all that lies below, in the order of names, without hidden and system files (see `mmdiff.files`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff.data import captions, files
-from mmdiff.data.files import IMAGE_SUFFIXES
+from mmdiff import files
+from mmdiff.data import captions
 from mmdiff.data.sources import digest, sizes
 from mmdiff.data.stored_images import Records
 from mmdiff.errors import UserError
+from mmdiff.files import IMAGE_SUFFIXES
 
 PARTS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}  # the folders of a user's own split
 SHARES = {"val": 0.1, "test": 0.1}

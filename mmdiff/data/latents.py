@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff.data import arrays, files
+from mmdiff import files
+from mmdiff.data import arrays
 from mmdiff.data.sources import Source, check_range, digest, made_up
 from mmdiff.errors import UserError
 

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmdiff.data.files import IMAGE_SUFFIXES, FileError, expand, open_regular
 from mmdiff.errors import import_extra
+from mmdiff.files import IMAGE_SUFFIXES, FileError, expand, open_regular
 
 log = logging.getLogger(__name__)
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # some others of Pillow's start programs

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmdiff.data import files, media
+from mmdiff import files
+from mmdiff.data import media
 from mmdiff.data.arrays import read_array
-from mmdiff.data.files import IMAGE_SUFFIXES
 from mmdiff.errors import UserError
+from mmdiff.files import IMAGE_SUFFIXES
 
 # Samplers end a little outside the data's range: such values are clipped, whereas others are a different convention.
 OVERSHOOT = 0.25

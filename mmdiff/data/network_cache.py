@@ -28,7 +28,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mmdiff.data import arrays, bpe, drafts, files
+from mmdiff import files
+from mmdiff.data import arrays, bpe, drafts
 from mmdiff.data.sources import Source
 from mmdiff.data.sources import fingerprint as source_fingerprint
 from mmdiff.errors import UserError

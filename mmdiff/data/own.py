@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff import console
-from mmdiff.data import bpe, files, image_folders
+from mmdiff import console, files
+from mmdiff.data import bpe, image_folders
 from mmdiff.data.arrays import read_array, read_arrays
 from mmdiff.data.modalities import Features, Images, Labels
 from mmdiff.data.sources import ArraySource, Source, check_range, digest

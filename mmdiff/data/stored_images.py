@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mmdiff.data import captions, files, media
-from mmdiff.data.files import FileError
+from mmdiff import files
+from mmdiff.data import captions, media
 from mmdiff.errors import UserError
+from mmdiff.files import FileError
 
 log = logging.getLogger(__name__)
 NEAREST = 100  # images after a damaged one that may take its place

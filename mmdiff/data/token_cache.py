@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmdiff.data import arrays, files
+from mmdiff import files
+from mmdiff.data import arrays
 from mmdiff.data.bpe import Tokenizer, train
 from mmdiff.data.network_cache import TOKENS, map_batched, part_of, read_network, read_tokenizer
 from mmdiff.data.network_cache import read_meta as read_network_meta

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mmdiff.data import files
+from mmdiff import files
 from mmdiff.data.arrays import read_array
 from mmdiff.data.bpe import Tokenizer
 from mmdiff.data.modalities import Images, span

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from mmdiff import config as configs
-from mmdiff.data import files
+from mmdiff import files
 from mmdiff.errors import UserError
 from mmdiff.evals import plots
 from mmdiff.evals.evaluator import EvalResult

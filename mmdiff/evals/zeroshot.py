@@ -36,7 +36,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmdiff.data import files
+from mmdiff import files
 from mmdiff.data.image_datasets import Absent, ImageDataset
 from mmdiff.data.sources import Source, Subset
 from mmdiff.errors import UserError

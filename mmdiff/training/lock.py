@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from mmdiff.data import files
+from mmdiff import files
 from mmdiff.errors import UserError
 from mmdiff.training import distributed, run_metadata
 from mmdiff.training.integrity import write_whole

@@ -20,8 +20,7 @@ from typing import Any
 import ml_collections
 
 from mmdiff import config as configs
-from mmdiff import former_names
-from mmdiff.data import files
+from mmdiff import files, former_names
 from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import fingerprint
 from mmdiff.errors import UserError

@@ -20,7 +20,8 @@ import pytest
 import soundfile
 from PIL import Image, TiffImagePlugin
 
-from mmdiff.data import arrays, bpe, captions, files, media
+from mmdiff import files
+from mmdiff.data import arrays, bpe, captions, media
 from mmdiff.data.image_datasets import ImageDataset, tokenizer
 from mmdiff.data.latents import LatentSource
 from mmdiff.data.modalities import Features, Images, Labels, Latents

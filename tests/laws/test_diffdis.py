@@ -352,7 +352,7 @@ def test_siglip():
     signs[1, 3] = signs[3, 1] = 1
     s = 10.0 * np.asarray(one, np.float64) @ np.asarray(twice, np.float64).T - 3.0
     np.testing.assert_allclose(value_of(one, twice, 10.0, -3.0, "siglip"), np.log1p(np.exp(-signs * s)).sum(1), rtol=1e-4)
-    with pytest.raises(Exception, match="no loss 'triplet'; choose infonce or siglip"):
+    with pytest.raises(Exception, match="no loss of embeddings 'triplet'; choose infonce or siglip"):
         matching.embedding_loss(PROCESS.parts["query"], "query", "triplet")
 
 

@@ -103,7 +103,8 @@ def test_two_trainers_of_one_run_are_one(times, server, tmp_path):
             answers = server.run(*jobs)
             assert sorted(answer["status"] for answer in answers) == [0, 2], answers
             [refused] = [answer["error"] for answer in answers if answer["status"] == 2]
-            assert f"{workdir} is being trained by process" in refused and refused.count("\n") == 0
+            # Whoever is asked in the moment between the lock and the holder's name can only say that there is one.
+            assert re.search(rf"{workdir} is being trained by (process \d+ on|another process: wait)", refused) and refused.count("\n") == 0
             winner = [answer["status"] for answer in answers].index(0)
             assert winner == 0 or when == "together"
             assert_same_leaves(tmp_path / "alone.npz", f"{workdir}.{winner}.npz")

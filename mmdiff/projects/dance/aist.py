@@ -29,7 +29,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmdiff.data import files, media
+from mmdiff import files
+from mmdiff.data import media
 from mmdiff.data.arrays import read_array, read_pickled_arrays
 from mmdiff.data.sources import check_range, digest, sizes
 from mmdiff.errors import UserError

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmdiff.data import files, media
+from mmdiff import files
+from mmdiff.data import media
 from mmdiff.data.arrays import read_array
 from mmdiff.data.modalities import finite_floats, span
 from mmdiff.data.token_modalities import DiscreteModality, decoded

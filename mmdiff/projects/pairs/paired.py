@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff.data import files, image_datasets
-from mmdiff.data.files import IMAGE_SUFFIXES
+from mmdiff import files
+from mmdiff.data import image_datasets
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import Source, check_range, digest, made_up
 from mmdiff.data.stored_images import UndamagedReader, decode, square, values
 from mmdiff.errors import UserError
+from mmdiff.files import IMAGE_SUFFIXES
 
 OTHER = {"cityscapes": "segmentation", "cityscapes_tfds": "segmentation", "night2day": "night"}  # the name of the other image
 # The official colours of Cityscapes' ids 0 to 33; 255 is what its files have for id -1, a licence plate. The ids between do not occur.

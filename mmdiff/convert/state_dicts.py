@@ -1,0 +1,99 @@
+"""Parameters of a network whose modules carry the published names, from and to a published state dict.
+
+A frozen published network is written with its published names: linen's path, joined by dots, is the key. Only the last part differs:
+
+    .../kernel [in, out]          <-> ....weight [out, in]
+    .../kernel [h, w, in, out]    <-> ....weight [out, in, h, w]
+    .../scale, .../embedding      <-> ....weight
+    anything else (bias, class_embedding, running_mean, ...) <-> the same name and layout
+
+A module whose name has `#` for the number of a layer is a scan over layers: its parameters lie on the first axis, its keys count 0, 1, ...
+Other published layouts are renamed to this one before (see each network's `canonical`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+from mmdiff.convert.tensors import Tensor, stack
+from mmdiff.errors import UserError
+
+KERNELS = {2: (1, 0), 3: (2, 1, 0), 4: (3, 2, 0, 1)}  # linen -> PyTorch
+WEIGHTS = ("kernel", "scale", "embedding")
+
+
+def key_of(path: tuple[str, ...]) -> str:
+    """The published key of a parameter's path (without the collection)."""
+    return ".".join((*path[:-1], "weight" if path[-1] in WEIGHTS else path[-1]))
+
+
+def expected(params: Any) -> dict[str, tuple[int, ...]]:
+    """Published keys and shapes of parameters (arrays or `jax.ShapeDtypeStruct`)."""
+    found = {}
+    for path, leaf in flax.traverse_util.flatten_dict(params).items():
+        key, shape = key_of(path), tuple(leaf.shape)
+        layers, shape = (range(shape[0]), shape[1:]) if "#" in key else ((0,), shape)
+        if path[-1] == "kernel":
+            shape = tuple(shape[axis] for axis in KERNELS[len(shape)])
+        found |= {key.replace("#", str(layer)): shape for layer in layers}
+    return found
+
+
+def load_params(
+    abstract: Any, weights: Mapping[str, Tensor], name: str, *, ignore: Iterable[str] = (),
+    place: Callable[[tuple[str, ...], Tensor, Any], Any] | None = None,
+) -> Any:  # fmt: skip
+    """Parameters of a network from a state dict in its own layout, leaf by leaf.
+
+    Args:
+      abstract: the network's parameters as `jax.eval_shape` of its `init` gives them (without the collection's name).
+      weights: key -> tensor.
+      name: what the weights are, for errors: a file or folder.
+      ignore: ends of keys that are dropped where they occur (buffers).
+      place: (path, tensor, abstract leaf) -> the array; by default NumPy values of the leaf's type.
+
+    Raises:
+      UserError: missing or unexpected keys, other shapes: the first five and a count.
+    """
+    weights = {key: tensor for key, tensor in weights.items() if not key.endswith(tuple(ignore))}
+    shapes = expected(abstract)
+    missing = [key for key in shapes if key not in weights]
+    if missing:
+        raise UserError(f"{name} lacks {_some(missing)}: it holds another network, or one of other sizes.")
+    extra = [key for key in weights if key not in shapes]
+    if extra:
+        raise UserError(f"{name} has {_some(extra)}, which the network has no place for: it holds another network, or one of other sizes.")
+    wrong = [f"{key} {list(weights[key].shape)} for {list(shape)}" for key, shape in shapes.items() if weights[key].shape != shape]
+    if wrong:
+        raise UserError(f"{name} has other shapes than the network: {_some(wrong)}.")
+    place = place or (lambda path, tensor, leaf: np.asarray(tensor.read(), leaf.dtype))
+    placed = {path: place(path, _to_linen(path, leaf, weights), leaf) for path, leaf in flax.traverse_util.flatten_dict(abstract).items()}
+    return flax.traverse_util.unflatten_dict(placed)
+
+
+def state_dict(params: Any) -> dict[str, np.ndarray]:
+    """Parameters -> contiguous arrays by published key: the inverse of `load_params`, bit for bit."""
+    found = {}
+    for path, leaf in flax.traverse_util.flatten_dict(params).items():
+        key, array = key_of(path), np.asarray(jax.device_get(leaf))
+        for layer, array in enumerate(array) if "#" in key else ((0, array),):
+            array = array.transpose(KERNELS[array.ndim]) if path[-1] == "kernel" else array
+            found[key.replace("#", str(layer))] = np.ascontiguousarray(array)  # writers store memory order under the view's shape
+    return found
+
+
+def _to_linen(path, leaf, weights):
+    key = key_of(path)
+    tensors = [weights[key.replace("#", str(layer))] for layer in (range(leaf.shape[0]) if "#" in key else (0,))]
+    if path[-1] == "kernel":
+        tensors = [tensor.transpose(*np.argsort(KERNELS[tensor.ndim])) for tensor in tensors]
+    return stack(tensors) if "#" in key else tensors[0]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,1 @@
+"""Published networks that stand beside a diffusion model, frozen: autoencoders, text and image encoders, feature networks."""

@@ -1,0 +1,64 @@
+"""Weights and inputs of the golden files, made from names by NumPy's frozen legacy stream: no weights are stored.
+
+`make_golden.py` loads them into the published implementations and stores what these answer; the tests make the same from our networks'
+own shapes, which tests the keys, too.
+"""
+
+import math
+import pathlib
+import zlib
+
+import jax
+import numpy as np
+
+from mmdiff.convert import state_dicts
+from mmdiff.convert.tensors import Tensor
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+POSITIONS = ("embedding", "shared", "embed_tokens", "token", "pos_embed", "probe")
+
+
+def normal(name, shape):
+    """Standard normal numbers float32 that belong to a name."""
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+
+
+def weight(key, shape):
+    """The weights of a published key."""
+    stream = np.random.RandomState(zlib.crc32(key.encode()))
+    x = stream.standard_normal(shape).astype(np.float32)
+    if key.endswith("running_var"):
+        return (0.5 + stream.random_sample(shape)).astype(np.float32)
+    if key.endswith(("running_mean", "bias")):
+        return 0.1 * x
+    if len(shape) <= 1:
+        return 1 + 0.1 * x
+    if any(part in key for part in POSITIONS):
+        return 0.5 * x
+    return (x / math.sqrt(math.prod(shape[1:]))).astype(np.float32)
+
+
+def abstract(net):
+    """The parameters' shapes."""
+    return jax.eval_shape(net.init, jax.random.key(0), *net.example_inputs())["params"]
+
+
+def params(net):
+    """The network's parameters, by the keys that it has."""
+    shapes = abstract(net)
+    weights = {key: Tensor.of(weight(key, shape)) for key, shape in state_dicts.expected(shapes).items()}
+    return state_dicts.load_params(shapes, weights, "golden")
+
+
+def golden(name):
+    """What the published implementation answered."""
+    with np.load(GOLDEN / f"{name}.npz") as found:
+        return dict(found)
+
+
+def assert_close(found, expected, tolerance=2e-5):
+    """max |found - expected| <= tolerance * max(1, max |expected|)."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    error, size = np.abs(found - expected).max(), max(1.0, np.abs(expected).max())
+    assert error <= tolerance * size, f"max |difference| {error:.2e} of {size:.2f}"
