@@ -15,6 +15,7 @@ import numpy as np
 
 from mmdiff import files
 from mmdiff.data import captions, media
+from mmdiff.encoders.preprocessing import Preprocessing
 from mmdiff.errors import UserError
 from mmdiff.files import FileError
 
@@ -116,12 +117,8 @@ def values(image: Any) -> np.ndarray:
 
 def square(image: Any, size: int, ids: bool = False) -> Any:
     """The central square of a Pillow image, `size` pixels wide: in colour, resampled (bicubic, antialiased); or ids, the nearest."""
-    from PIL import Image
-
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    how = Image.Resampling.NEAREST if ids else Image.Resampling.BICUBIC
-    return (image if ids else image.convert("RGB")).resize((size, size), how, (left, top, left + side, top + side))
+    how = Preprocessing(size, "central", "nearest" if ids else "bicubic")
+    return how.resized(image if ids else image.convert("RGB"))
 
 
 @functools.cache
