@@ -1,1 +1,9 @@
 """Published networks that stand beside a diffusion model, frozen: autoencoders, text and image encoders, feature networks."""
+
+from mmdiff.exports import lazily
+
+__all__, __getattr__, __dir__ = lazily(
+    __name__,
+    sentence_bert="SentenceBERT",
+    t5="T5Encoder",
+)

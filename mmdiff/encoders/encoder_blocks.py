@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -58,9 +60,10 @@ class Layer(nn.Module):
       names: see `Names`.
       heads, hidden: attention heads, and the MLP's width.
       activation: a name of `blocks.ACTIVATIONS`; with a gate the MLP is fc2(activation(fc1(h)) * gate(h)).
+      fused_gate: fc1 and the gate are one product, fc1's half first.
       epsilon: of the norms.
       pre_norm: see above.
-      bias: the dense layers have biases.
+      use_bias: the dense layers have biases.
       rms: the norms are `RMSNorm`, else LayerNorm.
       head_size: by default width / heads. scale: of the scores, by default head_size^-1/2.
       dtype: of products and activations.
@@ -72,7 +75,8 @@ class Layer(nn.Module):
     activation: str
     epsilon: float
     pre_norm: bool = True
-    bias: bool = True
+    use_bias: bool = True
+    fused_gate: bool = False
     rms: bool = False
     head_size: int | None = None
     scale: float | None = None
@@ -83,7 +87,7 @@ class Layer(nn.Module):
         names, width = self.names, h.shape[-1]
 
         def dense(features, name):
-            return nn.Dense(features, self.bias, dtype=self.dtype, name=name)
+            return nn.Dense(features, self.use_bias, dtype=self.dtype, name=name)
 
         def attend(h):
             inner = self.heads * (self.head_size or width // self.heads)
@@ -92,9 +96,12 @@ class Layer(nn.Module):
             return BranchScale(self.dtype, name=names.scale1)(h) if names.scale1 else h
 
         def mlp(h):
-            inner = ACTIVATIONS[self.activation](dense(self.hidden, names.fc1)(h))
-            if names.gate:
-                inner *= dense(self.hidden, names.gate)(h)
+            inner, gate = dense(self.hidden * (1 + self.fused_gate), names.fc1)(h), None
+            if self.fused_gate:
+                inner, gate = jnp.split(inner, 2, axis=-1)
+            elif names.gate:
+                gate = dense(self.hidden, names.gate)(h)
+            inner = ACTIVATIONS[self.activation](inner) if gate is None else ACTIVATIONS[self.activation](inner) * gate
             h = dense(width, names.fc2)(inner)
             return BranchScale(self.dtype, name=names.scale2)(h) if names.scale2 else h
 
@@ -139,3 +146,12 @@ def causal(length: int) -> jax.Array:
 def attended(mask: jax.Array) -> jax.Array:
     """The bias [B, 1, 1, N] of a mask [B, N]: nothing attends where it is 0. Finite, for a text may be all padding."""
     return jnp.where(mask[:, None, None] != 0, 0.0, jnp.finfo(jnp.float32).min)
+
+
+def config_fields(net: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of a network that a published config.json states: their values in `config`, or those of the network itself.
+
+    The type of the computation is the user's choice, not the file's.
+    """
+    names = [field.name for field in dataclasses.fields(net) if field.name not in ("parent", "name", "dtype")]
+    return {name: getattr(net, name) for name in names} if config is None else {name: config[name] for name in names if name in config}

@@ -18,6 +18,7 @@ HERE = pathlib.Path(__file__).parent
 def cases():
     """name -> function, of all families."""
     sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+    importlib.import_module("published").prepare_torchvision()
     found = {}
     for path in sorted((HERE / "originals").glob("*.py")):
         module = importlib.import_module(f"originals.{path.stem}")

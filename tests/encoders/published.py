@@ -6,6 +6,8 @@ own shapes, which tests the keys, too.
 
 import math
 import pathlib
+import sys
+import types
 import zlib
 
 import jax
@@ -16,6 +18,14 @@ from mmdiff.convert.tensors import Tensor
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 POSITIONS = ("embedding", "shared", "embed_tokens", "token", "pos_embed", "probe")
+
+# Reduced sizes: what the config.json of a golden file's network states.
+SMALL = {
+    "bert": {
+        "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 64},
+    "t5": {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
+}  # fmt: skip
 
 
 def normal(name, shape):
@@ -36,6 +46,39 @@ def weight(key, shape):
     if any(part in key for part in POSITIONS):
         return 0.5 * x
     return (x / math.sqrt(math.prod(shape[1:]))).astype(np.float32)
+
+
+def token_ids(name, shape, size):
+    """Token ids int32 in 0 .. size - 1 that belong to a name."""
+    return np.random.RandomState(zlib.crc32(name.encode())).randint(0, size, shape).astype(np.int32)
+
+
+def masked(shape, padding):
+    """Attention mask int32 of texts whose last one has `padding` tokens at the end that do not count."""
+    mask = np.ones(shape, np.int32)
+    mask[-1, -padding:] = 0
+    return mask
+
+
+def prepare_torchvision():
+    """Beside a PyTorch for CPUs only, PyPI's torchvision fails as it describes its compiled operators: its transforms do without them."""
+    import torch
+
+    if torch.version.cuda is None:
+        for name in ("torchvision._meta_registrations", "torchvision._autograd_registrations"):
+            sys.modules.setdefault(name, types.ModuleType(name))
+
+
+def torch_model(model):
+    """A published model, with the weights of its keys."""
+    import torch
+
+    found, first = {}, {}
+    for key, tensor in model.state_dict().items():
+        name = first.setdefault(tensor.data_ptr() or key, key)  # a tied parameter has the weights of its first key
+        found[key] = torch.from_numpy(np.asarray(weight(name, tuple(tensor.shape)))) if tensor.is_floating_point() else tensor
+    model.load_state_dict(found)
+    return model.eval()
 
 
 def abstract(net):

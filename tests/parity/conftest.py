@@ -7,3 +7,7 @@ import sys
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "encoders"))  # published.py and originals/
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob = ["*.py"]
+else:
+    import published
+
+    published.prepare_torchvision()
