@@ -1,4 +1,4 @@
-"""BERT as an encoder of sentences (Devlin et al. 2019; Reimers and Gurevych 2019): the mean of the last states, of length 1, as in MiniLM."""
+"""BERT as an encoder of sentences (Devlin et al. 2019; Reimers and Gurevych 2019): the mean of the last states, of length 1."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class SentenceBERT(nn.Module):
         return x, jnp.tanh(nn.Dense(self.hidden_size, dtype=self.dtype, name="pooler.dense")(x[:, 0]))
 
     def encode(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Token ids and mask int32 [B, L] -> a vector of length 1 for each text [B, W]: the mean of the states of its tokens, divided by its norm."""
+        """Token ids and mask int32 [B, L] -> the mean of the states of a text's tokens, divided by its norm [B, W]."""
         states = self(ids, mask)[0].astype(jnp.promote_types(self.dtype, jnp.float32))
         mean = jnp.einsum("blw,bl->bw", states, mask.astype(states.dtype)) / jnp.maximum(mask.sum(1, keepdims=True), 1)
         return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)

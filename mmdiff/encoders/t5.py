@@ -1,4 +1,4 @@
-"""The encoder of T5 v1.1 and Flan-T5 (Raffel et al. 2020; Shazeer 2020): states of the tokens, as SD3, FLUX, Imagen and PixArt are given."""
+"""The encoder of T5 v1.1 and Flan-T5 (Raffel et al. 2020; Shazeer 2020): the states that SD3, FLUX, Imagen and PixArt are given."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class T5Encoder(nn.Module):
 
     Attributes:
       feed_forward_proj: "gated-gelu" (v1.1, Flan; the tanh form), or the MLP's activation ("relu": the first T5).
-      dtype: of the computation, not float16 (its largest number is too small for the MLPs of the published weights); parameters are float32.
+      dtype: of the computation, not float16 (the MLPs of the published weights pass its largest number); parameters are float32.
     """
 
     vocab_size: int = 32128
