@@ -42,22 +42,23 @@ TRAIN = {
     "train.steps": "1400", "train.global_batch": "128", "train.learning_rate": "1e-2", "train.warmup_steps": "50", "train.ema": "0.995",
     "eval.batch": "200"}
 SMALL = {
-    **TRAIN, "model.width": "64", "sample.steps": "12", "times.draw": "0.9", "times.bare": "0.1", "times.write": "0.0"}  # fmt: skip
-DRAW = {"text_weight": "0.0"}  # nor is an absent caption predicted from the image: that would be alignment
-BOTH = {**DRAW, "query.weight": "0.2"}
+    **TRAIN, "model.width": "64", "sample.steps": "12", "times.text_to_image": "0.9", "times.unconditional": "0.1",
+    "times.image_to_text": "0.0"}
+NO_CAPTIONS = {"text_weight": "0.0"}  # nor is an absent caption predicted from the image: that would be alignment
+BOTH = {**NO_CAPTIONS, "query.weight": "0.2"}
 TASKS = {
     "two towers": {**TRAIN, "model.width": "64", "model.depth": "3"},
-    "drawing alone": {**SMALL, **DRAW, "tasks": "draw"},
-    "naming alone": {**SMALL, "tasks": "name"},
+    "generation alone": {**SMALL, **NO_CAPTIONS, "tasks": "generate"},
+    "alignment alone": {**SMALL, "tasks": "align"},
     "both": {**SMALL, **BOTH},
-    "naming without noise": {**SMALL, "tasks": "name"},
+    "alignment without noise": {**SMALL, "tasks": "align"},
 }
 WEIGHTS = ("0.02", "1.0")
 
 
 def settings():
     """-> (part, name of the setting, what it is run as, overrides), each to be run with every seed."""
-    kinds = {"two towers": "towers", "drawing alone": "draw", "naming alone": "name", "naming without noise": "without noise"}
+    kinds = {"two towers": "towers", "generation alone": "generate", "alignment alone": "align", "alignment without noise": "without noise"}
     for name, overrides in TASKS.items():
         yield "tasks", name, kinds.get(name, "both"), overrides
     for weight in WEIGHTS:
@@ -86,7 +87,7 @@ def without_noise(experiment, config):
         (shares.clean, 0.0), (shares.noisy, times.uniform(0.0, 0.7)), (shares.dropped, 1.0)))
     apply = functools.partial(aligner.net.apply, tasks=("align",))
     term = matching.embedding_loss(aligner.query, "query", config.query.loss)
-    loss = losses.combine(name=(config.query.weight, losses.diffusion(process, apply, align_times, {config.query.loss: (1.0, term)})))
+    loss = losses.combine(align=(config.query.weight, losses.diffusion(process, apply, align_times, {config.query.loss: (1.0, term)})))
 
     def vectors(params, keys, images):
         x, t = {"image": images, "query": jnp.zeros((len(images), aligner.size))}, jnp.zeros(len(images))
@@ -98,7 +99,7 @@ def without_noise(experiment, config):
 def norms(config, module, params, batch, key):
     """The norms of both losses' gradients, unweighted, on the image's weights in the shared trunk."""
     found = {}
-    for task in ("draw", "name"):  # as config.tasks calls generation and alignment
+    for task in ("generate", "align"):
         only, _ = configs.load(str(CONFIGS / "scenes.py"), [])
         only.update(config)
         with only.unlocked():
@@ -133,10 +134,10 @@ def run(seed, data, overrides):
         keys = example_keys(key, COUNT)
         vectors = {split: in_batches(vectors_of, params, keys, each["image"], 250) for split, each in scenes_of.items()}
         metrics |= retrieval_metrics(vectors, towers, scenes_of)
-    elif data != "draw":
+    elif data != "generate":
         vectors = {split: aligner(params, key, each["image"], steps=10) for split, each in scenes_of.items()}
         metrics |= retrieval_metrics(vectors, towers, scenes_of)
-    if data in ("draw", "both"):
+    if data in ("generate", "both"):
         captioned = dataclasses.replace(experiment.evaluators[0].captioned, count=COUNT)
         found = captioned.samples(experiment, params, key, config.sample.steps, config.sample.guidance).metrics
         metrics |= {name: found[name] for name in ("prompt_correctness", "prompt_correctness_seen", "frechet_ratio")}

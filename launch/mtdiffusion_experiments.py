@@ -46,7 +46,7 @@ def shares(**times):
 LABEL = {"sample.guidance": "1.0", "sample.settle": "0.5"}
 ENCODERS = {"none": {"kappa": "0.0"}, "mean image": {"encoder": "mean"}, "network": {}}
 LABELS = {
-    "DDPM": {"kappa": "0.0", "task": "draw"},
+    "DDPM": {"kappa": "0.0", "task": "generate"},
     "head alone": {"kappa": "0.0"},
     "aggregation alone": {"label_weight": "0.0", **shares(hidden=0.3, known=0.3, absent=0.4, clean=0)},
     "aggregation and head": {},

@@ -32,7 +32,7 @@ NAMES = (
     "mtdiffusion/digits_transition", "diffdis/digits", "diffdis/scenes",
 )  # fmt: skip
 STEPS = 500
-OVERRIDES = {"diffdis/scenes": {"tasks": "draw"}}
+OVERRIDES = {"diffdis/scenes": {"tasks": "generate"}}
 REFERENCE, COUNT = 50, 500
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import ml_collections
 
-from mmdiff import checks, shipped_configs, suggest
+from mmdiff import checks, former_names, shipped_configs, suggest
 from mmdiff.errors import UserError
 
 SECTIONS = (Mapping, ml_collections.ConfigDict)
@@ -215,8 +215,9 @@ def _file(path: str) -> pathlib.Path:
         raise UserError(f"{checks.short(path)} is no path of a file ({getattr(error, 'strerror', None) or error}): {remedy}.") from error
     if whole:
         return file
-    if path in (shipped := shipped_configs.paths()):
-        return shipped[path]
+    name = former_names.CONFIGS.get(file.with_suffix("").as_posix().removeprefix("configs/"), path)
+    if name in (shipped := shipped_configs.paths()):
+        return shipped[name]
     if exists:
         raise UserError(f"{path} is no config file: {remedy}.")
     near = suggest.word(file.stem, {other.stem: other for other in around})

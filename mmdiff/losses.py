@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmdiff import former_names
 from mmdiff.errors import UserError
 from mmdiff.microbatches import BatchLoss, Pieces, without_state
 from mmdiff.processes.base import Process, concrete, fold
@@ -192,7 +193,8 @@ def combine(**losses: tuple[float, Loss]) -> BatchLoss:
     def pieces(params, batch, key, *, state=None, **given):
         def of(name, part):
             own = None if state is None else state.get(name)
-            return part.pieces(params, batch, jax.random.fold_in(key, zlib.crc32(name.encode())), state=own, **given)
+            word = former_names.COMBINED.get(name, name)
+            return part.pieces(params, batch, jax.random.fold_in(key, zlib.crc32(word.encode())), state=own, **given)
 
         return summed({name: of(name, part) for name, (_, part) in parts.items()})
 

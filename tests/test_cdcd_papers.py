@@ -72,7 +72,7 @@ def caches(sets, tmp_path_factory):
     def cache(name):
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / "tokens"
-            experiment, _ = load("pictures_tokenizer", **underscored(TINY), data__name=SETS[name], data__dir=sets[SETS[name]])
+            experiment, _ = load("images_tokenizer", **underscored(TINY), data__name=SETS[name], data__dir=sets[SETS[name]])
             params = jax.jit(experiment.init)(jax.random.key(0))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(network_cache, "PIXELS", 2 * 256**2)
@@ -142,7 +142,7 @@ def test_a_step_and_a_sample_from_a_cache(name, caches, monkeypatch):
 def test_the_commands(sets, tmp_path, capsys):
     """A tokenizer, its metrics, its cache, training from that and a sample, as the head of coco_text.py says."""
     once = {"train.steps": 1, "train.log_every": 1, "train.tensorboard": "false", "train.global_batch": 8}
-    tokenizer = ["--config", str(FOLDER / "pictures_tokenizer.py"), "--workdir", str(tmp_path / "tokenizer")]
+    tokenizer = ["--config", str(FOLDER / "images_tokenizer.py"), "--workdir", str(tmp_path / "tokenizer")]
     values = TINY | once | {"data.name": "coco_captions", "data.dir": sets["coco_captions"], "train.eval_every": 0}
     assert main(["train", *tokenizer, *flags(values)]) == 0
     assert main(["eval", *tokenizer]) == 0
@@ -214,4 +214,4 @@ def test_mistakes(caches, tmp_path):
     with pytest.raises(UserError, match="has 32 x 32 tokens of 2887 codes, but the config needs 16 x 16 of 974"):
         load("imagenet256_class", data__dir=caches("coco_text"))[0].train_data()
     with pytest.raises(UserError, match="there is no set of images 'imagenet'"):
-        load("pictures_tokenizer", data__name="imagenet", data__dir=tmp_path)[0].train_data()
+        load("images_tokenizer", data__name="imagenet", data__dir=tmp_path)[0].train_data()

@@ -110,7 +110,7 @@ def test_scenes_train_and_all_their_figures_are_there(towers, tmp_path, monkeypa
     given = options("scenes", tmp_path, {**TRAIN, **NET, "data.towers": towers / "towers"})
     assert cli.main(["train", *given]) == 0
     seen = {key for line in (tmp_path / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
-    assert {"draw/loss/image", "draw/loss/text", "name/loss/infonce", "val/loss"} <= seen
+    assert {"generate/loss/image", "generate/loss/text", "align/loss/infonce", "val/loss"} <= seen
     found = measured(monkeypatch, given, tmp_path)
     assert {
         "retrieval_r1", "retrieval_r1_all_digits", "retrieval_r1_held_out", "retrieval_r1_50", "retrieval_r1_1_of_8", "prompt_correctness",
@@ -166,7 +166,7 @@ def test_made_up_examples_have_all_that_the_loss_needs(name):
     batch = {**RandomSource(experiment.modalities).take([0, 1]), "index": np.arange(2, dtype=np.uint32)}
     params = jax.eval_shape(experiment.init, jax.random.key(0))
     loss, metrics = jax.eval_shape(experiment.loss, params, batch, jax.random.key(0))
-    assert loss.shape == () and {"draw/loss/image", "name/loss/infonce"} <= set(metrics)
+    assert loss.shape == () and {"generate/loss/image", "align/loss/infonce"} <= set(metrics)
 
 
 def test_scenes_say_what_they_lack(tmp_path):
@@ -175,7 +175,7 @@ def test_scenes_say_what_they_lack(tmp_path):
         experiment.train_data()
     with pytest.raises(UserError, match="choose infonce or siglip"):
         load("scenes", query__loss="clip")
-    with pytest.raises(UserError, match="choose both, draw or name"):
+    with pytest.raises(UserError, match="choose both, generate or align"):
         load("scenes", tasks="paint")
 
 
@@ -186,7 +186,7 @@ def test_the_losses_of_a_query(loss):
     batch = next(batches(experiment.train_data(), 0, 16))
     params = jax.jit(experiment.init)(jax.random.key(0))
     (_, metrics), gradient = jax.jit(jax.value_and_grad(experiment.loss, has_aux=True))(params, batch, jax.random.key(1))
-    assert np.isfinite(float(metrics[f"name/loss/{loss}"]))
+    assert np.isfinite(float(metrics[f"align/loss/{loss}"]))
     assert float(jnp.abs(gradient["params"]["query_out"]["kernel"]).max()) > 0
     # The logits' scale and bias are learned by what uses them alone.
     moved = {name: float(jnp.abs(gradient["params"][name])) > 0 for name in ("logit_scale", "logit_bias")}
@@ -216,7 +216,7 @@ def test_the_setting_of_the_paper_steps_in_small(monkeypatch):
     batch = next(batches(experiment.train_data(), 0, 4))
     state = init_state(experiment.init, experiment.optimizer, jax.random.key(0), experiment.loss)
     after, metrics = jax.jit(step_of(experiment, config.train))(state, batch)
-    assert {"draw/loss/image", "name/loss/infonce"} <= set(metrics) and np.isfinite(float(metrics["loss"]))
+    assert {"generate/loss/image", "align/loss/infonce"} <= set(metrics) and np.isfinite(float(metrics["loss"]))
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params["params"], after.params["params"])
     assert moved["image_out"]["kernel"] == pytest.approx(1e-5, rel=0.05)  # AdamW's first step is the rate
     assert moved["query_out"]["kernel"] == pytest.approx(1e-4, rel=0.05)
@@ -253,7 +253,7 @@ def classified(experiment, config):
     """What the first evaluator, the zero-shot one, finds of a new network."""
     params = jax.jit(experiment.init)(jax.random.key(0))
     found = experiment.evaluators[0](experiment, params, config, jax.random.key(1), 0)
-    assert found.settings["zero_shot_pictures"] == {"fgvc_aircraft": 2} and len(found.settings["zero_shot_not_run"]) == 11
+    assert found.settings["zero_shot_images"] == {"fgvc_aircraft": 2} and len(found.settings["zero_shot_not_run"]) == 11
     return found.metrics["zero_shot"]
 
 
@@ -293,7 +293,7 @@ def experiments(loaded_launch):
 def test_the_experiments_name_values_that_exist(experiments):
     every = list(experiments.settings())
     assert [name for part, name, *_ in every if part == "tasks"] == [
-        "two towers", "drawing alone", "naming alone", "both", "naming without noise"]
+        "two towers", "generation alone", "alignment alone", "both", "alignment without noise"]
     for _, _, data, overrides in every:
         config, _ = configs.load(str(FOLDER / ("scenes_towers.py" if data == "towers" else "scenes.py")), list(overrides.items()))
         assert all(config.train[key.removeprefix("train.")] == float(value) for key, value in experiments.TRAIN.items() if "train." in key)
@@ -309,7 +309,7 @@ def test_an_experiment_runs(experiments, towers, monkeypatch, data):
     metrics, seconds = experiments.run(1, data, {key: str(value) for key, value in {**overrides, **few, **small}.items()})
     wanted = {"retrieval_r1", "retrieval_r1_held_out", "digit_accuracy", "digit_accuracy_held_out"}
     if data == "both":
-        wanted |= {"prompt_correctness", "prompt_correctness_seen", "frechet_ratio", "gradient_draw", "gradient_name"}
+        wanted |= {"prompt_correctness", "prompt_correctness_seen", "frechet_ratio", "gradient_generate", "gradient_align"}
     assert set(metrics) == wanted and all(np.isfinite(value) for value in metrics.values()) and seconds > 0
 
 

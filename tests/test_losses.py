@@ -82,13 +82,15 @@ def test_a_single_process_needs_no_joint():
 def test_combine_adds_whole_losses():
     one = losses.diffusion(Joint(image=PROCESS.parts["image"]), network, times.joint(image=times.uniform()))
     two = losses.diffusion(Joint(label=PROCESS.parts["label"]), network, times.joint(label=times.uniform()))
-    both = losses.combine(draw=(1.0, one), name=(0.25, two))
+    both = losses.combine(generate=(1.0, one), align=(0.25, two))
     value, metrics = both(1.5, batch(), jax.random.key(0))
-    assert set(metrics) == {"draw/loss", "draw/loss/image", "name/loss", "name/loss/label"}
-    np.testing.assert_allclose(value, metrics["draw/loss"] + 0.25 * metrics["name/loss"], rtol=1e-6)
+    assert set(metrics) == {"generate/loss", "generate/loss/image", "align/loss", "align/loss/label"}
+    np.testing.assert_allclose(value, metrics["generate/loss"] + 0.25 * metrics["align/loss"], rtol=1e-6)
     # Each has its own key, by name: another loss beside it changes nothing.
-    alone = losses.combine(draw=(1.0, one))(1.5, batch(), jax.random.key(0))[1]
-    assert alone["draw/loss"] == metrics["draw/loss"]
+    alone = losses.combine(generate=(1.0, one))(1.5, batch(), jax.random.key(0))[1]
+    assert alone["generate/loss"] == metrics["generate/loss"]
+    # Runs from before two names were changed continue bit for bit.
+    assert losses.combine(draw=(1.0, one), name=(0.25, two))(1.5, batch(), jax.random.key(0))[0] == value
     gradient = jax.grad(lambda p: both(p, batch(), jax.random.key(0))[0])(1.5)
     assert np.isfinite(gradient)
 

@@ -113,9 +113,9 @@ TASKS = {
     "rolled": lambda: contrasting(rolled),
     "resampled": chains,
     "diffdis": lambda: losses.combine(
-        draw=(1.0, losses.diffusion(DRAWING, draw, times.joint(image=times.uniform()))), name=(0.3, matched("infonce"))),
+        generate=(1.0, losses.diffusion(DRAWING, draw, times.joint(image=times.uniform()))), align=(0.3, matched("infonce"))),
     "several": lambda: losses.combine(
-        name=(0.3, matched("infonce")),
+        align=(0.3, matched("infonce")),
         chain=(0.1, losses.prepared(contrasting(contrastive.inter(3)), lambda batch, keys: {"extra": batch["label"]}))),
     "adaptive": lambda: losses.combine(only=(2.0, adaptive())),
 }  # fmt: skip

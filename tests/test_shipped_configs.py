@@ -35,6 +35,11 @@ def test_a_config_is_found_by_name_anywhere(tmp_path, monkeypatch):
         configs.load("digits_joint.py")
 
 
+@pytest.mark.parametrize("asked", ["cdcd/pictures_tokenizer", "configs/cdcd/pictures_tokenizer.py"])
+def test_a_former_name_is_found(asked):
+    assert configs.load(asked)[1].__file__ == str(ROOT / "configs/cdcd/images_tokenizer.py")
+
+
 @pytest.mark.parametrize(
     "asked, meant",
     [

@@ -1,13 +1,13 @@
 """CDCD on COCO 256x256 given a caption: 32x32 tokens of 2,887 codes, the paper's setting (Zhu et al. 2023).
 
     SET="--config.data.name=coco_captions --config.data.dir=tfds"
-    python -m mmdiff train  --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer $SET
-    python -m mmdiff cache  --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer --out tokens/coco
+    python -m mmdiff train  --config configs/cdcd/images_tokenizer.py --workdir runs/coco_tokenizer $SET
+    python -m mmdiff cache  --config configs/cdcd/images_tokenizer.py --workdir runs/coco_tokenizer --out tokens/coco
     python -m mmdiff train  --config configs/cdcd/coco_text.py --workdir runs/coco_text --config.data.dir=tokens/coco
     python -m mmdiff sample --config configs/cdcd/coco_text.py --workdir runs/coco_text --given text="a cat on a red sofa"
     python -m mmdiff aot    --config configs/cdcd/coco_text.py --topology v5e:4x4 --config.data.source=random
 
-The tokenizer of the images is ours (see configs/cdcd/pictures_tokenizer.py), and so is the text encoder: CLIP's text tower in size (12
+The tokenizer of the images is ours (see configs/cdcd/images_tokenizer.py), and so is the text encoder: CLIP's text tower in size (12
 layers, 512 wide, 77 tokens, each normalised), trained with the network from nothing on the training captions, where the paper has CLIP's
 own, frozen. config.text.freeze=true freezes it, as released; without CLIP's weights it is then a random projection.
 
@@ -34,7 +34,7 @@ from mmdiff.data.token_cache import decoder, open_tokenizer, open_tokens
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim
 
-GRID, CODES = (32, 32), 2887  # of configs/cdcd/pictures_tokenizer.py
+GRID, CODES = (32, 32), 2887  # of configs/cdcd/images_tokenizer.py
 VOCABULARY, LENGTH = 49408, 77  # CLIP's; a cache's tokenizer has at most as many ids
 
 

@@ -1,8 +1,8 @@
 """CDCD on CUB-200 256x256 given a caption: the network of coco_text.py on birds, the paper's setting (Zhu et al. 2023).
 
     SET="--config.data.name=cub200 --config.data.dir=cub"
-    python -m mmdiff train  --config configs/cdcd/pictures_tokenizer.py --workdir runs/cub_tokenizer $SET
-    python -m mmdiff cache  --config configs/cdcd/pictures_tokenizer.py --workdir runs/cub_tokenizer --out tokens/cub
+    python -m mmdiff train  --config configs/cdcd/images_tokenizer.py --workdir runs/cub_tokenizer $SET
+    python -m mmdiff cache  --config configs/cdcd/images_tokenizer.py --workdir runs/cub_tokenizer --out tokens/cub
     python -m mmdiff train  --config configs/cdcd/cub200_text.py --workdir runs/cub_text --config.data.dir=tokens/cub
     python -m mmdiff sample --config configs/cdcd/cub200_text.py --workdir runs/cub_text --given text="a small red bird with black wings"
     python -m mmdiff aot    --config configs/cdcd/cub200_text.py --topology v5e:4x4 --config.data.source=random

@@ -1,13 +1,13 @@
 """CDCD on ImageNet 256x256 given the class: 16x16 tokens of 974 codes, the paper's setting (Zhu et al. 2023).
 
     SET="--config.data.name=imagenet2012 --config.data.dir=tfds"
-    python -m mmdiff train  --config configs/cdcd/pictures_tokenizer.py --workdir runs/imagenet_tokenizer $SET
-    python -m mmdiff cache  --config configs/cdcd/pictures_tokenizer.py --workdir runs/imagenet_tokenizer --out tokens/imagenet
+    python -m mmdiff train  --config configs/cdcd/images_tokenizer.py --workdir runs/imagenet_tokenizer $SET
+    python -m mmdiff cache  --config configs/cdcd/images_tokenizer.py --workdir runs/imagenet_tokenizer --out tokens/imagenet
     python -m mmdiff train  --config configs/cdcd/imagenet256_class.py --workdir runs/imagenet_class --config.data.dir=tokens/imagenet
     python -m mmdiff sample --config configs/cdcd/imagenet256_class.py --workdir runs/imagenet_class --given label=207
     python -m mmdiff aot    --config configs/cdcd/imagenet256_class.py --topology v5e:4x4 --config.data.source=random
 
-The tokenizer is ours (see configs/cdcd/pictures_tokenizer.py), the network the published one, whose position table has 32 columns for a
+The tokenizer is ours (see configs/cdcd/images_tokenizer.py), the network the published one, whose position table has 32 columns for a
 grid of 16.
 
 The recipe, as released: Step-Intra with ten negatives, importance-sampled times, auxiliary weight 1e-3; AdamW (0.9, 0.96) with decay
@@ -33,7 +33,7 @@ from mmdiff.data.token_cache import decoder, open_tokens
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim
 
-CLASSES, GRID, CODES = 1000, (16, 16), 974  # the null label is CLASSES; tokens as of configs/cdcd/pictures_tokenizer.py
+CLASSES, GRID, CODES = 1000, (16, 16), 974  # the null label is CLASSES; tokens as of configs/cdcd/images_tokenizer.py
 
 
 def get_config():

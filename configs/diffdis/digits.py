@@ -61,8 +61,9 @@ def build(config):
         init=initialiser(net, Joint(image=image, text=text, query=query), {name: each.shape for name, each in modalities.items()}),
         apply=generate,
         loss=losses.combine(
-            draw=(1.0, losses.diffusion(generation, generate, captioned, losses.weighted(generation))),
-            name=(config.query.weight, losses.diffusion(alignment, align, align_times, matching.terms(query, "query", config.query.loss)))),
+            generate=(1.0, losses.diffusion(generation, generate, captioned, losses.weighted(generation))),
+            align=(config.query.weight, losses.diffusion(
+                alignment, align, align_times, matching.terms(query, "query", config.query.loss)))),
         optimizer=optim.adamw(config.train, optim.all_but("logit_")),
         data=lambda split: digits.captioned(digits.digits_source(split), prompts),
         sampler={"heun": True},

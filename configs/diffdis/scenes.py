@@ -54,8 +54,9 @@ def get_config():
         "query": {"size": 64, "gamma": 0.5, "loss": "infonce", "weight": 0.2},  # or siglip, mse
         "text_weight": 0.5,
         # Shares of the times: an image of a caption, without one, and a caption of an image; of the image, while the query is denoised.
-        "times": {"draw": 0.72, "bare": 0.08, "write": 0.2, "clean": 0.6, "noisy": 0.3, "dropped": 0.1},
-        "tasks": "both",  # or draw or name: a single one
+        "times": {
+            "text_to_image": 0.72, "unconditional": 0.08, "image_to_text": 0.2, "clean": 0.6, "noisy": 0.3, "dropped": 0.1},
+        "tasks": "both",  # or generate or align: a single one
         "train": training_config(
             steps=5000, global_batch=128, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.1, clip=1.0,
             eval_every=1000, checkpoint_every=500),
@@ -76,16 +77,16 @@ def build(config):
     generation, alignment = Joint(image=image, text=text), Joint(image=image, query=query)
     noisy = times.uniform()
     captioned = times.mixture(
-        (shares.draw, times.joint(image=noisy, text=0.0)),
-        (shares.bare, times.joint(image=noisy, text=1.0)),
-        (shares.write, times.joint(image=0.0, text=noisy)))
+        (shares.text_to_image, times.joint(image=noisy, text=0.0)),
+        (shares.unconditional, times.joint(image=noisy, text=1.0)),
+        (shares.image_to_text, times.joint(image=0.0, text=noisy)))
     align_times = times.joint(query=noisy, image=times.mixture(
         (shares.clean, 0.0), (shares.noisy, times.uniform(0.0, 0.7)), (shares.dropped, 1.0)))
     tasks = {
-        "draw": (1.0, losses.diffusion(generation, generate, captioned, losses.weighted(generation, text=config.text_weight))),
-        "name": (config.query.weight, losses.diffusion(alignment, align, align_times, matching.terms(query, "query", config.query.loss)))}
+        "generate": (1.0, losses.diffusion(generation, generate, captioned, losses.weighted(generation, text=config.text_weight))),
+        "align": (config.query.weight, losses.diffusion(alignment, align, align_times, matching.terms(query, "query", config.query.loss)))}
     if config.tasks not in ("both", *tasks):
-        raise UserError(f"config.tasks is {config.tasks!r}: choose both, draw or name.")
+        raise UserError(f"config.tasks is {config.tasks!r}: choose both, generate or align.")
     aligner = Aligner(net, query, size, SHAPE)
     encode_image = jax.jit(aligner.function(10, cached=not config.model.two_way))
     classify = CaptionedScenes("image", decode=lambda images: images, asked=tuple(scenes.ATTRIBUTES), batch=config.eval.batch)

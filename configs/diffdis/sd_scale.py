@@ -1,7 +1,7 @@
 """DiffDis at the paper's scale (Huang et al. 2023) on a diffusion transformer: latents, 77 text tokens, a query of 768, CC3M.
 
     DATA="--config.data.dir=latents/cc3m"
-    python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/generator $DATA --config.tasks=draw \\
+    python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/generator $DATA --config.tasks=generate \\
         --config.train.steps=500000 --config.train.learning_rate=1e-4
     python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/diffdis $DATA --config.train.start=runs/generator
     python -m mmdiff eval  --config configs/diffdis/sd_scale.py --workdir runs/diffdis
@@ -61,7 +61,7 @@ def get_config():
             "two_way": True, "reinject": True, "dtype": "bfloat16", "remat": "none", "scan": True},
         "query": {"gamma": 0.5, "loss": "infonce", "weight": 1.0},
         "dropout": 0.1,
-        "tasks": "both",  # or draw or name: a single one
+        "tasks": "both",  # or generate or align: a single one
         "train": training_config(
             steps=19_500, global_batch=1024, ema=0.9999, eval_every=5_000, checkpoint_every=1_000, log_every=100,
             learning_rate=1e-5, new_learning_rate=1e-4, warmup_steps=1000, weight_decay=1e-4),
@@ -84,11 +84,11 @@ def build(config):
     generation, alignment = Joint(image=image, text=Given(0.0)), Joint(image=Given(0.0), query=query)
     noisy, dropped = times.on_grid(STEPS), times.mixture((1 - config.dropout, 0.0), (config.dropout, 1.0))
     tasks = {
-        "draw": (1.0, losses.diffusion(generation, generate, times.joint(image=noisy, text=dropped))),
-        "name": (config.query.weight, losses.diffusion(
+        "generate": (1.0, losses.diffusion(generation, generate, times.joint(image=noisy, text=dropped))),
+        "align": (config.query.weight, losses.diffusion(
             alignment, align, times.joint(image=dropped, query=noisy), matching.terms(query, "query", config.query.loss)))}
     if config.tasks not in ("both", *tasks):
-        raise UserError(f"config.tasks is {config.tasks!r}: choose both, draw or name.")
+        raise UserError(f"config.tasks is {config.tasks!r}: choose both, generate or align.")
     aligner = Aligner(net, query, VECTOR, shape["image"])
     encode_image = aligner.function(10, cached=not config.model.two_way)
     return Experiment(

@@ -8,13 +8,13 @@
 
 Then the single tasks, each from the first weights (the paper's M*; with config.model.head=output E*):
 
-    python -m mmdiff train --config configs/mtdiffusion/digits_label.py --workdir runs/digits_draw --config.task=draw \\
+    python -m mmdiff train --config configs/mtdiffusion/digits_label.py --workdir runs/digits_generate --config.task=generate \\
         --config.train.start=runs/digits_label_first --config.train.steps=800 --config.train.learning_rate=1e-3
-    python -m mmdiff eval  --config configs/mtdiffusion/digits_label.py --workdir runs/digits_draw --config.sample.guidance=1.0
-    python -m mmdiff train --config configs/mtdiffusion/digits_label.py --workdir runs/digits_name --config.task=name \\
+    python -m mmdiff eval  --config configs/mtdiffusion/digits_label.py --workdir runs/digits_generate --config.sample.guidance=1.0
+    python -m mmdiff train --config configs/mtdiffusion/digits_label.py --workdir runs/digits_classify --config.task=classify \\
         --config.train.start=runs/digits_label_first --config.train.steps=400 --config.train.learning_rate=5e-4
 
-Plain DDPM, on the same network, is --config.task=draw --config.kappa=0 from scratch.
+Plain DDPM, on the same network, is --config.task=generate --config.kappa=0 from scratch.
 
 Measured (seed 0, 500 test digits, EMA weights, 1,097 training digits; guidance and config.sample.settle chosen on the validation digits):
 both tasks: label accuracy 0.980, conditional agreement 0.981, classification accuracy score 0.954, Fréchet ratio 2.12, joint agreement
@@ -37,8 +37,8 @@ from mmdiff.training import optim
 
 CLASSES, SHAPE = 10, (8, 8, 1)
 TASKS = {  # shares of the training times, as config.times
-    "draw": {"hidden": 0.0, "known": 0.85, "absent": 0.15, "clean": 0.0},
-    "name": {"hidden": 0.0, "known": 0.0, "absent": 0.6, "clean": 0.4}}
+    "generate": {"hidden": 0.0, "known": 0.85, "absent": 0.15, "clean": 0.0},
+    "classify": {"hidden": 0.0, "known": 0.0, "absent": 0.6, "clean": 0.4}}
 
 
 def get_config():
@@ -50,7 +50,7 @@ def get_config():
         # Shares of the training times: label hidden in the mean (U), known (X), absent (plain DDPM), absent with a clean image.
         "times": {"hidden": 0.3, "known": 0.3, "absent": 0.3, "clean": 0.1},
         "label_weight": 0.1,
-        "task": "both",  # or draw or name: a single one
+        "task": "both",  # or generate or classify: a single one
         "train": training_config(
             steps=3200, global_batch=128, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.7, clip=1.0, eval_every=500),
         "sample": {"steps": 25, "guidance": 1.4, "settle": 0.75},  # the time at which joint samples settle their label
@@ -81,7 +81,7 @@ def build(config):
     shares = TASKS.get(config.task, config.times)
     noise_levels = times.multitask("image", "label", times.uniform(), shares, ("hidden", "known", "absent", "clean"))
     terms = losses.of_parts(
-        process, image=0.0 if config.task == "name" else 1.0, label=0.0 if config.task == "draw" else config.label_weight)
+        process, image=0.0 if config.task == "classify" else 1.0, label=0.0 if config.task == "generate" else config.label_weight)
     return Experiment(
         process=process, net=net,
         modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(CLASSES, synonyms=NAMES)},

@@ -13,7 +13,7 @@ The captions' tokenizer (byte pairs) is learnt from those of the training images
 has config.data.length of them at most. The words of a text that is given must occur in these captions.
 
 config.task=conditional trains images of a text only. The head of configs/own/images.py says how images are read, and what to set for
-larger ones. For tokens of a VQ autoencoder instead of pixels: configs/cdcd/pictures_tokenizer.py with --config.data.name=captioned.
+larger ones. For tokens of a VQ autoencoder instead of pixels: configs/cdcd/images_tokenizer.py with --config.data.name=captioned.
 
 Image: flow matching, velocity. Caption: absorbing diffusion of its ids. Cost: 2.6M parameters; ten minutes on two CPU cores, estimated.
 

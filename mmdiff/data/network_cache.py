@@ -71,7 +71,7 @@ def _tower_fields(net):
 
 TOKENS = Kind(
     "cache.json", "tokens",
-    "there is no token cache in {folder}: train a tokenizer (configs/cdcd/scenes_tokenizer.py, pictures_tokenizer.py) and write one with "
+    "there is no token cache in {folder}: train a tokenizer (configs/cdcd/scenes_tokenizer.py, images_tokenizer.py) and write one with "
     "mmdiff cache --config TOKENIZER.py --workdir RUN --out {folder}.",
     _autoencoder_fields, lambda meta: AUTOENCODERS[meta.get("network", "VQAutoencoder")](**meta["net"]),
 )  # fmt: skip

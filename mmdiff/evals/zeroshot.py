@@ -140,7 +140,7 @@ class ZeroShot:
         metrics["zero_shot"] = float(np.mean([metrics[each] for each in chosen.values()]))
         definitions["zero_shot"] = f"the mean over {len(chosen)} of {len(TASKS)} data sets: {', '.join(chosen.values())}"
         settings = {
-            "zero_shot_pictures": {name: len(source) for name, (source, _) in sources.items()},
+            "zero_shot_images": {name: len(source) for name, (source, _) in sources.items()},
             "zero_shot_prompts": {name: len(TASKS[name].templates) for name in sources},
             "zero_shot_not_run": not_run,
             "zero_shot_seconds": clock.seconds,

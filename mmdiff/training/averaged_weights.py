@@ -106,12 +106,6 @@ def restore_averages(checkpoint: pathlib.Path, like: Any, others: list[int]) -> 
     return params
 
 
-def saved_averages(checkpoint: pathlib.Path) -> Any:
-    """A pytree with what is noted of each array of averaged weights in a checkpoint: `shape`, `dtype`."""
-    with checkpoint_files.unreadable(checkpoint):
-        return ocp.StandardCheckpointHandler().metadata(checkpoint / "ema").tree
-
-
 def _check_finite(params: Any, workdir: str | os.PathLike, step: int, others: list[int]) -> None:
     """Raises UserError if weights are not finite: all that is made of them would be NaN, or a class that NaN is taken for."""
     finite = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params))

@@ -52,9 +52,7 @@ def check_step(checkpoint: pathlib.Path, step: int | None) -> None:
 def check_fit(checkpoint: pathlib.Path, **items: Any) -> None:
     """Raises UserError unless the saved arrays have the names and shapes of these trees."""
     for item, tree in items.items():
-        with unreadable(checkpoint):
-            saved = array_shapes(ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree)
-        wanted = array_shapes(tree)
+        saved, wanted = array_shapes(saved_arrays(checkpoint, item)), array_shapes(tree)
         for name in [*wanted, *saved]:
             there, here = saved.get(name, "absent"), wanted.get(name, "absent")
             if there != here:
@@ -62,6 +60,12 @@ def check_fit(checkpoint: pathlib.Path, **items: Any) -> None:
                     f"the checkpoint {checkpoint} is of another network, optimizer or loss: {item}/{name} is {there} there and "
                     f"{here} here; go back to the code and config that wrote it, or use another workdir."
                 )
+
+
+def saved_arrays(checkpoint: pathlib.Path, item: str) -> Any:
+    """A pytree with what is noted of each array in an item of a checkpoint, "state" or "ema": `shape`, `dtype`."""
+    with unreadable(checkpoint):
+        return ocp.StandardCheckpointHandler().metadata(checkpoint / item).tree
 
 
 def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -66,7 +66,7 @@ class Checkpoints:
             distributed.from_first(give_up)
 
         def value(metrics):
-            found = former_names.metrics(metrics).get(best, math.nan)
+            found = former_names.metrics(metrics, known=[best]).get(best, math.nan)
             return found if math.isfinite(found) else math.inf
 
         policies = [checkpoint_managers.LatestN(keep)]
@@ -116,7 +116,7 @@ class Checkpoints:
 
         Args:
           state: what is saved, under the number of its step.
-          averages: a pytree of arrays that goes with it.
+          averages: the running means of the metrics, by name.
           meta: JSON values; meta["metrics"] is what `best` looks at.
 
         Raises:
@@ -141,17 +141,19 @@ class Checkpoints:
                 force=True,
             )
 
-    def restore(self, state: State, averages: Any) -> tuple[State, Any, dict[str, Any]]:
+    def restore(self, state: State, averages: Mapping[str, Any]) -> tuple[State, dict[str, Any], dict[str, Any]]:
         """-> (state, averages, meta) of the newest checkpoint, onto the shapes and shardings of these abstract ones.
 
-        How many devices wrote it does not matter: each device reads its own part.
+        How many devices wrote it does not matter: each device reads its own part. Averages may have former names there.
 
         Raises:
           UserError: it cannot be read, does not fit, or is of another step than its folder says.
         """
         step = self.latest()
         tree, ema = _pack(state)
-        tree = {"state": tree, "averages": averages}
+        stored = checkpoint_files.saved_arrays(self.folder / str(step), "state").get("averages", ())
+        former = former_names.metrics({name: name for name in stored}, known=averages)
+        tree = {"state": tree, "averages": {former.get(name, name): like for name, like in averages.items()}}
         checkpoint_files.check_fit(self.folder / str(step), state=tree, ema=ema)
         with checkpoint_files.unreadable(self.folder / str(step)):
             found = self._manager.restore(
@@ -163,7 +165,8 @@ class Checkpoints:
                 ),
             )
         checkpoint_files.check_step(self.folder / str(step), int(found.state["state"]["step"]))
-        return _unpack(found.state["state"], found.ema), found.state["averages"], found.meta
+        averages = {name: found.state["averages"][former.get(name, name)] for name in averages}
+        return _unpack(found.state["state"], found.ema), averages, found.meta
 
     def check(self) -> None:
         """Raises UserError if a save in the background has failed; does not wait for one in progress."""

@@ -31,7 +31,7 @@ def start_from(
       UserError: no checkpoint, one that cannot be read, nothing fits, or something does not and `strict` is set.
     """
     checkpoint, others = averaged_weights.choose(workdir)
-    wanted, saved = averaged_weights.averages_of(experiment, mesh), averaged_weights.saved_averages(checkpoint)
+    wanted, saved = averaged_weights.averages_of(experiment, mesh), checkpoint_files.saved_arrays(checkpoint, "ema")
     here, there = checkpoint_files.array_shapes(wanted), checkpoint_files.array_shapes(saved)
     fit = [name for name in here if there.get(name) == here[name]]
     unfit = [name for name in {**here, **there} if name not in fit]

@@ -112,7 +112,7 @@ def test_accuracies_are_those_of_the_known_answers(folder):
     }  # fmt: skip
     assert result.metrics == pytest.approx(expected) and set(result.definitions) == set(expected)
     assert "cifar10_top1, eurosat_top1, oxford_iiit_pet_mean_per_class" in result.definitions["zero_shot"]
-    assert result.settings["zero_shot_pictures"] == {"cifar10": 9, "eurosat": 9, "oxford_iiit_pet": 9}
+    assert result.settings["zero_shot_images"] == {"cifar10": 9, "eurosat": 9, "oxford_iiit_pet": 9}
     for batch in (1, 9, 100):
         assert found(folder, batch=batch).metrics == pytest.approx(expected)
 
@@ -142,7 +142,7 @@ def test_names_of_ones_own(folder):
 
 def test_some_pictures_of_each(folder):
     result = found(folder, count=3)  # 0, 3 and 6 of nine
-    assert result.settings["zero_shot_pictures"]["cifar10"] == 3
+    assert result.settings["zero_shot_images"]["cifar10"] == 3
     assert result.metrics["cifar10_top1"] == pytest.approx(2 / 3) and result.metrics["cifar10_mean_per_class"] == 0.5
 
 

@@ -106,13 +106,13 @@ def bayes(process, prompts):
 SHAPE = {"image": (10,), "query": (32,)}
 
 
-def naming(gamma=0.5, schedule=SD):
+def alignment(gamma=0.5, schedule=SD):
     return Joint(image=Given(0.1), query=Gaussian(schedules.scaled(schedule, gamma), x0))
 
 
 def read(prompts, images, steps, schedule=SD, gamma=0.5):
     """Vectors that the whole read-out makes of `images`, which are the classes' probabilities."""
-    process = naming(gamma, schedule)
+    process = alignment(gamma, schedule)
     apply = bayes(process.parts["query"], prompts)
 
     @jax.jit
@@ -155,7 +155,7 @@ def test_one_step_from_noise_is_the_posterior_mean_and_many_are_draws():
     images = jnp.tile(pi, (400, 1))
     once = read(prompts, images[:4], 1, schedule=schedules.cosine())
     np.testing.assert_allclose(once, jnp.tile(matching.l2_normalize(pi @ prompts), (4, 1)), atol=1e-4)
-    process = naming(0.5, schedules.cosine())
+    process = alignment(0.5, schedules.cosine())
     apply = bayes(process.parts["query"], prompts)
     drawn = jax.jit(lambda k: sampling.sample(process, apply, None, k, sampling.uniform_grid(60), SHAPE, given={"image": images}))
     s = retrieval.scores(drawn(keys(400))["query"], prompts)
@@ -164,7 +164,7 @@ def test_one_step_from_noise_is_the_posterior_mean_and_many_are_draws():
 
 
 def test_a_network_that_answers_always_the_same_is_believed():
-    answer, process = units(1, 32, 3)[0], naming()
+    answer, process = units(1, 32, 3)[0], alignment()
 
     def apply(params, x, t):
         return {"query": 5 * jnp.tile(answer, (len(x["query"]), 1))}

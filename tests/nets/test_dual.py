@@ -65,7 +65,7 @@ def test_outputs(fusion):
 
 
 @BOTH
-def test_drawing_does_not_depend_on_the_query_nor_naming_on_the_caption(fusion):
+def test_generation_does_not_depend_on_the_query_nor_alignment_on_the_caption(fusion):
     """Bit for bit, whatever they hold and at any time."""
     queries, texts = [-3 * X["query"], jnp.full((B, D), 1e6)], [5 - X["text"], jnp.zeros_like(X["text"])]
     for query in queries:

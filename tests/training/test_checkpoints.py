@@ -18,7 +18,7 @@ from clu.metrics import Average
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmdiff import nets
+from mmdiff import former_names, nets
 from mmdiff.errors import UserError
 from mmdiff.training import averaged_weights, checkpoint_files, integrity, sharding
 from mmdiff.training.averaged_weights import restore_for_inference
@@ -91,6 +91,15 @@ def test_eight_devices_then_one_then_four(tmp_path):
         state = state.replace(step=state.step + 1)
     assert state.params["params"]["first"]["kernel"].sharding.spec == P(None, "fsdp")
     assert averages["loss/x"].total == 2.5 and averages["loss/x"].count == 5
+
+
+def test_running_means_are_read_under_their_former_names(tmp_path, monkeypatch):
+    save(tmp_path, 5)
+    monkeypatch.setattr(former_names, "METRICS", {"loss/x": "loss/image"})
+    state, averages = abstract(mesh_of(1))
+    with Checkpoints(tmp_path, keep=1) as saved:
+        assert saved.restore(state, {"loss/image": averages["loss/x"]})[1]["loss/image"].count == 5
+        assert saved.restore(state, averages)[1]["loss/x"].total == 2.5  # of a config of a user's own, which kept the name
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ class SceneAlignment:
             metrics[f"prompt_correctness_{name}"] = float(self.captioned.right(judge(images[rows]), held).mean())
 
         written = {}
-        for split in splits if config.times.write else ():
+        for split in splits if config.times.image_to_text else ():
             clock.start(f"writing, {split}", f"writing captions of {count} scenes ({split})")
             written[split] = experiment.modalities["text"].show(sample(keys[6], {"image": data[split]["image"]}, count)["text"])
             same = np.array(written[split]) == np.array(scenes.captions(data[split]))

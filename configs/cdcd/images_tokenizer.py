@@ -1,10 +1,10 @@
 """The tokenizer of CDCD's images: 256x256 pixels as 16x16 tokens of 974 codes (ImageNet) or 32x32 of 2,887 (COCO, CUB-200).
 
     SET="--config.data.name=coco_captions --config.data.dir=tfds"
-    python -m mmdiff train  --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer $SET
-    python -m mmdiff eval   --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer
-    python -m mmdiff sample --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer --given image=FOLDER
-    python -m mmdiff cache  --config configs/cdcd/pictures_tokenizer.py --workdir runs/coco_tokenizer --out tokens/coco
+    python -m mmdiff train  --config configs/cdcd/images_tokenizer.py --workdir runs/coco_tokenizer $SET
+    python -m mmdiff eval   --config configs/cdcd/images_tokenizer.py --workdir runs/coco_tokenizer
+    python -m mmdiff sample --config configs/cdcd/images_tokenizer.py --workdir runs/coco_tokenizer --given image=FOLDER
+    python -m mmdiff cache  --config configs/cdcd/images_tokenizer.py --workdir runs/coco_tokenizer --out tokens/coco
 
 FOLDER holds images of 256x256 pixels. config.data.name is imagenet2012, coco_captions, cub200 or folder (one's own images in classes, as
 16x16 tokens); what config.data.dir then holds, and where to get it, says mmdiff/data/image_datasets.py. name=random makes images up and
@@ -45,7 +45,7 @@ def get_config():
             steps=200_000, global_batch=64, ema=0.999, learning_rate=3e-4, warmup_steps=1000, weight_decay=1e-4, clip=1.0,
             eval_every=10_000, checkpoint_every=5_000, log_every=100),
         "sample": {"steps": 1, "guidance": 1.0},
-        "eval": {"pictures": 1000},  # held-out ones, evenly spread over all of them, and as many of training
+        "eval": {"count": 1000},  # held-out ones, evenly spread over all of them, and as many of training
     })
 
 
@@ -62,6 +62,6 @@ def build(config):
         **reconstructing(net),
         modalities={name: Images(SIZE, SIZE, 3, name=name) for name in ("image", "reconstruction")},
         loss=vq_loss(net, **config.loss),
-        optimizer=optim.adamw(config.train), data=published(split, config.eval.pictures),
+        optimizer=optim.adamw(config.train), data=published(split, config.eval.count),
         evaluators=(Reconstructions(net, pool=16),),
         cache=CacheWriter(net, {name: partial(split, name, tokenizer) for name in ("train", "val")}, tokenizer=tokenizer))
