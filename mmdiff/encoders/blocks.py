@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,20 @@ def conv(features: int, size: int | tuple[int, int], stride: int = 1, padding=0,
     size = (size, size) if isinstance(size, int) else size
     padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
     return nn.Conv(features, size, (stride, stride), padding=padding, **options)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization with the statistics of training: scale (x - running_mean) / sqrt(running_var + epsilon) + bias, per channel."""
+
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        scale, variance = (self.param(name, nn.initializers.ones, (x.shape[-1],)) for name in ("scale", "running_var"))
+        bias, mean = (self.param(name, nn.initializers.zeros, (x.shape[-1],)) for name in ("bias", "running_mean"))
+        factor = scale * jax.lax.rsqrt(variance + self.epsilon)
+        return x * factor.astype(self.dtype) + (bias - mean * factor).astype(self.dtype)
 
 
 def attention(
