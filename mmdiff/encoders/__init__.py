@@ -4,6 +4,7 @@ from mmdiff.exports import lazily
 
 __all__, __getattr__, __dir__ = lazily(
     __name__,
+    dinov2="DINOv2",
     sentence_bert="SentenceBERT",
     t5="T5Encoder",
 )
