@@ -18,21 +18,59 @@ from mmdiff.errors import UserError
 LARGEST = 1e70  # features whose products' products are within float64
 
 
-def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean [d] and the unbiased covariance [d, d] of features [n, d], in float64.
+class Moments:
+    """The mean and the covariance of features that come in batches: sums in float64, about the first batch's mean, so that nothing cancels.
 
-    Raises:
-      UserError: features that are not finite, or so large that the distance would not be. ValueError: of another shape, or fewer than two.
+    >>> both = Moments().add(np.array([[0.0], [2.0]])).add(np.array([[4.0]]))
+    >>> both.count, both.mean.tolist(), both.covariance.tolist()
+    (3, [2.0], [[4.0]])
     """
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"moments: needs features [n, d] with n >= 2, got shape {features.shape}.")
-    wrong = np.flatnonzero(~(np.abs(features) <= LARGEST).all(1))
-    if len(wrong):
-        raise UserError(
-            f"moments: the features of {len(wrong):,} of {len(features):,} examples, the first of them {wrong[0]}, are not finite or "
-            f"beyond {LARGEST:g}: check the examples and what makes features of them.")
-    return features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], features.shape[1])
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, features: np.ndarray) -> Moments:
+        """Some features [n, d] more, n >= 1.
+
+        Raises:
+          UserError: features that are not finite, or so large that a distance would not be. ValueError: of another shape.
+        """
+        features = np.asarray(features, np.float64)
+        if features.ndim != 2 or not len(features):
+            raise ValueError(f"moments: needs features [n, d], got shape {features.shape}.")
+        wrong = np.flatnonzero(~(np.abs(features) <= LARGEST).all(1))
+        if len(wrong):
+            raise UserError(
+                f"moments: the features of {len(wrong):,} of {len(features):,} examples, the first of them {wrong[0]}, are not finite or "
+                f"beyond {LARGEST:g}: check the examples and what makes features of them.")
+        if not self.count:
+            self._origin, self._sum, self._products = features.mean(0), 0.0, 0.0
+        features = features - self._origin
+        self.count += len(features)
+        self._sum, self._products = self._sum + features.sum(0), self._products + features.T @ features
+        return self
+
+    @property
+    def mean(self) -> np.ndarray:
+        """[d]"""
+        return self._origin + self._sum / self.count
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Unbiased, [d, d]. Raises ValueError with fewer than two examples."""
+        if self.count < 2:
+            raise ValueError(f"moments: a covariance needs features [n, d] with n >= 2, got n = {self.count}.")
+        return (self._products - np.outer(self._sum, self._sum) / self.count) / (self.count - 1)
+
+    def squared_distance(self, other: Moments) -> float:
+        """d^2 as above. It falls as either set grows: compare values of equal counts only."""
+        return squared_distance(self.mean, self.covariance, other.mean, other.covariance)
+
+
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean [d] and the unbiased covariance [d, d] of features [n, d], in float64. Raises what `Moments` does."""
+    found = Moments().add(features)
+    return found.mean, found.covariance
 
 
 def squared_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
@@ -49,7 +87,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray, features: Callable[[
     8.0
     """
     features = features or flatten
-    return squared_distance(*moments(features(first)), *moments(features(second)))
+    return Moments().add(features(first)).squared_distance(Moments().add(features(second)))
 
 
 def frechet_ratio(

