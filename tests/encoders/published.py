@@ -19,11 +19,22 @@ from mmdiff.convert.tensors import Tensor
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 POSITIONS = ("embedding", "shared", "embed_tokens", "token", "pos_embed", "probe")
 
+# 90 ends a text: in the second there are larger ids, and it comes twice.
+CLIP_IDS = [[98, 5, 17, 90, 0, 0, 0, 0], [98, 3, 90, 99, 95, 90, 1, 0], [98, 2, 4, 6, 8, 10, 12, 90]]
+CLIP_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
 # Reduced sizes: what the config.json of a golden file's network states.
 SMALL = {
     "bert": {
         "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "max_position_embeddings": 64},
+    "clip": {
+        "projection_dim": 16,
+        "text_config": CLIP_SIZES | {"vocab_size": 100, "max_position_embeddings": 8, "eos_token_id": 90, "bos_token_id": 98},
+        "vision_config": CLIP_SIZES | {"image_size": 32, "patch_size": 8}},
+    "open_clip": {
+        "embed_dim": 16, "text_cfg": {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2},
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}},
     "t5": {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
     "dino": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
     "dinoreg": {
