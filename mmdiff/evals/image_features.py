@@ -22,29 +22,27 @@ from mmdiff.evals.frechet import Moments
 Features = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-def image_features(
-    net: Any, params: Any, preprocessing: Callable[[np.ndarray], np.ndarray], outputs: Sequence[str], batch: int = 64
-) -> Features:
+def image_features(encoder: Any, outputs: Sequence[str], batch: int = 64) -> Features:
     """Images uint8 [n, H, W, 3] of any size -> output -> float32 [n, d], over all local devices.
 
     Args:
-      net, params, preprocessing: of a network with the method `features` (`encoders.Inception`, `encoders.EfficientNetLite0`).
+      encoder: `encoders.Encoder` of a network with the method `features`: inception, efficientnet_lite0.
       outputs: which of its features; the others are not computed.
       batch: images at a time on each device.
     """
     devices = jax.local_devices()
     mesh = Mesh(np.array(devices), ("data",))
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    params = jax.device_put(params, whole)
+    params = jax.device_put(encoder.params, whole)
 
     @jax.jit
     def compiled(params, images):
         with jax.default_matmul_precision("highest"):  # bfloat16, a TPU's default, would be seen in distances
-            found = net.apply({"params": params}, images, method="features")
+            found = encoder.net.apply({"params": params}, images, method="features")
         return {name: found[name] for name in outputs}
 
     def features(images: np.ndarray) -> dict[str, np.ndarray]:
-        prepared = np.stack(list(threads().map(preprocessing, images)))
+        prepared = np.stack(list(threads().map(encoder.preprocessing, images)))
         return map_batched(lambda part: compiled(params, jax.device_put(part, split)), prepared, batch * len(devices))
 
     return features

@@ -1,6 +1,7 @@
 """Features of images by a published network, and their moments, batch by batch over all devices."""
 
 import dataclasses
+import types
 
 import flax.linen as nn
 import numpy as np
@@ -24,7 +25,8 @@ class Means(nn.Module):
 @pytest.fixture(scope="module")
 def means():
     small = dataclasses.replace(preprocessing.SIGLIP, size=4)
-    return image_features(Means(), {"scale": np.float32([1, 2, 3])}, small, ["means"], batch=2)
+    encoder = types.SimpleNamespace(net=Means(), params={"scale": np.float32([1, 2, 3])}, preprocessing=small)
+    return image_features(encoder, ["means"], batch=2)
 
 
 def test_features_of_images_of_any_size_are_those_of_each_alone(means):

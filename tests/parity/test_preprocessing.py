@@ -1,8 +1,10 @@
 """Preprocessing against transformers', torchvision's and torch-fidelity's, at full size."""
 
+import json
+
 import numpy as np
 import pytest
-from originals.preprocessing import _image, _originals
+from originals.preprocessing import _image, _originals, _processors
 
 from mmdiff.encoders import preprocessing
 
@@ -16,3 +18,12 @@ def test_images_of_any_size_are_equal_bit_for_bit(name):
     for height, width in SIZES:
         image = _image(height, width)
         np.testing.assert_array_equal(ours(image), original(image), f"{height} x {width}")
+
+
+@pytest.mark.parametrize("name", ["CLIP", "SIGLIP", "DINOV2"])
+def test_what_transformers_writes_beside_weights_is_read(name):
+    ours, image = getattr(preprocessing, name), _image(301, 287)
+    processor = _processors(ours.size, ours.shortest)[name]
+    read = preprocessing.Preprocessing.from_config(json.loads(processor.to_json_string()))
+    assert (read.size, read.resize, read.shortest, read.kernel) == (ours.size, ours.resize, ours.shortest, ours.kernel)
+    np.testing.assert_array_equal(read(image), ours(image))
