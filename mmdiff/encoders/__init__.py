@@ -4,8 +4,9 @@ from mmdiff.exports import lazily
 
 __all__, __getattr__, __dir__ = lazily(
     __name__,
-    dinov2="DINOv2",
     clip="CLIP CLIPText CLIPVision",
+    dinov2="DINOv2",
+    published_tokenizers="PublishedTokenizer open_tokenizer",
     sentence_bert="SentenceBERT",
     siglip="SigLIP SigLIPText SigLIPVision",
     t5="T5Encoder",
