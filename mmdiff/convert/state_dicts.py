@@ -55,7 +55,7 @@ def load_params(
       weights: key -> tensor.
       name: what the weights are, for errors: a file or folder.
       ignore: ends of keys that are dropped where they occur (buffers).
-      place: (path, tensor, abstract leaf) -> the array; by default NumPy values of the leaf's type.
+      place: (path, tensor of the leaf's shape and type, abstract leaf) -> the array; by default NumPy values.
 
     Raises:
       UserError: missing or unexpected keys, other shapes: the first five and a count.
@@ -71,7 +71,7 @@ def load_params(
     wrong = [f"{key} {list(weights[key].shape)} for {list(shape)}" for key, shape in shapes.items() if weights[key].shape != shape]
     if wrong:
         raise UserError(f"{name} has other shapes than the network: {_some(wrong)}.")
-    place = place or (lambda path, tensor, leaf: np.asarray(tensor.read(), leaf.dtype))
+    place = place or (lambda path, tensor, leaf: tensor.read())
     placed = {path: place(path, _to_linen(path, leaf, weights), leaf) for path, leaf in flax.traverse_util.flatten_dict(abstract).items()}
     return flax.traverse_util.unflatten_dict(placed)
 
@@ -89,7 +89,7 @@ def state_dict(params: Any) -> dict[str, np.ndarray]:
 
 def _to_linen(path, leaf, weights):
     key = key_of(path)
-    tensors = [weights[key.replace("#", str(layer))] for layer in (range(leaf.shape[0]) if "#" in key else (0,))]
+    tensors = [weights[key.replace("#", str(layer))].astype(leaf.dtype) for layer in (range(leaf.shape[0]) if "#" in key else (0,))]
     if path[-1] == "kernel":
         tensors = [tensor.transpose(*np.argsort(KERNELS[tensor.ndim])) for tensor in tensors]
     return stack(tensors) if "#" in key else tensors[0]

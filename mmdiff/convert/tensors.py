@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
+import jax
 import numpy as np
+
+from mmdiff.files import FileError, failed
+
+BLOCK = 2**24  # bytes that are read at once
 
 Index = tuple[slice, ...]
 
@@ -53,6 +59,23 @@ class Tensor:
         index = tuple(index) + (slice(None),) * (self.ndim - len(index))
         return self.read_part(tuple(slice(*of.indices(length)[:2]) for of, length in zip(index, self.shape, strict=True)))
 
+    def put(self, sharding: jax.sharding.Sharding) -> jax.Array:
+        """The values on the devices of a sharding, part by part: the host holds one part at a time, of its own devices only."""
+        devices: dict[Any, list[jax.Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(self.shape).items():
+            bounds = tuple(of.indices(length)[:2] for of, length in zip(index, self.shape, strict=True))
+            devices.setdefault(bounds, []).append(device)
+        placed = []
+        for bounds, of in devices.items():
+            part = self.read([slice(*bound) for bound in bounds])
+            placed += [jax.device_put(part, device).block_until_ready() for device in of]
+        return jax.make_array_from_single_device_arrays(self.shape, sharding, placed)
+
+    def astype(self, dtype: Any) -> Tensor:
+        """As `numpy.ndarray.astype`, part by part."""
+        dtype = np.dtype(dtype)
+        return self if dtype == self.dtype else Tensor(self.shape, dtype, lambda index: self.read_part(index).astype(dtype))
+
     def transpose(self, *axes: int) -> Tensor:
         """As `numpy.transpose`."""
         shape, inverse = tuple(self.shape[axis] for axis in axes), np.argsort(axes)
@@ -86,6 +109,44 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
 
     def read(index):
-        return np.stack([tensor.read_part(index[1:]) for tensor in tensors[index[0]]])
+        found = np.empty([of.stop - of.start for of in index], first.dtype)
+        for row, tensor in enumerate(tensors[index[0]]):
+            found[row] = tensor.read_part(index[1:])
+        return found
 
     return Tensor((len(tensors), *first.shape), first.dtype, read)
+
+
+def stored(path: Any, file: BinaryIO, start: int, dtype: np.dtype, shape: Sequence[int]) -> Tensor:
+    """Numbers that lie in row-major order in an open file, from byte `start`; `path` is what errors call the file."""
+    shape = tuple(shape)
+    rows = shape or (1,)
+    row = math.prod(rows[1:]) * dtype.itemsize
+
+    def load(into: np.ndarray, offset: int) -> None:
+        view, done = memoryview(into.reshape(-1).view(np.uint8)), 0
+        while done < len(view):
+            try:
+                got = os.preadv(file.fileno(), [view[done : done + 2**30]], offset + done)
+            except OSError as error:
+                raise failed(path, error) from error
+            if not got:
+                raise FileError(path, "has become shorter since it was opened", "copy it again")
+            done += got
+
+    def read(index: Index) -> np.ndarray:
+        index = index or (slice(0, 1),)
+        found = np.empty([of.stop - of.start for of in index], dtype)
+        if not found.size:
+            return found
+        if found.shape[1:] == rows[1:]:
+            load(found, start + index[0].start * row)
+            return found if shape else found.reshape(())
+        step = max(1, BLOCK // row)
+        for first in range(0, len(found), step):
+            block = np.empty((min(step, len(found) - first), *rows[1:]), dtype)
+            load(block, start + (index[0].start + first) * row)
+            found[first : first + step] = block[(slice(None), *index[1:])]
+        return found
+
+    return Tensor(shape, dtype, read)

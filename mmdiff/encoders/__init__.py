@@ -7,6 +7,7 @@ __all__, __getattr__, __dir__ = lazily(
     clip="CLIP CLIPText CLIPVision",
     dinov2="DINOv2",
     published_tokenizers="PublishedTokenizer open_tokenizer",
+    published_networks="KINDS Encoder open_encoder split_over",
     sentence_bert="SentenceBERT",
     siglip="SigLIP SigLIPText SigLIPVision",
     t5="T5Encoder",
