@@ -69,7 +69,7 @@ class SigLIPText(nn.Module):
 
     def config(self) -> dict:
         """The config.json of the tower alone."""
-        return tower_config(self, "siglip_text_model", "SiglipTextModel")
+        return tower_config(self, "siglip_text_model", "SiglipTextModel") | {"projection_size": self.projection_size or self.hidden_size}
 
     @staticmethod
     def canonical(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
