@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 BEAT_SECONDS = 10
 SILENT_SECONDS = 30  # a trainer on another machine without a beat for so long is dead
 FORGOTTEN_SECONDS = 3600  # no clock is that wrong: a beat of so long ago is not waited for
+NOTED_SECONDS = 5  # after which a trainer that holds the lock has written down who it is, or one that ends has given it up
 SETTLE_SECONDS = 1  # without record locks: of trainers that start in the same moment, the last one to write has the lock
 
 _held: set[pathlib.Path] = set()  # record locks do not stop a process from locking twice
@@ -72,7 +73,6 @@ class _Lock:
         if self._folder in _held:
             raise self._busy(self._me)
         self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
-        self._folder.mkdir(parents=True, exist_ok=True)
         try:
             locks = self._lock()
             other = _read(self._holder)
@@ -107,13 +107,21 @@ class _Lock:
 
     def _lock(self) -> bool:
         """Locks the file; false where there are no record locks."""
+        end = time.monotonic() + NOTED_SECONDS
         while True:
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
-                    raise self._busy(_read(self._holder) or {}) from None
+                    other = _read(self._holder)
+                    named = other is not None and not (self._is_here(other) and self._is_dead(other))
+                    if named or time.monotonic() > end:
+                        raise self._busy(other if named else {}) from None
+                    os.close(self._file)  # in the moment between the lock and the note of its holder
+                    time.sleep(0.01)
+                    continue
                 if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
                     return False
                 raise
@@ -124,24 +132,31 @@ class _Lock:
 
     def _lives(self, other: dict[str, Any], locks: bool) -> bool:
         """Whether a holder that is written down, but is not known to hold a record lock, is alive."""
-        mine, its = self._me, other
-        if its.get("boot") == mine["boot"] and its.get("namespace") == mine["namespace"]:
-            process = its.get("process", 0)  # a process loses its record lock if it opens and closes the file again, as a copy would
-            return process != mine["process"] and _life(process)["started"] == its.get("started")
-        if its.get("boot") == mine["boot"] and locks:
+        if self._is_here(other):  # a process loses its record lock if it opens and closes the file again, as a copy would
+            return other.get("process") != self._me["process"] and not self._is_dead(other)
+        if other.get("boot") == self._me["boot"] and locks:
             return False
-        if time.time() - its.get("beat", 0) > FORGOTTEN_SECONDS:
+        if time.time() - other.get("beat", 0) > FORGOTTEN_SECONDS:
             return False
-        log.warning("%s was trained on %s: waiting up to %d s to see whether it still is.", self._workdir, its.get("host"), SILENT_SECONDS)
+        host = other.get("host")
+        log.warning("%s was trained on %s: waiting up to %d s to see whether it still is.", self._workdir, host, SILENT_SECONDS)
         end = time.monotonic() + SILENT_SECONDS
         while time.monotonic() < end:
             time.sleep(min(1, SILENT_SECONDS / 10))
             now = _read(self._holder)
             if now is None:
                 return False
-            if now.get("beat") != its.get("beat"):
+            if now.get("beat") != other.get("beat"):
                 return True
         return False
+
+    def _is_here(self, other: dict[str, Any]) -> bool:
+        """Whether a holder that is written down is, or was, a process that this one can see."""
+        return all(other.get(name) == self._me[name] for name in ("boot", "namespace"))
+
+    @staticmethod
+    def _is_dead(other: dict[str, Any]) -> bool:
+        return _life(other.get("process", 0))["started"] != other.get("started")
 
     def _beat(self) -> None:
         write_whole(self._holder, json.dumps({**self._me, "beat": time.time()}) + "\n")

@@ -21,6 +21,14 @@ with lock.held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
+SLOW = """
+import sys
+from mmdiff.training import lock
+beat = lock._Lock._beat
+lock._Lock._beat = lambda self: (print("locked", flush=True), sys.stdin.readline(), beat(self))
+with lock.held(sys.argv[1]):
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +62,11 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["kept"]
 
 
-def test_another_process_is_refused_until_the_first_one_is_dead(tmp_path):
+def never(seconds):
+    raise AssertionError("it waits")
+
+
+def test_another_process_is_refused_until_the_first_one_is_dead(tmp_path, monkeypatch):
     child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "held\n"
@@ -66,17 +78,37 @@ def test_another_process_is_refused_until_the_first_one_is_dead(tmp_path):
         child.kill()
         child.wait()
     assert set(files(tmp_path)) == set(before)
-    began = time.monotonic()
+    monkeypatch.setattr(lock.time, "sleep", never)  # of the same machine: known at once
     with lock.held(tmp_path):
         assert json.loads((tmp_path / "trainer.json").read_text())["process"] == os.getpid()
-    assert time.monotonic() - began < 0.4  # of the same machine: known at once
     assert not files(tmp_path)
 
 
-def test_a_holder_on_another_machine_is_known_by_its_beats(tmp_path):
+def test_a_holder_that_has_not_yet_written_who_it_is_is_waited_for(tmp_path, monkeypatch):
+    child = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "locked\n"
+        dead = json.dumps({**lock._life(os.getpid()), "host": "here", "process": os.getpid(), "started": "12", "beat": time.time()})
+        (tmp_path / "trainer.json").write_text(dead)  # by the trainer before
+        monkeypatch.setattr(lock, "NOTED_SECONDS", 0.05)
+        with pytest.raises(UserError, match="is being trained by another process: wait"), lock.held(tmp_path):
+            pass
+        assert (tmp_path / "trainer.json").read_text() == dead
+
+        monkeypatch.setattr(lock, "NOTED_SECONDS", 60)
+        monkeypatch.setattr(lock.time, "sleep", lambda seconds: child.poll() or print(file=child.stdin, flush=True))  # now it may write
+        with pytest.raises(UserError, match=f"is being trained by process {child.pid} on "), lock.held(tmp_path):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_holder_on_another_machine_is_known_by_its_beats(tmp_path, monkeypatch):
     left_by(tmp_path / "dead")
     with lock.held(tmp_path / "dead"):
         pass
+    monkeypatch.setattr(lock, "SILENT_SECONDS", 60)
     left_by(tmp_path / "long_dead", beat=time.time() - 2 * lock.FORGOTTEN_SECONDS)
     left_by(tmp_path / "alive")
     ended = threading.Event()
@@ -93,10 +125,9 @@ def test_a_holder_on_another_machine_is_known_by_its_beats(tmp_path):
     finally:
         ended.set()
         thread.join()
-    began = time.monotonic()
+    monkeypatch.setattr(lock.time, "sleep", never)
     with lock.held(tmp_path / "long_dead"):
         pass
-    assert time.monotonic() - began < 0.4
 
 
 def test_without_record_locks_the_process_itself_is_looked_for(tmp_path, monkeypatch):
@@ -112,6 +143,7 @@ def test_without_record_locks_the_process_itself_is_looked_for(tmp_path, monkeyp
     with lock.held(tmp_path / "reused"):
         assert set(files(tmp_path / "reused")) == {".trainer.lock", "trainer.json"}
     # Of two that start in the same moment one gets it.
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 1)
     monkeypatch.setattr(lock._Lock, "_lives", lambda *_: False)
     monkeypatch.setattr(lock, "_held", set())
     outcomes, gate = [], threading.Barrier(2)

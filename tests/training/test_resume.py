@@ -75,11 +75,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(server, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(server, tmp_path):
-    job = {"workdir": str(tmp_path / "run"), "overrides": {**LIVELY, "train.checkpoint_every": 1000}}
+    job = {"workdir": str(tmp_path / "run"), "overrides": {**LIVELY, "train.checkpoint_every": 1000, "train.steps": 200}}
     [answer] = server.run({**job, "kill": [signal.SIGTERM, 12, 0.0]})
     assert answer["status"] == 128 + signal.SIGTERM, answer["error"]
     [stopped] = [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()]
-    assert 12 < stopped < 40
+    assert 12 < stopped < 200
     [seconds] = re.findall(rf"SIGTERM: saved step {stopped} (.*) s after it came", (tmp_path / "run.error0.log").read_text())
     assert float(seconds) < 20
     assert json.loads((tmp_path / "run/run.json").read_text())["finished"] is False
@@ -89,22 +89,22 @@ def test_sigterm_saves_and_the_same_command_continues(server, tmp_path):
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_two_trainers_of_one_run_are_one(times, server, tmp_path):
-    # Started together, and one while the other trains: one goes on as if it were alone, the other is refused.
-    overrides = {**LIVELY, "train.steps": 16, "train.delay": 0.05}
+    # Started together, and one while the other trains: one goes on as if it were alone, and waits until the other has been refused.
+    overrides = {**LIVELY, "train.steps": 16}
     [answer] = server.run({"workdir": str(tmp_path / "alone"), "overrides": overrides, "leaves": str(tmp_path / "alone.npz")})
     assert answer["status"] == 0, answer["error"]
     for attempt in range(times):
         for when, after in (("together", 0), ("into", 4)):
             workdir = tmp_path / f"{when}{attempt}"
             jobs = [
-                {"workdir": str(workdir), "name": name, "overrides": overrides, "leaves": f"{workdir}.{name}.npz", "after": name * after}
+                {"workdir": str(workdir), "name": name, "overrides": overrides, "leaves": f"{workdir}.{name}.npz", "after": name * after,
+                 "waits": [14, f"{workdir}.error{1 - name}"]}
                 for name in range(2)
             ]
             answers = server.run(*jobs)
             assert sorted(answer["status"] for answer in answers) == [0, 2], answers
             [refused] = [answer["error"] for answer in answers if answer["status"] == 2]
-            # Whoever is asked in the moment between the lock and the holder's name can only say that there is one.
-            assert re.search(rf"{workdir} is being trained by (process \d+ on|another process: wait)", refused) and refused.count("\n") == 0
+            assert re.search(rf"{workdir} is being trained by process \d+ on", refused) and refused.count("\n") == 0
             winner = [answer["status"] for answer in answers].index(0)
             assert winner == 0 or when == "together"
             assert_same_leaves(tmp_path / "alone.npz", f"{workdir}.{winner}.npz")
