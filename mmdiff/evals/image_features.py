@@ -17,6 +17,8 @@ from mmdiff.data.modalities import Images
 from mmdiff.data.network_cache import map_batched
 from mmdiff.data.sources import Source
 from mmdiff.data.stored_images import threads
+from mmdiff.encoders.efficientnet_lite0 import installed_weights
+from mmdiff.encoders.published_networks import open_encoder
 from mmdiff.evals.frechet import Moments
 
 Features = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -61,3 +63,18 @@ def feature_moments(features: Features, images: Iterable[np.ndarray], output: st
     for some in images:
         found.add(features(some)[output])
     return found
+
+
+def lite0_fd(first: Iterable[np.ndarray], second: Iterable[np.ndarray], batch: int = 64) -> float:
+    """The squared Fréchet distance of EfficientNet-Lite0's features, "lite0-FD", between two sets of images.
+
+    Args:
+      first, second: uint8 [n, H, W, 3], some at a time (`images_of`), or a list of one array. Their sizes may differ.
+      batch: images at a time on each device.
+
+    Raises:
+      UserError: its weights are not installed (the extra `features`).
+    """
+    features = image_features(open_encoder("efficientnet_lite0", installed_weights()), ["1280"], batch)
+    first, second = (feature_moments(features, images, "1280") for images in (first, second))
+    return first.squared_distance(second)
