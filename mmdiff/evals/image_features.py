@@ -24,7 +24,7 @@ from mmdiff.evals.frechet import Moments
 Features = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-def image_features(encoder: Any, outputs: Sequence[str], batch: int = 64) -> Features:
+def features_of(encoder: Any, outputs: Sequence[str], batch: int = 64) -> Features:
     """Images uint8 [n, H, W, 3] of any size -> output -> float32 [n, d], over all local devices.
 
     Args:
@@ -58,7 +58,7 @@ def images_of(source: Source, modality: Images, at_once: int = 1024) -> Iterator
 
 
 def feature_moments(features: Features, images: Iterable[np.ndarray], output: str) -> Moments:
-    """The mean and the covariance of one output of `image_features`, of images that come some at a time."""
+    """The mean and the covariance of one output of `features_of`, of images that come some at a time."""
     found = Moments()
     for some in images:
         found.add(features(some)[output])
@@ -75,6 +75,6 @@ def lite0_fd(first: Iterable[np.ndarray], second: Iterable[np.ndarray], batch: i
     Raises:
       UserError: its weights are not installed (the extra `features`).
     """
-    features = image_features(open_encoder("efficientnet_lite0", installed_weights()), ["1280"], batch)
+    features = features_of(open_encoder("efficientnet_lite0", installed_weights()), ["1280"], batch)
     first, second = (feature_moments(features, images, "1280") for images in (first, second))
     return first.squared_distance(second)

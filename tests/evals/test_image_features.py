@@ -12,7 +12,7 @@ from mmdiff.data.modalities import Images
 from mmdiff.data.sources import ArraySource
 from mmdiff.encoders import preprocessing
 from mmdiff.evals.frechet import Moments, moments
-from mmdiff.evals.image_features import feature_moments, image_features, images_of, lite0_fd
+from mmdiff.evals.image_features import feature_moments, features_of, images_of, lite0_fd
 
 
 class Means(nn.Module):
@@ -27,7 +27,7 @@ class Means(nn.Module):
 def means():
     small = dataclasses.replace(preprocessing.SIGLIP, size=4)
     encoder = types.SimpleNamespace(net=Means(), params={"scale": np.float32([1, 2, 3])}, preprocessing=small)
-    return image_features(encoder, ["means"], batch=2)
+    return features_of(encoder, ["means"], batch=2)
 
 
 def test_features_of_images_of_any_size_are_those_of_each_alone(means):
