@@ -72,7 +72,7 @@ def token_ids(name, shape, size):
 def masked(shape, padding):
     """Attention mask int32 of texts whose last one has `padding` tokens at the end that do not count."""
     mask = np.ones(shape, np.int32)
-    mask[-1, -padding:] = 0
+    mask[-1, shape[-1] - padding :] = 0
     return mask
 
 
