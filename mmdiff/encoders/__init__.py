@@ -4,6 +4,8 @@ from mmdiff.exports import lazily
 
 __all__, __getattr__, __dir__ = lazily(
     __name__,
+    autoencoder_kl="AutoencoderKL",
+    autoencoder_tiny="AutoencoderTiny",
     clip="CLIP CLIPText CLIPVision",
     dinov2="DINOv2",
     efficientnet_lite0="EfficientNetLite0 installed_weights",
@@ -14,4 +16,5 @@ __all__, __getattr__, __dir__ = lazily(
     sentence_bert="SentenceBERT",
     siglip="SigLIP SigLIPText SigLIPVision",
     t5="T5Encoder",
+    vq_model="VQModel",
 )
