@@ -1,4 +1,4 @@
-"""The command line: `python -m mmdiff train | sample | eval | configs | cache | bench | aot`.
+"""The command line: `python -m mmdiff train | sample | eval | configs | cache | convert | bench | aot`.
 
 Nothing here imports jax before it is needed, so that help and mistakes answer at once.
 """

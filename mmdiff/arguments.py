@@ -44,6 +44,23 @@ the weights, which decode tokens, to a folder. Of towers (CLIP's kind) it writes
 the weights. The folder is whole or absent; if the same cache is there, nothing
 is done. Configs that train on tokens, or on texts' vectors, name the folder."""
 
+CONVERT = """\
+Takes published weights in, and writes those of a run for others.
+
+With --from and --as: makes a run of a file or folder of published weights, which
+sample and eval take, and others start from (--config.train.start=DIR). The
+config builds the network that they are for. What the weights are and their
+licence is printed, and kept in source.json of the workdir.
+
+With --to and --out: writes the averaged (EMA) weights of a run, published (the
+layout of the original code), diffusers (its folder) or mmdiff (with the config;
+--as mmdiff makes the same run of it). It is refused where the run's network is
+not the published one.
+
+Kinds: dit, sit, vq-diffusion (CDCD's, too): the files of their authors, or
+diffusers' of the same; diffusers-dit: weights that were trained with diffusers,
+whose DiT is another function; mmdiff."""
+
 AOT = """\
 Compiles the training step for TPUs that are not here, and prints what it needs
 of each chip: memory by kind, and whether it fits; FLOPs, what it sends and
@@ -94,6 +111,10 @@ EXAMPLES = {
     "eval": [f"eval {USE}", f"eval {USE} --split validation --config.sample.guidance=1.3"],
     "configs": ["configs", "configs digits_joint --to my_digits.py"],
     "cache": [f"cache {TOKENIZER} --out runs/scenes_tokens", f"cache {TOKENIZER} --out runs/scenes_tokens --split train"],
+    "convert": [
+        "convert --config imagenet256/dit_xl2 --workdir runs/dit --from DiT-XL-2-256x256.pt --as dit",
+        "convert --config imagenet256/dit_xl2 --workdir runs/dit --to diffusers --vae sd-vae-ft-ema --out dit_pipeline",
+    ],
     "bench": [
         "bench --config imagenet256/dit_xl2 --config.model.size=S --config.train.global_batch=8",
         "bench --config imagenet256/dit_xl2 --json bench.json --peer 'python their_step.py --batch 256'",
@@ -165,7 +186,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     style = {"formatter_class": _format, "allow_abbrev": False}
     parser = _Parser(prog="mmdiff", description=ABOUT, epilog=_examples(*EXAMPLES), **style)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="train | sample | eval | configs | cache | bench | aot")
+    commands = parser.add_subparsers(required=True, metavar="train | sample | eval | configs | cache | convert | bench | aot")
 
     def add(name, summary, about):
         sub = commands.add_parser(name, help=summary, description=about, epilog=_examples(name), **style)
@@ -216,6 +237,15 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     option = sub.add_argument
     option("--out", type=_path, required=True, metavar="DIR", help="the folder of the cache")
     option("--split", action="append", default=[], metavar="NAME", help="encode this split only; repeatable")
+    of_checkpoint(sub)
+    sub = command("convert", "take published weights in, or write them out", CONVERT)
+    option = sub.add_argument
+    option("--from", type=_path, dest="source", metavar="FILE|FOLDER", help="published weights: .safetensors, .pt, or diffusers' folder")
+    option("--as", dest="kind", metavar="KIND", help="what they are: dit, diffusers-dit, sit, vq-diffusion or mmdiff")
+    option("--within", metavar="NAME", help="the dictionary of a checkpoint that is meant (default: its average, ema, if it has one)")
+    option("--to", choices=("published", "diffusers", "mmdiff"), help="the layout to write")
+    option("--out", type=_path, metavar="DIR", help="where it is written: a new folder")
+    option("--vae", type=_path, metavar="DIR", help="for --to diffusers: the autoencoder's folder, which the pipeline gets a copy of")
     of_checkpoint(sub)
     sub = command("bench", "measure how fast training is here", BENCH, workdir=False)
     option = sub.add_argument

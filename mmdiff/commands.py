@@ -138,6 +138,35 @@ def cache(args: argparse.Namespace) -> None:
     console.out(f"{'' if written else 'nothing to do: '}{args.out} holds {run.experiment.cache.holds(args.out, run.step)}")
 
 
+def convert(args: argparse.Namespace) -> None:
+    if _is_spare():
+        return
+    out = {"--out": args.out, "--vae": args.vae, "--step": args.step}
+    here = {"--as": args.kind, "--within": args.within}
+    if (args.source is None) == (args.to is None):
+        raise UserError("convert takes weights in (--from FILE --as KIND) or writes them out (--to LAYOUT --out DIR): give one of both.")
+    for flag, value in (out if args.to is None else here).items():
+        if value is not None:
+            raise UserError(f"{flag} goes with {'--to' if args.to is None else '--from'}: leave it out.")
+    for needed, value in (("--as KIND", args.kind),) if args.to is None else (("--out DIR", args.out),):
+        if value is None:
+            raise UserError(f"convert needs {needed}, too (see mmdiff convert --help).")
+    _prepare()
+    if args.to is None:
+        _writable("--workdir", args.workdir)
+        from mmdiff import conversion
+
+        said = conversion.import_weights(args.config, args.workdir, args.source, args.kind, args.overrides, args.within)
+    else:
+        run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
+        _writable("--out", args.out)
+        from mmdiff import publishing
+
+        said = publishing.export_weights(run, args.to, args.out, args.vae)
+    for line in said:
+        console.out(line)
+
+
 def show_configs(args: argparse.Namespace) -> None:
     if args.to and not args.name:
         raise UserError("--to says where a copy goes: say of which config, mmdiff configs NAME --to FILE.py.")
@@ -223,5 +252,6 @@ def _writable(flag: str, path: str | os.PathLike | None, folder: bool = True) ->
 
 
 COMMANDS = {
-    "train": train, "sample": sample, "eval": evaluate, "configs": show_configs, "cache": cache, "bench": bench, "aot": aot,
+    "train": train, "sample": sample, "eval": evaluate, "configs": show_configs, "cache": cache, "convert": convert, "bench": bench,
+    "aot": aot,
 }  # fmt: skip

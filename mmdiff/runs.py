@@ -274,7 +274,7 @@ class Run:
             key = key_of_use(self.config.seed, "eval")
             results = [evaluate(experiment, params, self.config, key, step) for evaluate in experiment.evaluators]
             meta = checkpoint_files.read_meta(self.workdir, step)  # of the checkpoint itself: run.json is only written when a run ends
-            cost = {**checkpoint_files.cost(meta), "steps": step} if meta else None
+            cost = {**checkpoint_files.cost(meta), "steps": step} if meta.get("train_seconds") else None  # 0 of converted weights
             report.write(self.workdir, experiment, self.config, results, step, cost)
         return former_names.metrics(json.loads(json_path.read_text()))
 

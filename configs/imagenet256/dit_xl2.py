@@ -4,6 +4,7 @@
     python -m mmdiff sample --config configs/imagenet256/dit_xl2.py --workdir runs/dit_xl2 --given label=207 --config.sample.guidance=4
     python -m mmdiff aot    --config configs/imagenet256/dit_xl2.py --topology v5e:4x4
     python -m mmdiff bench  --config configs/imagenet256/dit_xl2.py
+    python -m mmdiff convert --config configs/imagenet256/dit_xl2.py --workdir runs/dit --from DiT-XL-2-256x256.pt --as dit
 
 Data: a latent cache, whose layout mmdiff/data/latents.py describes (autoencoder "stabilityai/sd-vae-ft-ema", scale 0.18215, every image and
 its mirror image). config.data.source=random makes up latents of the same shapes and needs nothing.
@@ -11,7 +12,8 @@ its mirror image). config.data.source=random makes up latents of the same shapes
 The recipe: 1,000 steps of linear betas, eps prediction, learned variances (hybrid loss), label dropout 0.1, AdamW at 1e-4 without
 decay or warm-up, batch 256, EMA 0.9999; 250 ancestral steps at the nodes 1, 5, 9, ..., 1000 from N(0, 1), guidance on the first three
 channels of the four. One detail differs: the last step's decoder term, which trains the variance of one step in 1,000, is left out of
-the loss. (Its weights count steps from 0: to use them, feed their network t - 1/1000.)
+the loss. Times are counted as in its weights, which `convert` takes: steps 0 .. 999, the first ending at t = 1/1000. With
+config.model.image=64 the latents are those of 512 pixels.
 
 On 16 chips of v5e with 32 images each, by the ahead-of-time report (add --config.train.global_batch=512 --config.train.mesh.fsdp=16):
 6.9 GB a chip with --config.model.remat=dots and a step of 139 ms at least; 2.2 GB and 154 ms with full.
@@ -38,7 +40,10 @@ def get_config():
     return ConfigDict({
         "seed": 0,
         "data": {"source": "latents", "dir": ""},  # or random
-        "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "none", "scan": True},
+        "model": {
+            "size": "XL", "patch": 2, "image": 32, "dtype": "bfloat16", "remat": "none", "scan": True,
+            # The published function; diffusers computes another with the same weights: freq_shift 1 and mlp_norm_eps 1e-5.
+            "time_offset": -1.0, "freq_shift": 0.0, "mlp_norm_eps": 1e-6},
         "label_dropout": 0.1,
         "train": training_config(
             steps=400_000, global_batch=256, ema=0.9999, eval_every=50_000, checkpoint_every=5_000, log_every=100,
@@ -51,18 +56,17 @@ def get_config():
 
 
 def build(config):
-    modalities = {"image": Latents(32, 32, 4), "label": Labels(CLASSES)}
-    net = nets.DiT.preset(
-        config.model.size, config.model.patch, classes=CLASSES, learn_sigma=True,
-        **nets.options(config.model, without=("size", "patch")))
+    size = config.model.image
+    modalities = {"image": Latents(size, size, 4), "label": Labels(CLASSES)}
+    net = nets.DiT.preset(classes=CLASSES, learn_sigma=True, **nets.options(config.model, without="size"), size=config.model.size)
     apply = nets.as_joint(net)
     image = LearnedSigma(schedules.linear_beta(STEPS), eps, prior_std=1.0)
     process = Joint(image=image, label=Given(null=CLASSES))
     sigma = (1 / (STEPS * log(2)), losses.on("image", losses.sigma_vlb(image, STEPS)))
     noise_levels = times.conditional("label", dropout=config.label_dropout, image=times.on_grid(STEPS))
     return Experiment(
-        process=process, modalities=modalities,
-        init=lambda key: net.init(key, jnp.zeros((1, 32, 32, 4)), jnp.ones(1), jnp.zeros(1, jnp.int32)),
+        process=process, net=net, modalities=modalities,
+        init=lambda key: net.init(key, jnp.zeros((1, size, size, 4)), jnp.ones(1), jnp.zeros(1, jnp.int32)),
         apply=apply,
         loss=losses.diffusion(process, apply, noise_levels, losses.of_parts(process, image=1.0) | {"sigma": sigma}),
         # Another optimizer is another call here; mmdiff/training/optim.py shows Lion, Muon and LAMB.

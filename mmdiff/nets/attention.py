@@ -18,7 +18,7 @@ def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.A
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, backend: str | None = None) -> jax.Array:
-    r"""`softmax(q k^T / sqrt(d)) v`, softmax in float32.
+    r"""`softmax(q k^T / sqrt(d)) v`, softmax in float32 or wider.
 
     Args:
       q: queries [B, N, H, D]; k, v: keys and values [B, M, H, D].
@@ -45,10 +45,11 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
             mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    scores = jnp.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=wide)
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
     # Unnormalised weights, divided by their sum at the end: one pass over N x M numbers less.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v, preferred_element_type=wide)
     return (out / weights.sum(-1, keepdims=True)).astype(q.dtype).swapaxes(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
-from mmdiff.nets.embed import Patches, TimeEmbed
+from mmdiff.nets.embed import Patches
 from mmdiff.nets.transformer import Block, DiffusionTransformer, normal, output
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
@@ -41,16 +42,20 @@ class DiT(DiffusionTransformer):
     """Class-conditional DiT on images or latents.
 
     `__call__(x, t, label)`: x [B, H, W, C] float, t [B] in [0, 1], label [B] int in 0 .. classes, where `classes` is the null row (a
-    `Given(null=classes)` or the mask of `absorbing(classes)`). Returns [B, H, W, C], or 2C channels with `learn_sigma`, in float32.
+    `Given(null=classes)` or the mask of `absorbing(classes)`). Returns [B, H, W, C], or 2C channels with `learn_sigma`, in float32 or
+    wider.
 
     Attributes:
       patches: the image's shape and patch size.
       classes: of the labels.
+      freq_shift, mlp_norm_eps: see `frequencies` and `Block`. 1 and 1e-5 in diffusers, whose DiT is another function of the same weights.
       depth, width, heads, ...: see `Transformer` and `DiffusionTransformer`; `DiT.preset("XL", 2)` builds the published sizes.
     """
 
     patches: Patches
     classes: int
+    freq_shift: float = dataclasses.field(default=0.0, kw_only=True)
+    mlp_norm_eps: float | None = dataclasses.field(default=None, kw_only=True)
 
     @classmethod
     def preset(
@@ -71,10 +76,11 @@ class DiT(DiffusionTransformer):
     @nn.compact
     def __call__(self, x, t, label):
         h = self.patches.encode(x.astype(self.dtype), self.width, self.dtype, "image")
-        c = TimeEmbed(self.width, self.dtype, self.time_scale, name="time")(t)
+        c = self.time_embed(self.width, "time", freq_shift=self.freq_shift)(t)
         c = c + nn.Embed(self.classes + 1, self.width, embedding_init=normal, dtype=self.dtype, name="label")(label)
-        h, _ = self.stack(Block, qk_norm=self.qk_norm, nested=True)({"": h}, {"": c})
-        return output(self.patches, h[""], c, self.dtype, "image", self.norm_eps, "adaln").astype(jnp.float32)
+        h, _ = self.stack(Block, qk_norm=self.qk_norm, mlp_norm_eps=self.mlp_norm_eps, nested=True)({"": h}, {"": c})
+        out = output(self.patches, h[""], c, self.dtype, "image", self.norm_eps, "adaln")
+        return out.astype(jnp.promote_types(out.dtype, jnp.float32))
 
 
 def as_joint(net: nn.Module, image: str = "image", label: str = "label"):

@@ -17,7 +17,6 @@ Source: Huang et al. 2023 (DiffDis), carried over from a U-Net.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
-from mmdiff.nets.embed import Dense, Patches, TimeEmbed, xavier
+from mmdiff.nets.embed import Dense, Patches, xavier
 from mmdiff.nets.fields import check_width
 from mmdiff.nets.towers import learned_logits, logit_outputs
 from mmdiff.nets.transformer import DiffusionTransformer, layer_norm, output
@@ -99,7 +98,6 @@ class DualStream(DiffusionTransformer):
         attends = {"image": ("image", "text", *["query"] * self.two_way), "text": ("image", "text"), "query": ("image", "query")}
         options = dict(attends=attends, qk_norm=self.qk_norm)
         own = {} if mmdit else {"attention_weights": {"query": "image"}, "cross_stream": "image" if self.text is not None else None}
-        time_embed = partial(TimeEmbed, dtype=self.dtype, scale=self.time_scale)
         trunk = self.named_stack("trunk", self.shared, **options, **own)
         decoder = self.named_stack("decoder", self.depth - self.shared, **options, **own)
         head = self.named_stack("head", self.head_depth, self.head_heads, **options, weights={"image": "", "query": ""})
@@ -107,7 +105,7 @@ class DualStream(DiffusionTransformer):
         streams, conditions, visible, context, added, pooled = {}, {}, {}, None, {}, None
         if "image" in x:
             streams["image"] = self.patches.encode(x["image"].astype(self.dtype), width, self.dtype, "image")
-            conditions["image"] = time_embed(width, name="image_time")(t["image"])
+            conditions["image"] = self.time_embed(width, name="image_time")(t["image"])
             visible["image"] = jnp.broadcast_to((t["image"] < 1)[:, None], streams["image"].shape[:2])
         if "generate" in tasks and self.text is not None and "text" in x:
             features = jnp.issubdtype(x["text"].dtype, jnp.floating)
@@ -117,7 +115,7 @@ class DualStream(DiffusionTransformer):
             visible["text"] = there if self.captions else there & (t["text"] < 1)[:, None]
             if mmdit:
                 streams["text"] = tokens
-                conditions["text"] = time_embed(width, name="text_time")(t["text"])
+                conditions["text"] = self.time_embed(width, name="text_time")(t["text"])
             else:
                 context = tokens, visible["text"]
             if self.pooled:
@@ -126,13 +124,13 @@ class DualStream(DiffusionTransformer):
                 pooled = Dense(width, kernel_init=xavier, dtype=self.dtype, name="text_pooled")(mean)
         generation = conditions if pooled is None else conditions | {"image": conditions["image"] + pooled}
         if "align" in tasks:
-            stamp = time_embed(self.size, name="query_stamp")(t["query"])
+            stamp = self.time_embed(self.size, name="query_stamp")(t["query"])
             entry = (x["query"].astype(self.dtype) + stamp)[:, None]
             if self.reinject:
                 streams["query"], added = jnp.zeros((len(entry), 1, width), self.dtype), {"query": entry}
             else:
                 streams["query"] = Dense(width, kernel_init=xavier, dtype=self.dtype, name="query_in")(entry)
-            conditions["query"] = time_embed(width, name="query_time")(t["query"])
+            conditions["query"] = self.time_embed(width, name="query_time")(t["query"])
 
         def only(names, tree):
             return {name: tree[name] for name in names if name in tree}

@@ -34,31 +34,41 @@ def product(x, kernel, dimensions, precision=None, preferred_element_type=None):
 Dense = partial(nn.Dense, dot_general=product)
 
 
-def frequencies(t: jax.Array, size: int = 256, scale: float = 1000.0, max_period: float = 10000.0) -> jax.Array:
-    """Sinusoidal features [..., size] of times [...]: cosines, then sines, of `scale t max_period^(-i / half)`, i = 0 .. half - 1.
+def frequencies(
+    t: jax.Array, size: int = 256, scale: float = 1000.0, max_period: float = 10000.0, offset: float = 0.0, freq_shift: float = 0.0
+) -> jax.Array:
+    """Sinusoidal features [..., size] of times [...], float32 or wider: cosines, then sines, of
 
-    Scale 1000 counts a time in [0, 1] in thousandths, as DiT does; 1 is SiT's, which feeds the time itself.
+        (scale t + offset) max_period^(-i / (half - freq_shift)),        i = 0 .. half - 1.
+
+    Scale 1000 counts a time in [0, 1] in thousandths, as DiT does; scale -1 and offset 1 are SiT's, which feeds 1 - t itself. diffusers'
+    DiT has freq_shift 1.
 
     >>> frequencies(jnp.zeros(3), size=4).tolist()[0]
     [1.0, 1.0, 0.0, 0.0]
     """
-    half = size // 2
-    rates = np.exp(-math.log(max_period) * np.arange(half) / half).astype(np.float32)
-    angles = scale * t[..., None].astype(jnp.float32) * rates
+    half, t = size // 2, jnp.asarray(t)
+    dtype = jnp.promote_types(t.dtype, jnp.float32)
+    rates = np.exp(-math.log(max_period) * np.arange(half) / (half - freq_shift)).astype(dtype)
+    place = scale * t[..., None].astype(dtype)
+    angles = (place + offset if offset else place) * rates
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class TimeEmbed(nn.Module):
-    """`Dense(silu(Dense(frequencies(t, scale=scale))))`: [...] -> [..., width]."""
+    """`Dense(silu(Dense(frequencies(t, ...))))`: [...] -> [..., width]."""
 
     width: int
     dtype: Any = jnp.float32
     scale: float = 1000.0
+    offset: float = 0.0
+    freq_shift: float = 0.0
 
     @nn.compact
     def __call__(self, t):
         init = nn.initializers.normal(0.02)
-        h = Dense(self.width, kernel_init=init, dtype=self.dtype, name="in")(frequencies(t, scale=self.scale))
+        features = frequencies(t, scale=self.scale, offset=self.offset, freq_shift=self.freq_shift)
+        h = Dense(self.width, kernel_init=init, dtype=self.dtype, name="in")(features)
         return Dense(self.width, kernel_init=init, dtype=self.dtype, name="out")(nn.silu(h))
 
 

@@ -15,6 +15,7 @@ from mmdiff.errors import UserError
 LAYERS, SIZES, ENTRIES = 1024, 65_536, 2**24  # larger values are mistakes, and would take minutes to trace
 LIMITS = {"depth": LAYERS, "head_depth": LAYERS, "text_depth": LAYERS, "shared": LAYERS, "encoder_blocks": LAYERS, "decoder_blocks": LAYERS}
 LIMITS |= dict.fromkeys(("classes", "states", "vocabulary", "labels", "length", "count", "codes", "genres", "samples", "times"), ENTRIES)
+SIGNED = {"time_scale", "time_offset"}  # floats that may be negative
 OR_NONE = {"shared", "head_depth", "encoder_blocks", "decoder_blocks"}  # which may be 0
 
 
@@ -30,8 +31,8 @@ def check_fields(owner: Any) -> None:
     """Raises UserError, which names the field, at the first field of a dataclass with an impossible value.
 
     Fields that are declared as integers are sizes: whole numbers of 1 or more (0 where that is the default or in `OR_NONE`), at most as
-    many as `LIMITS` or `SIZES` says. Those declared as floats are finite, and above 0 (or 0 where that is the default). A `width` is a
-    multiple of `heads` and of 4, and a `dtype` one of floats.
+    many as `LIMITS` or `SIZES` says. Those declared as floats are finite, and above 0 (or 0 where that is the default; any in `SIGNED`). A
+    `width` is a multiple of `heads` and of 4, and a `dtype` one of floats.
     """
     who = type(owner).__name__
     for field in dataclasses.fields(owner):
@@ -48,7 +49,7 @@ def check_fields(owner: Any) -> None:
                 low = 0 if field.default == 0 or field.name in OR_NONE else 1
                 _check_size(who, field.name, item, low, LIMITS.get(field.name, SIZES))
             elif kind.split("[")[-1].startswith("float"):
-                _check_float(who, field.name, item, -math.inf if several else 0.0, field.default == 0)
+                _check_float(who, field.name, item, -math.inf if several or field.name in SIGNED else 0.0, field.default == 0)
     if hasattr(owner, "width") and hasattr(owner, "heads"):
         check_width(owner.width, owner.heads, who)
         ratio = getattr(owner, "mlp_ratio", 1.0)

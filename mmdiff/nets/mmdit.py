@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mmdiff.nets.embed import TimeEmbed
 from mmdiff.nets.transformer import Block, DiffusionTransformer, normal, output
 
 
@@ -42,7 +41,7 @@ class MMDiT(DiffusionTransformer):
         missing = [name for name in names if name not in x or name not in t]
         if missing:
             raise KeyError(f"MMDiT: no input or time for {missing}; it was built for {sorted(names)}.")
-        time = TimeEmbed(self.width, self.dtype, self.time_scale, name="time")
+        time = self.time_embed(self.width, "time")
         kinds = self.param("modality", normal, (len(names), self.width), jnp.float32)
         streams, conditions = {}, {}
         for i, name in enumerate(names):

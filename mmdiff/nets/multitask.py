@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmdiff.nets.embed import Dense, Patches, TimeEmbed, patchify, xavier
+from mmdiff.nets.embed import Dense, Patches, patchify, xavier
 from mmdiff.nets.fields import check_fields
 from mmdiff.nets.transformer import DiffusionTransformer, layer_norm, normal, output, zeros
 
@@ -60,7 +60,7 @@ class MultiTaskDiT(DiffusionTransformer):
             raise KeyError(f"MultiTaskDiT: no input or time for {missing}; it was built for {[self.target, *names]}.")
         z = x[self.target]
         h = self.patches.encode(z.astype(self.dtype), self.width, self.dtype, self.target)
-        c = TimeEmbed(self.width, self.dtype, self.time_scale, name="time")(t[self.target])
+        c = self.time_embed(self.width, "time")(t[self.target])
         for name in names:
             # A clean target carries no other modality: what is noised with it is absent.
             noised = (t[name] < 1) & (t[self.target] > 0)

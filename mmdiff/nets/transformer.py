@@ -13,7 +13,7 @@ import numpy as np
 
 from mmdiff.errors import UserError
 from mmdiff.nets.attention import attention, split_heads
-from mmdiff.nets.embed import Dense, xavier
+from mmdiff.nets.embed import Dense, TimeEmbed, xavier
 from mmdiff.nets.fields import Network
 from mmdiff.nets.target import axis_size, constrain, single_cpu
 
@@ -70,12 +70,18 @@ class DiffusionTransformer(Transformer, kw_only=True):
 
     Attributes:
       qk_norm: queries and keys are normalised per head (RMS, learned scale).
-      time_scale: what a time in [0, 1] is multiplied by before its sinusoidal features. Published DiTs count steps, 0 of the least noise:
-        theirs are the features of t - 1/1000 here. SiT feeds the time itself, time_scale 1, from noise to data: theirs are those of 1 - t.
+      time_scale, time_offset: the sinusoidal features of a time t in [0, 1] are those of `time_scale t + time_offset`. Published DiTs count
+        the steps 0 .. 999, 0 of the least noise, which ends at t = 1/1000: offset -1. SiT feeds a time that runs from noise to data: scale
+        -1, offset 1.
     """
 
     qk_norm: bool = False
     time_scale: float = 1000.0
+    time_offset: float = 0.0
+
+    def time_embed(self, width: int, name: str, **options: Any) -> TimeEmbed:
+        """The `TimeEmbed` of this network's times."""
+        return TimeEmbed(width, self.dtype, self.time_scale, self.time_offset, name=name, **options)
 
 
 def check_heads(heads: int) -> None:
@@ -142,10 +148,9 @@ def modulate(x, shift, scale):
 
 
 def layer_norm(x, eps: float = 1e-6):
-    """`(x - mean) / sqrt(var + eps)` without parameters, statistics in float32, result in x's dtype."""
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(-1, keepdims=True)
-    centred = x32 - mean
+    """`(x - mean) / sqrt(var + eps)` without parameters, statistics in float32 or wider, result in x's dtype."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(-1, keepdims=True)
     return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
 
 
@@ -267,6 +272,7 @@ class Block(nn.Module):
       merged: all streams run as one: norms, attention and the layers that they share work on all tokens at once.
       cross_stream: the one that cross-attends to the context.
       keep: return keys and values of all streams, too.
+      mlp_norm_eps: of the MLPs' norms, `norm_eps` by default.
       heads, mlp_ratio, norm_eps, backend, dtype: as in `Transformer`.
     """
 
@@ -281,6 +287,7 @@ class Block(nn.Module):
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    mlp_norm_eps: float | None = None
     backend: str | None = None
     dtype: Any = jnp.float32
 
@@ -312,9 +319,10 @@ class Block(nn.Module):
             modulations[stream] = {which: each[3 * i : 3 * i + 3] for i, which in enumerate(("attention", "mlp", "cross"))}
 
         def before(name, which):
+            eps = self.mlp_norm_eps if which == "mlp" and self.mlp_norm_eps is not None else self.norm_eps
             if name not in modulations:
-                return made(nn.LayerNorm, name, f"{which}_norm", epsilon=self.norm_eps)(streams[name])
-            normed = _cut(layer_norm(streams[name], self.norm_eps), lengths)
+                return made(nn.LayerNorm, name, f"{which}_norm", epsilon=eps)(streams[name])
+            normed = _cut(layer_norm(streams[name], eps), lengths)
             return _join([modulate(*pieces) for pieces in zip(normed, *modulations[name][which][:2])])
 
         def after(name, which, update):

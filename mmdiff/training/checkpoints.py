@@ -126,20 +126,19 @@ class Checkpoints:
         if not self.folder.is_dir():  # Orbax would make another one
             raise UserError(
                 f"{self.folder} was moved or removed while the run trains: put it back, or name its new place, and run the command again.")
-        step = int(state.step)
         tree, ema = _pack(state)
+        state_item = ocp.args.StandardSave({"state": tree, "averages": averages})
+        self._save(int(state.step), meta, state=state_item, ema=ocp.args.StandardSave(ema))
+
+    def save_averages(self, ema: Any, meta: Mapping[str, Any], step: int = 0) -> None:
+        """As `save`, of averaged weights alone: a run to sample from, to measure and to start others from, but not to continue."""
+        self._save(step, meta, ema=ocp.args.StandardSave(ema))
+
+    def _save(self, step: int, meta: Mapping[str, Any], **items: Any) -> None:
         with self._errors(step):
             self._saving = step
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave({"state": tree, "averages": averages}),
-                    ema=ocp.args.StandardSave(ema),
-                    meta=ocp.args.JsonSave({**meta, "step": step}),
-                ),
-                metrics=dict(meta["metrics"]) or None,
-                force=True,
-            )
+            args = ocp.args.Composite(**items, meta=ocp.args.JsonSave({**meta, "step": step}))
+            self._manager.save(step, args=args, metrics=dict(meta["metrics"]) or None, force=True)
 
     def restore(self, state: State, averages: Mapping[str, Any]) -> tuple[State, dict[str, Any], dict[str, Any]]:
         """-> (state, averages, meta) of the newest checkpoint, onto the shapes and shardings of these abstract ones.
@@ -150,6 +149,10 @@ class Checkpoints:
           UserError: it cannot be read, does not fit, or is of another step than its folder says.
         """
         step = self.latest()
+        if not (self.folder / str(step) / "state").is_dir():
+            raise UserError(
+                f"{self.folder / str(step)} holds weights alone, of a conversion: train in another workdir, with "
+                f"--config.train.start={self.folder.parent}.")
         tree, ema = _pack(state)
         stored = checkpoint_files.saved_arrays(self.folder / str(step), "state").get("averages", ())
         former = former_names.metrics({name: name for name in stored}, known=averages)

@@ -89,8 +89,9 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         empty = jax.jit(lambda: {name: Average.empty() for name in names}, out_shardings=replicated)()
 
         saved = stack.enter_context(checkpoints.Checkpoints(workdir, keep=options.keep, best=options.best))
-        start = saved.latest() or 0
-        if start:
+        latest = saved.latest()
+        start = latest or 0
+        if latest is not None:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), empty)
             state, averages, meta = saved.restore(abstract, like)
             meta = {"order": 1, **meta}  # of before the order had versions

@@ -111,8 +111,8 @@ def test_epsilon_and_time_scale_reach_every_network(name):
     assert jax.tree.structure(shapes) == jax.tree.structure(params)
     # DiT and MMDiT read of a time nothing but its features; of others it is known that they change.
     exact = name in ("dit", "mmdit")
-    timed = jax.tree.map(lambda x: 1000 * x if exact and x is TIME else x, inputs, is_leaf=lambda x: x is TIME)
-    others = [(dict(norm_eps=1e12), inputs), (dict(time_scale=1.0), timed)][: 1 + hasattr(net, "time_scale")]
+    timed = jax.tree.map(lambda x: 1000 * x - 50 if exact and x is TIME else x, inputs, is_leaf=lambda x: x is TIME)
+    others = [(dict(norm_eps=1e12), inputs), (dict(time_scale=1.0, time_offset=50.0), timed)][: 1 + hasattr(net, "time_scale")]
     plain, *found = jax.jit(lambda p: [net.copy(**fields).apply(p, *given) for fields, given in [({}, inputs), *others]])(params)
     moved = [jax.tree.map(lambda one, other: float(jnp.abs(one - other).max()), plain, tree) for tree in found]
     assert min(change for change, leaf in zip(jax.tree.leaves(moved[0]), jax.tree.leaves(plain)) if leaf.ndim > 1) > 1e-2
@@ -131,5 +131,8 @@ def timestep_embedding(t, dim, max_period=10000):
 def test_the_features_of_times_are_the_published_ones():
     t = np.linspace(0, 1, 41).astype(np.float32)
     np.testing.assert_allclose(embed.frequencies(jnp.asarray(t), scale=1.0), timestep_embedding(t, 256), atol=2e-7)  # SiT
+    np.testing.assert_allclose(embed.frequencies(jnp.asarray(1 - t), scale=-1.0, offset=1.0), timestep_embedding(t, 256), atol=3e-7)
     steps = np.arange(0, 1001, 25)  # DiT's, which counts 0 .. 999
     np.testing.assert_allclose(embed.frequencies(jnp.asarray(steps) / 1000), timestep_embedding(steps, 256), atol=1e-4)
+    found = embed.frequencies(jnp.asarray(steps + 1) / 1000, offset=-1.0)
+    np.testing.assert_allclose(found, timestep_embedding(steps, 256), atol=1.5e-4)

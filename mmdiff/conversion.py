@@ -1,0 +1,116 @@
+"""Runs made of published weights: what `mmdiff convert --from` does (`publishing` is the way back).
+
+    import_weights("imagenet256/dit_xl2", "runs/dit", "DiT-XL-2-256x256.pt", "dit")     # then sample, eval, config.train.start=runs/dit
+
+A run made so has WORKDIR/source.json: what the weights are, their licence, and the file. It goes with all that is written of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from mmdiff import config as configs
+from mmdiff import files as readers
+from mmdiff import former_names
+from mmdiff.convert import diffusers_dit, kinds, layouts
+from mmdiff.convert.weight_files import open_weights
+from mmdiff.data.order import ORDER_VERSION
+from mmdiff.errors import UserError
+from mmdiff.training import averaged_weights, checkpoints, lock, run_metadata, sharding
+from mmdiff.training.integrity import write_whole
+
+SOURCE = "source.json"
+OWN = "mmdiff"  # the kind and layout of the library's own parameters, by path
+
+
+def import_weights(
+    config: str, workdir: str | os.PathLike, path: str | os.PathLike, kind: str, overrides: Sequence[tuple[str, str]] = (),
+    within: str | None = None,
+) -> list[str]:
+    """Makes a run of published weights, one checkpoint of step 0; -> what is to be said of them.
+
+    Args:
+      config: a shipped config by name, or the path of a file, that builds the network of the weights.
+      workdir: the folder of the run; it has no checkpoints yet.
+      path: a file, or a folder of diffusers (of the transformer or the whole pipeline).
+      kind: one of `kinds.KINDS`, or "mmdiff" for what `publishing.export_weights` has written for this library.
+      overrides: dotted keys and values of the config.
+      within: the dictionary of a PyTorch checkpoint that is meant; by default the averaged weights, where there are any.
+
+    Raises:
+      UserError: nothing is written then. The config builds another network than the weights need, or they are not of this kind or size.
+    """
+    if run_metadata.steps(run_metadata.checkpoint_folder(workdir)):
+        raise UserError(f"{workdir} holds a run already: choose another workdir.")
+    values, module = configs.load(config, overrides)
+    path = readers.expand(path)
+    own = _own_config(path) if kind == OWN else {}
+    if own:  # as a run that is opened: its own values, but for the overrides
+        here = configs.flatten(values)
+        asked = {key: here[key] for key, _ in overrides}
+        configs.put(values, former_names.keys(configs.flatten(own["config"]), here))
+        configs.put(values, asked)
+    with configs.blaming(values, module, overrides):
+        experiment = configs.build(values, module)
+        source = None if own else kinds.check_network(kind, experiment.net, config)
+        abstract = averaged_weights.averages_of(experiment, sharding.make_mesh({"fsdp": -1}))
+    path = path / "transformer" if (path / "model_index.json").is_file() else path
+    if source is not None and source.network is kinds.nets.DiT and (path / "config.json").is_file():
+        diffusers_dit.check_config(readers.read_json(path / "config.json"), experiment.net, str(path))
+    weights = open_weights(path, within)
+
+    def place(path, tensor, leaf):
+        return tensor.put(leaf.sharding)
+
+    if own:
+        params = _own_params(abstract, weights, str(path))
+    else:
+        params = {"params": layouts.load(source.layout, experiment.net, abstract["params"], weights, str(path), place)}
+    _check_finite(params, path)
+    count = sum(tensor.size for tensor in weights.values())
+    licence = own.get("source", {}).get("licence", "that of whoever trained them") if own else source.licence
+    noted = own.get("source") or {"kind": kind, "about": source.about if source else "weights of this library", "licence": licence}
+    noted = noted | {"file": str(path), "tensors": len(weights), "numbers": count}
+    with lock.held(workdir), checkpoints.Checkpoints(workdir, keep=1) as saved:
+        run_metadata.write_config(workdir, values)
+        if own.get("data"):
+            run_metadata.write_data(workdir, own["data"])
+        with run_metadata.writing(workdir):
+            write_whole(pathlib.Path(workdir) / SOURCE, json.dumps(noted, indent=1) + "\n")
+        meta = {"position": 0, "order": ORDER_VERSION, "train_seconds": 0.0, "compile_seconds": 0.0, "metrics": {}}
+        saved.save_averages(params, meta)
+    types = ", ".join(sorted({str(tensor.dtype) for tensor in weights.values()}))
+    return [f"{len(weights)} tensors, {count:,} numbers ({types}): {noted['about']}", f"licence: {licence}", f"{workdir} is a run"]
+
+
+def _own_config(folder: pathlib.Path) -> dict[str, Any]:
+    found = readers.read_json(folder / "config.json") if folder.is_dir() else {}
+    if not isinstance(found, Mapping) or found.get("format") != OWN or not isinstance(found.get("config"), Mapping):
+        raise UserError(f"{folder} is no folder that `mmdiff convert --to {OWN}` has written: name one, or another kind.")
+    return dict(found)
+
+
+def _own_params(abstract: Any, weights: Mapping[str, Any], name: str) -> Any:
+    leaves = flax.traverse_util.flatten_dict(abstract)
+    there, here = ({path: tuple(leaf.shape) for path, leaf in of.items()} for of in (weights, {"/".join(p): x for p, x in leaves.items()}))
+    wrong = [key for key in {**here, **there} if there.get(key) != here.get(key)]
+    if wrong:
+        listed = ", ".join(f"{key} ({there.get(key, 'absent')} there, {here.get(key, 'absent')} here)" for key in wrong[:5])
+        raise UserError(f"{name} holds another network than the config builds: {listed}{f' and {len(wrong) - 5} more' * (len(wrong) > 5)}.")
+    found = {path: weights["/".join(path)].astype(leaf.dtype).put(leaf.sharding) for path, leaf in leaves.items()}
+    return flax.traverse_util.unflatten_dict(found)
+
+
+def _check_finite(params: Any, path: pathlib.Path) -> None:
+    finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
+    wrong = [jax.tree_util.keystr(at, simple=True, separator="/") for at, good in jax.tree_util.tree_leaves_with_path(finite) if not good]
+    if wrong:
+        raise UserError(f"{path} has values that are not finite, of {wrong[0]}: get the weights again, in float32.")

@@ -1,0 +1,82 @@
+"""What published weights there are for networks of this library, whose they are, and which network each needs. No weights come along."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mmdiff import nets
+from mmdiff.convert import diffusers_dit, published_dit, vq_diffusion
+from mmdiff.convert.layouts import Layout
+from mmdiff.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of published weights.
+
+    Attributes:
+      about: what they are, and whose.
+      licence: of the weights, as their authors state it; it goes with what is made of them.
+      network: the class that computes their function, with the fields `needs`.
+      layout: of the files.
+      config: a shipped config that builds such a network.
+    """
+
+    about: str
+    licence: str
+    network: type
+    needs: Mapping[str, Any]
+    layout: Layout
+    config: str
+
+
+DIT_LICENCE = "CC BY-NC 4.0 for Meta's weights: not for commercial use"
+KINDS = {
+    "dit": Kind(
+        "DiT (Peebles & Xie 2023), its own files or diffusers' of the same weights", DIT_LICENCE, nets.DiT, published_dit.NEEDS["dit"],
+        dataclasses.replace(published_dit.DIT, read=diffusers_dit.DIFFUSERS.read), "imagenet256/dit_xl2"),
+    "diffusers-dit": Kind(
+        "DiT as diffusers computes it: other frequencies and epsilons, for weights that were trained there", DIT_LICENCE, nets.DiT,
+        diffusers_dit.NEEDS, diffusers_dit.DIFFUSERS, "imagenet256/dit_xl2"),
+    "sit": Kind(
+        "SiT (Ma et al. 2024)", "MIT for the code; the authors state none for the weights: ask them before you pass them on", nets.DiT,
+        published_dit.NEEDS["sit"], published_dit.SIT, "imagenet256/sit_xl2"),
+    "vq-diffusion": Kind(
+        "VQ-Diffusion (Gu et al. 2022) and CDCD (Zhu et al. 2023), their own files or diffusers'", "MIT for Microsoft's code and weights",
+        nets.TokenTransformer, vq_diffusion.NEEDS, vq_diffusion.VQ_DIFFUSION, "cdcd/imagenet256_class"),
+}  # fmt: skip
+
+
+def differences(kind: Kind, net: Any) -> dict[str, tuple[Any, Any]] | None:
+    """The fields of a network that a kind needs otherwise: name -> (here, needed); None for a network of another class."""
+    if not isinstance(net, kind.network):
+        return None
+    here = {name: getattr(net, name) for name in kind.needs}
+    if "mlp_norm_eps" in here and here["mlp_norm_eps"] is None:
+        here["mlp_norm_eps"] = net.norm_eps
+    return {name: (here[name], needed) for name, needed in kind.needs.items() if here[name] != needed}
+
+
+def check_network(name: str, net: Any, config: str) -> Kind:
+    """The kind of a name. Raises UserError unless the network of a config computes its function."""
+    if name not in KINDS:
+        raise UserError(f"there are no weights of the kind {name!r}: choose one of {', '.join(KINDS)} or mmdiff.")
+    kind = KINDS[name]
+    wrong = differences(kind, net)
+    if wrong is None:
+        raise UserError(
+            f"{config} has the network {type(net).__name__}, and weights of the kind {name} are for {kind.network.__name__}: take a config "
+            f"such as {kind.config}.")
+    if wrong:
+        listed = ", ".join(f"{field}={needed} (here {found})" for field, (found, needed) in wrong.items())
+        raise UserError(
+            f"weights of the kind {name} are for a network with {listed}: set these as --config.model.{next(iter(wrong))}=..., or take "
+            f"a config such as {kind.config}.")
+    return kind
+
+
+def kind_of(net: Any) -> str | None:
+    """The first kind whose function a network computes."""
+    return next((name for name, kind in KINDS.items() if differences(kind, net) == {}), None)

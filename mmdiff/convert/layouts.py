@@ -1,0 +1,130 @@
+"""Layouts of published weights: how they name and order what a network of this library has under its own names.
+
+    params = load(DIT, net, abstract, weights, "DiT-XL-2-256x256.pt")
+    arrays = state_dict(DIT, net, params)             # bit for bit what was loaded
+
+`convert.published_dit`, `convert.diffusers_dit` and `convert.vq_diffusion` have the layouts themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import numpy as np
+
+from mmdiff.convert import state_dicts
+from mmdiff.convert.tensors import Tensor, stack
+from mmdiff.errors import UserError
+
+Weights = Mapping[str, Tensor]
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One layout of the weights of a network.
+
+    Attributes:
+      names: our modules, "blocks/attention/qkv", and the published ones, "blocks.#.attn.qkv"; `#` counts the blocks.
+      read: `(weights, net) -> weights` under the published keys, with our order of rows and columns; it drops what is recomputed.
+      write: `(arrays, net) -> arrays`, its inverse; both get values by published key.
+    """
+
+    names: Mapping[str, str]
+    read: Callable[[Weights, Any], dict[str, Tensor]]
+    write: Callable[[dict[str, np.ndarray], Any], dict[str, np.ndarray]]
+
+
+def load(
+    layout: Layout, net: Any, abstract: Any, weights: Weights, name: str, place: Callable[[Path, Tensor, Any], Any] | None = None
+) -> Any:
+    """Parameters of `net` from published weights, leaf by leaf.
+
+    Args:
+      abstract: the parameters' shapes, as `jax.eval_shape` of `net.init` gives them (without the collection's name).
+      weights: of the file; `name` says which, in errors.
+      place: (our path, tensor, abstract leaf) -> array, as in `state_dicts.load_params`.
+
+    Raises:
+      UserError: missing or unexpected keys, other shapes, or what `layout.read` refuses.
+    """
+    ours = {_published(layout, path): path for path in flax.traverse_util.flatten_dict(abstract)}
+    found = state_dicts.load_params(
+        _renamed(layout, abstract), layout.read(weights, net), name,
+        place=None if place is None else lambda path, tensor, leaf: place(ours[path], tensor, leaf))
+    return flax.traverse_util.unflatten_dict({ours[path]: leaf for path, leaf in flax.traverse_util.flatten_dict(found).items()})
+
+
+def state_dict(layout: Layout, net: Any, params: Any) -> dict[str, np.ndarray]:
+    """The published state dict of parameters: contiguous arrays by key.
+
+    Raises:
+      UserError: the network has what the layout has no place for.
+    """
+    arrays = layout.write(state_dicts.state_dict(_renamed(layout, params)), net)
+    return {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+
+
+def _renamed(layout: Layout, tree: Any) -> Any:
+    flat = flax.traverse_util.flatten_dict(tree)
+    return flax.traverse_util.unflatten_dict({_published(layout, path): leaf for path, leaf in flat.items()})
+
+
+def _published(layout: Layout, path: Path) -> Path:
+    """Our path -> (the published module, the leaf): of scanned blocks with `#`, of single ones (block_3) with their number."""
+    block = re.fullmatch(r"block_(\d+)", path[0])
+    module = "/".join(("blocks" if block else path[0], *path[1:-1]))
+    if module not in layout.names:
+        raise UserError(f"the published layout has no place for the parameters {'/'.join(path)}, which the network of the config has.")
+    return layout.names[module].replace("#", block[1] if block else "#"), path[-1]
+
+
+# ---- What layouts are made of: on values or tensors ----
+
+
+def each(weights: Mapping[str, Any], rules: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """Values by key, changed by the rule whose regular expression is the whole key."""
+
+    def changed(key, value):
+        rule = next((rule for pattern, rule in rules.items() if re.fullmatch(pattern, key)), None)
+        return value if rule is None else rule(value)
+
+    return {key: changed(key, value) for key, value in weights.items()}
+
+
+def mapped(value: Any, function: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """`function` of an array, or of the values of a tensor when they are read; the shape stays."""
+    return value.map(function) if isinstance(value, Tensor) else function(value)
+
+
+def regrouped(value: Any, first: int, second: int) -> Any:
+    """Rows in order (first, second, rest) -> (second, first, rest): the parts q, k, v of all heads to the q, k, v of each head, or back."""
+
+    def function(array):
+        return array.reshape(first, second, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+
+    return mapped(value, function)
+
+
+def joined(values: list[Any]) -> Any:
+    """Equal parts along the first axis as one: the inverse of `split`."""
+    if isinstance(values[0], Tensor):
+        return stack(values).reshape(len(values) * values[0].shape[0], *values[0].shape[1:])
+    return np.concatenate(values)
+
+
+def renamed(weights: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Values whose key begins with a name (`#` stands for a number), under the new name; others keep their keys."""
+    patterns = [(re.compile("^" + re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"), new) for old, new in names.items()]
+
+    def name(key):
+        for pattern, new in patterns:
+            if match := pattern.match(key):
+                return new.replace("#", match[1] if match.groups() else "#") + key[match.end() :]
+        return key
+
+    return {name(key): value for key, value in weights.items()}

@@ -1,0 +1,122 @@
+"""DiT and SiT as they are published, in PyTorch: the names of the modules, what they compute, and nothing of training."""
+
+import math
+
+import numpy as np
+import published
+import torch
+from torch import nn
+
+from mmdiff.nets.embed import sincos_2d
+
+STEPS, TIMES, LABELS = (0, 250, 999), (0.0, 0.3, 1.0), (0, 3, 10)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        batch, count, width = x.shape
+        q, k, v = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        weights = ((q @ k.mT) / math.sqrt(width // self.heads)).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(batch, count, width))
+
+
+class _MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def _norm(x, shift, scale):
+    return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+class _Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn, self.mlp = _Attention(width, heads), _MLP(width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)
+        x = x + gate_a[:, None] * self.attn(_norm(x, shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(_norm(x, shift_m, scale_m))
+
+
+class _Times(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        rates = torch.exp(torch.arange(128, dtype=t.dtype) * (-math.log(10000) / 128))
+        angles = t[:, None] * rates
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1))
+
+
+class _Labels(nn.Module):
+    def __init__(self, rows, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+
+
+class _Patches(nn.Module):
+    def __init__(self, channels, width, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, patch)
+
+
+class _Last(nn.Module):
+    def __init__(self, width, size):
+        super().__init__()
+        self.linear, self.adaLN_modulation = nn.Linear(width, size), nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+
+class DiT(nn.Module):
+    """`forward(x [B, C, H, W], t [B], y [B])`: t counts steps in DiT, and is a time from noise to data in SiT (`sit`)."""
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, num_classes=1000):
+        super().__init__()
+        side, self.patch = input_size // patch_size, patch_size
+        self.x_embedder, self.t_embedder = _Patches(in_channels, hidden_size, patch_size), _Times(hidden_size)
+        self.y_embedder = _Labels(num_classes + 1, hidden_size)
+        self.pos_embed = nn.Parameter(torch.from_numpy(sincos_2d(hidden_size, side, side)[None]), requires_grad=False)
+        self.blocks = nn.ModuleList(_Block(hidden_size, num_heads) for _ in range(depth))
+        self.final_layer = _Last(hidden_size, patch_size**2 * 2 * in_channels)
+
+    def forward(self, x, t, y):
+        h = self.x_embedder.proj(x)
+        rows, columns = h.shape[-2:]
+        h = h.flatten(2).mT + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder.embedding_table(y)
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, 1)
+        out = self.final_layer.linear(_norm(h, shift, scale))
+        out = out.view(len(x), rows, columns, self.patch, self.patch, -1).permute(0, 5, 1, 3, 2, 4)
+        return out.reshape(len(x), -1, rows * self.patch, columns * self.patch)
+
+
+def _small():
+    model = DiT(8, 2, 4, 32, 2, 4, 10)
+    positions = model.pos_embed.clone()
+    published.torch_model(model)
+    model.pos_embed.data = positions  # as it is built
+    return model.double()
+
+
+def dit():
+    """Of DiT at its steps, and of SiT, of which the second half of the channels is thrown away, at its times; in double precision."""
+    model, x = _small(), torch.from_numpy(published.normal("z", (3, 4, 8, 8))).double()
+    with torch.no_grad():
+        times = {"dit": torch.tensor(STEPS).double(), "sit": torch.tensor(TIMES, dtype=torch.float64)}
+        answers = {name: model(x, t, torch.tensor(LABELS)) for name, t in times.items()}
+    keys = {key: " ".join(map(str, tensor.shape)) for key, tensor in model.state_dict().items()}
+    answers["sit"] = answers["sit"].chunk(2, 1)[0]
+    return {"keys": list(keys), "shapes": list(keys.values())} | {name: np.asarray(answer) for name, answer in answers.items()}

@@ -1,0 +1,119 @@
+"""DiT and SiT in their published layouts: the published functions, to 1e-10, and round trips bit for bit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import published
+import pytest
+
+from mmdiff import nets
+from mmdiff.convert import diffusers_dit, layouts, published_dit
+from mmdiff.convert.kinds import KINDS, check_network, differences, kind_of
+from mmdiff.convert.tensors import Tensor
+from mmdiff.errors import UserError
+
+STEPS, TIMES, LABELS = np.array([0, 250, 999]), np.array([0.0, 0.3, 1.0]), np.array([0, 3, 10])
+GOLDEN = published.golden("dit")
+SIZES = dict(depth=2, width=32, heads=4)
+FIELDS = {"dit": {"time_offset": -1.0}, "sit": {"time_scale": -1.0, "time_offset": 1.0}}
+
+
+def net_of(kind, **fields):
+    return nets.DiT(nets.Patches(8, 8, 4, 2, 8), 10, **{**SIZES, **FIELDS[kind], **fields})
+
+
+def shapes_of(net):
+    return jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.ones(1), jnp.zeros(1, int))["params"]
+
+
+@functools.cache
+def weights():
+    """The golden file's state dict, key -> array."""
+    shapes = {key: tuple(map(int, shape.split())) for key, shape in zip(GOLDEN["keys"].tolist(), GOLDEN["shapes"].tolist())}
+    found = {key: published.weight(key, shape) for key, shape in shapes.items()}
+    return found | {"pos_embed": published_dit.sincos_positions(net_of("dit"))}
+
+
+def tensors(arrays):
+    return {key: Tensor.of(array) for key, array in arrays.items()}
+
+
+def loaded(kind, net, arrays=None, layout=None):
+    return layouts.load(layout or KINDS[kind].layout, net, shapes_of(net), tensors(weights() if arrays is None else arrays), "it.pt")
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, array in expected.items():
+        assert found[key].dtype == array.dtype and found[key].shape == array.shape and found[key].flags.c_contiguous
+        np.testing.assert_array_equal(found[key].view(np.uint8), np.ascontiguousarray(array).view(np.uint8), err_msg=key)
+
+
+def ours(kind, params, net, dtype):
+    x = jnp.asarray(published.normal("z", (3, 4, 8, 8)).transpose(0, 2, 3, 1), dtype)
+    t = jnp.asarray((STEPS + 1) / 1000 if kind == "dit" else 1 - TIMES, dtype)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    out = np.asarray(jax.jit(net.copy(dtype=dtype).apply)({"params": params}, x, t, jnp.asarray(LABELS))).transpose(0, 3, 1, 2)
+    return out if kind == "dit" else -out[:, :4]  # SiT's velocity is that from noise to data
+
+
+@pytest.mark.parametrize("kind, scan", [("dit", True), ("dit", False), ("sit", True)])
+def test_the_published_function_and_its_weights_back(kind, scan):
+    net = net_of(kind, scan=scan)
+    params = loaded(kind, net)
+    assert_same(layouts.state_dict(KINDS[kind].layout, net, params), weights())
+    with jax.enable_x64(True):
+        published.assert_close(ours(kind, params, net, jnp.float64), GOLDEN[kind], 1e-10)
+    if scan:
+        published.assert_close(ours(kind, params, net, jnp.float32), GOLDEN[kind])
+
+
+def test_diffusers_layout_has_the_same_weights():
+    net = net_of("dit")
+    params = loaded("dit", net)
+    arrays = layouts.state_dict(diffusers_dit.DIFFUSERS, net, params)
+    assert len(arrays) == 2 + 2 * 2 + 2 * 19
+    for kind in ("dit", "diffusers-dit"):
+        jax.tree.map(np.testing.assert_array_equal, loaded(kind, net, arrays), params)
+    assert_same(layouts.state_dict(diffusers_dit.DIFFUSERS, net, loaded("dit", net, arrays)), arrays)
+    arrays["transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"] = np.zeros((11, 32), np.float32)
+    with pytest.raises(UserError, match="transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight is not transformer_blocks.0"):
+        loaded("dit", net, arrays)
+
+
+def test_depth_28_has_the_published_number_of_tensors():
+    net = net_of("dit", depth=28)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes_of(net))
+    assert [len(layouts.state_dict(layout, net, zeros)) for layout in (published_dit.DIT, diffusers_dit.DIFFUSERS)] == [292, 538]
+
+
+def changed(**arrays):
+    return weights() | {name.replace("__", "."): array for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("arrays, fields, words", [
+    (lambda: changed(pos_embed=np.zeros((1, 16, 32), np.float32)), {}, "pos_embed .* is not the table of sines and cosines"),
+    (lambda: changed(y_embedder__embedding_table__weight=np.zeros((6, 32), np.float32)), {}, r"embedding_table.weight \[6, 32\] for \[11"),
+    (lambda: changed(blocks__2__attn__proj__bias=np.zeros(32, np.float32)), {}, "has blocks.2.attn.proj.bias"),
+    (lambda: {key: array for key, array in weights().items() if "fc1" not in key}, {}, "lacks blocks.0.mlp.fc1.bias"),
+    (weights, {"depth": 3}, "lacks blocks.2"),
+    (weights, {"heads": 8, "width": 64}, "it holds weights of another size"),
+    (weights, {"qk_norm": True}, "no place for the parameters blocks/attention/k_norm/scale"),
+])  # fmt: skip
+def test_other_weights_are_refused(arrays, fields, words):
+    with pytest.raises(UserError, match=words):
+        loaded("dit", net_of("dit", **fields), arrays())
+
+
+def test_a_network_of_another_function_is_refused():
+    assert kind_of(net_of("dit")) == "dit" and kind_of(net_of("sit")) == "sit"
+    assert kind_of(net_of("dit", freq_shift=1.0, mlp_norm_eps=1e-5)) == "diffusers-dit"
+    assert kind_of(net_of("dit", qk_norm=True)) is None and differences(KINDS["dit"], object()) is None
+    with pytest.raises(UserError, match=r"with time_offset=-1.0 \(here 0.0\)"):
+        check_network("dit", net_of("dit", time_offset=0.0), "mine.py")
+    with pytest.raises(UserError, match="mine.py has the network NoneType, and weights of the kind sit are for DiT"):
+        check_network("sit", None, "mine.py")
+    with pytest.raises(UserError, match="no weights of the kind 'dti': choose one of dit, "):
+        check_network("dti", None, "mine.py")

@@ -1,0 +1,115 @@
+"""`mmdiff convert`: published weights become a run that samples and that others start from, and become published weights again."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mmdiff import __main__ as cli
+from mmdiff import open_run
+from mmdiff.convert import layouts
+from mmdiff.convert.kinds import KINDS
+from mmdiff.convert.weight_files import open_weights
+from mmdiff.convert.weight_writer import write_weights
+from mmdiff.nets.dit import SIZES
+
+SMALL = ["--config.model.size=XS", "--config.model.image=8", "--config.model.dtype=float32", "--config.model.scan=false",
+         "--config.data.source=random"]  # fmt: skip
+CONFIGS = {"dit": "imagenet256/dit_xl2", "sit": "imagenet256/sit_xl2", "vq-diffusion": "cdcd/imagenet256_class"}
+
+
+@pytest.fixture(autouse=True)
+def small_size(monkeypatch):
+    monkeypatch.setitem(SIZES, "XS", (1, 32, 4))
+
+
+def call(*args):
+    return cli.main([str(arg) for arg in args])
+
+
+def of(workdir, kind="dit", small=SMALL):
+    return "--config", CONFIGS[kind], "--workdir", workdir, *small
+
+
+def random_weights(kind, small=SMALL):
+    """A state dict in the published layout, of random numbers."""
+    from mmdiff import config as configs
+
+    values, module = configs.load(CONFIGS[kind], [arg.removeprefix("--config.").split("=") for arg in small])
+    net = (experiment := configs.build(values, module)).net
+    shapes = jax.eval_shape(experiment.init, jax.random.key(0))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
+    return layouts.state_dict(KINDS[kind].layout, net, params)
+
+
+def assert_same(path, arrays):
+    found = {key: tensor.read() for key, tensor in open_weights(path).items()}
+    assert found.keys() == arrays.keys()
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(found[key].view(np.uint32), array.view(np.uint32), err_msg=key)
+
+
+@pytest.mark.parametrize("kind", ["dit", "sit"])
+def test_published_weights_become_a_run_and_published_weights_again(kind, tmp_path, capsys):
+    file, run = tmp_path / "it.safetensors", tmp_path / "run"
+    arrays = random_weights(kind)
+    write_weights(file, arrays)
+    assert call("convert", *of(run, kind), "--from", file, "--as", kind) == 0
+    said = capsys.readouterr().out
+    assert f"{len(arrays)} tensors" in said and KINDS[kind].licence in said
+    assert json.loads((run / "source.json").read_text())["licence"] == KINDS[kind].licence
+
+    assert call("convert", *of(run, kind), "--to", "published", "--out", tmp_path / "published") == 0
+    assert_same(tmp_path / "published", arrays)
+    assert (tmp_path / "published" / "source.json").exists()
+    assert call("convert", *of(run, kind), "--to", "mmdiff", "--out", tmp_path / "own") == 0
+    # The values of the config are those of the weights.
+    again = tmp_path / "again"
+    assert call("convert", "--config", CONFIGS[kind], "--workdir", again, "--from", tmp_path / "own", "--as", "mmdiff") == 0
+    first, second = (open_run(CONFIGS[kind], folder) for folder in (run, again))
+    assert first.config.model.to_dict() == second.config.model.to_dict() and second.step == 0
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+def test_a_run_of_published_weights_samples_and_others_start_from_it(tmp_path, capsys):
+    file, run, tuned = tmp_path / "it.safetensors", tmp_path / "run", tmp_path / "tuned"
+    write_weights(file, random_weights("dit"))
+    assert call("convert", *of(run), "--from", file, "--as", "dit") == 0
+    assert call("sample", *of(run), "--given", "label=207", "--number", 1, "--steps", 2, "--out", tmp_path / "out") == 0
+    with np.load(tmp_path / "out" / "samples.npz") as samples:
+        assert samples["image"].shape == (1, 8, 8, 4) and np.isfinite(samples["image"]).all()
+    short = ["--config.train.steps=1", "--config.train.global_batch=8", "--config.train.eval_every=0",
+             "--config.train.tensorboard=false", "--config.train.learning_rate=1e-30", "--config.train.ema=0.5"]  # fmt: skip
+    capsys.readouterr()
+    assert call("train", *of(run), *short[:-1]) == 2
+    assert "holds weights alone, of a conversion" in capsys.readouterr().err
+    assert call("train", *of(tuned), *short, f"--config.train.start={run}", "--config.train.start_strict=true") == 0
+    first, second = (open_run(CONFIGS["dit"], folder).params for folder in (run, tuned))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), first, second)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--as", "dit"], "takes weights in"),
+    (["--from", "it.safetensors"], "convert needs --as KIND"),
+    (["--to", "published"], "convert needs --out DIR"),
+    (["--from", "it.safetensors", "--as", "dit", "--out", "out"], "--out goes with --to"),
+    (["--to", "published", "--out", "out", "--as", "dit"], "--as goes with --from"),
+    (["--from", "it.safetensors", "--as", "dti"], "no weights of the kind 'dti'"),
+    (["--from", "it.safetensors", "--as", "sit"], "weights of the kind sit are for a network with time_scale=-1.0 (here 1000.0)"),
+    (["--from", "it.safetensors", "--as", "mmdiff"], "is no folder that `mmdiff convert --to mmdiff` has written"),
+    (["--from", "missing.pt", "--as", "dit"], "no such file: missing.pt"),
+    (["--from", "it.safetensors", "--as", "dit", "--config.model.patch=4"], "pos_embed [1, 16, 32] is not the table"),
+    (["--from", "it.safetensors", "--as", "dit", "--config.model.time_offset=0"], "with time_offset=-1.0 (here 0.0)"),
+    (["--from", "nan.safetensors", "--as", "dit"], "has values that are not finite, of params/adaln/bias"),
+])  # fmt: skip
+def test_a_mistake_is_one_sentence_and_leaves_nothing(args, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arrays = random_weights("dit")
+    write_weights("it.safetensors", arrays)
+    write_weights("nan.safetensors", arrays | {"final_layer.adaLN_modulation.1.bias": np.full(64, np.nan, np.float32)})
+    assert call("convert", *of("run"), *args) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and "\n" not in error
+    assert {path.name for path in tmp_path.iterdir()} == {"it.safetensors", "nan.safetensors"}
