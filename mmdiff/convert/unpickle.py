@@ -12,7 +12,7 @@ import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
-OPERATIONS = 1_000_000  # a checkpoint with its optimizer state has some forty for each tensor
+OPERATIONS = 600_000  # a tensor has some 35
 HOSTILE_MODULES = frozenset((
     "os", "posix", "nt", "subprocess", "commands", "sys", "socket", "importlib", "runpy", "shutil", "pty", "ctypes", "code", "codeop",
     "marshal", "webbrowser", "pickle", "_pickle", "platform", "pdb", "timeit", "cProfile", "profile", "pip", "ensurepip"))  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -66,7 +67,9 @@ def write_weights(
     except OSError as error:
         raise FileError(path, f"cannot be written ({error.strerror or error})", "check the disk, or choose another place") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _write_folder(folder: pathlib.Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, shard_size: int) -> None:

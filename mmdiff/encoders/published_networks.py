@@ -62,7 +62,14 @@ def _of_its_size(preprocessing: Preprocessing) -> Callable[[Any], Preprocessing]
 
 
 CLIP_LICENCE = "OpenAI: MIT, with a statement of use in the model card; LAION: MIT"
+KL_LICENCE = (
+    "sd-vae-ft-ema, sd-vae-ft-mse, sdxl-vae, VA-VAE: MIT; Stable Diffusion 1.x: CreativeML Open RAIL-M, 2.x and XL: Open RAIL++-M; "
+    "3: Stability Community; FLUX.1-schnell: Apache-2.0, FLUX.1-dev: non-commercial"
+)
 KINDS: dict[str, Kind] = {
+    "autoencoder_kl": Kind("autoencoder_kl.AutoencoderKL", ("AutoencoderKL",), KL_LICENCE, _always(images.AUTOENCODER)),
+    "autoencoder_tiny": Kind("autoencoder_tiny.AutoencoderTiny", ("AutoencoderTiny",), "MIT", _always(images.AUTOENCODER)),
+    "vq_model": Kind("vq_model.VQModel", ("VQModel",), "VQGAN and LlamaGen: MIT", _always(images.AUTOENCODER)),
     "clip_text": Kind("clip.CLIPText", ("clip", "clip_text_model"), CLIP_LICENCE),
     "clip_vision": Kind("clip.CLIPVision", ("clip", "clip_vision_model"), CLIP_LICENCE, _of_its_size(images.CLIP)),
     "siglip_text": Kind("siglip.SigLIPText", ("siglip", "siglip_model", "siglip_text_model"), "Apache-2.0"),

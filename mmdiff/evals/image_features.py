@@ -17,12 +17,14 @@ from mmdiff.data.modalities import Images
 from mmdiff.data.network_cache import map_batched
 from mmdiff.data.sources import Source
 from mmdiff.data.stored_images import threads
+from mmdiff.encoders.efficientnet_lite0 import installed_weights
+from mmdiff.encoders.published_networks import open_encoder
 from mmdiff.evals.frechet import Moments
 
 Features = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-def image_features(encoder: Any, outputs: Sequence[str], batch: int = 64) -> Features:
+def features_of(encoder: Any, outputs: Sequence[str], batch: int = 64) -> Features:
     """Images uint8 [n, H, W, 3] of any size -> output -> float32 [n, d], over all local devices.
 
     Args:
@@ -56,8 +58,23 @@ def images_of(source: Source, modality: Images, at_once: int = 1024) -> Iterator
 
 
 def feature_moments(features: Features, images: Iterable[np.ndarray], output: str) -> Moments:
-    """The mean and the covariance of one output of `image_features`, of images that come some at a time."""
+    """The mean and the covariance of one output of `features_of`, of images that come some at a time."""
     found = Moments()
     for some in images:
         found.add(features(some)[output])
     return found
+
+
+def lite0_fd(first: Iterable[np.ndarray], second: Iterable[np.ndarray], batch: int = 64) -> float:
+    """The squared Fréchet distance of EfficientNet-Lite0's features, "lite0-FD", between two sets of images.
+
+    Args:
+      first, second: uint8 [n, H, W, 3], some at a time (`images_of`), or a list of one array. Their sizes may differ.
+      batch: images at a time on each device.
+
+    Raises:
+      UserError: its weights are not installed (the extra `features`).
+    """
+    features = features_of(open_encoder("efficientnet_lite0", installed_weights()), ["1280"], batch)
+    first, second = (feature_moments(features, images, "1280") for images in (first, second))
+    return first.squared_distance(second)

@@ -14,7 +14,6 @@ import small_sets
 from mmdiff.data.image_datasets import ImageDataset
 from mmdiff.data.latents import LatentSource, write_latents
 from mmdiff.data.modalities import Labels, Latents
-from mmdiff.data.negatives import WithNegatives
 from mmdiff.data.sources import HASHED, ArraySource, RandomSource, Subset, digest, fingerprint
 from mmdiff.projects.dance.dance import DanceMusic
 from mmdiff.projects.scenes.scenes import Scenes
@@ -52,8 +51,6 @@ DISTINCT = {
     "random of another size": lambda: RandomSource({"image": Latents(4, 4, 2)}, 101),
     "random of another shape": lambda: RandomSource({"image": Latents(4, 4, 3)}, 100),
     "some": lambda: Subset(arrays(), 3),
-    "negatives": lambda: WithNegatives(arrays(), np.zeros((6, 2), np.int64), "y"),
-    "other negatives": lambda: WithNegatives(arrays(), np.ones((6, 2), np.int64), "y"),
     "scenes": lambda: Scenes("test", count=50),
     "other scenes": lambda: Scenes("held_out", count=50),
     "dances": lambda: DanceMusic("test", count=3),

@@ -4,6 +4,7 @@
 own shapes, which tests the keys, too.
 """
 
+import functools
 import math
 import pathlib
 import sys
@@ -71,7 +72,7 @@ def token_ids(name, shape, size):
 def masked(shape, padding):
     """Attention mask int32 of texts whose last one has `padding` tokens at the end that do not count."""
     mask = np.ones(shape, np.int32)
-    mask[-1, -padding:] = 0
+    mask[-1, shape[-1] - padding :] = 0
     return mask
 
 
@@ -96,6 +97,7 @@ def torch_model(model):
     return model.eval()
 
 
+@functools.cache
 def abstract(net):
     """The parameters' shapes."""
     return jax.eval_shape(net.init, jax.random.key(0), *net.example_inputs())["params"]

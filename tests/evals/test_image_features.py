@@ -6,12 +6,13 @@ import types
 import flax.linen as nn
 import numpy as np
 import pytest
+from sklearn.datasets import load_sample_images
 
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import ArraySource
 from mmdiff.encoders import preprocessing
 from mmdiff.evals.frechet import Moments, moments
-from mmdiff.evals.image_features import feature_moments, image_features, images_of
+from mmdiff.evals.image_features import feature_moments, features_of, images_of, lite0_fd
 
 
 class Means(nn.Module):
@@ -26,7 +27,7 @@ class Means(nn.Module):
 def means():
     small = dataclasses.replace(preprocessing.SIGLIP, size=4)
     encoder = types.SimpleNamespace(net=Means(), params={"scale": np.float32([1, 2, 3])}, preprocessing=small)
-    return image_features(encoder, ["means"], batch=2)
+    return features_of(encoder, ["means"], batch=2)
 
 
 def test_features_of_images_of_any_size_are_those_of_each_alone(means):
@@ -55,3 +56,13 @@ def test_moments_in_parts_keep_the_digits_of_a_large_mean():
     np.testing.assert_allclose(parts.mean, features.mean(0), rtol=1e-14)
     np.testing.assert_allclose(parts.covariance, np.cov(features.T), rtol=1e-8)
     assert parts.squared_distance(Moments().add(features)) == pytest.approx(0, abs=1e-8)
+
+
+@pytest.mark.slow
+def test_lite0_fd_is_small_between_parts_of_one_photograph_and_large_between_two():
+    def crops(photograph, start):
+        return np.stack([photograph[i : i + 224, j : j + 224] for i in range(start, 200, 50) for j in range(start, 400, 50)])
+
+    china, flower = load_sample_images().images
+    same, other = lite0_fd([crops(china, 0)], [crops(china, 25)], 4), lite0_fd([crops(china, 0)], [crops(flower, 0)], 4)
+    assert 0 < 10 * same < other
