@@ -5,16 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
+import real_weights
 import torch
 import transformers
 from originals import text as originals
 from transformers_files import assert_keys, params, reopened
 
-from mmdiff.encoders import sentence_bert, t5
+from mmdiff.encoders import open_encoder, open_tokenizer, sentence_bert, t5
 from mmdiff.encoders.sentence_bert import SentenceBERT
 from mmdiff.encoders.t5 import T5Encoder, relative_buckets
 
 LENGTHS = (1, 7, 40, 63)
+TEXTS = (
+    "A small red seven", "", " ", "Ünïcödé naïve café ÉTÉ", "数字の七 on a blue background", "🙂 emoji 👩‍👩‍👧", "don't (stop) it's 3.14%",
+    "a\tb\nc", "word " * 400, "antidisestablishmentarianism" * 9, "&amp; <b>html</b>", "a [SEP] b [MASK]", "ﬁ ligature Ⅷ ½", "x" * 300,
+    "a </s> b")  # fmt: skip
 
 
 def answers(net, loaded, model, name, length, padding):
@@ -85,3 +90,20 @@ def test_keys_of_bert_at_full_size(name):
     count = assert_keys(SentenceBERT.from_config(sentence_bert.CONFIGS[name]), lambda: transformers.BertModel(config))
     if name == "all-MiniLM-L6-v2":
         assert count == 22_713_216
+
+
+def test_minilm_and_its_tokenizer_with_their_real_weights(tmp_path):
+    folder = real_weights.minilm(tmp_path)
+    encoder, tokenizer = open_encoder("sentence_bert", folder), open_tokenizer("sentence_bert", folder)
+    original = transformers.BertTokenizerFast.from_pretrained(folder)
+    batch = original(list(TEXTS), padding="max_length", max_length=256, truncation=True, return_tensors="np")
+    ids = tokenizer.encode(TEXTS)
+    np.testing.assert_array_equal(ids, batch["input_ids"])
+    np.testing.assert_array_equal(tokenizer.mask(ids), batch["attention_mask"])
+    model = transformers.BertModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        states = model(torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])).last_hidden_state.numpy()
+    found = jax.jit(encoder.net.apply, static_argnames="method")({"params": encoder.params}, ids, batch["attention_mask"], method="encode")
+    expected = originals._sentence(states, batch["attention_mask"])
+    print(np.abs(found - expected).max())
+    published.assert_close(found, expected, 1e-6)
