@@ -54,7 +54,7 @@ PHOTOS = (
 COARSE = (*PHOTOS, "a very small picture of a {}.", "a blurred photo of a {}.", "a photo of a {} in coarse pixels.")
 DEPICTED = (
     *PHOTOS, "a drawing of a {}.", "a painting of a {}.", "a {} made of lines.", "a toy in the shape of a {}.", "a {} as a comic.",
-    "a metric of a {}.")
+    "a figure of a {}.")
 
 
 @dataclasses.dataclass(frozen=True)
