@@ -6,6 +6,8 @@ import published
 import pytest
 from sklearn.datasets import load_sample_images
 
+from mmdiff.convert import state_dicts
+from mmdiff.convert.weight_files import open_weights
 from mmdiff.encoders import efficientnet_lite0, preprocessing
 from mmdiff.encoders.efficientnet_lite0 import EfficientNetLite0
 from mmdiff.encoders.inception import Inception
@@ -43,6 +45,9 @@ PALACE, DAISY = 698, 985  # of ImageNet's 1,000 classes
 def test_efficientnet_lite0_with_its_installed_weights_classifies_photographs():
     encoder = open_encoder("efficientnet_lite0", efficientnet_lite0.installed_weights())
     assert encoder.counts["parameters"] == 4_694_024 and encoder.preprocessing == preprocessing.EFFICIENTNET_LITE0
+    written, stored = state_dicts.state_dict(encoder.params), open_weights(encoder.files[0])
+    assert {key for key in stored if "num_batches_tracked" not in key} == written.keys()
+    assert all(np.array_equal(array, stored[key].read()) for key, array in written.items())
     images = np.stack([encoder.preprocessing(photograph) for photograph in load_sample_images().images])
     found = jax.jit(lambda images: encoder.apply(images)["logits"])(images)
     assert found.argmax(-1).tolist() == [PALACE, DAISY]

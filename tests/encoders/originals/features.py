@@ -6,28 +6,27 @@ import numpy as np
 import published
 
 
-def _inception():
+def _inception(names=("64", "192", "768", "2048", "logits_unbiased", "logits")):
     """torch-fidelity's network with random weights, and a list that gets Mixed_6d.branch1x1 of each call."""
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
-    names = ["64", "192", "768", "2048", "logits_unbiased", "logits"]
     with (
         unittest.mock.patch.object(module, "load_state_dict_from_url"),
         unittest.mock.patch.object(module.FeatureExtractorInceptionV3, "load_state_dict"),
     ):
-        net = module.FeatureExtractorInceptionV3("inception", names)
+        net = module.FeatureExtractorInceptionV3("inception", list(names))
     _load(net, 1.4)
     maps = []
     net.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: maps.append(output))
-    return net, names, maps
+    return net, maps
 
 
 def _inception_answers(images):
     """Images uint8 [B, H, W, 3] -> features."""
     import torch
 
-    net, names, maps = _inception()
-    answers = dict(zip(names, net(torch.from_numpy(images).permute(0, 3, 1, 2)), strict=True))
+    net, maps = _inception()
+    answers = dict(zip(net.features_list, net(torch.from_numpy(images).permute(0, 3, 1, 2)), strict=True))
     answers["spatial"] = maps[0][:, :7].permute(0, 2, 3, 1).flatten(1)
     return {name: answer.numpy() for name, answer in answers.items()}
 
