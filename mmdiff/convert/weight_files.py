@@ -116,9 +116,18 @@ def open_file(path: pathlib.Path, within: str | None = None) -> dict[str, Tensor
     """As `open_weights`, of one file."""
     file = open_regular(path)
     try:
-        start = os.pread(file.fileno(), 16, 0)
+        return _tensors(path, file, within)
     except OSError as error:
+        file.close()
         raise failed(path, error) from error
+    except BaseException:
+        file.close()
+        raise
+
+
+def _tensors(path: pathlib.Path, file: BinaryIO, within: str | None) -> dict[str, Tensor]:
+    """The tensors of an open file, which stays open as long as one of them is used."""
+    start = os.pread(file.fileno(), 16, 0)
     if start[:4] == b"PK\3\4" or (start[:1] == b"\x80" and start[8:9] != b"{"):
         return open_torch(path, file, within)
     if start[8:9] == b"{":
