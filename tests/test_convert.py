@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mmdiff import __main__ as cli
+from mmdiff import config as configs
 from mmdiff import open_run
 from mmdiff.convert import layouts
 from mmdiff.convert.kinds import KINDS
@@ -16,6 +17,7 @@ from mmdiff.nets.dit import SIZES
 
 SMALL = ["--config.model.size=XS", "--config.model.image=8", "--config.model.dtype=float32", "--config.model.scan=false",
          "--config.data.source=random"]  # fmt: skip
+TOKENS = ["--config.model.width=32", "--config.model.depth=1", "--config.model.heads=4", "--config.data.source=random"]
 CONFIGS = {"dit": "imagenet256/dit_xl2", "sit": "imagenet256/sit_xl2", "vq-diffusion": "cdcd/imagenet256_class"}
 
 
@@ -28,15 +30,17 @@ def call(*args):
     return cli.main([str(arg) for arg in args])
 
 
-def of(workdir, kind="dit", small=SMALL):
-    return "--config", CONFIGS[kind], "--workdir", workdir, *small
+def small(kind):
+    return TOKENS if kind == "vq-diffusion" else SMALL
 
 
-def random_weights(kind, small=SMALL):
+def of(workdir, kind="dit"):
+    return "--config", CONFIGS[kind], "--workdir", workdir, *small(kind)
+
+
+def random_weights(kind):
     """A state dict in the published layout, of random numbers."""
-    from mmdiff import config as configs
-
-    values, module = configs.load(CONFIGS[kind], [arg.removeprefix("--config.").split("=") for arg in small])
+    values, module = configs.load(CONFIGS[kind], [arg.removeprefix("--config.").split("=") for arg in small(kind)])
     net = (experiment := configs.build(values, module)).net
     shapes = jax.eval_shape(experiment.init, jax.random.key(0))["params"]
     rng = np.random.default_rng(0)
@@ -51,7 +55,7 @@ def assert_same(path, arrays):
         np.testing.assert_array_equal(found[key].view(np.uint32), array.view(np.uint32), err_msg=key)
 
 
-@pytest.mark.parametrize("kind", ["dit", "sit"])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_published_weights_become_a_run_and_published_weights_again(kind, tmp_path, capsys):
     file, run = tmp_path / "it.safetensors", tmp_path / "run"
     arrays = random_weights(kind)
@@ -64,13 +68,19 @@ def test_published_weights_become_a_run_and_published_weights_again(kind, tmp_pa
     assert call("convert", *of(run, kind), "--to", "published", "--out", tmp_path / "published") == 0
     assert_same(tmp_path / "published", arrays)
     assert (tmp_path / "published" / "source.json").exists()
-    assert call("convert", *of(run, kind), "--to", "mmdiff", "--out", tmp_path / "own") == 0
+
+
+def test_the_library_s_own_layout_holds_the_whole_run(tmp_path):
+    file, run, again = tmp_path / "it.safetensors", tmp_path / "run", tmp_path / "again"
+    write_weights(file, random_weights("dit"))
+    assert call("convert", *of(run), "--from", file, "--as", "dit") == 0
+    assert call("convert", *of(run), "--to", "mmdiff", "--out", tmp_path / "own") == 0
     # The values of the config are those of the weights.
-    again = tmp_path / "again"
-    assert call("convert", "--config", CONFIGS[kind], "--workdir", again, "--from", tmp_path / "own", "--as", "mmdiff") == 0
-    first, second = (open_run(CONFIGS[kind], folder) for folder in (run, again))
+    assert call("convert", "--config", CONFIGS["dit"], "--workdir", again, "--from", tmp_path / "own", "--as", "mmdiff") == 0
+    first, second = (open_run(CONFIGS["dit"], folder) for folder in (run, again))
     assert first.config.model.to_dict() == second.config.model.to_dict() and second.step == 0
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    assert json.loads((again / "source.json").read_text())["licence"] == KINDS["dit"].licence
 
 
 def test_a_run_of_published_weights_samples_and_others_start_from_it(tmp_path, capsys):

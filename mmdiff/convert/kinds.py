@@ -32,7 +32,7 @@ class Kind:
     config: str
 
 
-DIT_LICENCE = "CC BY-NC 4.0 for Meta's weights: not for commercial use"
+DIT_LICENCE = "CC BY-NC 4.0 for Meta's weights: not for commercial use; other weights as their authors state"
 KINDS = {
     "dit": Kind(
         "DiT (Peebles & Xie 2023), its own files or diffusers' of the same weights", DIT_LICENCE, nets.DiT, published_dit.NEEDS["dit"],

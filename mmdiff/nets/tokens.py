@@ -95,8 +95,8 @@ class TokenTransformer(Transformer):
     """The denoiser of CDCD (Zhu et al. 2023, after Gu et al. 2022), parameter for parameter.
 
     `__call__(x, t)`: dicts by modality, as a `Joint` feeds them. x["tokens"] int [B, L] in 0 .. classes, where `classes` is the mask,
-    in raster order of the grid; t["tokens"] [B]. Returns {"tokens": logits [B, L, classes]}, float32; the name is `modality`. Conditions
-    have no time of their own: an absent one is its null, a row of a table or an id of the text's like any other.
+    in raster order of the grid; t["tokens"] [B]. Returns {"tokens": logits [B, L, classes]}, float32 or wider; the name is `modality`.
+    Conditions have no time of their own: an absent one is its null, a row of a table or an id of the text's like any other.
 
     Attributes:
       classes: K, the classes of a clean token.
@@ -183,7 +183,8 @@ class TokenTransformer(Transformer):
         blocks = self.stack(Block, times=self.times, labels=self.labels, grid=cells if self.conv else None)
         h, _ = blocks(h, time, label, context)
         h = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(h)
-        out = Dense(group * self.classes, kernel_init=normal, dtype=self.dtype, name="tokens_out")(h).astype(jnp.float32)
+        out = Dense(group * self.classes, kernel_init=normal, dtype=self.dtype, name="tokens_out")(h)
+        out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
         return {self.modality: unpatchify(out, patch, *self.grid).reshape(*tokens.shape, self.classes)}
 
 
