@@ -38,11 +38,18 @@ report-validation.json and .html and leaves the test data alone: what is
 reported of the test data then was not chosen on them."""
 
 CACHE = """\
-Encodes every split of a tokenizer's data once, with the averaged (EMA) weights
-of the last checkpoint, and writes the tokens, the other arrays of the data and
-the weights, which decode tokens, to a folder. Of towers (CLIP's kind) it writes
-the weights. The folder is whole or absent; if the same cache is there, nothing
-is done. Configs that train on tokens, or on texts' vectors, name the folder."""
+Encodes every split of a data set once, for configs that train on latents,
+tokens, states of texts or vectors of images, which then name the folder.
+
+With --workdir the network is that of a run: of a tokenizer, the averaged (EMA)
+weights of the last checkpoint encode its data, and are written along with the
+tokens, which they decode; of towers (CLIP's kind) the weights are all.
+
+Without it the networks are published ones that the config names, by
+--config.encoder.path=PATH and the like; --config.data.images=FOLDER has the
+images. After an interruption the same command continues.
+
+A split is whole or absent; if the same is there, nothing is done."""
 
 CONVERT = """\
 Takes published weights in, and writes those of a run for others.
@@ -110,7 +117,10 @@ EXAMPLES = {
     ],
     "eval": [f"eval {USE}", f"eval {USE} --split validation --config.sample.guidance=1.3"],
     "configs": ["configs", "configs digits_joint --to my_digits.py"],
-    "cache": [f"cache {TOKENIZER} --out runs/scenes_tokens", f"cache {TOKENIZER} --out runs/scenes_tokens --split train"],
+    "cache": [
+        f"cache {TOKENIZER} --out runs/scenes_tokens",
+        "cache --config imagenet256/dit_xl2 --out latents --config.encoder.path=sd-vae-ft-ema --config.data.images=imagenet",
+    ],
     "convert": [
         "convert --config imagenet256/dit_xl2 --workdir runs/dit --from DiT-XL-2-256x256.pt --as dit",
         "convert --config imagenet256/dit_xl2 --workdir runs/dit --to diffusers --vae sd-vae-ft-ema --out dit_pipeline",
@@ -193,11 +203,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         sub.set_defaults(command=name)
         return sub
 
-    def command(name, summary, about, workdir=True):
+    def command(name, summary, about, workdir=True, required=True):
         sub = add(name, summary, about)
         sub.add_argument("--config", type=_path, required=True, metavar="NAME|FILE", help="a shipped config (mmdiff configs) or a file")
         if workdir:
-            sub.add_argument("--workdir", type=_path, required=True, metavar="DIR", help="the folder of the run")
+            sub.add_argument("--workdir", type=_path, required=required, metavar="DIR", help="the folder of the run")
         # Only shown: `parse` takes the overrides out before parsing.
         sub.add_argument(f"{OVERRIDE}KEY=VALUE", action="store_true", help="replace a value of the config; repeatable")
         return sub
@@ -233,7 +243,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     sub = add("configs", "list the shipped configs, or copy one", CONFIGS)
     sub.add_argument("name", nargs="?", type=_path, metavar="NAME", help="one of them")
     sub.add_argument("--to", type=_path, metavar="FILE.py", help="write a copy of it here, to start from")
-    sub = command("cache", "encode a data set with a trained tokenizer", CACHE)
+    sub = command("cache", "encode a data set with a tokenizer or with published networks", CACHE, required=False)
     option = sub.add_argument
     option("--out", type=_path, required=True, metavar="DIR", help="the folder of the cache")
     option("--split", action="append", default=[], metavar="NAME", help="encode this split only; repeatable")

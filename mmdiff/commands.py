@@ -132,10 +132,27 @@ def cache(args: argparse.Namespace) -> None:
     if _is_spare():
         return
     _prepare()
-    run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
+    if args.workdir is None:
+        written, holds = _cache_published(args)
+    else:
+        run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
+        _writable("--out", args.out)
+        written = run.cache(args.out, args.split)
+        holds = run.experiment.cache.holds(args.out, run.step)
+    console.out(f"{'' if written else 'nothing to do: '}{args.out} holds {holds}")
+
+
+def _cache_published(args: argparse.Namespace) -> tuple[bool, str]:
+    """Encodes a config's data with the published networks that it names -> (whether something was written, what there is)."""
+    config, module = configs.load(args.config, args.overrides)
     _writable("--out", args.out)
-    written = run.cache(args.out, args.split)
-    console.out(f"{'' if written else 'nothing to do: '}{args.out} holds {run.experiment.cache.holds(args.out, run.step)}")
+    if args.step is not None:
+        raise UserError("--step is of a run's checkpoint: name the run by --workdir, or leave it out.")
+    with configs.blaming(config, module, args.overrides):
+        writer = configs.build(config, module).cache
+        if getattr(writer, "encoders", None) is None:
+            raise UserError(f"{args.config} names no published encoders: give --workdir DIR, the run of a tokenizer or of towers.")
+        return writer.write(args.out, args.split), writer.holds(args.out)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:  # jax is imported when a run is opened, after its config has 
     from mmdiff.experiment import Experiment
 
 LARGEST_BATCH = 256  # samples of one call of the network
-IN_USE = ("sample", "eval", "seed", "data.dir", "data.towers")  # the keys and sections of a config that may be set when a run is opened
+IN_USE = (  # the keys and sections of a config that may be set when a run is opened
+    "sample", "eval", "seed", "data.dir", "data.towers", "encoder", "text_encoder", "vector_encoder")
 
 
 def open_run(
@@ -290,6 +291,10 @@ class Run:
         Raises:
           UserError: the run is of no tokenizer, an unknown split, or a folder that holds something else or cannot be written.
         """
+        from mmdiff.data.network_cache import CacheWriter
+
+        if self.experiment.cache is not None and not isinstance(self.experiment.cache, CacheWriter):
+            raise UserError(f"the data of {self.name} are encoded by published networks, and not by those of a run: leave --workdir out.")
         if self.experiment.cache is None:
             raise UserError(
                 f"{self.name} trains no tokenizer and no towers, so there is nothing to cache: see the config cdcd/scenes_tokenizer.")

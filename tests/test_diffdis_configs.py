@@ -225,17 +225,6 @@ def test_the_setting_of_the_paper_steps_in_small(monkeypatch):
     assert drawn["image"].shape == (2, 32, 32, 4) and bool(jnp.isfinite(drawn["image"]).all())
 
 
-ENCODERS = """
-import numpy as np
-
-def encode_image(images):
-    return np.tile(images[:, ::8, ::8, :1], (1, 1, 1, 4))
-
-def encode_text(texts):
-    return [np.random.default_rng(len(text)).normal(size=768) for text in texts]
-"""
-
-
 @pytest.fixture(scope="module")
 def aircraft(tmp_path_factory):
     """The smallest of the zero-shot data sets: two images of two variants, as the archive has them."""
@@ -245,7 +234,6 @@ def aircraft(tmp_path_factory):
     (folder / "fgvc-aircraft-2013b/data/images_variant_test.txt").write_text("001 A300\n002 Boeing 747\n")
     for name, level in (("001", 40), ("002", 200)):
         Image.new("RGB", (20, 16), (level, level, level)).save(folder / f"fgvc-aircraft-2013b/data/images/{name}.jpg")
-    (folder / "encoders.py").write_text(ENCODERS)
     return folder
 
 
@@ -273,8 +261,7 @@ def test_diffdis_classifies_pictures_of_published_sets(aircraft, towers, monkeyp
     small = dict(
         data__source="random", model__size="XS", model__shared=1, model__head_width=16, model__head_heads=2, model__head_depth=1,
         model__patch=16, model__dtype="float32")
-    assert classified(*load("sd_scale", **small, **asked, eval__encoders=aircraft / "encoders.py")) in (0, 0.5, 1)
-    with pytest.raises(UserError, match="config.eval.encoders is empty: to classify images, name a Python file"):
+    with pytest.raises(UserError, match="config.encoder.path is empty: name the published autoencoder"):
         load("sd_scale", **small, **asked)
 
 

@@ -1,15 +1,26 @@
 """CDCD on COCO 256x256 given a caption: 32x32 tokens of 2,887 codes, the paper's setting (Zhu et al. 2023).
 
-    SET="--config.data.name=coco_captions --config.data.dir=tfds"
-    python -m mmdiff train  --config configs/cdcd/images_tokenizer.py --workdir runs/coco_tokenizer $SET
-    python -m mmdiff cache  --config configs/cdcd/images_tokenizer.py --workdir runs/coco_tokenizer --out tokens/coco
-    python -m mmdiff train  --config configs/cdcd/coco_text.py --workdir runs/coco_text --config.data.dir=tokens/coco
+    ENCODERS="--config.encoder.path=weights/vqgan_gumbel_f8_8192.ckpt --config.text_encoder.path=weights/clip-vit-base-patch32"
+    SET="--config.data.set=coco_captions --config.data.images=tfds"
+    python -m mmdiff cache  --config configs/cdcd/coco_text.py --out tokens/coco $ENCODERS $SET
+    python -m mmdiff train  --config configs/cdcd/coco_text.py --workdir runs/coco_text $ENCODERS --config.data.dir=tokens/coco
     python -m mmdiff sample --config configs/cdcd/coco_text.py --workdir runs/coco_text --given text="a cat on a red sofa"
     python -m mmdiff aot    --config configs/cdcd/coco_text.py --topology v5e:4x4 --config.data.source=random
 
-The tokenizer of the images is ours (see configs/cdcd/images_tokenizer.py), and so is the text encoder: CLIP's text tower in size (12
-layers, 512 wide, 77 tokens, each normalised), trained with the network from nothing on the training captions, where the paper has CLIP's
-own, frozen. config.text.freeze=true freezes it, as released; without CLIP's weights it is then a random projection.
+As in the paper the tokens are those of taming-transformers' VQGAN of OpenImages with 8,192 codes (vqgan_gumbel_f8, last.ckpt; MIT), and the
+text is the states of CLIP's frozen tower, each normalised, of all 77 positions: weights/clip-vit-base-patch32 is the folder of
+"openai/clip-vit-base-patch32" (MIT, with a statement of use in its card). Of the codes the 2,887 that the training images use most are
+kept; the authors' list maps all others to one class, here they become the nearest that is kept, and theirs are sampled where ours are the
+likeliest. The cache has tokens and states of every caption: 81 KiB each, 34 GB of COCO.
+
+Without CLIP, --config.text.published=false trains a text encoder of its size (12 layers, 512 wide, 77 tokens, each normalised) with the
+network, on the training captions, and both encoders may be one's own:
+
+    OWN="--config.data.name=coco_captions --config.data.dir=tfds"
+    python -m mmdiff train  --config configs/cdcd/images_tokenizer.py --workdir runs/coco_tokenizer $OWN
+    python -m mmdiff cache  --config configs/cdcd/images_tokenizer.py --workdir runs/coco_tokenizer --out tokens/coco_own
+    python -m mmdiff train  --config configs/cdcd/coco_text.py --workdir runs/coco_own --config.data.dir=tokens/coco_own \\
+        --config.text.published=false
 
 The recipe, as released: Step-Intra with ten negatives, importance-sampled times, auxiliary weight 5e-4; AdamW (0.9, 0.96) with decay
 4.5e-2 on every weight, gradients clipped at 0.5 from first to last; a rate of 2e-4, reached in 1,000 steps from 3e-6 and halved after
@@ -22,28 +33,30 @@ For orientation, from a paper: VQ-Diffusion-S, a network of this size without th
 has FID 30.17 by 30,000 samples (Gu et al. 2022). This has not been trained here; its cost is unknown, and there is no evaluator: FID needs
 the weights of an Inception network, which do not come along.
 
-On 16 chips of v5e, by the ahead-of-time report: 99.0M parameters, 63.2M of them the text encoder, 6.8 GB a chip of 16.9 and a step of
-53 ms at least (compiled in two to three minutes).
+With a text encoder of its own, on 16 chips of v5e by the ahead-of-time report: 99.0M parameters, 63.2M of them the text encoder, 6.8 GB a
+chip of 16.9 and a step of 53 ms at least (compiled in two to three minutes). With CLIP's states the 35.8M others are all.
 """
 
 from ml_collections import ConfigDict
 
 from mmdiff import Experiment, contrastive, losses, nets, sampling, schedules, times, training_config
-from mmdiff.data import Labels, Texts, TokenImages, network_fingerprint, published
+from mmdiff.data import EncodedCache, EncodedTexts, EncodedTokens, ImageTokens, Labels, Texts, TextStates, published
 from mmdiff.data.token_cache import decoder, open_tokenizer, open_tokens
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim
 
-GRID, CODES = (32, 32), 2887  # of configs/cdcd/images_tokenizer.py
+SIDE, CODES = 32, 2887  # of the grid of tokens
 VOCABULARY, LENGTH = 49408, 77  # CLIP's; a cache's tokenizer has at most as many ids
 
 
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"source": "tokens", "dir": "", "classes": 0},  # or random
+        "encoder": {"kind": "vq_model", "path": ""},
+        "text_encoder": {"kind": "clip_text", "path": "", "tokenizer": ""},  # by default the tokenizer lies where the weights do
+        "data": {"source": "tokens", "dir": "", "set": "captioned", "images": "", "classes": 0},  # or random; set and images are for cache
         "model": {"width": 192, "depth": 18, "heads": 16, "dtype": "bfloat16", "remat": "none", "scan": True},
-        "text": {"width": 512, "depth": 12, "heads": 8, "freeze": False},
+        "text": {"published": True, "width": 512, "depth": 12, "heads": 8, "freeze": False},  # depth, heads, freeze: of one's own
         "chain": {"steps": 80, "evidence": False}, "text_dropout": 0.1,
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
@@ -59,13 +72,17 @@ def get_config():
 def build(config):
     data, steps = config.data, config.chain.steps
     tokens = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
-    process = Joint(tokens=tokens, text=Given(null=0))
-    model = nets.options(config.model)
-    encoder = nets.TextEncoder(
-        VOCABULARY, LENGTH, normalise=True, **config.text, **{name: model[name] for name in ("dtype", "remat", "scan")})
+    process = Joint(tokens=tokens, text=Given(null=0.0 if config.text.published else 0))
+    tokenizer = ImageTokens(config.encoder, SIDE, CODES, data.dir)
+    encoders, model = [tokenizer], nets.options(config.model)
+    if config.text.published:
+        clip = TextStates(config.text_encoder, normalize=True, padding=0)
+        encoders, text, encoder = [tokenizer, clip], EncodedTexts(config.text.width, "text", LENGTH, encoder=clip), None
+    else:
+        text, encoder = Texts(open_tokenizer(data, LENGTH)), own_encoder(config.text, model)
     net = nets.cdcd("coco", encoder=encoder, times=steps, **model)
     modalities = {
-        "tokens": TokenImages(*GRID, CODES, decode=decoder(data.dir) if data.dir else None), "text": Texts(open_tokenizer(data, LENGTH)),
+        "tokens": EncodedTokens(SIDE, SIDE, CODES, decode=decoder(data.dir, tokenizer), encoder=tokenizer), "text": text,
         **({"label": Labels(data.classes)} if data.classes else {})}
     # Negatives of another condition: of another class where there are classes, else of another caption.
     negatives = contrastive.inter(config.loss.count, by="label" if data.classes else "text")
@@ -76,7 +93,13 @@ def build(config):
             contrastive.cdcd(
                 tokens, steps, of="tokens", given="text", inter_negatives=negatives, form=contrastive.form(config.form, config.temperature),
                 **config.loss)),
-        optimizer=optim.vq_diffusion(config.train, optim.all_but("/encoder/") if config.text.freeze else None),
+        optimizer=optim.vq_diffusion(config.train, optim.all_but("/encoder/") if encoder and config.text.freeze else None),
         data=published(lambda split: open_tokens(data, split, modalities), config.eval.examples),
         sampler={"transforms": [sampling.only("tokens", sampling.top_p(config.sample.top_p))]},
-        frozen_deps={"tokenizer": lambda: network_fingerprint(data.dir)})
+        **EncodedCache(data, modalities, encoders, mirrored=False).for_experiment)  # captions say left and right
+
+
+def own_encoder(text, model):
+    """A text encoder of the size of CLIP's tower, which is trained with the network."""
+    sizes = {name: text[name] for name in ("width", "depth", "heads", "freeze")}
+    return nets.TextEncoder(VOCABULARY, LENGTH, normalise=True, **sizes, **{name: model[name] for name in ("dtype", "remat", "scan")})

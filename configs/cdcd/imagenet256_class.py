@@ -1,14 +1,22 @@
 """CDCD on ImageNet 256x256 given the class: 16x16 tokens of 974 codes, the paper's setting (Zhu et al. 2023).
 
-    SET="--config.data.name=imagenet2012 --config.data.dir=tfds"
-    python -m mmdiff train  --config configs/cdcd/images_tokenizer.py --workdir runs/imagenet_tokenizer $SET
-    python -m mmdiff cache  --config configs/cdcd/images_tokenizer.py --workdir runs/imagenet_tokenizer --out tokens/imagenet
-    python -m mmdiff train  --config configs/cdcd/imagenet256_class.py --workdir runs/imagenet_class --config.data.dir=tokens/imagenet
+    VQGAN="--config.encoder.path=weights/vqgan_imagenet_f16_16384.ckpt"
+    DATA="--config.data.dir=tokens/imagenet"
+    python -m mmdiff cache  --config configs/cdcd/imagenet256_class.py --out tokens/imagenet $VQGAN --config.data.images=imagenet
+    python -m mmdiff train  --config configs/cdcd/imagenet256_class.py --workdir runs/imagenet_class $VQGAN $DATA
     python -m mmdiff sample --config configs/cdcd/imagenet256_class.py --workdir runs/imagenet_class --given label=207
     python -m mmdiff aot    --config configs/cdcd/imagenet256_class.py --topology v5e:4x4 --config.data.source=random
 
-The tokenizer is ours (see configs/cdcd/images_tokenizer.py), the network the published one, whose position table has 32 columns for a
-grid of 16.
+The tokenizer is the paper's, taming-transformers' VQGAN with 16,384 codes (vqgan_imagenet_f16_16384, last.ckpt; MIT), of which the 974 that
+the training images use most are kept; the authors' list maps all others to one class, here they become the nearest that is kept. `imagenet`
+has the folders train/n01440764 ... and val/n01440764 ... of images; of TFDS, add --config.data.set=imagenet2012. Every training image is
+encoded as it is and mirrored. A tokenizer of one's own, of configs/cdcd/images_tokenizer.py, writes such a folder, too:
+
+    SET="--config.data.name=imagenet2012 --config.data.dir=tfds"
+    python -m mmdiff train  --config configs/cdcd/images_tokenizer.py --workdir runs/imagenet_tokenizer $SET
+    python -m mmdiff cache  --config configs/cdcd/images_tokenizer.py --workdir runs/imagenet_tokenizer --out tokens/imagenet_own
+
+The network is the published one, whose position table has 32 columns for a grid of 16.
 
 The recipe, as released: Step-Intra with ten negatives, importance-sampled times, auxiliary weight 1e-3; AdamW (0.9, 0.96) with decay
 4.5e-2 on every weight, gradients clipped at 0.5 from first to last; a rate of 4.5e-4, reached in 5,000 steps from 3e-6 and halved after
@@ -28,18 +36,19 @@ two minutes). config.train.mesh.data=1 with mesh.fsdp=16 splits the state, 8.3 G
 from ml_collections import ConfigDict
 
 from mmdiff import Experiment, contrastive, losses, nets, sampling, schedules, times, training_config
-from mmdiff.data import Labels, TokenImages, network_fingerprint, published
+from mmdiff.data import EncodedCache, EncodedTokens, ImageTokens, Labels, published
 from mmdiff.data.token_cache import decoder, open_tokens
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.training import optim
 
-CLASSES, GRID, CODES = 1000, (16, 16), 974  # the null label is CLASSES; tokens as of configs/cdcd/images_tokenizer.py
+CLASSES, SIDE, CODES = 1000, 16, 974  # the null label is CLASSES
 
 
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"source": "tokens", "dir": ""},  # or random
+        "encoder": {"kind": "vq_model", "path": ""},
+        "data": {"source": "tokens", "dir": "", "set": "folder", "images": ""},  # or random; set and images are what cache reads
         "model": {"width": 512, "depth": 24, "heads": 16, "dtype": "bfloat16", "remat": "none", "scan": True},
         "chain": {"steps": 80, "evidence": False}, "label_dropout": 0.1,
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
@@ -58,7 +67,9 @@ def build(config):
     tokens = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
     process = Joint(tokens=tokens, label=Given(null=CLASSES))
     net = nets.cdcd("imagenet", labels=CLASSES + 1, times=steps, **nets.options(config.model))
-    modalities = {"tokens": TokenImages(*GRID, CODES, decode=decoder(data.dir) if data.dir else None), "label": Labels(CLASSES)}
+    tokenizer = ImageTokens(config.encoder, SIDE, CODES, data.dir)
+    modalities = {
+        "tokens": EncodedTokens(SIDE, SIDE, CODES, decode=decoder(data.dir, tokenizer), encoder=tokenizer), "label": Labels(CLASSES)}
     return Experiment(
         process=process, net=net, modalities=modalities,
         loss=losses.diffusion(
@@ -68,4 +79,4 @@ def build(config):
         optimizer=optim.vq_diffusion(config.train),
         data=published(lambda split: open_tokens(data, split, modalities), config.eval.examples),
         sampler={"transforms": [sampling.only("tokens", sampling.top_p(config.sample.top_p))]},
-        frozen_deps={"tokenizer": lambda: network_fingerprint(data.dir)})
+        **EncodedCache(data, modalities, [tokenizer]).for_experiment)

@@ -1,24 +1,23 @@
 """DiffDis at the paper's scale (Huang et al. 2023) on a diffusion transformer: latents, 77 text tokens, a query of 768, CC3M.
 
+    ENCODERS="--config.encoder.path=weights/sd-vae-ft-ema --config.text_encoder.path=weights/clip-vit-large-patch14"
     DATA="--config.data.dir=latents/cc3m"
-    python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/generator $DATA --config.tasks=generate \\
-        --config.train.steps=500000 --config.train.learning_rate=1e-4
-    python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/diffdis $DATA --config.train.start=runs/generator
+    python -m mmdiff cache --config configs/diffdis/sd_scale.py --out latents/cc3m $ENCODERS --config.data.images=cc3m
+    python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/generator $ENCODERS $DATA \\
+        --config.tasks=generate --config.train.steps=500000 --config.train.learning_rate=1e-4
+    python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/diffdis $ENCODERS $DATA \\
+        --config.train.start=runs/generator
     python -m mmdiff eval  --config configs/diffdis/sd_scale.py --workdir runs/diffdis
-    python -m mmdiff eval  --config configs/diffdis/sd_scale.py --workdir runs/diffdis --zeroshot all --config.eval.encoders=encoders.py
+    python -m mmdiff eval  --config configs/diffdis/sd_scale.py --workdir runs/diffdis --zeroshot all
     python -m mmdiff aot   --config configs/diffdis/sd_scale.py --topology v5e:4x4 --config.data.source=random \\
         --config.train.mesh.data=1 --config.train.mesh.fsdp=16 --config.model.remat=full
 
-Data: a latent cache, whose layout mmdiff/data/latents.py describes, with the latents of the images and, for each, what a frozen text tower
-makes of its caption: the tokens' states (zeros where there is padding), and the pooled vector at a length of 1:
-
-    write_latents(folder, "train", batches, {
-        "image": Latents(32, 32, 4), "text": Features(768, "text", 77), "query": Features(768, "query", norm=1.0)})
-
-mmdiff.data.image_datasets reads CC3M-style folders and tar shards; neither the autoencoder nor the tower comes along.
-config.data.source=random
-makes all three up. Zero-shot classification of the twelve data sets (mmdiff/evals/zeroshot.py) needs both, in a Python file with
-encode_image(images [n, 256, 256, 3] in [-1, 1]) -> latents [n, 32, 32, 4], scaled as in the cache, and encode_text(texts) -> [n, 768].
+Data: a latent cache that the first command writes, with the latents of the images and, for each, what CLIP's frozen text tower makes of its
+caption: the tokens' states (zeros after its end), and the projected vector at a length of 1. `cc3m` has tar shards of images and captions
+as img2dataset writes them (mmdiff/data/image_folders.py). weights/sd-vae-ft-ema is the folder of "stabilityai/sd-vae-ft-ema" (MIT): the
+encoder of Stable Diffusion's autoencoder, with another decoder; weights/clip-vit-large-patch14 that of "openai/clip-vit-large-patch14"
+(MIT, with a statement of use in its card), Stable Diffusion's text tower and its projection. config.data.source=random makes all three up.
+Both encoders classify images of the twelve data sets by prompts, too (mmdiff/evals/zeroshot.py).
 
 Of the paper: the two losses on every batch, both with weight 1; the query rides in the image's self-attention with the image's weights,
 enters again at every block and has an MLP of its own (fusion="shared", two-way); a head of M = 6 blocks of width 768 with 12 heads; x_0 of
@@ -39,7 +38,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import Experiment, initialiser, losses, matching, nets, schedules, times, training_config
-from mmdiff.data import Features, Latents, published
+from mmdiff.data import Autoencoder, EncodedCache, EncodedLatents, EncodedTexts, TextStates, published
 from mmdiff.data.latents import open_source
 from mmdiff.errors import UserError
 from mmdiff.evals import zeroshot
@@ -47,15 +46,16 @@ from mmdiff.evals.alignment import Aligner, PairRetrieval
 from mmdiff.processes import Gaussian, Given, Joint, eps, x0
 from mmdiff.training import optim
 
-STEPS, PIXELS = 1000, 8  # of the chain; for a latent, in height and in width
-TOKENS, VECTOR = 77, 768  # of CLIP's text tower
+STEPS, TOKENS, VECTOR = 1000, 77, 768  # of the chain; of CLIP's text tower
 NEW = r"query|head|logit"  # the weights that a generator does not bring
 
 
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"source": "latents", "dir": "", "size": 32},  # or random; 32 of 256 pixels
+        "encoder": {"kind": "autoencoder_kl", "path": ""},
+        "text_encoder": {"kind": "clip_text", "path": ""},
+        "data": {"source": "latents", "dir": "", "set": "captioned", "images": "", "size": 32},  # or random; 32 of 256 pixels
         "model": {
             "size": "XL", "patch": 2, "shared": 14, "head_depth": 6, "head_width": 768, "head_heads": 12, "fusion": "shared",
             "two_way": True, "reinject": True, "dtype": "bfloat16", "remat": "none", "scan": True},
@@ -66,14 +66,18 @@ def get_config():
             steps=19_500, global_batch=1024, ema=0.9999, eval_every=5_000, checkpoint_every=1_000, log_every=100,
             learning_rate=1e-5, new_learning_rate=1e-4, warmup_steps=1000, weight_decay=1e-4),
         "sample": {"steps": 50, "guidance": 4.0},
-        "eval": {"batch": 100, "count": 1000, "zeroshot": "", "zeroshot_dir": "", "encoders": ""},
+        "eval": {"batch": 100, "count": 1000, "zeroshot": "", "zeroshot_dir": ""},
     })
 
 
 def build(config):
     data, train = config.data, config.train
+    autoencoder = Autoencoder(config.encoder, data.size)
+    captions = TextStates(config.text_encoder, vector="query", masked=True)
     modalities = {
-        "image": Latents(data.size, data.size, 4), "text": Features(VECTOR, "text", TOKENS), "query": Features(VECTOR, "query", norm=1.0)}
+        "image": EncodedLatents(data.size, data.size, 4, encoder=autoencoder),
+        "text": EncodedTexts(VECTOR, "text", TOKENS, encoder=captions),
+        "query": EncodedTexts(VECTOR, "query", norm=1.0, encoder=captions)}
     shape = {name: modality.shape for name, modality in modalities.items()}
     net = nets.DualStream(
         nets.Patches(*shape["image"], config.model.patch), nets.Vectors(VECTOR, TOKENS), VECTOR,
@@ -102,20 +106,19 @@ def build(config):
             groups),
         data=published(lambda split: open_source(data, split, modalities)),
         evaluators=(
-            *classifiers(config.eval, encode_image, modalities["image"], PIXELS * data.size),
-            PairRetrieval(aligner, config.eval.count, config.eval.batch)))
+            *classifiers(config.eval, encode_image, autoencoder, captions),
+            PairRetrieval(aligner, config.eval.count, config.eval.batch)),
+        **EncodedCache(data, modalities, [autoencoder, captions], mirrored=False).for_experiment)
 
 
-def classifiers(options, align, image, size):
-    """Zero-shot classification by prompts, if asked for, with the autoencoder and the text tower of config.eval.encoders."""
+def classifiers(options, align, autoencoder, captions):
+    """Zero-shot classification by prompts, if asked for, with the autoencoder and the text tower that made the cache."""
     if not options.zeroshot:
         return ()
-    encoders, align = zeroshot.encoders(options.encoders), jax.jit(align)
-
-    def see(params, keys, given):
-        return align(params, keys, {"image": image.check(encoders.encode_image(given["image"]))})
-
-    return zeroshot.asked(options, see, lambda params, texts: encoders.encode_text(texts), size)
+    align = jax.jit(align)
+    return zeroshot.asked(
+        options, lambda params, keys, given: align(params, keys, {"image": autoencoder.latents(given["image"])}),
+        lambda params, texts: captions.encode(texts)["query"], autoencoder.pixels)
 
 
 def groups(params):

@@ -1,13 +1,18 @@
 """Class-conditional DiT-XL/2 on 32x32x4 latents of 256-pixel ImageNet: the recipe of Peebles & Xie (2023).
 
-    python -m mmdiff train  --config configs/imagenet256/dit_xl2.py --workdir runs/dit_xl2 --config.data.dir=latents/imagenet256
+    VAE="--config.encoder.path=weights/sd-vae-ft-ema"
+    python -m mmdiff cache  --config configs/imagenet256/dit_xl2.py --out latents/imagenet256 $VAE --config.data.images=imagenet
+    python -m mmdiff train  --config configs/imagenet256/dit_xl2.py --workdir runs/dit_xl2 $VAE --config.data.dir=latents/imagenet256
     python -m mmdiff sample --config configs/imagenet256/dit_xl2.py --workdir runs/dit_xl2 --given label=207 --config.sample.guidance=4
     python -m mmdiff aot    --config configs/imagenet256/dit_xl2.py --topology v5e:4x4
     python -m mmdiff bench  --config configs/imagenet256/dit_xl2.py
     python -m mmdiff convert --config configs/imagenet256/dit_xl2.py --workdir runs/dit --from DiT-XL-2-256x256.pt --as dit
 
-Data: a latent cache, whose layout mmdiff/data/latents.py describes (autoencoder "stabilityai/sd-vae-ft-ema", scale 0.18215, every image and
-its mirror image). config.data.source=random makes up latents of the same shapes and needs nothing.
+Data: a latent cache that the first command writes. `imagenet` has the folders train/n01440764 ... and val/n01440764 ... of images; of TFDS,
+add --config.data.set=imagenet2012. Images are cropped as ADM's; every training image is encoded as it is and mirrored; moments are stored,
+and each epoch samples its latents of them. weights/sd-vae-ft-ema is the folder of "stabilityai/sd-vae-ft-ema" (MIT): config.json and
+diffusion_pytorch_model.safetensors. With config.encoder.path samples are decoded; without it they are latents and are shown as colours.
+config.data.source=random makes up latents of the same shapes and needs nothing.
 
 The recipe: 1,000 steps of linear betas, eps prediction, learned variances (hybrid loss), label dropout 0.1, AdamW at 1e-4 without
 decay or warm-up, batch 256, EMA 0.9999; 250 ancestral steps at the nodes 1, 5, 9, ..., 1000 from N(0, 1), guidance on the first three
@@ -28,7 +33,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
-from mmdiff.data import Labels, Latents, published
+from mmdiff.data import Autoencoder, EncodedCache, EncodedLatents, Labels, published
 from mmdiff.data.latents import open_source
 from mmdiff.processes import Given, Joint, LearnedSigma, eps
 from mmdiff.training import optim
@@ -39,7 +44,8 @@ CLASSES, STEPS, GUIDED = 1000, 1000, 3  # the null label is CLASSES; STEPS of th
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"source": "latents", "dir": ""},  # or random
+        "encoder": {"kind": "autoencoder_kl", "path": ""},  # or autoencoder_tiny
+        "data": {"source": "latents", "dir": "", "set": "folder", "images": ""},  # or random; set and images are what cache reads
         "model": {
             "size": "XL", "patch": 2, "image": 32, "dtype": "bfloat16", "remat": "none", "scan": True,
             # The published function; diffusers computes another with the same weights: freq_shift 1 and mlp_norm_eps 1e-5.
@@ -57,7 +63,8 @@ def get_config():
 
 def build(config):
     size = config.model.image
-    modalities = {"image": Latents(size, size, 4), "label": Labels(CLASSES)}
+    autoencoder = Autoencoder(config.encoder, size)
+    modalities = {"image": EncodedLatents(size, size, 4, encoder=autoencoder), "label": Labels(CLASSES)}
     net = nets.DiT.preset(classes=CLASSES, learn_sigma=True, **nets.options(config.model, without="size"), size=config.model.size)
     apply = nets.as_joint(net)
     image = LearnedSigma(schedules.linear_beta(STEPS), eps, prior_std=1.0)
@@ -71,4 +78,5 @@ def build(config):
         loss=losses.diffusion(process, apply, noise_levels, losses.of_parts(process, image=1.0) | {"sigma": sigma}),
         # Another optimizer is another call here; mmdiff/training/optim.py shows Lion, Muon and LAMB.
         optimizer=optim.adm(config.train), data=published(lambda split: open_source(config.data, split, modalities)),
-        sampler={"channels": {"image": GUIDED}, "grid": lambda steps: (sampling.spaced_grid(steps, STEPS), ())})
+        sampler={"channels": {"image": GUIDED}, "grid": lambda steps: (sampling.spaced_grid(steps, STEPS), ())},
+        **EncodedCache(config.data, modalities, [autoencoder]).for_experiment)

@@ -1,10 +1,13 @@
 """Joint image-label diffusion of XL size on 32x32x4 latents of 256-pixel ImageNet: one set of weights for pairs, images and labels.
 
-    python -m mmdiff train  --config configs/imagenet256/joint_xl2.py --workdir runs/joint_xl2 --config.data.dir=latents/imagenet256
+    VAE="--config.encoder.path=weights/sd-vae-ft-ema"
+    python -m mmdiff cache  --config configs/imagenet256/joint_xl2.py --out latents/imagenet256 $VAE --config.data.images=imagenet
+    python -m mmdiff train  --config configs/imagenet256/joint_xl2.py --workdir runs/joint_xl2 $VAE --config.data.dir=latents/imagenet256
     python -m mmdiff sample --config configs/imagenet256/joint_xl2.py --workdir runs/joint_xl2 --given label=207
-    python -m mmdiff sample --config configs/imagenet256/joint_xl2.py --workdir runs/joint_xl2 --given image=latents.npy
+    python -m mmdiff sample --config configs/imagenet256/joint_xl2.py --workdir runs/joint_xl2 --given image=photo.jpg
 
-Data: a latent cache (mmdiff/data/latents.py); config.data.source=random makes up latents of the same shapes and needs nothing.
+Data and autoencoder are those of dit_xl2.py, and so is the cache. config.data.source=random makes up latents of the same shapes and needs
+nothing.
 
 configs/digits_joint.py at the size of DiT-XL/2: an MMDiT whose streams share their weights, the label one more token. Image: flow
 matching, velocity. Label: absorbing diffusion, x_0 cross-entropy. The shares of the times lean further to class-conditional images.
@@ -16,7 +19,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
-from mmdiff.data import Labels, Latents, published
+from mmdiff.data import Autoencoder, EncodedCache, EncodedLatents, Labels, published
 from mmdiff.data.latents import open_source
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
 from mmdiff.training import optim
@@ -27,7 +30,8 @@ CLASSES = 1000
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"source": "latents", "dir": ""},  # or random
+        "encoder": {"kind": "autoencoder_kl", "path": ""},  # or autoencoder_tiny
+        "data": {"source": "latents", "dir": "", "set": "folder", "images": ""},  # or random; set and images are what cache reads
         "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "none", "scan": True},
         # Shares of the training times: both noisy; image given label; label given image; label given a noisy image; image without label.
         "times": {"joint": 0.2, "image_given_label": 0.5, "label_given_image": 0.05, "label_given_noisy": 0.15, "image_alone": 0.1},
@@ -41,7 +45,8 @@ def get_config():
 
 
 def build(config):
-    modalities = {"image": Latents(32, 32, 4), "label": Labels(CLASSES)}
+    autoencoder = Autoencoder(config.encoder, 32)
+    modalities = {"image": EncodedLatents(32, 32, 4, encoder=autoencoder), "label": Labels(CLASSES)}
     process = Joint(image=Gaussian(schedules.flow(), velocity), label=absorbing(CLASSES))
     net = nets.MMDiT(
         {"image": nets.Patches(32, 32, 4, config.model.patch), "label": nets.Label(states=CLASSES + 1, classes=CLASSES)}, shared=True,
@@ -52,4 +57,5 @@ def build(config):
         loss=losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, image=1.0, label=config.label_weight)),
         optimizer=optax.chain(optax.clip_by_global_norm(config.train.clip), optim.adm(config.train)),
         data=published(lambda split: open_source(config.data, split, modalities)),
-        sampler={"drop": ("label",), "paths": {"label": sampling.settled_at(0.5)}})
+        sampler={"drop": ("label",), "paths": {"label": sampling.settled_at(0.5)}},
+        **EncodedCache(config.data, modalities, [autoencoder]).for_experiment)

@@ -1,18 +1,21 @@
 """MT-Diffusion on 32x32x4 latents of 256-pixel ImageNet and CLIP's vectors of 768: after Chen et al. 2024, section 5.4.
 
+    VAE="--config.encoder.path=weights/sd-vae-ft-ema"
+    CLIP="--config.vector_encoder.path=weights/clip-vit-large-patch14"
     DATA="--config.data.dir=latents/imagenet256_clip"
-    python -m mmdiff train  --config configs/mtdiffusion/imagenet_representation.py --workdir runs/clip $DATA
-    python -m mmdiff sample --config configs/mtdiffusion/imagenet_representation.py --workdir runs/clip --given representation=A.npy
-    python -m mmdiff sample --config configs/mtdiffusion/imagenet_representation.py --workdir runs/clip --given image=B.npy --steps 1
+    python -m mmdiff cache  --config configs/mtdiffusion/imagenet_representation.py --out latents/imagenet256_clip $VAE $CLIP \\
+        --config.data.images=imagenet
+    python -m mmdiff train  --config configs/mtdiffusion/imagenet_representation.py --workdir runs/clip $DATA $VAE $CLIP
+    python -m mmdiff sample --config configs/mtdiffusion/imagenet_representation.py --workdir runs/clip --given representation=a.jpg
+    python -m mmdiff sample --config configs/mtdiffusion/imagenet_representation.py --workdir runs/clip --given image=b.jpg --steps 1
     python -m mmdiff aot    --config configs/mtdiffusion/imagenet_representation.py --topology v5e:4x4 --config.data.source=random
 
-Data: a latent cache, whose layout mmdiff/data/latents.py describes, with the latents of configs/imagenet256/dit_xl2.py and, for each, the
-image's vector of CLIP's image tower (ViT-L/14 or another of that size), times sqrt(768) over its length. Neither network comes along:
-
-    write_latents(folder, "train", batches, {"image": Latents(32, 32, 4), "representation": Features(768)})
-
-config.data.source=random makes up both and needs nothing. A.npy holds such vectors [n, 768], B.npy latents [n, 32, 32, 4]. Vectors of
-another length are config.data.vector numbers long: 512 of ViT-B.
+Data: a latent cache that the first command writes, with the latents of configs/imagenet256/dit_xl2.py (its head says which images and which
+autoencoder) and, for each, the image's vector of CLIP's image tower, times sqrt(768) over its length. weights/clip-vit-large-patch14 is the
+folder of "openai/clip-vit-large-patch14" (MIT, with a statement of use in its card): config.json, preprocessor_config.json and
+model.safetensors. config.vector_encoder.kind=dinov2 with the folder of "facebook/dinov2-base" (Apache-2.0, 768 numbers, too) takes its
+class tokens, siglip_vision SigLIP's vectors. config.data.source=random makes up both and needs nothing. Vectors of another length are
+config.data.vector numbers long: 512 of CLIP's ViT-B. --given takes images, or vectors [n, 768] and latents [n, 32, 32, 4] in .npy files.
 
 Of the paper: images with CLIP's representations in the space of Stable Diffusion's latents, 0.1 times the head's loss added to that of eps;
 it samples images of texts, reports no metrics and prints no settings. Ours are the rest: a DiT-XL/2 from nothing and without texts, in the
@@ -28,7 +31,7 @@ with config.model.remat=dots then 3.9 GB a chip of v5e and a step of 59 ms at le
 from ml_collections import ConfigDict
 
 from mmdiff import Experiment, losses, nets, schedules, times, training_config
-from mmdiff.data import Features, Latents, published
+from mmdiff.data import Autoencoder, EncodedCache, EncodedLatents, EncodedVectors, ImageVectors, published
 from mmdiff.data.latents import open_source
 from mmdiff.processes import Aggregate, Gaussian, Hidden, MeanShift, eps, moving_target
 from mmdiff.projects.digits.digit_features import projection
@@ -40,7 +43,9 @@ STEPS = 1000  # of the chain
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"source": "latents", "dir": "", "vector": 768},  # or random
+        "encoder": {"kind": "autoencoder_kl", "path": ""},  # or autoencoder_tiny
+        "vector_encoder": {"kind": "clip_vision", "path": ""},  # or siglip_vision or dinov2
+        "data": {"source": "latents", "dir": "", "set": "folder", "images": "", "vector": 768},  # or random
         "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "none", "scan": True},
         "kappa": 1.0, "head_weight": 0.1,
         # Shares of the training times: representation known (X), hidden in the mean (U), absent (plain DDPM), absent with an image.
@@ -53,7 +58,10 @@ def get_config():
 
 
 def build(config):
-    modalities = {"image": Latents(32, 32, 4), "representation": Features(config.data.vector)}
+    autoencoder, vectors = Autoencoder(config.encoder, 32), ImageVectors(config.vector_encoder, config.data.vector)
+    modalities = {
+        "image": EncodedLatents(32, 32, 4, encoder=autoencoder),
+        "representation": EncodedVectors(config.data.vector, encoder=vectors)}
     net = nets.MultiTaskDiT(
         nets.Patches(32, 32, 4, config.model.patch), {"representation": nets.Vector(config.data.vector)},
         **nets.options(config.model, without="patch"))
@@ -66,4 +74,4 @@ def build(config):
         process=process, net=net, modalities=modalities,
         loss=losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, image=1.0, representation=config.head_weight)),
         optimizer=optim.adm(config.train), data=published(lambda split: open_source(config.data, split, modalities)),
-        sampler={"drop": ("representation",)})
+        sampler={"drop": ("representation",)}, **EncodedCache(config.data, modalities, [autoencoder, vectors]).for_experiment)

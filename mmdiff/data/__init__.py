@@ -4,8 +4,12 @@ from mmdiff.exports import lazily
 
 __all__, __getattr__, __dir__ = lazily(
     __name__,
+    encoded="Encoded EncodedCache",
+    encoded_modalities="EncodedLatents EncodedTexts EncodedTokens EncodedVectors",
     latents="LatentSource write_latents",
     loader="batches prefetch",
+    named_autoencoders="Autoencoder ImageTokens",
+    named_encoders="ImageVectors TextStates",
     modalities="Features Images Labels Latents",
     network_cache="CacheWriter network_fingerprint",
     own="OwnData open_arrays open_images",

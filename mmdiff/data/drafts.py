@@ -18,11 +18,12 @@ CONTENT, IDENTITY, LOCK = "content", "made_of.json", "lock"
 
 
 @contextlib.contextmanager
-def draft(folder: pathlib.Path, identity: Any) -> Iterator[pathlib.Path]:
+def draft(folder: pathlib.Path, identity: Any, keep: bool = False) -> Iterator[pathlib.Path]:
     """A folder to write in, which becomes `folder` (absent or empty until then) when the context ends.
 
     It is FOLDER/../.NAME.partial/content. What a killed process has left there is kept if it was made from the same `identity`, JSON
-    values, so that its writer can continue; anything else that a killed one has left is removed. After an exception nothing is left.
+    values, so that its writer can continue; anything else that a killed one has left is removed. After an exception nothing is left, unless
+    it is to be kept (`keep`): hours of work that Ctrl-C has interrupted.
 
     Raises:
       UserError: another process writes the same folder. OSError: what the disk says.
@@ -35,6 +36,7 @@ def draft(folder: pathlib.Path, identity: Any) -> Iterator[pathlib.Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process
         except BlockingIOError:
             raise UserError(f"another process is writing {folder}: wait for it, or choose another folder.") from None
+        done = not keep
         try:
             if _stored(own / IDENTITY) != identity:
                 shutil.rmtree(own / CONTENT, ignore_errors=True)
@@ -43,8 +45,10 @@ def draft(folder: pathlib.Path, identity: Any) -> Iterator[pathlib.Path]:
             files.write_json(own / IDENTITY, identity)
             yield own / CONTENT
             os.rename(own / CONTENT, folder)
+            done = True
         finally:
-            shutil.rmtree(own, ignore_errors=True)
+            if done:
+                shutil.rmtree(own, ignore_errors=True)
 
 
 def _stored(path: pathlib.Path) -> Any:

@@ -102,7 +102,7 @@ class ImageDataset:
         self, name: str, split: str, data_dir: str | os.PathLike, size: int = 256, tokenizer: bpe.Tokenizer | None = None,
         damaged: float = 0.0,
     ):
-        self._records, self._size, self._tokenizer = _records(name, split, data_dir), size, tokenizer
+        self._records, self._size, self._tokenizer = records_of(name, split, data_dir), size, tokenizer
         self._reader, self.names = UndamagedReader(self._records, damaged), tuple(self._records.names)
         self._captions = CAPTIONS.get(name) or self._records.captions
 
@@ -145,7 +145,7 @@ def tokenizer(name: str, data_dir: str | os.PathLike, length: int = 77, size: in
     """
     if name not in CAPTIONS:
         raise UserError(f"the images of {name} have no captions: choose one of {', '.join(CAPTIONS)}.")
-    records = _records(name, "train", data_dir)
+    records = records_of(name, "train", data_dir)
     parts = (records.get(range(start, min(start + 1000, len(records)))) for start in range(0, len(records), 1000))
     count = CAPTIONS[name] or records.captions
     texts = itertools.chain.from_iterable(record["captions"][:count] for part in parts for record in part)
@@ -155,7 +155,8 @@ def tokenizer(name: str, data_dir: str | os.PathLike, length: int = 77, size: in
 # ---------------------------------------------------------------------------------------------------------------- the sets
 
 
-def _records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
+def records_of(name: str, split: str, data_dir: str | os.PathLike) -> Records:
+    """The images of one split of a set as they are stored, with labels or captions. Raises UserError as `ImageDataset`."""
     if name not in SPLITS:
         raise UserError(f"there is no set of images {name!r}: set config.data.name to {', '.join(SPLITS)} or random.")
     if split not in SPLITS[name]:

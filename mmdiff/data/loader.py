@@ -53,12 +53,13 @@ def batches(
     local = global_batch // process_count
     rows = slice(process_index * local, (process_index + 1) * local)
     named: set[int] = set()
+    take = getattr(source, "take_in_epochs", lambda chosen, epochs: source.take(chosen))
 
     def generate(step):
         while True:
             at = positions(step, global_batch)[rows] + ahead
             chosen = indices(seed, at, len(source), order)
-            batch = source.take(chosen)
+            batch = take(chosen, at // len(source))
             if len(named) < NAMED and (bad := first_non_finite(batch, chosen)) and bad[1] not in named:
                 named.add(bad[1])
                 last = ", and no others are named" if len(named) == NAMED else ""

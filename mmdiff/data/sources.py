@@ -24,6 +24,9 @@ class Source(Protocol):
 
     A source may have `fingerprint() -> str`, which `fingerprint` calls: the length and a digest of what the examples are (`digest`), the
     same in every process and for a folder that was moved, another one where an example was added, removed, renamed or replaced.
+
+    A source whose examples are random in part has `take_in_epochs(indices, epochs)`, too: another sample of an example in each epoch, a
+    pure function of both. Training calls it, and everything else `take`.
     """
 
     def __len__(self) -> int:

@@ -1,4 +1,8 @@
-"""Sources of the examples that a trained tokenizer has encoded (see `network_cache`), and the decoder that turns tokens into images."""
+"""Sources of the examples that a tokenizer has encoded, and the decoder that turns tokens into images.
+
+A tokenizer of one's own writes a folder as `network_cache` has it, with its weights; a published one, which the config names, a folder as
+`mmdiff.data.encoded` has it.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,14 @@ import numpy as np
 from mmdiff import files
 from mmdiff.data import arrays
 from mmdiff.data.bpe import Tokenizer, train
+from mmdiff.data.encoded import is_encoded
+from mmdiff.data.latents import LatentSource
+from mmdiff.data.named_encoders import NamedEncoder
 from mmdiff.data.network_cache import TOKENS, map_batched, part_of, read_network, read_tokenizer
 from mmdiff.data.network_cache import read_meta as read_network_meta
 from mmdiff.data.sources import ArraySource, Source, check_range, digest, made_up
 from mmdiff.data.sources import fingerprint as source_fingerprint
-from mmdiff.data.token_modalities import TokenImages
+from mmdiff.data.token_modalities import DiscreteModality, TokenImages
 from mmdiff.errors import UserError
 
 NO_FOLDER = (
@@ -49,8 +56,8 @@ def token_source(folder: str | os.PathLike, split: str) -> ArraySource:
     return ArraySource(found)
 
 
-def decoder(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
-    """`tokens [n, L] -> images (music) float32 [n, *shape]` in [-1, 1], by the weights in the cache.
+def decoder(folder: str | os.PathLike, encoder: NamedEncoder | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """`tokens [n, L] -> images (music) float32 [n, *shape]` in [-1, 1], by the weights in the cache, or by the encoder that wrote it.
 
     The folder is opened at the first call, so a config can name one that is not written yet.
 
@@ -64,6 +71,8 @@ def decoder(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
         return jax.jit(lambda ids: net.apply(params, ids, method="decode")), part_of(net)
 
     def images(tokens):
+        if encoder and (not folder or is_encoded(folder)):
+            return encoder.decode(tokens)
         function, part = decode()
         return map_batched(function, np.asarray(tokens), part)
 
@@ -88,6 +97,8 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
         raise UserError(f"config.data.source is {data.source!r}: choose tokens or random.")
     if not data.dir:
         raise UserError(NO_FOLDER)
+    if is_encoded(data.dir):
+        return LatentSource(data.dir, split, modalities)
     source, meta = token_source(data.dir, split), read_meta(data.dir)
     name = meta.get("tokens", "tokens")
     if name not in modalities:
@@ -103,6 +114,10 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
     missing = [name for name in modalities if name not in source.arrays]
     if missing:
         raise UserError(f"the token cache {data.dir} has no {missing[0]}: it holds {', '.join(source.arrays)}.")
+    if "text" in modalities and not isinstance(modalities["text"], DiscreteModality):
+        raise UserError(
+            f"the token cache {data.dir} has captions as ids, but the config needs what a published encoder makes of them: set "
+            "config.text.published=false, or write a cache with that encoder.")
     for name in modalities:
         if source.arrays[name].ndim == 1:
             modalities[name].check(source.arrays[name])  # labels: small enough to be read whole

@@ -91,6 +91,8 @@ def open_encoder(
     path = _part_of_pipeline(kind, path)
     weights = of.cls.canonical(open_weights(path, within))
     net, values = _network(kind, path, config, weights)
+    if jnp.dtype(dtype) == jnp.float16 and values.get("force_upcast"):
+        raise UserError(f"{path} overflows in float16 (force_upcast in its configuration): use bfloat16 or float32.")
     net = net.clone(dtype=jnp.dtype(dtype))
     params = state_dicts.load_params(abstract_params(net), weights, str(path), place=functools.partial(_place, sharding))
     types = sorted({str(tensor.dtype) for tensor in weights.values()})

@@ -26,7 +26,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib.util
 import os
 import pathlib
 import re
@@ -189,34 +188,6 @@ def asked(options: Any, encode_image: Callable, encode_text: Callable, size: int
             f"there is no folder {folder}: name the one with the zero-shot data sets, --zeroshot-dir DIR (config.eval.zeroshot_dir; "
             "mmdiff/data/image_datasets.py says what is in it).")
     return (ZeroShot(encode_image, encode_text, folder, size, batch=options.batch, names=names),)
-
-
-def encoders(path: str) -> Any:
-    """A Python file with the networks that a latent model needs, autoencoder and text tower, as a module:
-
-        encode_image(images float32 [n, size, size, 3] in [-1, 1]) -> latents [n, ...]
-        encode_text(texts) -> vectors [n, D]
-
-    Raises:
-      UserError: a file that is missing, cannot be imported or lacks one of the functions.
-    """
-    file = pathlib.Path(path).expanduser()
-    if not path or not file.is_file():
-        where = f"{path} is no file" if path else "config.eval.encoders is empty"
-        raise UserError(
-            f"{where}: to classify images, name a Python file with encode_image(images) -> latents and encode_text(texts) -> vectors.")
-    spec = importlib.util.spec_from_file_location("mmdiff_encoders", file)
-    if spec is None:
-        raise UserError(f"{path} is no Python file: config.eval.encoders names one that ends in .py.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
-    for name in ("encode_image", "encode_text"):
-        if not callable(getattr(module, name, None)):
-            raise UserError(f"{path} defines no function {name}: config.eval.encoders names a file with encode_image and encode_text.")
-    return module
 
 
 def class_names(name: str, stored: Sequence[str], data_dir: str | os.PathLike) -> list[str]:

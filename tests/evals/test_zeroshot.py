@@ -16,7 +16,7 @@ from PIL import Image
 from mmdiff import __main__ as cli
 from mmdiff.errors import UserError
 from mmdiff.evals import retrieval, zeroshot
-from mmdiff.evals.zeroshot import TASKS, ZeroShot, asked, class_names, encoders, plain
+from mmdiff.evals.zeroshot import TASKS, ZeroShot, asked, class_names, plain
 
 LEVELS = 7  # grey levels of images, each of which stands for a class
 # True labels and what the images show: of class 0 five of six are right, of class 1 none, of class 2 both.
@@ -276,21 +276,3 @@ def test_nothing_is_asked_for_by_default_and_nothing_is_chosen_on_test_sets(fold
     (evaluator,) = asked(options, encode_image, encode_text, 8)
     result = evaluator(types.SimpleNamespace(split="validation"), NAMES, None, jax.random.key(0), 0)
     assert not result.metrics and "test sets" in result.settings["zero_shot_not_run"]
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "is no file: to classify images, name a Python file with encode_image"),
-        ("encode_image = len", "defines no function encode_text"),
-        ("import nowhere_to_be_found", "cannot be imported: ModuleNotFoundError"),
-    ],
-)
-def test_encoders_that_are_none(content, message, tmp_path):
-    file = tmp_path / "encoders.py"
-    if content:
-        file.write_text(content)
-    with pytest.raises(UserError, match=message):
-        encoders(str(file))
-    with pytest.raises(UserError, match="config.eval.encoders is empty"):
-        encoders("")

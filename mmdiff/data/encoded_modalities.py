@@ -1,0 +1,151 @@
+"""Modalities that published encoders make, as a person writes and sees them: images in the place of latents and tokens, and sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from mmdiff import files
+from mmdiff.data.modalities import Features, Latents
+from mmdiff.data.named_autoencoders import Autoencoder, ImageTokens
+from mmdiff.data.named_encoders import ImageVectors, NamedEncoder, TextStates
+from mmdiff.data.stored_images import decode
+from mmdiff.data.token_modalities import TokenImages
+from mmdiff.errors import UserError
+
+
+def encoder_field() -> Any:
+    """The encoder of a modality; it is no part of what a cache and a config agree on."""
+    return dataclasses.field(default=None, kw_only=True, compare=False, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedLatents(Latents):
+    """Latents whose autoencoder a config names: images are read and shown. Without its path latents are shown as colours, see `Latents`.
+
+    Attributes:
+      encoder: an `Autoencoder`.
+    """
+
+    encoder: Autoencoder = encoder_field()
+
+    def parse(self, text: str) -> np.ndarray:
+        """Latents in a `.npy` or `.npz` file, or the most likely ones of an image file or of all images in a folder."""
+        return super().parse(text) if _holds_arrays(text) else self.check(self.encoder.latents(_images(text, self.encoder)))
+
+    def show(self, array) -> np.ndarray:
+        """Decoded images, uint8 [n, H, W, 3]."""
+        return _pixels(self.encoder.decode(array)) if self.encoder.path else super().show(array)
+
+    def write(self, array, folder: pathlib.Path) -> list[pathlib.Path]:
+        """Writes every image to a file, FOLDER/NAME/00000.png, ...; -> their folder."""
+        return _write(self, array, folder) if self.encoder.path else []
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedTokens(TokenImages):
+    """Tokens whose tokenizer a config names: images are read and shown.
+
+    Attributes:
+      encoder: an `ImageTokens`. decode: another decoder, of a cache that has its own.
+    """
+
+    encoder: ImageTokens = encoder_field()
+
+    def parse(self, text: str) -> np.ndarray:
+        """Tokens in a `.npy` or `.npz` file, or those of an image file or of all images in a folder."""
+        if _holds_arrays(text) or not self.encoder.path:
+            return super().parse(text)
+        return self.check(self.encoder.encode(_images(text, self.encoder))[self.encoder.modalities[0]])
+
+    def write(self, array, folder: pathlib.Path) -> list[pathlib.Path]:
+        """Writes every image to a file, FOLDER/NAME/00000.png, ...; -> their folder."""
+        return _write(self, array, folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedVectors(Features):
+    """Vectors whose image encoder a config names: those of images are read.
+
+    Attributes:
+      encoder: an `ImageVectors`.
+    """
+
+    encoder: ImageVectors = encoder_field()
+
+    def parse(self, text: str) -> np.ndarray:
+        """Vectors in a `.npy` or `.npz` file, or those of an image file or of all images in a folder."""
+        if _holds_arrays(text):
+            return super().parse(text)
+        return self.check(self.encoder.encode(_images(text, self.encoder))[self.encoder.modalities[0]])
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedTexts(Features):
+    """States or vectors whose text encoder a config names: sentences are read, and those that were are shown.
+
+    Attributes:
+      encoder: a `TextStates`.
+    """
+
+    encoder: TextStates = encoder_field()
+    sentences: dict[bytes, str] = dataclasses.field(default_factory=dict, kw_only=True, compare=False, repr=False)
+
+    def parse(self, text: str) -> np.ndarray:
+        """Arrays in a `.npy` or `.npz` file, or those of a sentence, or of one on every line of a `.txt` file."""
+        if _holds_arrays(text):
+            return super().parse(text)
+        lines = files.read_lines(text) if pathlib.Path(text).suffix.lower() == ".txt" else [text]
+        lines = [line for line in lines if line.strip()]
+        if not lines:
+            raise UserError(f"{self.name}: there are no words in {text!r}; to leave the text out, use --absent {self.name}.")
+        for line in lines:
+            files.check_text(line, f"the {self.name}")
+        found = self.check(self.encoder.encode(lines)[self.name])
+        self.sentences.update({_digest(array): line for array, line in zip(found, lines)})
+        return found
+
+    def show(self, array) -> Any:
+        """The sentences, where all are known; else as `Features`."""
+        array = np.asarray(array, np.float32)
+        known = [self.sentences.get(_digest(each), "") for each in array]
+        return known if all(known) else super().show(array)
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(array, np.float32), digest_size=16).digest()
+
+
+def _holds_arrays(text: str) -> bool:
+    return pathlib.Path(text).suffix.lower() in files.ARRAY_SUFFIXES
+
+
+def _images(text: str, encoder: NamedEncoder) -> np.ndarray:
+    """An image file, or all images in a folder in the order of their names, prepared for an encoder."""
+    path = files.expand(text)
+    found = files.images(path) if files.is_folder(path) else [path]
+    if not found:
+        raise UserError(f"the folder {path} holds no images ({', '.join(files.IMAGE_SUFFIXES)}).")
+    return np.stack([encoder.prepare(decode(file).convert("RGB")) for file in found])
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    return np.rint((images + 1) * 127.5).astype(np.uint8)
+
+
+def _write(modality: Any, array: np.ndarray, folder: pathlib.Path) -> list[pathlib.Path]:
+    from PIL import Image
+
+    target = folder / modality.name
+    target.mkdir(exist_ok=True)
+    for old in target.iterdir():  # of an earlier call with more samples
+        if re.fullmatch(r"\d{5,}\.png", old.name):
+            old.unlink()
+    for number, image in enumerate(modality.show(array)):
+        Image.fromarray(image).save(target / f"{number:05d}.png")
+    return [target]

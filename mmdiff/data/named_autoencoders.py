@@ -1,0 +1,175 @@
+"""Published autoencoders and tokenizers where a config names them: images <-> latents, images <-> tokens. See `named_encoders`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff import files
+from mmdiff.data.named_encoders import PART, NamedEncoder, jitted
+from mmdiff.data.network_cache import map_batched
+from mmdiff.encoders.preprocessing import AUTOENCODER
+from mmdiff.errors import UserError
+
+CODES = "codes.json"
+PIXELS = 2**20  # of images that are encoded or decoded at once
+
+
+class SquareImages(NamedEncoder):
+    """What encoders of square images share, whose result is `side` high and wide: the images' size, and how many are encoded at once."""
+
+    side: int
+
+    @property
+    def pixels(self) -> int:
+        """The side of an image: that of the result times what the network shrinks by."""
+        net = self.opened.net
+        levels = net.encoder_block_out_channels if self.kind == "autoencoder_tiny" else net.block_out_channels
+        return self.side * 2 ** (len(levels) - 1)
+
+    @property
+    def part(self) -> int:
+        """How many are encoded or decoded at once."""
+        return max(1, min(PART, PIXELS // self.pixels**2))
+
+    def prepare(self, image):
+        return dataclasses.replace(AUTOENCODER, size=self.pixels)(image)
+
+
+class Autoencoder(SquareImages):
+    """Images [n, H, W, 3] in [-1, 1] <-> latents as a diffusion model has them, (z - shift) * scale by constants of the network's config.
+
+    `encode` gives moments, the mean and the deviation of latents in the last axis, or of a network without moments its latents.
+    """
+
+    kinds, what = ("autoencoder_kl", "autoencoder_tiny"), "autoencoder"
+
+    def __init__(self, section: Mapping[str, Any], side: int, key: str = "encoder", modality: str = "image"):
+        super().__init__(section, key)
+        self.side, self.modalities, self._decoded = side, (modality,), None
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The modalities that are encoded as mean and deviation."""
+        return self.modalities if self.kind == "autoencoder_kl" else ()
+
+    def encode(self, batch):
+        return {self.modalities[0]: self.call(_moments if self.moments else _encode, batch, self.part)}
+
+    def latents(self, images: np.ndarray) -> np.ndarray:
+        """The most likely latents of images: [n, h, w, c]."""
+        found = self.encode(images)[self.modalities[0]]
+        return np.split(found, 2, axis=-1)[0] if self.moments else found
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents [n, h, w, c] -> images [n, H, W, 3], clipped to [-1, 1]. The last ones are kept: samples are shown several times."""
+        latents = np.asarray(latents, np.float32)
+        if self._decoded is None or not np.array_equal(self._decoded[0], latents):
+            self._decoded = latents, self.call(_decode_latents, latents, self.part)
+        return self._decoded[1]
+
+
+class ImageTokens(SquareImages):
+    """Images [n, H, W, 3] in [-1, 1] <-> ids int32 [n, h * w] in raster order, of a network with a codebook.
+
+    Of a larger codebook only `codes` entries are used, those that the training images use most (`choose`): an image's code is the nearest
+    of them. (CDCD maps all codes of little use to one class instead.)
+
+    Attributes:
+      side: of the grid of tokens. codes: how many entries are used.
+      folder: of the cache, whose codes.json notes them.
+    """
+
+    kinds, what = ("vq_model",), "tokenizer"
+
+    def __init__(
+        self, section: Mapping[str, Any], side: int, codes: int, folder: str = "", key: str = "encoder", modality: str = "tokens",
+    ):
+        super().__init__(section, key)
+        self.side, self.codes, self.folder, self.modalities = side, codes, folder, (modality,)
+
+    def encode(self, batch):
+        return {self.modalities[0]: self.call(_encode, batch, self.part).reshape(len(batch), -1)}
+
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        """Ids [n, h * w] -> images [n, H, W, 3], clipped to [-1, 1]."""
+        return self.call(_decode, np.asarray(ids).reshape(-1, self.side, self.side), self.part)
+
+    def network(self):
+        net, params = super().network()
+        if self.entries is None:
+            return net, params
+        table = params["quantize"]["embedding"]["embedding"][np.asarray(self.entries)]
+        return net.clone(num_vq_embeddings=len(table)), {**params, "quantize": {"embedding": {"embedding": table}}}
+
+    @property
+    def entries(self) -> list[int] | None:
+        """The entries of the codebook that are used; None for all of them."""
+        stored, total = read_codes(self.folder), self.opened.net.num_vq_embeddings
+        if not stored and total != self.codes:
+            raise UserError(
+                f"which {self.codes:,} of the {total:,} codes of {self.path} are used stands in {CODES} of the cache: name its folder by "
+                "config.data.dir.")
+        return stored["codes"] if stored and len(stored["codes"]) < total else None
+
+    def choose(self, batches: Iterable[np.ndarray]) -> list[int]:
+        """The `codes` entries of the codebook that prepared images use most, ascending.
+
+        Raises:
+          UserError: a codebook with fewer entries.
+        """
+        total = self.opened.net.num_vq_embeddings
+        if total < self.codes:
+            raise UserError(f"the tokenizer {self.path} has {total} codes, fewer than the {self.codes} that the config needs.")
+        if total == self.codes:
+            return list(range(total))
+        uses, whole = np.zeros(total, np.int64), jitted(_encode, self.opened.net)
+        for batch in batches:
+            ids = map_batched(lambda images: whole({"params": self.opened.params}, images), batch, self.part)
+            uses += np.bincount(ids.reshape(-1), minlength=total)
+        return sorted(np.argsort(-uses, kind="stable")[: self.codes].tolist())
+
+    def fingerprint(self):
+        network, stored = super().fingerprint(), read_codes(self.folder)
+        return hashlib.sha256(f"{network} {stored['codes']}".encode()).hexdigest() if network and stored else network
+
+
+def read_codes(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """FOLDER/codes.json, {"encoder": fingerprint, "codes": entries}; None without one. Raises UserError for a damaged one."""
+    if not folder:
+        return None
+    path = files.expand(folder) / CODES
+    try:
+        found = files.read_json(path)
+        if not (isinstance(found["encoder"], str) and all(isinstance(code, int) for code in found["codes"])):
+            raise ValueError("entries of a codebook are numbers")
+        return found
+    except files.Missing:
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not what mmdiff cache writes ({error}): write the cache again.") from error
+
+
+def _moments(net, variables, images):
+    mean, logvar = jnp.split(net.apply(variables, images, method="encode"), 2, axis=-1)
+    deviation = jnp.exp(jnp.clip(logvar, -30, 20) / 2)
+    return jnp.concatenate([net.scale_latents(mean), net.scale_latents(deviation) - net.scale_latents(jnp.zeros_like(mean))], -1)
+
+
+def _decode_latents(net, variables, latents):
+    latents = net.unscale(latents) if hasattr(net, "unscale") else latents  # AutoencoderTiny's are scaled
+    return jnp.clip(net.apply(variables, latents, method="decode"), -1, 1)
+
+
+def _encode(net, variables, images):
+    return net.apply(variables, images, method="encode")
+
+
+def _decode(net, variables, ids):
+    return jnp.clip(net.apply(variables, ids, method="decode"), -1, 1)

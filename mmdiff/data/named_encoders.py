@@ -1,0 +1,178 @@
+"""Published encoders where a config names them: images to latents, tokens and vectors and back, captions to states and vectors.
+
+    "encoder": {"kind": "autoencoder_kl", "path": ""}     in get_config; an empty path is an encoder that is not there yet
+    autoencoder = Autoencoder(config.encoder, 32)          in build (see `named_autoencoders`); nothing is read before it is needed
+
+A named encoder is a frozen network with what surrounds it in its place. `encode` takes a batch of images, each prepared by `prepare`, or of
+captions, and gives the arrays of one or more modalities; some also `decode`. `fingerprint` tells networks apart. Products are those of
+float32 on every device.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmdiff import files
+from mmdiff.data.network_cache import map_batched
+from mmdiff.encoders.published_networks import open_encoder
+from mmdiff.errors import UserError
+
+PART = 64  # examples that are encoded at once
+EPSILON = 1e-12
+
+
+class NamedEncoder:
+    """A published network that a section of a config names, {"kind", "path"}.
+
+    Attributes:
+      key: the section, "encoder" by default. kind, path: its values; the path is that of a file, or of a folder with a config.json.
+      modalities: what `encode` gives.
+      of: what it encodes, "image" or "caption".
+
+    Raises:
+      UserError: a kind that has no place here.
+    """
+
+    kinds: tuple[str, ...] = ()
+    what = "encoder"
+    of = "image"
+    modalities: tuple[str, ...] = ()
+
+    def __init__(self, section: Mapping[str, Any], key: str = "encoder"):
+        self.key, self.kind, self.path = key, section["kind"], section["path"]
+        if self.kind not in self.kinds:
+            raise UserError(f"config.{key}.kind is {self.kind!r}: an {self.what} is one of {', '.join(self.kinds)}.")
+
+    @property
+    def opened(self) -> Any:
+        """The `mmdiff.encoders.Encoder`. Raises UserError for an empty path and whatever `open_encoder` refuses."""
+        if not self.path:
+            raise UserError(
+                f"config.{self.key}.path is empty: name the published {self.what} of the kind {self.kind}, a file or the folder with its "
+                f"config.json, by --config.{self.key}.path=PATH (the config's head says which).")
+        return _opened(self.kind, self.path)
+
+    def fingerprint(self) -> str | None:
+        """Of the network; None where none is named."""
+        return self.opened.fingerprint if self.path else None
+
+    def described(self) -> dict[str, Any]:
+        """What a cache notes of it."""
+        return {"kind": self.kind, "fingerprint": self.fingerprint(), "licence": self.opened.licence}
+
+    def prepare(self, image: Any) -> np.ndarray:
+        """A Pillow image in colour -> float32 [size, size, 3] as the network takes it."""
+        return self.opened.preprocessing(image)
+
+    def encode(self, batch: Any) -> dict[str, np.ndarray]:
+        """Prepared images [n, size, size, 3], or n captions -> {modality: [n, ...]}."""
+        raise NotImplementedError
+
+    def call(self, function: Callable[..., Any], batch: np.ndarray, part: int) -> Any:
+        """`function(net, variables, batch)` over `part` examples at a time."""
+        net, params = self.network()
+        run = jitted(function, net)
+        with jax.default_matmul_precision("highest"):
+            return map_batched(lambda rows: run({"params": params}, rows), np.asarray(batch), part)
+
+    def network(self) -> tuple[Any, Any]:
+        """The network in its place, and its parameters."""
+        return self.opened.net, self.opened.params
+
+
+class ImageVectors(NamedEncoder):
+    """Images, prepared as the network's publication says, -> vectors float32 [n, size] of the length sqrt(size).
+
+    Of CLIP and SigLIP the projected vector, of DINOv2 the class token.
+    """
+
+    kinds, what = ("clip_vision", "siglip_vision", "dinov2"), "image encoder"
+
+    def __init__(self, section: Mapping[str, Any], size: int, key: str = "vector_encoder", modality: str = "representation"):
+        super().__init__(section, key)
+        self.size, self.modalities = size, (modality,)
+
+    def encode(self, batch):
+        vectors = self.call(_vector, batch, PART)
+        if vectors.shape[1] != self.size:
+            raise UserError(f"the {self.what} {self.path} has vectors of {vectors.shape[1]} numbers, but the config needs {self.size}.")
+        return {self.modalities[0]: np.float32(self.size**0.5) * unit(vectors)}
+
+
+class TextStates(NamedEncoder):
+    """Captions -> what a text tower makes of them: the tokens' states [n, length, width], and where asked for a unit vector [n, size].
+
+    The section may have "tokenizer", too, its file or folder; by default it lies where the weights do.
+
+    Args:
+      modality: the states'. vector: the vector's modality, "" for none: CLIP's projected one, or without a projection the pooled state.
+      normalize: divide each state by its length, as CDCD does.
+      masked: zeros after a text's end.
+      padding: the id after it, where it is not the one that the tokenizer's files state.
+    """
+
+    kinds, what, of = ("clip_text",), "text encoder", "caption"
+
+    def __init__(
+        self, section: Mapping[str, Any], key: str = "text_encoder", modality: str = "text", vector: str = "", *,
+        normalize: bool = False, masked: bool = False, padding: int | None = None,
+    ):
+        super().__init__(section, key)
+        self.modalities = (modality, vector) if vector else (modality,)
+        self._files, self._normalize, self._masked, self._padding = section.get("tokenizer", ""), normalize, masked, padding
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the texts. Raises UserError where its files are not found."""
+        from mmdiff.encoders.clip_tokenizer import open_clip_tokenizer
+
+        path = files.expand(self._files or self.path)
+        path = path if self._files or files.is_folder(path) else path.parent
+        return open_clip_tokenizer(path, self.opened.net.max_position_embeddings, padding=self._padding)
+
+    def fingerprint(self):
+        network = super().fingerprint()
+        return network and hashlib.sha256(f"{network} {self.tokenizer.rules} {self.tokenizer.padding}".encode()).hexdigest()
+
+    def encode(self, batch):
+        ids = self.tokenizer.encode(list(batch))
+        states, vectors = self.call(_states, ids, PART)
+        states = unit(states) if self._normalize else states
+        if self._masked:
+            ends = ids == self.tokenizer.end
+            states = states * (np.cumsum(ends, 1) - ends == 0)[..., None]
+        return {name: array.astype(np.float32) for name, array in zip(self.modalities, (states, unit(vectors)))}
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Vectors [..., d] of length 1; of zeros, zeros."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), EPSILON)
+
+
+def _vector(net, variables, images):
+    found = net.apply(variables, images)
+    if isinstance(found, Mapping):  # DINOv2
+        return found["cls"]
+    return found.pooled if getattr(found, "embedding", None) is None else found.embedding
+
+
+def _states(net, variables, ids):
+    found = net.apply(variables, ids)
+    return found.tokens, found.pooled if found.embedding is None else found.embedding
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(kind: str, path: str) -> Any:
+    return open_encoder(kind, path)
+
+
+@functools.lru_cache(maxsize=16)
+def jitted(function: Callable[..., Any], net: Any) -> Callable[..., Any]:
+    """`function(net, variables, batch)` as compiled `(variables, batch)`."""
+    return jax.jit(functools.partial(function, net))

@@ -1,0 +1,92 @@
+"""Encoded examples on disk: of each modality a `.npy` file a shard, which `numpy.load` opens anywhere.
+
+    FOLDER/train/image-00000.npy   float16 [n, height, width, channels], latents as a model has them: (z - shift) * scale
+    FOLDER/train/label-00000.npy   int32 [n]
+    FOLDER/train/image-00001.npy   ...: shards of one length, only the last may be shorter
+    FOLDER/train/meta.json         written last: lengths, shapes, scale, classes and a SHA-256 of every shard
+    FOLDER/val/...
+
+Entries of meta.json that only some caches have: "moments", the modalities that are stored as mean and deviation, [n, height, width,
+2 channels]; "encoders", what published networks have made the examples (`mmdiff.data.encoded`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmdiff.errors import UserError
+
+META, LENGTH = "meta.json", 2**15  # LENGTH examples in a shard, which is held in memory
+UNSTAMPED = ("name", "names", "norm", "decode", "encoder", "sentences", "tokenizer")  # what says how a modality is seen, and not what it is
+
+
+def file_name(name: str, number: int) -> str:
+    """The file of a modality's shard."""
+    return f"{name}-{number:05d}.npy"
+
+
+def write(folder: pathlib.Path, number: int, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Writes the files of one shard, each whole or absent; -> {file: SHA-256}."""
+    for name, array in arrays.items():
+        _write(folder / file_name(name, number), lambda stream, rows=array: np.save(stream, rows))
+    return {file_name(name, number): sha256(array) for name, array in arrays.items()}
+
+
+def write_meta(folder: pathlib.Path, modalities: Mapping[str, Any], lengths: Sequence[int], hashes: Mapping[str, str], **more: Any) -> None:
+    """Writes meta.json, with which a split is finished."""
+    meta = {"format": 1, "lengths": list(lengths), "modalities": stamp(modalities), "sha256": dict(hashes), **more}
+    _write(folder / META, lambda stream: stream.write(json.dumps(meta, indent=1).encode()))
+
+
+def stamp(modalities: Mapping[str, Any]) -> dict[str, dict]:
+    """What a cache and a config must agree on: sizes, scale, the number of classes."""
+    return {
+        name: {
+            field.name: value for field in dataclasses.fields(modality)
+            if field.name not in UNSTAMPED and (value := getattr(modality, field.name)) is not None}
+        for name, modality in modalities.items()}  # fmt: skip
+
+
+def pack(array: np.ndarray, name: str) -> np.ndarray:
+    """An array as a shard has it: floats as float16. Raises UserError for values that do not fit."""
+    if array.dtype.kind != "f":
+        return array
+    with np.errstate(over="ignore"):
+        packed = array.astype(np.float16)
+    if not np.isfinite(packed).all():
+        raise UserError(f"{name}: values up to {np.abs(array).max():g} do not fit float16: scale the latents to about unit deviation.")
+    return packed
+
+
+def sample_moments(moments: np.ndarray, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    """mean + deviation * noise of moments float32 [n, ..., 2c] -> [n, ..., c]; the noise is a function of (epoch, index) alone.
+
+    >>> moments = np.concatenate([np.full((2, 1, 1, 3), 5.0), np.zeros((2, 1, 1, 3))], -1)
+    >>> sample_moments(moments, np.arange(2), np.zeros(2, int))[0].tolist()
+    [[[5.0, 5.0, 5.0]]]
+    """
+    mean, deviation = np.split(moments, 2, axis=-1)
+    noise = np.empty(mean.shape, np.float32)
+    for row, index, epoch in zip(noise, indices.tolist(), epochs.tolist()):
+        np.random.Generator(np.random.Philox(key=np.array([epoch, index], np.uint64))).standard_normal(out=row, dtype=np.float32)
+    return mean + deviation * noise
+
+
+def sha256(array: np.ndarray) -> str:
+    """Of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+
+def _write(path: pathlib.Path, write: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as stream:
+        write(stream)
+    os.replace(partial, path)

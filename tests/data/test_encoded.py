@@ -1,0 +1,210 @@
+"""Published encoders in their places: images are cached, models train on what the encoders make of them, and samples are images."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdiff import config as configs
+from mmdiff.__main__ import main
+from mmdiff.convert import state_dicts
+from mmdiff.convert.weight_writer import write_weights
+from mmdiff.data.latents import LatentSource
+from mmdiff.data.shards import sample_moments
+from mmdiff.data.sources import load_all
+from mmdiff.encoders import preprocessing
+from mmdiff.encoders.autoencoder_kl import AutoencoderKL
+from mmdiff.encoders.clip import CLIPVision
+from mmdiff.encoders.vq_model import VQModel
+from mmdiff.nets.dit import SIZES
+
+DIT, TOKENS = "configs/imagenet256/dit_xl2.py", "configs/cdcd/imagenet256_class.py"
+VECTORS = "configs/mtdiffusion/imagenet_representation.py"
+LEVELS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2, "norm_num_groups": 4}
+KL = {"block_out_channels": [4, 4], "latent_channels": 4, "scaling_factor": 0.5, "shift_factor": 0.25, **LEVELS}
+VQ = {"block_out_channels": [4, 4], "latent_channels": 4, "num_vq_embeddings": 990, **LEVELS}
+CLIP = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+    "projection_dim": 12}
+TRAIN = [
+    "--config.train.steps=2", "--config.train.global_batch=8", "--config.train.log_every=1", "--config.train.eval_every=0",
+    "--config.train.tensorboard=false", "--config.model.dtype=float32"]
+
+
+def publish(folder, net, seed=0):
+    """Random weights of a network in its published layout."""
+    params = jax.jit(net.init)(jax.random.key(seed), *net.example_inputs())["params"]
+    write_weights(folder, state_dicts.state_dict(params), net.config())
+    return folder, net, params
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    return publish(tmp_path_factory.mktemp("kl") / "vae", AutoencoderKL.from_config(KL))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes, of different sizes, of the sides that autoencoders of 32 x 32 latents (64 pixels) crop."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 1)):
+        for label, size in (("cat", (70, 90)), ("dog", (150, 64))):
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / split / label / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(autoencoder, images, tmp_path_factory):
+    """A cache that the command has written, in shards of five."""
+    out = tmp_path_factory.mktemp("latents") / "cache"
+    command = ["cache", "--config", DIT, f"--config.encoder.path={autoencoder[0]}", f"--config.data.images={images}", "--out", str(out)]
+    assert main(command) == 0
+    return out, command
+
+
+def run(capsys, *args):
+    """(exit status, the last line of stderr) of a command."""
+    capsys.readouterr()
+    status = main(list(args))
+    return status, capsys.readouterr().err.strip().splitlines()[-1:]
+
+
+def prepared(images, size, split="train"):
+    return np.stack([
+        np.asarray(preprocessing.Preprocessing(size, "adm").resized(Image.open(path)), np.float32) / 127.5 - 1
+        for path in sorted(images.glob(f"{split}/*/*.png"))])
+
+
+def test_a_cache_holds_moments_of_every_image_and_its_mirror_image(latents, autoencoder, images, capsys):
+    (out, command), (_, net, params) = latents, autoencoder
+    experiment = build(DIT, f"encoder.path={autoencoder[0]}")
+    source = LatentSource(out, "train", experiment.modalities)
+    assert len(source) == 12 and len(LatentSource(out, "val", experiment.modalities)) == 2
+    found = load_all(source)
+    np.testing.assert_array_equal(found["label"], np.repeat([0, 0, 0, 1, 1, 1], 2))
+    views = prepared(images, 64)
+    views = np.stack([views, views[:, :, ::-1]], 1).reshape(-1, 64, 64, 3)
+    mean, logvar = np.split(np.asarray(net.apply({"params": params}, views, method="encode")), 2, axis=-1)
+    moments = np.concatenate([(mean - 0.25) * 0.5, np.exp(logvar / 2) * 0.5], -1)
+    np.testing.assert_allclose(np.load(out / "train/image-00000.npy"), moments, atol=2e-3, rtol=2e-3)  # float16
+    # Each epoch samples latents anew, alike in every process; `take` has the first epoch.
+    rows, epochs = np.array([3, 0, 3]), np.array([1, 1, 2])
+    drawn = source.take_in_epochs(rows, epochs)["image"]
+    np.testing.assert_array_equal(drawn, sample_moments(np.load(out / "train/image-00000.npy").astype(np.float32)[rows], rows, epochs))
+    np.testing.assert_array_equal(source.take_in_epochs(rows[1:2], epochs[1:2])["image"], drawn[1:2])
+    assert np.abs(drawn[0] - drawn[2]).max() > 0.1
+    z = (found["image"] - moments[..., :4]) / moments[..., 4:]
+    assert abs(z.mean()) < 0.02 and z.std() == pytest.approx(1, abs=0.02)
+    meta = json.loads((out / "train/meta.json").read_text())
+    assert meta["encoders"]["image"]["kind"] == "autoencoder_kl" and meta["moments"] == ["image"]
+    assert meta["modalities"]["image"]["scale"] == 0.5
+    capsys.readouterr()
+    assert main(command) == 0 and "nothing to do: " in capsys.readouterr().out
+
+
+def test_a_cache_continues_where_it_was_interrupted(autoencoder, images, latents, tmp_path, monkeypatch):
+    experiment = build(DIT, f"encoder.path={autoencoder[0]}", f"data.images={images}")
+    encode, calls = type(experiment.cache.encoders[0]).encode, []
+
+    def interrupted(self, batch):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(self, batch)
+
+    monkeypatch.setattr(type(experiment.cache.encoders[0]), "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.cache.write(tmp_path / "cache", ["train"], shard=5)
+    assert not (tmp_path / "cache/train").exists()
+    assert experiment.cache.write(tmp_path / "cache", ["train"], shard=5)
+    assert calls == [5, 5, 5, 2]  # the first shard is not encoded again
+    whole, parts = (load_all(LatentSource(folder, "train", experiment.modalities)) for folder in (latents[0], tmp_path / "cache"))
+    for name in whole:
+        np.testing.assert_allclose(whole[name], parts[name], atol=2e-3)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["train"]
+
+
+def test_a_model_of_latents_trains_and_its_samples_are_images(latents, autoencoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SIZES, "XS", (1, 32, 2))
+    (out, _), (folder, net, params) = latents, autoencoder
+    use = ["--config", DIT, "--workdir", str(tmp_path / "run"), f"--config.encoder.path={folder}"]
+    small = ["--config.model.size=XS", "--config.model.patch=16", f"--config.data.dir={out}"]
+    assert main(["train", *use, *TRAIN, *small]) == 0
+    assert main(["sample", *use, "--given", "label=1", "--number", "2", "--steps", "2"]) == 0
+    samples = np.load(tmp_path / "run/samples/samples.npz")["image"]
+    by_hand = np.asarray(net.apply({"params": params}, jnp.asarray(samples / 0.5 + 0.25), method="decode"))
+    shown = np.stack([np.asarray(Image.open(tmp_path / f"run/samples/image/0000{i}.png")) for i in range(2)])
+    assert shown.shape == (2, 64, 64, 3)
+    assert np.abs(shown - np.rint((np.clip(by_hand, -1, 1) + 1) * 127.5)).max() <= 1  # of a value between two levels
+    # An image is given as it is, by its most likely latents.
+    experiment = build(DIT, f"encoder.path={folder}")
+    photo = experiment.modalities["image"].parse(str(tmp_path / "run/samples/image/00000.png"))
+    assert photo.shape == (1, 32, 32, 4)
+    # Another autoencoder decodes to something else: it is refused, in training as in use.
+    other, *_ = publish(tmp_path / "other", AutoencoderKL.from_config(KL), seed=1)
+    status, said = run(capsys, "sample", *use[:-1], f"--config.encoder.path={other}", "--steps", "2")
+    assert status == 2 and "encoded by another network than config.encoder.path" in said[0]
+    status, said = run(capsys, "train", *use[:-1], f"--config.encoder.path={other}", *TRAIN, *small)
+    assert status == 2 and "encoded by another network than config.encoder.path" in said[0]
+
+
+def test_what_is_not_there_is_said(images, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    status, said = run(capsys, "cache", "--config", DIT, *out)
+    assert status == 2 and "config.encoder.path is empty: name the published autoencoder of the kind autoencoder_kl, a file or" in said[0]
+    status, said = run(capsys, "cache", "--config", "digits_joint", *out)
+    assert status == 2 and "names no published encoders: give --workdir DIR" in said[0]
+    status, said = run(capsys, "cache", "--config", DIT, *out, "--config.encoder.kind=inception")
+    assert status == 2 and "config.encoder.kind is 'inception': an autoencoder is one of autoencoder_kl, autoencoder_tiny" in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_of_the_codes_that_are_used_most(images, tmp_path, capsys):
+    folder, net, params = publish(tmp_path / "vqgan", VQModel.from_config(VQ))
+    use = ["--config", TOKENS, f"--config.encoder.path={folder}"]
+    assert main(["cache", *use, "--out", str(tmp_path / "tokens"), f"--config.data.images={images}"]) == 0
+    ids = np.asarray(net.apply({"params": params}, prepared(images, 32), method="encode"))
+    uses = np.bincount(ids.reshape(-1), minlength=990)
+    kept = json.loads((tmp_path / "tokens/codes.json").read_text())["codes"]
+    assert len(kept) == 974 and uses[kept].sum() == np.sort(uses)[16:].sum()
+    stored = np.load(tmp_path / "tokens/train/tokens-00000.npy")
+    same = np.isin(ids, kept).reshape(6, -1)
+    np.testing.assert_array_equal(np.asarray(kept)[stored[::2]][same], ids.reshape(6, -1)[same])
+    small = ["--config.model.width=16", "--config.model.depth=1", "--config.model.heads=2", "--config.chain.steps=4"]
+    use += [f"--config.data.dir={tmp_path / 'tokens'}", "--workdir", str(tmp_path / "run")]
+    assert main(["train", *use, *TRAIN, *small]) == 0
+    assert main(["sample", *use, "--given", "label=1", "--number", "1", "--steps", "2"]) == 0
+    tokens = np.load(tmp_path / "run/samples/samples.npz")["tokens"]
+    by_hand = np.asarray(net.apply({"params": params}, jnp.asarray(kept)[tokens].reshape(1, 16, 16), method="decode"))
+    shown = np.asarray(Image.open(tmp_path / "run/samples/tokens/00000.png"))
+    assert np.abs(shown - np.rint((np.clip(by_hand[0], -1, 1) + 1) * 127.5)).max() <= 1
+
+
+def test_vectors_of_images_beside_their_latents(images, autoencoder, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "XS", (1, 32, 2))
+    folder, net, params = publish(tmp_path / "clip", CLIPVision.from_config(CLIP))
+    use = ["--config", VECTORS, f"--config.encoder.path={autoencoder[0]}", f"--config.vector_encoder.path={folder}"]
+    use += ["--config.data.vector=12"]
+    assert main(["cache", *use, "--out", str(tmp_path / "cache"), f"--config.data.images={images}"]) == 0
+    stored = np.load(tmp_path / "cache/train/representation-00000.npy").astype(np.float32)
+    views = np.stack([
+        preprocessing.Preprocessing(16, **preprocessing.CLIP_STATISTICS)(np.asarray(Image.open(path)))
+        for path in sorted(images.glob("train/*/*.png"))])
+    vectors = np.asarray(net.apply({"params": params}, views).embedding)
+    np.testing.assert_allclose(stored[::2], vectors * (12**0.5 / np.linalg.norm(vectors, axis=-1, keepdims=True)), atol=3e-3)
+    small = ["--config.model.size=XS", "--config.model.patch=16", f"--config.data.dir={tmp_path / 'cache'}"]
+    assert main(["train", *use, *TRAIN, *small, "--workdir", str(tmp_path / "run")]) == 0
+    photo = next(images.glob("val/*/*.png"))
+    given = ["--given", f"representation={photo}", "--steps", "2", "--number", "1"]
+    assert main(["sample", *use, "--workdir", str(tmp_path / "run"), *given]) == 0
+    assert Image.open(tmp_path / "run/samples/image/00000.png").size == (64, 64)
+
+
+def build(path, *overrides):
+    config, module = configs.load(path, [tuple(each.split("=", 1)) for each in overrides])
+    return module.build(config)
