@@ -58,8 +58,13 @@ class Preprocessing:
                 raise UserError(f"preprocessing: {name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
         if self.kernel == "tf1" and self.resize != "square":
             raise UserError(f"preprocessing: kernel='tf1' interpolates whole images: give resize='square', not {self.resize!r}.")
-        if self.size < 1 or 0 < self.shortest < self.size:
+        if self.size < 1 or self.shortest and self.shortest < self.size:
             raise UserError(f"preprocessing: a crop of {self.size} does not fit into images with a shorter side of {self.shortest}.")
+        for name in ("divisor", "mean", "std"):
+            value = np.asarray(getattr(self, name), np.float64)
+            if value.shape not in ((), (3,)) or not np.isfinite(value).all() or name != "mean" and not (value > 0).all():
+                what = "numbers" if name == "mean" else "numbers above 0"
+                raise UserError(f"preprocessing: {name}={getattr(self, name)} must be {what}, one or three.")
 
     def __call__(self, image: Any) -> np.ndarray:
         """float32 [size, size, 3] of an image uint8 [H, W, 3] or of Pillow's."""
@@ -134,8 +139,11 @@ class Preprocessing:
             mean, std = (tuple(map(float, config[f"image_{name}"])) if normalized and f"image_{name}" in config else default
                          for name, default in (("mean", 0.0), ("std", 1.0)))  # fmt: skip
             divisor = round(1 / config.get("rescale_factor", 1 / 255), 6) if config.get("do_rescale", True) else 1.0
-            return cls(size, resize, KERNELS[config.get("resample", 3)], 0 if shortest == size else shortest, "floor", divisor, mean, std)
-        except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+            kernel = dict(enumerate(KERNELS))[config.get("resample", 3)]
+            return cls(size, resize, kernel, 0 if shortest == size else shortest, "floor", divisor, mean, std)
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise UserError(f"preprocessor_config.json is of no known kind ({type(error).__name__}: {error}).") from error
 
 

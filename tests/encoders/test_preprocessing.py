@@ -60,7 +60,9 @@ def test_a_published_file_states_it():
 
 @pytest.mark.parametrize("config", [
     {"size": {"height": 224, "width": 336}}, {"size": "large"}, {"size": {"longest_edge": 224}}, {"size": 224, "resample": 17},
-    {"size": 224, "image_mean": 0.5}, {"size": 224, "crop_size": 336}, {"size": 224, "rescale_factor": 0},
+    {"size": 224, "image_mean": 0.5}, {"size": 224, "crop_size": 336}, {"size": 224, "rescale_factor": 0}, {"size": 224, "resample": -1},
+    {"size": 224, "image_std": [0, 1, 1]}, {"size": 224, "image_mean": ["a"] * 3}, {"size": 224, "image_mean": [0.5] * 2}, {"size": -1},
+    {"size": 224, "rescale_factor": float("nan")},
 ])  # fmt: skip
 def test_files_of_other_processors_are_refused(config):
     with pytest.raises(UserError, match="preprocess"):
