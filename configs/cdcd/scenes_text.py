@@ -52,7 +52,7 @@ def get_config():
 def build(config):
     steps, tokenizer = config.chain.steps, scenes.tokenizer()
     tokens = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
-    process = Joint(tokens=tokens, text=Given(null=0))
+    process = Joint(tokens=tokens, text=Given(null=tokenizer.padding))
     encoder = nets.TextEncoder(tokenizer.size, tokenizer.length, scan=False, **config.text)
     net = nets.TokenTransformer(classes=CODES, grid=GRID, context=("text",), encoder=encoder, **nets.options(config.model))
     negatives = contrastive.inter(config.loss.count, by="text")

@@ -55,7 +55,8 @@ def build(config):
         raise UserError(f"config.task is {config.task!r}: choose joint or conditional.")
     own, shares = open_images(config.data, "caption"), config.times
     joint, tokenizer = config.task == "joint", own.modalities["caption"].tokenizer
-    process = Joint(image=Gaussian(schedules.flow(), velocity), caption=absorbing(tokenizer.size) if joint else Given(null=0))
+    caption = absorbing(tokenizer.size) if joint else Given(null=tokenizer.padding)
+    process = Joint(image=Gaussian(schedules.flow(), velocity), caption=caption)
     streams = {
         "image": nets.Patches(*own.shape["image"], config.model.patch),
         "caption": nets.Tokens(tokenizer.length, states=tokenizer.size + 1, classes=tokenizer.size)}

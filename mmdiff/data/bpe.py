@@ -18,8 +18,7 @@ import numpy as np
 
 from mmdiff import files
 
-PADDING, START, END = 0, 1, 2  # the first ids; a text that is all padding is absent
-SPECIAL = ("<padding>", "<start>", "<end>")
+SPECIAL = ("<padding>", "<start>", "<end>")  # the first of a vocabulary that is trained here; a text that is all padding is absent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +46,27 @@ class Tokenizer:
         """The number of ids, padding included."""
         return _parsed(self.rules).get_vocab_size()
 
+    @property
+    def padding(self) -> int:
+        """The id after the end, and of all of an absent text."""
+        return _special_ids(self.rules)[0]
+
+    @property
+    def start(self) -> int:
+        """The id that begins a text."""
+        return _special_ids(self.rules)[1]
+
+    @property
+    def end(self) -> int:
+        """The id that ends a text."""
+        return _special_ids(self.rules)[2]
+
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> ids int32 [n, length]: start, pieces, end, padding. Of a text that is too long the last pieces are cut, not the end."""
-        ids = np.full((len(texts), self.length), PADDING, np.int32)
+        ids = np.full((len(texts), self.length), self.padding, np.int32)
         for row, encoding in zip(ids, _parsed(self.rules).encode_batch(list(texts))):
             pieces = encoding.ids[: self.length - 2]
-            row[: len(pieces) + 2] = [START, *pieces, END]
+            row[: len(pieces) + 2] = [self.start, *pieces, self.end]
         return ids
 
     def decode(self, ids: np.ndarray) -> list[str]:
@@ -64,8 +78,9 @@ class Tokenizer:
         ids = np.asarray(ids)
         if ids.size and (ids.min() < 0 or ids.max() >= self.size):
             raise ValueError(f"this tokenizer has the ids 0..{self.size - 1}, got {ids.min()}..{ids.max()}.")
-        rows = [row[: np.argmax(row == END)] if END in row else row for row in ids]
-        return [text.lstrip() for text in _parsed(self.rules).decode_batch([row[row > END].tolist() for row in rows])]
+        rows = [row[: np.argmax(row == self.end)] if self.end in row else row for row in ids]
+        pieces = [row[~np.isin(row, _special_ids(self.rules))].tolist() for row in rows]
+        return [text.lstrip() for text in _parsed(self.rules).decode_batch(pieces)]
 
     def unseen(self, text: str) -> list[str]:
         """The words of a text that hold pieces of no training caption, in their order."""
@@ -109,7 +124,7 @@ def read(path: str | os.PathLike) -> Tokenizer:
     stored = files.read_json(path)
     try:
         found = Tokenizer(stored["rules"], operator.index(stored["length"]), tuple(map(operator.index, stored["seen"])))
-        if not found.size > END or found.length < 3:
+        if None in _special_ids(found.rules) or found.length < 3:
             raise ValueError(f"{found.size} ids, length {found.length}")
         return found
     except Exception as error:  # whatever damaged rules make the package raise
@@ -123,3 +138,8 @@ def _parsed(rules: str) -> Any:
     parsed = Rules.from_str(rules)
     parsed.encode_special_tokens = True  # a text that spells "<end>" does not end there
     return parsed
+
+
+@functools.lru_cache(maxsize=8)
+def _special_ids(rules: str) -> tuple[int, ...]:
+    return tuple(map(_parsed(rules).token_to_id, SPECIAL))

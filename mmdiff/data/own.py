@@ -162,7 +162,7 @@ def _trained_tokenizer(records: Records, data: Any) -> bpe.Tokenizer:
     if data.length < 3 or data.vocabulary < 259:
         raise UserError("config.data.length must be 3 or more (start and end included), and config.data.vocabulary 259 or more.")
     tokenizer = bpe.train(texts, data.length, data.vocabulary)
-    longest = int((tokenizer.encode(texts) != bpe.PADDING).sum(1).max())
+    longest = int((tokenizer.encode(texts) != tokenizer.padding).sum(1).max())
     return dataclasses.replace(tokenizer, length=longest)
 
 

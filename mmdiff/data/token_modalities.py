@@ -185,7 +185,7 @@ class Texts(DiscreteModality):
     """Sentences: int32 [n, tokenizer.length], the ids of a tokenizer; a row of padding is an absent text.
 
     Attributes:
-      tokenizer: a `data.bpe.Tokenizer`.
+      tokenizer: a `data.bpe.Tokenizer`, or a published one (`encoders.open_tokenizer`): what has their methods.
       name: the modality's name, which is its key in an `.npz` file.
     """
 

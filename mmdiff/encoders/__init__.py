@@ -7,6 +7,7 @@ __all__, __getattr__, __dir__ = lazily(
     autoencoder_kl="AutoencoderKL",
     autoencoder_tiny="AutoencoderTiny",
     clip="CLIP CLIPText CLIPVision",
+    clip_tokenizer="CLIPTokenizer read_clip_tokenizer",
     dinov2="DINOv2",
     efficientnet_lite0="EfficientNetLite0 installed_weights",
     inception="Inception",

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdiff import files
+from mmdiff.encoders.clip_tokenizer import CLIPTokenizer, read_clip_tokenizer
 from mmdiff.errors import UserError
 
 
@@ -90,20 +91,22 @@ class PublishedTokenizer:
         return [encoding_text.strip() for encoding_text in dict.fromkeys(text[slice(*encoding.word_to_chars(word))] for word in words)]
 
 
-def open_tokenizer(kind: str, path: str | os.PathLike, length: int | None = None) -> PublishedTokenizer:
+def open_tokenizer(kind: str, path: str | os.PathLike, length: int | None = None) -> PublishedTokenizer | CLIPTokenizer:
     """The tokenizer of a published network.
 
     Args:
-      kind: of `KINDS`.
-      path: a tokenizer.json, or the folder that holds one.
-      length: ids of a text; by default what the network is used with (T5 512, MiniLM 256, SigLIP 64).
+      kind: of `KINDS`, or "clip_text".
+      path: a tokenizer.json, or the folder that holds one; of CLIP also what else `read_clip_tokenizer` takes.
+      length: ids of a text; by default what the network is used with (T5 512, MiniLM 256, SigLIP 64, CLIP 77).
 
     Raises:
       UserError: no such kind, or a length that leaves no room for a piece.
       FileError: no such file, or not the tokenizer of this kind.
     """
+    if kind == "clip_text":
+        return read_clip_tokenizer(path, 77 if length is None else length)
     if kind not in KINDS:
-        raise UserError(f"there is no tokenizer of {kind!r}: choose one of {', '.join(KINDS)}.")
+        raise UserError(f"there is no tokenizer of {kind!r}: choose one of clip_text, {', '.join(KINDS)}.")
     length = KINDS[kind].length if length is None else length
     if length < 2 + len(KINDS[kind].before):
         raise UserError(f"a tokenizer of {kind} needs a length of {2 + len(KINDS[kind].before)} or more, got {length}.")

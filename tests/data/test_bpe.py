@@ -33,10 +33,10 @@ def test_captions_come_back():
 
 def test_start_end_and_padding():
     row = TOKENIZER.encode(["a red seven"])[0]
-    count = (row != bpe.PADDING).sum()
-    assert row[0] == bpe.START and row[count - 1] == bpe.END and (row[count:] == bpe.PADDING).all()
-    assert (row[1 : count - 1] > bpe.END).all()
-    np.testing.assert_array_equal(TOKENIZER.encode([""])[0, :3], [bpe.START, bpe.END, bpe.PADDING])
+    count = (row != TOKENIZER.padding).sum()
+    assert row[0] == TOKENIZER.start and row[count - 1] == TOKENIZER.end and (row[count:] == TOKENIZER.padding).all()
+    assert (row[1 : count - 1] > TOKENIZER.end).all()
+    np.testing.assert_array_equal(TOKENIZER.encode([""])[0, :3], [TOKENIZER.start, TOKENIZER.end, TOKENIZER.padding])
     assert TOKENIZER.decode(np.zeros((1, 16), int)) == [""]  # an absent text
 
 
@@ -47,7 +47,7 @@ def test_letters_are_lowered_and_spaces_tidied():
 def test_what_is_too_long_is_cut_and_keeps_its_end():
     words = " ".join(["seven"] * 30)
     row = TOKENIZER.encode([words])[0]
-    assert row[0] == bpe.START and row[-1] == bpe.END and bpe.PADDING not in row
+    assert row[0] == TOKENIZER.start and row[-1] == TOKENIZER.end and TOKENIZER.padding not in row
     np.testing.assert_array_equal(row[:-1], LONG.encode([words])[0, :15])
     assert TOKENIZER.decode([row]) == [" ".join(["seven"] * 14)]
 
@@ -56,7 +56,19 @@ def test_what_is_too_long_is_cut_and_keeps_its_end():
 def test_any_text_comes_back(strange):
     ids = LONG.encode([strange])
     assert LONG.decode(ids) == [strange]
-    assert (ids == bpe.END).sum() == (ids == bpe.START).sum() == 1
+    assert (ids == TOKENIZER.end).sum() == (ids == TOKENIZER.start).sum() == 1
+
+
+def test_special_ids_are_the_vocabularys_own():
+    rules = json.loads(TOKENIZER.rules)
+    moved = {piece: (i - 3) % TOKENIZER.size for piece, i in rules["model"]["vocab"].items()}  # the special ones are the last
+    added = [token | {"id": moved[token["content"]]} for token in rules["added_tokens"]]
+    rules = rules | {"model": rules["model"] | {"vocab": moved}, "added_tokens": added}
+    other = dataclasses.replace(TOKENIZER, rules=json.dumps(rules))
+    assert (other.padding, other.start, other.end) == (TOKENIZER.size - 3, TOKENIZER.size - 2, TOKENIZER.size - 1)
+    ids = other.encode(CAPTIONS)
+    np.testing.assert_array_equal(ids, (TOKENIZER.encode(CAPTIONS) - 3) % TOKENIZER.size)
+    assert other.decode(ids) == CAPTIONS and other.decode(np.full((1, 16), other.padding)) == [""]
 
 
 def test_unseen_words_are_named():
