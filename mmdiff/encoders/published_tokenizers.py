@@ -1,4 +1,4 @@
-"""The tokenizers of T5, BERT and SigLIP from their published tokenizer.json, by the `tokenizers` package.
+"""The tokenizers of T5, BERT and SigLIP from their published tokenizer.json or spiece.model, by the `tokenizers` package.
 
 The special ids are the vocabulary's own. What a file states of truncation and padding is replaced, for it is rarely what the network was
 trained with: MiniLM's cuts texts at 128 tokens and pads every one to 128.
@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import string
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdiff import files
+from mmdiff.encoders import sentencepiece_files
 from mmdiff.encoders.clip_tokenizer import CLIPTokenizer, read_clip_tokenizer
 from mmdiff.errors import UserError
 
@@ -30,13 +30,15 @@ class Kind(NamedTuple):
     padding: str
     length: int
     canonical: bool = False  # SigLIP: lower case without punctuation
+    extra: int = 0  # ids of T5 that its spiece.model does not list
 
 
 KINDS = {
-    "t5": Kind((), "</s>", "<pad>", 512),
+    "t5": Kind((), "</s>", "<pad>", 512, extra=100),
     "sentence_bert": Kind(("[CLS]",), "[SEP]", "[PAD]", 256),
     "siglip_text": Kind((), "</s>", "</s>", 64, canonical=True),
 }
+FILES = ("tokenizer.json", "spiece.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +88,10 @@ class PublishedTokenizer:
         """The words of a text that the vocabulary has no piece for."""
         model = json.loads(self.rules)["model"]
         unknown = model["unk_id"] if "unk_id" in model else _parsed(self).token_to_id(model.get("unk_token") or "")
-        encoding = _parsed(self).encode(canonical(text) if KINDS[self.kind].canonical else text)
+        text = canonical(text) if KINDS[self.kind].canonical else text
+        encoding = _parsed(self).encode(text)
         words = [word for piece, word in zip(encoding.ids, encoding.word_ids) if piece == unknown and word is not None]
-        return [encoding_text.strip() for encoding_text in dict.fromkeys(text[slice(*encoding.word_to_chars(word))] for word in words)]
+        return list(dict.fromkeys(text[slice(*encoding.word_to_chars(word))].strip() for word in words))
 
 
 def open_tokenizer(kind: str, path: str | os.PathLike, length: int | None = None) -> PublishedTokenizer | CLIPTokenizer:
@@ -96,7 +99,8 @@ def open_tokenizer(kind: str, path: str | os.PathLike, length: int | None = None
 
     Args:
       kind: of `KINDS`, or "clip_text".
-      path: a tokenizer.json, or the folder that holds one; of CLIP also what else `read_clip_tokenizer` takes.
+      path: a tokenizer.json, a spiece.model, or the folder that holds one (of both the former is read); of CLIP what
+        `read_clip_tokenizer` takes.
       length: ids of a text; by default what the network is used with (T5 512, MiniLM 256, SigLIP 64, CLIP 77).
 
     Raises:
@@ -110,12 +114,23 @@ def open_tokenizer(kind: str, path: str | os.PathLike, length: int | None = None
     length = KINDS[kind].length if length is None else length
     if length < 2 + len(KINDS[kind].before):
         raise UserError(f"a tokenizer of {kind} needs a length of {2 + len(KINDS[kind].before)} or more, got {length}.")
-    path = pathlib.Path(path) / "tokenizer.json" if files.is_folder(path) else pathlib.Path(path)
-    found = PublishedTokenizer(kind, files.read_text(path), length)
+    path = files.expand(path)
+    if files.is_folder(path):
+        folder, names = path, [name for name in FILES if (path / name).exists()]
+        if not names:
+            raise files.FileError(folder, f"has no {' and no '.join(FILES)}", "get one from where the weights were published")
+        path = folder / names[0]
     try:
+        if path.suffix == ".model":
+            rules = sentencepiece_files.tokenizer_json(files.read_bytes(path), KINDS[kind].extra)
+        else:
+            rules = files.read_text(path)
+        found = PublishedTokenizer(kind, rules, length)
         _parsed(found)
+    except files.FileError:
+        raise
     except Exception as error:  # whatever damaged rules make the package raise
-        why = f"is no tokenizer.json of {kind} ({(str(error).splitlines() or [''])[0][:80]})"
+        why = f"is no tokenizer of {kind} ({(str(error).splitlines() or [''])[0][:80]})"
         raise files.FileError(path, why, "copy it again") from error
     return found
 

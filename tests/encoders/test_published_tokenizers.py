@@ -1,6 +1,7 @@
 """Tokenizers from published files: special ids, truncation and padding are the network's, not the file's."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -35,6 +36,29 @@ def unigram():
     return rules.to_str()
 
 
+def message(*fields):
+    """A protocol buffer: (number, value) of ints below 128, floats, texts and messages."""
+    found = b""
+    for number, value in fields:
+        if isinstance(value, int):
+            tag, value = 0, bytes([value])
+        elif isinstance(value, float):
+            tag, value = 5, struct.pack("<f", value)
+        else:
+            value = value.encode() if isinstance(value, str) else value
+            tag, value = 2, bytes([len(value)]) + value
+        number = number << 3 | tag
+        found += (bytes([number]) if number < 128 else bytes([number & 127 | 128, number >> 7])) + value
+    return found
+
+
+def spiece():
+    """A spiece.model of the same pieces as `unigram`."""
+    pieces = [message((1, "<pad>"), (3, 3)), message((1, "</s>"), (3, 3)), message((1, "<unk>"), (3, 2))]
+    pieces += [message((1, f"▁{word}"), (2, -float(i + 1))) for i, word in enumerate(WORDS)] + [message((1, "s"), (2, -9.0))]
+    return message(*[(1, piece) for piece in pieces], (2, message((3, 1), (40, 2))), (3, message((1, "identity"), (3, 1))))
+
+
 @pytest.fixture
 def file(tmp_path):
     def write(text):
@@ -64,6 +88,21 @@ def test_t5_ends_in_its_own_end_and_pads_with_its_own_padding(file):
     assert tokenizer.decode(ids) == ["red seven", "", "a cat red seven"] and tokenizer.size == 12
 
 
+def test_a_sentencepiece_model_is_the_same_tokenizer(file, tmp_path):
+    texts = ["red  seven", "", " a cat red <extra_id_0> seven a cat", "blue cat"]
+    expected = open_tokenizer("siglip_text", file(unigram())).encode([text.replace("<extra_id_0>", "") for text in texts])
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "spiece.model").write_bytes(spiece())
+    np.testing.assert_array_equal(open_tokenizer("siglip_text", tmp_path).encode(texts)[[0, 1, 3]], expected[[0, 1, 3]])
+    t5 = open_tokenizer("t5", tmp_path, length=8)
+    assert t5.size == 112 and t5.unseen("a blue cat") == ["blue"]
+    np.testing.assert_array_equal(t5.encode(texts[2:3]), [[5, 6, 3, 111, 4, 5, 6, 1]])
+    for content in (spiece()[:-5], b"\xff" * 40, b"", message((1, message((1, "a"), (3, 6))))):
+        (tmp_path / "spiece.model").write_bytes(content)
+        with pytest.raises(FileError, match=r"spiece.model is no tokenizer of t5 \(it .*\): copy it again"):
+            open_tokenizer("t5", tmp_path)
+
+
 def test_siglip_pads_with_the_end_and_knows_no_mask(file):
     tokenizer = open_tokenizer("siglip_text", file(unigram()))
     ids = tokenizer.encode(["  RED, (seven)! "])
@@ -78,13 +117,15 @@ def test_canonical_texts_stay_as_they_are():
 
 
 def test_what_is_no_tokenizer_of_a_kind_is_refused_in_one_sentence(file, tmp_path):
-    with pytest.raises(Missing):
+    with pytest.raises(FileError, match="has no tokenizer.json and no spiece.model"):
         open_tokenizer("t5", tmp_path)
+    with pytest.raises(Missing):
+        open_tokenizer("t5", tmp_path / "tokenizer.json")
     folder = file(wordpiece())
-    with pytest.raises(FileError, match=r"is no tokenizer.json of t5 \(it has no </s>\): copy it again"):
+    with pytest.raises(FileError, match=r"is no tokenizer of t5 \(it has no </s>\): copy it again"):
         open_tokenizer("t5", folder)
     for damaged in ("[]", "{", json.dumps({"model": {"type": "Unigram"}})):
-        with pytest.raises(FileError, match=r"is no tokenizer.json of sentence_bert"):
+        with pytest.raises(FileError, match=r"is no tokenizer of sentence_bert"):
             open_tokenizer("sentence_bert", file(damaged))
     with pytest.raises(UserError, match="one of t5, sentence_bert, siglip_text"):
         open_tokenizer("gpt", folder)
