@@ -127,7 +127,7 @@ def test_what_is_no_tokenizer_of_a_kind_is_refused_in_one_sentence(file, tmp_pat
     for damaged in ("[]", "{", json.dumps({"model": {"type": "Unigram"}})):
         with pytest.raises(FileError, match=r"is no tokenizer of sentence_bert"):
             open_tokenizer("sentence_bert", file(damaged))
-    with pytest.raises(UserError, match="one of t5, sentence_bert, siglip_text"):
+    with pytest.raises(UserError, match="one of clip_text, t5, sentence_bert, siglip_text"):
         open_tokenizer("gpt", folder)
     with pytest.raises(UserError, match="3 or more, got 2"):
         open_tokenizer("sentence_bert", folder, length=2)
