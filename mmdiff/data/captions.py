@@ -195,7 +195,7 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                     texts += [each.encode() for each in captions]
             if left_out:
                 log.warning(
-                    "%s: %d images are left out, the first of them %s: a name ends at its first dot, and what follows is no ending of a "
+                    "%s: %d images are left out, the first of them %s: a name ends at its first dot, and what follows is no ending of an "
                     "image; rename them if they are examples of their own.", path, len(left_out), left_out[0])
         except (tarfile.TarError, OSError, EOFError) as error:
             raise UserError(f"{path} cannot be read as a tar file ({error}): it is damaged or compressed, copy it again.") from error
