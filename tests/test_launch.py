@@ -234,7 +234,7 @@ def test_a_host_runs_stops_and_continues(host, tmp_path):
     wait_for(lambda: log.read_text().count("--distributed") == 2)
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until

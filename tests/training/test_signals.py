@@ -28,6 +28,7 @@ def test_the_first_saves_and_the_second_stops_at_once(number, ended):
 
 
 def test_one_signal_that_is_delivered_twice_counts_once(ended, monkeypatch):
+    monkeypatch.setattr(signals, "REPEATED", 600.0)
     with signals.Signals() as stop:
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)  # from the terminal and from the shell
