@@ -144,11 +144,15 @@ def both_towers(text, vision, projection, image_size, activation="quick_gelu"):
 
 
 B, L, H = (512, 12, 8), (768, 12, 12), (1024, 24, 16)
+# OpenAI's and LAION's have the same tensors and other activations: without its config.json a file does not say whose it is.
 CLIP_CONFIGS = {
     "clip-vit-base-patch32": both_towers(B, (768, 12, 12, 32, 3072), 512, 224),
     "clip-vit-base-patch16": both_towers(B, (768, 12, 12, 16, 3072), 512, 224),
     "clip-vit-large-patch14": both_towers(L, (1024, 24, 16, 14, 4096), 768, 224),
     "clip-vit-large-patch14-336": both_towers(L, (1024, 24, 16, 14, 4096), 768, 336),
+    "CLIP-ViT-B-32": both_towers(B, (768, 12, 12, 32, 3072), 512, 224, "gelu"),
+    "CLIP-ViT-B-16": both_towers(B, (768, 12, 12, 16, 3072), 512, 224, "gelu"),
+    "CLIP-ViT-L-14": both_towers(L, (1024, 24, 16, 14, 4096), 768, 224, "gelu"),
     "CLIP-ViT-H-14": both_towers(H, (1280, 32, 16, 14, 5120), 1024, 224, "gelu"),
     "CLIP-ViT-bigG-14": both_towers((1280, 32, 20), (1664, 48, 16, 14, 8192), 1280, 224, "gelu"),
 }

@@ -44,7 +44,7 @@ def test_both_towers_are_the_published_ones_in_double_precision(family, double):
     (text, text1, image, image1, logits), golden = double
     last = image.tokens if family[0] == "siglip" else image.hidden  # transformers' last states of CLIP's images have no final norm
     found = {
-        "text_hidden": text1.hidden, "text_tokens": text.tokens, "text_embedding": text.embedding,
+        "text_hidden": text1.hidden, "text_tokens_before": text1.tokens, "text_tokens": text.tokens, "text_embedding": text.embedding,
         "image_hidden": image1.hidden, "image_last": last, "image_embedding": image.embedding, "logits": logits}  # fmt: skip
     for name, array in found.items():
         assert array.dtype == np.float64
@@ -93,6 +93,23 @@ def test_a_mask_hides_what_follows_and_a_short_text_is_its_own(family):
     assert np.abs(found.tokens[:, 4] - changed.tokens[:, 4]).max() > 0.01
     with pytest.raises(UserError, match="has 8 positions, the ids have 9"):
         jax.eval_shape(net.text.init, jax.random.key(0), np.zeros((1, 9), np.int32))
+
+
+def test_half_precision_runs_and_is_near(family):
+    name, net, params = family
+    net = net.clone(text=net.text.clone(dtype=jnp.bfloat16), vision=net.vision.clone(dtype=jnp.bfloat16))
+    text = jax.jit(lambda ids: net.apply({"params": params}, ids, jnp.ones_like(ids), skip=1, method="encode_text"))(IDS)
+    assert {of.dtype for of in text} == {jnp.bfloat16.dtype}
+    published.assert_close(text.embedding.astype(np.float32), published.golden(name)["text_embedding"], 0.03)
+
+
+def test_towers_of_whole_checkpoints_are_found():
+    net = CLIPText.from_config(SMALL).clone(projection_dim=None)
+    shapes = state_dicts.expected(published.abstract(net))
+    weights = {key: Tensor(shape, np.dtype(np.float32), None) for key, shape in shapes.items()}
+    for prefix in ("module.", "cond_stage_model.transformer."):
+        whole = {f"{prefix}{key}": tensor for key, tensor in weights.items()} | {"model.diffusion_model.out.weight": None}
+        assert CLIPText.canonical(whole) == weights
 
 
 def test_configs_say_what_the_towers_are():

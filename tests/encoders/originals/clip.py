@@ -28,6 +28,7 @@ def _transformers(model):
     text, vision = found.text_model_output, found.vision_model_output
     states = {
         "text_hidden": before_last["text"], "text_tokens": text.last_hidden_state,
+        "text_tokens_before": model.text_model.final_layer_norm(before_last["text"]).detach(),
         "image_hidden": before_last["vision"], "image_last": vision.last_hidden_state}  # fmt: skip
     embeddings = {"text_embedding": model.get_text_features(ids).detach(), "image_embedding": model.get_image_features(images).detach()}
     return {name: state[..., ::4] for name, state in states.items()} | embeddings | {"logits": found.logits_per_image}
