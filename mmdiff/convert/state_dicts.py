@@ -83,7 +83,7 @@ def state_dict(params: Any) -> dict[str, np.ndarray]:
         key, array = key_of(path), np.asarray(jax.device_get(leaf))
         for layer, array in enumerate(array) if "#" in key else ((0, array),):
             array = array.transpose(KERNELS[array.ndim]) if path[-1] == "kernel" else array
-            found[key.replace("#", str(layer))] = np.ascontiguousarray(array)  # writers store memory order under the view's shape
+            found[key.replace("#", str(layer))] = np.asarray(array, order="C")  # writers store memory order under the view's shape
     return found
 
 

@@ -54,6 +54,7 @@ def test_both_towers_are_the_published_ones_in_double_precision(family, double):
 def test_single_precision_and_each_tower_alone_from_weights_of_both(family):
     name, net, params = family
     golden, weights = published.golden(name), {key: Tensor.of(array) for key, array in state_dicts.state_dict(params).items()}
+    assert {key: tensor.shape for key, tensor in weights.items()} == state_dicts.expected(params)
     for cls, inputs, of in zip(FAMILIES[name][1:], (IDS, PIXELS), ("text", "image")):
         tower = cls.from_config(SMALL)
         own = cls.canonical(weights)

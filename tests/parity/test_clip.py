@@ -104,7 +104,8 @@ def compare(model, net, size, double, folder):
     images = published.normal("images", (2, 3, size, size)).astype(np.float64 if double else np.float32)
     text, image, logits = ask(net, params, images, double)
     written = state_dicts.state_dict(params)
-    assert {key: array.tobytes() for key, array in written.items()} == {key: of.numpy().tobytes() for key, of in model.state_dict().items()}
+    assert {key: (array.shape, array.tobytes()) for key, array in written.items()} == {
+        key: (tuple(of.shape), of.numpy().tobytes()) for key, of in model.state_dict().items()}  # fmt: skip
     safetensors.numpy.save_file(written, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(net.config()))
     again, info = type(model).from_pretrained(folder, output_loading_info=True)
@@ -116,6 +117,7 @@ def compare(model, net, size, double, folder):
             with torch.no_grad():
                 expected = of(input_ids=torch.tensor(IDS).long(), pixel_values=torch.from_numpy(images))
                 embeddings = of.get_text_features(torch.tensor(IDS).long()), of.get_image_features(torch.from_numpy(images))
+            embeddings = [getattr(each, "pooler_output", each) for each in embeddings]  # transformers 5
             tolerance = 1e-10 if double else 2e-5
             last = image.tokens if type(net) is siglip.SigLIP else image.hidden
             for found, theirs in (
