@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compares the published networks with their original implementations, which it installs in an environment of their own.
 #   bash launch/parity.sh [pytest arguments]        some minutes, 3 GB of disk; $PARITY_ENV names the environment (default .parity)
+# $MMDIFF_WEIGHTS may name a folder of published weights, which then are compared, too: tests/encoders/real_weights.py says what lies there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 env=${PARITY_ENV:-.parity}
