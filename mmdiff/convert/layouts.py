@@ -66,7 +66,7 @@ def state_dict(layout: Layout, net: Any, params: Any) -> dict[str, np.ndarray]:
       UserError: the network has what the layout has no place for.
     """
     arrays = layout.write(state_dicts.state_dict(_renamed(layout, params)), net)
-    return {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+    return {key: np.asarray(array, order="C") for key, array in arrays.items()}
 
 
 def _renamed(layout: Layout, tree: Any) -> Any:

@@ -146,6 +146,22 @@ class Preprocessing:
         except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise UserError(f"preprocessor_config.json is of no known kind ({type(error).__name__}: {error}).") from error
 
+    @classmethod
+    def from_open_clip(cls, config: Mapping[str, Any]) -> Preprocessing:
+        """That of an open_clip_config.json, whose crop is torchvision's.
+
+        Raises:
+          UserError: another one than open_clip writes.
+        """
+        try:
+            stated = dict(CLIP_STATISTICS) | config.get("preprocess_cfg", {})
+            resize = {"shortest": "shortest", "squash": "square"}[stated.get("resize_mode", "shortest")]
+            size = config["model_cfg"]["vision_cfg"].get("image_size", 224)
+            mean, std = (tuple(map(float, stated[name])) for name in ("mean", "std"))
+            return cls(size, resize, stated.get("interpolation", "bicubic"), crop="round", mean=mean, std=std)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"open_clip_config.json states no preprocessing that is known ({type(error).__name__}: {error}).") from error
+
 
 def resize_tf1(images: Any, size: int) -> Any:
     """Images [..., H, W, C], NumPy's or jax's, by the bilinear interpolation of TensorFlow 1: float32 [..., size, size, C].

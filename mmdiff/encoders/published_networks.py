@@ -189,8 +189,11 @@ def _network(kind: str, path: pathlib.Path, config: Any, weights: Mapping[str, T
 def _preprocessing(kind: Kind, net: nn.Module, path: pathlib.Path) -> Preprocessing | None:
     if kind.preprocessing is None:
         return None
-    beside = _beside(path, "preprocessor_config.json")
-    return Preprocessing.from_config(beside) if beside is not None else kind.preprocessing(net)
+    for name, read in (("preprocessor_config.json", Preprocessing.from_config), ("open_clip_config.json", Preprocessing.from_open_clip)):
+        beside = _beside(path, name)
+        if beside is not None:
+            return read(beside)
+    return kind.preprocessing(net)
 
 
 def _file_digest(path: pathlib.Path) -> str:

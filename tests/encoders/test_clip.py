@@ -1,14 +1,18 @@
 """CLIP's and SigLIP's towers against transformers' and open_clip's (golden files); layouts and configs."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
 
-from mmdiff.convert import state_dicts
+from mmdiff.convert import state_dicts, write_weights
 from mmdiff.convert.tensors import Tensor
+from mmdiff.encoders import open_encoder
 from mmdiff.encoders.clip import CLIP, CLIPText, CLIPVision
+from mmdiff.encoders.preprocessing import Preprocessing
 from mmdiff.encoders.siglip import SigLIP, SigLIPText, SigLIPVision
 from mmdiff.errors import UserError
 
@@ -67,11 +71,16 @@ def test_single_precision_and_each_tower_alone_from_weights_of_both(family):
         assert cls.from_config(tower.config()).config() == tower.config()
 
 
+def open_clip_weights(golden):
+    """Weights by open_clip's keys."""
+    shapes = zip(golden["keys"].tolist(), golden["shapes"].tolist())
+    return {key: published.weight(key, tuple(map(int, shape.split()))) for key, shape in shapes}
+
+
 @pytest.mark.parametrize("name, quick_gelu", [("openclip", True), ("openclip_custom_text", False)])
 def test_open_clips_layout_is_read(name, quick_gelu):
     golden = published.golden(name)
-    shapes = {key: tuple(map(int, shape.split())) for key, shape in zip(golden["keys"].tolist(), golden["shapes"].tolist())}
-    weights = {key: Tensor.of(published.weight(key, shape)) for key, shape in shapes.items()}
+    weights = {key: Tensor.of(array) for key, array in open_clip_weights(golden).items()}
     config = published.SMALL["open_clip"] | {"quick_gelu": quick_gelu}
     net = CLIP.from_config({"model_cfg": config, "preprocess_cfg": {}})
     assert net.text.eos_token_id == 2
@@ -83,6 +92,19 @@ def test_open_clips_layout_is_read(name, quick_gelu):
 
     for found, of in zip(ask(loaded), ("text", "image")):
         published.assert_close(found, golden[f"{of}_embedding"])
+
+
+def test_a_folder_of_open_clip_opens_as_a_tower_with_its_preprocessing(tmp_path):
+    golden, config = published.golden("openclip"), published.SMALL["open_clip"] | {"quick_gelu": True}
+    write_weights(tmp_path / "open_clip_model.safetensors", open_clip_weights(golden))
+    stated = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "resize_mode": "squash"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(stated))
+    encoder = open_encoder("clip_vision", tmp_path)
+    published.assert_close(encoder.apply(PIXELS).embedding, golden["image_embedding"])
+    assert encoder.preprocessing == Preprocessing(32, "square", crop="round", mean=(0.5,) * 3, std=(0.25,) * 3)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"resize_mode": "longest"}}))
+    with pytest.raises(UserError, match="open_clip_config.json states no preprocessing that is known"):
+        open_encoder("clip_vision", tmp_path)
 
 
 def test_a_mask_hides_what_follows_and_a_short_text_is_its_own(family):

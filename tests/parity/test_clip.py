@@ -11,10 +11,12 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from PIL import Image
 
 from mmdiff.convert import state_dicts
 from mmdiff.convert.tensors import Tensor
 from mmdiff.encoders import clip, siglip
+from mmdiff.encoders.preprocessing import Preprocessing
 
 SMALL, IDS = published.SMALL["clip"], np.array(published.CLIP_IDS, np.int32)
 FAMILIES = {
@@ -154,3 +156,13 @@ def test_a_tower_that_is_written_is_one_of_transformers(cls, kind, tmp_path):
     ours = found.embedding if "Projection" in kind or cls in (siglip.SigLIPText, siglip.SigLIPVision) else found.pooled
     published.assert_close(ours, theirs[0].numpy() if "Projection" in kind else theirs.pooler_output.numpy())
     assert cls.from_config(model.config.to_dict()).config() == net.config()
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_preprocessing_is_open_clips(mode):
+    config = {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": {"resize_mode": mode}}
+    ours, theirs = Preprocessing.from_open_clip(config), open_clip.image_transform(224, is_train=False, resize_mode=mode)
+    for shape in ((301, 227, 3), (224, 225, 3), (64, 99, 3)):
+        image = (np.random.RandomState(0).random_sample(shape) * 256).astype(np.uint8)
+        expected = theirs(Image.fromarray(image)).numpy().transpose(1, 2, 0)
+        np.testing.assert_allclose(ours(image), expected, rtol=0, atol=1e-6)
