@@ -37,7 +37,8 @@ def export_weights(run: Any, to: str, out: str | os.PathLike, vae: str | os.Path
       to: "published" (the layout of the original code), "diffusers" (its folder: of DiT the whole pipeline), or "mmdiff" (parameters by
         path with the config, from which `conversion.import_weights` makes the same run).
       out: a folder that does not exist, or is empty.
-      vae: for a DiT in "diffusers", the folder of the autoencoder, in diffusers' layout, that the pipeline gets a copy of.
+      vae: for a DiT in "diffusers", the folder of the autoencoder, in diffusers' layout, that the pipeline gets a copy of; that of the
+        config (config.encoder.path) by default.
 
     Raises:
       UserError: the network's function is not the published one, or there is something in `out`; nothing is written then.
@@ -87,7 +88,8 @@ def _write_diffusers(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
         arrays = layouts.state_dict(vq_diffusion.VQ_DIFFUSION_DIFFUSERS, net, run.params["params"])
         write_weights(out, arrays, vq_diffusion.diffusers_config(net, arrays))
         return [f"{len(arrays)} tensors of diffusers' Transformer2DModel: the rest of the pipeline, CLIP among it, is not written"]
-    if vae is None:
+    vae = vae or run.config.get("encoder", {}).get("path")
+    if not vae:
         raise UserError("diffusers' pipeline decodes latents: name the folder of the autoencoder, in diffusers' layout, with --vae.")
     if net.patches.height != net.patches.width:
         raise UserError(f"diffusers' DiT has square images alone, not {net.patches.height}x{net.patches.width}: write --to published.")

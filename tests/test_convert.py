@@ -15,10 +15,13 @@ from mmdiff.convert.weight_files import open_weights
 from mmdiff.convert.weight_writer import write_weights
 from mmdiff.nets.dit import SIZES
 
-SMALL = ["--config.model.size=XS", "--config.model.image=8", "--config.model.dtype=float32", "--config.model.scan=false",
-         "--config.data.source=random"]  # fmt: skip
-TOKENS = ["--config.model.width=32", "--config.model.depth=1", "--config.model.heads=4", "--config.data.source=random"]
-CONFIGS = {"dit": "imagenet256/dit_xl2", "sit": "imagenet256/sit_xl2", "vq-diffusion": "cdcd/imagenet256_class"}
+SMALL = ["--config.model.size=XS", "--config.model.image=8", "--config.model.dtype=float32", "--config.model.scan=false"]
+TOKENS = ["--config.model.width=32", "--config.model.depth=1", "--config.model.heads=4"]
+CASES = {  # name -> the kind of its weights, config and options
+    "dit": ("dit", "imagenet256/dit_xl2", SMALL), "sit": ("sit", "imagenet256/sit_xl2", SMALL),
+    "class": ("vq-diffusion", "cdcd/imagenet256_class", TOKENS),
+    "text": ("vq-diffusion", "cdcd/coco_text", [*TOKENS, "--config.model.conv=false", "--config.model.mlp_ratio=4"]),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -30,17 +33,15 @@ def call(*args):
     return cli.main([str(arg) for arg in args])
 
 
-def small(kind):
-    return TOKENS if kind == "vq-diffusion" else SMALL
+def of(workdir, case="dit"):
+    _, config, options = CASES[case]
+    return "--config", config, "--workdir", workdir, *options, "--config.data.source=random"
 
 
-def of(workdir, kind="dit"):
-    return "--config", CONFIGS[kind], "--workdir", workdir, *small(kind)
-
-
-def random_weights(kind):
+def random_weights(case):
     """A state dict in the published layout, of random numbers."""
-    values, module = configs.load(CONFIGS[kind], [arg.removeprefix("--config.").split("=") for arg in small(kind)])
+    kind, config, options = CASES[case]
+    values, module = configs.load(config, [arg.removeprefix("--config.").split("=") for arg in (*options, "--config.data.source=random")])
     net = (experiment := configs.build(values, module)).net
     shapes = jax.eval_shape(experiment.init, jax.random.key(0))["params"]
     rng = np.random.default_rng(0)
@@ -55,17 +56,17 @@ def assert_same(path, arrays):
         np.testing.assert_array_equal(found[key].view(np.uint32), array.view(np.uint32), err_msg=key)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_published_weights_become_a_run_and_published_weights_again(kind, tmp_path, capsys):
-    file, run = tmp_path / "it.safetensors", tmp_path / "run"
-    arrays = random_weights(kind)
+@pytest.mark.parametrize("case", CASES)
+def test_published_weights_become_a_run_and_published_weights_again(case, tmp_path, capsys):
+    file, run, kind = tmp_path / "it.safetensors", tmp_path / "run", CASES[case][0]
+    arrays = random_weights(case)
     write_weights(file, arrays)
-    assert call("convert", *of(run, kind), "--from", file, "--as", kind) == 0
+    assert call("convert", *of(run, case), "--from", file, "--as", kind) == 0
     said = capsys.readouterr().out
     assert f"{len(arrays)} tensors" in said and KINDS[kind].licence in said
     assert json.loads((run / "source.json").read_text())["licence"] == KINDS[kind].licence
 
-    assert call("convert", *of(run, kind), "--to", "published", "--out", tmp_path / "published") == 0
+    assert call("convert", *of(run, case), "--to", "published", "--out", tmp_path / "published") == 0
     assert_same(tmp_path / "published", arrays)
     assert (tmp_path / "published" / "source.json").exists()
 
@@ -76,8 +77,8 @@ def test_the_library_s_own_layout_holds_the_whole_run(tmp_path):
     assert call("convert", *of(run), "--from", file, "--as", "dit") == 0
     assert call("convert", *of(run), "--to", "mmdiff", "--out", tmp_path / "own") == 0
     # The values of the config are those of the weights.
-    assert call("convert", "--config", CONFIGS["dit"], "--workdir", again, "--from", tmp_path / "own", "--as", "mmdiff") == 0
-    first, second = (open_run(CONFIGS["dit"], folder) for folder in (run, again))
+    assert call("convert", "--config", CASES["dit"][1], "--workdir", again, "--from", tmp_path / "own", "--as", "mmdiff") == 0
+    first, second = (open_run(CASES["dit"][1], folder) for folder in (run, again))
     assert first.config.model.to_dict() == second.config.model.to_dict() and second.step == 0
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
     assert json.loads((again / "source.json").read_text())["licence"] == KINDS["dit"].licence
@@ -96,7 +97,7 @@ def test_a_run_of_published_weights_samples_and_others_start_from_it(tmp_path, c
     assert call("train", *of(run), *short[:-1]) == 2
     assert "holds weights alone, of a conversion" in capsys.readouterr().err
     assert call("train", *of(tuned), *short, f"--config.train.start={run}", "--config.train.start_strict=true") == 0
-    first, second = (open_run(CONFIGS["dit"], folder).params for folder in (run, tuned))
+    first, second = (open_run(CASES["dit"][1], folder).params for folder in (run, tuned))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), first, second)
 
 

@@ -22,6 +22,9 @@ network, on the training captions, and both encoders may be one's own:
     python -m mmdiff train  --config configs/cdcd/coco_text.py --workdir runs/coco_own --config.data.dir=tokens/coco_own \\
         --config.text.published=false
 
+`mmdiff convert --as vq-diffusion` takes the published networks of VQ-Diffusion and CDCD of these tokens; VQ-Diffusion-B is
+config.chain.steps=100 and config.model.depth=19, width=1024, mlp_ratio=4 and conv=false.
+
 The recipe, as released: Step-Intra with ten negatives, importance-sampled times, auxiliary weight 5e-4; AdamW (0.9, 0.96) with decay
 4.5e-2 on every weight, gradients clipped at 0.5 from first to last; a rate of 2e-4, reached in 1,000 steps from 3e-6 and halved after
 60,000 without progress; batch 32 (released: 4 a GPU; eight GPUs are our guess), 100 epochs of 414,000 captions. Their average takes 0.99
@@ -55,7 +58,8 @@ def get_config():
         "encoder": {"kind": "vq_model", "path": ""},
         "text_encoder": {"kind": "clip_text", "path": "", "tokenizer": ""},  # by default the tokenizer lies where the weights do
         "data": {"source": "tokens", "dir": "", "set": "captioned", "images": "", "classes": 0},  # or random; set and images are for cache
-        "model": {"width": 192, "depth": 18, "heads": 16, "dtype": "bfloat16", "remat": "none", "scan": True},
+        "model": {
+            "width": 192, "depth": 18, "heads": 16, "mlp_ratio": 2.0, "conv": True, "dtype": "bfloat16", "remat": "none", "scan": True},
         "text": {"published": True, "width": 512, "depth": 12, "heads": 8, "freeze": False},  # depth, heads, freeze: of one's own
         "chain": {"steps": 80, "evidence": False}, "text_dropout": 0.1,
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.

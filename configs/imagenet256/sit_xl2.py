@@ -1,10 +1,12 @@
 """Class-conditional SiT-XL/2 on 32x32x4 latents of 256-pixel ImageNet: DiT-XL/2's network, trained by flow matching (Ma et al. 2024).
 
-    python -m mmdiff train   --config configs/imagenet256/sit_xl2.py --workdir runs/sit_xl2 --config.data.dir=latents/imagenet256
+    VAE="--config.encoder.path=weights/sd-vae-ft-ema"
+    python -m mmdiff train   --config configs/imagenet256/sit_xl2.py --workdir runs/sit_xl2 $VAE --config.data.dir=latents/imagenet256
     python -m mmdiff sample  --config configs/imagenet256/sit_xl2.py --workdir runs/sit_xl2 --given label=207 --config.sample.guidance=4
     python -m mmdiff convert --config configs/imagenet256/sit_xl2.py --workdir runs/sit --from SiT-XL-2-256x256.pt --as sit
 
-Data: a latent cache, as of configs/imagenet256/dit_xl2.py; config.data.source=random makes up latents and needs nothing.
+Data and autoencoder are those of configs/imagenet256/dit_xl2.py, whose head has the command that writes the cache.
+config.data.source=random makes up latents and needs nothing.
 
 The recipe: straight lines from data to noise, velocity prediction, uniform times, label dropout 0.1; AdamW at 1e-4 without decay or
 warm-up, batch 256, EMA 0.9999; Heun's method in equal steps, guidance on the first three channels of the four. The published network
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mmdiff import Experiment, losses, nets, schedules, times, training_config
-from mmdiff.data import Labels, Latents, published
+from mmdiff.data import Autoencoder, EncodedCache, EncodedLatents, Labels, published
 from mmdiff.data.latents import open_source
 from mmdiff.processes import Gaussian, Given, Joint, velocity
 from mmdiff.training import optim
@@ -30,7 +32,8 @@ CLASSES, GUIDED = 1000, 3  # the null label is CLASSES; channels that guidance a
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "data": {"source": "latents", "dir": ""},  # or random
+        "encoder": {"kind": "autoencoder_kl", "path": ""},  # or autoencoder_tiny
+        "data": {"source": "latents", "dir": "", "set": "folder", "images": ""},  # or random; set and images are what cache reads
         "model": {
             "size": "XL", "patch": 2, "image": 32, "learn_sigma": True, "dtype": "bfloat16", "remat": "none", "scan": True,
             "time_scale": -1.0, "time_offset": 1.0},
@@ -43,8 +46,8 @@ def get_config():
 
 
 def build(config):
-    shape = (config.model.image, config.model.image, 4)
-    modalities = {"image": Latents(*shape), "label": Labels(CLASSES)}
+    shape, autoencoder = (config.model.image, config.model.image, 4), Autoencoder(config.encoder, config.model.image)
+    modalities = {"image": EncodedLatents(*shape, encoder=autoencoder), "label": Labels(CLASSES)}
     process = Joint(image=Gaussian(schedules.flow(), velocity), label=Given(null=CLASSES))
     net = nets.DiT.preset(classes=CLASSES, **nets.options(config.model, without="size"), size=config.model.size)
     apply = nets.as_joint(net)
@@ -54,4 +57,4 @@ def build(config):
         init=lambda key: net.init(key, jnp.zeros((1, *shape)), jnp.ones(1), jnp.zeros(1, jnp.int32)),
         loss=losses.diffusion(process, apply, noise_levels, losses.of_parts(process, image=1.0)),
         optimizer=optim.adm(config.train), data=published(lambda split: open_source(config.data, split, modalities)),
-        sampler={"heun": True, "channels": {"image": GUIDED}})
+        sampler={"heun": True, "channels": {"image": GUIDED}}, **EncodedCache(config.data, modalities, [autoencoder]).for_experiment)

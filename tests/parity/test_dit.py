@@ -1,5 +1,7 @@
 """DiT beside the original's modules and diffusers': both functions, all keys of XL/2, and a pipeline's folder that diffusers samples."""
 
+import argparse
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -113,6 +115,12 @@ def test_diffusers_samples_from_the_pipeline_that_is_written(tmp_path, monkeypat
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline([207, 3], guidance_scale=4.0, num_inference_steps=3, output_type="np", generator=torch.manual_seed(0)).images
     assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
+    # A checkpoint of the original training code: its average is taken, in whatever layout.
+    state = {key: torch.from_numpy(array) for key, array in layouts.state_dict(published_dit.DIT, net, run.params["params"]).items()}
+    others = {"model": {key: 0 * tensor for key, tensor in state.items()}, "opt": {}, "args": argparse.Namespace(model="DiT-XS/2")}
+    torch.save(others | {"ema": state}, tmp_path / "checkpoint.pt")
+    import_weights("imagenet256/dit_xl2", tmp_path / "average", tmp_path / "checkpoint.pt", "dit", options[:3])
+    jax.tree.map(np.testing.assert_array_equal, run.params, open_run("imagenet256/dit_xl2", tmp_path / "average").params)
     # The folder comes back as a run with the same weights; what is told is the original's, where the weights are.
     import_weights("imagenet256/dit_xl2", tmp_path / "again", tmp_path / "pipeline", "dit", options[:3])
     again = open_run("imagenet256/dit_xl2", tmp_path / "again")
