@@ -20,10 +20,12 @@ from mmdiff.convert import state_dicts
 from mmdiff.convert.tensors import Tensor
 from mmdiff.convert.weight_files import open_weights, weight_files
 from mmdiff.encoders.preprocessing import Preprocessing
+from mmdiff.encoders.published_configs import beside, network_of, part_of_pipeline
 from mmdiff.encoders.published_kinds import KINDS, Kind
 from mmdiff.errors import UserError
-from mmdiff.files import FileError, Missing, expand, folders, is_folder, open_regular, read_json
+from mmdiff.files import expand, open_regular
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 SPLIT_SIZE = 2**14  # numbers; smaller arrays lie on every device
 
 
@@ -88,21 +90,16 @@ def open_encoder(
     if kind not in KINDS:
         raise UserError(f"no published network is of the kind {kind!r}: there are {', '.join(KINDS)}.")
     of, path = KINDS[kind], expand(path)
-    path = _part_of_pipeline(kind, path)
+    if str(getattr(dtype, "__name__", dtype)) not in DTYPES:
+        raise UserError(f"dtype={dtype!r} of a published network must be one of {', '.join(DTYPES)}.")
+    path = part_of_pipeline(kind, path)
     weights = of.cls.canonical(open_weights(path, within))
-    net, values = _network(kind, path, config, weights)
-    if jnp.dtype(dtype) == jnp.float16 and values.get("force_upcast"):
-        raise UserError(f"{path} overflows in float16 (force_upcast in its configuration): use bfloat16 or float32.")
+    net, abstract, values = network_of(kind, path, config, weights)
     net = net.clone(dtype=jnp.dtype(dtype))
-    params = state_dicts.load_params(abstract_params(net), weights, str(path), place=functools.partial(_place, sharding))
+    params = state_dicts.load_params(abstract, weights, str(path), place=functools.partial(_place, sharding))
     types = sorted({str(tensor.dtype) for tensor in weights.values()})
     counts = {"tensors": len(weights), "parameters": sum(tensor.size for tensor in weights.values()), "dtype": ", ".join(types)}
     return Encoder(kind, net, params, values, _preprocessing(of, net, path), of.licence, counts, tuple(weight_files(path)))
-
-
-def abstract_params(net: nn.Module) -> Any:
-    """Shapes and types of a network's parameters."""
-    return jax.eval_shape(net.init, jax.random.key(0), *net.example_inputs())["params"]
 
 
 def split_over(mesh: Mesh) -> Callable[[tuple[str, ...], Any], Sharding]:
@@ -124,75 +121,12 @@ def _place(sharding: Any, path: tuple[str, ...], tensor: Tensor, leaf: Any) -> j
     return tensor.put(sharding if isinstance(sharding, Sharding) else sharding(path, leaf))
 
 
-# ----------------------------------------------------------------------------------------------------------------- configurations
-
-
-def _beside(path: pathlib.Path, name: str) -> dict[str, Any] | None:
-    """The values of a JSON file in the folder of the weights, if there is one."""
-    file = (path if is_folder(path) else path.parent) / name
-    try:
-        found = read_json(file)
-    except Missing:
-        return None
-    if not isinstance(found, dict):
-        raise FileError(file, "is no configuration (a JSON object)", "get it from where the weights were published")
-    return found
-
-
-def _name(config: Mapping[str, Any]) -> str | None:
-    """What a config.json calls the network."""
-    return config.get("_class_name") or config.get("model_type")
-
-
-def _part_of_pipeline(kind: str, path: pathlib.Path) -> pathlib.Path:
-    """The folder of a pipeline's part of this kind; any other path as it is."""
-    if not is_folder(path) or _beside(path, "model_index.json") is None:
-        return path
-    parts = {name: _name(_beside(path / name, "config.json") or {}) for name in folders(path)}
-    fitting = [name for name, called in parts.items() if called in KINDS[kind].names]
-    if len(fitting) == 1:
-        return path / fitting[0]
-    if fitting:
-        raise FileError(path, f"has several parts of the kind {kind} ({', '.join(fitting)})", f"name one: {path / fitting[0]}")
-    held = ", ".join(f"{name} ({called})" for name, called in parts.items() if called)
-    raise FileError(path, f"has no part of the kind {kind}: it has {held or 'none with a config.json'}", "give the weights themselves")
-
-
-def _network(kind: str, path: pathlib.Path, config: Any, weights: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:
-    """The network and the values of its configuration: given, beside the weights, or the published one that has these tensors."""
-    of = KINDS[kind]
-    published = getattr(of.module, "CONFIGS", {})
-    if isinstance(config, str) and config in published:
-        config = published[config]
-    elif isinstance(config, (str, os.PathLike)):
-        if not os.path.lexists(expand(config)):
-            raise UserError(f"config={config!r} is no file, nor one of the configurations of {kind}: {', '.join(published) or 'none'}.")
-        config = read_json(config)
-    elif config is None:
-        config = _beside(path, "config.json") or _beside(path, "open_clip_config.json")
-        if config is not None and of.names and _name(config) not in (None, *of.names):
-            raise FileError(path, f"is a {_name(config)}, not a {kind}", "give another kind, or the configuration (config=...)")
-    if config is not None:
-        return of.cls.from_config(config), dict(config)
-    if not published:
-        return of.cls.from_config({}), {}
-    shapes = {key: tensor.shape for key, tensor in weights.items()}
-    nets = {name: of.cls.from_config(values) for name, values in published.items()}
-    fitting = [name for name, net in nets.items() if state_dicts.expected(abstract_params(net)) == shapes]
-    if not fitting:
-        raise FileError(path, f"has no config.json, and no published {kind} has its tensors", "put its config.json beside it (config=...)")
-    if any(nets[name].config() != nets[fitting[0]].config() for name in fitting):
-        raise FileError(path, f"has no config.json, and {', '.join(fitting)} have its tensors", f"name one (config={fitting[0]!r})")
-    return nets[fitting[0]], dict(published[fitting[0]])
-
-
 def _preprocessing(kind: Kind, net: nn.Module, path: pathlib.Path) -> Preprocessing | None:
     if kind.preprocessing is None:
         return None
     for name, read in (("preprocessor_config.json", Preprocessing.from_config), ("open_clip_config.json", Preprocessing.from_open_clip)):
-        beside = _beside(path, name)
-        if beside is not None:
-            return read(beside)
+        if (stated := beside(path, name)) is not None:
+            return read(stated)
     return kind.preprocessing(net)
 
 

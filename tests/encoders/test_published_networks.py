@@ -162,6 +162,13 @@ def test_half_precision_files_give_float32_parameters(tmp_path):
         ("t5", "t5", {"config": {**SMALL["t5"], "d_ff": 40}}, r"other shapes than the network: .*\[48, 32\] for \[40, 32\]"),
         ("t5", "t5/model.safetensors", {"config": "t5-v1_1-huge"}, "nor one of the configurations of t5: t5-v1_1-small"),
         ("t5", "t5", {"dtype": jnp.float16}, "overflows in float16"),
+        ("t5", "t5", {"dtype": "flot32"}, "dtype='flot32' of a published network must be one of float32, bfloat16"),
+        ("t5", "t5", {"config": {**SMALL["t5"], "num_layers": 10**9}}, "num_layers = 1000000000 in its configuration is no value"),
+        ("t5", "t5", {"config": {**SMALL["t5"], "num_layers": "x"}}, "num_layers = 'x' in its configuration is no value"),
+        ("t5", "t5", {"config": {**SMALL["t5"], "d_model": -1}}, "d_model = -1 in its configuration is no value"),
+        ("t5", "t5", {"config": {**SMALL["t5"], "layer_norm_epsilon": float("nan")}}, "layer_norm_epsilon = nan in its configuration"),
+        ("t5", "t5", {"config": {**SMALL["t5"], "num_heads": 0}}, "the configuration of .*t5 makes no t5"),
+        ("clip_text", "t5", {"config": {"text_config": 3}}, "the configuration of .*t5 makes no clip_text"),
         ("t5", "t5", {"within": "ema"}, "has no 'ema' in it"),
     ],
 )  # fmt: skip
@@ -214,7 +221,7 @@ import jax, numpy as np
 from jax.sharding import Mesh
 from mmdiff.convert import open_weights, state_dicts, tensors
 from mmdiff.encoders import T5Encoder, open_encoder, split_over
-from mmdiff.encoders.published_networks import abstract_params
+from mmdiff.encoders.published_configs import abstract_params
 
 folder, small = sys.argv[1:]
 tensors.BLOCK = 2**20  # in proportion to the files
