@@ -5,10 +5,13 @@ from mmdiff.exports import lazily
 __all__, __getattr__, __dir__ = lazily(
     __name__,
     accuracy="confusion denoising_losses eliminated posterior",
+    caption_scores="bleu cider_d clip_score",
     evaluator="EvalResult Figure",
+    feature_metrics="inception_score kernel_distance precision_recall squared_mmd",
     frechet="Moments frechet_distance frechet_ratio",
     held_out="HeldOut",
     image_features="feature_moments features_of images_of lite0_fd",
+    image_pairs="psnr ssim",
     likelihood="bits_per_dim continuous_time discrete_time discretized",
     retrieval="class_vectors recall recalls scores",
 )

@@ -3,7 +3,7 @@ import pytest
 import scipy.linalg
 
 from mmdiff.errors import UserError
-from mmdiff.evals.frechet import frechet_distance, frechet_ratio, moments, squared_distance
+from mmdiff.evals.frechet import Moments, bias, frechet_distance, frechet_ratio, moments, squared_distance
 
 
 def psd(seed, size=12, rank=12):
@@ -23,6 +23,46 @@ def test_against_scipys_square_root():
     first, second, mean = psd(0), psd(1), np.arange(12.0)
     expected = mean @ mean + np.trace(first + second - 2 * scipy.linalg.sqrtm(first @ second).real)
     assert squared_distance(mean, first, 0 * mean, second) == pytest.approx(expected, rel=1e-9)
+
+
+def test_values_in_closed_form():
+    """Diagonal covariances, and two of 2 x 2: tr (C_1 C_2)^{1/2} = (tr C_1 C_2 + 2 (det C_1 C_2)^{1/2})^{1/2}."""
+    found = squared_distance(np.zeros(3), np.diag([1.0, 4, 9]), np.array([1.0, 2, 2]), np.diag([4.0, 4, 1]))
+    assert found == pytest.approx(14, rel=1e-13)
+    first, second = np.array([[2.0, 1], [1, 2]]), np.array([[3.0, -1], [-1, 2]])
+    assert squared_distance(np.zeros(2), first, np.zeros(2), second) == pytest.approx(1.0637624298626687, rel=1e-12)
+
+
+@pytest.mark.parametrize("count, tolerance", [(1000, 1e-9), (40, 1e-6)])  # more and fewer samples than features
+def test_against_the_published_formula_on_features(count, tolerance):
+    """What FID's authors compute: scipy's square root of the product, the real part."""
+    rng = np.random.default_rng(3)
+    first, second = rng.normal(size=(2, count, 64)) * np.linspace(0.1, 3, 64)
+    (m1, c1), (m2, c2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (first, second + 0.1))
+    expected = (m1 - m2) @ (m1 - m2) + np.trace(c1) + np.trace(c2) - 2 * np.trace(scipy.linalg.sqrtm(c1 @ c2)).real
+    assert frechet_distance(first, second + 0.1) == pytest.approx(expected, rel=tolerance)
+
+
+def test_moments_merge_to_those_of_everything():
+    features = np.random.default_rng(0).normal(size=(999, 5)) * [1, 10, 0.1, 1, 1] + [0, 3, 1e4, -2, 1]
+    whole = Moments().add(features)
+    for hosts in (1, 2, 8):
+        merged = Moments()
+        for part in np.array_split(features, hosts):
+            merged.merge(Moments().add(part[:5]).add(part[5:])).merge(Moments())
+        assert merged.count == 999
+        np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12)
+        np.testing.assert_allclose(merged.covariance, whole.covariance, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(merged.add(features[:3]).covariance, Moments().add(features).add(features[:3]).covariance, rtol=1e-8)
+
+
+def test_bias_of_few_samples():
+    """The mean over 20 sets of 1000 of a standard normal law in 16 dimensions against that law: d (d + 5) / (4 n)."""
+    rng = np.random.default_rng(0)
+    found = [squared_distance(*moments(rng.normal(size=(1000, 16))), np.zeros(16), np.eye(16)) for _ in range(20)]
+    assert bias(np.eye(16)) / 1000 == pytest.approx(0.084)
+    assert abs(np.mean(found) - 0.084) < 3 * np.std(found) / np.sqrt(20)
+    assert bias(np.diag([2.0, 0, 0])) == pytest.approx(1.25 * 2 + 0.5)
 
 
 def test_singular_covariances():
