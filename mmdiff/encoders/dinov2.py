@@ -30,11 +30,11 @@ _SIZES = {
 }
 _PLAIN = {"model_type": "dinov2", "image_size": 518, "patch_size": 14}
 _REGISTERS = {**_PLAIN, "model_type": "dinov2_with_registers", "num_register_tokens": 4}
-CONFIGS: dict[str, dict[str, Any]] = {
-    **{f"dinov2-{size}": {**_PLAIN, **values} for size, values in _SIZES.items()},
-    **{f"dinov2-with-registers-{size}": {**_REGISTERS, **values} for size, values in _SIZES.items()},
+CONFIGS: dict[str, dict[str, Any]] = {  # the originals first, which come without a config.json
     **{f"dinov2_vit{size[0]}14": {**_PLAIN, **values, "position_interpolation": "bicubic_offset"} for size, values in _SIZES.items()},
     **{f"dinov2_vit{size[0]}14_reg4": {**_REGISTERS, **values} for size, values in _SIZES.items()},
+    **{f"dinov2-{size}": {**_PLAIN, **values} for size, values in _SIZES.items()},
+    **{f"dinov2-with-registers-{size}": {**_REGISTERS, **values} for size, values in _SIZES.items()},
 }
 NAMES = Names(
     norm1="norm1", query="attention.attention.query", key="attention.attention.key", value="attention.attention.value",

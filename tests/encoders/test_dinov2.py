@@ -1,6 +1,7 @@
 """DINOv2 against what transformers answers, and the published ways to resample its positions."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
@@ -90,3 +91,11 @@ def test_what_no_published_network_is_is_refused():
         DINOv2(position_interpolation="nearest")
     with pytest.raises(UserError, match="qkv_bias"):
         DINOv2.from_config({"qkv_bias": False})
+
+
+def test_bfloat16_is_near_float32():
+    net, expected = net_of("dinoreg"), published.golden("dinoreg")["32x32"]
+    images = published.normal("dinoreg", (2, 3, 32, 32)).transpose(0, 2, 3, 1)
+    found = jax.jit(net.clone(dtype=jnp.bfloat16).apply)({"params": published.params(net)}, images)
+    assert {array.dtype for array in found.values()} == {jnp.dtype(jnp.bfloat16)}
+    published.assert_close(found["patches"].astype(jnp.float32), expected[:, 5:], 0.05)

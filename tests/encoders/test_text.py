@@ -105,3 +105,13 @@ def test_what_these_networks_cannot_do_is_refused():
         SentenceBERT.from_config({"position_embedding_type": "relative_key"})
     with pytest.raises(UserError, match="64 positions"):
         jax.eval_shape(net_of("bert").init, jax.random.key(0), np.zeros((1, 65), np.int32), np.ones((1, 65), np.int32))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_bfloat16_is_near_float32(name):
+    net = net_of(name)
+    params, (ids, mask) = published.params(net), example(name)
+    half = jax.jit(lambda ids: net.clone(dtype=jnp.bfloat16).apply({"params": params}, ids, mask, method="encode"))(ids)
+    whole = published.golden(name)[{"bert": "sentence", "t5": "states"}[name]]
+    assert half.dtype == {"bert": jnp.float32, "t5": jnp.bfloat16}[name]  # a vector of length 1 is computed in float32
+    published.assert_close(half.astype(jnp.float32), whole, 0.05)
