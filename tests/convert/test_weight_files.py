@@ -70,6 +70,15 @@ def test_what_is_no_state_dict_is_one_sentence(name, within, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_the_prefix_of_a_wrapper_of_the_whole_module_is_left_out(tmp_path, prefix):
+    array = np.zeros(2, np.float32)
+    [path] = write_weights(tmp_path / "a.safetensors", {f"{prefix}a": array, f"{prefix}b": array})
+    assert sorted(open_weights(path)) == ["a", "b"]
+    [path] = write_weights(tmp_path / "b.safetensors", {f"{prefix}a": array, "b": array})
+    assert sorted(open_weights(path)) == sorted([f"{prefix}a", "b"])
+
+
 def test_several_dictionaries_of_tensors_are_named(tmp_path):
     (tmp_path / "a.pt").write_bytes(forged.zipped(forged.dictionary(encoder=forged.SOUND, decoder=forged.SOUND)))
     with pytest.raises(UserError, match="several dictionaries of tensors, name one: encoder, decoder"):
