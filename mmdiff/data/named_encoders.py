@@ -130,11 +130,11 @@ class TextStates(NamedEncoder):
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the texts. Raises UserError where its files are not found."""
-        from mmdiff.encoders.clip_tokenizer import read_clip_tokenizer
+        from mmdiff.encoders.clip_tokenizer import open_clip_tokenizer
 
         path = files.expand(self._files or self.path)
         path = path if self._files or files.is_folder(path) else path.parent
-        return read_clip_tokenizer(path, self.opened.net.max_position_embeddings, padding=self._padding)
+        return open_clip_tokenizer(path, self.opened.net.max_position_embeddings, padding=self._padding)
 
     def fingerprint(self):
         network = super().fingerprint()
