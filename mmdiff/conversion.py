@@ -7,7 +7,6 @@ A run made so has WORKDIR/source.json: what the weights are, their licence, and 
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,6 @@ from mmdiff.convert.weight_files import open_weights
 from mmdiff.data.order import ORDER_VERSION
 from mmdiff.errors import UserError
 from mmdiff.training import averaged_weights, checkpoints, lock, run_metadata, sharding
-from mmdiff.training.integrity import write_whole
 
 SOURCE = "source.json"
 OWN = "mmdiff"  # the kind and layout of the library's own parameters, by path
@@ -84,7 +82,7 @@ def import_weights(
         if own.get("data"):
             run_metadata.write_data(workdir, own["data"])
         with run_metadata.writing(workdir):
-            write_whole(pathlib.Path(workdir) / SOURCE, json.dumps(noted, indent=1) + "\n")
+            readers.write_json(pathlib.Path(workdir) / SOURCE, noted)
         meta = {"position": 0, "order": ORDER_VERSION, "train_seconds": 0.0, "compile_seconds": 0.0, "metrics": {}}
         saved.save_averages(params, meta)
     types = ", ".join(sorted({str(tensor.dtype) for tensor in weights.values()}))

@@ -183,8 +183,13 @@ def read_json(path: str | os.PathLike) -> Any:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a JSON file, which is whole or as it was."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a small file so that it holds either the old text or the new one, whatever happens."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -26,7 +26,6 @@ from mmdiff.data.modalities import Labels
 from mmdiff.errors import UserError
 from mmdiff.processes import Gaussian, Joint
 from mmdiff.training import run_metadata
-from mmdiff.training.integrity import write_whole
 
 
 def export_weights(run: Any, to: str, out: str | os.PathLike, vae: str | os.PathLike | None = None) -> list[str]:
@@ -51,7 +50,7 @@ def export_weights(run: Any, to: str, out: str | os.PathLike, vae: str | os.Path
     try:
         said = {OWN: _write_own, "published": _write_published, "diffusers": _write_diffusers}[to](run, partial, vae)
         if noted := run_metadata.read_json(run.workdir / SOURCE):
-            write_whole(partial / SOURCE, json.dumps(noted, indent=1) + "\n")
+            readers.write_json(partial / SOURCE, noted)
             said.append(f"licence: {noted.get('licence')}")
         os.replace(partial, out)
     except OSError as error:

@@ -64,8 +64,8 @@ def write(
     }
     json_path, html_path = paths(workdir, experiment.split)
     try:
-        _replace(json_path, json.dumps(configs.plain(report), indent=2, allow_nan=False) + "\n")
-        _replace(html_path, _page(workdir, report, measured))
+        files.write_whole(json_path, json.dumps(configs.plain(report), indent=2, allow_nan=False) + "\n")
+        files.write_whole(html_path, _page(workdir, report, measured))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write the report to {workdir} ({reason}): free some space or allow writing.") from error
@@ -225,13 +225,6 @@ def _lines(path: pathlib.Path) -> list[str]:
         return files.read_lines(path)
     except UserError:
         return []
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _processor() -> str:

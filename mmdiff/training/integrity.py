@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from mmdiff import files
 from mmdiff.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -34,7 +35,7 @@ def write_manifest(checkpoint: pathlib.Path) -> None:
         return {"size": (checkpoint / name).stat().st_size, "checksum": _checksum(checkpoint / name)}
 
     names = [name for name in names if name not in (MANIFEST, COMMITTED)]
-    write_whole(checkpoint / MANIFEST, _text(dict(zip(names, _in_threads(entry, names)))))
+    files.write_whole(checkpoint / MANIFEST, _text(dict(zip(names, _in_threads(entry, names)))))
 
 
 def damage(checkpoint: pathlib.Path, read: Callable[[str], bool] = lambda name: False, part: int = 0, parts: int = 1) -> str | None:
@@ -59,13 +60,6 @@ def damage(checkpoint: pathlib.Path, read: Callable[[str], bool] = lambda name: 
     except _Damaged as error:
         return str(error)
     return next(filter(None, found), None)
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a small file so that it holds either the old text or the new one, whatever happens."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 class _Damaged(Exception):

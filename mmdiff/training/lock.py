@@ -27,7 +27,6 @@ from typing import Any
 from mmdiff import files
 from mmdiff.errors import UserError
 from mmdiff.training import distributed, run_metadata
-from mmdiff.training.integrity import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +158,7 @@ class _Lock:
         return _life(other.get("process", 0))["started"] != other.get("started")
 
     def _beat(self) -> None:
-        write_whole(self._holder, json.dumps({**self._me, "beat": time.time()}) + "\n")
+        files.write_whole(self._holder, json.dumps({**self._me, "beat": time.time()}) + "\n")
 
     def _keep_beating(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):

@@ -19,10 +19,9 @@ import ml_collections
 import numpy as np
 from clu.metrics import Average
 
-from mmdiff import console
+from mmdiff import console, files
 from mmdiff.errors import UserError
 from mmdiff.training import checkpoint_files
-from mmdiff.training.integrity import write_whole
 from mmdiff.training.step import noise_scale_of
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class MetricsLogger:
     def __enter__(self) -> MetricsLogger:
         if self._writes:
             with self._writing("metrics.jsonl") as path:
-                write_whole(path, "".join(_lines_until(path, self._start)))
+                files.write_whole(path, "".join(_lines_until(path, self._start)))
                 self._file = path.open("a")
             if self._options.tensorboard:
                 self._events = Events(self._workdir, self._start)
@@ -125,7 +124,7 @@ class MetricsLogger:
         }
         if self._writes:
             with self._writing("run.json") as path:
-                write_whole(path, json.dumps(values, indent=2) + "\n")
+                files.write_whole(path, json.dumps(values, indent=2) + "\n")
 
     def say(self, text: str) -> None:
         """A line on stderr."""

@@ -24,7 +24,6 @@ from mmdiff import files, former_names
 from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import fingerprint
 from mmdiff.errors import UserError
-from mmdiff.training.integrity import write_whole
 
 LISTED = 6  # keys of another config that an error names
 
@@ -89,7 +88,7 @@ def write_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
     with writing(workdir):
         read_config(workdir)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, configs.to_json(config))
+        files.write_whole(path, configs.to_json(config))
 
 
 def check_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
@@ -113,7 +112,7 @@ def write_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
     path = pathlib.Path(workdir) / "dependencies.json"
     if found or path.exists():
         with writing(workdir):
-            write_whole(path, json.dumps(found, indent=1) + "\n")
+            files.write_json(path, found)
 
 
 def describe_data(experiment: Any, source: Any) -> dict[str, Any]:
@@ -184,7 +183,7 @@ def check_classes(workdir: str | os.PathLike, experiment: Any) -> None:
 def write_data(workdir: str | os.PathLike, described: Mapping[str, Any]) -> None:
     """Writes WORKDIR/data.json. Raises UserError if that is not possible."""
     with writing(workdir):
-        write_whole(pathlib.Path(workdir) / "data.json", json.dumps(described, indent=1) + "\n")
+        files.write_json(pathlib.Path(workdir) / "data.json", described)
 
 
 def read_data(workdir: str | os.PathLike) -> dict[str, Any]:

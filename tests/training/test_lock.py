@@ -115,7 +115,7 @@ def test_a_holder_on_another_machine_is_known_by_its_beats(tmp_path, monkeypatch
 
     def beat():
         while not ended.wait(0.05):
-            lock.write_whole(tmp_path / "alive/trainer.json", json.dumps({"host": "elsewhere", "process": 7, "beat": time.time()}))
+            lock.files.write_whole(tmp_path / "alive/trainer.json", json.dumps({"host": "elsewhere", "process": 7, "beat": time.time()}))
 
     thread = threading.Thread(target=beat)
     thread.start()
