@@ -63,10 +63,9 @@ def _choose(content: Any, within: str | None) -> dict:
     def holds(value):
         return isinstance(value, dict) and any(isinstance(item, View) for item in value.values())
 
-    if isinstance(content, Unknown):
-        raise Damaged(f"it is a pickled {content.name[:80]}, not a dictionary of tensors")
     if not isinstance(content, dict):
-        raise Damaged(f"it is a {type(content).__name__}, not a dictionary of tensors")
+        what = f"pickled {content.name[:80]}" if isinstance(content, (Unknown, Known)) else type(content).__name__
+        raise Damaged(f"it is a {'single tensor' if isinstance(content, View) else what}, not a dictionary of tensors")
     if within is not None:
         for name in (within,) if within in content else within.split("/"):
             if not isinstance(content, dict) or name not in content:
