@@ -152,7 +152,7 @@ def predict_batched(experiment, params, key, given, target: str, batch: int) -> 
 def sample_batched(
     experiment, params, key, given, count: int, *, batch: int, steps: int, guidance: float, absent=()
 ) -> dict[str, np.ndarray]:
-    """`count` draws of `experiment.sample`; example i's key is `fold_in(key, i)`."""
+    """`count` samples of `experiment.sample`; example i's key is `fold_in(key, i)`."""
     sample = functools.partial(experiment.sample, steps=steps, guidance=guidance, absent=tuple(absent))
     return in_batches(sample, params, example_keys(key, count), given, batch)
 

@@ -5,7 +5,7 @@ Both bounds have the same three parts, taken along a **path** u -> t from the da
     discrete time     prior_kl + sum_{i=1}^T KL(q(x_{u=(i-1)/T} | x_{u=i/T}, x_0) || p) + decoder
     continuous time   prior_kl + int_0^1 rate(t(u)) t'(u) du                            + decoder
 
-The prior term is `process.prior_kl`, the middle one `process.kl` or `process.rate` at draws of x_t, and `process.decoder`,
+The prior term is `process.prior_kl`, the middle one `process.kl` or `process.elbo_rate` at draws of x_t, and `process.decoder`,
 -log p(x_0 | x_{t(0)}) by the network, closes what the path leaves open (nothing where it starts at t = 0). The first is the likelihood
 bound of the sampler that takes these T steps, the second its limit. Both are unbiased estimates; average over keys for less variance.
 
