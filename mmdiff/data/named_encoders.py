@@ -106,35 +106,43 @@ class ImageVectors(NamedEncoder):
 
 
 class TextStates(NamedEncoder):
-    """Captions -> what a text tower makes of them: the tokens' states [n, length, width], and where asked for a unit vector [n, size].
+    """Captions -> what a text encoder makes of them: the tokens' states [n, length, width], and where asked for a unit vector [n, size].
 
     The section may have "tokenizer", too, its file or folder; by default it lies where the weights do.
 
     Args:
-      modality: the states'. vector: the vector's modality, "" for none: CLIP's projected one, or without a projection the pooled state.
+      modality: the states'. vector: the vector's modality, "" for none: CLIP's and SigLIP's projected one, or without a projection the
+        pooled state; MiniLM's of the sentence. T5 has none.
       normalize: divide each state by its length, as CDCD does.
       masked: zeros after a text's end.
-      padding: the id after it, where it is not the one that the tokenizer's files state.
+      padding: of CLIP, the id after it, where it is not the one that the tokenizer's files state.
+      length: ids of a text for T5 and MiniLM; CLIP and SigLIP have as many as positions.
     """
 
-    kinds, what, of = ("clip_text",), "text encoder", "caption"
+    kinds, what, of = ("clip_text", "siglip_text", "t5", "sentence_bert"), "text encoder", "caption"
 
     def __init__(
         self, section: Mapping[str, Any], key: str = "text_encoder", modality: str = "text", vector: str = "", *,
-        normalize: bool = False, masked: bool = False, padding: int | None = None,
+        normalize: bool = False, masked: bool = False, padding: int | None = None, length: int = 77,
     ):
         super().__init__(section, key)
+        if vector and self.kind == "t5":
+            raise UserError(f"config.{key}.kind is 't5', which has no vector of a text, but the config needs one: choose another kind.")
         self.modalities = (modality, vector) if vector else (modality,)
         self._files, self._normalize, self._masked, self._padding = section.get("tokenizer", ""), normalize, masked, padding
+        self._length = length
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the texts. Raises UserError where its files are not found."""
-        from mmdiff.encoders.clip_tokenizer import open_clip_tokenizer
+        from mmdiff.encoders import open_clip_tokenizer, open_tokenizer
 
         path = files.expand(self._files or self.path)
         path = path if self._files or files.is_folder(path) else path.parent
-        return open_clip_tokenizer(path, self.opened.net.max_position_embeddings, padding=self._padding)
+        length = self._length if self.kind in ("t5", "sentence_bert") else self.opened.net.max_position_embeddings
+        if self.kind == "clip_text":
+            return open_clip_tokenizer(path, length, padding=self._padding)
+        return open_tokenizer(self.kind, path, length)
 
     def fingerprint(self):
         network = super().fingerprint()
@@ -142,12 +150,15 @@ class TextStates(NamedEncoder):
 
     def encode(self, batch):
         ids = self.tokenizer.encode(list(batch))
-        states, vectors = self.call(_states, ids, PART)
-        states = unit(states) if self._normalize else states
-        if self._masked:
+        if self.kind == "clip_text":
             ends = ids == self.tokenizer.end
-            states = states * (np.cumsum(ends, 1) - ends == 0)[..., None]
-        return {name: array.astype(np.float32) for name, array in zip(self.modalities, (states, unit(vectors)))}
+            mask = (np.cumsum(ends, 1) - ends == 0).astype(np.int32)
+        else:
+            mask = self.tokenizer.mask(ids)
+        states, *vectors = self.call(STATES[self.kind], np.stack([ids, mask], 1), PART)
+        states = unit(states) if self._normalize else states
+        states = states * mask[..., None] if self._masked else states
+        return {name: array.astype(np.float32) for name, array in zip(self.modalities, (states, *map(unit, vectors)))}
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -162,9 +173,21 @@ def _vector(net, variables, images):
     return found.pooled if getattr(found, "embedding", None) is None else found.embedding
 
 
-def _states(net, variables, ids):
-    found = net.apply(variables, ids)
+def _tower(net, variables, texts):  # trained without a mask: CLIP looks back only, SigLIP at padding, too
+    found = net.apply(variables, texts[:, 0])
     return found.tokens, found.pooled if found.embedding is None else found.embedding
+
+
+def _t5(net, variables, texts):
+    return (net.apply(variables, texts[:, 0], texts[:, 1]),)
+
+
+def _bert(net, variables, texts):
+    states, _ = net.apply(variables, texts[:, 0], texts[:, 1])
+    return states, net.pool(states, texts[:, 1])
+
+
+STATES = {"clip_text": _tower, "siglip_text": _tower, "t5": _t5, "sentence_bert": _bert}  # texts [n, 2, length]: ids and mask
 
 
 @functools.lru_cache(maxsize=4)

@@ -89,6 +89,10 @@ class SentenceBERT(nn.Module):
 
     def encode(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """Token ids and mask int32 [B, L] -> the mean of the states of a text's tokens, divided by its norm [B, W]."""
-        states = self(ids, mask)[0].astype(jnp.promote_types(self.dtype, jnp.float32))
+        return self.pool(self(ids, mask)[0], mask)
+
+    def pool(self, states: jax.Array, mask: jax.Array) -> jax.Array:
+        """`encode` of the states of `__call__`."""
+        states = states.astype(jnp.promote_types(self.dtype, jnp.float32))
         mean = jnp.einsum("blw,bl->bw", states, mask.astype(states.dtype)) / jnp.maximum(mask.sum(1, keepdims=True), 1)
         return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
