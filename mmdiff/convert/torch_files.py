@@ -48,7 +48,7 @@ def open_torch(path: pathlib.Path, file: BinaryIO, within: str | None = None) ->
         views = {key: value for key, value in chosen.items() if isinstance(value, View)}
         odd = [key for key in views if not isinstance(key, str)]
         if odd:
-            raise Damaged(f"it has a tensor under {odd[0]!r}, which is no name")
+            raise Damaged(f"it has a tensor under {repr(odd[0])[:60]}, which is no name")
         return {key: view.tensor(path, file) for key, view in views.items()}
     except FileError:
         raise

@@ -14,7 +14,7 @@ import published
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmdiff.convert import state_dicts, write_weights
+from mmdiff.convert import Tensor, state_dicts, write_weights
 from mmdiff.encoders import KINDS, autoencoder_layouts, open_encoder, preprocessing, published_networks, split_over
 from mmdiff.encoders.autoencoder_kl import AutoencoderKL
 from mmdiff.encoders.t5 import T5Encoder
@@ -204,7 +204,11 @@ def test_parameters_lie_as_their_shardings_say_and_each_part_is_read_once(tmp_pa
     weights = written(tmp_path / "out", "sentence_bert")
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
     monkeypatch.setattr(published_networks, "SPLIT_SIZE", 1000)
+    read, numbers = Tensor.read, []
+    monkeypatch.setattr(Tensor, "read", lambda tensor, index=(): numbers.append(read(tensor, index).size) or read(tensor, index))
     encoder = open_encoder("sentence_bert", tmp_path / "out", sharding=split_over(mesh))
+    monkeypatch.undo()
+    assert sum(numbers) == encoder.counts["parameters"]
     assert_holds(encoder, weights)
     split = [leaf for leaf in jax.tree.leaves(encoder.params) if not leaf.is_fully_replicated]
     assert len(split) > 5 and all(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in split)
