@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from mmdiff import config as configs
 from mmdiff import files as readers
 from mmdiff import former_names
-from mmdiff.convert import diffusers_dit, kinds, layouts
+from mmdiff.convert import kinds, layouts
 from mmdiff.convert.weight_files import open_weights
 from mmdiff.data.order import ORDER_VERSION
 from mmdiff.errors import UserError
@@ -61,8 +61,8 @@ def import_weights(
         source = None if own else kinds.check_network(kind, experiment.net, config)
         abstract = averaged_weights.averages_of(experiment, sharding.make_mesh({"fsdp": -1}))
     path = path / "transformer" if (path / "model_index.json").is_file() else path
-    if source is not None and source.network is kinds.nets.DiT and (path / "config.json").is_file():
-        diffusers_dit.check_config(readers.read_json(path / "config.json"), experiment.net, str(path))
+    if source is not None and (path / "config.json").is_file():
+        kinds.check_config(source, readers.read_json(path / "config.json"), experiment.net, str(path))
     weights = open_weights(path, within)
 
     def place(path, tensor, leaf):
@@ -79,10 +79,11 @@ def import_weights(
     noted = noted | {"file": str(path), "tensors": len(weights), "numbers": count}
     with lock.held(workdir), checkpoints.Checkpoints(workdir, keep=1) as saved:
         run_metadata.write_config(workdir, values)
-        if own.get("data"):
-            run_metadata.write_data(workdir, own["data"])
+        found = {SOURCE: noted, "data.json": own.get("data"), "dependencies.json": own.get("dependencies")}
         with run_metadata.writing(workdir):
-            readers.write_json(pathlib.Path(workdir) / SOURCE, noted)
+            for file, content in found.items():
+                if content:
+                    readers.write_json(pathlib.Path(workdir) / file, content)
         meta = {"position": 0, "order": ORDER_VERSION, "train_seconds": 0.0, "compile_seconds": 0.0, "metrics": {}}
         saved.save_averages(params, meta)
     types = ", ".join(sorted({str(tensor.dtype) for tensor in weights.values()}))

@@ -62,9 +62,9 @@ def export_weights(run: Any, to: str, out: str | os.PathLike, vae: str | os.Path
 
 def _write_own(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
     arrays = {"/".join(path): np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(run.params).items()}
-    config = {
-        "format": OWN, "version": __version__, "step": run.step, "config": json.loads(configs.to_json(run.config)),
-        "data": run_metadata.read_data(run.workdir), "source": run_metadata.read_json(run.workdir / SOURCE) or {}}  # fmt: skip
+    config = {"format": OWN, "version": __version__, "step": run.step, "config": json.loads(configs.to_json(run.config))}
+    for name, file in {"data": "data.json", "dependencies": "dependencies.json", "source": SOURCE}.items():
+        config[name] = run_metadata.read_json(run.workdir / file) or {}
     write_weights(out, arrays, config)
     return [f"{len(arrays)} arrays by their path: read them with --as {OWN}"]
 

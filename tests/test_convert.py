@@ -1,6 +1,8 @@
 """`mmdiff convert`: published weights become a run that samples and that others start from, and become published weights again."""
 
 import json
+import pathlib
+import types
 
 import jax
 import numpy as np
@@ -8,11 +10,12 @@ import pytest
 
 from mmdiff import __main__ as cli
 from mmdiff import config as configs
-from mmdiff import open_run
+from mmdiff import nets, open_run, publishing
 from mmdiff.convert import layouts
 from mmdiff.convert.kinds import KINDS
 from mmdiff.convert.weight_files import open_weights
 from mmdiff.convert.weight_writer import write_weights
+from mmdiff.errors import UserError
 from mmdiff.nets.dit import SIZES
 
 SMALL = ["--config.model.size=XS", "--config.model.image=8", "--config.model.dtype=float32", "--config.model.scan=false"]
@@ -72,16 +75,41 @@ def test_published_weights_become_a_run_and_published_weights_again(case, tmp_pa
 
 
 def test_the_library_s_own_layout_holds_the_whole_run(tmp_path):
-    file, run, again = tmp_path / "it.safetensors", tmp_path / "run", tmp_path / "again"
-    write_weights(file, random_weights("dit"))
-    assert call("convert", *of(run), "--from", file, "--as", "dit") == 0
-    assert call("convert", *of(run), "--to", "mmdiff", "--out", tmp_path / "own") == 0
+    tiny, run, again = str(pathlib.Path(__file__).parent / "tiny.py"), tmp_path / "run", tmp_path / "again"
+    assert call("train", "--config", tiny, "--workdir", run, "--config.seed=3") == 0
+    (run / "dependencies.json").write_text('{"tokenizer": "abc"}')
+    assert call("convert", "--config", tiny, "--workdir", run, "--to", "mmdiff", "--out", tmp_path / "own") == 0
     # The values of the config are those of the weights.
-    assert call("convert", "--config", CASES["dit"][1], "--workdir", again, "--from", tmp_path / "own", "--as", "mmdiff") == 0
-    first, second = (open_run(CASES["dit"][1], folder) for folder in (run, again))
-    assert first.config.model.to_dict() == second.config.model.to_dict() and second.step == 0
+    assert call("convert", "--config", tiny, "--workdir", again, "--from", tmp_path / "own", "--as", "mmdiff") == 0
+    first, second = (open_run(tiny, folder) for folder in (run, again))
+    assert first.config.to_dict() == second.config.to_dict() and (first.step, second.step) == (4, 0)
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
-    assert json.loads((again / "source.json").read_text())["licence"] == KINDS["dit"].licence
+    for name in ("data.json", "dependencies.json"):
+        assert json.loads((run / name).read_text()) == json.loads((again / name).read_text())
+    one, other = first.evaluate(), second.evaluate()
+    assert one["weight_norm"] == other["weight_norm"] and one["train_seconds"] and other["train_seconds"] is None
+
+
+def test_a_run_with_another_function_is_not_written_as_published(tmp_path):
+    def run(**fields):
+        net = nets.DiT(nets.Patches(8, 8, 4, 2, 8), 10, depth=1, width=32, heads=4, **fields)
+        experiment = types.SimpleNamespace(net=net, process=None, modalities={})
+        return types.SimpleNamespace(name="mine.py", experiment=experiment, params={}, config={}, workdir=tmp_path / "run", step=0)
+
+    for fields, to, words in (
+        (dict(time_offset=-1.0, qk_norm=True), "published", r"is not that of dit \(qk_norm=True, not False\), where its weights"),
+        (dict(), "diffusers", r"is not that of dit \(time_offset=0.0, not -1.0\)"),
+        (dict(time_scale=-1.0, time_offset=1.0), "diffusers", "diffusers has no pipeline for SiT"),
+        (dict(time_offset=-1.0, freq_shift=1.0), "published", "write it with --to diffusers"),
+        (dict(time_offset=-1.0), "diffusers", "name the folder of the autoencoder, in diffusers' layout, with --vae"),
+    ):
+        with pytest.raises(UserError, match=words):
+            publishing.export_weights(run(**fields), to, tmp_path / "out")
+    joint = run()
+    joint.experiment.net = nets.MMDiT({"image": nets.Patches(8, 8, 1, 2)}, depth=1, width=32, heads=4)
+    with pytest.raises(UserError, match="mine.py has a network of its own, which has no published layout: write it with --to mmdiff"):
+        publishing.export_weights(joint, "published", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_of_published_weights_samples_and_others_start_from_it(tmp_path, capsys):
@@ -113,14 +141,16 @@ def test_a_run_of_published_weights_samples_and_others_start_from_it(tmp_path, c
     (["--from", "missing.pt", "--as", "dit"], "no such file: missing.pt"),
     (["--from", "it.safetensors", "--as", "dit", "--config.model.patch=4"], "pos_embed [1, 16, 32] is not the table"),
     (["--from", "it.safetensors", "--as", "dit", "--config.model.time_offset=0"], "with time_offset=-1.0 (here 0.0)"),
+    (["--from", "folder", "--as", "dit"], "folder has num_layers 28 in its config.json, and the network of the config 1"),
     (["--from", "nan.safetensors", "--as", "dit"], "has values that are not finite, of params/adaln/bias"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence_and_leaves_nothing(args, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arrays = random_weights("dit")
     write_weights("it.safetensors", arrays)
+    write_weights("folder", arrays, {"num_layers": 28})
     write_weights("nan.safetensors", arrays | {"final_layer.adaLN_modulation.1.bias": np.full(64, np.nan, np.float32)})
     assert call("convert", *of("run"), *args) == 2
     error = capsys.readouterr().err.strip()
     assert words in error and "\n" not in error
-    assert {path.name for path in tmp_path.iterdir()} == {"it.safetensors", "nan.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"it.safetensors", "nan.safetensors", "folder"}

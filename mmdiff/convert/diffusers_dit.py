@@ -29,7 +29,7 @@ EMBEDDERS = {
     "timestep_embedder.linear_1": "t_embedder.mlp.0", "timestep_embedder.linear_2": "t_embedder.mlp.2",
     "class_embedder.embedding_table": "y_embedder.embedding_table",
 }  # fmt: skip
-NEEDS = published_dit.NEEDS["dit"] | {"freq_shift": 1.0, "mlp_norm_eps": 1e-5}
+NEEDS = {name: value for name, value in published_dit.NEEDS["dit"].items() if name != "mlp_norm_eps"} | {"freq_shift": 1.0}
 FIXED = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True, "norm_elementwise_affine": False}
 
 
@@ -85,12 +85,10 @@ def transformer_config(net: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_config(config: Mapping[str, Any], net: Any, name: str) -> None:
-    """Raises UserError if a transformer's config.json is of another network than `net`; what it leaves out is not compared."""
-    expected = {key: value for key, value in transformer_config(net).items() if key not in ("_class_name", "norm_eps", "dropout")}
-    for key, value in expected.items():
-        if config.get(key, value) != value:
-            raise UserError(f"{name} has {key} {config[key]!r} in its config.json, and the config's network {value!r}.")
+def stated(net: Any, epsilon: bool = False) -> dict[str, Any]:
+    """What config.json of the transformer may state otherwise for another network; `epsilon` counts where diffusers' function is meant."""
+    left_out = {"_class_name", "dropout", *(() if epsilon else ("norm_eps",))}
+    return {key: value for key, value in transformer_config(net).items() if key not in left_out}
 
 
 def scheduler_config(steps: int) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from mmdiff import nets
@@ -22,6 +23,7 @@ class Kind:
       network: the class that computes their function, with the fields `needs`.
       layout: of the files.
       config: a shipped config that builds such a network.
+      stated: `net -> {key: value}`, what a config.json beside the weights must agree with where it says so.
     """
 
     about: str
@@ -30,22 +32,23 @@ class Kind:
     needs: Mapping[str, Any]
     layout: Layout
     config: str
+    stated: Callable[[Any], Mapping[str, Any]] = lambda net: {}
 
 
 DIT_LICENCE = "CC BY-NC 4.0 for Meta's weights: not for commercial use; other weights as their authors state"
 KINDS = {
     "dit": Kind(
         "DiT (Peebles & Xie 2023), its own files or diffusers' of the same weights", DIT_LICENCE, nets.DiT, published_dit.NEEDS["dit"],
-        dataclasses.replace(published_dit.DIT, read=diffusers_dit.DIFFUSERS.read), "imagenet256/dit_xl2"),
+        dataclasses.replace(published_dit.DIT, read=diffusers_dit.DIFFUSERS.read), "imagenet256/dit_xl2", diffusers_dit.stated),
     "diffusers-dit": Kind(
         "DiT as diffusers computes it: other frequencies and epsilons, for weights that were trained there", DIT_LICENCE, nets.DiT,
-        diffusers_dit.NEEDS, diffusers_dit.DIFFUSERS, "imagenet256/dit_xl2"),
+        diffusers_dit.NEEDS, diffusers_dit.DIFFUSERS, "imagenet256/dit_xl2", partial(diffusers_dit.stated, epsilon=True)),
     "sit": Kind(
         "SiT (Ma et al. 2024)", "MIT for the code; the authors state none for the weights: ask them before you pass them on", nets.DiT,
         published_dit.NEEDS["sit"], published_dit.SIT, "imagenet256/sit_xl2"),
     "vq-diffusion": Kind(
         "VQ-Diffusion (Gu et al. 2022) and CDCD (Zhu et al. 2023), their own files or diffusers'", "MIT for Microsoft's code and weights",
-        nets.TokenTransformer, vq_diffusion.NEEDS, vq_diffusion.VQ_DIFFUSION, "cdcd/imagenet256_class"),
+        nets.TokenTransformer, vq_diffusion.NEEDS, vq_diffusion.VQ_DIFFUSION, "cdcd/imagenet256_class", vq_diffusion.stated),
 }  # fmt: skip
 
 
@@ -75,6 +78,13 @@ def check_network(name: str, net: Any, config: str) -> Kind:
             f"weights of the kind {name} are for a network with {listed}: set these as --config.model.{next(iter(wrong))}=..., or take "
             f"a config such as {kind.config}.")
     return kind
+
+
+def check_config(kind: Kind, config: Any, net: Any, name: str) -> None:
+    """Raises UserError if the config.json beside the weights `name` is of another network than `net`."""
+    for key, value in kind.stated(net).items():
+        if isinstance(config, Mapping) and config.get(key, value) != value:
+            raise UserError(f"{name} has {key} {config[key]!r} in its config.json, and the network of the config {value!r}.")
 
 
 def kind_of(net: Any) -> str | None:

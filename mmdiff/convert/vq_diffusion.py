@@ -102,10 +102,16 @@ def diffusers_config(net: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, An
     if rows != columns or net.grid[0] != net.grid[1]:
         raise UserError(f"diffusers has square grids of tokens alone, not {net.grid[0]}x{net.grid[1]}: write --to published.")
     return {
-        "_class_name": "Transformer2DModel", "num_attention_heads": net.heads, "attention_head_dim": net.width // net.heads,
-        "num_layers": net.depth, "cross_attention_dim": arrays["transformer_blocks.0.attn2.to_k.weight"].shape[1],
-        "num_vector_embeds": net.classes + 1, "num_embeds_ada_norm": net.times, "sample_size": rows, "attention_bias": True,
-        "activation_fn": "geglu-approximate", "norm_type": "ada_norm", "norm_num_groups": 32, "dropout": 0.0}  # fmt: skip
+        "_class_name": "Transformer2DModel", **stated(net), "attention_head_dim": net.width // net.heads, "sample_size": rows,
+        "cross_attention_dim": arrays["transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        "norm_type": "ada_norm", "norm_num_groups": 32, "dropout": 0.0}  # fmt: skip
+
+
+def stated(net: Any) -> dict[str, Any]:
+    """What config.json of diffusers' transformer states of a network."""
+    return {
+        "num_attention_heads": net.heads, "num_layers": net.depth, "num_vector_embeds": net.classes + 1, "num_embeds_ada_norm": net.times,
+        "attention_bias": True, "activation_fn": "geglu-approximate"}  # fmt: skip
 
 
 def _with_null(table: np.ndarray) -> np.ndarray:
