@@ -163,11 +163,17 @@ class CLIP(nn.Module):
 
     text: CLIPText
     vision: CLIPVision
+    dtype: Any = jnp.float32
 
     def setup(self):
-        nn.share_scope(self, self.text)
-        nn.share_scope(self, self.vision)
+        self.open_towers()
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+
+    def open_towers(self):
+        """The towers; their parameters are this network's own, as in the published layout."""
+        self.towers = {name: tower.clone(dtype=self.dtype) for name, tower in (("text", self.text), ("vision", self.vision))}
+        for tower in self.towers.values():
+            nn.share_scope(self, tower)
 
     def __call__(self, ids, images):
         embeddings = self.encode_image(images).embedding, self.encode_text(ids).embedding
@@ -177,11 +183,16 @@ class CLIP(nn.Module):
 
     def encode_text(self, ids, mask=None, skip=0) -> States:
         """What the text tower says."""
-        return self.text(ids, mask, skip)
+        return self.towers["text"](ids, mask, skip)
 
     def encode_image(self, images, skip=0) -> States:
         """What the image tower says."""
-        return self.vision(images, skip)
+        return self.towers["vision"](images, skip)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images."""
+        return self.vision.image_size
 
     def example_inputs(self):
         """Ids and images."""

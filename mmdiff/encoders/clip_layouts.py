@@ -12,7 +12,7 @@ from mmdiff.encoders.blocks import ACTIVATIONS
 from mmdiff.encoders.encoder_blocks import config_fields
 from mmdiff.errors import UserError
 
-WRAPPERS = ("module.", "cond_stage_model.transformer.", "cond_stage_model.model.")  # of training checkpoints and whole Stable Diffusions
+WRAPPERS = ("cond_stage_model.transformer.", "cond_stage_model.model.")  # of whole Stable Diffusions
 IGNORED = ("position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")  # buffers and numbers
 TOWER = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.", "head.")
 OPEN_CLIP_LAYER = {
@@ -92,10 +92,6 @@ def tower_fields(cls: type[nn.Module], config: Mapping, family: str, tower: str)
             found["projection_dim"] = config.get("projection_dim", 512)
         elif any(not name.endswith("WithProjection") for name in config.get("architectures") or ()):
             found["projection_dim"] = None
-    for key, value in found.items():
-        kinds = {str: str, float: (int, float), bool: bool}.get(type(defaults[key]), int)
-        if value is not None and (not isinstance(value, kinds) or (kinds is int and (isinstance(value, bool) or value < 0))):
-            raise UserError(f"{key}={value!r} in the config.json is no value of a {family!r}.")
     if found.get("hidden_act", "gelu") not in ACTIVATIONS:
         raise UserError(f"hidden_act={found['hidden_act']!r} in the config.json is none of {', '.join(ACTIVATIONS)}.")
     return found

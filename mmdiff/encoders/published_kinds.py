@@ -57,9 +57,11 @@ KINDS: dict[str, Kind] = {
     "vq_model": Kind("vq_model.VQModel", ("VQModel",), "VQGAN and LlamaGen: MIT", _always(images.AUTOENCODER)),
     "clip_text": Kind("clip.CLIPText", ("clip", "clip_text_model"), CLIP_LICENCE),
     "clip_vision": Kind("clip.CLIPVision", ("clip", "clip_vision_model"), CLIP_LICENCE, _of_its_size(images.CLIP)),
+    "clip": Kind("clip.CLIP", ("clip",), CLIP_LICENCE, _of_its_size(images.CLIP)),
     "siglip_text": Kind("siglip.SigLIPText", ("siglip", "siglip_model", "siglip_text_model"), "Apache-2.0"),
     "siglip_vision": Kind(
         "siglip.SigLIPVision", ("siglip", "siglip_model", "siglip_vision_model"), "Apache-2.0", _of_its_size(images.SIGLIP)),
+    "siglip": Kind("siglip.SigLIP", ("siglip", "siglip_model"), "Apache-2.0", _of_its_size(images.SIGLIP)),
     "dinov2": Kind("dinov2.DINOv2", ("dinov2", "dinov2_with_registers"), "Apache-2.0", _always(images.DINOV2)),
     "t5": Kind("t5.T5Encoder", ("t5",), "Apache-2.0"),
     "sentence_bert": Kind("sentence_bert.SentenceBERT", ("bert",), "Apache-2.0"),

@@ -152,8 +152,7 @@ class SigLIP(CLIP):
     vision: SigLIPVision
 
     def setup(self):
-        nn.share_scope(self, self.text)
-        nn.share_scope(self, self.vision)
+        self.open_towers()
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(10)), (1,))
         self.logit_bias = self.param("logit_bias", nn.initializers.constant(-10.0), (1,))
 

@@ -28,6 +28,8 @@ SMALL = {  # kind -> config.json
     "vq_model": F8 | {"num_vq_embeddings": 64, "latent_channels": 4},
     "clip_text": published.SMALL["clip"],
     "clip_vision": published.SMALL["clip"],
+    "clip": published.SMALL["clip"],
+    "siglip": SIGLIP,
     "siglip_text": SIGLIP,
     "siglip_vision": SIGLIP,
     "dinov2": published.SMALL["dinoreg"],

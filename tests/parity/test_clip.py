@@ -72,8 +72,7 @@ def test_open_clips_full_sizes_are_renamed_to_all_keys_that_there_are(name):
 
 def ask(net, params, images, double):
     """States of both towers: those of the last layer, and those before it."""
-    dtype = jnp.float64 if double else jnp.float32
-    net = net.clone(text=net.text.clone(dtype=dtype), vision=net.vision.clone(dtype=dtype))
+    net = net.clone(dtype=jnp.float64 if double else jnp.float32)
     with jax.enable_x64(double):
         found = jax.jit(
             lambda params, ids, images: net.apply(
