@@ -176,9 +176,9 @@ class CLIP(nn.Module):
             nn.share_scope(self, tower)
 
     def __call__(self, ids, images):
-        embeddings = self.encode_image(images).embedding, self.encode_text(ids).embedding
-        wide = jnp.promote_types(embeddings[0].dtype, jnp.float32)
-        image, text = (x.astype(wide) / jnp.linalg.norm(x.astype(wide), axis=-1, keepdims=True) for x in embeddings)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        image, text = (of.embedding.astype(wide) for of in (self.encode_image(images), self.encode_text(ids)))
+        image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
         return jnp.exp(self.logit_scale.astype(wide)) * image @ text.T
 
     def encode_text(self, ids, mask=None, skip=0) -> States:
@@ -189,10 +189,7 @@ class CLIP(nn.Module):
         """What the image tower says."""
         return self.towers["vision"](images, skip)
 
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images."""
-        return self.vision.image_size
+    image_size = property(lambda self: self.vision.image_size, doc="Height and width of the images.")
 
     def example_inputs(self):
         """Ids and images."""

@@ -33,6 +33,7 @@ OPEN_CLIP = {
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
 }
+BARE = ("text_projection", "visual.proj")  # [in, out]
 # What open_clip's model_cfg may say beside the sizes: the values that leave the network as it is.
 PLAIN = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "pos_embed_type": ("learnable",), "block_type": ("default",)}
 FREE = ("patch_dropout", "pad_id", "tokenizer_mode", "tokenizer_kwargs", "hf_tokenizer_name", "output_tokens", "eos_id")
@@ -55,11 +56,11 @@ def _of_open_clip(weights):
         short = key.removeprefix("text.")  # of a custom text tower
         layer = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(\w+(?:\.\w+)?)[._](weight|bias)", short)
         if layer is None:
-            found[OPEN_CLIP.get(short, key)] = tensor.transpose(1, 0) if short in ("text_projection", "visual.proj") else tensor
+            found[OPEN_CLIP.get(short, key)] = tensor.transpose(1, 0) if short in BARE and tensor.ndim == 2 else tensor
             continue
         visual, number, part, leaf = layer.groups()
         prefix = f"{'vision' if visual else 'text'}_model.encoder.layers.{number}"
-        if part == "attn.in_proj":
+        if part == "attn.in_proj" and tensor.ndim:
             found |= {f"{prefix}.self_attn.{name}_proj.{leaf}": third for name, third in zip("qkv", tensor.split(3))}
         else:
             found[f"{prefix}.{OPEN_CLIP_LAYER.get(part, part)}.{leaf}"] = tensor

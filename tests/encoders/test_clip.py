@@ -77,6 +77,14 @@ def open_clip_weights(golden):
     return {key: published.weight(key, tuple(map(int, shape.split()))) for key, shape in shapes}
 
 
+def test_damaged_weights_of_open_clip_are_named():
+    net, weights = CLIP.from_config(published.SMALL["open_clip"]), open_clip_weights(published.golden("openclip"))
+    damaged = dict.fromkeys(("text_projection", "visual.transformer.resblocks.0.attn.in_proj_bias"), np.float32(0))
+    weights = {key: Tensor.of(array) for key, array in (weights | damaged).items()}
+    with pytest.raises(UserError, match="lacks vision_model.encoder.layers.0.self_attn.k_proj.bias"):
+        state_dicts.load_params(published.abstract(net), CLIP.canonical(weights), "file")
+
+
 @pytest.mark.parametrize("name, quick_gelu", [("openclip", True), ("openclip_custom_text", False)])
 def test_open_clips_layout_is_read(name, quick_gelu):
     golden = published.golden(name)
