@@ -30,8 +30,17 @@ CLIP = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
     "projection_dim": 12}
 TRAIN = [
-    "--config.train.steps=2", "--config.train.global_batch=8", "--config.train.log_every=1", "--config.train.eval_every=0",
+    "--config.train.steps=2", "--config.train.global_batch=2", "--config.train.log_every=1", "--config.train.eval_every=0",
     "--config.train.tensorboard=false", "--config.model.dtype=float32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """What is tested knows no mesh; eight simulated devices take longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: first)
+        yield
 
 
 def publish(folder, net, seed=0):
@@ -176,6 +185,7 @@ def test_tokens_of_the_codes_that_are_used_most(images, tmp_path, capsys):
     same = np.isin(ids, kept).reshape(6, -1)
     np.testing.assert_array_equal(np.asarray(kept)[stored[::2]][same], ids.reshape(6, -1)[same])
     small = ["--config.model.width=16", "--config.model.depth=1", "--config.model.heads=2", "--config.chain.steps=4"]
+    small += ["--config.loss.step_intra=0", "--config.model.scan=false"]
     use += [f"--config.data.dir={tmp_path / 'tokens'}", "--workdir", str(tmp_path / "run")]
     assert main(["train", *use, *TRAIN, *small]) == 0
     assert main(["sample", *use, "--given", "label=1", "--number", "1", "--steps", "2"]) == 0
