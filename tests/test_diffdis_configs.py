@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_encoders
 from PIL import Image
 
 from mmdiff import __main__ as cli
@@ -253,7 +254,7 @@ def test_towers_classify_pictures_of_published_sets(aircraft):
 
 
 @pytest.mark.slow
-def test_diffdis_classifies_pictures_of_published_sets(aircraft, towers, monkeypatch):
+def test_diffdis_classifies_images_of_published_sets(aircraft, towers, tmp_path, monkeypatch):
     monkeypatch.setitem(SIZES, "XS", (2, 32, 4))
     asked = {"eval__zeroshot": "all", "eval__zeroshot_dir": aircraft, "eval__batch": 2}
     net = {key.replace(".", "__"): value for key, value in NET.items()}
@@ -261,8 +262,12 @@ def test_diffdis_classifies_pictures_of_published_sets(aircraft, towers, monkeyp
     small = dict(
         data__source="random", model__size="XS", model__shared=1, model__head_width=16, model__head_heads=2, model__head_depth=1,
         model__patch=16, model__dtype="float32")
+    small |= dict(data__size=4, model__patch=2)
     with pytest.raises(UserError, match="config.encoder.path is empty: name the published autoencoder"):
         load("sd_scale", **small, **asked)
+    paths = dict(
+        encoder__path=tiny_encoders.autoencoder(tmp_path / "vae")[0], text_encoder__path=tiny_encoders.clip_text(tmp_path / "clip", 768)[0])
+    assert classified(*load("sd_scale", **small, **asked, **paths)) in (0, 0.5, 1)
 
 
 def test_towers_of_other_sizes_are_refused(towers):

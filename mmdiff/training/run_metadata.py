@@ -29,8 +29,10 @@ LISTED = 6  # keys of another config that an error names
 
 # What may change when a run continues: how it learns, how long, where and how often, but not what its weights mean. A section stands for
 # its keys. (The mesh and micro-batches change results by rounding only.)
-ENCODERS = ("encoder", "text_encoder", "vector_encoder")  # sections that name published networks, whose fingerprints are compared
-FOLDERS = ("data.dir", "data.towers", "data.set", "data.images", *ENCODERS)  # what lies there must be the same: fingerprints tell
+# What lies there must be the same: fingerprints of data and of frozen networks are compared.
+FOLDERS = (
+    "data.dir", "data.towers", "data.set", "data.images", "encoder.kind", "encoder.path", "text_encoder.kind", "text_encoder.path",
+    "text_encoder.tokenizer", "vector_encoder.kind", "vector_encoder.path")
 MAY_DIFFER = ("train", "sample", "eval", *FOLDERS, "data.damaged")
 MUST_AGREE = ("train.ema", "train.start", "train.noise_scale", "train.norm_groups")  # what is averaged, and of what
 MAY_DIFFER_IN_USE = (*MAY_DIFFER, *MUST_AGREE, "seed")  # when the weights are only used

@@ -6,26 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_encoders
 from PIL import Image
 
 from mmdiff import config as configs
 from mmdiff.__main__ import main
-from mmdiff.convert import state_dicts
-from mmdiff.convert.weight_writer import write_weights
 from mmdiff.data.latents import LatentSource
 from mmdiff.data.shards import sample_moments
 from mmdiff.data.sources import load_all
 from mmdiff.encoders import preprocessing
-from mmdiff.encoders.autoencoder_kl import AutoencoderKL
 from mmdiff.encoders.clip import CLIPVision
 from mmdiff.encoders.vq_model import VQModel
 from mmdiff.nets.dit import SIZES
 
 DIT, TOKENS = "configs/imagenet256/dit_xl2.py", "configs/cdcd/imagenet256_class.py"
 VECTORS = "configs/mtdiffusion/imagenet_representation.py"
-LEVELS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2, "norm_num_groups": 4}
-KL = {"block_out_channels": [4, 4], "latent_channels": 4, "scaling_factor": 0.5, "shift_factor": 0.25, **LEVELS}
-VQ = {"block_out_channels": [4, 4], "latent_channels": 4, "num_vq_embeddings": 990, **LEVELS}
+VQ = {"block_out_channels": [4, 4], "latent_channels": 4, "num_vq_embeddings": 990, **tiny_encoders.LEVELS}
 CLIP = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
     "projection_dim": 12}
@@ -43,16 +39,9 @@ def one_device():
         yield
 
 
-def publish(folder, net, seed=0):
-    """Random weights of a network in its published layout."""
-    params = jax.jit(net.init)(jax.random.key(seed), *net.example_inputs())["params"]
-    write_weights(folder, state_dicts.state_dict(params), net.config())
-    return folder, net, params
-
-
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    return publish(tmp_path_factory.mktemp("kl") / "vae", AutoencoderKL.from_config(KL))
+    return tiny_encoders.autoencoder(tmp_path_factory.mktemp("kl") / "vae")
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +144,7 @@ def test_a_model_of_latents_trains_and_its_samples_are_images(latents, autoencod
     photo = experiment.modalities["image"].parse(str(tmp_path / "run/samples/image/00000.png"))
     assert photo.shape == (1, 32, 32, 4)
     # Another autoencoder decodes to something else: it is refused, in training as in use.
-    other, *_ = publish(tmp_path / "other", AutoencoderKL.from_config(KL), seed=1)
+    other, *_ = tiny_encoders.autoencoder(tmp_path / "other", seed=1)
     status, said = run(capsys, "sample", *use[:-1], f"--config.encoder.path={other}", "--steps", "2")
     assert status == 2 and "encoded by another network than config.encoder.path" in said[0]
     status, said = run(capsys, "train", *use[:-1], f"--config.encoder.path={other}", *TRAIN, *small)
@@ -173,46 +162,110 @@ def test_what_is_not_there_is_said(images, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_tokens_of_the_codes_that_are_used_most(images, tmp_path, capsys):
-    folder, net, params = publish(tmp_path / "vqgan", VQModel.from_config(VQ))
-    use = ["--config", TOKENS, f"--config.encoder.path={folder}"]
-    assert main(["cache", *use, "--out", str(tmp_path / "tokens"), f"--config.data.images={images}"]) == 0
+@pytest.fixture(scope="module")
+def tokens(images, tmp_path_factory):
+    """-> (a cache of tokens, the flags for its use, the tokenizer's network and parameters)."""
+    folder, net, params = tiny_encoders.publish(tmp_path_factory.mktemp("vq") / "vqgan", VQModel.from_config(VQ))
+    use, out = ["--config", TOKENS, f"--config.encoder.path={folder}"], folder.parent / "tokens"
+    assert main(["cache", *use, "--out", str(out), f"--config.data.images={images}"]) == 0
+    return out, [*use, f"--config.data.dir={out}"], net, params
+
+
+def test_tokens_of_the_codes_that_are_used_most(tokens, images):
+    out, use, net, params = tokens
     ids = np.asarray(net.apply({"params": params}, prepared(images, 32), method="encode"))
     uses = np.bincount(ids.reshape(-1), minlength=990)
-    kept = json.loads((tmp_path / "tokens/codes.json").read_text())["codes"]
+    kept = json.loads((out / "codes.json").read_text())["codes"]
     assert len(kept) == 974 and uses[kept].sum() == np.sort(uses)[16:].sum()
-    stored = np.load(tmp_path / "tokens/train/tokens-00000.npy")
+    stored = np.load(out / "train/tokens-00000.npy")
     same = np.isin(ids, kept).reshape(6, -1)
     np.testing.assert_array_equal(np.asarray(kept)[stored[::2]][same], ids.reshape(6, -1)[same])
+    experiment = build(TOKENS, *(flag.removeprefix("--config.") for flag in use[2:]))
+    by_hand = np.asarray(net.apply({"params": params}, jnp.asarray(kept)[stored[:1]].reshape(1, 16, 16), method="decode"))
+    shown = experiment.modalities["tokens"].show(stored[:1])
+    assert np.abs(shown - np.rint((np.clip(by_hand, -1, 1) + 1) * 127.5)).max() <= 1  # of a value between two levels
+    assert len(experiment.train_data()) == 12 and experiment.frozen_deps["tokenizer"]()
+
+
+@pytest.mark.slow
+def test_a_model_of_tokens_trains_and_its_samples_are_images(tokens, tmp_path):
+    out, use, net, params = tokens
+    kept = json.loads((out / "codes.json").read_text())["codes"]
     small = ["--config.model.width=16", "--config.model.depth=1", "--config.model.heads=2", "--config.chain.steps=4"]
     small += ["--config.loss.step_intra=0", "--config.model.scan=false"]
-    use += [f"--config.data.dir={tmp_path / 'tokens'}", "--workdir", str(tmp_path / "run")]
+    use = [*use, "--workdir", str(tmp_path / "run")]
     assert main(["train", *use, *TRAIN, *small]) == 0
     assert main(["sample", *use, "--given", "label=1", "--number", "1", "--steps", "2"]) == 0
-    tokens = np.load(tmp_path / "run/samples/samples.npz")["tokens"]
-    by_hand = np.asarray(net.apply({"params": params}, jnp.asarray(kept)[tokens].reshape(1, 16, 16), method="decode"))
+    sampled = np.load(tmp_path / "run/samples/samples.npz")["tokens"]
+    by_hand = np.asarray(net.apply({"params": params}, jnp.asarray(kept)[sampled].reshape(1, 16, 16), method="decode"))
     shown = np.asarray(Image.open(tmp_path / "run/samples/tokens/00000.png"))
     assert np.abs(shown - np.rint((np.clip(by_hand[0], -1, 1) + 1) * 127.5)).max() <= 1
 
 
-def test_vectors_of_images_beside_their_latents(images, autoencoder, tmp_path, monkeypatch):
-    monkeypatch.setitem(SIZES, "XS", (1, 32, 2))
-    folder, net, params = publish(tmp_path / "clip", CLIPVision.from_config(CLIP))
+@pytest.fixture(scope="module")
+def vectors(autoencoder, images, tmp_path_factory):
+    """-> (a cache of latents and vectors, the flags for its use, the image encoder's network and parameters)."""
+    folder, net, params = tiny_encoders.publish(tmp_path_factory.mktemp("vectors") / "clip", CLIPVision.from_config(CLIP))
     use = ["--config", VECTORS, f"--config.encoder.path={autoencoder[0]}", f"--config.vector_encoder.path={folder}"]
-    use += ["--config.data.vector=12"]
-    assert main(["cache", *use, "--out", str(tmp_path / "cache"), f"--config.data.images={images}"]) == 0
-    stored = np.load(tmp_path / "cache/train/representation-00000.npy").astype(np.float32)
+    use, out = [*use, "--config.data.vector=12"], folder.parent / "cache"
+    assert main(["cache", *use, "--out", str(out), f"--config.data.images={images}"]) == 0
+    return out, [*use, f"--config.data.dir={out}"], net, params
+
+
+def test_vectors_of_images_beside_their_latents(vectors, images):
+    out, _, net, params = vectors
+    stored = np.load(out / "train/representation-00000.npy").astype(np.float32)
     views = np.stack([
         preprocessing.Preprocessing(16, **preprocessing.CLIP_STATISTICS)(np.asarray(Image.open(path)))
         for path in sorted(images.glob("train/*/*.png"))])
     vectors = np.asarray(net.apply({"params": params}, views).embedding)
     np.testing.assert_allclose(stored[::2], vectors * (12**0.5 / np.linalg.norm(vectors, axis=-1, keepdims=True)), atol=3e-3)
-    small = ["--config.model.size=XS", "--config.model.patch=16", f"--config.data.dir={tmp_path / 'cache'}"]
-    assert main(["train", *use, *TRAIN, *small, "--workdir", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.slow
+def test_a_model_of_vectors_takes_images(vectors, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "XS", (1, 32, 2))
+    use, small = [*vectors[1], "--workdir", str(tmp_path / "run")], ["--config.model.size=XS", "--config.model.patch=16"]
+    assert main(["train", *use, *TRAIN, *small]) == 0
     photo = next(images.glob("val/*/*.png"))
-    given = ["--given", f"representation={photo}", "--steps", "2", "--number", "1"]
-    assert main(["sample", *use, "--workdir", str(tmp_path / "run"), *given]) == 0
+    assert main(["sample", *use, "--given", f"representation={photo}", "--steps", "2", "--number", "1"]) == 0
     assert Image.open(tmp_path / "run/samples/image/00000.png").size == (64, 64)
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captioned")
+    for split in ("train", "val"):
+        (folder / split).mkdir()
+        for number, caption in enumerate(("a red cat", "two dogs", "a red cat")):
+            Image.new("RGB", (20, 30), (90 * number, 0, 0)).save(folder / split / f"{number}.png")
+            (folder / split / f"{number}.txt").write_text(caption)
+    return folder
+
+
+def test_states_and_vectors_of_captions(captioned, autoencoder, tmp_path):
+    folder, net, params, tokenizer = tiny_encoders.clip_text(tmp_path / "clip", 768)
+    use = [f"--config.encoder.path={autoencoder[0]}", f"--config.text_encoder.path={folder}", "--config.data.size=4"]
+    command = ["cache", "--config", "configs/diffdis/sd_scale.py", *use, "--out", str(tmp_path / "cache")]
+    assert main([*command, f"--config.data.images={captioned}"]) == 0
+    experiment = build("configs/diffdis/sd_scale.py", *(flag.removeprefix("--config.") for flag in use), f"data.dir={tmp_path / 'cache'}")
+    found, texts = load_all(experiment.train_data()), ["a red cat", "two dogs", "a red cat"]
+    assert {name: array.shape for name, array in found.items()} == {"image": (3, 4, 4, 4), "text": (3, 77, 768), "query": (3, 768)}
+    by_hand = net.apply({"params": params}, tokenizer.encode(texts))
+    lengths = [2 + len(text.replace(" ", "")) for text in texts]  # start, a byte each, end
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(found["text"][row, :length], by_hand.tokens[row, :length], atol=5e-3)
+        assert not found["text"][row, length:].any()
+    vectors = np.asarray(by_hand.embedding)
+    np.testing.assert_allclose(found["query"], vectors / np.linalg.norm(vectors, axis=1, keepdims=True), atol=1e-3)
+    text = experiment.modalities["text"]
+    given = text.parse("two dogs")
+    np.testing.assert_allclose(given[0], found["text"][1], atol=5e-3)
+    assert text.show(given) == ["two dogs"] and text.show(found["text"]).dtype == np.uint8
+    # CDCD's are normalised, of all positions, and padded with 0.
+    coco = build("configs/cdcd/coco_text.py", f"text_encoder.path={tiny_encoders.clip_text(tmp_path / 'b32', 512)[0]}")
+    states = coco.modalities["text"].parse("two dogs")
+    assert states.shape == (1, 77, 512) and np.abs(np.linalg.norm(states, axis=-1) - 1).max() < 1e-5
 
 
 def build(path, *overrides):
