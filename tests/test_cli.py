@@ -180,7 +180,7 @@ def test_eval_and_sample_take_the_values_of_the_run(other, tmp_path, capsys):
     "argument, words",
     [
         ("--config.train.steps=7", "config.train.steps is 6 in the run in"),
-        ("--config.train.ema=0.5", "only config.sample, config.eval, config.seed, config.data.dir, config.data.towers, config.encoder.path, "),
+        ("--config.train.ema=0.5", "only config.sample, config.eval, config.seed, config.data.dir, config.data.towers, config.encoder"),
         ("--config.sample.steps=0", "config.sample.steps must be 1 or more, not 0"),
         ("--config.sample.guidance=nan", "config.sample.guidance must be a finite number"),
         ("--step=5", "no checkpoint of step 5"),
