@@ -10,8 +10,9 @@
 As in the paper the tokens are those of taming-transformers' VQGAN of OpenImages with 8,192 codes (vqgan_gumbel_f8, last.ckpt; MIT), and the
 text is the states of CLIP's frozen tower, each normalised, of all 77 positions: weights/clip-vit-base-patch32 is the folder of
 "openai/clip-vit-base-patch32" (MIT, with a statement of use in its card). Of the codes the 2,887 that the training images use most are
-kept; the authors' list maps all others to one class, here they become the nearest that is kept, and theirs are sampled where ours are the
-likeliest. The cache has tokens and states of every caption: 81 KiB each, 34 GB of COCO.
+kept, and all others become the nearest of these; config.encoder.codes=taming_vqvae_2887.pt is the authors' list instead, which maps all
+others to one class and which published weights need. Theirs are sampled where ours are the likeliest. The cache has tokens and states of
+every caption: 81 KiB each, 34 GB of COCO.
 
 Without CLIP, --config.text.published=false trains a text encoder of its size (12 layers, 512 wide, 77 tokens, each normalised) with the
 network, on the training captions, and both encoders may be one's own:
@@ -55,7 +56,7 @@ VOCABULARY, LENGTH = 49408, 77  # CLIP's; a cache's tokenizer has at most as man
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "encoder": {"kind": "vq_model", "path": ""},
+        "encoder": {"kind": "vq_model", "path": "", "codes": ""},  # codes: the published list, see above
         "text_encoder": {"kind": "clip_text", "path": "", "tokenizer": ""},  # by default the tokenizer lies where the weights do
         "data": {"source": "tokens", "dir": "", "set": "captioned", "images": "", "classes": 0},  # or random; set and images are for cache
         "model": {

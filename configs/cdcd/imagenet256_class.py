@@ -8,15 +8,21 @@
     python -m mmdiff aot    --config configs/cdcd/imagenet256_class.py --topology v5e:4x4 --config.data.source=random
 
 The tokenizer is the paper's, taming-transformers' VQGAN with 16,384 codes (vqgan_imagenet_f16_16384, last.ckpt; MIT), of which the 974 that
-the training images use most are kept; the authors' list maps all others to one class, here they become the nearest that is kept. `imagenet`
-has the folders train/n01440764 ... and val/n01440764 ... of images; of TFDS, add --config.data.set=imagenet2012. Every training image is
-encoded as it is and mirrored. A tokenizer of one's own, of configs/cdcd/images_tokenizer.py, writes such a folder, too:
+the training images use most are kept, and all others become the nearest of these; config.encoder.codes=taming_vqvae_974.pt is the authors'
+list instead (of VQ-Diffusion's repository), which maps all others to one class and which published weights need. `imagenet` has the
+folders train/n01440764 ... and val/n01440764 ... of images; of TFDS, add --config.data.set=imagenet2012. Every training image is encoded
+as it is and mirrored. A tokenizer of one's own, of configs/cdcd/images_tokenizer.py, writes such a folder, too:
 
     SET="--config.data.name=imagenet2012 --config.data.dir=tfds"
     python -m mmdiff train  --config configs/cdcd/images_tokenizer.py --workdir runs/imagenet_tokenizer $SET
     python -m mmdiff cache  --config configs/cdcd/images_tokenizer.py --workdir runs/imagenet_tokenizer --out tokens/imagenet_own
 
-The network is the published one, whose position table has 32 columns for a grid of 16.
+The network is the published one, whose position table has 32 columns for a grid of 16. Its weights, VQ-Diffusion's (100 steps) and CDCD's:
+
+    LIST="--config.encoder.codes=weights/taming_vqvae_974.pt"
+    VQD="--config configs/cdcd/imagenet256_class.py --workdir runs/vq_diffusion"
+    python -m mmdiff convert $VQD --from imagenet_pretrained.pth --as vq-diffusion --config.chain.steps=100
+    python -m mmdiff sample  $VQD $VQGAN $LIST --given label=207
 
 The recipe, as released: Step-Intra with ten negatives, importance-sampled times, auxiliary weight 1e-3; AdamW (0.9, 0.96) with decay
 4.5e-2 on every weight, gradients clipped at 0.5 from first to last; a rate of 4.5e-4, reached in 5,000 steps from 3e-6 and halved after
@@ -47,7 +53,7 @@ CLASSES, SIDE, CODES = 1000, 16, 974  # the null label is CLASSES
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "encoder": {"kind": "vq_model", "path": ""},
+        "encoder": {"kind": "vq_model", "path": "", "codes": ""},  # codes: the published list, see above
         "data": {"source": "tokens", "dir": "", "set": "folder", "images": ""},  # or random; set and images are what cache reads
         "model": {"width": 512, "depth": 24, "heads": 16, "dtype": "bfloat16", "remat": "none", "scan": True},
         "chain": {"steps": 80, "evidence": False}, "label_dropout": 0.1,

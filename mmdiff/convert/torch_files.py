@@ -32,7 +32,7 @@ def open_torch(path: pathlib.Path, file: BinaryIO, within: str | None = None) ->
     Args:
       file: the open file; it stays open as long as a tensor of it is used.
       within: the sub-dictionary, by its name ("a/b" for one in another). By default the first of SUBDICTIONARIES that holds tensors, else
-        the whole, else the only sub-dictionary that does.
+        the whole, else the only sub-dictionary that does. "" is a tensor that is all of the file: {"": tensor}.
 
     Raises:
       FileError: it is no such file, damaged, a program, or holds something else among the weights.
@@ -63,6 +63,8 @@ def _choose(content: Any, within: str | None) -> dict:
     def holds(value):
         return isinstance(value, dict) and any(isinstance(item, View) for item in value.values())
 
+    if within == "" and isinstance(content, View):
+        return {"": content}
     if not isinstance(content, dict):
         what = f"pickled {content.name[:80]}" if isinstance(content, (Unknown, Known)) else type(content).__name__
         raise Damaged(f"it is a {'single tensor' if isinstance(content, View) else what}, not a dictionary of tensors")

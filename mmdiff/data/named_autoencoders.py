@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mmdiff import files
+from mmdiff.convert.weight_files import open_weights
+from mmdiff.data import arrays
 from mmdiff.data.named_encoders import PART, NamedEncoder, jitted
 from mmdiff.data.network_cache import map_batched
 from mmdiff.encoders.preprocessing import AUTOENCODER
@@ -79,7 +83,8 @@ class ImageTokens(SquareImages):
     """Images [n, H, W, 3] in [-1, 1] <-> ids int32 [n, h * w] in raster order, of a network with a codebook.
 
     Of a larger codebook only `codes` entries are used, those that the training images use most (`choose`): an image's code is the nearest
-    of them. (CDCD maps all codes of little use to one class instead.)
+    of them. Published models of tokens have a list of their own instead, the section's "codes" (.npy, or PyTorch's): the class of every
+    entry of the codebook. One class stands for all entries of little use, and is decoded as the first of them.
 
     Attributes:
       side: of the grid of tokens. codes: how many entries are used.
@@ -93,9 +98,30 @@ class ImageTokens(SquareImages):
     ):
         super().__init__(section, key)
         self.side, self.codes, self.folder, self.modalities = side, codes, folder, (modality,)
+        self._list = section.get("codes", "")
+
+    @functools.cached_property
+    def classes(self) -> np.ndarray | None:
+        """The published class of each entry of the codebook, int32 [entries]; None without a list. Raises UserError for another list."""
+        if not self._list:
+            return None
+        path, total = files.expand(self._list), self.opened.net.num_vq_embeddings
+        found = arrays.read_array(path) if path.suffix == ".npy" else open_weights(path, "")[""].read()
+        if found.shape != (total,) or found.dtype.kind not in "iu" or not np.array_equal(np.unique(found), np.arange(self.codes)):
+            raise UserError(
+                f"{path} holds {found.dtype} {list(found.shape)}, not for each of the {total:,} codes of {self.path} one of {self.codes:,} "
+                f"classes: name the list that was published with it by --config.{self.key}.codes.")
+        return found.astype(np.int32)
 
     def encode(self, batch):
-        return {self.modalities[0]: self.call(_encode, batch, self.part).reshape(len(batch), -1)}
+        ids = self.call(_encode, batch, self.part) if self.classes is None else self.classes[self._encode_whole(batch)]
+        return {self.modalities[0]: ids.reshape(len(batch), -1)}
+
+    def _encode_whole(self, batch: np.ndarray) -> np.ndarray:
+        """Ids of the whole codebook."""
+        run = jitted(_encode, self.opened.net)
+        with jax.default_matmul_precision("highest"):
+            return map_batched(lambda images: run({"params": self.opened.params}, images), batch, self.part)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Ids [n, h * w] -> images [n, H, W, 3], clipped to [-1, 1]."""
@@ -112,6 +138,11 @@ class ImageTokens(SquareImages):
     def entries(self) -> list[int] | None:
         """The entries of the codebook that are used; None for all of them."""
         stored, total = read_codes(self.folder), self.opened.net.num_vq_embeddings
+        if self.classes is not None:
+            listed = np.unique(self.classes, return_index=True)[1].tolist()
+            if stored and stored["codes"] != listed:
+                raise UserError(f"{self.folder} holds tokens of other codes than those of config.{self.key}.codes: leave that out.")
+            return listed
         if not stored and total != self.codes:
             raise UserError(
                 f"which {self.codes:,} of the {total:,} codes of {self.path} are used stands in {CODES} of the cache: name its folder by "
@@ -125,18 +156,21 @@ class ImageTokens(SquareImages):
           UserError: a codebook with fewer entries.
         """
         total = self.opened.net.num_vq_embeddings
+        if self.classes is not None:
+            return self.entries
         if total < self.codes:
             raise UserError(f"the tokenizer {self.path} has {total} codes, fewer than the {self.codes} that the config needs.")
         if total == self.codes:
             return list(range(total))
-        uses, whole = np.zeros(total, np.int64), jitted(_encode, self.opened.net)
+        uses = np.zeros(total, np.int64)
         for batch in batches:
-            ids = map_batched(lambda images: whole({"params": self.opened.params}, images), batch, self.part)
-            uses += np.bincount(ids.reshape(-1), minlength=total)
+            uses += np.bincount(self._encode_whole(batch).reshape(-1), minlength=total)
         return sorted(np.argsort(-uses, kind="stable")[: self.codes].tolist())
 
     def fingerprint(self):
         network, stored = super().fingerprint(), read_codes(self.folder)
+        if network and self.classes is not None:
+            return hashlib.sha256(f"{network} {self.classes.tolist()}".encode()).hexdigest()
         return hashlib.sha256(f"{network} {stored['codes']}".encode()).hexdigest() if network and stored else network
 
 

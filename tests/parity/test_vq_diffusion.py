@@ -11,6 +11,7 @@ from mmdiff import nets
 from mmdiff.convert import layouts, vq_diffusion
 from mmdiff.convert.kinds import KINDS
 from mmdiff.convert.tensors import Tensor
+from mmdiff.convert.weight_files import open_weights
 
 IDS = published.token_ids("vq tokens", (3, 16), 13)
 
@@ -37,3 +38,10 @@ def test_the_function_and_the_keys_of_diffusers():
         with torch.no_grad():
             expected = model(torch.tensor(IDS).long(), torch.from_numpy(np.array(x["text"])), torch.tensor(index)).sample.mT.numpy()
         published.assert_close(found, expected)
+
+
+def test_a_list_of_classes_is_a_file_of_one_tensor(tmp_path):
+    classes = torch.tensor([0, 1, 0, 2])
+    for older in (False, True):
+        torch.save(classes, tmp_path / "list.pt", _use_new_zipfile_serialization=not older)
+        np.testing.assert_array_equal(open_weights(tmp_path / "list.pt", "")[""].read(), classes.numpy())
