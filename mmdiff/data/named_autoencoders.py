@@ -131,8 +131,11 @@ class ImageTokens(SquareImages):
         net, params = super().network()
         if self.entries is None:
             return net, params
-        table = params["quantize"]["embedding"]["embedding"][np.asarray(self.entries)]
-        return net.clone(num_vq_embeddings=len(table)), {**params, "quantize": {"embedding": {"embedding": table}}}
+        rows = np.asarray(self.entries)
+        quantize = {"embedding": {"embedding": params["quantize"]["embedding"]["embedding"][rows]}}
+        if "proj" in params["quantize"]:  # logits
+            quantize["proj"] = {name: array[..., rows] for name, array in params["quantize"]["proj"].items()}
+        return net.clone(num_vq_embeddings=len(rows)), {**params, "quantize": quantize}
 
     @property
     def entries(self) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""Vector-quantised autoencoders: taming's VQGAN, diffusers' VQModel and LlamaGen's tokenizer.
+"""Vector-quantised autoencoders: taming's VQGAN and GumbelVQ, diffusers' VQModel and LlamaGen's tokenizer.
 
     net = VQModel.from_config(CONFIGS["vqgan-f16-16384"])
     codes = net.apply({"params": params}, images, method="encode")                   # images in [-1, 1]; int32 [B, H/16, W/16]
@@ -19,25 +19,37 @@ from mmdiff.convert.tensors import Tensor
 from mmdiff.encoders import autoencoder_blocks as blocks
 from mmdiff.encoders import autoencoder_layouts as layouts
 from mmdiff.encoders.blocks import conv
+from mmdiff.errors import UserError
+
+QUANTIZERS = ("nearest", "gumbel")
 
 
 class Codebook(nn.Module):
-    """Vectors of codes: `nearest(h)`, and `__call__(codes)`."""
+    """Vectors of codes: `nearest(h)`, and `__call__(codes)`.
+
+    Attributes:
+      logits: the code of h is that of the largest logit, a linear map of h, not of the nearest vector.
+    """
 
     codes: int
     channels: int
+    logits: bool = False
 
     def setup(self):
         self.embedding = nn.Embed(self.codes, self.channels)
+        if self.logits:
+            self.proj = conv(self.codes, 1, precision=jax.lax.Precision.HIGHEST)
 
     def __call__(self, codes: jax.Array) -> jax.Array:
         """The vectors [..., channels] of codes; NaN for what is no code."""
         return jnp.asarray(self.embedding.embedding).at[codes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
     def nearest(self, h: jax.Array) -> jax.Array:
-        """argmin |h - e|^2, int32 [...]: in float32 or wider, of several the lowest."""
+        """argmin |h - e|^2, or the argmax of the logits, int32 [...]: in float32 or wider, of several the lowest."""
         vectors = self.embedding.embedding
         h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+        if self.logits:
+            return jnp.argmax(self.proj(h), axis=-1).astype(jnp.int32)
         products = jnp.einsum("...c,nc->...n", h, vectors, precision=jax.lax.Precision.HIGHEST)
         return jnp.argmin(jnp.square(vectors).sum(-1) - 2 * products, axis=-1).astype(jnp.int32)  # |h|^2 is the same for all
 
@@ -47,6 +59,8 @@ class VQModel(nn.Module):
 
     LlamaGen compares normalised vectors. With normalised codes, the nearest to a vector is the nearest to the normalised vector, so that
     `canonical` normalises that layout's codes and nothing else differs.
+
+    taming's GumbelVQ (quantizer="gumbel") has a logit for each code, by which training samples; here an image's code is the likeliest.
     """
 
     in_channels: int = 3
@@ -62,6 +76,7 @@ class VQModel(nn.Module):
     vq_embed_dim: int = 3
     scaling_factor: float = 0.18215
     mid_block_add_attention: bool = True
+    quantizer: str = "nearest"
     dtype: Any = jnp.float32
 
     @classmethod
@@ -75,7 +90,10 @@ class VQModel(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Its config.json, as diffusers reads it."""
-        return layouts.config_of(self, act_fn="silu", norm_type="group")
+        found = layouts.config_of(self, act_fn="silu", norm_type="group")
+        if self.quantizer == "nearest":  # the only one that diffusers has
+            del found["quantizer"]
+        return found
 
     @staticmethod
     def canonical(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,7 +101,7 @@ class VQModel(nn.Module):
         found = layouts.canonical(weights)
         if layouts.is_llamagen(weights) and "quantize.embedding.weight" in found:
             found["quantize.embedding.weight"] = found["quantize.embedding.weight"].map(_normalised)
-        return found
+        return {key.replace("quantize.embed.", "quantize.embedding."): tensor for key, tensor in found.items()}  # GumbelVQ's
 
     def example_inputs(self) -> tuple[jax.Array]:
         """The smallest image."""
@@ -97,7 +115,9 @@ class VQModel(nn.Module):
         self.decoder = blocks.Decoder(out_channels=self.out_channels, **shared)
         self.quant_conv = conv(self.vq_embed_dim, 1, dtype=self.dtype)
         self.post_quant_conv = conv(self.latent_channels, 1, dtype=self.dtype)
-        self.codebook = Codebook(self.num_vq_embeddings, self.vq_embed_dim, name="quantize")
+        if self.quantizer not in QUANTIZERS:
+            raise UserError(f"VQModel: quantizer = {self.quantizer!r} in its configuration is none of {', '.join(QUANTIZERS)}.")
+        self.codebook = Codebook(self.num_vq_embeddings, self.vq_embed_dim, self.quantizer == "gumbel", name="quantize")
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """The reconstruction of images."""
@@ -137,6 +157,8 @@ _LLAMAGEN = {**_F16, "num_vq_embeddings": 16384, "vq_embed_dim": 8}
 CONFIGS: dict[str, dict[str, Any]] = {
     "vqgan-f16-1024": {**_F16, "num_vq_embeddings": 1024},
     "vqgan-f16-16384": {**_F16, "num_vq_embeddings": 16384},
+    "vqgan-gumbel-f8-8192": {
+        **_F16, **layouts.levels([128, 128, 256, 512], attention=True), "num_vq_embeddings": 8192, "quantizer": "gumbel"},
     "llamagen-vq-16": _LLAMAGEN,
     "llamagen-vq-8": {**_LLAMAGEN, **layouts.levels([128, 256, 256, 512], attention=True)},
 }
