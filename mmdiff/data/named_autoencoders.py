@@ -33,9 +33,7 @@ class SquareImages(NamedEncoder):
     @property
     def pixels(self) -> int:
         """The side of an image: that of the result times what the network shrinks by."""
-        net = self.opened.net
-        levels = net.encoder_block_out_channels if self.kind == "autoencoder_tiny" else net.block_out_channels
-        return self.side * 2 ** (len(levels) - 1)
+        return self.side * self.opened.net.downsampling
 
     @property
     def part(self) -> int:
@@ -194,8 +192,8 @@ def read_codes(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _moments(net, variables, images):
-    mean, logvar = jnp.split(net.apply(variables, images, method="encode"), 2, axis=-1)
-    deviation = jnp.exp(jnp.clip(logvar, -30, 20) / 2)
+    moments = net.apply(variables, images, method="encode")
+    mean, deviation = net.mode(moments), net.deviation(moments)
     return jnp.concatenate([net.scale_latents(mean), net.scale_latents(deviation) - net.scale_latents(jnp.zeros_like(mean))], -1)
 
 

@@ -71,7 +71,10 @@ class AutoencoderKL(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoencoderKL:
         """The network of a published config.json; missing values are diffusers' defaults."""
-        net = cls(**layouts.fields_of_config(cls, config, {"act_fn": ("silu", "swish")}))
+        values = layouts.fields_of_config(cls, config, {"act_fn": ("silu", "swish")})
+        if isinstance(values.get("sample_size"), tuple):  # height and width: a tile is a square of the height
+            values["sample_size"] = values["sample_size"][0]
+        net = cls(**values)
         layouts.attention_of_levels(net)
         return net
 
@@ -122,10 +125,14 @@ class AutoencoderKL(nn.Module):
         """The mean of moments, unscaled latents [..., c]."""
         return jnp.split(moments, 2, axis=-1)[0]
 
+    def deviation(self, moments: jax.Array) -> jax.Array:
+        """The standard deviation of moments, exp(log-variance / 2): of unscaled latents [..., c]."""
+        return jnp.exp(0.5 * jnp.clip(jnp.split(moments, 2, axis=-1)[1], *LOGVAR))
+
     def sample(self, moments: jax.Array, key: jax.Array) -> jax.Array:
-        """mean + exp(log-variance / 2) n, n standard normal: unscaled latents [..., c]. A key each: `jax.vmap(net.sample)`."""
-        mean, logvar = jnp.split(moments, 2, axis=-1)
-        return mean + jnp.exp(0.5 * jnp.clip(logvar, *LOGVAR)) * jax.random.normal(key, mean.shape, mean.dtype)
+        """mean + deviation n, n standard normal: unscaled latents [..., c]. A key for each image: `jax.vmap(net.sample)`."""
+        mean = self.mode(moments)
+        return mean + self.deviation(moments) * jax.random.normal(key, mean.shape, mean.dtype)
 
     def scale_latents(self, latents: jax.Array) -> jax.Array:
         """(z - b) s with the published scale s and shift b, or (z - mean) s / std with those of channels: what diffusion models train on.

@@ -6,15 +6,14 @@ counts the decoder's levels from the largest size; LlamaGen's; and diffusers' fi
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mmdiff.convert.tensors import Tensor
+from mmdiff.encoders.encoder_blocks import config_fields
 from mmdiff.errors import UserError
 
 # Parts of keys, "{}" for a number: (theirs, diffusers'), replaced one pair after another.
@@ -120,7 +119,10 @@ def _as_convolutions(weights):
     return {key: array[..., None, None] if _PRODUCT.search(key) else array for key, array in weights.items()}
 
 
-def fields_of_config(network: type, config: Mapping[str, Any], fixed: Mapping[str, Collection[Any]]) -> dict[str, Any]:
+COMPUTED = ("slicing", "tiling")  # fields that say how, not what is computed
+
+
+def fields_of_config(network: type, config: Mapping[str, Any], fixed: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """The values of a network's fields that a published config.json states; what it does not state keeps diffusers' default.
 
     Args:
@@ -128,24 +130,13 @@ def fields_of_config(network: type, config: Mapping[str, Any], fixed: Mapping[st
       fixed: values of the config that the network has no field for, and what they may be.
 
     Raises:
-      UserError: a value of another kind than the default's, or one that the network does not have.
+      UserError: another one of these values.
     """
     for name, allowed in fixed.items():
         if config.get(name, allowed[0]) not in allowed:
-            raise UserError(f"{network.__name__}: {name} = {config[name]!r} of its config.json is not supported, only {allowed[0]!r}.")
-    known = {field.name: field.default for field in dataclasses.fields(network)}
-    values = {name: config[name] for name in stated(network) if name in config}
-    for name, value in values.items():
-        default = known[name]
-        if isinstance(default, tuple):
-            good = isinstance(value, list | tuple) and value and all(_like(default[0], each) for each in value)
-            values[name] = tuple(value) if good else value
-        else:
-            good = _like(default, value) or default is None and (value is None or _numbers(value))
-            values[name] = tuple(value) if good and isinstance(value, list) else value
-        if not good:
-            raise UserError(f"{network.__name__}: {name} = {value!r} in its config.json is not a value that it can have.")
-    return values
+            raise UserError(f"{network.__name__}: {name} = {config[name]!r} in its configuration is not supported, only {allowed[0]!r}.")
+    values = config_fields(network, config)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name not in COMPUTED}
 
 
 def levels(channels: list[int], attention: bool = False) -> dict[str, Any]:
@@ -182,36 +173,13 @@ def attention_of_levels(net: Any) -> tuple[bool, ...]:
 
 def check_images(net: Any, images: Any) -> None:
     """Raises UserError unless images are [B, H, W, channels] and large enough to be halved between all levels."""
-    least = 2 ** (len(net.block_out_channels) - 1)
+    name, least = type(net).__name__, net.downsampling
     if images.ndim != 4 or images.shape[3] != net.in_channels or min(images.shape[1:3]) < least:
-        raise UserError(
-            f"{type(net).__name__} encodes images [B, H, W, {net.in_channels}] of at least {least} pixels a side, not {list(images.shape)}."
-        )
+        raise UserError(f"{name} encodes images [B, H, W, {net.in_channels}] of at least {least} pixels a side, not {list(images.shape)}.")
 
 
 def config_of(network: Any, **more: Any) -> dict[str, Any]:
     """The config.json of a network: its fields, lists for tuples, and `more`."""
-    values = {name: getattr(network, name) for name in stated(type(network))}
+    values = {name: value for name, value in config_fields(network).items() if name not in COMPUTED}
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return {"_class_name": type(network).__name__, "_diffusers_version": "0.39.0", **values, **more}
-
-
-def stated(network: type) -> list[str]:
-    """The fields of a network that its config.json states: all but how it is computed."""
-    computed = {"dtype", "slicing", "tiling", "parent", "name"}
-    return [field.name for field in dataclasses.fields(network) if field.name not in computed]
-
-
-def _like(default, value):
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    if isinstance(default, int):
-        return isinstance(value, int) and 0 < value < 2**20
-    if isinstance(default, float):
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(default, str) and isinstance(value, str)
-
-
-def _numbers(value):
-    values = value if isinstance(value, list | tuple) else [value]
-    return all(_like(0.0, each) for each in values)

@@ -129,7 +129,12 @@ class AutoencoderTiny(nn.Module):
 
     def example_inputs(self) -> tuple[jax.Array]:
         """A small image."""
-        return (jnp.zeros((1, 8, 8, self.in_channels)),)
+        return (jnp.zeros((1, self.downsampling, self.downsampling, self.in_channels)),)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of a side for one position of the latents."""
+        return 2 ** (len(self.encoder_block_out_channels) - 1)
 
     def setup(self):
         encoder, decoder = self.encoder_block_out_channels, self.decoder_block_out_channels

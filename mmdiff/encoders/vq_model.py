@@ -105,7 +105,12 @@ class VQModel(nn.Module):
 
     def example_inputs(self) -> tuple[jax.Array]:
         """The smallest image."""
-        return (jnp.zeros((1, *(2 ** (len(self.block_out_channels) - 1),) * 2, self.in_channels)),)
+        return (jnp.zeros((1, self.downsampling, self.downsampling, self.in_channels)),)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of a side for one code."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
     def setup(self):
         shared = dict(

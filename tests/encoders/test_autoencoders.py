@@ -14,6 +14,7 @@ from mmdiff.convert.tensors import Tensor
 from mmdiff.encoders import autoencoder_blocks, autoencoder_kl, autoencoder_layouts, autoencoder_tiny, vq_model
 from mmdiff.encoders.autoencoder_kl import AutoencoderKL
 from mmdiff.encoders.autoencoder_tiny import AutoencoderTiny
+from mmdiff.encoders.published_configs import built
 from mmdiff.encoders.vq_model import VQModel
 from mmdiff.errors import UserError
 
@@ -95,6 +96,20 @@ def test_small_previews_are_the_original_s():
     latents, decoded = run(TINY, published.params(TINY), images("taesd", 1, 3, 44, 27), "encode", "decode", jnp.asarray(golden["latents"]))
     published.assert_close(latents, golden["latents"])
     published.assert_close(decoded, golden["images"])
+
+
+@pytest.mark.parametrize(("name", "net", "methods", "given"), [
+    ("kl_float64", KL4, ("encode", "decode"), "moments"), ("vq_float64", VQ, ("latents", "decode"), "codes"),
+])  # fmt: skip
+def test_in_float64_nothing_but_rounding_is_left(name, net, methods, given):
+    with jax.enable_x64(True):
+        golden, net = published.golden(name), net.clone(dtype=jnp.float64)
+        second = golden["codes"] if given == "codes" else net.mode(jnp.asarray(golden["moments"]))
+        x = images(name, 1, 3, 17, 24).astype(jnp.float64)
+        first, decoded = run(net, published.params(net), x, *methods, jnp.asarray(second))
+        assert first.dtype == decoded.dtype == jnp.float64
+        published.assert_close(first, golden["moments" if given == "moments" else "latents"], 1e-10)
+        published.assert_close(decoded, golden["images"], 1e-10)
 
 
 # ---- Layouts ----
@@ -249,23 +264,25 @@ def test_images_that_cannot_be_encoded(shape):
 
 
 @pytest.mark.parametrize(
-    ("network", "config", "problem"),
+    ("kind", "config", "problem"),
     [
-        (AutoencoderKL, {"latent_channels": -1}, "latent_channels = -1"),
-        (AutoencoderKL, {"scaling_factor": float("nan")}, "scaling_factor = nan"),
-        (AutoencoderKL, {"use_quant_conv": 1}, "use_quant_conv = 1"),
-        (AutoencoderKL, {"act_fn": "relu"}, "act_fn = 'relu'"),
-        (AutoencoderKL, {"block_out_channels": [64, "128"]}, "block_out_channels = "),
-        (AutoencoderKL, {"block_out_channels": [64, 128]}, "do not fit each other"),
-        (AutoencoderKL, {"block_out_channels": [40]}, "divide into norm_num_groups = 32"),
-        (AutoencoderKL, {"down_block_types": ["DownBlock3D"]}, "DownBlock3D"),
-        (AutoencoderKL, {"down_block_types": ["AttnDownEncoderBlock2D"]}, "do not fit each other"),
-        (AutoencoderKL, {"latents_mean": ["a"]}, "latents_mean = "),
-        (VQModel, {"norm_type": "spatial"}, "norm_type = 'spatial'"),
-        (VQModel, {"num_vq_embeddings": 10**12}, "num_vq_embeddings"),
-        (AutoencoderTiny, {"num_encoder_blocks": [1, 2]}, "encoder stages"),
+        ("autoencoder_kl", {"latent_channels": -1}, "latent_channels = -1"),
+        ("autoencoder_kl", {"scaling_factor": float("nan")}, "scaling_factor = nan"),
+        ("autoencoder_kl", {"act_fn": "relu"}, "act_fn = 'relu'"),
+        ("autoencoder_kl", {"block_out_channels": [64, 128]}, "do not fit each other"),
+        ("autoencoder_kl", {"block_out_channels": 64}, "makes no autoencoder_kl"),
+        ("autoencoder_kl", {"block_out_channels": [40]}, "divide into norm_num_groups = 32"),
+        ("autoencoder_kl", {"down_block_types": ["DownBlock3D"]}, "DownBlock3D"),
+        ("autoencoder_kl", {"down_block_types": ["AttnDownEncoderBlock2D"]}, "do not fit each other"),
+        ("vq_model", {"norm_type": "spatial"}, "norm_type = 'spatial'"),
+        ("vq_model", {"num_vq_embeddings": 10**12}, "num_vq_embeddings"),
+        ("autoencoder_tiny", {"num_encoder_blocks": [1, 2]}, "encoder stages"),
     ],
 )
-def test_values_of_a_config_that_a_network_cannot_have(network, config, problem):
-    with pytest.raises(UserError, match=problem.replace("[", r"\[")):
-        network.from_config(config)
+def test_values_of_a_config_that_a_network_cannot_have(kind, config, problem):
+    with pytest.raises(UserError, match=problem):
+        built(kind, config, "the weights")
+
+
+def test_a_tile_of_a_config_with_height_and_width():
+    assert AutoencoderKL.from_config({"sample_size": [512, 768]}).sample_size == 512

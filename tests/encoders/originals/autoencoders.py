@@ -5,7 +5,7 @@ import io
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
-from published import normal, weight
+from published import normal, torch_model
 from torch.nn import functional
 
 LEVELS = dict(
@@ -15,8 +15,7 @@ LEVELS = dict(
 
 def _with_weights(net):
     """A network in evaluation mode with the weights that belong to its keys."""
-    net.load_state_dict({key: torch.tensor(weight(key, tuple(value.shape))) for key, value in net.state_dict().items()})
-    return net.eval().requires_grad_(False)
+    return torch_model(net).requires_grad_(False)
 
 
 def _images(name, *shape):
@@ -58,6 +57,19 @@ def taesd():
 def vq():
     net = _with_weights(VQModel(num_vq_embeddings=64, latent_channels=4, **LEVELS))
     latents = net.encode(_images("vq", 2, 3, 40, 24)).latents
+    codes = net.quantize(latents)[2][2].reshape(latents.shape[0], *latents.shape[2:])
+    return _arrays(latents=latents, codes=codes, images=net.decode(latents).sample)
+
+
+def kl_float64():
+    net = _with_weights(AutoencoderKL(**LEVELS)).double()
+    moments = net.encode(_images("kl_float64", 1, 3, 17, 24).double()).latent_dist
+    return _arrays(moments=moments.parameters, images=net.decode(moments.mean).sample)
+
+
+def vq_float64():
+    net = _with_weights(VQModel(num_vq_embeddings=64, latent_channels=4, **LEVELS)).double()
+    latents = net.encode(_images("vq_float64", 1, 3, 17, 24).double()).latents
     codes = net.quantize(latents)[2][2].reshape(latents.shape[0], *latents.shape[2:])
     return _arrays(latents=latents, codes=codes, images=net.decode(latents).sample)
 
