@@ -133,6 +133,17 @@ def compare(model, net, size, double, folder):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("cls, kind", [(clip.CLIPText, "CLIPTextModel"), (siglip.SigLIPText, "SiglipTextModel")])
+def test_a_mask_is_transformers(cls, kind):
+    config, mask = SMALL["text_config"], np.array([[1] * 4 + [0] * 4, [1] * 8, [1] * 7 + [0]])
+    model = published.torch_model(getattr(transformers, kind)(getattr(transformers, kind.replace("Model", "Config"))(**config)))
+    net = cls.from_config(config | {"architectures": [kind]})
+    params = state_dicts.load_params(published.abstract(net), net.canonical(tensors(model)), "model")
+    with torch.no_grad():
+        theirs = model(torch.tensor(IDS).long(), torch.tensor(mask)).last_hidden_state
+    published.assert_close(jax.jit(net.apply)({"params": params}, IDS, mask).tokens, theirs)
+
+
 TOWERS = [
     (clip.CLIPText, "CLIPTextModelWithProjection"), (clip.CLIPText, "CLIPTextModel"), (clip.CLIPVision, "CLIPVisionModelWithProjection"),
     (clip.CLIPVision, "CLIPVisionModel"), (siglip.SigLIPText, "SiglipTextModel"), (siglip.SigLIPVision, "SiglipVisionModel"),
