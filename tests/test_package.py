@@ -169,7 +169,8 @@ ARROWS = {
     "conversion": CORE_PARTS | {"config", "convert", "data", "training"},
     "publishing": CORE_PARTS | {"config", "convert", "data", "training", "conversion"},
     "arguments": BASE,
-    "commands": CORE_PARTS | {"config", "convert", "encoders", "shipped_configs", "training", "runs", "conversion", "publishing"},
+    "commands": CORE_PARTS | {
+        "config", "convert", "encoders", "evals", "shipped_configs", "training", "runs", "conversion", "publishing"},
     "__main__": BASE | {"arguments", "commands"},
 }
 PLAIN = {"jax", "flax", "optax", "chex", "numpy"}

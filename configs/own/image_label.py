@@ -23,6 +23,7 @@ from mmdiff import Experiment, losses, nets, sampling, schedules, times, trainin
 from mmdiff.data.own import open_images
 from mmdiff.errors import UserError
 from mmdiff.evals.held_out import HeldOut
+from mmdiff.evals.sampled_images import sample_metrics
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, velocity
 from mmdiff.training import optim
 
@@ -39,7 +40,7 @@ def get_config():
         "train": training_config(
             steps=2000, global_batch=64, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=500),
         "sample": {"steps": 25, "guidance": 1.5},
-        "eval": {"most": 500, "batch": 64},
+        "eval": {"most": 500, "batch": 64, "encoder": {"kind": "", "path": ""}},
     })
 
 
@@ -56,11 +57,12 @@ def build(config):
     noise_levels = times.image_label(shares) if joint else conditional
     weights = {"image": 1.0, "label": config.label_weight} if joint else {"image": 1.0}
     loss = losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, **weights))
+    measured = {"most": config.eval.most, "batch": config.eval.batch}
     return Experiment(
         process=process, net=net, **own.for_experiment,
         loss=losses.prepared(loss, losses.flips("image", config.data.flips)),
         optimizer=optim.muon(config.train),
         # A joint sample settles its label in the first half of the trajectory, while the image is still mostly noise and can follow it.
         sampler={"drop": ("label",), "heun": True, "paths": {"label": sampling.settled_at(0.5)}},
-        evaluators=(HeldOut(condition="label", **config.eval),),
+        evaluators=(HeldOut(condition="label", **measured), *sample_metrics(config.eval.encoder, condition="label", **measured)),
     )

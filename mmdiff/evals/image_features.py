@@ -28,7 +28,7 @@ def features_of(encoder: Any, outputs: Sequence[str], batch: int = 64) -> Featur
     """Images uint8 [n, H, W, 3] of any size -> output -> float32 [n, d], over all local devices.
 
     Args:
-      encoder: `encoders.Encoder` of a network with the method `features`: inception, efficientnet_lite0.
+      encoder: `encoders.Encoder` of a network with the method `features` (inception, efficientnet_lite0), or that gives them (dinov2).
       outputs: which of its features; the others are not computed.
       batch: images at a time on each device.
     """
@@ -36,11 +36,12 @@ def features_of(encoder: Any, outputs: Sequence[str], batch: int = 64) -> Featur
     mesh = Mesh(np.array(devices), ("data",))
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     params = jax.device_put(encoder.params, whole)
+    method = "features" if hasattr(encoder.net, "features") else None
 
     @jax.jit
     def compiled(params, images):
         with jax.default_matmul_precision("highest"):  # bfloat16, a TPU's default, would be seen in distances
-            found = encoder.net.apply({"params": params}, images, method="features")
+            found = encoder.net.apply({"params": params}, images, method=method)
         return {name: found[name] for name in outputs}
 
     def features(images: np.ndarray) -> dict[str, np.ndarray]:
