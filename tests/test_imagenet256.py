@@ -11,13 +11,13 @@ import pytest
 
 from mmdiff import __main__ as cli
 from mmdiff import config as configs
-from mmdiff import nets
+from mmdiff import former_names, nets
 from mmdiff.data.latents import write_latents
 from mmdiff.data.modalities import Labels, Latents
 from mmdiff.errors import UserError
 from mmdiff.nets.dit import SIZES
 
-DIT, JOINT = "configs/imagenet256/dit_xl2.py", "configs/imagenet256/joint_xl2.py"
+DIT, JOINT, SIT = (f"configs/imagenet256/{name}_xl2.py" for name in ("dit", "joint", "sit"))
 MODALITIES = {"image": Latents(32, 32, 4), "label": Labels(1000)}
 
 
@@ -26,7 +26,7 @@ def build(path, **values):
     return module.build(config), config
 
 
-@pytest.mark.parametrize("path, size", [(DIT, 674_834_720), (JOINT, 678_628_088)])
+@pytest.mark.parametrize("path, size", [(DIT, 674_834_720), (SIT, 674_834_720), (JOINT, 678_628_088)])
 def test_the_size_is_the_published_one(path, size):
     """DiT-XL/2's checkpoint has 675,129,632 numbers, 294,912 of them the fixed positions."""
     experiment, config = build(path)
@@ -47,6 +47,14 @@ def test_data_at_the_door(path):
         experiment.process.check(batch)
         assert {name: (array.shape[1:], array.dtype) for name, array in batch.items()} == {
             "image": ((32, 32, 4), np.float32), "label": ((), np.int32)}
+
+
+def test_runs_of_before_the_published_times_keep_theirs():
+    config, _ = configs.load(DIT)
+    here = configs.flatten(config)
+    before = {key: value for key, value in here.items() if key not in ("model.time_offset", "model.freq_shift", "model.mlp_norm_eps")}
+    stored = former_names.keys(before, here)
+    assert (here["model.time_offset"], stored["model.time_offset"], stored["model.freq_shift"]) == (-1.0, 0.0, 0.0)
 
 
 def test_wrong_sizes_and_rules():
@@ -120,7 +128,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path, terms", [(DIT, {"image", "sigma"}), (JOINT, {"image", "label"})])
+@pytest.mark.parametrize("path, terms", [(DIT, {"image", "sigma"}), (SIT, {"image"}), (JOINT, {"image", "label"})])
 def test_train_and_sample_in_small(path, terms, cache, tmp_path, monkeypatch):
     monkeypatch.setitem(SIZES, "XS", (2, 64, 4))
     small = [
