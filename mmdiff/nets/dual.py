@@ -8,7 +8,8 @@ The two tasks are two passes over streams of tokens, the image I, the caption C 
     Q                       align       never       align
 
 The query takes no part in generation and the caption none in alignment, so neither can leak. Within a pass a condition is masked where
-it is absent: the caption at t = 1 and wherever it is padding (the id 0, or features that are all 0), the image, in alignment, at t = 1.
+it is absent: the caption at t = 1 and wherever it is padding (`Tokens.padding`, or features that are all 0), the image, in alignment, at
+t = 1.
 What a pass diffuses is never masked. A masked token has a weight of exactly 0: outputs do not depend on it, bit for bit.
 
 Source: Huang et al. 2023 (DiffDis), carried over from a U-Net.
@@ -111,7 +112,7 @@ class DualStream(DiffusionTransformer):
             features = jnp.issubdtype(x["text"].dtype, jnp.floating)
             value = x["text"].astype(self.dtype) if features else x["text"]
             tokens = self.text.encode(value, width, self.dtype, "text")
-            there = ((value != 0).any(-1) if features else value != 0).reshape(tokens.shape[:2])
+            there = ((value != 0).any(-1) if features else value != self.text.padding).reshape(tokens.shape[:2])
             visible["text"] = there if self.captions else there & (t["text"] < 1)[:, None]
             if mmdit:
                 streams["text"] = tokens

@@ -153,11 +153,15 @@ class Patches(Stream):
 
 @dataclasses.dataclass(frozen=True)
 class Tokens(Stream):
-    """Integers [B, length] below `states`, with learned positions; outputs logits [B, length, classes]."""
+    """Integers [B, length] below `states`, with learned positions; outputs logits [B, length, classes].
+
+    Where a network tells tokens from padding (`DualStream`), `padding` is its id, a text's tokenizer's.
+    """
 
     length: int
     states: int
     classes: int
+    padding: int = 0
 
     def __post_init__(self):
         check_fields(self)

@@ -21,7 +21,7 @@ MAX_LOGIT_SCALE = 100.0  # CLIP's
 
 
 class TwoTowers(Transformer):
-    """Images [B, H, W, C] and texts int [B, length] (0 is padding) -> vectors [B, size] each, which need not have length 1.
+    """Images [B, H, W, C] and texts int [B, length] -> vectors [B, size] each, which need not have length 1.
 
     `__call__(x, t)`: dicts by modality, "image" and "text"; times are ignored. Returns, in float32, {"image_vector", "text_vector"
     [B, size], "logit_scale", "logit_bias" [B]} for `matching.clip_loss`. Either tower by itself:
@@ -35,7 +35,7 @@ class TwoTowers(Transformer):
       patches: the image's. vocabulary, length: of a text. size: of the vectors.
       depth, width: of the image's tower. text_depth, text_width: of the text's. heads, ...: of both, see `Transformer`.
       logits: initial scale and bias: CLIP's 1 / 0.07; SigLIP starts from (10, -10).
-      norm_eps: CLIP's.
+      norm_eps: CLIP's. padding: the id that is none of a text's tokens.
 
     >>> net = TwoTowers(Patches(8, 8, 3, 4), vocabulary=100, length=6, size=8, depth=1, width=16, text_depth=1, text_width=16)
     >>> x = {"image": jnp.zeros((2, 8, 8, 3)), "text": jnp.zeros((2, 6), int)}
@@ -53,6 +53,7 @@ class TwoTowers(Transformer):
     heads: int = dataclasses.field(default=4, kw_only=True)
     logits: tuple[float, float] = (1 / 0.07, 0.0)
     norm_eps: float = dataclasses.field(default=1e-5, kw_only=True)
+    padding: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,7 +72,7 @@ class TwoTowers(Transformer):
 
     def encode_text(self, ids):
         """Ids [B, length] -> (states [B, length, text_width], vectors [B, size])."""
-        there = (ids != 0)[..., None].astype(self.dtype)
+        there = (ids != self.padding)[..., None].astype(self.dtype)
         states = self.text(ids) * there
         mean = states.sum(1) / jnp.maximum(there.sum(1), 1)
         return states.astype(jnp.float32), self.text_out(mean).astype(jnp.float32)

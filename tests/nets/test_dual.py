@@ -84,6 +84,14 @@ def test_the_conditions_do_matter(fusion):
     assert differ(run(fusion, "align", t={"query": 0.5 * T["query"]}), run(fusion, "align"))
 
 
+def test_padding_is_an_id_of_the_vocabularys_own():
+    """The same caption in a vocabulary whose padding is the last id."""
+    params = weights()["params"]
+    params = params | {"text_in": {"embedding": jnp.roll(params["text_in"]["embedding"], -1, 0)}}
+    other = program("mmdit", "generate", (("text", nets.Tokens(3, 6, 6, padding=5)),))
+    close(other({"params": params}, {**X, "text": (X["text"] - 1) % 6}, T)["image"], run("mmdit", "generate"))
+
+
 @BOTH
 def test_an_absent_condition_is_hidden_bit_for_bit(fusion):
     gone = {"text": jnp.ones(B)}

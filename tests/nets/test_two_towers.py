@@ -54,6 +54,15 @@ def test_shapes():
     assert {array.dtype for array in low.values()} == {jnp.dtype("float32")}
 
 
+def test_padding_is_an_id_of_the_vocabularys_own():
+    """The same texts in a vocabulary whose padding is the last id."""
+    embedding = weights()["params"]["text"]["tokens_in"]["embedding"]
+    text = weights()["params"]["text"] | {"tokens_in": {"embedding": jnp.roll(embedding, -1, 0)}}
+    params = weights()["params"] | {"text": text}
+    found = net_of(padding=6).apply({"params": params}, (X["text"] - 1) % 7, method="encode_text")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, read(weights(), X["text"]))
+
+
 def test_examples_are_on_their_own():
     turned, found = run(weights(), jax.tree.map(lambda array: array[::-1], X)), run(weights(), X)
     others = run(weights(), jax.tree.map(lambda array: array.at[1:].set(array[0]), X))
