@@ -34,8 +34,8 @@ if TYPE_CHECKING:  # jax is imported when a run is opened, after its config has 
 
 LARGEST_BATCH = 256  # samples of one call of the network
 IN_USE = (  # the keys and sections of a config that may be set when a run is opened
-    "sample", "eval", "seed", "data.dir", "data.towers", "encoder.path", "text_encoder.path", "text_encoder.tokenizer",
-    "vector_encoder.path")
+    "sample", "eval", "seed", "data.dir", "data.towers", "encoder.path", "encoder.codes", "text_encoder.path",
+    "text_encoder.tokenizer", "vector_encoder.path")
 
 
 def open_run(

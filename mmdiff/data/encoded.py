@@ -44,10 +44,13 @@ class Encoded:
       encoders: of images and captions.
       mirrored: whether the mirror images are examples, too.
       damaged: the share of images that may be damaged, see `stored_images.UndamagedReader`.
+
+    Attributes:
+      names: of the classes, by label; none where there are no classes.
     """
 
     def __init__(self, records: Records, encoders: Sequence[NamedEncoder], mirrored: bool = False, damaged: float = 0.0):
-        self._records, self._encoders, self._times = records, encoders, 1 + mirrored
+        self._records, self._encoders, self._times, self.names = records, encoders, 1 + mirrored, tuple(records.names)
         self._reader = UndamagedReader(records, damaged)
         with_captions = any(encoder.of == "caption" for encoder in encoders)
         if with_captions and not records.captions:
@@ -182,7 +185,7 @@ class EncodedCache:
                     hashes |= shards.write(draft, number, self._shard(source, start, min(start + shard, len(source)), moments))
             shards.write_meta(
                 draft, modalities, [min(shard, len(source) - start) for start in starts], hashes, moments=moments, encoders=described,
-                made_of=identity)
+                made_of=identity, names=list(source.names))
         return True
 
     def _shard(self, source: Source, start: int, stop: int, moments: Sequence[str]) -> dict[str, np.ndarray]:

@@ -109,6 +109,7 @@ class LatentSource:
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{self._path / META} cannot be read ({error!r}): write the cache again.") from error
         encoded, self._moments = "encoders" in self._meta, self._meta.get("moments", [])
+        self.names = tuple(self._meta.get("names", ()))  # of the classes
         for name, expected in shards.stamp(modalities).items():
             scale = {"scale": found[name]["scale"]} if encoded and "scale" in expected and name in found else {}  # the encoder's
             if found.get(name) != expected | scale:

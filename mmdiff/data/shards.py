@@ -7,7 +7,7 @@
     FOLDER/val/...
 
 Entries of meta.json that only some caches have: "moments", the modalities that are stored as mean and deviation, [n, height, width,
-2 channels]; "encoders", what published networks have made the examples (`mmdiff.data.encoded`).
+2 channels]; "encoders", what published networks have made the examples (`mmdiff.data.encoded`); "names", of the classes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Published encoders in their places: images are cached, models train on what the encoders make of them, and samples are images."""
 
+import itertools
 import json
 
 import jax
@@ -12,6 +13,8 @@ from PIL import Image
 from mmdiff import config as configs
 from mmdiff.__main__ import main
 from mmdiff.data.latents import LatentSource
+from mmdiff.data.loader import batches
+from mmdiff.data.order import indices, positions
 from mmdiff.data.shards import sample_moments
 from mmdiff.data.sources import load_all
 from mmdiff.encoders import preprocessing
@@ -96,6 +99,10 @@ def test_a_cache_holds_moments_of_every_image_and_its_mirror_image(latents, auto
     np.testing.assert_array_equal(drawn, sample_moments(np.load(out / "train/image-00000.npy").astype(np.float32)[rows], rows, epochs))
     np.testing.assert_array_equal(source.take_in_epochs(rows[1:2], epochs[1:2])["image"], drawn[1:2])
     assert np.abs(drawn[0] - drawn[2]).max() > 0.1
+    first, second = itertools.islice(batches(source, 0, 12), 2)  # an epoch each
+    by_index = [dict(zip(indices(0, positions(step, 12), 12).tolist(), batch["image"])) for step, batch in enumerate((first, second))]
+    np.testing.assert_array_equal(by_index[1][3], drawn[0])
+    np.testing.assert_array_equal(by_index[0][3], found["image"][3])
     z = (found["image"] - moments[..., :4]) / moments[..., 4:]
     assert abs(z.mean()) < 0.02 and z.std() == pytest.approx(1, abs=0.02)
     meta = json.loads((out / "train/meta.json").read_text())
@@ -133,7 +140,7 @@ def test_a_model_of_latents_trains_and_its_samples_are_images(latents, autoencod
     use = ["--config", DIT, "--workdir", str(tmp_path / "run"), f"--config.encoder.path={folder}"]
     small = ["--config.model.size=XS", "--config.model.patch=16", f"--config.data.dir={out}"]
     assert main(["train", *use, *TRAIN, *small]) == 0
-    assert main(["sample", *use, "--given", "label=1", "--number", "2", "--steps", "2"]) == 0
+    assert main(["sample", *use, "--given", "label=dog", "--number", "2", "--steps", "2"]) == 0
     samples = np.load(tmp_path / "run/samples/samples.npz")["image"]
     by_hand = np.asarray(net.apply({"params": params}, jnp.asarray(samples / 0.5 + 0.25), method="decode"))
     shown = np.stack([np.asarray(Image.open(tmp_path / f"run/samples/image/0000{i}.png")) for i in range(2)])
