@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -240,11 +241,23 @@ def test_attention_in_parts_of_the_queries_is_the_attention():
     np.testing.assert_allclose(parts, whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_image_after_another_is_the_same():
     moments, decoded = run(KL4.clone(slicing=True), published.params(KL4), images("kl4", 2, 3, 40, 24), "encode", "decode", jnp.asarray(
         published.golden("kl4")["moments"][..., :4]))  # fmt: skip
     published.assert_close(moments, published.golden("kl4")["moments"])
     published.assert_close(decoded, published.golden("kl4")["images"])
+
+
+@pytest.mark.parametrize("net", [TILED.clone(slicing=True), TINY])
+def test_half_precision_computes_and_gives_float32(net):
+    net = net.clone(dtype=jnp.bfloat16)
+    variables = {"params": published.abstract(net)}
+    latents = jax.eval_shape(lambda v: net.apply(v, jnp.zeros((2, 40, 24, 3)), method="encode"), variables)
+    decoded = jax.eval_shape(lambda v: net.apply(v, jnp.zeros((2, 20, 12, net.latent_channels)), method="decode"), variables)
+    assert latents.dtype == decoded.dtype == jnp.float32
+    jaxpr = str(jax.make_jaxpr(lambda v: net.apply(v, jnp.zeros((2, 8, 8, 3)), method="encode"))(variables))
+    assert "f32" not in "".join(re.findall(r":(\S+) = conv_general_dilated", jaxpr)) and "conv_general_dilated" in jaxpr
 
 
 # ---- Errors ----
