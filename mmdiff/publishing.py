@@ -73,9 +73,9 @@ def _write_published(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
     name, kind = _exported(run)
     if name == "diffusers-dit":
         raise UserError("the run computes diffusers' DiT, which the original code does not: write it with --to diffusers.")
-    arrays = layouts.state_dict(kind.layout, run.experiment.net, run.params["params"])
-    write_weights(out, arrays)
-    return [f"{len(arrays)} tensors of {kind.about}"]
+    tensors = layouts.tensors(kind.layout, run.experiment.net, run.params["params"])
+    write_weights(out, tensors)
+    return [f"{len(tensors)} tensors of {kind.about}"]
 
 
 def _write_diffusers(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
@@ -84,9 +84,9 @@ def _write_diffusers(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
     if name == "sit":
         raise UserError("diffusers has no pipeline for SiT: write it with --to published.")
     if name == "vq-diffusion":
-        arrays = layouts.state_dict(vq_diffusion.VQ_DIFFUSION_DIFFUSERS, net, run.params["params"])
-        write_weights(out, arrays, vq_diffusion.diffusers_config(net, arrays))
-        return [f"{len(arrays)} tensors of diffusers' Transformer2DModel: the rest of the pipeline, CLIP among it, is not written"]
+        tensors = layouts.tensors(vq_diffusion.VQ_DIFFUSION_DIFFUSERS, net, run.params["params"])
+        write_weights(out, tensors, vq_diffusion.diffusers_config(net, tensors))
+        return [f"{len(tensors)} tensors of diffusers' Transformer2DModel: the rest of the pipeline, CLIP among it, is not written"]
     vae = vae or run.config.get("encoder", {}).get("path")
     if not vae:
         raise UserError("diffusers' pipeline decodes latents: name the folder of the autoencoder, in diffusers' layout, with --vae.")
@@ -94,8 +94,8 @@ def _write_diffusers(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
         raise UserError(f"diffusers' DiT has square images alone, not {net.patches.height}x{net.patches.width}: write --to published.")
     steps = _check_chain(run)
     vae = _vae(readers.expand(vae), net.patches.channels)
-    arrays = layouts.state_dict(diffusers_dit.DIFFUSERS, net, run.params["params"])
-    write_weights(out / "transformer", arrays, diffusers_dit.transformer_config(net))
+    tensors = layouts.tensors(diffusers_dit.DIFFUSERS, net, run.params["params"])
+    write_weights(out / "transformer", tensors, diffusers_dit.transformer_config(net))
     (out / "vae").mkdir()
     for file in [vae / "config.json", *weight_files(vae)]:
         shutil.copyfile(file, out / "vae" / file.name)
@@ -107,7 +107,7 @@ def _write_diffusers(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
         ("model_index.json", diffusers_dit.model_index(_class_names(run))),
     ):
         (out / path).write_text(json.dumps(content, indent=2) + "\n")
-    said = [f"{len(arrays)} tensors of diffusers' DiTPipeline, with the autoencoder of {vae}"]
+    said = [f"{len(tensors)} tensors of diffusers' DiTPipeline, with the autoencoder of {vae}"]
     if name == "dit":
         said.append("diffusers computes another function of them: the features of times have the frequencies 10000^(-i/127), not /128")
     if net.classes != 1000:

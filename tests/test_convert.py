@@ -72,6 +72,11 @@ def test_published_weights_become_a_run_and_published_weights_again(case, tmp_pa
     assert call("convert", *of(run, case), "--to", "published", "--out", tmp_path / "published") == 0
     assert_same(tmp_path / "published", arrays)
     assert (tmp_path / "published" / "source.json").exists()
+    if case == "text":
+        assert call("convert", *of(run, case), "--to", "diffusers", "--out", tmp_path / "diffusers") == 0
+        assert call("convert", *of(tmp_path / "again", case), "--from", tmp_path / "diffusers", "--as", kind) == 0
+        assert call("convert", *of(tmp_path / "again", case), "--to", "published", "--out", tmp_path / "twice") == 0
+        assert_same(tmp_path / "twice", arrays)
 
 
 def test_the_library_s_own_layout_holds_the_whole_run(tmp_path):

@@ -58,18 +58,18 @@ def to_dit(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found | renamed(weights, TO_DIT)
 
 
-def from_dit(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def from_dit(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The original's keys -> diffusers': the inverse of `to_dit`."""
-    arrays = {key: array for key, array in arrays.items() if key != "pos_embed"}
-    blocks = sorted({int(match[1]) for key in arrays if (match := re.match(r"blocks\.(\d+)\.", key))})
-    found = renamed(arrays, {new: old for old, new in TO_DIT.items()})
+    blocks = sorted({int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key))})
+    found = renamed(weights, {new: old for old, new in TO_DIT.items()})
+    found.pop("pos_embed")
     for part, name in EMBEDDERS.items():
         for leaf in ("weight", "bias"):
-            if (value := found.pop(f"{name}.{leaf}", None)) is not None:
-                found |= {f"transformer_blocks.{i}.norm1.emb.{part}.{leaf}": value for i in blocks}
+            if (tensor := found.pop(f"{name}.{leaf}", None)) is not None:
+                found |= {f"transformer_blocks.{i}.norm1.emb.{part}.{leaf}": tensor for i in blocks}
     for i in blocks:
         for leaf in ("weight", "bias"):
-            parts = np.split(found.pop(f"blocks.{i}.attn.qkv.{leaf}"), 3)
+            parts = found.pop(f"blocks.{i}.attn.qkv.{leaf}").split(3)
             found |= {f"transformer_blocks.{i}.attn1.{name}.{leaf}": part for name, part in zip(("to_q", "to_k", "to_v"), parts)}
     return found
 
@@ -108,4 +108,4 @@ def model_index(classes: Sequence[str]) -> dict[str, Any]:
 
 DIFFUSERS = Layout(
     published_dit.NAMES, lambda weights, net: published_dit.read(to_dit(weights) if is_diffusers(weights) else weights, net),
-    lambda arrays, net: from_dit(published_dit.write(arrays, net)))
+    lambda weights, net: from_dit(published_dit.write(weights, net)))

@@ -31,12 +31,12 @@ class Layout:
     Attributes:
       names: our modules, "blocks/attention/qkv", and the published ones, "blocks.#.attn.qkv"; `#` counts the blocks.
       read: `(weights, net) -> weights` under the published keys, with our order of rows and columns; it drops what is recomputed.
-      write: `(arrays, net) -> arrays`, its inverse; both get values by published key.
+      write: its inverse.
     """
 
     names: Mapping[str, str]
     read: Callable[[Weights, Any], dict[str, Tensor]]
-    write: Callable[[dict[str, np.ndarray], Any], dict[str, np.ndarray]]
+    write: Callable[[Weights, Any], dict[str, Tensor]]
 
 
 def load(
@@ -59,14 +59,18 @@ def load(
     return flax.traverse_util.unflatten_dict({ours[path]: leaf for path, leaf in flax.traverse_util.flatten_dict(found).items()})
 
 
-def state_dict(layout: Layout, net: Any, params: Any) -> dict[str, np.ndarray]:
-    """The published state dict of parameters: contiguous arrays by key.
+def tensors(layout: Layout, net: Any, params: Any) -> dict[str, Tensor]:
+    """The published state dict of parameters, read on demand.
 
     Raises:
       UserError: the network has what the layout has no place for.
     """
-    arrays = layout.write(state_dicts.state_dict(_renamed(layout, params)), net)
-    return {key: np.asarray(array, order="C") for key, array in arrays.items()}
+    return layout.write(state_dicts.tensors(_renamed(layout, params)), net)
+
+
+def state_dict(layout: Layout, net: Any, params: Any) -> dict[str, np.ndarray]:
+    """As `tensors`, contiguous arrays."""
+    return {key: np.asarray(tensor.read(), order="C") for key, tensor in tensors(layout, net, params).items()}
 
 
 def _renamed(layout: Layout, tree: Any) -> Any:
@@ -83,42 +87,35 @@ def _published(layout: Layout, path: Path) -> Path:
     return layout.names[module].replace("#", block[1] if block else "#"), path[-1]
 
 
-# ---- What layouts are made of: on values or tensors ----
+# ---- What layouts are made of ----
 
 
-def each(weights: Mapping[str, Any], rules: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    """Values by key, changed by the rule whose regular expression is the whole key."""
+def each(weights: Weights, rules: Mapping[str, Callable[[Tensor], Tensor]]) -> dict[str, Tensor]:
+    """Tensors by key, changed by the rule whose regular expression is the whole key."""
 
-    def changed(key, value):
+    def changed(key, tensor):
         rule = next((rule for pattern, rule in rules.items() if re.fullmatch(pattern, key)), None)
-        return value if rule is None else rule(value)
+        return tensor if rule is None else rule(tensor)
 
-    return {key: changed(key, value) for key, value in weights.items()}
-
-
-def mapped(value: Any, function: Callable[[np.ndarray], np.ndarray]) -> Any:
-    """`function` of an array, or of the values of a tensor when they are read; the shape stays."""
-    return value.map(function) if isinstance(value, Tensor) else function(value)
+    return {key: changed(key, tensor) for key, tensor in weights.items()}
 
 
-def regrouped(value: Any, first: int, second: int) -> Any:
+def regrouped(tensor: Tensor, first: int, second: int) -> Tensor:
     """Rows in order (first, second, rest) -> (second, first, rest): the parts q, k, v of all heads to the q, k, v of each head, or back."""
 
     def function(array):
         return array.reshape(first, second, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
 
-    return mapped(value, function)
+    return tensor.map(function)
 
 
-def joined(values: list[Any]) -> Any:
+def joined(tensors: list[Tensor]) -> Tensor:
     """Equal parts along the first axis as one: the inverse of `split`."""
-    if isinstance(values[0], Tensor):
-        return stack(values).reshape(len(values) * values[0].shape[0], *values[0].shape[1:])
-    return np.concatenate(values)
+    return stack(tensors).reshape(len(tensors) * tensors[0].shape[0], *tensors[0].shape[1:])
 
 
 def renamed(weights: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Values whose key begins with a name (`#` stands for a number), under the new name; others keep their keys."""
+    """Tensors whose key begins with a name (`#` stands for a number), under the new name; others keep their keys."""
     patterns = [(re.compile("^" + re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"), new) for old, new in names.items()]
 
     def name(key):
@@ -127,4 +124,4 @@ def renamed(weights: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, A
                 return new.replace("#", match[1] if match.groups() else "#") + key[match.end() :]
         return key
 
-    return {name(key): value for key, value in weights.items()}
+    return {name(key): tensor for key, tensor in weights.items()}

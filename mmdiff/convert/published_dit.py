@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff.convert.layouts import Layout, each, mapped, regrouped
+from mmdiff.convert.layouts import Layout, each, regrouped
 from mmdiff.convert.tensors import Tensor
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import sincos_2d
@@ -62,19 +62,19 @@ def read(weights: Any, net: Any, sign: int = 1) -> dict[str, Tensor]:
     return each(weights, {PATCHES: rows, QKV: by_head, LAST: partial(_signed, sign)})
 
 
-def write(arrays: dict[str, np.ndarray], net: Any, sign: int = 1) -> dict[str, np.ndarray]:
+def write(weights: Any, net: Any, sign: int = 1) -> dict[str, Tensor]:
     """See `Layout.write`."""
     patches = net.patches
 
     def kernel(rows):
-        return rows.reshape(-1, patches.patch, patches.patch, patches.channels).transpose(0, 3, 1, 2)
+        return rows.reshape(rows.shape[0], patches.patch, patches.patch, patches.channels).transpose(0, 3, 1, 2)
 
-    arrays = each(arrays, {PATCHES: kernel, QKV: lambda fused: regrouped(fused, net.heads, 3), LAST: partial(_signed, sign)})
-    return {"pos_embed": sincos_positions(net), **arrays}
+    found = each(weights, {PATCHES: kernel, QKV: lambda fused: regrouped(fused, net.heads, 3), LAST: partial(_signed, sign)})
+    return {"pos_embed": Tensor.of(sincos_positions(net)), **found}
 
 
-def _signed(sign: int, value: Any) -> Any:
-    return value if sign > 0 else mapped(value, np.negative)
+def _signed(sign: int, tensor: Tensor) -> Tensor:
+    return tensor if sign > 0 else tensor.map(np.negative)
 
 
 DIT = Layout(NAMES, read, write)

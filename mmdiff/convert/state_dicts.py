@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax
-import jax
 import numpy as np
 
 from mmdiff.convert.tensors import Tensor, stack
@@ -78,13 +77,24 @@ def load_params(
 
 def state_dict(params: Any) -> dict[str, np.ndarray]:
     """Parameters -> contiguous arrays by published key: the inverse of `load_params`, bit for bit."""
+    # In memory order, which some writers store under the shape of a view.
+    return {key: np.asarray(tensor.read(), order="C") for key, tensor in tensors(params).items()}
+
+
+def tensors(params: Any) -> dict[str, Tensor]:
+    """As `state_dict`, read on demand: layer by layer from the devices."""
     found = {}
     for path, leaf in flax.traverse_util.flatten_dict(params).items():
-        key, array = key_of(path), np.asarray(jax.device_get(leaf))
-        for layer, array in enumerate(array) if "#" in key else ((0, array),):
-            array = array.transpose(KERNELS[array.ndim]) if path[-1] == "kernel" else array
-            found[key.replace("#", str(layer))] = np.asarray(array, order="C")  # writers store memory order under the view's shape
+        key = key_of(path)
+        for layer in range(leaf.shape[0]) if "#" in key else (None,):
+            found[key.replace("#", str(layer))] = _published(path, leaf, layer)
     return found
+
+
+def _published(path, leaf, layer):
+    shape = tuple(leaf.shape if layer is None else leaf.shape[1:])
+    tensor = Tensor(shape, np.dtype(leaf.dtype), lambda index: np.asarray(leaf if layer is None else leaf[layer])[index])
+    return tensor.transpose(*KERNELS[len(shape)]) if path[-1] == "kernel" else tensor
 
 
 def _to_linen(path, leaf, weights):

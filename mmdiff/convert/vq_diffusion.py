@@ -70,40 +70,41 @@ def read(weights: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
     return found
 
 
-def write(arrays: dict[str, np.ndarray], net: Any) -> dict[str, np.ndarray]:
+def write(weights: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
     """See `Layout.write`: keys of an average, "transformer.blocks....", which the original code takes."""
-    arrays = dict(arrays)
-    for key in [key for key in arrays if re.search(r"attn1\.qkv|attn2\.kv", key)]:
+    found = dict(weights)
+    for key in [key for key in found if re.search(r"attn1\.qkv|attn2\.kv", key)]:
         number, attention, fused, leaf = key.split(".")[1:]
         parts = FUSED[f"{attention}.{fused}"]
-        split = np.split(regrouped(arrays.pop(key), net.heads, len(parts)), len(parts))
-        arrays |= {f"blocks.{number}.{attention}.{part}.{leaf}": value for part, value in zip(parts, split)}
-    for key in [key for key in arrays if re.fullmatch(r"blocks\.\d+\.ln2\.emb\.weight", key)]:
-        if np.array_equal(_with_null(arrays[key][:-1])[-1], arrays[key][-1]):  # a row that was trained stays, as one more class
-            arrays[key] = arrays[key][:-1]
+        split = regrouped(found.pop(key), net.heads, len(parts)).split(len(parts))
+        found |= {f"blocks.{number}.{attention}.{part}.{leaf}": tensor for part, tensor in zip(parts, split)}
+    for key in [key for key in found if re.fullmatch(r"blocks\.\d+\.ln2\.emb\.weight", key)]:
+        table = found[key].read()
+        if np.array_equal(_with_null(table[:-1])[-1], table[-1]):  # a row that was trained stays, as one more class
+            found[key] = found[key].part(0, len(table) - 1)
     if net.conv:
-        arrays = renamed(arrays, {new: old for old, new in CONVOLUTIONS.items()})
+        found = renamed(found, {new: old for old, new in CONVOLUTIONS.items()})
     if not net.context:
-        arrays = renamed(arrays, {new: old for old, new in CONDITIONED.items()})
-    return {f"transformer.{key}": array for key, array in arrays.items()}
+        found = renamed(found, {new: old for old, new in CONDITIONED.items()})
+    return {f"transformer.{key}": tensor for key, tensor in found.items()}
 
 
-def write_diffusers(arrays: dict[str, np.ndarray], net: Any) -> dict[str, np.ndarray]:
+def write_diffusers(weights: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
     """See `Layout.write`. Raises UserError for networks that diffusers does not have."""
     if net.conv or net.labels or not net.context:
         raise UserError("diffusers has VQ-Diffusion with cross-attention and ordinary feed-forward layers alone: write --to published.")
-    plain = {key.removeprefix("transformer."): array for key, array in write(arrays, net).items()}
+    plain = {key.removeprefix("transformer."): tensor for key, tensor in write(weights, net).items()}
     return renamed(plain, {new: old for old, new in DIFFUSERS_NAMES.items()})
 
 
-def diffusers_config(net: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def diffusers_config(net: Any, weights: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of diffusers' transformer. Raises UserError for grids that are not square."""
     rows, columns = net.positions or net.grid
     if rows != columns or net.grid[0] != net.grid[1]:
         raise UserError(f"diffusers has square grids of tokens alone, not {net.grid[0]}x{net.grid[1]}: write --to published.")
     return {
         "_class_name": "Transformer2DModel", **stated(net), "attention_head_dim": net.width // net.heads, "sample_size": rows,
-        "cross_attention_dim": arrays["transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        "cross_attention_dim": weights["transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "norm_type": "ada_norm", "norm_num_groups": 32, "dropout": 0.0}  # fmt: skip
 
 

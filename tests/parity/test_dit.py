@@ -47,7 +47,7 @@ def theirs(net):
     """diffusers' model; its blocks have the same embedders."""
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes_of(net))
     weights = {key: published.weight(key, array.shape) for key, array in layouts.state_dict(published_dit.DIT, net, zeros).items()}
-    arrays = diffusers_dit.from_dit(weights)
+    arrays = {key: tensor.read() for key, tensor in diffusers_dit.from_dit({k: Tensor.of(array) for k, array in weights.items()}).items()}
     config = diffusers_dit.transformer_config(net)
     model = diffusers.DiTTransformer2DModel(**{key: value for key, value in config.items() if key[0] != "_"})
     model.load_state_dict({key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()})
