@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 from mmdiff.convert.tensors import Tensor
 from mmdiff.encoders import autoencoder_layouts as layouts
-from mmdiff.encoders.autoencoder_blocks import upsample
+from mmdiff.encoders.autoencoder_blocks import UpsampledConv
 from mmdiff.encoders.blocks import conv
 from mmdiff.errors import UserError
 
+FIXED = {"act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,)}
 BOUND = 3.0  # latents z are decoded as 3 tanh(z / 3)
 
 
@@ -59,7 +60,6 @@ class Decoder(nn.Module):
     channels: tuple[int, ...]
     blocks: tuple[int, ...]
     out_channels: int
-    factor: int
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -71,11 +71,9 @@ class Decoder(nn.Module):
                 x = TinyBlock(self.dtype, name=f"layers.{layer + i}")(x)
             layer += blocks
             if stage < last:
-                x, layer = upsample(x, self.factor), layer + 1
-            channels = self.out_channels if stage == last else channels
-            x = conv(channels, 3, padding=1, use_bias=stage == last, dtype=self.dtype, name=f"layers.{layer}")(x)
-            layer += 1
-        return x
+                x = UpsampledConv(channels, use_bias=False, dtype=self.dtype, name=f"layers.{layer + 1}")(x)
+            layer += 2
+        return conv(self.out_channels, 3, padding=1, dtype=self.dtype, name=f"layers.{layer - 2}")(x)
 
 
 class AutoencoderTiny(nn.Module):
@@ -89,7 +87,6 @@ class AutoencoderTiny(nn.Module):
     encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
     decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
     latent_channels: int = 4
-    upsampling_scaling_factor: int = 2
     num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
     num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
     latent_magnitude: float = 3.0
@@ -101,7 +98,7 @@ class AutoencoderTiny(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoencoderTiny:
         """The network of a published config.json; missing values are diffusers' defaults."""
-        net = cls(**layouts.fields_of_config(cls, config, {"act_fn": ("relu",), "upsample_fn": ("nearest",)}))
+        net = cls(**layouts.fields_of_config(cls, config, FIXED))
         for part in ("encoder", "decoder"):
             channels, blocks = getattr(net, f"{part}_block_out_channels"), getattr(net, f"num_{part}_blocks")
             if len(channels) != len(blocks) or len(set(channels)) > 1:
@@ -110,7 +107,7 @@ class AutoencoderTiny(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Its config.json, as diffusers reads it."""
-        return layouts.config_of(self, act_fn="relu", upsample_fn="nearest")
+        return layouts.config_of(self, **{name: values[0] for name, values in FIXED.items()})
 
     @staticmethod
     def canonical(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +136,7 @@ class AutoencoderTiny(nn.Module):
     def setup(self):
         encoder, decoder = self.encoder_block_out_channels, self.decoder_block_out_channels
         self.encoder = Encoder(encoder, self.num_encoder_blocks, self.latent_channels, self.dtype)
-        self.decoder = Decoder(decoder, self.num_decoder_blocks, self.out_channels, self.upsampling_scaling_factor, self.dtype)
+        self.decoder = Decoder(decoder, self.num_decoder_blocks, self.out_channels, self.dtype)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """The reconstruction of images."""
