@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,8 @@ from mmdiff.data.sources import Source, check_range, digest
 from mmdiff.data.stored_images import Records, UndamagedReader, decode
 from mmdiff.errors import UserError
 
-SPLITS = ("train", "val")
 BATCH = 256  # images that are in memory at once
+SHARD = 2**30  # bytes of a shard, about
 COUNTED = 50_000  # training images, evenly spread, whose codes are counted
 
 
@@ -118,14 +119,14 @@ class EncodedCache:
         deps = {encoder.what: functools.partial(encoder_fingerprint, encoder, self.data.dir) for encoder in self.encoders}
         return {"cache": self, "frozen_deps": deps}
 
-    def write(self, folder: str | os.PathLike, splits: Sequence[str] = (), shard: int = shards.LENGTH) -> bool:
+    def write(self, folder: str | os.PathLike, splits: Sequence[str] = (), shard: int | None = None) -> bool:
         """Writes the splits that are not there yet, by default "train" and "val"; false if there is nothing to do.
 
         Raises:
           UserError: no encoder or no images are named, an unknown split, a split that is there of other images or encoders, images without
             the classes that the config needs, or a folder that cannot be written.
         """
-        folder, splits = files.expand(folder), list(dict.fromkeys(splits or SPLITS))
+        folder, splits = files.expand(folder), list(dict.fromkeys(splits or shards.SPLITS))
         for encoder in self.encoders:
             encoder.opened  # noqa: B018 - a path that is not there is said first
         if not self.data.images:
@@ -134,14 +135,14 @@ class EncodedCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._choose_codes(folder, sources)
-            written = [self._write_split(folder / split, source, shard) for split, source in sources.items()]
+            written = [self._write_split(folder / split, source, shard or self._shard_length()) for split, source in sources.items()]
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another folder.") from error
         return any(written)
 
     def holds(self, folder: str | os.PathLike) -> str:
         """The content of a folder that was written, for a person to read."""
-        counts = [f"{split} {sum(meta['lengths']):,}" for split in SPLITS if (meta := read_meta(folder, split))]
+        counts = [f"{split} {sum(meta['lengths']):,}" for split in shards.SPLITS if (meta := shards.read_meta(folder, split))]
         return f"{', '.join(self.modalities)} ({', '.join(counts)})"
 
     def _source(self, split: str) -> Encoded:
@@ -164,7 +165,7 @@ class EncodedCache:
 
     def _write_split(self, folder: pathlib.Path, source: Source, shard: int) -> bool:
         identity = digest(len(source), source.fingerprint(), shards.stamp(self.modalities), shard)
-        if meta := read_meta(folder.parent, folder.name):
+        if meta := shards.read_meta(folder.parent, folder.name):
             if meta.get("made_of") != identity:
                 raise UserError(f"{folder} was written of other images, or by other encoders: remove it, or write elsewhere.")
             return False
@@ -175,28 +176,43 @@ class EncodedCache:
             if isinstance(each, Latents):
                 modalities[name] = dataclasses.replace(each, scale=getattr(made[name].opened.net, "scaling_factor", 1.0))
         moments = [name for encoder in self.encoders for name in getattr(encoder, "moments", ())]
-        starts, hashes = range(0, len(source), shard), {}
+        starts, hashes, waiting = range(0, len(source), shard), {}, []
         with drafts.draft(folder, identity, keep=True) as draft:
-            for number, start in enumerate(console.progress(starts, f"encoding {folder.name}")):
-                names = {name: shards.file_name(name, number) for name in self.modalities}
-                if all((draft / file).exists() for file in names.values()):
-                    hashes |= {file: shards.sha256(np.load(draft / file)) for file in names.values()}
-                else:
-                    hashes |= shards.write(draft, number, self._shard(source, start, min(start + shard, len(source)), moments))
+            parts = [
+                (number, first, min(first + BATCH, stop), stop) for number, start in enumerate(starts)
+                for stop in [min(start + shard, len(source))] for first in range(start, stop, BATCH)]  # fmt: skip
+            for number, first, last, stop in console.progress(parts, f"batch of {folder.name}"):
+                names = [shards.file_name(name, number) for name in self.modalities]
+                if not waiting and all((draft / name).exists() for name in names):
+                    hashes |= {name: shards.sha256(np.load(draft / name)) for name in names if name not in hashes}
+                    continue
+                waiting.append(self._encoded(source, first, last, moments))
+                if last == stop:
+                    arrays = {name: np.concatenate([each[name] for each in waiting]) for name in self.modalities}
+                    hashes |= shards.write(draft, number, arrays)
+                    waiting.clear()
             shards.write_meta(
                 draft, modalities, [min(shard, len(source) - start) for start in starts], hashes, moments=moments, encoders=described,
                 made_of=identity, names=list(source.names))
         return True
 
-    def _shard(self, source: Source, start: int, stop: int, moments: Sequence[str]) -> dict[str, np.ndarray]:
-        parts = []
-        for first in range(start, stop, BATCH):
-            found = source.take(np.arange(first, min(first + BATCH, stop)))
-            if missing := [name for name in self.modalities if name not in found]:
-                raise UserError(f"the images in {self.data.images} have no {missing[0]}, which the config needs: see config.data.set.")
-            checked = {name: found[name] if name in moments else each.check(found[name]) for name, each in self.modalities.items()}
-            parts.append({name: shards.pack(array, name) for name, array in checked.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in self.modalities}
+    def _encoded(self, source: Source, first: int, last: int, moments: Sequence[str]) -> dict[str, np.ndarray]:
+        """Examples as a shard has them, checked."""
+        found = source.take(np.arange(first, last))
+        if missing := [name for name in self.modalities if name not in found]:
+            raise UserError(f"the images in {self.data.images} have no {missing[0]}, which the config needs: see config.data.set.")
+        for name, modality in self.modalities.items():
+            if name in moments:
+                for part in np.split(found[name], 2, axis=-1):
+                    modality.check(part)
+            else:
+                found[name] = modality.check(found[name])
+        return {name: shards.pack(found[name], name) for name in self.modalities}
+
+    def _shard_length(self) -> int:
+        """Examples in a shard, as many as fit into memory."""
+        numbers = sum(2 * math.prod(modality.shape) for modality in self.modalities.values())  # of moments twice as many
+        return max(1, min(shards.LENGTH, SHARD // (2 * numbers)))
 
 
 def encoder_fingerprint(encoder: NamedEncoder, folder: str) -> str | None:
@@ -209,7 +225,7 @@ def encoder_fingerprint(encoder: NamedEncoder, folder: str) -> str | None:
     """
     if (own := network_fingerprint(folder)) and encoder.of == "image":
         return own
-    meta = (read_meta(folder, "train") or read_meta(folder, "val")) if folder else None
+    meta = (shards.read_meta(folder, "train") or shards.read_meta(folder, "val")) if folder else None
     stored = ((meta or {}).get("encoders") or {}).get(encoder.modalities[0], {}).get("fingerprint")
     here = encoder.fingerprint()
     if stored and here and stored != here:
@@ -217,20 +233,6 @@ def encoder_fingerprint(encoder: NamedEncoder, folder: str) -> str | None:
             f"{folder} was encoded by another network than config.{encoder.key}.path={encoder.path} (fingerprints {stored[:12]} and "
             f"{here[:12]}): name that one, or encode the images again.")
     return here or stored
-
-
-def is_encoded(folder: str | os.PathLike) -> bool:
-    """Whether `EncodedCache` wrote a folder, and not the run of a tokenizer."""
-    return any("encoders" in (read_meta(folder, split) or {}) for split in SPLITS)
-
-
-def read_meta(folder: str | os.PathLike, split: str) -> dict[str, Any] | None:
-    """What the meta.json of a split says; None where there is none that can be read (`LatentSource` says why)."""
-    try:
-        found = files.read_json(files.expand(folder) / split / shards.META)
-    except files.FileError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _prepared(record: Mapping[str, Any], encoders: Sequence[NamedEncoder]) -> list[np.ndarray]:

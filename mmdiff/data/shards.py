@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from mmdiff import files
 from mmdiff.errors import UserError
 
+SPLITS = ("train", "val")
 META, LENGTH = "meta.json", 2**15  # LENGTH examples in a shard, which is held in memory
 UNSTAMPED = ("name", "names", "norm", "decode", "encoder", "sentences", "tokenizer")  # what says how a modality is seen, and not what it is
 
@@ -44,6 +46,20 @@ def write_meta(folder: pathlib.Path, modalities: Mapping[str, Any], lengths: Seq
     """Writes meta.json, with which a split is finished."""
     meta = {"format": 1, "lengths": list(lengths), "modalities": stamp(modalities), "sha256": dict(hashes), **more}
     _write(folder / META, lambda stream: stream.write(json.dumps(meta, indent=1).encode()))
+
+
+def is_encoded(folder: str | os.PathLike) -> bool:
+    """Whether `EncodedCache` wrote a folder, and not the run of a tokenizer."""
+    return any("encoders" in (read_meta(folder, split) or {}) for split in SPLITS)
+
+
+def read_meta(folder: str | os.PathLike, split: str) -> dict[str, Any] | None:
+    """What the meta.json of a split says; None where there is none that can be read (`LatentSource` says why)."""
+    try:
+        found = files.read_json(files.expand(folder) / split / META)
+    except files.FileError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def stamp(modalities: Mapping[str, Any]) -> dict[str, dict]:

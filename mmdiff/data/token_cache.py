@@ -17,11 +17,11 @@ import numpy as np
 from mmdiff import files
 from mmdiff.data import arrays
 from mmdiff.data.bpe import Tokenizer, train
-from mmdiff.data.encoded import is_encoded
 from mmdiff.data.latents import LatentSource
 from mmdiff.data.named_encoders import NamedEncoder
 from mmdiff.data.network_cache import TOKENS, map_batched, part_of, read_network, read_tokenizer
 from mmdiff.data.network_cache import read_meta as read_network_meta
+from mmdiff.data.shards import is_encoded
 from mmdiff.data.sources import ArraySource, Source, check_range, digest, made_up
 from mmdiff.data.sources import fingerprint as source_fingerprint
 from mmdiff.data.token_modalities import DiscreteModality, TokenImages

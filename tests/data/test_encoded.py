@@ -18,6 +18,7 @@ from mmdiff.data.order import indices, positions
 from mmdiff.data.shards import sample_moments
 from mmdiff.data.sources import load_all
 from mmdiff.encoders import preprocessing
+from mmdiff.encoders.autoencoder_kl import AutoencoderKL
 from mmdiff.encoders.clip import CLIPVision
 from mmdiff.encoders.vq_model import VQModel
 from mmdiff.nets.dit import SIZES
@@ -167,6 +168,29 @@ def test_what_is_not_there_is_said(images, tmp_path, capsys):
     status, said = run(capsys, "cache", "--config", DIT, *out, "--config.encoder.kind=inception")
     assert status == 2 and "config.encoder.kind is 'inception': an autoencoder is one of autoencoder_kl, autoencoder_tiny" in said[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_is_said(latents, images, captioned, autoencoder, tmp_path, capsys):
+    out, command = latents
+    use = ["cache", "--config", DIT, f"--config.encoder.path={autoencoder[0]}"]
+    status, said = run(capsys, *use, f"--config.data.images={images / 'train'}", "--out", str(out))
+    assert status == 2 and f"{out}/train was written of other images, or by other encoders: remove it" in said[0]
+    elsewhere = ["--out", str(tmp_path / "out")]
+    status, said = run(capsys, *use, f"--config.data.images={captioned}", "--config.data.set=captioned", *elsewhere)
+    assert status == 2 and "have no label, which the config needs: see config.data.set" in said[0]
+    status, said = run(capsys, *use, f"--config.data.images={tmp_path / 'none'}", *elsewhere)
+    assert status == 2 and f"there is no folder {tmp_path / 'none'}" in said[0]
+    status, said = run(capsys, *use, f"--config.data.images={images}", "--split", "test", *elsewhere)
+    assert status == 2 and "the set folder has no split 'test'" in said[0]
+    wide = tiny_encoders.publish(tmp_path / "wide", AutoencoderKL.from_config({**tiny_encoders.KL, "latent_channels": 3}))[0]
+    status, said = run(capsys, *use[:3], f"--config.encoder.path={wide}", f"--config.data.images={images}", *elsewhere)
+    assert status == 2 and "latents need the shape [n, 32, 32, 4], got [12, 32, 32, 3]" in said[0]
+    (images / "val/cat/0.png").rename(tmp_path / "0.png")
+    (images / "val/cat/0.png").write_bytes(b"no image")
+    status, said = run(capsys, *use, f"--config.data.images={images}", "--split", "val", *elsewhere)
+    (tmp_path / "0.png").rename(images / "val/cat/0.png")
+    assert status == 2 and "val/cat/0.png" in said[0] and "config.data.damaged" in said[0]
+    assert not any(path.suffix == ".json" for path in (tmp_path / "out").rglob("*") if path.name == "meta.json")
 
 
 @pytest.fixture(scope="module")
