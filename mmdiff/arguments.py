@@ -112,7 +112,13 @@ or absent (--absent NAME: it says nothing about the others). So one model
 samples both, images of a label, the label of an image, and images alone. Sample i
 depends on the seed and on i only, not on --number. The values of the config are
 the run's own; config.sample, config.eval, config.seed and the folders of the
-data can be set."""
+data can be set.
+
+With --format it writes a set of images of any number, with all devices here and,
+with --distributed, those of all other processes: samples.npz (arr_0 uint8
+[N, H, W, 3], arr_1 the labels), or images/000000.png and labels.npy; and a grid of
+the first. After an interruption the same command continues, and the set has the
+same bits, whatever has computed it. A folder takes the samples of one setting."""
 
 USE = "--config digits_joint --workdir runs/digits_joint"
 TOKENIZER = "--config cdcd/scenes_tokenizer --workdir runs/scenes_tokenizer"
@@ -123,6 +129,7 @@ EXAMPLES = {
         f"sample {USE} --given label=7 --guidance 1.5",
         f"sample {USE} --given image=seven.png",
         f"sample {USE} --absent label --seed 1",
+        f"sample {USE} --number 50000 --classes balanced --format npz --out runs/set",
     ],
     "eval": [
         f"eval {USE}", f"eval {USE} --split validation --config.sample.guidance=1.3",
@@ -271,6 +278,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     option("--seed", type=_seed, metavar="S", help="seed of the samples (default: config.seed)")
     of_checkpoint(sub)
     option("--out", type=_path, metavar="DIR", help="where the samples are written (default: WORKDIR/samples)")
+    option("--classes", choices=("balanced", "random"), help="sample i is of a class of its own: all equally often, or by chance")
+    option("--format", choices=("npz", "png"), help="write a set of images: ADM's samples.npz, or numbered files")
+    option("--batch", type=_count, metavar="B", help="of --format: samples that a device computes at once (default: 64)")
+    of_processes(sub)
     sub = command("eval", "measure a trained model and write the report, or any samples", EVAL, required=False, config_required=False)
     of_checkpoint(sub)
     sub.add_argument("--split", choices=("test", "validation"), default="test", help="what to measure on (default: test)")

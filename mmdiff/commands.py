@@ -67,27 +67,70 @@ def aot(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    if _is_spare():
+    flags = args.coordinator, args.processes, args.process
+    joins = args.distributed or any(flags)
+    where = distributed.address(*flags) if joins else {}
+    if not joins and _is_spare():
         return
     _prepare()
+    if args.format is None:
+        for flag, value in {"--batch": args.batch, "--distributed": joins}.items():
+            if value:
+                raise UserError(f"{flag} goes with --format: name the format of a set of images, or leave it out.")
     given = _pairs(args.given)
-    run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
-    given, number = run.parse(args.number, given, args.absent)
     _writable("--out", args.out)
     out = pathlib.Path(args.out or os.path.join(args.workdir, "samples"))
+    if joins:
+        distributed.start(**where)
+        with distributed.exit_together():
+            return _sample(args, given, out)
+    _sample(args, given, out)
+
+
+def _sample(args: argparse.Namespace, given: Mapping[str, str], out: pathlib.Path) -> None:
+    run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
+    steps, guidance, seed = run.settings(args.steps, args.guidance, args.seed)
+    if args.classes:
+        from mmdiff import sample_sets
+
+        number = args.number or 16
+        given = given | sample_sets.classes(run, args.classes, number, seed, {*given, *args.absent})
+        given, number = run.parse(number, given, args.absent)
+    else:
+        given, number = run.parse(args.number, given, args.absent)
     _writable("the folder of the samples,", out)
     for text in args.given:
         file = pathlib.Path(text.partition("=")[2]).expanduser()
-        if file.name.startswith("samples") and file.parent.resolve() == out.resolve():
+        if _is_overwritten(file.resolve(), out.resolve(), args.format):
             raise UserError(f"--given {text} would be overwritten by what is sampled: name another folder with --out.")
-    steps, guidance, seed = run.settings(args.steps, args.guidance, args.seed)
-    samples = run.sample(number, given=given, absent=args.absent, steps=steps, guidance=guidance, seed=seed)
-    console.out(f"{number} samples of step {run.step} (seed {seed}, {steps} steps, guidance {guidance:g})")
-    for name, value in run.show(samples).items():
-        if not hasattr(value, "shape"):
-            console.out(f"{name}: {' '.join(map(str, value))}")
-    for path in run.write(samples, out):
+    settings = {"steps": steps, "guidance": guidance, "seed": seed}
+    said = f"{number} samples of step {{}} (seed {seed}, {steps} steps, guidance {guidance:g})"
+    if args.format:
+        from mmdiff import sample_sets
+
+        batch = args.batch or sample_sets.BATCH
+        paths = sample_sets.write(run, out, number, given=given, absent=args.absent, **settings, form=args.format, batch=batch)
+        if not distributed.is_first():
+            return
+        console.out(said.format(run.step))
+    else:
+        if (out / "samples.json").exists():
+            raise UserError(f"{out} holds a set of samples: name another folder by --out, or remove it.")
+        samples = run.sample(number, given=given, absent=args.absent, **settings)
+        console.out(said.format(run.step))
+        for name, value in run.show(samples).items():
+            if not hasattr(value, "shape"):
+                console.out(f"{name}: {' '.join(map(str, value))}")
+        paths = run.write(samples, out)
+    for path in paths:
         console.out(path)
+
+
+def _is_overwritten(file: pathlib.Path, out: pathlib.Path, form: str | None) -> bool:
+    """Whether a file or folder that is given is written to, too."""
+    if form is not None and (file == out or out / "images" in (file, *file.parents) or file == out / "labels.npy"):
+        return True
+    return file.name.startswith("samples") and file.parent == out
 
 
 def _pairs(given: list[str]) -> dict[str, str]:

@@ -102,6 +102,45 @@ def progress(items: Sequence[T], unit: str) -> Iterator[T]:
                 say(f"mmdiff: {unit} {done} of {len(items)}")
 
 
+class Rate:
+    """The progress of a process that has a share of some work: how much is done, by all processes a second, and the time that is left.
+
+    A bar or, where none can be shown, a line every half minute and one at the end. Process 0 speaks for all.
+
+    >>> rate = Rate(2, "image")
+    >>> rate.add(1), rate.close()
+    (None, None)
+
+    Args:
+      total: the share of this process. unit: what one is called.
+      process, processes: this one and their number.
+    """
+
+    def __init__(self, total: int, unit: str, process: int = 0, processes: int = 1):
+        self._total, self._unit, self._processes, self._done = total, unit, processes, 0
+        self._bar = None if process else Bar(total, unit=unit)
+
+    def add(self, count: int) -> None:
+        """So many more are done."""
+        now, self._done = time.monotonic(), self._done + count
+        if self._bar is None:
+            return
+        if self._done == count:  # what it takes to compile is not what one takes
+            self._began, self._said, self._first = now, now, count
+        per_second = (self._done - self._first) / max(now - self._began, 1e-9)
+        speed = f"{per_second * self._processes:,.1f} {self._unit}s/s" if per_second else ""
+        self._bar.update(self._done, speed)
+        if not self._bar.shown and (now - self._said > LINE_SECONDS or self._done == self._total):
+            self._said = now
+            share = f" of process 0 of {self._processes}" if self._processes > 1 else ""
+            left = f"{(self._total - self._done) / per_second / 60:.1f} min left" if per_second and self._done < self._total else ""
+            say(f"mmdiff: {', '.join(filter(None, (f'{self._unit} {self._done:,} of {self._total:,}{share}', speed, left)))}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 def failure() -> str:
     """Why the answer on stdout is not whole: "" if it is, "pipe" if its reader has gone, else what the operating system says."""
     error = _failed.get("stdout")

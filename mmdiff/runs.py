@@ -17,7 +17,7 @@ import numbers
 import os
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -151,15 +151,42 @@ class Run:
           UserError: an unknown modality, one that is set twice, values that do not fit, or nothing left to sample.
         """
         given, number = self.parse(number, given, absent)
+        size = -(-number // -(-number // LARGEST_BATCH))  # equal batches
+        from mmdiff import console
+        from mmdiff.evals import blocks
+
+        found = self.stream(number, given=given, absent=absent, steps=steps, guidance=guidance, seed=seed, batch=size)
+        turns = console.progress(range(blocks.count_of(number, size)), "batch")
+        parts = [samples for _, (_, samples) in zip(turns, found)]
+        return {name: blocks.joined([part[name] for part in parts]) for name in parts[0]}
+
+    def stream(
+        self, number: int, *, given: Mapping[str, Any] | None = None, absent: Sequence[str] = (), steps: int | None = None,
+        guidance: float | None = None, seed: int | None = None, batch: int = LARGEST_BATCH, only: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """The samples of `sample` -> (k, those of batch k) of one batch after another, on all devices of this process, in bounded memory.
+
+        Batch k holds the samples k batch .. (k + 1) batch - 1, the last one fewer. The bits of sample i depend on the seed, i and `batch`
+        (where they stand in a matrix product), and neither on the number of devices nor on that of processes.
+
+        Args:
+          number, given, absent, steps, guidance, seed: as in `sample`.
+          batch: samples that a device computes at once.
+          only: these batches; all by default.
+
+        Raises:
+          UserError: as `sample`.
+        """
+        given, number = self.parse(number, given, absent)
         steps, guidance, seed = self.settings(steps, guidance, seed)
-        from mmdiff.evals.evaluator import example_keys, in_batches
+        from mmdiff.evals import blocks
+        from mmdiff.evals.evaluator import finite
 
         absent = tuple(sorted(set(absent)))
-        keys = example_keys(key_of_use(seed, "sample"), number)
         sample = functools.partial(self.experiment.sample, absent=absent, steps=steps, guidance=guidance)
-        size = -(-number // -(-number // LARGEST_BATCH))  # equal batches
-        samples = in_batches(sample, self.params, keys, given, size)
-        return self._quantized({name: array for name, array in samples.items() if name not in absent})
+        for k, samples in blocks.stream(sample, self.params, key_of_use(seed, "sample"), given, number, batch, blocks=only):
+            samples = {name: finite(name, array, k * batch) for name, array in samples.items()}
+            yield k, self._quantized({name: array for name, array in samples.items() if name not in absent})
 
     def settings(self, steps: int | None = None, guidance: float | None = None, seed: int | None = None) -> tuple[int, float, int]:
         """(steps, guidance, seed) of the sampler; those that are None are the config's."""

@@ -245,7 +245,7 @@ def test_one_process_evaluates_whatever_the_cluster_says(workdir, tmp_path, monk
 
 def test_samples_are_what_the_image_shows_and_can_be_given(workdir, tmp_path, monkeypatch):
     beyond = np.random.default_rng(0).uniform(-1.6, 1.6, (4, 8, 8, 1)).astype(np.float32)  # a sampler may overshoot
-    monkeypatch.setattr("mmdiff.evals.evaluator.in_batches", lambda *args: {"image": beyond, "label": np.arange(4)})
+    monkeypatch.setattr("mmdiff.evals.blocks.stream", lambda *args, **options: iter([(0, {"image": beyond, "label": np.arange(4)})]))
     arrays = sample(workdir, tmp_path / "out")
     np.testing.assert_array_equal(arrays["image"], np.clip(beyond, -1, 1))
     monkeypatch.undo()

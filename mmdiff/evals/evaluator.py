@@ -95,8 +95,10 @@ def in_batches(function: Callable, params: Any, keys: jax.Array, given: Any, siz
     return results
 
 
-def finite(name: str, array: np.ndarray) -> np.ndarray:
+def finite(name: str, array: np.ndarray, start: int = 0) -> np.ndarray:
     """`array` [n, ...], if all its numbers are finite: the door of every read-out, since a NaN is smaller and larger than nothing.
+
+    Its first example is called the one of the number `start`.
 
     Raises:
       UserError: how many of the n examples are not, and the first of them.
@@ -106,8 +108,8 @@ def finite(name: str, array: np.ndarray) -> np.ndarray:
         wrong = np.flatnonzero(~np.isfinite(array.astype(np.float64) if array.dtype.kind != "c" else array).reshape(len(array), -1).all(-1))
         if len(wrong):
             raise UserError(
-                f"{name}: {len(wrong):,} of {len(array):,} examples, the first of them {wrong[0]}, hold values that are not finite (NaN or "
-                "infinite), which mean nothing: take a checkpoint from before the training diverged (--step), or weaker guidance.")
+                f"{name}: {len(wrong):,} of {len(array):,} examples, the first of them {start + wrong[0]}, hold values that are not finite "
+                "(NaN or infinite), which mean nothing: take a checkpoint from before the training diverged (--step), or weaker guidance.")
     return array
 
 

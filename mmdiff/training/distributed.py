@@ -164,6 +164,13 @@ def exit_together() -> Iterator[None]:
     _leave(in_peace=True)
 
 
+def is_first() -> bool:
+    """Whether this process is the one that speaks for all."""
+    import jax
+
+    return jax.process_index() == 0
+
+
 def from_first(act: Callable[[], Any]) -> Any:
     """What `act` returns (JSON) in process 0, in every process, or the UserError that it raises there; the others do not act."""
     import jax
