@@ -153,12 +153,12 @@ class Run:
         given, number = self.parse(number, given, absent)
         size = -(-number // -(-number // LARGEST_BATCH))  # equal batches
         from mmdiff import console
-        from mmdiff.evals import blocks
+        from mmdiff.evals import streaming
 
         found = self.stream(number, given=given, absent=absent, steps=steps, guidance=guidance, seed=seed, batch=size)
-        turns = console.progress(range(blocks.count_of(number, size)), "batch")
+        turns = console.progress(range(streaming.count_of(number, size)), "batch")
         parts = [samples for _, (_, samples) in zip(turns, found)]
-        return {name: blocks.joined([part[name] for part in parts]) for name in parts[0]}
+        return {name: streaming.joined([part[name] for part in parts]) for name in parts[0]}
 
     def stream(
         self, number: int, *, given: Mapping[str, Any] | None = None, absent: Sequence[str] = (), steps: int | None = None,
@@ -179,12 +179,12 @@ class Run:
         """
         given, number = self.parse(number, given, absent)
         steps, guidance, seed = self.settings(steps, guidance, seed)
-        from mmdiff.evals import blocks
+        from mmdiff.evals import streaming
         from mmdiff.evals.evaluator import finite
 
         absent = tuple(sorted(set(absent)))
         sample = functools.partial(self.experiment.sample, absent=absent, steps=steps, guidance=guidance)
-        for k, samples in blocks.stream(sample, self.params, key_of_use(seed, "sample"), given, number, batch, blocks=only):
+        for k, samples in streaming.stream(sample, self.params, key_of_use(seed, "sample"), given, number, batch, blocks=only):
             samples = {name: finite(name, array, k * batch) for name, array in samples.items()}
             yield k, self._quantized({name: array for name, array in samples.items() if name not in absent})
 

@@ -34,9 +34,9 @@ from mmdiff.data.modalities import Images, Labels
 from mmdiff.data.network_cache import fingerprint, flat
 from mmdiff.data.token_modalities import TokenImages
 from mmdiff.errors import UserError
-from mmdiff.evals.blocks import count_of
 from mmdiff.evals.image_set_writer import npz, pictures
 from mmdiff.evals.plots import grid
+from mmdiff.evals.streaming import count_of
 from mmdiff.training import distributed
 
 FORMATS = ("npz", "png")
@@ -45,6 +45,7 @@ SHARD = 1024  # samples in a shard, about; fewer of small sets, so that several 
 FEW = 64  # in the grid
 SETTINGS, SHARDS = "samples.json", "shards"
 MADE = ("samples.npz", "samples.png", "labels.npy", "images")
+SAID = ("number", "format", "steps", "guidance", "seed", "batch", "step")  # of the settings; the others are long
 WAIT_SECONDS = 0.5  # between looks at what other processes have written
 
 
@@ -178,7 +179,7 @@ def _claim(out: pathlib.Path, held: contextlib.ExitStack, settings: Mapping[str,
     different = [key for key in {**settings, **old} if old.get(key) != settings.get(key)]
     if different:
         key = different[0]
-        text = f"{key} {old.get(key)}, not {settings.get(key)}" if isinstance(settings.get(key), (int, float, str)) else f"other {key}"
+        text = f"{key} {old.get(key)}, not {settings.get(key)}" if key in SAID else f"other {key}"
         if stored.get("whole"):
             shutil.rmtree(out / SHARDS)
         raise UserError(f"{out} holds samples of other settings ({text}): name another folder by --out, or remove it.")

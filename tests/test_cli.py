@@ -185,7 +185,7 @@ def test_eval_and_sample_take_the_values_of_the_run(other, tmp_path, capsys):
         ("--config.sample.guidance=nan", "config.sample.guidance must be a finite number"),
         ("--step=5", "no checkpoint of step 5"),
         ("--step=last", "it must be the step of a checkpoint or best, not 'last'"),
-        ("--distributed", "unrecognized arguments: --distributed"),
+        ("--resume", "unrecognized arguments: --resume"),
     ],
 )
 def test_eval_and_sample_refuse_what_does_not_fit_the_run(other, capsys, command, argument, words):
@@ -245,7 +245,7 @@ def test_one_process_evaluates_whatever_the_cluster_says(workdir, tmp_path, monk
 
 def test_samples_are_what_the_image_shows_and_can_be_given(workdir, tmp_path, monkeypatch):
     beyond = np.random.default_rng(0).uniform(-1.6, 1.6, (4, 8, 8, 1)).astype(np.float32)  # a sampler may overshoot
-    monkeypatch.setattr("mmdiff.evals.blocks.stream", lambda *args, **options: iter([(0, {"image": beyond, "label": np.arange(4)})]))
+    monkeypatch.setattr("mmdiff.evals.streaming.stream", lambda *args, **options: iter([(0, {"image": beyond, "label": np.arange(4)})]))
     arrays = sample(workdir, tmp_path / "out")
     np.testing.assert_array_equal(arrays["image"], np.clip(beyond, -1, 1))
     monkeypatch.undo()

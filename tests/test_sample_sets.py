@@ -186,7 +186,7 @@ def test_the_command_writes_a_set(run, workdir, tmp_path, capsys):
 def test_other_settings_are_refused_and_nothing_is_lost(run, workdir, alone, tmp_path):
     before = contents(alone)
     for change, words in {
-        "seed": "seed 3, not 4", "guidance": "guidance 1.5, not 1", "steps": "steps 2, not 1", "batch": "batch 8, not 4",
+        "seed": "seed 3, not 4", "guidance": "guidance 1.5, not 1.0", "steps": "steps 2, not 1", "batch": "batch 8, not 4",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=rf"holds samples of other settings \({words}\): name another folder"):
             write(run, alone, **{change: {"seed": 4, "guidance": 1.0, "steps": 1, "batch": 4}[change]})

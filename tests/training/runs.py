@@ -4,7 +4,8 @@ A job is a dict: workdir, overrides {"train.steps": 8}, devices (simulated), and
   process [index, count, port]   joins others;
   constants {"JOIN_SECONDS": 2}  sets those of mmdiff.training.distributed;
   kill [signal, when, seconds]   sends the signal `seconds` after the run has written of the step `when` in metrics.jsonl, or has
-                                 begun to write a checkpoint ("save"), or has started ("start"); what SIGSTOP stops is killed later;
+                                 begun to write a checkpoint ("save"), or has started ("start"), or when a file is there (its path);
+                                 what SIGSTOP stops is killed later;
   file_limit                     no file may grow beyond that many bytes;
   takes                          where to write which examples were read, a JSON list per read;
   after                          waits until the run has written of that step in metrics.jsonl;
@@ -180,6 +181,8 @@ def _error(job):
 
 
 def _due(job, when, before):
+    if os.sep in str(when):
+        return os.path.exists(when)
     drafts, inode = _marks(job)
     if when == "save":
         return drafts - before[0]
