@@ -114,13 +114,14 @@ def write(
     length = batch * max(1, min(SHARD // batch, number // (64 * batch)))
     process, processes = jax.process_index(), jax.process_count()
     names = [name for name in (image, label) if name]
+    settings = {"number": number, "format": form, **asked, **_made_of(run, given)}  # the weights are read by all processes together
 
     def missing(numbers):
         return [k for k in numbers if not all((out / SHARDS / shards.file_name(name, k)).exists() for name in names)]
 
     with contextlib.ExitStack() as held:
         try:
-            whole = distributed.from_first(lambda: _claim(out, held, {"number": number, "format": form, **asked, **_made_of(run, given)}))
+            whole = distributed.from_first(lambda: _claim(out, held, settings))
             if not whole:
                 options = {"given": given, **asked, "number": number}
                 _sample(run, out / SHARDS, missing(range(process, count_of(number, length), processes)), length, image, label, options)
