@@ -14,13 +14,17 @@ from mmdiff import config as configs
 from mmdiff.__main__ import main
 from mmdiff.data.latents import LatentSource
 from mmdiff.data.loader import batches
+from mmdiff.data.named_encoders import ImageVectors
 from mmdiff.data.order import indices, positions
 from mmdiff.data.shards import sample_moments
 from mmdiff.data.sources import load_all
 from mmdiff.encoders import preprocessing
 from mmdiff.encoders.autoencoder_kl import AutoencoderKL
 from mmdiff.encoders.clip import CLIPVision
+from mmdiff.encoders.dinov2 import DINOv2
+from mmdiff.encoders.siglip import SigLIPVision
 from mmdiff.encoders.vq_model import VQModel
+from mmdiff.errors import UserError
 from mmdiff.nets.dit import SIZES
 
 DIT, TOKENS = "configs/imagenet256/dit_xl2.py", "configs/cdcd/imagenet256_class.py"
@@ -251,6 +255,22 @@ def test_vectors_of_images_beside_their_latents(vectors, images):
         for path in sorted(images.glob("train/*/*.png"))])
     vectors = np.asarray(net.apply({"params": params}, views).embedding)
     np.testing.assert_allclose(stored[::2], vectors * (12**0.5 / np.linalg.norm(vectors, axis=-1, keepdims=True)), atol=3e-3)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", pytest.param("siglip_vision", marks=pytest.mark.slow)])
+def test_vectors_of_other_image_encoders(kind, images, tmp_path):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 224, "patch_size": 56}
+    net = DINOv2.from_config(sizes) if kind == "dinov2" else SigLIPVision.from_config(sizes | {"intermediate_size": 16})
+    folder, net, params = tiny_encoders.publish(tmp_path / "encoder", net)
+    vectors = ImageVectors({"kind": kind, "path": str(folder)}, 12)
+    photo = Image.open(next(images.glob("val/*/*.png"))).convert("RGB")
+    view = vectors.prepare(photo)
+    np.testing.assert_array_equal(view, (preprocessing.DINOV2 if kind == "dinov2" else preprocessing.SIGLIP)(photo))
+    found = net.apply({"params": params}, view[None])
+    by_hand = np.asarray(found["cls"] if kind == "dinov2" else found.pooled)
+    np.testing.assert_allclose(vectors.encode(view[None])["representation"], by_hand * (12**0.5 / np.linalg.norm(by_hand)), atol=1e-4)
+    with pytest.raises(UserError, match="has vectors of 12 numbers, but the config needs 16"):
+        ImageVectors({"kind": kind, "path": str(folder)}, 16).encode(view[None])
 
 
 @pytest.mark.slow
