@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ class SquareImages(NamedEncoder):
     """What encoders of square images share, whose result is `side` high and wide: the images' size, and how many are encoded at once."""
 
     side: int
+    _decoded: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def pixels(self) -> int:
@@ -43,6 +44,12 @@ class SquareImages(NamedEncoder):
     def prepare(self, image):
         return dataclasses.replace(AUTOENCODER, size=self.pixels)(image)
 
+    def images(self, function: Callable[..., Any], array: np.ndarray) -> np.ndarray:
+        """What `function` decodes. The last images are kept: samples are shown several times."""
+        if self._decoded is None or not np.array_equal(self._decoded[0], array):
+            self._decoded = array, self.call(function, array, self.part)
+        return self._decoded[1]
+
 
 class Autoencoder(SquareImages):
     """Images [n, H, W, 3] in [-1, 1] <-> latents as a diffusion model has them, (z - shift) * scale by constants of the network's config.
@@ -54,7 +61,7 @@ class Autoencoder(SquareImages):
 
     def __init__(self, section: Mapping[str, Any], side: int, key: str = "encoder", modality: str = "image"):
         super().__init__(section, key)
-        self.side, self.modalities, self._decoded = side, (modality,), None
+        self.side, self.modalities = side, (modality,)
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -70,11 +77,8 @@ class Autoencoder(SquareImages):
         return np.split(found, 2, axis=-1)[0] if self.moments else found
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents [n, h, w, c] -> images [n, H, W, 3], clipped to [-1, 1]. The last ones are kept: samples are shown several times."""
-        latents = np.asarray(latents, np.float32)
-        if self._decoded is None or not np.array_equal(self._decoded[0], latents):
-            self._decoded = latents, self.call(_decode_latents, latents, self.part)
-        return self._decoded[1]
+        """Latents [n, h, w, c] -> images [n, H, W, 3], clipped to [-1, 1]."""
+        return self.images(_decode_latents, np.asarray(latents, np.float32))
 
 
 class ImageTokens(SquareImages):
@@ -123,7 +127,7 @@ class ImageTokens(SquareImages):
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Ids [n, h * w] -> images [n, H, W, 3], clipped to [-1, 1]."""
-        return self.call(_decode, np.asarray(ids).reshape(-1, self.side, self.side), self.part)
+        return self.images(_decode, np.asarray(ids).reshape(-1, self.side, self.side))
 
     def network(self):
         net, params = super().network()
