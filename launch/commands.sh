@@ -48,8 +48,19 @@ value_of() {
     done
 }
 
-# The arguments of `mmdiff train` have to say what is trained, and where to.
-check_train() {
+# What a run does: the mmdiff command that its words begin with, train where they begin with none.
+command_of() {
+    if [[ ${1:-} == sample ]]; then
+        echo sample
+    else
+        echo train
+    fi
+}
+
+# The words of a run have to say what it works on, and where.
+check_run() {
     [[ -n $(value_of --config "$@") ]] || refuse "--config is missing: say what is trained, as in --config configs/digits_joint.py."
     [[ -n $(value_of --workdir "$@") ]] || refuse "--workdir is missing: name a folder that all hosts see, as in --workdir /mnt/runs/digits."
+    [[ $(command_of "$@") == train || -n $(value_of --format "$@") ]] ||
+        refuse "--format is missing: several processes sample sets of images, --format npz or --format png."
 }

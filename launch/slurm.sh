@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of a Slurm cluster, one process per GPU; from a folder that all nodes see:
+# Trains or samples on the GPUs of a Slurm cluster, one process per GPU; from a folder that all nodes see:
 #
-#   NODES=2 GPUS=8 bash launch/slurm.sh [--dry-run] --config FILE --workdir DIR [--config.KEY=VALUE ...]
+#   NODES=2 GPUS=8 bash launch/slurm.sh [--dry-run] [sample] --config FILE --workdir DIR [--config.KEY=VALUE ...]
 #
 # Installs mmdiff into .venv (options: launch/environment.sh), then hands itself to sbatch. Within an allocation (salloc) it starts at once.
 # Five minutes before the time limit, and when it is preempted, every process gets SIGTERM, saves and exits with 143; the job then puts
-# itself back into the queue, and continues the run. The log is WORKDIR/slurm-JOB.log; `scancel JOB` ends it for good.
+# itself back into the queue, and continues the run or the set of samples. The log is WORKDIR/slurm-JOB.log; `scancel JOB` ends it for good.
 #
 # NODES=1     machines
 # GPUS=8      GPUs of each machine
@@ -24,7 +24,7 @@ for word; do
     esac
 done
 set -- ${words[@]+"${words[@]}"}
-check_train "$@"
+check_run "$@"
 venv=${VENV:-$root/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
 nodes=${NODES:-1} gpus=${GPUS:-8} cpus=${CPUS:-8}
@@ -41,8 +41,10 @@ submit() {
         "--wrap=exec $(quote env "VENV=$venv" "CPUS=$cpus" bash "$root/launch/slurm.sh" "$@")"
 }
 
-train() {
-    local status=0 cancelled=
+start() {
+    local command status=0 cancelled=
+    command=$(command_of "$@")
+    [[ ${1:-} != "$command" ]] || shift
     # scancel, and a preemption after which Slurm itself requeues the job, signal this script too; the time limit does not.
     trap 'cancelled=1' TERM
     # JAX takes one GPU for each process of a node, by its number there: each must see them all. A process that is done must not end the
@@ -50,7 +52,7 @@ train() {
     # https://docs.jax.dev/en/latest/gpu_performance_tips.html
     run env "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_gpu_enable_latency_hiding_scheduler=true" \
         srun "--cpus-per-task=$cpus" --gpu-bind=none --kill-on-bad-exit=0 \
-        "$venv/bin/python" -m mmdiff train --distributed "$@" || status=$?
+        "$venv/bin/python" -m mmdiff "$command" --distributed "$@" || status=$?
     if [[ -n $dry || $status =~ ^(143|138)$ && -z $cancelled ]]; then # 128 + SIGTERM, or SIGUSR1 of another --signal
         run scontrol requeue "$SLURM_JOB_ID"
     fi
@@ -59,7 +61,7 @@ train() {
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     submit "$@"
-    [[ -z $dry ]] || SLURM_JOB_ID=JOB train "$@" # what the job will do; the last command after a preemption alone
+    [[ -z $dry ]] || SLURM_JOB_ID=JOB start "$@" # what the job will do; the last command after a preemption alone
 else
-    train "$@"
+    start "$@"
 fi

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice of any number of hosts, from your own machine, which needs the gcloud command:
+# Trains or samples on a Cloud TPU slice of any number of hosts, from your own machine, which needs the gcloud command:
 #
 #   NAME=dit ZONE=us-west4-a TYPE=v5litepod-16 bash launch/tpu_vm.sh [--dry-run] COMMAND [ARGUMENTS]
 #
 #   create [GCLOUD FLAGS]   asks for the slice and waits until it is there (flags such as --reserved, --service-account=..., --network=...)
 #   install                 copies this checkout to every host and installs it; again after a change
-#   run TRAIN ARGUMENTS     starts `python -m mmdiff train --distributed TRAIN ARGUMENTS` on every host; again, it continues the run
+#   run [sample] ARGUMENTS  starts `python -m mmdiff train --distributed ARGUMENTS` on every host, or sample in the place of train; again, it
+#                           continues the run or the set of samples
 #   tail                    follows the log of the first host until the run ends; Ctrl-C leaves the run alone
 #   stop                    sends SIGTERM to every host and waits: the run saves itself, and `run` continues it
 #   delete                  gives the slice back, with everything on its disks
-#   all TRAIN ARGUMENTS     create, install, run, tail
+#   all [sample] ARGUMENTS  create, install, run, tail
 #
 # NAME, ZONE, TYPE    the slice's name, place and kind: v4-32, v5litepod-16, v5p-32, v6e-16, ... (TYPE for create alone)
 # PROJECT             default: gcloud's own
@@ -86,9 +87,9 @@ install() {
     everywhere "mkdir -p mmdiff && rm -rf mmdiff/configs mmdiff/launch mmdiff/mmdiff && tar -xzf checkout.tar.gz -C mmdiff && $(host install)"
 }
 
-train() {
+start() {
     local flags=
-    if ((slices > 1)); then
+    if ((slices > 1)) && [[ $(command_of "$@") == train ]]; then
         [[ -n $(value_of --config.train.mesh.slices "$@") ]] || set -- "$@" "--config.train.mesh.slices=$slices"
         # Gradients of different slices are summed while the backward pass continues: https://docs.jax.dev/en/latest/xla_flags.html
         flags="LIBTPU_INIT_ARGS=$(quote "${LIBTPU_INIT_ARGS:---xla_tpu_enable_data_parallel_all_reduce_opt=true}") "
@@ -108,7 +109,7 @@ done
 slices=${SLICES:-1}
 [[ $slices =~ ^[1-9][0-9]*$ ]] || refuse "SLICES=$slices: give a number of slices, 1 or more."
 if [[ $command == run || $command == all ]]; then # before a slice is paid for
-    check_train "$@"
+    check_run "$@"
     [[ -z ${BUCKET:-} || $(value_of --workdir "$@") == /mnt/runs/* ]] ||
         refuse "with BUCKET the workdir must be below /mnt/runs, where the bucket is, as in --workdir /mnt/runs/digits."
 fi
@@ -116,13 +117,13 @@ fi
 case $command in
     create) create "$@" ;;
     install) install ;;
-    run) train "$@" ;;
+    run) start "$@" ;;
     stop) everywhere "$(host stop)" ;;
     delete) queued delete --force --quiet ;;
     all)
         create
         install
-        train "$@"
+        start "$@"
         ;;
 esac
 if [[ $command == tail || $command == all ]]; then

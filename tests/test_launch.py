@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SLICE = {"NAME": "dit", "ZONE": "us-west4-a", "TYPE": "v5litepod-16"}
 RUN = ["--config", "configs/digits_joint.py", "--workdir", "/mnt/runs/it's here", "--config.train.steps=7"]
+SAMPLE = ["sample", *RUN[:4], "--format=npz"]
 TOOLS = ("gcloud", "sbatch", "srun", "scontrol", "tar", "mkdir", "bash", "sleep", "env")
 
 
@@ -96,6 +97,7 @@ COMMANDS = [
     ("tpu_vm.sh", ["delete"], {}),
     ("tpu_vm.sh", ["all", *RUN], {}),
     ("multislice.sh", ["all", *RUN], {"SLICES": "4"}),
+    ("tpu_vm.sh", ["run", *SAMPLE], {"SLICES": "4"}),
 ]
 
 
@@ -142,6 +144,11 @@ def test_several_slices(fakes):
         assert config.train.mesh.slices == 4
 
 
+def test_slices_sample(fakes):
+    [run] = printed(launch(fakes, "multislice.sh", "--dry-run", "run", *SAMPLE, **SLICE, SLICES="4")[0])
+    assert shlex.split(flags(run)["command"]) == ["bash", "mmdiff/launch/tpu_host.sh", "run", *SAMPLE]
+
+
 IMAGES = {"v4-32": "tpu-ubuntu2204-base", "v5litepod-16": "v2-alpha-tpuv5-lite", "v5p-32": "v2-alpha-tpuv5", "v6e-16": "v2-alpha-tpuv6e"}
 
 
@@ -173,6 +180,8 @@ MISTAKES = [
     ("multislice.sh", ["create"], SLICE, "SLICES"),
     ("multislice.sh", ["create"], {**SLICE, "SLICES": "1"}, "SLICES"),
     ("multislice.sh", ["create"], {**SLICE, "SLICES": "two"}, "SLICES"),
+    ("tpu_vm.sh", ["run", *SAMPLE[:5]], SLICE, "--format"),
+    ("slurm.sh", SAMPLE[:5], {}, "--format"),
     ("slurm.sh", ["--workdir", "/tmp/a"], {}, "--config"),
     ("slurm.sh", ["--config", "c.py"], {}, "--workdir"),
     ("slurm.sh", ["--config", "c.py", "--workdir", "a"], {"NODES": "many"}, "NODES"),
@@ -232,6 +241,9 @@ def test_a_host_runs_stops_and_continues(host, tmp_path):
 
     assert host("run", *RUN).returncode == 0
     wait_for(lambda: log.read_text().count("--distributed") == 2)
+    host("stop")
+    assert host("run", *SAMPLE).returncode == 0
+    wait_for(lambda: f"-m mmdiff sample --distributed {' '.join(SAMPLE[1:])}\n" in log.read_text())
 
 
 def wait_for(condition, seconds=60):
@@ -255,6 +267,10 @@ def test_slurm_prints_what_it_runs(fakes, tmp_path):
     srun = train.index("srun")
     assert train[-len(RUN) - 5 :] == ["/shared/venv/bin/python", "-m", "mmdiff", "train", "--distributed", *RUN]
     assert "--kill-on-bad-exit=0" in train[srun:]
+
+    for words in (["train", *RUN], SAMPLE):
+        *_, started, _ = printed(launch(fakes, "slurm.sh", "--dry-run", *words, **settings)[0])
+        assert started[-len(words) - 3 :] == ["-m", "mmdiff", words[0], "--distributed", *words[1:]]
 
     # Outside a job it installs (with the bash that runs it, which is no stand-in) and submits.
     (tmp_path / "venv" / "bin").mkdir(parents=True)
