@@ -319,6 +319,29 @@ def test_states_and_vectors_of_captions(captioned, autoencoder, tmp_path):
     assert states.shape == (1, 77, 512) and np.abs(np.linalg.norm(states, axis=-1) - 1).max() < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["configs/cdcd/coco_text.py", "configs/diffdis/sd_scale.py"])
+def test_a_model_of_captions_trains_and_takes_sentences(config, captioned, autoencoder, tmp_path, monkeypatch):
+    """The tokens of GumbelVQ and CLIP's states, as CDCD; latents, CLIP's states and its vector, as DiffDis."""
+    monkeypatch.setitem(SIZES, "XS", (2, 32, 4))
+    if config.startswith("configs/cdcd"):
+        net = VQModel.from_config(VQ | {"num_vq_embeddings": 2900, "quantizer": "gumbel"})
+        paths, width = [f"--config.encoder.path={tiny_encoders.publish(tmp_path / 'vq', net)[0]}"], 512
+        small = ["model.width=16", "model.depth=1", "model.heads=2", "chain.steps=4", "loss.count=1", "eval.examples=2"]
+    else:
+        paths, width = [f"--config.encoder.path={autoencoder[0]}", "--config.data.size=4"], 768
+        small = ["model.size=XS", "model.shared=1", "model.head_width=16", "model.head_heads=2", "model.head_depth=1"]
+    paths += [f"--config.text_encoder.path={tiny_encoders.clip_text(tmp_path / 'clip', width)[0]}"]
+    cache = ["cache", "--config", config, *paths, "--out", str(tmp_path / "cache")]
+    assert main([*cache, f"--config.data.images={captioned}"]) == 0
+    use = ["--config", config, *paths, "--workdir", str(tmp_path / "run")]
+    assert main(["train", *use, *TRAIN, f"--config.data.dir={tmp_path / 'cache'}", *(f"--config.{each}" for each in small)]) == 0
+    given = ["--given", "text=a blue bird", "--number", "1", "--steps", "2", "--guidance", "2"]
+    assert main(["sample", *use, *given]) == 0
+    name = "tokens" if config.startswith("configs/cdcd") else "image"
+    assert Image.open(tmp_path / f"run/samples/{name}/00000.png").size == ((64, 64) if name == "tokens" else (8, 8))
+
+
 def build(path, *overrides):
     config, module = configs.load(path, [tuple(each.split("=", 1)) for each in overrides])
     return module.build(config)
