@@ -25,7 +25,7 @@ import numpy as np
 from mmdiff.encoders import AutoencoderKL
 from mmdiff.encoders.autoencoder_kl import CONFIGS
 from mmdiff.encoders.preprocessing import AUTOENCODER
-from mmdiff.encoders.published_networks import abstract_params
+from mmdiff.encoders.published_configs import abstract_params
 
 PASSES = {"bfloat16": 1, "float32": 6}
 
