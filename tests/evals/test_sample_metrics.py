@@ -1,11 +1,13 @@
 """`mmdiff eval --samples`: any model's samples against a reference, by a small network in the place of the published ones."""
 
+import dataclasses
 import io
 import json
 import types
 import zipfile
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 
 from mmdiff.__main__ import main
 from mmdiff.encoders import preprocessing
+from mmdiff.encoders.dinov2 import DINOv2
 from mmdiff.errors import UserError
 from mmdiff.evals import sample_metrics
 from mmdiff.evals.feature_metrics import inception_score, kernel_distance, precision_recall
@@ -224,6 +227,31 @@ def test_wrong_options_are_sentences(files, images, capsys, argv, words):
     names = {"SAMPLES": str(files / "samples.npz"), "REAL": str(files / "real.npz")}
     assert main([names.get(word, word) for word in argv.split()]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_dinov2_measures_its_class_token_of_whole_images_resized():
+    net = DINOv2(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 3)))["params"]
+    preprocess = dataclasses.replace(preprocessing.DINOV2, **sample_metrics.NETWORKS["dinov2"].resize, size=28)
+    encoder = types.SimpleNamespace(kind="dinov2", net=net, params=params, preprocessing=preprocess, fingerprint="x")
+    images = np.random.default_rng(0).integers(0, 256, (9, 30, 60, 3), np.uint8)
+    found = collect(encoder, [images[:4], images[4:]])
+    resized = [np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BICUBIC)) for image in images]  # dgm-eval's
+    normal = (np.float32(resized) / 255 - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(found.features, net.apply({"params": params}, normal)["cls"], atol=1e-5)
+    assert set(found.moments) == {"mu"} and found.logits is None
+    assert set(compare("dinov2", found, found)[0]) == {
+        "FD-DINOv2", "FD-DINOv2_bias", "DINOv2-precision", "DINOv2-recall", "DINOv2-KID", "DINOv2-KID_std"}  # fmt: skip
+    assert sample_metrics.convention(encoder)["features"] == "cls of 1 layers, 8"
+
+
+@pytest.mark.slow
+def test_the_installed_network(monkeypatch, files, images):
+    monkeypatch.undo()
+    found = measured(files, "--reference", str(files / "samples.npz"))
+    assert found["metrics"]["lite0-FD"] == pytest.approx(0, abs=1e-6)
+    assert found["metrics"]["lite0-precision"] == found["metrics"]["lite0-recall"] == 1
+    assert found["convention"]["preprocessing"]["size"] == 224
 
 
 def test_weights_that_are_not_there_are_named(monkeypatch):
