@@ -218,7 +218,7 @@ def _check_eval(args: argparse.Namespace, parser: _Parser) -> None:
     of_run = {"--config": args.config, "--workdir": args.workdir}
     of_samples = {
         "--reference": args.reference, "--write-statistics": args.write_statistics, "--network": args.network, "--weights": args.weights,
-        "--size": args.size, "--paired": args.paired, "--json": args.json}
+        "--size": args.size, "--paired": args.paired, "--captions": args.captions, "--clip": args.clip, "--json": args.json}
     if args.samples is None:
         if missing := [flag for flag, value in of_run.items() if value is None]:
             parser.error(f"the following arguments are required: {', '.join(missing)}")
@@ -228,8 +228,11 @@ def _check_eval(args: argparse.Namespace, parser: _Parser) -> None:
         wrong, of = of_run | {"--zeroshot-dir": args.zeroshot_dir, f"{OVERRIDE}KEY=VALUE": args.overrides}, "a run, not with --samples"
         if (args.reference is None) == (args.write_statistics is None):
             parser.error("--samples are measured against --reference, or stored by --write-statistics: give one of both")
-        if args.write_statistics is not None and (args.paired or args.json):
-            parser.error(f"{'--paired' if args.paired else '--json'} goes with --reference, not with --write-statistics: leave it out")
+        if (args.captions is None) != (args.clip is None):
+            parser.error("--captions FILE and --clip DIR go together: give both or none")
+        for flag, value in (("--paired", args.paired), ("--captions", args.captions), ("--json", args.json)):
+            if args.write_statistics is not None and value:
+                parser.error(f"{flag} goes with --reference, not with --write-statistics: leave it out")
     if given := [flag for flag, value in wrong.items() if value not in (None, False, [])]:
         parser.error(f"{given[0]} goes with {of}: leave it out" if args.samples else f"{given[0]} goes with {of}: give both")
 
@@ -295,6 +298,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     option("--weights", type=_path, metavar="PATH", help="its weights (default, of efficientnet_lite0: the installed ones)")
     option("--size", type=_count, metavar="N", help="crop the images of folders to N x N, as ADM does")
     option("--paired", action="store_true", help="sample i reconstructs image i of the reference: PSNR, SSIM and rFID")
+    option("--captions", type=_path, metavar="FILE", help="a line for each sample: CLIPScore, by the CLIP of")
+    option("--clip", type=_path, metavar="DIR", help="this folder, as transformers or open_clip write it")
     option("--json", type=_path, metavar="FILE", help="write the metrics and what they depend on to a file, too")
     option("--write-statistics", type=_path, metavar="FILE.npz", help="store the statistics of --samples, which become a reference")
     sub = add("configs", "list the shipped configs, or copy one", CONFIGS)

@@ -161,16 +161,24 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
     """Measures samples in files, or stores the statistics of their features."""
     _writable("--json", args.json, folder=False)
     _writable("--write-statistics", args.write_statistics, folder=False)
-    from mmdiff.evals import image_sets, sample_metrics
+    from mmdiff import files
+    from mmdiff.evals import clip_scores, image_sets, sample_metrics
 
     samples = image_sets.open_images(args.samples, args.size or 0)
     reference = image_sets.open_reference(args.reference, args.size or 0) if args.reference else None
+    captions = files.lines(files.read_text(args.captions)) if args.captions else None
+    if captions is not None and len(captions) != samples.count:
+        raise UserError(f"{args.captions} has {len(captions):,} lines for {samples.count:,} samples: give a caption in a line for each.")
     encoder = sample_metrics.open_network(args.network or sample_metrics.DEFAULT, args.weights or "")
     if reference is None:
         sample_metrics.store_statistics(args.write_statistics, samples, encoder)
         console.out(args.write_statistics)
         return
     metrics, definitions, convention = sample_metrics.measure_files(samples, reference, encoder, args.paired)
+    if captions is not None:
+        for into, more in zip((metrics, definitions), clip_scores.clip_metrics(sample_metrics.batches(samples), captions, args.clip)):
+            into.update(more)
+        convention |= {"clip": args.clip}
     convention |= {"samples_path": args.samples, "reference_path": args.reference}
     console.out(_table(metrics))
     resize = convention["preprocessing"]
