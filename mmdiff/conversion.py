@@ -13,19 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
-import jax
-import jax.numpy as jnp
 
 from mmdiff import config as configs
 from mmdiff import files as readers
 from mmdiff import former_names
-from mmdiff.convert import kinds, layouts
+from mmdiff.convert import kinds, layouts, state_dicts
 from mmdiff.convert.weight_files import open_weights
 from mmdiff.data.order import ORDER_VERSION
 from mmdiff.errors import UserError
 from mmdiff.training import averaged_weights, checkpoints, lock, run_metadata, sharding
 
-SOURCE = "source.json"
 OWN = "mmdiff"  # the kind and layout of the library's own parameters, by path
 
 
@@ -72,14 +69,13 @@ def import_weights(
         params = _own_params(abstract, weights, str(path))
     else:
         params = {"params": layouts.load(source.layout, experiment.net, abstract["params"], weights, str(path), place)}
-    _check_finite(params, path)
     count = sum(tensor.size for tensor in weights.values())
     licence = own.get("source", {}).get("licence", "that of whoever trained them") if own else source.licence
     noted = own.get("source") or {"kind": kind, "about": source.about if source else "weights of this library", "licence": licence}
     noted = noted | {"file": str(path), "tensors": len(weights), "numbers": count}
     with lock.held(workdir), checkpoints.Checkpoints(workdir, keep=1) as saved:
         run_metadata.write_config(workdir, values)
-        found = {SOURCE: noted, "data.json": own.get("data"), "dependencies.json": own.get("dependencies")}
+        found = {run_metadata.SOURCE: noted, "data.json": own.get("data"), "dependencies.json": own.get("dependencies")}
         with run_metadata.writing(workdir):
             for file, content in found.items():
                 if content:
@@ -91,7 +87,7 @@ def import_weights(
 
 
 def _own_config(folder: pathlib.Path) -> dict[str, Any]:
-    found = readers.read_json(folder / "config.json") if folder.is_dir() else {}
+    found = readers.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if not isinstance(found, Mapping) or found.get("format") != OWN or not isinstance(found.get("config"), Mapping):
         raise UserError(f"{folder} is no folder that `mmdiff convert --to {OWN}` has written: name one, or another kind.")
     return dict(found)
@@ -104,12 +100,9 @@ def _own_params(abstract: Any, weights: Mapping[str, Any], name: str) -> Any:
     if wrong:
         listed = ", ".join(f"{key} ({there.get(key, 'absent')} there, {here.get(key, 'absent')} here)" for key in wrong[:5])
         raise UserError(f"{name} holds another network than the config builds: {listed}{f' and {len(wrong) - 5} more' * (len(wrong) > 5)}.")
-    found = {path: weights["/".join(path)].astype(leaf.dtype).put(leaf.sharding) for path, leaf in leaves.items()}
+    found = {}
+    for path, leaf in leaves.items():
+        tensor = weights["/".join(path)].astype(leaf.dtype)
+        found[path] = state_dicts.finite(tensor, f"{name} has values that are not finite, of {'/'.join(path)}").put(leaf.sharding)
     return flax.traverse_util.unflatten_dict(found)
 
-
-def _check_finite(params: Any, path: pathlib.Path) -> None:
-    finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
-    wrong = [jax.tree_util.keystr(at, simple=True, separator="/") for at, good in jax.tree_util.tree_leaves_with_path(finite) if not good]
-    if wrong:
-        raise UserError(f"{path} has values that are not finite, of {wrong[0]}: get the weights again, in float32.")

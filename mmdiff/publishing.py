@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,14 +19,16 @@ import numpy as np
 from mmdiff import __version__, schedules
 from mmdiff import config as configs
 from mmdiff import files as readers
-from mmdiff.conversion import OWN, SOURCE
+from mmdiff.conversion import OWN
 from mmdiff.convert import diffusers_dit, kinds, layouts, vq_diffusion
 from mmdiff.convert.weight_files import weight_files
 from mmdiff.convert.weight_writer import write_weights
+from mmdiff.data import drafts
 from mmdiff.data.modalities import Labels
 from mmdiff.errors import UserError
 from mmdiff.processes import Gaussian, Joint
 from mmdiff.training import run_metadata
+from mmdiff.training.run_metadata import SOURCE
 
 
 def export_weights(run: Any, to: str, out: str | os.PathLike, vae: str | os.PathLike | None = None) -> list[str]:
@@ -45,18 +48,14 @@ def export_weights(run: Any, to: str, out: str | os.PathLike, vae: str | os.Path
     out = readers.expand(out)
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: choose another folder, or remove it.")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        said = {OWN: _write_own, "published": _write_published, "diffusers": _write_diffusers}[to](run, partial, vae)
-        if noted := run_metadata.read_json(run.workdir / SOURCE):
-            readers.write_json(partial / SOURCE, noted)
-            said.append(f"licence: {noted.get('licence')}")
-        os.replace(partial, out)
+        with drafts.draft(out, time.time_ns()) as draft:  # nothing is continued
+            said = {OWN: _write_own, "published": _write_published, "diffusers": _write_diffusers}[to](run, draft, vae)
+            if noted := run_metadata.read_json(run.workdir / SOURCE):
+                readers.write_json(draft / SOURCE, noted)
+                said.append(f"licence: {noted.get('licence')}")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another folder.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return [*said, f"{out} holds step {run.step} of {run.workdir}"]
 
 
@@ -144,7 +143,7 @@ def _check_chain(run: Any) -> int:
 def _vae(folder: pathlib.Path, channels: int) -> pathlib.Path:
     """The folder of an autoencoder of diffusers', perhaps that of a pipeline. Raises UserError unless it has so many channels."""
     folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
-    config = readers.read_json(folder / "config.json")
+    config = readers.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if not isinstance(config, Mapping) or config.get("_class_name") != "AutoencoderKL" or config.get("latent_channels", 4) != channels:
         raise UserError(f"{folder} is not the folder of an AutoencoderKL with {channels} latent channels: name one with --vae.")
     return folder

@@ -132,6 +132,9 @@ def test_a_run_of_published_weights_samples_and_others_start_from_it(tmp_path, c
     assert call("train", *of(tuned), *short, f"--config.train.start={run}", "--config.train.start_strict=true") == 0
     first, second = (open_run(CASES["dit"][1], folder).params for folder in (run, tuned))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), first, second)
+    assert call("convert", *of(tuned), "--to", "published", "--out", tmp_path / "tuned-out") == 0  # the licence goes on with the weights
+    assert f"licence: {KINDS['dit'].licence}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "tuned-out" / "source.json").read_text()) == json.loads((run / "source.json").read_text())
 
 
 @pytest.mark.parametrize("args, words", [
@@ -147,7 +150,7 @@ def test_a_run_of_published_weights_samples_and_others_start_from_it(tmp_path, c
     (["--from", "it.safetensors", "--as", "dit", "--config.model.patch=4"], "pos_embed [1, 16, 32] is not the table"),
     (["--from", "it.safetensors", "--as", "dit", "--config.model.time_offset=0"], "with time_offset=-1.0 (here 0.0)"),
     (["--from", "folder", "--as", "dit"], "folder has num_layers 28 in its config.json, and the network of the config 1"),
-    (["--from", "nan.safetensors", "--as", "dit"], "has values that are not finite, of params/adaln/bias"),
+    (["--from", "nan.safetensors", "--as", "dit"], "has values that are not finite, of final_layer.adaLN_modulation.1.bias"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence_and_leaves_nothing(args, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -57,7 +57,7 @@ def load_params(
       place: (path, tensor of the leaf's shape and type, abstract leaf) -> the array; by default NumPy values.
 
     Raises:
-      UserError: missing or unexpected keys, other shapes: the first five and a count.
+      UserError: missing or unexpected keys, other shapes: the first five and a count; a number that is not finite.
     """
     weights = {key: tensor for key, tensor in weights.items() if not key.endswith(tuple(ignore))}
     shapes = expected(abstract)
@@ -71,8 +71,25 @@ def load_params(
     if wrong:
         raise UserError(f"{name} has other shapes than the network: {_some(wrong)}.")
     place = place or (lambda path, tensor, leaf: tensor.read())
-    placed = {path: place(path, _to_linen(path, leaf, weights), leaf) for path, leaf in flax.traverse_util.flatten_dict(abstract).items()}
+    placed = {}
+    for path, leaf in flax.traverse_util.flatten_dict(abstract).items():
+        tensor = finite(_to_linen(path, leaf, weights), f"{name} has values that are not finite, of {key_of(path)}")
+        placed[path] = place(path, tensor, leaf)
     return flax.traverse_util.unflatten_dict(placed)
+
+
+def finite(tensor: Tensor, otherwise: str) -> Tensor:
+    """The tensor, of which a part that is read and is not finite raises a UserError."""
+
+    def read(index):
+        part = np.asarray(tensor.read_part(index))
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = part.sum()  # one pass without another array, which a sum that overflows needs, too
+        if not np.isfinite(total) and not np.isfinite(part).all():
+            raise UserError(f"{otherwise}: get the weights again, in float32.")
+        return part
+
+    return Tensor(tensor.shape, tensor.dtype, read)
 
 
 def state_dict(params: Any) -> dict[str, np.ndarray]:

@@ -23,10 +23,10 @@ from mmdiff import console, files
 from mmdiff.data import drafts, image_datasets, shards
 from mmdiff.data.modalities import Latents
 from mmdiff.data.named_autoencoders import CODES, ImageTokens, read_codes
-from mmdiff.data.named_encoders import NamedEncoder
+from mmdiff.data.named_encoders import NamedEncoder, prepared
 from mmdiff.data.network_cache import network_fingerprint
 from mmdiff.data.sources import Source, check_range, digest
-from mmdiff.data.stored_images import Records, UndamagedReader, decode
+from mmdiff.data.stored_images import Records, UndamagedReader
 from mmdiff.errors import UserError
 
 BATCH = 256  # images that are in memory at once
@@ -92,6 +92,11 @@ class Encoded:
             _, found = self._reader.read(rows[start : start + BATCH].tolist(), lambda record: _prepared(record, [encoder]))
             yield np.stack([views[0] for views in found])
 
+    @property
+    def images(self) -> str:
+        """Of the images alone, as `fingerprint`."""
+        return digest(len(self._records), self._records.identity())
+
     def fingerprint(self):
         encoders = [[encoder.kind, encoder.fingerprint()] for encoder in self._encoders]
         return digest(len(self), encoders, self._captions, self._times, list(self._records.names), self._records.identity())
@@ -150,18 +155,22 @@ class EncodedCache:
         return Encoded(records, self.encoders, self.mirrored and split == "train", self.data.get("damaged", 0.0))
 
     def _choose_codes(self, folder: pathlib.Path, sources: Mapping[str, Encoded]) -> None:
-        """Notes the entries of the codebook that are used, unless they are noted already."""
+        """Notes the entries of the codebook that are used, unless they are noted already, of these images or of tokens that are there."""
+        finished = any(shards.read_meta(folder, split) for split in shards.SPLITS)
         for encoder in self.encoders:
             if isinstance(encoder, ImageTokens):
                 encoder.folder = folder
                 network = encoder.opened.fingerprint
                 stored = read_codes(folder)
-                if stored and stored["encoder"] != network:
-                    raise UserError(f"{folder} holds the tokens of another network than config.{encoder.key}.path: write elsewhere.")
-                if not stored:
-                    source = sources.get("train") or self._source("train")
-                    codes = encoder.choose(source.batches(COUNTED, encoder))
-                    files.write_json(folder / CODES, {"format": 1, "encoder": network, "codes": codes})
+                if finished and stored:
+                    if stored["encoder"] != network:
+                        raise UserError(f"{folder} holds the tokens of another network than config.{encoder.key}.path: write elsewhere.")
+                    continue
+                source = sources.get("train") or self._source("train")
+                made_of = {"format": 1, "encoder": network, "images": source.images}
+                if not stored or {name: stored.get(name) for name in made_of} != made_of:
+                    (folder / CODES).unlink(missing_ok=True)
+                    files.write_json(folder / CODES, {**made_of, "codes": encoder.choose(source.batches(COUNTED, encoder))})
 
     def _write_split(self, folder: pathlib.Path, source: Source, shard: int) -> bool:
         identity = digest(len(source), source.fingerprint(), shards.stamp(self.modalities), shard)
@@ -236,5 +245,4 @@ def encoder_fingerprint(encoder: NamedEncoder, folder: str) -> str | None:
 
 
 def _prepared(record: Mapping[str, Any], encoders: Sequence[NamedEncoder]) -> list[np.ndarray]:
-    image = decode(record["image"]).convert("RGB")
-    return [encoder.prepare(image) for encoder in encoders]
+    return prepared(record["image"], encoders)

@@ -13,8 +13,7 @@ import numpy as np
 from mmdiff import files
 from mmdiff.data.modalities import Features, Latents
 from mmdiff.data.named_autoencoders import Autoencoder, ImageTokens
-from mmdiff.data.named_encoders import ImageVectors, NamedEncoder, TextStates
-from mmdiff.data.stored_images import decode
+from mmdiff.data.named_encoders import ImageVectors, NamedEncoder, TextStates, prepared
 from mmdiff.data.token_modalities import TokenImages
 from mmdiff.errors import UserError
 
@@ -131,7 +130,8 @@ def _images(text: str, encoder: NamedEncoder) -> np.ndarray:
     found = files.images(path) if files.is_folder(path) else [path]
     if not found:
         raise UserError(f"the folder {path} holds no images ({', '.join(files.IMAGE_SUFFIXES)}).")
-    return np.stack([encoder.prepare(decode(file).convert("RGB")) for file in found])
+    encoder.opened  # noqa: B018 - a path that is not there is said first
+    return np.stack([prepared(file, [encoder])[0] for file in found])
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:

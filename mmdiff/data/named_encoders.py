@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 
 from mmdiff import files
 from mmdiff.data.network_cache import map_batched
+from mmdiff.data.stored_images import decode
 from mmdiff.encoders.published_networks import open_encoder
 from mmdiff.errors import UserError
 
@@ -139,10 +140,22 @@ class TextStates(NamedEncoder):
 
         path = files.expand(self._files or self.path)
         path = path if self._files or files.is_folder(path) else path.parent
-        length = self._length if self.kind in ("t5", "sentence_bert") else self.opened.net.max_position_embeddings
-        if self.kind == "clip_text":
-            return open_clip_tokenizer(path, length, padding=self._padding)
-        return open_tokenizer(self.kind, path, length)
+        net = self.opened.net
+        length = self._length if self.kind in ("t5", "sentence_bert") else net.max_position_embeddings
+        try:
+            if self.kind == "clip_text":
+                found = open_clip_tokenizer(path, length, padding=self._padding)
+            else:
+                found = open_tokenizer(self.kind, path, length)
+        except files.FileError as error:
+            raise UserError(
+                f"{str(error).rstrip('.')} (of the tokenizer, whose file or folder --config.{self.key}.tokenizer names where it does not "
+                "lie with the weights).") from error
+        if found.size > net.vocab_size:
+            raise UserError(
+                f"the tokenizer in {path} has {found.size:,} ids and the {self.what} {self.path} {net.vocab_size:,}: name the one that was "
+                f"published with it by --config.{self.key}.tokenizer.")
+        return found
 
     def fingerprint(self):
         network = super().fingerprint()
@@ -159,6 +172,15 @@ class TextStates(NamedEncoder):
         states = unit(states) if self._normalize else states
         states = states * mask[..., None] if self._masked else states
         return {name: array.astype(np.float32) for name, array in zip(self.modalities, (states, *map(unit, vectors)))}
+
+
+def prepared(file: Any, encoders: Sequence[NamedEncoder]) -> list[np.ndarray]:
+    """A stored image as each encoder takes it. Raises FileError for a damaged one, and for a shape of which no square is cropped."""
+    image = decode(file).convert("RGB")
+    try:
+        return [encoder.prepare(image) for encoder in encoders]
+    except UserError as error:
+        raise files.FileError(file, f"is not encoded ({str(error).rstrip('.')})", "leave it out") from error
 
 
 def unit(x: np.ndarray) -> np.ndarray:

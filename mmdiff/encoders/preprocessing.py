@@ -100,7 +100,7 @@ class Preprocessing:
             left, top = (width - side) // 2, (height - side) // 2
             return image.resize((size, size), kernel, (left, top, left + side, top + side))
         if max(width, height) > LONGEST * min(width, height):
-            raise UserError(f"an image of {height} x {width} pixels is too narrow to crop a square of it: leave it out.")
+            raise UserError(f"an image of {height} x {width} pixels is too narrow to crop a square of it.")
         if self.resize == "adm":
             while min(image.size) >= 2 * size:
                 image = image.resize((image.width // 2, image.height // 2), KERNELS.index("box"))

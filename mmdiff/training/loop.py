@@ -118,6 +118,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             run_metadata.write_config(workdir, config)
             run_metadata.write_dependencies(workdir, experiment)
             run_metadata.write_data(workdir, here)
+            run_metadata.write_source(workdir, options.get("start"))
         meta["data"] = here
         logger = stack.enter_context(MetricsLogger(workdir, options, start, meta["train_seconds"]))
         for what in noted:

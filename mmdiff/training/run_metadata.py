@@ -3,6 +3,7 @@
     WORKDIR/config.json         the run's config
     WORKDIR/dependencies.json   fingerprints of the frozen networks that it is trained with, if there are any
     WORKDIR/data.json           the fingerprint of its training data and the names of the classes (each checkpoint has them as well)
+    WORKDIR/source.json         of converted weights, and of runs that start from them: what they are, whose, and their licence
     WORKDIR/checkpoints/STEP    a run that has none may start again with any config
 """
 
@@ -25,6 +26,7 @@ from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import fingerprint
 from mmdiff.errors import UserError
 
+SOURCE = "source.json"
 LISTED = 6  # keys of another config that an error names
 
 # What may change when a run continues: how it learns, how long, where and how often, but not what its weights mean. A section stands for
@@ -115,6 +117,13 @@ def write_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
     if found or path.exists():
         with writing(workdir):
             files.write_json(path, found)
+
+
+def write_source(workdir: str | os.PathLike, start: str | os.PathLike) -> None:
+    """Writes WORKDIR/source.json, if the run that this one starts from has one: the licence of its weights goes on."""
+    if start and (found := read_json(pathlib.Path(start) / SOURCE)):
+        with writing(workdir):
+            files.write_json(pathlib.Path(workdir) / SOURCE, found)
 
 
 def describe_data(experiment: Any, source: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from PIL import Image
 
 from mmdiff import config as configs
 from mmdiff.__main__ import main
+from mmdiff.convert import state_dicts
+from mmdiff.convert.weight_writer import write_weights
 from mmdiff.data.latents import LatentSource
 from mmdiff.data.loader import batches
 from mmdiff.data.named_encoders import ImageVectors
@@ -189,7 +192,18 @@ def test_what_does_not_fit_is_said(latents, images, captioned, autoencoder, tmp_
     wide = tiny_encoders.publish(tmp_path / "wide", AutoencoderKL.from_config({**tiny_encoders.KL, "latent_channels": 3}))[0]
     status, said = run(capsys, *use[:3], f"--config.encoder.path={wide}", f"--config.data.images={images}", *elsewhere)
     assert status == 2 and "latents need the shape [n, 32, 32, 4], got [12, 32, 32, 3]" in said[0]
+    _, net, params = autoencoder
+    broken = state_dicts.state_dict(params)
+    broken["decoder.conv_in.weight"][0, 0, 0, 0] = np.nan  # images would be black
+    write_weights(tmp_path / "broken", broken, net.config())
+    status, said = run(capsys, *use[:3], f"--config.encoder.path={tmp_path / 'broken'}", f"--config.data.images={images}", *elsewhere)
+    assert status == 2 and f"{tmp_path / 'broken'} has values that are not finite, of decoder.conv_in.weight: get" in said[0]
     (images / "val/cat/0.png").rename(tmp_path / "0.png")
+    Image.new("RGB", (1, 300)).save(images / "val/cat/0.png")
+    status, said = run(capsys, *use, f"--config.data.images={images}", "--split", "val", *elsewhere)
+    assert status == 2 and "val/cat/0.png is not encoded (an image of 300 x 1 pixels is too narrow" in said[0]
+    assert run(capsys, *use, f"--config.data.images={images}", "--split", "val", "--config.data.damaged=0.5", *elsewhere)[0] == 0
+    shutil.rmtree(tmp_path / "out/val")
     (images / "val/cat/0.png").write_bytes(b"no image")
     status, said = run(capsys, *use, f"--config.data.images={images}", "--split", "val", *elsewhere)
     (tmp_path / "0.png").rename(images / "val/cat/0.png")
@@ -220,6 +234,15 @@ def test_tokens_of_the_codes_that_are_used_most(tokens, images):
     shown = experiment.modalities["tokens"].show(stored[:1])
     assert np.abs(shown - np.rint((np.clip(by_hand, -1, 1) + 1) * 127.5)).max() <= 1  # of a value between two levels
     assert len(experiment.train_data()) == 12 and experiment.frozen_deps["tokenizer"]()
+
+
+def test_codes_of_a_cache_that_was_never_written_are_chosen_again(tokens, images, tmp_path):
+    out, use, *_ = tokens
+    noted = json.loads((out / "codes.json").read_text())
+    (tmp_path / "codes.json").write_text(json.dumps({**noted, "images": "others", "codes": list(range(974))}))
+    assert main(["cache", *use[:3], "--out", str(tmp_path), f"--config.data.images={images}", "--split", "val"]) == 0
+    assert json.loads((tmp_path / "codes.json").read_text()) == noted
+    np.testing.assert_array_equal(np.load(tmp_path / "val/tokens-00000.npy"), np.load(out / "val/tokens-00000.npy"))
 
 
 @pytest.mark.slow

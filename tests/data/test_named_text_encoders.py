@@ -63,6 +63,18 @@ def answer(kind, net, params, inputs):
     return states, embedding, jax.numpy.linalg.norm(embedding, axis=-1, keepdims=True)
 
 
+def test_the_tokenizer_of_another_network(published):
+    kind, folder, net, params = published
+    arrays, small = state_dicts.state_dict(params), folder / "small"
+    vocabulary = next(key for key in arrays if key.endswith(("shared.weight", "word_embeddings.weight", "token_embedding.weight")))
+    write_weights(small, arrays | {vocabulary: np.zeros((5, 16), np.float32)}, net.config() | {"vocab_size": 5})
+    encoder = TextStates({"kind": kind, "path": str(small), "tokenizer": str(folder)}, length=8)
+    with pytest.raises(UserError, match="has [78] ids and the text encoder .* 5: name the one that was published with it by"):
+        encoder.encode(TEXTS)
+    with pytest.raises(UserError, match="of the tokenizer, whose file or folder --config.text_encoder.tokenizer names"):
+        TextStates({"kind": kind, "path": str(small), "tokenizer": ""}, length=8).encode(TEXTS)
+
+
 def test_t5_has_no_vector_of_a_text():
     with pytest.raises(UserError, match=r"config.text_encoder.kind is 't5', which has no vector"):
         TextStates({"kind": "t5", "path": ""}, vector="query")
