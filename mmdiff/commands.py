@@ -161,6 +161,10 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
     """Measures samples in files, or stores the statistics of their features."""
     _writable("--json", args.json, folder=False)
     _writable("--write-statistics", args.write_statistics, folder=False)
+    for flag, out in (("--json", args.json), ("--write-statistics", args.write_statistics)):
+        for path in (args.samples, args.reference, args.captions):
+            if out and path and os.path.realpath(out) == os.path.realpath(os.path.expanduser(path)):
+                raise UserError(f"{flag} {out} would overwrite what is measured: name another file.")
     from mmdiff import files
     from mmdiff.evals import clip_scores, image_sets, sample_metrics
 

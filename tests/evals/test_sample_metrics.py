@@ -220,6 +220,8 @@ def test_damaged_files_are_sentences(files, capsys):
     ("eval --samples x --reference y --network vgg", "invalid choice: 'vgg'"),
     ("eval --samples SAMPLES --reference REAL --paired", "60 samples cannot be paired with 59 reference images"),
     ("eval --samples SAMPLES --reference REAL --size 8", "have a size already"),
+    ("eval --samples SAMPLES --write-statistics SAMPLES", "would overwrite what is measured"),
+    ("eval --samples SAMPLES --reference REAL --json REAL", "would overwrite what is measured"),
     ("eval --samples gs://a/b.npz --reference y", "is an address"),
 ])  # fmt: skip
 def test_wrong_options_are_sentences(files, images, capsys, argv, words):
