@@ -95,9 +95,9 @@ def _sample(args: argparse.Namespace, given: Mapping[str, str], out: pathlib.Pat
 
         number = args.number or 16
         given = given | sample_sets.classes(run, args.classes, number, seed, {*given, *args.absent})
-        given, number = run.parse(number, given, args.absent)
     else:
-        given, number = run.parse(args.number, given, args.absent)
+        number = args.number
+    given, number = run.parse(number, given, args.absent, lazily=args.format is not None)
     _writable("the folder of the samples,", out)
     for text in args.given:
         file = pathlib.Path(text.partition("=")[2]).expanduser()

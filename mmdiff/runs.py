@@ -199,9 +199,16 @@ class Run:
             raise UserError(f"the weight of guidance must be a number, not {checks.short(guidance)}.")
         return steps, float(guidance), self.config.seed if seed is None else seed
 
-    def parse(self, number: int | None, given: Mapping[str, Any] | None, absent: Sequence[str] = ()) -> tuple[dict[str, np.ndarray], int]:
-        """-> ({name: [number, ...]}, number) of what `sample` takes. One value is repeated; several (7,7,3 or a file) set the number."""
+    def parse(
+        self, number: int | None, given: Mapping[str, Any] | None, absent: Sequence[str] = (), lazily: bool = False,
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """-> ({name: [number, ...]}, number) of what `sample` takes. One value is repeated; several (7,7,3 or a file) set the number.
+
+        Sentences of a file that are encoded are `Sentences` if `lazily`, for `stream`: all of them may need more memory than there is.
+        """
         import numpy as np
+
+        from mmdiff.data import Sentences
 
         given, modalities, shape = dict(given or {}), self.experiment.modalities, self.experiment.shape
         for flag, name in [("--given", name) for name in given] + [("--absent", name) for name in absent]:
@@ -221,7 +228,10 @@ class Run:
 
         def parsed_of(name, value):
             if isinstance(value, (str, os.PathLike)):
-                return modalities[name].parse(os.fspath(value))
+                read = getattr(modalities[name], "lazily", modalities[name].parse) if lazily else modalities[name].parse
+                return read(os.fspath(value))
+            if isinstance(value, Sentences):
+                return value if len(value) > 1 else value[[0]]
             try:
                 array = np.asarray(value)
             except ValueError:  # rows of different lengths
@@ -236,7 +246,9 @@ class Run:
         for name, count in counts.items():
             if count != number:
                 raise UserError(f"--given {name} holds {count} examples, not {number}: leave --number out or use {count}.")
-        return {name: np.broadcast_to(array, (number, *array.shape[1:])) for name, array in parsed.items()}, number
+        return {
+            name: array if isinstance(array, Sentences) else np.broadcast_to(array, (number, *array.shape[1:]))
+            for name, array in parsed.items()}, number
 
     def _quantized(self, samples: Mapping[str, Any]) -> dict[str, np.ndarray]:
         import numpy as np

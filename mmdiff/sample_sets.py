@@ -29,14 +29,14 @@ import numpy as np
 from mmdiff import config as configs
 from mmdiff import console, files
 from mmdiff.data import shards
-from mmdiff.data.encoded_modalities import EncodedLatents
+from mmdiff.data.encoded_modalities import EncodedLatents, Sentences
 from mmdiff.data.modalities import Images, Labels
 from mmdiff.data.network_cache import fingerprint, flat
 from mmdiff.data.token_modalities import TokenImages
 from mmdiff.errors import UserError
 from mmdiff.evals.image_set_writer import npz, pictures
 from mmdiff.evals.plots import grid
-from mmdiff.evals.streaming import count_of
+from mmdiff.evals.streaming import count_of, joined
 from mmdiff.training import distributed
 
 FORMATS = ("npz", "png")
@@ -150,10 +150,10 @@ def _made_of(run: Any, given: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _digest(array: np.ndarray) -> str:
+def _digest(array: np.ndarray | Sentences) -> str:
     found = hashlib.sha256()
-    for row in array:
-        found.update(np.ascontiguousarray(row))
+    for row in array.lines if isinstance(array, Sentences) else array:
+        found.update(f"{row}\n".encode() if isinstance(row, str) else np.ascontiguousarray(row))
     return found.hexdigest()
 
 
@@ -193,22 +193,19 @@ def _sample(
     run: Any, folder: pathlib.Path, missing: Sequence[int], length: int, image: str, label: str | None, options: dict[str, Any],
 ) -> None:
     """Samples shards and writes each as soon as it is whole."""
-    batch, number, waiting = options["batch"], options["number"], {}
+    batch, number = options["batch"], options["number"]
     each = length // batch
     batches = [k for shard in missing for k in range(shard * each, min((shard + 1) * each, count_of(number, batch)))]
     total = sum(min(batch, number - k * batch) for k in batches)
+    waiting: list[dict[str, np.ndarray]] = []  # of one shard
     with contextlib.closing(console.Rate(total, "image", jax.process_index(), jax.process_count())) as progress:
         for k, samples in run.stream(options.pop("number"), only=batches, **options):
-            arrays = {image: run.show({image: samples[image]})[image]}
-            if label:
-                arrays[label] = samples[label].astype(np.int64)
-            waiting[k] = arrays
-            shard = k // each
-            if k + 1 in ((shard + 1) * each, count_of(number, batch)):
-                whole = {name: np.concatenate([part[name] for part in waiting.values()]) for name in arrays}
-                shards.write(folder, shard, whole)
+            # A batch is decoded on its own: where an image stands in it does not depend on which batches are together.
+            waiting.append({image: run.show({image: samples[image]})[image], **({label: samples[label].astype(np.int64)} if label else {})})
+            if (k + 1) % each == 0 or k + 1 == count_of(number, batch):
+                shards.write(folder, k // each, {name: joined([part[name] for part in waiting]) for name in waiting[0]})
                 waiting.clear()
-            progress.add(len(arrays[image]))
+            progress.add(len(samples[image]))
 
 
 def _wait(done: Callable[[], bool]) -> None:

@@ -9,11 +9,13 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+import tiny_encoders
 from PIL import Image
 
 from mmdiff import sample_sets
 from mmdiff.__main__ import main
 from mmdiff.data import shards
+from mmdiff.data.named_autoencoders import Autoencoder
 from mmdiff.errors import UserError
 from mmdiff.evals import evaluator
 from mmdiff.evals.image_sets import open_images
@@ -102,6 +104,16 @@ def test_samples_are_those_of_one_device_batch_by_batch(run, monkeypatch):
     wanted = evaluator.in_batches(sample, run.params, evaluator.example_keys(key_of_use(3, "sample"), 9), {}, 3)
     for name, modality in run.experiment.modalities.items():
         np.testing.assert_array_equal(found[name], getattr(modality, "quantize", np.asarray)(wanted[name]))
+
+
+def test_eight_devices_decode_as_one(tmp_path, monkeypatch):
+    autoencoder = Autoencoder({"kind": "autoencoder_kl", "path": str(tiny_encoders.autoencoder(tmp_path / "vae")[0])}, 4)
+    monkeypatch.setattr("mmdiff.data.named_autoencoders.PIXELS", 2 * 8**2)  # two images at once
+    latents = np.random.default_rng(0).standard_normal((9, 4, 4, 4), np.float32)
+    images = autoencoder.decode(latents)
+    monkeypatch.setattr(jax, "local_devices", lambda devices=jax.devices()[:1]: devices)
+    autoencoder._decoded = None
+    np.testing.assert_array_equal(images, autoencoder.decode(latents))
 
 
 def test_classes_are_balanced_by_the_seed_and_i(run):

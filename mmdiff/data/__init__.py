@@ -5,7 +5,7 @@ from mmdiff.exports import lazily
 __all__, __getattr__, __dir__ = lazily(
     __name__,
     encoded="Encoded EncodedCache",
-    encoded_modalities="EncodedLatents EncodedTexts EncodedTokens EncodedVectors",
+    encoded_modalities="EncodedLatents EncodedTexts EncodedTokens EncodedVectors Sentences",
     latents="LatentSource write_latents",
     loader="batches prefetch",
     named_autoencoders="Autoencoder ImageTokens",

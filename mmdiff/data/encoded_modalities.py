@@ -99,21 +99,45 @@ class EncodedTexts(Features):
         """Arrays in a `.npy` or `.npz` file, or those of a sentence, or of one on every line of a `.txt` file."""
         if _holds_arrays(text):
             return super().parse(text)
+        lines = self._lines(text)
+        found = self.check(self.encoder.encode(lines)[self.name])
+        self.sentences.update({_digest(array): line for array, line in zip(found, lines)})
+        return found
+
+    def lazily(self, text: str) -> np.ndarray | Sentences:
+        """As `parse`, but the sentences of a `.txt` file are encoded when they are taken, `found[rows]`."""
+        return self.parse(text) if pathlib.Path(text).suffix.lower() != ".txt" else Sentences(self, self._lines(text))
+
+    def _lines(self, text: str) -> list[str]:
         lines = files.read_lines(text) if pathlib.Path(text).suffix.lower() == ".txt" else [text]
         lines = [line for line in lines if line.strip()]
         if not lines:
             raise UserError(f"{self.name}: there are no words in {text!r}; to leave the text out, use --absent {self.name}.")
         for line in lines:
             files.check_text(line, f"the {self.name}")
-        found = self.check(self.encoder.encode(lines)[self.name])
-        self.sentences.update({_digest(array): line for array, line in zip(found, lines)})
-        return found
+        return lines
 
     def show(self, array) -> Any:
         """The sentences, where all are known; else as `Features`."""
         array = np.asarray(array, np.float32)
         known = [self.sentences.get(_digest(each), "") for each in array]
         return known if all(known) else super().show(array)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentences:
+    """What an `EncodedTexts` makes of sentences, too many to hold: those that are taken are encoded."""
+
+    modality: EncodedTexts
+    lines: list[str]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Of the sentences `rows`, [n, *shape]."""
+        encoded = self.modality.encoder.encode([self.lines[row] for row in rows])
+        return self.modality.check(encoded[self.modality.name])
 
 
 def _digest(array: np.ndarray) -> bytes:

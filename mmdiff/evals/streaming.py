@@ -57,8 +57,9 @@ def stream(
     for start in range(0, len(blocks), len(devices)):
         call = list(blocks[start : start + len(devices)])
         whole = np.array(call + call[-1:] * (len(devices) - len(call)))
-        rows = np.minimum(whole[:, None] * size + np.arange(size), count - 1).reshape(-1)
-        found = run(params, place(fold(key, rows.astype(np.uint32))), place(jax.tree.map(lambda array: array[rows], given)))
+        rows = np.minimum(whole[:, None] * size + np.arange(size), count - 1)
+        taken = jax.tree.map(lambda array: joined([array[block] for block in rows]), given)  # noqa: B023 (used at once)
+        found = run(params, place(fold(key, rows.reshape(-1).astype(np.uint32))), place(taken))
         if waiting:
             yield from _parts(*waiting, count, size)
         waiting = call, found

@@ -15,9 +15,10 @@ from mmdiff import config as configs
 from mmdiff.__main__ import main
 from mmdiff.convert import state_dicts
 from mmdiff.convert.weight_writer import write_weights
+from mmdiff.data.encoded_modalities import EncodedTexts
 from mmdiff.data.latents import LatentSource
 from mmdiff.data.loader import batches
-from mmdiff.data.named_encoders import ImageVectors
+from mmdiff.data.named_encoders import ImageVectors, TextStates
 from mmdiff.data.order import indices, positions
 from mmdiff.data.shards import sample_moments
 from mmdiff.data.sources import load_all
@@ -28,6 +29,7 @@ from mmdiff.encoders.dinov2 import DINOv2
 from mmdiff.encoders.siglip import SigLIPVision
 from mmdiff.encoders.vq_model import VQModel
 from mmdiff.errors import UserError
+from mmdiff.evals import streaming
 from mmdiff.nets.dit import SIZES
 
 DIT, TOKENS = "configs/imagenet256/dit_xl2.py", "configs/cdcd/imagenet256_class.py"
@@ -47,6 +49,7 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         first = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda *_: first)
+        patch.setattr(jax, "local_devices", lambda: first)
         yield
 
 
@@ -154,6 +157,10 @@ def test_a_model_of_latents_trains_and_its_samples_are_images(latents, autoencod
     shown = np.stack([np.asarray(Image.open(tmp_path / f"run/samples/image/0000{i}.png")) for i in range(2)])
     assert shown.shape == (2, 64, 64, 3)
     assert np.abs(shown - np.rint((np.clip(by_hand, -1, 1) + 1) * 127.5)).max() <= 1  # of a value between two levels
+    # As numbered files of a set the same.
+    command = ["sample", *use, "--given", "label=dog", "--number", "2", "--steps", "2", "--out", str(tmp_path / "set")]
+    assert main([*command, "--format", "png", "--batch", "2"]) == 0
+    np.testing.assert_array_equal(np.stack([np.asarray(Image.open(tmp_path / f"set/images/00000{i}.png")) for i in range(2)]), shown)
     # An image is given as it is, by its most likely latents.
     experiment = build(DIT, f"encoder.path={folder}")
     photo = experiment.modalities["image"].parse(str(tmp_path / "run/samples/image/00000.png"))
@@ -317,6 +324,19 @@ def captioned(tmp_path_factory):
     return folder
 
 
+def test_sentences_are_encoded_when_they_are_taken(tmp_path, monkeypatch):
+    folder, *_ = tiny_encoders.clip_text(tmp_path / "clip", 16)
+    (tmp_path / "prompts.txt").write_text("a red cat\n\ntwo dogs\nthree\n")
+    text = EncodedTexts(16, "text", 77, encoder=TextStates({"kind": "clip_text", "path": str(folder)}))
+    lazy = text.lazily(str(tmp_path / "prompts.txt"))
+    assert len(lazy) == 3 and text.lazily("three").shape == (1, 77, 16)
+    whole = text.parse(str(tmp_path / "prompts.txt"))
+    np.testing.assert_array_equal(lazy[np.array([2, 0])], whole[[2, 0]])
+    monkeypatch.setattr(TextStates, "encode", lambda self, lines: {"text": np.full((len(lines), 77, 16), len(lines[0]), np.float32)})
+    echo = streaming.stream(lambda params, keys, given: given, None, jax.random.key(0), {"text": lazy}, 3, 2)
+    assert [found["text"][:, 0, 0].tolist() for _, found in echo] == [[9, 9], [5]]  # a batch at a time: its first sentence's length
+
+
 def test_states_and_vectors_of_captions(captioned, autoencoder, tmp_path):
     folder, net, params, tokenizer = tiny_encoders.clip_text(tmp_path / "clip", 768)
     use = [f"--config.encoder.path={autoencoder[0]}", f"--config.text_encoder.path={folder}", "--config.data.size=4"]
@@ -363,6 +383,13 @@ def test_a_model_of_captions_trains_and_takes_sentences(config, captioned, autoe
     assert main(["sample", *use, *given]) == 0
     name = "tokens" if config.startswith("configs/cdcd") else "image"
     assert Image.open(tmp_path / f"run/samples/{name}/00000.png").size == ((64, 64) if name == "tokens" else (8, 8))
+    (tmp_path / "prompts.txt").write_text("a blue bird\na red cat\ntwo dogs\n")
+    given = ["--given", f"text={tmp_path / 'prompts.txt'}", "--number", "3", "--steps", "2", "--guidance", "2"]
+    assert main(["sample", *use, *given, "--out", str(tmp_path / "few")]) == 0
+    assert main(["sample", *use, *given, "--out", str(tmp_path / "set"), "--format", "png", "--batch", "3"]) == 0
+    for i in range(3):
+        few, of_set = (np.asarray(Image.open(tmp_path / place)) for place in (f"few/{name}/0000{i}.png", f"set/images/00000{i}.png"))
+        np.testing.assert_array_equal(few, of_set)
 
 
 def build(path, *overrides):
