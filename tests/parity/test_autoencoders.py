@@ -1,5 +1,6 @@
 """The convolutional autoencoders against diffusers, and against taming's own modules: keys at full size, values, files that both read."""
 
+import argparse
 import json
 
 import diffusers
@@ -193,3 +194,12 @@ def test_llamagen_s_tokenizer_is_a_vq_model_with_normalised_codes(tmp_path):
     assert (applied(net, params, "encode", nhwc(x)) == codes.numpy()).all()
     assert (model.quantize(model.encode(x).latents)[2][2].numpy() == codes.numpy().ravel()).all()
     published.assert_close(nhwc(model(x).sample), nhwc(original.decode(codes)))
+
+
+def test_the_time_of_both_is_measured(loaded_launch, monkeypatch):
+    program = loaded_launch("encoder_experiments")
+    monkeypatch.setitem(program.CONFIGS, "sd-vae", F8)
+    found = program.speed(argparse.Namespace(config="sd-vae", size=32, batch=1, rounds=2))
+    assert found.keys() == {"encode", "decode"}
+    for times in found.values():
+        assert min(times["ratios"]) <= times["ratio"] <= max(times["ratios"]) and times["jax_processor_seconds"] > 0
