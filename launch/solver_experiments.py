@@ -8,9 +8,9 @@ conditions. Heun of N steps makes 2N - 1 network calls, and so does 2M of 2N - 1
     error    root mean square difference of the images to those of `REFERENCE` Heun steps from the same noise: the solver's own error
     frechet  Fréchet ratio to the validation images (raw pixels): what it does to the samples
 
-Found (configs/README.md, 12 of the 21 runs): at a config's own number of calls 2M's error is 0.5 to 0.7 of Heun's, but in
+Found (configs/README.md, 13 of the 21 runs): at a config's own number of calls 2M's error is 0.4 to 0.7 of Heun's, but in
 mtdiffusion/digits_transition, where it is twice as large; and yet its Fréchet ratio is higher in every config and seed that was run, by
-0.003 to 0.065. Thus the configs keep Heun. Each run takes four to seven minutes of one quiet core.
+0.002 to 0.065. Thus the configs keep Heun. Each run takes four to seven minutes of one quiet core.
 """
 
 import dataclasses
