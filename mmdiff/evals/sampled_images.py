@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mmdiff.data.encoded_modalities import EncodedLatents
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import Subset, load_all
+from mmdiff.data.token_modalities import TokenImages
 from mmdiff.errors import UserError
 from mmdiff.evals.evaluator import Clock, EvalResult, sample_batched
 from mmdiff.evals.sample_metrics import NETWORKS, collect, compare, convention, open_network
@@ -17,6 +19,8 @@ from mmdiff.evals.sample_metrics import NETWORKS, collect, compare, convention, 
 @dataclasses.dataclass(frozen=True)
 class SampleMetrics:
     """FID and its kin (`sample_metrics`) of samples with the conditions of held-out images, against these images.
+
+    Latents and tokens are decoded, the held-out ones, too: the autoencoder's own errors are on both sides, and no part of the distance.
 
     What has the suffix `_real` is that of as many training images in the place of the samples: what a perfect model would reach.
 
@@ -35,8 +39,9 @@ class SampleMetrics:
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
         modality = experiment.modalities[self.target]
-        if not isinstance(modality, Images):
-            raise UserError(f"features of images are measured of images: {self.target} is none.")
+        decoded = isinstance(modality, TokenImages) or isinstance(modality, EncodedLatents) and bool(modality.encoder.path)
+        if not decoded and not isinstance(modality, Images):
+            raise UserError(f"features of images are measured of images, or of what an autoencoder decodes: {self.target} is neither.")
         kind = self.encoder["kind"]
         encoder = open_network(kind, self.encoder.get("path", ""))
         test = load_all(Subset(experiment.test_data(), self.most))
@@ -56,7 +61,7 @@ class SampleMetrics:
                 metrics[f"{name}_real"] = limits[name]
                 definitions[f"{name}_real"] = f"the same of training images in the place of samples: {texts[name]}"
         clock.stop()
-        own = {NETWORKS[kind].distance: {**convention(encoder), **settings}}
+        own = {NETWORKS[kind].distance: {**convention(encoder), **settings, "decoded": decoded}}
         return EvalResult(metrics, definitions, {}, {**own, "evaluation_seconds": clock.seconds})
 
 

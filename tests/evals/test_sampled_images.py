@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from mmdiff.data.encoded_modalities import EncodedLatents
 from mmdiff.data.modalities import Images, Latents
 from mmdiff.data.sources import ArraySource
 from mmdiff.encoders import preprocessing
@@ -76,8 +77,27 @@ def test_samples_as_good_as_training_images_are_as_far_from_held_out_ones(monkey
     assert set(found.definitions) == set(metrics)
 
 
+def test_latents_are_measured_as_the_images_that_they_decode_to(monkeypatch):
+    train, test = split(0, 90), split(1, 45)
+    image = measure(monkeypatch, train.take(np.arange(45) * 2)["image"])
+
+    def latent(source):  # an autoencoder that halves the range
+        arrays = source.take(np.arange(len(source)))
+        return ArraySource({"latent": arrays["image"] / 2, "label": arrays["label"]})
+
+    autoencoder = types.SimpleNamespace(path="x", decode=lambda latents: np.repeat(2 * latents, 3, -1))
+    modality = EncodedLatents(8, 8, 1, encoder=autoencoder)
+    model = types.SimpleNamespace(modalities={"latent": modality}, train_data=lambda: latent(train), test_data=lambda: latent(test))
+    made = {"latent": latent(train).take(np.arange(45) * 2)["latent"]}
+    monkeypatch.setattr(sampled_images, "sample_batched", lambda *args, **options: made)
+    found = SampleMetrics({"kind": "efficientnet_lite0"}, target="latent", condition="label", batch=7)(model, None, CONFIG, None, 0)
+    assert found.settings["lite0-FD"]["decoded"] and not image.settings["lite0-FD"]["decoded"]
+    for name, value in image.metrics.items():
+        assert found.metrics[name] == pytest.approx(value, rel=0.02, abs=1e-3), name
+
+
 def test_only_images_have_features_and_only_if_a_network_is_named():
-    with pytest.raises(UserError, match="latent is none"):
+    with pytest.raises(UserError, match="latent is neither"):
         SampleMetrics({"kind": "inception", "path": "x"}, target="latent")(experiment(), None, CONFIG, None, 0)
     assert sample_metrics({"kind": "", "path": ""}, most=5) == ()
     assert sample_metrics(ConfigDict({"kind": "dinov2", "path": "x"}), most=5) == (SampleMetrics({"kind": "dinov2", "path": "x"}, most=5),)
