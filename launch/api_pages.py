@@ -10,7 +10,8 @@ import warnings
 
 import pdoc
 
-PACKAGES = ("mmdiff", "mmdiff.data", "mmdiff.evals", "mmdiff.training")  # whose names are imported when first used: pdoc wants them there
+# Their names are imported when first used: pdoc wants them there.
+PACKAGES = ("mmdiff", "mmdiff.convert", "mmdiff.data", "mmdiff.encoders", "mmdiff.evals", "mmdiff.training")
 
 
 def build(folder: str | pathlib.Path, *names: str) -> None:

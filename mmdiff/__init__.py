@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 __all__, __getattr__, __dir__ = lazily(
     __name__,
-    "contrastive", "data", "evals", "grids", "guidance", "losses", "matching", "nets", "processes", "sampling", "schedules", "times",
-    "training", "transforms",
+    "contrastive", "convert", "data", "encoders", "evals", "grids", "guidance", "losses", "matching", "nets", "processes", "sampling",
+    "schedules", "times", "training", "transforms",
     defaults="training_config", errors="UserError", experiment="Experiment initialiser", runs="open_run Run",
 )

@@ -43,5 +43,8 @@ def test_a_page_of_the_api_is_built(build):
 def test_all_pages_of_the_api_are_built(build):
     pages = build("mmdiff")
     assert {"mmdiff.html", "mmdiff/nets.html", "mmdiff/processes.html", "mmdiff/sampling.html"} <= set(pages)
-    for package, name in (("nets", "MMDiT"), ("data", "ArraySource"), ("training", "make_step")):
+    expected = {
+        "nets": "MMDiT", "data": "ArraySource", "training": "make_step", "encoders": "AutoencoderKL", "convert": "open_weights",
+        "evals": "precision_recall"}
+    for package, name in expected.items():
         assert name in pages[f"mmdiff/{package}.html"]

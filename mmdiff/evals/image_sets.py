@@ -2,7 +2,7 @@
 
     FILE.npz    arr_0 uint8 [n, H, W, 3], as ADM's evaluator takes it; as a reference also, or only, mu, sigma, mu_s, sigma_s
     FILE.npy    uint8 [n, H, W, 3]
-    FOLDER      images, at any depth
+    FOLDER      images, at any depth; of a set that `mmdiff sample --format` wrote, its images alone
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
@@ -56,18 +57,19 @@ def open_images(path: str | os.PathLike, size: int = 0) -> ImageSet:
 
     Args:
       path: one of the above.
-      size: crop and resize the images of a folder to this height and width, as ADM does; 0 if they have one size already.
+      size: crop and resize the images of a folder to this height and width, as ADM does; 0 if they have one size already. The images of
+        a file must have it.
 
     Raises:
       FileError: no such set; floats, grey images, another entry, a damaged file; images of several sizes.
     """
-    path = files.expand(path)
+    path = _in_set(files.expand(path))
     if files.is_folder(path):
         return _folder(path, size)
-    if size:
-        raise UserError(f"the images of {path} have a size already: leave --size out, which is for folders.")
     with _array(path) as (stream, bytes_of_it):
         shape = _header(stream, bytes_of_it, path)
+    if size and shape[1:3] != (size, size):
+        raise UserError(f"{path} has images of {shape[1]} x {shape[2]} pixels: --size {size} crops those of folders only.")
 
     def read(at_once):
         with _array(path) as (stream, bytes_of_it):
@@ -78,6 +80,13 @@ def open_images(path: str | os.PathLike, size: int = 0) -> ImageSet:
                 yield np.frombuffer(content, np.uint8).reshape(n, *shape[1:])
 
     return ImageSet(str(path), shape[0], shape[1:3], read)
+
+
+def _in_set(path: pathlib.Path) -> pathlib.Path:
+    """The images of a set that `mmdiff sample` wrote, beside which its folder has a grid of the first."""
+    if (path / "samples.json").is_file():
+        return next((found for name in ("samples.npz", "images") if (found := path / name).exists()), path)
+    return path
 
 
 def _folder(path, size):
@@ -107,7 +116,7 @@ def _folder(path, size):
 
 def open_reference(path: str | os.PathLike, size: int = 0) -> tuple[ImageSet | None, Statistics | None]:
     """What there is to compare with: images, or statistics, or both. Raises as `open_images`, and FileError for damaged statistics."""
-    path = files.expand(path)
+    path = _in_set(files.expand(path))
     if files.is_folder(path) or not _zipped(path):
         return open_images(path, size), None
     with _zip(path) as archive:

@@ -107,6 +107,22 @@ def test_stored_statistics_are_a_reference(files, images):
         assert value == pytest.approx(direct[name], rel=1e-9)
 
 
+@pytest.mark.parametrize("form", ["samples.npz", "images"])
+def test_the_folder_of_a_set_of_samples_is_its_images(files, images, form):
+    folder = files / "set"
+    (folder / "images").mkdir(parents=True)
+    (folder / "samples.json").write_text("{}")
+    Image.new("RGB", (64, 64)).save(folder / "samples.png")  # the grid, which is no sample
+    if form == "images":
+        for i, image in enumerate(images[0]):
+            Image.fromarray(image).save(folder / form / f"{i:06}.png")
+    else:
+        np.savez(folder / form, arr_0=images[0])
+    np.testing.assert_array_equal(np.concatenate(list(open_images(folder, 16).read(25))), images[0])
+    found, statistics = open_reference(folder)
+    assert (found.count, statistics) == (60, None)
+
+
 def test_adms_reference_has_statistics_of_all_and_images_of_some(files, images):
     mean, covariance = np.linspace(-1, 1, 9), np.diag(np.linspace(0.1, 1, 9))
     np.savez(files / "adm.npz", arr_0=images[1][:20], mu=mean, sigma=covariance, mu_s=mean[::2], sigma_s=covariance[::2, ::2])
@@ -219,7 +235,7 @@ def test_damaged_files_are_sentences(files, capsys):
     ("eval --samples x --reference y --config.seed=1", "--config.KEY=VALUE goes with a run"),
     ("eval --samples x --reference y --network vgg", "invalid choice: 'vgg'"),
     ("eval --samples SAMPLES --reference REAL --paired", "60 samples cannot be paired with 59 reference images"),
-    ("eval --samples SAMPLES --reference REAL --size 8", "have a size already"),
+    ("eval --samples SAMPLES --reference REAL --size 8", "has images of 16 x 16 pixels: --size 8 crops those of folders only"),
     ("eval --samples SAMPLES --write-statistics SAMPLES", "would overwrite what is measured"),
     ("eval --samples SAMPLES --reference REAL --json REAL", "would overwrite what is measured"),
     ("eval --samples gs://a/b.npz --reference y", "is an address"),
