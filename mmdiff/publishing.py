@@ -46,8 +46,6 @@ def export_weights(run: Any, to: str, out: str | os.PathLike, vae: str | os.Path
       UserError: the network's function is not the published one, or there is something in `out`; nothing is written then.
     """
     out = readers.expand(out)
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already: choose another folder, or remove it.")
     try:
         with drafts.draft(out, time.time_ns()) as draft:  # nothing is continued
             said = {OWN: _write_own, "published": _write_published, "diffusers": _write_diffusers}[to](run, draft, vae)

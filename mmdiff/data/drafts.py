@@ -26,8 +26,10 @@ def draft(folder: pathlib.Path, identity: Any, keep: bool = False) -> Iterator[p
     it is to be kept (`keep`): hours of work that Ctrl-C has interrupted.
 
     Raises:
-      UserError: another process writes the same folder. OSError: what the disk says.
+      UserError: `folder` holds something, or another process writes it. OSError: what the disk says.
     """
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):  # said now, and not after hours
+        raise UserError(f"{folder} is there already: choose another folder, or remove it.")
     own = folder.parent / f".{folder.name}.partial"
     own.mkdir(parents=True, exist_ok=True)
     _remove_old(folder)

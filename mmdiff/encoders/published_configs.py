@@ -19,6 +19,7 @@ from mmdiff.files import FileError, Missing, expand, folders, is_folder, read_js
 
 LARGEST = 2**24  # a dimension; vocabularies have 250,000 entries
 MOST_LAYERS = 1000
+POSITIVE = ("scaling_factor", "latents_std", "eps", "epsilon")  # ends of names; 0 makes every latent 0, and decoded ones infinite
 
 
 def network_of(kind: str, path: pathlib.Path, config: Any, weights: Mapping[str, Tensor]) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -57,7 +58,8 @@ def network_of(kind: str, path: pathlib.Path, config: Any, weights: Mapping[str,
     first = next(iter(fitting.values()))
     if any(net.config() != first[0].config() for net, _, _ in fitting.values()):
         raise FileError(
-            path, f"has no config.json, and {', '.join(fitting)} have its tensors", f"name one (config={next(iter(fitting))!r})"
+            path, f"has no config.json, and {', '.join(fitting)} have its tensors",
+            f"put its config.json beside it, or name one (config={next(iter(fitting))!r})",
         )
     return first
 
@@ -89,7 +91,8 @@ def _check(name: str, value: Any, default: Any) -> None:
         alike = part == of or type(part) is type(of) or (type(part), type(of)) == (int, float)
         most = MOST_LAYERS if "layers" in name or "blocks" in name else LARGEST
         least = -LARGEST if name.endswith("_id") or isinstance(part, float) else 0
-        if not (alike or of in (None, dataclasses.MISSING)) or (isinstance(part, (int, float)) and not least <= part <= most):
+        outside = isinstance(part, (int, float)) and not (least <= part <= most and (part > 0 or not name.endswith(POSITIVE)))
+        if not (alike or of in (None, dataclasses.MISSING)) or outside:
             raise UserError(f"{name} = {repr(value)[:60]} in its configuration is no value that a network has.")
 
 

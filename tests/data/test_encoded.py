@@ -189,6 +189,9 @@ def test_what_does_not_fit_is_said(latents, images, captioned, autoencoder, tmp_
     use = ["cache", "--config", DIT, f"--config.encoder.path={autoencoder[0]}"]
     status, said = run(capsys, *use, f"--config.data.images={images / 'train'}", "--out", str(out))
     assert status == 2 and f"{out}/train was written of other images, or by other encoders: remove it" in said[0]
+    status, said = run(capsys, *use, f"--config.data.images={images}", "--out", str(images))  # whose folders have these names, too
+    assert status == 2 and f"{images}/train is there already: choose another folder" in said[0]
+    assert {path.name for path in images.iterdir()} == {"train", "val"}
     elsewhere = ["--out", str(tmp_path / "out")]
     status, said = run(capsys, *use, f"--config.data.images={captioned}", "--config.data.set=captioned", *elsewhere)
     assert status == 2 and "have no label, which the config needs: see config.data.set" in said[0]

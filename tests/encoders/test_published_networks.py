@@ -126,7 +126,7 @@ def test_without_a_configuration_the_published_one_with_these_tensors_is_taken(t
     monkeypatch.setattr("mmdiff.encoders.t5.CONFIGS", {"a": small | {"num_layers": 1}, "b": small, "c": small})
     assert open_encoder("t5", tmp_path / "out").net == NETS["t5"]
     monkeypatch.setattr("mmdiff.encoders.t5.CONFIGS", {"a": small, "b": small | {"relative_attention_max_distance": 64}})
-    with pytest.raises(UserError, match=r"has no config.json, and a, b have its tensors: name one \(config='a'\)"):
+    with pytest.raises(UserError, match=r"a, b have its tensors: put its config.json beside it, or name one \(config='a'\)"):
         open_encoder("t5", tmp_path / "out")
     assert open_encoder("t5", tmp_path / "out", config="b").net.relative_attention_max_distance == 64
     monkeypatch.setattr("mmdiff.encoders.t5.CONFIGS", {"a": small | {"num_layers": 1}})
@@ -168,6 +168,7 @@ def test_half_precision_files_give_float32_parameters(tmp_path):
         ("t5", "t5", {"config": {**SMALL["t5"], "num_layers": 10**9}}, "num_layers = 1000000000 in its configuration is no value"),
         ("t5", "t5", {"config": {**SMALL["t5"], "num_layers": "x"}}, "num_layers = 'x' in its configuration is no value"),
         ("t5", "t5", {"config": {**SMALL["t5"], "d_model": -1}}, "d_model = -1 in its configuration is no value"),
+        ("t5", "t5", {"config": {**SMALL["t5"], "layer_norm_epsilon": 0.0}}, "layer_norm_epsilon = 0.0 in its configuration is no value"),
         ("t5", "t5", {"config": {**SMALL["t5"], "layer_norm_epsilon": float("nan")}}, "layer_norm_epsilon = nan in its configuration"),
         ("t5", "t5", {"config": {**SMALL["t5"], "num_heads": 0}}, "the configuration of .*t5 makes no t5"),
         ("clip_text", "t5", {"config": {"text_config": 3}}, "the configuration of .*t5 makes no clip_text"),
