@@ -139,11 +139,11 @@ EXAMPLES = {
     "configs": ["configs", "configs digits_joint --to my_digits.py"],
     "cache": [
         f"cache {TOKENIZER} --out runs/scenes_tokens",
-        "cache --config imagenet256/dit_xl2 --out latents --config.encoder.path=sd-vae-ft-ema --config.data.images=imagenet",
+        "cache --config imagenet256/dit_xl2 --out latents --config.encoder.path=weights/sd-vae-ft-ema --config.data.images=imagenet",
     ],
     "convert": [
-        "convert --config imagenet256/dit_xl2 --workdir runs/dit --from DiT-XL-2-256x256.pt --as dit",
-        "convert --config imagenet256/dit_xl2 --workdir runs/dit --to diffusers --vae sd-vae-ft-ema --out dit_pipeline",
+        "convert --config imagenet256/dit_xl2 --workdir runs/dit --from weights/DiT-XL-2-256x256.pt --as dit",
+        "convert --config imagenet256/dit_xl2 --workdir runs/dit --to diffusers --vae weights/sd-vae-ft-ema --out dit_pipeline",
     ],
     "bench": [
         "bench --config imagenet256/dit_xl2 --config.model.size=S --config.train.global_batch=8",

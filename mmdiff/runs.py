@@ -302,7 +302,9 @@ class Run:
         if split not in ("test", "validation"):
             raise UserError(f"split is 'test' or 'validation', not {checks.short(split)}.")
         if not self.experiment.evaluators:
-            raise UserError(f"{self.name} measures nothing as it is set: see its head, or give its Experiment evaluators.")
+            raise UserError(
+                f"{self.name} measures nothing as it is set: see its head, give its Experiment evaluators, or measure a set of its samples "
+                "(mmdiff eval --samples).")
         from mmdiff.evals import report
         from mmdiff.training import checkpoint_files, run_metadata
 

@@ -34,8 +34,8 @@ theirs: captions are dropped for a tenth of the examples, so that config.sample.
 config.loss.sample_inter=5e-6 with step_intra=0 is Sample-Inter, its negatives being others of the batch.
 
 For orientation, from a paper: VQ-Diffusion-S, a network of this size without the contrast but with 100 steps, their tokenizer and CLIP,
-has FID 30.17 by 30,000 samples (Gu et al. 2022). This has not been trained here; its cost is unknown, and there is no evaluator: FID needs
-the weights of an Inception network, which do not come along.
+has FID 30.17 by 30,000 samples (Gu et al. 2022). This has not been trained here; its cost is unknown. FID is measured of a set of samples,
+as in configs/imagenet256/README.md.
 
 With a text encoder of its own, on 16 chips of v5e by the ahead-of-time report: 99.0M parameters, 63.2M of them the text encoder, 6.8 GB a
 chip of 16.9 and a step of 53 ms at least (compiled in two to three minutes). With CLIP's states the 35.8M others are all.

@@ -13,7 +13,7 @@ other kinds of birds, are here images of other kinds in the batch), a rate of 4.
 (released: 6 a GPU; eight GPUs are our guess), 400 epochs of one caption an image.
 
 For orientation, from a paper: VQ-Diffusion-S, see coco_text.py, has FID 12.97 by 30,000 samples (Gu et al. 2022). This has not been
-trained here; its cost is unknown, and there is no evaluator.
+trained here; its cost is unknown. FID is measured of a set of samples, as in configs/imagenet256/README.md.
 
 With a text encoder of its own (config.text.published=false), on 16 chips of v5e by the ahead-of-time report: 99.0M parameters, 9.2 GB a
 chip of 16.9 and a step of 76 ms at least (compiled in two to six minutes).

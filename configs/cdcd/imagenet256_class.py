@@ -32,8 +32,8 @@ dropped for a tenth of the examples, so that config.sample.guidance can be above
 config.loss.sample_inter=5e-6 with step_intra=0 is Sample-Inter, its negatives being others of the batch.
 
 For orientation, from a paper: VQ-Diffusion, without the contrast but with 100 steps and their tokenizer, has FID 11.89 (Gu et al. 2022;
-others who ran its code found about 20). This has not been trained here; its cost is unknown, and there is no evaluator: FID needs the
-weights of an Inception network, which do not come along.
+others who ran its code found about 20). This has not been trained here; its cost is unknown. FID is measured of a set of samples, as in
+configs/imagenet256/README.md.
 
 On 16 chips of v5e, by the ahead-of-time report: 517.8M parameters, 15.9 GB a chip of 16.9 and a step of 60 ms at least (compiled in
 two minutes). config.train.mesh.data=1 with mesh.fsdp=16 splits the state, 8.3 GB of these.

@@ -6,7 +6,7 @@
     python -m mmdiff sample --config configs/imagenet256/dit_xl2.py --workdir runs/dit_xl2 --given label=207 --config.sample.guidance=4
     python -m mmdiff aot    --config configs/imagenet256/dit_xl2.py --topology v5e:4x4
     python -m mmdiff bench  --config configs/imagenet256/dit_xl2.py
-    python -m mmdiff convert --config configs/imagenet256/dit_xl2.py --workdir runs/dit --from DiT-XL-2-256x256.pt --as dit
+    python -m mmdiff convert --config configs/imagenet256/dit_xl2.py --workdir runs/dit $VAE --from weights/DiT-XL-2-256x256.pt --as dit
 
 Data: a latent cache that the first command writes. `imagenet` has the folders train/n01440764 ... and val/n01440764 ... of images; of TFDS,
 add --config.data.set=imagenet2012. Images are cropped as ADM's; every training image is encoded as it is and mirrored; moments are stored,
@@ -22,6 +22,8 @@ config.model.image=64 the latents are those of 512 pixels.
 
 On 16 chips of v5e with 32 images each, by the ahead-of-time report (add --config.train.global_batch=512 --config.train.mesh.fsdp=16):
 6.9 GB a chip with --config.model.remat=dots and a step of 139 ms at least; 2.2 GB and 154 ms with full.
+
+configs/imagenet256/README.md has the commands that sample 50,000 images and measure FID.
 
 Expected, from the paper (50,000 samples, not measured here): FID 19.5 after 400,000 steps; after 7,000,000 steps 9.62, and 2.27 with
 guidance 1.5. Cost: 675M parameters, 118.6 G multiply-adds an image and forward pass.

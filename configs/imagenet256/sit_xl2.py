@@ -3,7 +3,7 @@
     VAE="--config.encoder.path=weights/sd-vae-ft-ema"
     python -m mmdiff train   --config configs/imagenet256/sit_xl2.py --workdir runs/sit_xl2 $VAE --config.data.dir=latents/imagenet256
     python -m mmdiff sample  --config configs/imagenet256/sit_xl2.py --workdir runs/sit_xl2 --given label=207 --config.sample.guidance=4
-    python -m mmdiff convert --config configs/imagenet256/sit_xl2.py --workdir runs/sit --from SiT-XL-2-256x256.pt --as sit
+    python -m mmdiff convert --config configs/imagenet256/sit_xl2.py --workdir runs/sit $VAE --from weights/SiT-XL-2-256x256.pt --as sit
 
 Data and autoencoder are those of configs/imagenet256/dit_xl2.py, whose head has the command that writes the cache.
 config.data.source=random makes up latents and needs nothing.

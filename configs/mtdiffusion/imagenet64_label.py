@@ -25,8 +25,8 @@ sqrt(alpha_bar) t (the paper names none); the shares of the times, those of digi
 For 128 pixels config.data.size=128 with config.model.patch=8.
 
 For orientation, from the paper, 5,000 samples: FID 33.92 (M), 13.48 (M*), 41.00 (E), 11.28 (E*), against ADM's 23.22 without labels and
-16.35 with them. This has not been trained here; its cost is unknown, and there is no evaluator: FID needs the weights of an Inception
-network, which do not come along.
+16.35 with them. This has not been trained here; its cost is unknown. FID is measured of a set of samples, as in
+configs/imagenet256/README.md.
 
 On 16 chips of v5e, by the ahead-of-time report: 462.0M parameters (M; 499.9M with E), 11.4 GB a chip of 16.9 and a step of 61 ms at least;
 with config.model.remat=none 19.9 GB, which do not fit.

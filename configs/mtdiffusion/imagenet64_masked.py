@@ -18,9 +18,9 @@ hide everything, since ten patches leave at least 37 % to be seen and X is to sa
 digits_masked.py. For 128 pixels config.data.size=128 with config.model.patch=8.
 
 For orientation, from the paper: of 5,000 samples FID 9.85 (X) and 26.00 (U), against ADM's 23.22 without labels and 16.35 with them; LPIPS
-of restored images 0.035, 0.068, 0.099, 0.133 for 5, 10, 15, 20 patches (X). This has not been trained here; its cost is unknown, and there
-is no evaluator: FID needs the weights of an Inception network and LPIPS those of another, which do not come along. On 16 chips of v5e, by
-the ahead-of-time report: 459.1M parameters, 11.4 GB a chip of 16.9 and a step of 54 ms at least.
+of restored images 0.035, 0.068, 0.099, 0.133 for 5, 10, 15, 20 patches (X). This has not been trained here; its cost is unknown. FID is
+measured of a set of samples, as in configs/imagenet256/README.md; LPIPS is not there. On 16 chips of v5e, by the ahead-of-time report:
+459.1M parameters, 11.4 GB a chip of 16.9 and a step of 54 ms at least.
 """
 
 from ml_collections import ConfigDict

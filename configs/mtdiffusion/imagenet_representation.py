@@ -23,9 +23,9 @@ place of Stable Diffusion; the recipe of dit_xl2.py with fixed variances; as the
 space, as large as they are; as the head an MLP on the network's middle, with the squared error; the weight of the vector in the mean,
 sqrt(alpha_bar) t; the shares of the times, those of digits_representation.py.
 
-This has not been trained here; its cost is unknown, and there is no evaluator: FID needs the weights of an Inception network, which do
-not come along. 680.3M parameters, whose state takes 10.9 GB: on chips of 16 GB split it, by config.train.mesh.data=1 and mesh.fsdp=16:
-with config.model.remat=dots then 3.9 GB a chip of v5e and a step of 59 ms at least, by the ahead-of-time report for 16.
+This has not been trained here; its cost is unknown. FID is measured of a set of samples, as in configs/imagenet256/README.md.
+680.3M parameters, whose state takes 10.9 GB: on chips of 16 GB split it, by config.train.mesh.data=1 and mesh.fsdp=16: with
+config.model.remat=dots then 3.9 GB a chip of v5e and a step of 59 ms at least, by the ahead-of-time report for 16.
 """
 
 from ml_collections import ConfigDict
