@@ -4,6 +4,8 @@
     moments = net.apply({"params": params}, images, method="encode")                 # images in [-1, 1]
     latents = net.scale_latents(net.sample(moments, key))                            # what a diffusion model trains on
     images = net.apply({"params": params}, net.unscale(latents), method="decode")
+
+Source: Rombach et al. 2022 (arXiv:2112.10752); VA-VAE: Yao et al. 2025 (arXiv:2501.01423).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ LOGVAR = (-30.0, 20.0)  # log-variances are clipped to
 
 
 class AutoencoderKL(nn.Module):
-    """Images -> mean and log-variance of a Gaussian over latents -> images.
+    """Images -> mean m and log-variance v of a Gaussian over latents, z = m + exp(v / 2) n with n standard normal -> images.
 
     Its fields are those of the published config.json (diffusers' `AutoencoderKL`) and how it is computed. On a TPU, products are of
     bfloat16 unless `jax.default_matmul_precision("highest")` is set, as it should be where latents are stored.

@@ -1,4 +1,7 @@
-"""TAESD, a small autoencoder of the latents of published diffusion models: previews."""
+"""TAESD, a small autoencoder of the latents of published diffusion models: previews.
+
+Source: github.com/madebyollin/taesd.
+"""
 
 from __future__ import annotations
 

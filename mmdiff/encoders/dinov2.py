@@ -42,13 +42,18 @@ NAMES = Names(
 
 
 class DINOv2(nn.Module):
-    """A DINOv2. Field names and defaults are those of the published config.json.
+    """Images -> features of the image and of each patch. Field names and defaults are those of the published config.json.
 
     Attributes:
       use_swiglu_ffn: the giant's MLP, silu(a) * b of one product.
       num_register_tokens: tokens between the class token and the patches.
       position_interpolation: of `INTERPOLATIONS`; features of one way are not those of another. By default what transformers does.
       dtype: of the computation; parameters are float32.
+
+    >>> net = DINOv2(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    >>> features = jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((1, 28, 42, 3)))[0]
+    >>> features["cls"].shape, features["patches"].shape  # 2 x 3 patches of 14 x 14
+    ((1, 8), (1, 6, 8))
     """
 
     hidden_size: int = 768
@@ -81,6 +86,7 @@ class DINOv2(nn.Module):
         return cls(**others | config_fields(cls, config))
 
     def config(self) -> dict[str, Any]:
+        """Its config.json, as transformers reads it."""
         model, kind = ("Dinov2WithRegistersModel", "dinov2_with_registers") if self.num_register_tokens else ("Dinov2Model", "dinov2")
         return {"architectures": [model], "model_type": kind, **config_fields(self)}
 
@@ -93,6 +99,7 @@ class DINOv2(nn.Module):
         return _from_facebookresearch(weights) if "cls_token" in weights else weights
 
     def example_inputs(self) -> tuple[jax.Array]:
+        """An image."""
         return (jnp.zeros((1, self.image_size, self.image_size, self.num_channels)),)
 
     @nn.compact

@@ -63,6 +63,7 @@ class EfficientNetLite0(nn.Module):
 
     @nn.compact
     def features(self, images: jax.Array) -> dict[str, jax.Array]:
+        """Preprocessed images [B, H, W, 3] -> the features above, by name."""
         def layer(x, width, kernel, stride, name, norm):
             x = conv(width, kernel, stride, "SAME", use_bias=False, dtype=self.dtype, name=name)(x)
             return nn.relu6(BatchNorm(EPSILON, self.dtype, name=norm)(x))
@@ -84,6 +85,7 @@ class EfficientNetLite0(nn.Module):
         return cls()
 
     def config(self) -> dict[str, Any]:
+        """What stands for a config.json where the weights are written."""
         return {"model_type": "efficientnet_lite0", "architectures": ["EfficientNet-Lite0"]}
 
     @staticmethod
@@ -92,6 +94,7 @@ class EfficientNetLite0(nn.Module):
         return {key: tensor for key, tensor in weights.items() if not key.endswith("num_batches_tracked")}
 
     def example_inputs(self) -> tuple:
+        """An image."""
         return (jnp.zeros((1, 224, 224, 3)),)
 
 

@@ -116,6 +116,7 @@ class Inception(nn.Module):
 
     @nn.compact
     def features(self, images: jax.Array) -> dict[str, jax.Array]:
+        """Preprocessed images [B, H, W, 3] -> the features above, by name."""
         def layer(x, name, width, kernel, stride=1, padded=None):
             return ConvNormRelu(width, kernel, stride, stride == 1 if padded is None else padded, self.dtype, name=name)(x)
 
@@ -161,6 +162,7 @@ class Inception(nn.Module):
         return cls()
 
     def config(self) -> dict[str, Any]:
+        """What stands for a config.json where the weights are written."""
         return {"model_type": "inception", "architectures": ["InceptionV3-2015-12-05"]}
 
     @staticmethod
@@ -169,4 +171,5 @@ class Inception(nn.Module):
         return {key: tensor for key, tensor in weights.items() if not key.endswith("num_batches_tracked")}
 
     def example_inputs(self) -> tuple:
+        """An image."""
         return (jnp.zeros((1, 299, 299, 3)),)

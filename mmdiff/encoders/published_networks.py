@@ -1,4 +1,10 @@
-"""Published networks by kind: from a file or folder to a frozen network with its parameters, wherever it was published."""
+"""Published networks by kind: from a file or folder to a frozen network with its parameters, wherever it was published.
+
+    vae = open_encoder("autoencoder_kl", "weights/sd-vae-ft-ema")
+    moments = vae.apply(vae.preprocessing(image)[None], method="encode")             # image uint8 [H, W, 3] of the side that is meant
+    clip, tokenizer = open_encoder("clip_text", folder), open_tokenizer("clip_text", folder)
+    states = clip.apply(tokenizer.encode(["a red bird"])).tokens                     # [1, 77, width]
+"""
 
 from __future__ import annotations
 
@@ -53,6 +59,7 @@ class Encoder:
     files: tuple[pathlib.Path, ...]
 
     def apply(self, *inputs: Any, **options: Any) -> Any:
+        """The network of these parameters: `method="encode"`, "decode", "features", or by default its `__call__`."""
         return self.net.apply({"params": self.params}, *inputs, **options)
 
     @functools.cached_property
@@ -86,6 +93,18 @@ def open_encoder(
     Raises:
       UserError: an unknown kind, no weights, weights of another network (the first five wrong keys and a count), no configuration; float16
         where the network's activations pass its largest number.
+
+    >>> import tempfile
+    >>> from mmdiff.convert import write_weights
+    >>> from mmdiff.encoders import SentenceBERT
+    >>> from mmdiff.encoders.published_configs import abstract_params
+    >>> net = SentenceBERT(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    >>> zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(net))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = write_weights(folder, state_dicts.state_dict(zeros), net.config())
+    ...     encoder = open_encoder("sentence_bert", folder)
+    >>> encoder.net.hidden_size, encoder.licence, encoder.counts["dtype"]
+    (8, 'Apache-2.0', 'float32')
     """
     if kind not in KINDS:
         raise UserError(f"no published network is of the kind {kind!r}: there are {', '.join(KINDS)}.")

@@ -28,10 +28,17 @@ NAMES = Names(
 
 
 class SentenceBERT(nn.Module):
-    """A BERT encoder. Field names and defaults are those of the published config.json.
+    """Token ids -> states, and a vector for the text. Field names and defaults are those of the published config.json.
+
+    With `method="encode"`: e = m / |m|, m = sum_i mask_i h_i / sum_i mask_i of the last states h.
 
     Attributes:
       dtype: of the computation; parameters are float32.
+
+    >>> net = SentenceBERT(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    >>> ids, mask = jnp.array([[3, 4, 1, 0]]), jnp.array([[1, 1, 1, 0]])
+    >>> jax.eval_shape(lambda key: net.init_with_output(key, ids, mask, method="encode")[0], jax.random.key(0)).shape
+    (1, 8)
     """
 
     vocab_size: int = 30522
@@ -53,6 +60,7 @@ class SentenceBERT(nn.Module):
         return cls(**config_fields(cls, config))
 
     def config(self) -> dict[str, Any]:
+        """Its config.json, as transformers reads it."""
         return {"architectures": ["BertModel"], "model_type": "bert", **config_fields(self)}
 
     @staticmethod
@@ -66,6 +74,7 @@ class SentenceBERT(nn.Module):
         return found
 
     def example_inputs(self) -> tuple[jax.Array, jax.Array]:
+        """Ids and mask."""
         return jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32)
 
     @nn.compact

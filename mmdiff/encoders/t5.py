@@ -30,13 +30,18 @@ NAMES = Names(
 
 
 class T5Encoder(nn.Module):
-    """T5's encoder. Field names and defaults are those of the published config.json.
+    """Token ids -> states. Field names and defaults are those of the published config.json.
 
-    The scores are not divided by the root of the head's size; a bias of the keys' distance, one table for all layers, is added to them.
+    Attention is softmax(q k + b(distance)) v: scores are not divided by the root of the head's size, and all layers share the table b.
 
     Attributes:
       feed_forward_proj: "gated-gelu" (v1.1, Flan; the tanh form), or the MLP's activation ("relu": the first T5).
       dtype: of the computation, not float16 (the MLPs of the published weights pass its largest number); parameters are float32.
+
+    >>> net = T5Encoder(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    >>> ids, mask = jnp.array([[3, 4, 1, 0]]), jnp.array([[1, 1, 1, 0]])
+    >>> jax.eval_shape(net.init_with_output, jax.random.key(0), ids, mask)[0].shape
+    (1, 4, 8)
     """
 
     vocab_size: int = 32128
@@ -58,9 +63,11 @@ class T5Encoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> T5Encoder:
+        """The network of a published config.json."""
         return cls(**config_fields(cls, config))
 
     def config(self) -> dict[str, Any]:
+        """Its config.json, as transformers reads it."""
         return {"architectures": ["T5EncoderModel"], "model_type": "t5", "tie_word_embeddings": False, **config_fields(self)}
 
     @staticmethod
@@ -71,6 +78,7 @@ class T5Encoder(nn.Module):
         return {"shared.weight": weights[alias], **found} if alias in weights else found
 
     def example_inputs(self) -> tuple[jax.Array, jax.Array]:
+        """Ids and mask."""
         return jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32)
 
     @nn.compact

@@ -3,6 +3,8 @@
     net = VQModel.from_config(CONFIGS["vqgan-f16-16384"])
     codes = net.apply({"params": params}, images, method="encode")                   # images in [-1, 1]; int32 [B, H/16, W/16]
     images = net.apply({"params": params}, codes, method="decode")
+
+Source: Esser et al. 2021 (arXiv:2012.09841); LlamaGen: Sun et al. 2024 (arXiv:2406.06525).
 """
 
 from __future__ import annotations
@@ -55,12 +57,18 @@ class Codebook(nn.Module):
 
 
 class VQModel(nn.Module):
-    """Images -> codes -> images. Fields: those of the published config.json (diffusers' `VQModel`) and dtype, of the computation.
+    """Images -> codes, argmin_k |h - e_k|^2 of the encoder's output h -> images.
+
+    Fields: those of the published config.json (diffusers' `VQModel`) and dtype, of the computation.
 
     LlamaGen compares normalised vectors. With normalised codes, the nearest to a vector is the nearest to the normalised vector, so that
     `canonical` normalises that layout's codes and nothing else differs.
 
     taming's GumbelVQ (quantizer="gumbel") has a logit for each code, by which training samples; here an image's code is the likeliest.
+
+    >>> net = VQModel(norm_num_groups=4, block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2)
+    >>> net.downsampling  # pixels of a side for one code
+    2
     """
 
     in_channels: int = 3
