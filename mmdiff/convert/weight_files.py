@@ -4,6 +4,7 @@
     *.safetensors.index.json, *.bin.index.json      the parts of one, in the folder of the index
     .pt .pth .ckpt .bin                             what PyTorch has written, see `torch_files`
     a folder of diffusers or transformers           the one of these that it holds
+    a folder of NAMEencoder.pth, NAMEdecoder.pth    both: keys "encoder....", "decoder...."
 
 What a file is stands in its first bytes, not in its name. Nothing is executed, and nothing outside of the folder is opened.
 """
@@ -57,8 +58,11 @@ def open_weights(path: str | os.PathLike, within: str | None = None) -> dict[str
     np.float32(6.0)
     """
     tensors: dict[str, Tensor] = {}
+    halves = _halves(expand(path))
     for file, keys in weight_files(path).items():
         found = open_file(file, within)
+        if file in halves:
+            found = {f"{halves[file]}.{key}": tensor for key, tensor in found.items()}
         lacking = [key for key in keys or () if key not in found]
         if lacking:
             raise FileError(file, f"lacks {lacking[0][:80]!r}, which its index says it holds", COPY)
@@ -74,6 +78,8 @@ def open_weights(path: str | os.PathLike, within: str | None = None) -> dict[str
 def weight_files(path: str | os.PathLike) -> dict[pathlib.Path, list[str] | None]:
     """The files that hold the weights of a file, index or folder -> the keys that are meant, None for all. Raises as `open_weights`."""
     path = expand(path)
+    if halves := _halves(path):
+        return dict.fromkeys(halves)
     path = find_weights(path) if is_folder(path) else path
     if path.suffix != ".json":
         return {path: None}
@@ -114,6 +120,17 @@ def find_weights(folder: pathlib.Path) -> pathlib.Path:
         if found:
             raise FileError(folder, f"holds several files of weights ({', '.join(found[:5])})", "name one of them")
     raise FileError(folder, f"holds no weights ({', '.join(SUFFIXES)})", "give the folder or file of the weights")
+
+
+def _halves(folder: pathlib.Path) -> dict[pathlib.Path, str]:
+    """The two files of an autoencoder that was published in halves -> "encoder", "decoder"; none where a folder holds others."""
+    try:
+        files = [folder / name for name in sorted(os.listdir(folder)) if name.endswith(SUFFIXES)] if is_folder(folder) else []
+    except OSError:  # `find_weights` says so
+        return {}
+    found = {file: part for file in files for part in ("encoder", "decoder") if file.stem.endswith(part)}
+    stems = {file.stem.removesuffix(part) for file, part in found.items()}
+    return found if len(files) == len(found) == 2 and len(stems) == 1 and len(set(found.values())) == 2 else {}
 
 
 def open_file(path: pathlib.Path, within: str | None = None) -> dict[str, Tensor]:

@@ -282,3 +282,15 @@ def test_loading_onto_a_mesh_holds_less_than_a_part_of_the_files_beside_the_plac
     assert not done.returncode, done.stderr
     streamed, whole = ([int(number) / size for number in line.split()] for line in done.stdout.splitlines())
     assert max(streamed) <= 1.3 and min(whole) > 3, (streamed, whole)
+
+
+def test_an_autoencoder_in_two_files(tmp_path):
+    """As TAESD was published: its halves apart, their layers numbered in each, the decoder's from 1."""
+    weights = small_weights("autoencoder_tiny")
+    for part, first in (("encoder", 0), ("decoder", 1)):
+        keys = [key.split(".", 3) for key in weights if key.startswith(part)]
+        half = {f"{int(number) + first}.{leaf}": weights[f"{part}.layers.{number}.{leaf}"] for _, _, number, leaf in keys}
+        write_weights(tmp_path / f"taesd_{part}.safetensors", half)
+    encoder = open_encoder("autoencoder_tiny", tmp_path, config=SMALL["autoencoder_tiny"])
+    assert_holds(encoder, weights)
+    assert [path.name for path in encoder.files] == ["taesd_decoder.safetensors", "taesd_encoder.safetensors"]
