@@ -30,8 +30,8 @@ EVAL = """\
 Runs every evaluator of the config on the averaged (EMA) weights of the last
 checkpoint, prints the metrics, and writes report.json (all metrics) and
 report.html (metrics and figures) to the workdir. The values of the config are
-the run's own; config.sample, config.eval, config.seed and the folders of the
-data can be set.
+the run's own; config.sample, config.eval, config.seed, the folders of the data
+and the paths of published encoders can be set.
 
 Whatever you choose by its metrics, choose with --split validation, which writes
 report-validation.json and .html and leaves the test data alone: what is
@@ -111,8 +111,8 @@ Each modality is sampled, unless it is given (--given NAME=VALUE holds its value
 or absent (--absent NAME: it says nothing about the others). So one model
 samples both, images of a label, the label of an image, and images alone. Sample i
 depends on the seed and on i only, not on --number. The values of the config are
-the run's own; config.sample, config.eval, config.seed and the folders of the
-data can be set.
+the run's own; config.sample, config.eval, config.seed, the folders of the data
+and the paths of published encoders can be set.
 
 With --format it writes a set of images of any number, with all devices here and,
 with --distributed, those of all other processes: samples.npz (arr_0 uint8

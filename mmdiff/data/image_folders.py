@@ -158,7 +158,7 @@ def _named_parts(folder: pathlib.Path, kind: str) -> dict[str, str]:
     if not files.is_folder(folder):
         if folder.suffix.lower() == ".tar" and os.path.lexists(folder):
             return {}
-        raise UserError(f"there is no folder {folder}: config.data.dir names the folder of the images.")
+        raise UserError(f"there is no folder {folder} of images: set config.data.dir, or for mmdiff cache config.data.images.")
     present = files.folders(folder)
     named = {part: [name for name in names if name in present] for part, names in PARTS.items()}
     clear = present == named["train"] or named["val"] or named["test"] or kind == "caption"
