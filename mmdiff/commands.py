@@ -89,6 +89,8 @@ def sample(args: argparse.Namespace) -> None:
 
 def _sample(args: argparse.Namespace, given: Mapping[str, str], out: pathlib.Path) -> None:
     run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
+    for modality in run.experiment.modalities.values():
+        getattr(getattr(modality, "decode", None), "open", lambda: None)()  # a decoder that is not there is said before sampling
     steps, guidance, seed = run.settings(args.steps, args.guidance, args.seed)
     if args.classes:
         from mmdiff import sample_sets

@@ -43,8 +43,7 @@ def import_weights(
     Raises:
       UserError: nothing is written then. The config builds another network than the weights need, or they are not of this kind or size.
     """
-    if run_metadata.steps(run_metadata.checkpoint_folder(workdir)):
-        raise UserError(f"{workdir} holds a run already: choose another workdir.")
+    _check_empty(workdir)
     values, module = configs.load(config, overrides)
     path = readers.expand(path)
     own = _own_config(path) if kind == OWN else {}
@@ -74,6 +73,7 @@ def import_weights(
     noted = own.get("source") or {"kind": kind, "about": source.about if source else "weights of this library", "licence": licence}
     noted = noted | {"file": str(path), "tensors": len(weights), "numbers": count}
     with lock.held(workdir), checkpoints.Checkpoints(workdir, keep=1) as saved:
+        _check_empty(workdir)  # another conversion may have ended meanwhile
         run_metadata.write_config(workdir, values)
         found = {run_metadata.SOURCE: noted, "data.json": own.get("data"), "dependencies.json": own.get("dependencies")}
         with run_metadata.writing(workdir):
@@ -84,6 +84,11 @@ def import_weights(
         saved.save_averages(params, meta)
     types = ", ".join(sorted({str(tensor.dtype) for tensor in weights.values()}))
     return [f"{len(weights)} tensors, {count:,} numbers ({types}): {noted['about']}", f"licence: {licence}", f"{workdir} is a run"]
+
+
+def _check_empty(workdir: str | os.PathLike) -> None:
+    if run_metadata.steps(run_metadata.checkpoint_folder(workdir)):
+        raise UserError(f"{workdir} holds a run already: choose another workdir.")
 
 
 def _own_config(folder: pathlib.Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from mmdiff import __main__ as cli
 from mmdiff import config as configs
-from mmdiff import nets, open_run, publishing
+from mmdiff import conversion, nets, open_run, publishing
 from mmdiff.convert import layouts
 from mmdiff.convert.kinds import KINDS
 from mmdiff.convert.weight_files import open_weights
@@ -67,6 +67,10 @@ def test_published_weights_become_a_run_and_published_weights_again(case, tmp_pa
     assert call("convert", *of(run, case), "--from", file, "--as", kind) == 0
     said = capsys.readouterr().out
     assert f"{len(arrays)} tensors" in said and KINDS[kind].licence in said
+    if kind == "vq-diffusion":  # nothing is sampled that cannot be decoded
+        assert call("sample", *of(run, case), "--number", 1) == 2
+        said = capsys.readouterr()
+        assert "config.encoder.path is empty" in said.err and "samples of step" not in said.out
     assert json.loads((run / "source.json").read_text())["licence"] == KINDS[kind].licence
 
     assert call("convert", *of(run, case), "--to", "published", "--out", tmp_path / "published") == 0
@@ -135,6 +139,19 @@ def test_a_run_of_published_weights_samples_and_others_start_from_it(tmp_path, c
     assert call("convert", *of(tuned), "--to", "published", "--out", tmp_path / "tuned-out") == 0  # the licence goes on with the weights
     assert f"licence: {KINDS['dit'].licence}" in capsys.readouterr().out
     assert json.loads((tmp_path / "tuned-out" / "source.json").read_text()) == json.loads((run / "source.json").read_text())
+
+
+def test_of_two_conversions_at_once_one_makes_the_run(tmp_path, capsys, monkeypatch):
+    file, command = tmp_path / "it.safetensors", ["convert", *of(tmp_path / "run"), "--from", tmp_path / "it.safetensors", "--as", "dit"]
+    write_weights(file, random_weights("dit"))
+
+    def slow(*args):
+        monkeypatch.setattr(conversion, "open_weights", open_weights)
+        assert call(*command) == 0
+        return open_weights(*args)
+
+    monkeypatch.setattr(conversion, "open_weights", slow)
+    assert call(*command) == 2 and "run holds a run already: choose another workdir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args, words", [

@@ -31,6 +31,7 @@ def draft(folder: pathlib.Path, identity: Any, keep: bool = False) -> Iterator[p
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):  # said now, and not after hours
         raise UserError(f"{folder} is there already: choose another folder, or remove it.")
     own = folder.parent / f".{folder.name}.partial"
+    made = [parent for parent in folder.parents if not parent.exists()]
     own.mkdir(parents=True, exist_ok=True)
     _remove_old(folder)
     with open(own / LOCK, "w") as lock:
@@ -51,6 +52,9 @@ def draft(folder: pathlib.Path, identity: Any, keep: bool = False) -> Iterator[p
         finally:
             if done:
                 shutil.rmtree(own, ignore_errors=True)
+                with contextlib.suppress(OSError):  # until one holds something
+                    for parent in made:
+                        parent.rmdir()
 
 
 def _stored(path: pathlib.Path) -> Any:

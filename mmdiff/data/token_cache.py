@@ -59,10 +59,10 @@ def token_source(folder: str | os.PathLike, split: str) -> ArraySource:
 def decoder(folder: str | os.PathLike, encoder: NamedEncoder | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """`tokens [n, L] -> images (music) float32 [n, *shape]` in [-1, 1], by the weights in the cache, or by the encoder that wrote it.
 
-    The folder is opened at the first call, so a config can name one that is not written yet.
+    The folder is opened at the first call, or by the function's `open()`, so a config can name one that is not written yet.
 
     Raises:
-      UserError: from the first call, no such cache, or weights that are not those of its fingerprint.
+      UserError: then, no such cache, or weights that are not those of its fingerprint.
     """
 
     @functools.cache
@@ -70,12 +70,16 @@ def decoder(folder: str | os.PathLike, encoder: NamedEncoder | None = None) -> C
         net, params = read_network(folder)
         return jax.jit(lambda ids: net.apply(params, ids, method="decode")), part_of(net)
 
+    def by_encoder():
+        return encoder and (not folder or is_encoded(folder))
+
     def images(tokens):
-        if encoder and (not folder or is_encoded(folder)):
+        if by_encoder():
             return encoder.decode(tokens)
         function, part = decode()
         return map_batched(function, np.asarray(tokens), part)
 
+    images.open = lambda: encoder.network() if by_encoder() else decode()
     return images
 
 
