@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # jax is imported when a run is opened, after its config has 
     from mmdiff.experiment import Experiment
 
 LARGEST_BATCH = 256  # samples of one call of the network
+LARGEST_GRID = 400  # images
 IN_USE = (  # the keys and sections of a config that may be set when a run is opened
     "sample", "eval", "seed", "data.dir", "data.towers", "encoder.path", "encoder.codes", "text_encoder.path",
     "text_encoder.tokenizer", "vector_encoder.path")
@@ -260,7 +261,7 @@ class Run:
         return {name: self.experiment.modalities[name].show(array) for name, array in samples.items()}
 
     def write(self, samples: Mapping[str, np.ndarray], folder: str | os.PathLike) -> list[pathlib.Path]:
-        """Writes samples.npz, a grid of the images, captioned with the modalities that are text, and files of sounds; -> the files.
+        """Writes samples.npz, a grid of the images (the first LARGEST_GRID), captioned with what is text, and sounds; -> the files.
 
         Raises:
           UserError: the folder cannot be written.
@@ -279,7 +280,8 @@ class Run:
             np.savez(paths[0], **stored)
             for name, array in images.items():
                 paths.append(folder / ("samples.png" if len(images) == 1 else f"samples_{name}.png"))
-                grid(array, math.isqrt(len(array) - 1) + 1, captions or None).save(paths[-1])
+                seen = array[:LARGEST_GRID]
+                grid(seen, math.isqrt(len(seen) - 1) + 1, captions[:LARGEST_GRID] or None).save(paths[-1])
             for name, array in samples.items():
                 if hasattr(modalities[name], "write"):
                     paths += modalities[name].write(array, folder)

@@ -92,7 +92,8 @@ def shown(run: Any, given: Iterable[str], absent: Iterable[str]) -> tuple[str, s
             + ("hold the others by --given, or leave them out by --absent." if images else "leave --format out."))
     if isinstance(modalities[images[0]], EncodedLatents) and not modalities[images[0]].encoder.path:
         raise UserError(f"{images[0]}: latents become images by an autoencoder: name it by --config.encoder.path=PATH.")
-    return images[0], next((name for name in names if isinstance(modalities[name], Labels)), None)
+    silent = {name for name in getattr(run.experiment.process, "conditions", ()) if name not in given}  # its value says nothing
+    return images[0], next((name for name in names if isinstance(modalities[name], Labels) and name not in silent), None)
 
 
 def write(

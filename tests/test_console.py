@@ -107,3 +107,18 @@ def test_a_bar_on_a_terminal_that_is_gone_ends_nothing(monkeypatch):
     monkeypatch.setattr(console, "_failed", {})
     monkeypatch.setattr(sys, "stderr", Gone())
     assert list(console.progress(range(3), "batch")) == [0, 1, 2]
+
+
+def test_a_rate_tells_the_speed_of_all_processes_and_the_time_that_is_left(monkeypatch, capsys):
+    now = iter([100.0, 160.0, 220.0])  # the first two images are compiled for, and not counted
+    monkeypatch.setattr("mmdiff.console.time.monotonic", lambda: next(now))
+    first = console.Rate(8, "image", 0, 2)
+    for count in (2, 3, 3):
+        first.add(count)
+    first.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "mmdiff: image 5 of 8 of process 0 of 2, 0.1 images/s, 1.0 min left", "mmdiff: image 8 of 8 of process 0 of 2, 0.1 images/s"]
+    monkeypatch.setattr("mmdiff.console.time.monotonic", lambda: 0.0)
+    console.Rate(1, "image", 1, 2).add(1)
+    assert not capsys.readouterr().err

@@ -106,10 +106,10 @@ def test_samples_are_those_of_one_device_batch_by_batch(run, monkeypatch):
         np.testing.assert_array_equal(found[name], getattr(modality, "quantize", np.asarray)(wanted[name]))
 
 
-def test_eight_devices_decode_as_one(tmp_path, monkeypatch):
+def test_several_devices_decode_as_one(tmp_path, monkeypatch):
     autoencoder = Autoencoder({"kind": "autoencoder_kl", "path": str(tiny_encoders.autoencoder(tmp_path / "vae")[0])}, 4)
     monkeypatch.setattr("mmdiff.data.named_autoencoders.PIXELS", 2 * 8**2)  # two images at once
-    latents = np.random.default_rng(0).standard_normal((9, 4, 4, 4), np.float32)
+    latents = np.random.default_rng(0).standard_normal((5, 4, 4, 4), np.float32)
     images = autoencoder.decode(latents)
     monkeypatch.setattr(jax, "local_devices", lambda devices=jax.devices()[:1]: devices)
     autoencoder._decoded = None
@@ -125,6 +125,7 @@ def test_classes_are_balanced_by_the_seed_and_i(run):
         assert np.array_equal(few, many[:33]) and not np.array_equal(many, other) and many.dtype == np.int32
     chance = np.bincount(sample_sets.classes(run, "random", 3000, 0)["label"], minlength=10)
     assert ((chance - 300) ** 2 / 300).sum() < 27.9  # chi-squared with 9 degrees of freedom, 0.1 %
+    assert list(sample_sets.shown(run, ["label"], [])) == ["image", "label"] and sample_sets.shown(run, [], ["label"]) == ("image", None)
     with pytest.raises(UserError, match="--classes random is for a modality of classes, and this model has none that is left"):
         sample_sets.classes(run, "random", 3, 0, taken=["label"])
 
@@ -177,6 +178,10 @@ def test_the_command_writes_a_set(run, workdir, tmp_path, capsys):
     write(run, tmp_path / "same", 30)
     before = contents(out)
     assert before == contents(tmp_path / "same")
+    assert main([*plain[:-1], str(tmp_path / "few"), "--number=30", "--classes=balanced", "--seed=3", "--guidance=1.5"]) == 0
+    with np.load(tmp_path / "few/samples.npz") as few:
+        assert np.array_equal(few["label"], read(out)[1])
+    capsys.readouterr()
     np.save(tmp_path / "labels.npy", np.zeros(30, np.int32))
     for words, command in {
         "holds samples of other settings (seed 3, not 4)": [*plain, *of_set, "--classes=balanced", "--seed=4"],

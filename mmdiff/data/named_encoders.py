@@ -17,10 +17,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmdiff import files
 from mmdiff.data.network_cache import map_batched
+from mmdiff.data.spreading import Spread
 from mmdiff.data.stored_images import decode
 from mmdiff.encoders.published_networks import open_encoder
 from mmdiff.errors import UserError
@@ -79,12 +79,19 @@ class NamedEncoder:
     def call(self, function: Callable[..., Any], batch: np.ndarray, part: int) -> Any:
         """`function(net, variables, batch)` over `part` examples at a time, each on one device of this process, all by one program."""
         (net, params), batch = self.network(), np.asarray(batch)
-        devices = tuple(jax.local_devices()[: max(1, -(-len(batch) // part))])
-        run, variables = jitted(function, net, devices), {"params": params}
-        if len(devices) > 1:
-            variables = jax.device_put(variables, NamedSharding(_mesh(devices), PartitionSpec()))
+        devices = jax.local_devices()[: -(-len(batch) // part)]
         with jax.default_matmul_precision("highest"):
-            return map_batched(lambda rows: run(variables, rows), batch, part * len(devices))
+            if len(devices) <= 1:
+                run = jitted(function, net)
+                return map_batched(lambda rows: run({"params": params}, rows), batch, part)
+            run = _spread(function, net)
+            placed = run.place({"params": params}, devices)
+
+            def together(rows):
+                parts = [(jax.device_put(rows[i * part : (i + 1) * part], device),) for i, device in enumerate(devices)]
+                return jax.tree.map(lambda *arrays: np.concatenate(arrays), *jax.device_get(run(placed, parts)))
+
+            return map_batched(together, batch, part * len(devices))
 
     def network(self) -> tuple[Any, Any]:
         """The network in its place, and its parameters."""
@@ -222,15 +229,11 @@ def _opened(kind: str, path: str) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def jitted(function: Callable[..., Any], net: Any, devices: tuple[jax.Device, ...] = ()) -> Callable[..., Any]:
-    """`function(net, variables, batch)` as compiled `(variables, batch)`; of several devices each computes its share of the batch."""
-    compiled = functools.partial(function, net)
-    if len(devices) > 1:
-        split = PartitionSpec("part")
-        specs = {"in_specs": (PartitionSpec(), split), "out_specs": split}
-        compiled = jax.shard_map(compiled, mesh=_mesh(devices), check_vma=False, **specs)
-    return jax.jit(compiled)
+def jitted(function: Callable[..., Any], net: Any) -> Callable[..., Any]:
+    """`function(net, variables, batch)` as compiled `(variables, batch)`."""
+    return jax.jit(functools.partial(function, net))
 
 
-def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:
-    return Mesh(np.array(devices), ("part",))
+@functools.lru_cache(maxsize=16)
+def _spread(function: Callable[..., Any], net: Any) -> Spread:
+    return Spread(functools.partial(function, net))

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mmdiff.data.spreading import Spread
 
 
 def count_of(count: int, size: int) -> int:
@@ -22,12 +23,11 @@ def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 def stream(
     function: Callable, params: Any, key: jax.Array, given: Any, count: int, size: int, *, blocks: Sequence[int] | None = None,
-    devices: Sequence[jax.Device] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """`function(params, keys, given)` over `count` examples -> (k, its results as NumPy arrays [n, ...]) of every block k, in turn.
 
-    Block k holds the examples k size .. (k + 1) size - 1. Each is computed by one device, all by the same program, the last one with its
-    last example repeated: so the bits of a result depend on `size` at most, not on how many devices or processes share the work.
+    Block k holds the examples k size .. (k + 1) size - 1. Each is computed by one device of this process, all by the same program, the last
+    one with its last example repeated: so the bits of a result depend on `size` at most, not on the number of devices or of processes.
 
     >>> double = lambda params, keys, given: 2 * given
     >>> [(k, found.tolist()) for k, found in stream(double, None, jax.random.key(0), np.arange(5), 5, 2, blocks=[0, 2])]
@@ -38,36 +38,25 @@ def stream(
       key: example i's key is `fold_in(key, i)`.
       given: pytree of what rows can be taken of, `array[rows]`.
       blocks: which; all by default.
-      devices: by default all of this process; each computes one block of a call.
     """
     blocks = range(count_of(count, size)) if blocks is None else blocks
-    if not len(blocks):
-        return
-    devices = (jax.local_devices() if devices is None else list(devices))[: len(blocks)]
-    fold = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
-    if len(devices) == 1:
-        run, place = jax.jit(function), lambda tree: tree
-    else:
-        mesh, split = Mesh(np.array(devices), ("block",)), PartitionSpec("block")
-        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        specs = {"in_specs": (PartitionSpec(), split, split), "out_specs": split}
-        run = jax.jit(jax.shard_map(function, mesh=mesh, check_vma=False, **specs))
-        place = lambda tree: jax.device_put(tree, NamedSharding(mesh, split))  # noqa: E731
-    waiting = None  # the devices compute the next call while what the last one has found is used
-    for start in range(0, len(blocks), len(devices)):
-        call = list(blocks[start : start + len(devices)])
-        whole = np.array(call + call[-1:] * (len(devices) - len(call)))
-        rows = np.minimum(whole[:, None] * size + np.arange(size), count - 1)
-        taken = jax.tree.map(lambda array: joined([array[block] for block in rows]), given)  # noqa: B023 (used at once)
-        found = run(params, place(fold(key, rows.reshape(-1).astype(np.uint32))), place(taken))
-        if waiting:
-            yield from _parts(*waiting, count, size)
-        waiting = call, found
-    yield from _parts(*waiting, count, size)
+    devices = jax.local_devices()[: len(blocks)]
+    fold, run = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0))), Spread(function)
+    placed = run.place(params, devices)
+
+    def batch(block, device):
+        rows = np.minimum(block * size + np.arange(size), count - 1)
+        return jax.device_put((fold(key, rows.astype(np.uint32)), jax.tree.map(lambda array: array[rows], given)), device)
+
+    waiting = []  # the devices compute the next call while what the last one has found is used
+    for start in range(0, len(blocks), max(1, len(devices))):
+        call = blocks[start : start + len(devices)]
+        found = run(placed, [batch(block, device) for block, device in zip(call, devices)])
+        yield from _parts(waiting, count, size)
+        waiting = list(zip(call, found))
+    yield from _parts(waiting, count, size)
 
 
-def _parts(call: Sequence[int], found: Any, count: int, size: int) -> Iterator[tuple[int, Any]]:
-    found = jax.device_get(found)
-    for place, block in enumerate(call):
-        rows = slice(place * size, place * size + min(size, count - block * size))
-        yield block, jax.tree.map(lambda array: array[rows], found)  # noqa: B023 (used at once)
+def _parts(computed: Sequence[tuple[int, Any]], count: int, size: int) -> Iterator[tuple[int, Any]]:
+    for block, found in computed:
+        yield block, jax.tree.map(lambda array: array[: count - block * size], jax.device_get(found))  # noqa: B023 (used at once)
