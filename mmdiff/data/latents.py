@@ -96,7 +96,7 @@ class LatentSource:
     def __init__(self, folder: str | os.PathLike, split: str, modalities: Mapping[str, Any]):
         self._path = _path(folder) / split
         try:
-            self._meta = files.read_json(self._path / META)
+            self._meta = shards.checked_meta(files.read_json(self._path / META))
             lengths, found = self._meta["lengths"], dict(self._meta["modalities"])
             self._ends = np.cumsum(np.array(lengths, np.int64))
             if not lengths or min(lengths) < 1:

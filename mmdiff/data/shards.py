@@ -27,6 +27,7 @@ from mmdiff.errors import UserError
 
 SPLITS = ("train", "val")
 META, LENGTH = "meta.json", 2**15  # LENGTH examples in a shard, which is held in memory
+ENTRIES = {"lengths": list, "modalities": dict, "sha256": dict, "moments": list, "encoders": dict, "names": list}  # of meta.json
 UNSTAMPED = ("name", "names", "norm", "decode", "encoder", "sentences", "tokenizer")  # what says how a modality is seen, and not what it is
 
 
@@ -56,10 +57,20 @@ def is_encoded(folder: str | os.PathLike) -> bool:
 def read_meta(folder: str | os.PathLike, split: str) -> dict[str, Any] | None:
     """What the meta.json of a split says; None where there is none that can be read (`LatentSource` says why)."""
     try:
-        found = files.read_json(files.expand(folder) / split / META)
-    except files.FileError:
+        return checked_meta(files.read_json(files.expand(folder) / split / META))
+    except (files.FileError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+
+
+def checked_meta(found: Any) -> dict[str, Any]:
+    """The values of a meta.json. Raises ValueError for those of another format or kind than are written."""
+    if not isinstance(found, dict) or found.get("format", 1) != 1:
+        raise ValueError("it is not of format 1")
+    for name, kind in ENTRIES.items():
+        value = found.get(name, kind())
+        if not isinstance(value, kind) or name in ("modalities", "encoders") and not all(isinstance(each, dict) for each in value.values()):
+            raise ValueError(f"its {name} are {str(value)[:60]}")
+    return found
 
 
 def stamp(modalities: Mapping[str, Any]) -> dict[str, dict]:

@@ -9,6 +9,7 @@ import pytest
 from mmdiff.data import latents
 from mmdiff.data.latents import LatentSource, open_source, write_latents
 from mmdiff.data.modalities import Features, Labels, Latents
+from mmdiff.data.shards import read_meta
 from mmdiff.data.sources import RandomSource, load_all
 from mmdiff.errors import UserError
 
@@ -114,6 +115,12 @@ def test_damaged_shards(cache):
     labels = cache / "train" / "label-00002.npy"
     np.save(labels, np.full(8, 10, np.int32))
     assert "labels are 0..9" in refusal(LatentSource, cache, "train", MODALITIES)
+    meta = json.loads((cache / "train" / "meta.json").read_text())
+    kinds = ("lengths", "modalities", "sha256", "moments", "encoders", "names")
+    others = [{name: value} for name in kinds for value in (None, 5, "x", {"image": 5}) if (name, value) != ("sha256", {"image": 5})]
+    for other in ({"format": 2}, *others):
+        (cache / "train" / "meta.json").write_text(json.dumps(meta | other))
+        assert "cannot be read" in refusal(LatentSource, cache, "train", MODALITIES) and read_meta(cache, "train") is None
     (cache / "train" / "meta.json").write_text(json.dumps({"format": 1}))
     assert "cannot be read" in refusal(LatentSource, cache, "train", MODALITIES)
 
