@@ -95,6 +95,9 @@ def _own_config(folder: pathlib.Path) -> dict[str, Any]:
     found = readers.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if not isinstance(found, Mapping) or found.get("format") != OWN or not isinstance(found.get("config"), Mapping):
         raise UserError(f"{folder} is no folder that `mmdiff convert --to {OWN}` has written: name one, or another kind.")
+    for name in ("data", "dependencies", "source"):
+        if not isinstance(found.get(name, {}), Mapping):
+            raise UserError(f"{folder / 'config.json'} states no {name} that mmdiff convert has written: copy it again.")
     return dict(found)
 
 

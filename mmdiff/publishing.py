@@ -49,9 +49,9 @@ def export_weights(run: Any, to: str, out: str | os.PathLike, vae: str | os.Path
     try:
         with drafts.draft(out, time.time_ns()) as draft:  # nothing is continued
             said = {OWN: _write_own, "published": _write_published, "diffusers": _write_diffusers}[to](run, draft, vae)
-            if noted := run_metadata.read_json(run.workdir / SOURCE):
+            if noted := run_metadata.read_source(run.workdir):
                 readers.write_json(draft / SOURCE, noted)
-                said.append(f"licence: {noted.get('licence')}")
+                said.append(f"licence: {noted['licence']}")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another folder.") from error
     return [*said, f"{out} holds step {run.step} of {run.workdir}"]

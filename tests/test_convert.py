@@ -139,6 +139,9 @@ def test_a_run_of_published_weights_samples_and_others_start_from_it(tmp_path, c
     assert call("convert", *of(tuned), "--to", "published", "--out", tmp_path / "tuned-out") == 0  # the licence goes on with the weights
     assert f"licence: {KINDS['dit'].licence}" in capsys.readouterr().out
     assert json.loads((tmp_path / "tuned-out" / "source.json").read_text()) == json.loads((run / "source.json").read_text())
+    (tuned / "source.json").write_text('["MIT"]')
+    assert call("convert", *of(tuned), "--to", "published", "--out", tmp_path / "none") == 2
+    assert "tuned/source.json is not what mmdiff convert writes: restore it" in capsys.readouterr().err
 
 
 def test_of_two_conversions_at_once_one_makes_the_run(tmp_path, capsys, monkeypatch):

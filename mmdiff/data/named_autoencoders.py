@@ -152,6 +152,11 @@ class ImageTokens(SquareImages):
             raise UserError(
                 f"which {self.codes:,} of the {total:,} codes of {self.path} are used stands in {CODES} of the cache: name its folder by "
                 "config.data.dir.")
+        count, least = (len(stored["codes"]), max(stored["codes"], default=-1) + 1) if stored else (self.codes, 0)
+        if count != self.codes or least > total:
+            raise UserError(
+                f"{files.expand(self.folder) / CODES} lists {count:,} of {least:,} codes or more, and the config needs {self.codes:,} of "
+                f"the {total:,} of {self.path}: name the cache that was written for it.")
         return stored["codes"] if stored and len(stored["codes"]) < total else None
 
     def choose(self, batches: Iterable[np.ndarray]) -> list[int]:
@@ -186,7 +191,8 @@ def read_codes(folder: str | os.PathLike) -> dict[str, Any] | None:
     path = files.expand(folder) / CODES
     try:
         found = files.read_json(path)
-        if not (isinstance(found["encoder"], str) and all(isinstance(code, int) for code in found["codes"])):
+        codes = found["codes"]
+        if not (isinstance(found["encoder"], str) and isinstance(codes, list) and all(type(code) is int and code >= 0 for code in codes)):
             raise ValueError("entries of a codebook are numbers")
         return found
     except files.Missing:

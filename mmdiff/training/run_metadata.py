@@ -121,9 +121,18 @@ def write_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
 
 def write_source(workdir: str | os.PathLike, start: str | os.PathLike) -> None:
     """Writes WORKDIR/source.json, if the run that this one starts from has one: the licence of its weights goes on."""
-    if start and (found := read_json(pathlib.Path(start) / SOURCE)):
+    if start and (found := read_source(start)):
         with writing(workdir):
             files.write_json(pathlib.Path(workdir) / SOURCE, found)
+
+
+def read_source(workdir: str | os.PathLike) -> dict[str, Any]:
+    """What WORKDIR/source.json says, {} without it. Raises UserError if it is damaged: a licence is not dropped."""
+    path = pathlib.Path(workdir) / SOURCE
+    found = read_json(path)
+    if found is not None and not (isinstance(found, Mapping) and isinstance(found.get("licence"), str)):
+        raise UserError(f"{path} is not what mmdiff convert writes: restore it.")
+    return dict(found or {})
 
 
 def describe_data(experiment: Any, source: Any) -> dict[str, Any]:

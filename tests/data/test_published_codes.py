@@ -36,6 +36,12 @@ def test_codes_are_classes_of_the_published_list(tmp_path):
 
     with pytest.raises(UserError, match="holds int64 .30., not for each of the 30 codes of .* one of 7 classes"):
         ImageTokens(section, 4, 7).classes
+    wrong = {"lists 3 of 3 codes or more": [0, 1, 2], "lists 6 of 31 codes or more": [0, 1, 2, 3, 4, 30], "are numbers": [-1] * 6,
+             "lists 0 of 0 codes": []}  # fmt: skip
+    for words, codes in wrong.items():
+        write_json(tmp_path / CODES, {"encoder": "", "codes": codes})
+        with pytest.raises(UserError, match=words):
+            ImageTokens({**section, "codes": ""}, 4, 6, str(tmp_path)).entries
     write_json(tmp_path / CODES, {"encoder": "", "codes": [0, 1, 2, 3, 4, 5]})
     with pytest.raises(UserError, match="holds tokens of other codes than those of config.encoder.codes"):
         ImageTokens(section, 4, 6, str(tmp_path)).entries
