@@ -36,6 +36,7 @@ class Kind:
 
 
 DIT_LICENCE = "CC BY-NC 4.0 for Meta's weights: not for commercial use; other weights as their authors state"
+DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter of VQ-Diffusion, and of DiT by earlier versions
 KINDS = {
     "dit": Kind(
         "DiT (Peebles & Xie 2023), its own files or diffusers' of the same weights", DIT_LICENCE, nets.DiT, published_dit.NEEDS["dit"],
@@ -82,7 +83,11 @@ def check_network(name: str, net: Any, config: str) -> Kind:
 
 def check_config(kind: Kind, config: Any, net: Any, name: str) -> None:
     """Raises UserError if the config.json beside the weights `name` is of another network than `net`."""
-    for key, value in kind.stated(net).items():
+    stated = kind.stated(net)
+    called = (config.get("_class_name") or config.get("model_type")) if isinstance(config, Mapping) else None
+    if stated and called not in (None, *DIFFUSERS_CLASSES):
+        raise UserError(f"{name} is of {str(called)[:60]} by its config.json, not {kind.about}: name other weights, or another kind.")
+    for key, value in stated.items():
         if isinstance(config, Mapping) and config.get(key, value) != value:
             raise UserError(f"{name} has {key} {config[key]!r} in its config.json, and the network of the config {value!r}.")
 
