@@ -58,7 +58,11 @@ class NamedEncoder:
             raise UserError(
                 f"config.{self.key}.path is empty: name the published {self.what} of the kind {self.kind}, a file or the folder with its "
                 f"config.json, by --config.{self.key}.path=PATH (the config's head says which).")
-        return _opened(self.kind, self.path)
+        try:
+            return _opened(self.kind, self.path)
+        except files.Missing as error:  # a relative path and another folder, or weights that were moved
+            what = str(error).rstrip(".")
+            raise UserError(f"{what}: name the published {self.what} where it lies now by --config.{self.key}.path=PATH.") from error
 
     def fingerprint(self) -> str | None:
         """Of the network; None where none is named."""

@@ -177,6 +177,8 @@ def test_what_is_not_there_is_said(images, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     status, said = run(capsys, "cache", "--config", DIT, *out)
     assert status == 2 and "config.encoder.path is empty: name the published autoencoder of the kind autoencoder_kl, a file or" in said[0]
+    status, said = run(capsys, "cache", "--config", DIT, *out, "--config.encoder.path=moved")
+    assert status == 2 and "no such file: moved: name the published autoencoder where it lies now by --config.encoder.path=" in said[0]
     status, said = run(capsys, "cache", "--config", "digits_joint", *out)
     assert status == 2 and "names no published encoders: give --workdir DIR" in said[0]
     status, said = run(capsys, "cache", "--config", DIT, *out, "--config.encoder.kind=inception")
