@@ -7,7 +7,7 @@
     python -m mmdiff cache  --config configs/cdcd/images_tokenizer.py --workdir runs/coco_tokenizer --out tokens/coco
 
 FOLDER holds images of 256x256 pixels. config.data.name is imagenet2012, coco_captions, cub200 or folder (one's own images in classes, as
-16x16 tokens); what config.data.dir then holds, and where to get it, says mmdiff/data/image_datasets.py. name=random makes images up and
+16x16 tokens); mmdiff/data/image_datasets.py says what config.data.dir then holds and where to get it. name=random makes images up and
 needs nothing.
 
 `cache` encodes every image once, with its label or the ids of its captions, for imagenet256_class.py, coco_text.py and cub200_text.py. The

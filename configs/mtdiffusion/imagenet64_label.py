@@ -6,8 +6,8 @@
     python -m mmdiff sample --config configs/mtdiffusion/imagenet64_label.py --workdir runs/label --given image=FOLDER --steps 1
     python -m mmdiff aot    --config configs/mtdiffusion/imagenet64_label.py --topology v5e:4x4 --config.data.name=random
 
-config.data.name is imagenet2012 (TFDS), folder (one's own copy of it) or random, which makes images up and needs nothing; what
-config.data.dir holds says mmdiff/data/image_datasets.py. FOLDER holds images of 64x64 pixels, whose classes the third command predicts.
+config.data.name is imagenet2012 (TFDS), folder (one's own copy of it) or random, which makes images up and needs nothing;
+mmdiff/data/image_datasets.py says what config.data.dir holds. FOLDER holds images of 64x64 pixels; the third command predicts classes.
 
 Of the paper: 0.1 times the head's loss added to that of eps, the network itself as the encoder of labels (here its average, of weights and,
 where it guesses, of embeddings), the head an MLP on its middle (M) or, by config.model.head=output, a classifier on its output (E), a

@@ -7,13 +7,13 @@
     python -m mmdiff aot    --config configs/mtdiffusion/imagenet64_masked.py --topology v5e:4x4 --config.data.name=random
 
 config.data.name is imagenet2012 (TFDS), folder (one's own images in classes, which are not used) or random, which makes images up and needs
-nothing; what config.data.dir holds says mmdiff/data/image_datasets.py. A.npy holds images [n, 64, 64, 3] in [-1, 1] with zeros where they
+nothing; mmdiff/data/image_datasets.py says what config.data.dir holds. A.npy holds images [n, 64, 64, 3] in [-1, 1] with zeros where they
 are hidden, B.npy [n, 64, 64, 1] is 1 there and 0 elsewhere: ones everywhere sample whole images, as the paper's X does.
 
 Of the paper: up to ten patches of 16x16, hidden as zeros in the masked image, which is encoded by the identity; 0.1 times the loss of its
 head, a copy of the output block, added to that of eps; a million steps from nothing. X is shown the masked image, and U is not:
-config.times.known=0.0 with times.hidden=0.8. It builds on ADM (Dhariwal & Nichol 2021) and prints no more; what is of ADM, and what is
-ours, says imagenet64_label.py. Ours are here, besides: the network is shown the mask, too, as a zero is also a grey; a tenth of the masks
+config.times.known=0.0 with times.hidden=0.8. It builds on ADM (Dhariwal & Nichol 2021) and prints no more; imagenet64_label.py says
+what is of ADM and what is ours. Ours are here, besides: the network is shown the mask, too, as a zero is also a grey; a tenth of the masks
 hide everything, since ten patches leave at least 37 % to be seen and X is to sample from nothing; the shares of the times, those of
 digits_masked.py. For 128 pixels config.data.size=128 with config.model.patch=8.
 

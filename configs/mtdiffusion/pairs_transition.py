@@ -9,11 +9,11 @@
 
 These sample pairs, photographs of segmentations and segmentations of photographs; FOLDER holds images of 64x64 pixels. config.data.name is
 cityscapes or cityscapes_tfds, whose other image is `segmentation`, night2day, whose other image is `night`, or random, which makes images
-up and needs nothing; what config.data.dir holds says mmdiff/projects/pairs/paired.py.
+up and needs nothing; mmdiff/projects/pairs/paired.py says what config.data.dir holds.
 
 Of the paper: the other image is encoded by the identity; 0.1 times the loss of its head, a copy of the output block, added to that of eps;
 pairs are sampled of night2day and photographs of Cityscapes' segmentations. It shows images, no metrics, and prints neither sizes nor
-settings; what is of ADM, on which it builds, and what is ours, says imagenet64_label.py. Ours are here, besides: DiT-B, as there are 2,975
+settings; imagenet64_label.py says what is of ADM, on which it builds, and what is ours. Ours are here, besides: DiT-B, as there are 2,975
 pairs of Cityscapes; one network for all three uses, by the shares of its times; 100,000 steps of 128. For 128 pixels config.data.size=128
 with config.model.patch=8.
 

@@ -150,8 +150,8 @@ class ImageTokens(SquareImages):
             return listed
         if not stored and total != self.codes:
             raise UserError(
-                f"which {self.codes:,} of the {total:,} codes of {self.path} are used stands in {CODES} of the cache: name its folder by "
-                "config.data.dir.")
+                f"{CODES} of a cache lists which {self.codes:,} of the {total:,} codes of {self.path} are used: name the cache's folder by "
+                f"config.data.dir, or a published list by config.{self.key}.codes.")
         count, least = (len(stored["codes"]), max(stored["codes"], default=-1) + 1) if stored else (self.codes, 0)
         if count != self.codes or least > total:
             raise UserError(
