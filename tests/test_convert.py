@@ -15,6 +15,7 @@ from mmdiff.convert import layouts
 from mmdiff.convert.kinds import KINDS
 from mmdiff.convert.weight_files import open_weights
 from mmdiff.convert.weight_writer import write_weights
+from mmdiff.data import drafts
 from mmdiff.errors import UserError
 from mmdiff.nets.dit import SIZES
 
@@ -142,6 +143,21 @@ def test_a_run_of_published_weights_samples_and_others_start_from_it(tmp_path, c
     (tuned / "source.json").write_text('["MIT"]')
     assert call("convert", *of(tuned), "--to", "published", "--out", tmp_path / "none") == 2
     assert "tuned/source.json is not what mmdiff convert writes: restore it" in capsys.readouterr().err
+
+
+def test_a_draft_takes_the_place_of_what_a_link_leads_to_and_leaves_nothing_when_it_fails(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    with drafts.draft(tmp_path / "link", 1) as draft, pytest.raises(UserError, match="another process is writing .*disk"):
+        (draft / "it").write_text("it")
+        with drafts.draft(tmp_path / "link", 1):
+            pass
+    assert (tmp_path / "disk/it").read_text() == "it"
+    with pytest.raises(UserError, match="disk is there already"), drafts.draft(tmp_path / "link", 1):
+        pass
+    with pytest.raises(KeyError), drafts.draft(tmp_path / "new/folder/it", 1):
+        raise KeyError
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "link"}
 
 
 def test_of_two_conversions_at_once_one_makes_the_run(tmp_path, capsys, monkeypatch):

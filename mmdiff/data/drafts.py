@@ -28,6 +28,7 @@ def draft(folder: pathlib.Path, identity: Any, keep: bool = False) -> Iterator[p
     Raises:
       UserError: `folder` holds something, or another process writes it. OSError: what the disk says.
     """
+    folder = pathlib.Path(os.path.realpath(folder))  # no folder takes the place of a link
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):  # said now, and not after hours
         raise UserError(f"{folder} is there already: choose another folder, or remove it.")
     own = folder.parent / f".{folder.name}.partial"
