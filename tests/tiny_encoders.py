@@ -6,7 +6,7 @@ from mmdiff.convert import state_dicts
 from mmdiff.convert.weight_writer import write_weights
 from mmdiff.encoders.autoencoder_kl import AutoencoderKL
 from mmdiff.encoders.clip import CLIPText
-from mmdiff.encoders.clip_tokenizer import open_clip_tokenizer
+from mmdiff.encoders.clip_tokenizer import read_clip_tokenizer
 
 LEVELS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2, "norm_num_groups": 4}
 KL = {"block_out_channels": [4, 4], "latent_channels": 4, "scaling_factor": 0.5, "shift_factor": 0.25, **LEVELS}
@@ -28,7 +28,7 @@ def clip_text(folder, width):
     """A text tower that spells texts byte by byte, with its tokenizer; -> (folder, network, parameters, tokenizer)."""
     bytes_alone = folder.parent / "bytes.txt"
     bytes_alone.write_text("#version: 0.2\n")
-    tokenizer = open_clip_tokenizer(bytes_alone)
+    tokenizer = read_clip_tokenizer(bytes_alone)
     net = CLIPText(
         vocab_size=tokenizer.size, hidden_size=width, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         eos_token_id=tokenizer.end, projection_dim=width)

@@ -151,7 +151,7 @@ class TextStates(NamedEncoder):
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the texts. Raises UserError where its files are not found."""
-        from mmdiff.encoders import open_clip_tokenizer, open_tokenizer
+        from mmdiff.encoders import read_clip_tokenizer, open_tokenizer
 
         path = files.expand(self._files or self.path)
         path = path if self._files or files.is_folder(path) else path.parent
@@ -159,7 +159,7 @@ class TextStates(NamedEncoder):
         length = self._length if self.kind in ("t5", "sentence_bert") else net.max_position_embeddings
         try:
             if self.kind == "clip_text":
-                found = open_clip_tokenizer(path, length, padding=self._padding)
+                found = read_clip_tokenizer(path, length, padding=self._padding)
             else:
                 found = open_tokenizer(self.kind, path, length)
         except files.FileError as error:

@@ -143,7 +143,7 @@ def _repair() -> Callable[[str], str]:
         return functools.partial(unicodedata.normalize, "NFC")
 
 
-def open_clip_tokenizer(
+def read_clip_tokenizer(
     path: str | os.PathLike, length: int = 77, *, padding: int | None = None, special: bool = True
 ) -> CLIPTokenizer:
     """The tokenizer of CLIP's published files.

@@ -18,7 +18,7 @@ import numpy as np
 
 from mmdiff import files
 from mmdiff.encoders import sentencepiece_files
-from mmdiff.encoders.clip_tokenizer import CLIPTokenizer, open_clip_tokenizer
+from mmdiff.encoders.clip_tokenizer import CLIPTokenizer, read_clip_tokenizer
 from mmdiff.errors import UserError
 
 
@@ -100,7 +100,7 @@ def open_tokenizer(kind: str, path: str | os.PathLike, length: int | None = None
     Args:
       kind: of `KINDS`, or "clip_text".
       path: a tokenizer.json, a spiece.model, or the folder that holds one (of both the former is read); of CLIP what
-        `open_clip_tokenizer` takes.
+        `read_clip_tokenizer` takes.
       length: ids of a text; by default what the network is used with (T5 512, MiniLM 256, SigLIP 64, CLIP 77).
 
     Raises:
@@ -108,7 +108,7 @@ def open_tokenizer(kind: str, path: str | os.PathLike, length: int | None = None
       FileError: no such file, or not the tokenizer of this kind.
     """
     if kind == "clip_text":
-        return open_clip_tokenizer(path, 77 if length is None else length)
+        return read_clip_tokenizer(path, 77 if length is None else length)
     if kind not in KINDS:
         raise UserError(f"there is no tokenizer of {kind!r}: choose one of clip_text, {', '.join(KINDS)}.")
     length = KINDS[kind].length if length is None else length

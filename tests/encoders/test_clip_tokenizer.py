@@ -12,7 +12,7 @@ import pytest
 
 from mmdiff.data.token_modalities import Texts
 from mmdiff.encoders import clip_tokenizer
-from mmdiff.encoders.clip_tokenizer import open_clip_tokenizer
+from mmdiff.encoders.clip_tokenizer import read_clip_tokenizer
 from mmdiff.encoders.published_tokenizers import open_tokenizer
 from mmdiff.errors import UserError
 
@@ -24,7 +24,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(path):
-    return open_clip_tokenizer(path)
+    return read_clip_tokenizer(path)
 
 
 def transformers_files(tokenizer, folder, of=("vocab.json", "merges.txt", "tokenizer.json")):
@@ -63,7 +63,7 @@ def test_without_ftfy_a_warning_says_so_once(tokenizer, monkeypatch, caplog):
 
 
 def test_special_tokens_in_a_text_are_tokens_or_text(path, tokenizer):
-    spelled, literal = "a dog<end_of_text>", open_clip_tokenizer(path, special=False)
+    spelled, literal = "a dog<end_of_text>", read_clip_tokenizer(path, special=False)
     assert (tokenizer.encode([spelled]) == tokenizer.end).sum() == 2
     assert (literal.encode([spelled]) == literal.end).sum() == 1
     assert literal.decode(literal.encode([spelled])) == ["a dog < end _ of _ text >"]
@@ -82,27 +82,27 @@ def test_transformers_files_hold_the_same_vocabulary(tokenizer, tmp_path):
     folders = [tmp_path / name for name in ("two", "one", "pipeline/tokenizer")]
     for folder in folders:
         folder.mkdir(parents=True)
-    two = open_clip_tokenizer(transformers_files(tokenizer, folders[0], ("vocab.json", "merges.txt")))
-    one = open_clip_tokenizer(transformers_files(tokenizer, folders[1], ("tokenizer.json",)))
+    two = read_clip_tokenizer(transformers_files(tokenizer, folders[0], ("vocab.json", "merges.txt")))
+    one = read_clip_tokenizer(transformers_files(tokenizer, folders[1], ("tokenizer.json",)))
     assert one == two == open_tokenizer("clip_text", folders[0]) and two.padding == two.end == tokenizer.end
     assert (one.encode(text)[0, :5] == tokenizer.encode(text)[0, :5]).all() and (one.encode(text)[1] == one.end).sum() == 77 - 3
     (transformers_files(tokenizer, folders[2]) / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "!"}}))
-    assert open_clip_tokenizer(tmp_path / "pipeline").padding == 0
-    assert open_clip_tokenizer(folders[2] / "tokenizer.json", 12, padding=5).encode(["dog"])[0, 3:].tolist() == [5] * 9
+    assert read_clip_tokenizer(tmp_path / "pipeline").padding == 0
+    assert read_clip_tokenizer(folders[2] / "tokenizer.json", 12, padding=5).encode(["dog"])[0, 3:].tolist() == [5] * 9
 
 
 def test_other_files_are_a_sentence(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}, "merges": []}}')
     with pytest.raises(UserError, match=r"tokenizer.json is no vocabulary of CLIP \(it has no !\)"):
-        open_clip_tokenizer(tmp_path)
+        read_clip_tokenizer(tmp_path)
     (tmp_path / "pairs.txt.gz").write_bytes(b"\x1f\x8bno")
     with pytest.raises(UserError, match="pairs.txt.gz cannot be decompressed"):
-        open_clip_tokenizer(tmp_path / "pairs.txt.gz")
+        read_clip_tokenizer(tmp_path / "pairs.txt.gz")
     (tmp_path / "words.txt").write_text("first\none two three\n")
     with pytest.raises(UserError, match="words.txt is no vocabulary of CLIP"):
-        open_clip_tokenizer(tmp_path / "words.txt")
+        read_clip_tokenizer(tmp_path / "words.txt")
     with pytest.raises(UserError, match="needs length >= 3 and padding in"):
-        open_clip_tokenizer(odd_captions.write_vocabulary(tmp_path / "v.txt.gz"), 2)
+        read_clip_tokenizer(odd_captions.write_vocabulary(tmp_path / "v.txt.gz"), 2)
 
 
 def test_it_is_a_tokenizer_of_a_text_modality(tokenizer):

@@ -60,9 +60,13 @@ def test_sizes(bad):
 @pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, math.inf, "4", True], ids=str)
 def test_scales(bad):
     cases = [(net, field) for net, field in numbers("float") if field.name != "logits"]
-    assert {field.name for _, field in cases} == {"mlp_ratio", "norm_eps", "time_scale", "seconds"}
+    names = {"mlp_ratio", "norm_eps", "mlp_norm_eps", "time_scale", "time_offset", "freq_shift", "seconds"}
+    assert {field.name for _, field in cases} == names
+    fit = {-1.0: fields.SIGNED, 0.0: fields.SIGNED | {"freq_shift", "seconds"}}.get(bad if type(bad) is float else None, ())
     for net, field in cases:
-        if not (bad == 0.0 and type(bad) is float and field.name == "seconds"):
+        if field.name in fit:
+            assert getattr(other(net, **{field.name: bad}), field.name) == bad
+        else:
             with pytest.raises(UserError, match=f"{type(net).__name__}: {field.name} must be a finite number"):
                 other(net, **{field.name: bad})
 

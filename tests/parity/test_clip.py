@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmdiff.convert import state_dicts
 from mmdiff.convert.tensors import Tensor
-from mmdiff.encoders import clip, open_clip_tokenizer, open_encoder, siglip
+from mmdiff.encoders import clip, read_clip_tokenizer, open_encoder, siglip
 from mmdiff.encoders.preprocessing import Preprocessing
 
 SMALL, IDS = published.SMALL["clip"], np.array(published.CLIP_IDS, np.int32)
@@ -190,7 +190,7 @@ def real():
     """Logits of captions for the photographs: ours and transformers'."""
     folder = real_weights.find("clip-vit-base-patch32")
     captions = ["a photo of a temple", "a photo of a flower", "a photo of a dog, isn't it?"]
-    encoder, tokenizer = open_encoder("clip", folder), open_clip_tokenizer(folder)
+    encoder, tokenizer = open_encoder("clip", folder), read_clip_tokenizer(folder)
     ours = jax.jit(encoder.apply)(tokenizer.encode(captions), np.stack([encoder.preprocessing(image) for image in photographs()]))
     processor = transformers.CLIPProcessor.from_pretrained(folder)
     given = processor(text=captions, images=photographs(), return_tensors="pt", padding="max_length", max_length=77)

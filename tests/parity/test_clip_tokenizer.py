@@ -9,7 +9,7 @@ import pytest
 import transformers
 from open_clip import tokenizer as open_clip
 
-from mmdiff.encoders.clip_tokenizer import open_clip_tokenizer
+from mmdiff.encoders.clip_tokenizer import read_clip_tokenizer
 
 VOCABULARY = open_clip.default_bpe()
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def test_ids_are_open_clips():
-    texts, tokenizer = odd_captions.ODD + odd_captions.captions(1000, seed=1), open_clip_tokenizer(VOCABULARY)
+    texts, tokenizer = odd_captions.ODD + odd_captions.captions(1000, seed=1), read_clip_tokenizer(VOCABULARY)
     assert (tokenizer.size, tokenizer.start, tokenizer.end, tokenizer.padding) == (49408, 49406, 49407, 0)
     found, expected = tokenizer.encode(texts), open_clip.tokenize(texts).numpy()
     assert [text for text, ours, theirs in zip(texts, found, expected) if (ours != theirs).any()] == []
@@ -36,16 +36,16 @@ def test_ids_are_open_clips():
 def test_every_character_but_the_newest_has_open_clips_ids():
     # The `regex` and `tokenizers` packages know different versions of Unicode: letters of one are none of the other.
     texts = [f"a{chr(code)}b" for code in range(0x20, 0x3000)]
-    differ = (open_clip_tokenizer(VOCABULARY, 16).encode(texts) != open_clip.tokenize(texts, 16).numpy()).any(1)
+    differ = (read_clip_tokenizer(VOCABULARY, 16).encode(texts) != open_clip.tokenize(texts, 16).numpy()).any(1)
     assert differ.sum() < 20 and differ[: 0x530 - 0x20].sum() == 0  # none of Latin, Greek and Cyrillic
 
 
 def test_transformers_files_hold_the_same_vocabulary(folder, tmp_path):
-    ours = open_clip_tokenizer(folder)
+    ours = read_clip_tokenizer(folder)
     theirs = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     fast = transformers.CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
     fast.save_pretrained(tmp_path)
-    assert open_clip_tokenizer(tmp_path / "tokenizer.json") == open_clip_tokenizer(tmp_path) == ours
+    assert read_clip_tokenizer(tmp_path / "tokenizer.json") == read_clip_tokenizer(tmp_path) == ours
     texts = ["A photo of a DOG, isn't it?", "naïve café 1984", "dog " * 100, "a <|endoftext|> b <|startoftext|>", "日本"]
     for each in (theirs, fast):
         ids = np.array(each(texts, padding="max_length", truncation=True, max_length=77).input_ids)
