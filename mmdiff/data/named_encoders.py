@@ -151,7 +151,7 @@ class TextStates(NamedEncoder):
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the texts. Raises UserError where its files are not found."""
-        from mmdiff.encoders import read_clip_tokenizer, open_tokenizer
+        from mmdiff.encoders import open_tokenizer, read_clip_tokenizer
 
         path = files.expand(self._files or self.path)
         path = path if self._files or files.is_folder(path) else path.parent

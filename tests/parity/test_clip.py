@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmdiff.convert import state_dicts
 from mmdiff.convert.tensors import Tensor
-from mmdiff.encoders import clip, read_clip_tokenizer, open_encoder, siglip
+from mmdiff.encoders import clip, open_encoder, read_clip_tokenizer, siglip
 from mmdiff.encoders.preprocessing import Preprocessing
 
 SMALL, IDS = published.SMALL["clip"], np.array(published.CLIP_IDS, np.int32)
