@@ -53,7 +53,8 @@ def test_what_torch_saves(tmp_path, tensors, zipped):
 def test_what_an_optimizer_and_a_module_save(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(module.parameters())
-    module(torch.randn(5, 3)).sum().backward()
+    with torch.enable_grad():  # which other comparisons turn off
+        module(torch.randn(5, 3)).sum().backward()
     optimizer.step()
     state = {"state_dict": module.state_dict(), "optimizer": optimizer.state_dict(), "device": torch.device("cpu"), "type": torch.float16}
     torch.save(state, tmp_path / "a.ckpt")
