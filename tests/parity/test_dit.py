@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import published
-import pytest
 import torch
 from originals import dit as original
 
@@ -80,24 +79,18 @@ def test_diffusers_function_and_the_published_one_of_the_same_weights():
     published.assert_close(ours(net, params), expected)
 
 
-@pytest.mark.parametrize("sizes", [dict(depth=28), dict(depth=1, width=1152, heads=16, classes=1000, image=32)])
-def test_all_keys_of_xl_2(sizes):
-    """XL/2's blocks, and XL/2's shapes."""
-    net = net_of(**sizes)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes_of(net))
+def test_all_keys_of_xl_2():
+    net = net_of(depth=28, width=1152, heads=16, classes=1000, image=32)
+    nothing = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes_of(net))  # of full size, without the memory
+    config = diffusers_dit.transformer_config(net)
     with torch.device("meta"):
-        config = diffusers_dit.transformer_config(net)
         their = diffusers.DiTTransformer2DModel(**{key: value for key, value in config.items() if key[0] != "_"})
-    first = original.DiT(net.patches.height, 2, 4, net.width, net.depth, net.heads, net.classes)
+        first = original.DiT(32, 2, 4, 1152, 28, 16, 1000)
+    sizes = {first: (292, 674_834_720 + 256 * 1152), their: (538, 749_826_464)}
     for layout, model in ((published_dit.DIT, first), (diffusers_dit.DIFFUSERS, their)):
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-        assert {key: array.shape for key, array in layouts.state_dict(layout, net, zeros).items()} == expected
-        if net.depth == 28:
-            assert len(expected) == {first: 292, their: 538}[model]
-        else:
-            sizes = {key: math.prod(shape) for key, shape in expected.items()}
-            block = sum(size for key, size in sizes.items() if "blocks.0." in key)
-            assert sum(sizes.values()) + 27 * block == {first: 674_834_720 + 256 * 1152, their: 749_826_464}[model]
+        assert {key: tensor.shape for key, tensor in layouts.tensors(layout, net, nothing).items()} == expected
+        assert (len(expected), sum(map(math.prod, expected.values()))) == sizes[model]
 
 
 def test_diffusers_samples_from_the_pipeline_that_is_written(tmp_path, monkeypatch):

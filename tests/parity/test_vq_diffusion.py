@@ -40,6 +40,21 @@ def test_the_function_and_the_keys_of_diffusers():
         published.assert_close(found, expected)
 
 
+def test_all_keys_of_the_published_size():
+    """19 blocks of 1,024 wide with 16 heads, 32 x 32 tokens, CLIP's states of 512: the pipelines that are published."""
+    net = nets.TokenTransformer(
+        classes=2886, grid=(32, 32), width=1024, heads=16, depth=19, times=100, mlp_ratio=4.0, context=("text",))  # fmt: skip
+    x = {"tokens": jnp.zeros((1, 1024), int), "text": jnp.zeros((1, 77, 512))}
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x, {"tokens": jnp.ones(1)})["params"]
+    nothing = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    keys = layouts.tensors(vq_diffusion.VQ_DIFFUSION_DIFFUSERS, net, nothing)
+    config = vq_diffusion.diffusers_config(net, keys)
+    assert config["num_vector_embeds"] == 2887 and config["cross_attention_dim"] == 512
+    with torch.device("meta"):
+        model = diffusers.Transformer2DModel(**{key: value for key, value in config.items() if key[0] != "_"})
+    assert {key: tensor.shape for key, tensor in keys.items()} == {key: tuple(x.shape) for key, x in model.state_dict().items()}
+
+
 def test_a_list_of_classes_is_a_file_of_one_tensor(tmp_path):
     classes = torch.tensor([0, 1, 0, 2])
     for older in (False, True):
