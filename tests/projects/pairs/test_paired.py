@@ -87,6 +87,7 @@ def coloured(ids):
 
 @pytest.mark.slow
 def test_cityscapes_by_tfds(tmp_path):
+    pytest.importorskip("tensorflow", reason="TFDS encodes images with TensorFlow: pip install 'mmdiff[tfds]'.")
     small_sets.prepare(Cityscapes, tmp_path)
     train, val = (Pairs("cityscapes_tfds", split, tmp_path, 32) for split in ("train", "val"))
     assert (len(train), len(val)) == (3, 2)
