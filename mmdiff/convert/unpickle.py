@@ -17,7 +17,6 @@ HOSTILE_MODULES = frozenset((
     "os", "posix", "nt", "subprocess", "commands", "sys", "socket", "importlib", "runpy", "shutil", "pty", "ctypes", "code", "codeop",
     "marshal", "webbrowser", "pickle", "_pickle", "platform", "pdb", "timeit", "cProfile", "profile", "pip", "ensurepip"))  # fmt: skip
 HOSTILE_BUILTINS = frozenset(("eval", "exec", "execfile", "compile", "open", "__import__", "input", "breakpoint", "apply"))
-BUILTINS = ("builtins", "__builtin__")
 
 
 class Damaged(ValueError):
@@ -201,7 +200,7 @@ class _Machine:
 
     def name(self, module, name):
         root = module.partition(".")[0]
-        if root in HOSTILE_MODULES or (module in BUILTINS and name.partition(".")[0] in HOSTILE_BUILTINS):
+        if root in HOSTILE_MODULES or (module in ("builtins", "__builtin__") and name.partition(".")[0] in HOSTILE_BUILTINS):
             raise Damaged(f"it would run {module}.{name} when unpickled, which no checkpoint does")
         full = f"{module}.{name}"
         self.stack.append(self.known.get(full) or Unknown(full))

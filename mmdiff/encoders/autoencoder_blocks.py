@@ -6,7 +6,7 @@ diffusers' keys. Images and latents are [B, H, W, C].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -162,6 +162,27 @@ class Decoder(Coder):
             if i < len(self.channels) - 1:
                 x = UpsampledConv(channels, dtype=self.dtype, name=f"up_blocks.{i}.upsamplers.0.conv")(x)
         return self._out(x)
+
+
+class Autoencoder(nn.Module):
+    """What AutoencoderKL and VQModel share; the fields are theirs."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of a side for one position of the latents, or one code."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def example_inputs(self) -> tuple[jax.Array]:
+        """The smallest image."""
+        return (jnp.zeros((1, self.downsampling, self.downsampling, self.in_channels)),)
+
+
+def coders(net: Autoencoder, attention: Sequence[bool], latent_channels: int) -> tuple[Encoder, Decoder]:
+    """Encoder and decoder, in `setup`. attention: of each level, latent_channels: what the encoder ends with."""
+    shared = dict(
+        channels=net.block_out_channels, attention=attention, layers=net.layers_per_block, groups=net.norm_num_groups,
+        middle_attention=net.mid_block_add_attention, dtype=net.dtype)  # fmt: skip
+    return Encoder(out_channels=latent_channels, **shared), Decoder(out_channels=net.out_channels, **shared)
 
 
 def by_images(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +25,7 @@ from mmdiff.errors import UserError
 LOGVAR = (-30.0, 20.0)  # log-variances are clipped to
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(blocks.Autoencoder):
     """Images -> mean m and log-variance v of a Gaussian over latents, z = m + exp(v / 2) n with n standard normal -> images.
 
     Its fields are those of the published config.json (diffusers' `AutoencoderKL`) and how it is computed. On a TPU, products are of
@@ -86,21 +85,8 @@ class AutoencoderKL(nn.Module):
 
     canonical = staticmethod(layouts.canonical)
 
-    def example_inputs(self) -> tuple[jax.Array]:
-        """The smallest image."""
-        return (jnp.zeros((1, self.downsampling, self.downsampling, self.in_channels)),)
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels of a side for one position of the latents."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
     def setup(self):
-        shared = dict(
-            channels=self.block_out_channels, attention=layouts.attention_of_levels(self), layers=self.layers_per_block,
-            groups=self.norm_num_groups, middle_attention=self.mid_block_add_attention, dtype=self.dtype)  # fmt: skip
-        self.encoder = blocks.Encoder(out_channels=2 * self.latent_channels, **shared)
-        self.decoder = blocks.Decoder(out_channels=self.out_channels, **shared)
+        self.encoder, self.decoder = blocks.coders(self, layouts.attention_of_levels(self), 2 * self.latent_channels)
         if self.use_quant_conv:
             self.quant_conv = conv(2 * self.latent_channels, 1, dtype=self.dtype)
         if self.use_post_quant_conv:

@@ -56,7 +56,7 @@ class Codebook(nn.Module):
         return jnp.argmin(jnp.square(vectors).sum(-1) - 2 * products, axis=-1).astype(jnp.int32)  # |h|^2 is the same for all
 
 
-class VQModel(nn.Module):
+class VQModel(blocks.Autoencoder):
     """Images -> codes, argmin_k |h - e_k|^2 of the encoder's output h -> images.
 
     Fields: those of the published config.json (diffusers' `VQModel`) and dtype, of the computation.
@@ -111,21 +111,8 @@ class VQModel(nn.Module):
             found["quantize.embedding.weight"] = found["quantize.embedding.weight"].map(_normalised)
         return {key.replace("quantize.embed.", "quantize.embedding."): tensor for key, tensor in found.items()}  # GumbelVQ's
 
-    def example_inputs(self) -> tuple[jax.Array]:
-        """The smallest image."""
-        return (jnp.zeros((1, self.downsampling, self.downsampling, self.in_channels)),)
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels of a side for one code."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
     def setup(self):
-        shared = dict(
-            channels=self.block_out_channels, attention=layouts.attention_of_levels(self), layers=self.layers_per_block,
-            groups=self.norm_num_groups, middle_attention=self.mid_block_add_attention, dtype=self.dtype)  # fmt: skip
-        self.encoder = blocks.Encoder(out_channels=self.latent_channels, **shared)
-        self.decoder = blocks.Decoder(out_channels=self.out_channels, **shared)
+        self.encoder, self.decoder = blocks.coders(self, layouts.attention_of_levels(self), self.latent_channels)
         self.quant_conv = conv(self.vq_embed_dim, 1, dtype=self.dtype)
         self.post_quant_conv = conv(self.latent_channels, 1, dtype=self.dtype)
         if self.quantizer not in QUANTIZERS:
