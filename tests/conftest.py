@@ -12,7 +12,7 @@ import xla_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if xla_flags.DEVICES not in os.environ.get("XLA_FLAGS", ""):  # else a worker of this run, which inherits them
-    flags = [os.environ.get("XLA_FLAGS", ""), xla_flags.DEVICES, *xla_flags.CHEAP, *xla_flags.CHEAPEST]
+    flags = [os.environ.get("XLA_FLAGS", ""), xla_flags.DEVICES, *xla_flags.IN_TURN, *xla_flags.CHEAP, *xla_flags.CHEAPEST]
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 # Compiled programs are kept between runs, and shared by the workers and the programs that a run starts.

@@ -41,7 +41,7 @@ class Server:
         import xla_flags  # of the tests' folder, which is not on the path of the program below
 
         path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
-        flags = [*xla_flags.CHEAP, *xla_flags.CHEAPEST]  # a job says how many devices it has
+        flags = [*xla_flags.IN_TURN, *xla_flags.CHEAP, *xla_flags.CHEAPEST]  # a job says how many devices it has
         env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
