@@ -161,37 +161,6 @@ def test_two_processes_decide_alike_about_damage_and_about_a_lock(server, tmp_pa
     assert all("is being trained by process" in answer["error"] for answer in answers)
 
 
-@pytest.mark.slow
-def test_a_set_of_two_processes_one_of_which_is_killed_is_that_of_one_device(server, tmp_path):
-    workdir, log = tmp_path / "run", tmp_path / "jobs"
-    tiny = str(pathlib.Path(__file__).parents[1] / "tiny.py")
-    [answer] = server.run({"workdir": str(log), "argv": ["train", "--config", tiny, "--workdir", str(workdir)]})
-    assert answer["status"] == 0, answer
-
-    def sample(out, **job):
-        words = ["--number", "257", "--classes", "balanced", "--format", "npz", "--batch", "4", "--seed", "3"]
-        argv = ["sample", "--config", tiny, "--workdir", str(workdir), "--out", str(tmp_path / out), *words]
-        return {"workdir": str(log), "argv": argv, "constants": {"HEARTBEAT_SECONDS": 600}, "devices": 4, **job}
-
-    def pair(out, **second):
-        job, where = sample(out), ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
-        return [{**job, "argv": [*job["argv"], *where, str(i)], "name": i, **(second if i else {})} for i in range(2)]
-
-    answers = server.run(sample("alone", devices=1))
-    assert statuses(answers) == [0], answers
-    answers = server.run(*pair("two"))
-    assert statuses(answers) == [0, 0], answers
-    answers = server.run(*pair("killed", kill=[signal.SIGKILL, str(tmp_path / "killed/shards/label-00001.npy"), 0.0]))
-    assert answers[1]["status"] == -signal.SIGKILL and answers[0]["status"] != 0, answers
-    assert not (tmp_path / "killed/samples.npz").exists()
-    answers = server.run(*pair("killed"))
-    assert statuses(answers) == [0, 0], answers
-    for out in ("two", "killed"):
-        for name in ("samples.npz", "samples.json", "samples.png"):
-            assert (tmp_path / out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), (out, name)
-        assert not (tmp_path / out / "shards").exists()
-
-
 # ---- The end of one is the end of all ----
 
 
