@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmdiff import files
+from mmdiff.data import media
 from mmdiff.data.modalities import Features, Latents
 from mmdiff.data.named_autoencoders import Autoencoder, ImageTokens
 from mmdiff.data.named_encoders import ImageVectors, NamedEncoder, TextStates, prepared
@@ -39,7 +40,7 @@ class EncodedLatents(Latents):
 
     def show(self, array) -> np.ndarray:
         """Decoded images, uint8 [n, H, W, 3]."""
-        return _pixels(self.encoder.decode(array)) if self.encoder.path else super().show(array)
+        return media.to_uint8(self.encoder.decode(array)) if self.encoder.path else super().show(array)
 
     def write(self, array, folder: pathlib.Path) -> list[pathlib.Path]:
         """Writes every image to a file, FOLDER/NAME/00000.png, ...; -> their folder."""
@@ -156,10 +157,6 @@ def _images(text: str, encoder: NamedEncoder) -> np.ndarray:
         raise UserError(f"the folder {path} holds no images ({', '.join(files.IMAGE_SUFFIXES)}).")
     encoder.opened  # noqa: B018 - a path that is not there is said first
     return np.stack([prepared(file, [encoder])[0] for file in found])
-
-
-def _pixels(images: np.ndarray) -> np.ndarray:
-    return np.rint((images + 1) * 127.5).astype(np.uint8)
 
 
 def _write(modality: Any, array: np.ndarray, folder: pathlib.Path) -> list[pathlib.Path]:

@@ -93,7 +93,7 @@ class Images:
 
     def show(self, array) -> np.ndarray:
         """Pixels for the eye: uint8 [n, height, width, channels], from 0 for -1 to 255 for 1; not-a-number becomes 0."""
-        return np.rint((self.quantize(np.nan_to_num(np.asarray(array), nan=-1.0)) + 1) * 127.5).astype(np.uint8)
+        return media.to_uint8(self.quantize(array))
 
     def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Noise images: float32 [count, height, width, channels], uniform in [-1, 1] (on the levels, where there are some)."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mmdiff import files
+from mmdiff.data import media
 from mmdiff.data.arrays import read_array
 from mmdiff.data.bpe import Tokenizer
 from mmdiff.data.modalities import Images, span
@@ -132,7 +133,7 @@ class TokenImages(DiscreteModality):
 
     def show(self, array) -> np.ndarray:
         """Pixels for the eye: uint8 [n, H, W, C], from 0 for -1 to 255 for 1."""
-        return np.rint((self.images(array) + 1) * 127.5).astype(np.uint8)
+        return media.to_uint8(self.images(array))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from mmdiff.data import media
 from mmdiff.data.network_cache import map_batched, part_of
 from mmdiff.data.sources import load_all
 from mmdiff.evals import plots
@@ -95,4 +96,4 @@ class Reconstructions:
         count = min(len(real), columns * lines) // columns * columns or len(real)
         pairs = [part[:count].reshape(-1, min(columns, count), *part.shape[1:]) for part in (real, images)]
         rows = np.stack(pairs, 1).reshape(-1, *real.shape[1:])
-        return plots.grid(np.rint((rows + 1) * 127.5).astype(np.uint8), min(columns, count))
+        return plots.grid(media.to_uint8(rows), min(columns, count))

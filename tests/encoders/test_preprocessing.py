@@ -1,6 +1,7 @@
 """Images as published networks take them: equal to the original image processors."""
 
 import dataclasses
+import hashlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,27 @@ def test_resizing_cropping_and_scaling_are_those_of_the_originals_bit_for_bit():
         found = small(name)(image)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, answer, case)
+
+
+@pytest.mark.parametrize("height, width, size, first, middle, last, sums, digest", [
+    (375, 500, 256, (181, 62, 0), (91, 93, 128), (228, 201, 255), (8356476, 8321114, 8355702), "9bc41e1591b8b783"),
+    (600, 800, 256, (193, 110, 161), (47, 119, 128), (118, 111, 12), (8420676, 8414692, 8370300), "26f10aec9e77ac90"),
+    (1100, 1333, 256, (78, 115, 180), (65, 138, 129), (180, 162, 128), (8421344, 8419044, 8388620), "04bb40baffc7e917"),
+    (256, 256, 256, (0, 0, 0), (0, 128, 255), (236, 254, 0), (8355840, 8355840, 8354820), "d15e0328d78b3780"),
+    (200, 300, 256, (92, 196, 18), (44, 29, 238), (236, 132, 237), (8358820, 8312247, 8355840), "03f0dd4c2a1904ba"),
+    (513, 512, 256, (11, 3, 0), (24, 6, 128), (240, 66, 0), (8421248, 8419580, 8370868), "a01eb1446bb5aa8c"),
+    (130, 97, 32, (227, 51, 198), (166, 111, 143), (37, 108, 141), (131613, 131390, 130800), "35958f8847bff0d4"),
+])  # fmt: skip
+def test_adms_crop_has_the_pixels_of_its_own_code(height, width, size, first, middle, last, sums, digest):
+    """By guided-diffusion's `center_crop_arr` under Pillow 9.5 to 13.0; another version may move a pixel by a level."""
+    y, x = np.mgrid[:height, :width]
+    image = np.stack([(7 * x + 13 * y) % 256, (x**2 + 3 * y) % 256, 255 * ((x // 5 + y // 3) % 2)], -1).astype(np.uint8)
+    found = Preprocessing(size, "adm").pixels(image)
+    assert found.shape == (size, size, 3) and found.dtype == np.uint8
+    if hashlib.sha256(found.tobytes()).hexdigest()[:16] != digest:
+        for place, pixel in ((0, first), (size // 2, middle), (-1, last)):
+            assert np.abs(found[place, place].astype(int) - pixel).max() <= 1
+        assert np.abs(found.sum((0, 1), dtype=np.int64) - sums).max() <= size**2 / 100
 
 
 def test_pillow_images_of_any_mode_and_batches_of_jax_are_taken():

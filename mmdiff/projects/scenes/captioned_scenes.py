@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from mmdiff.data import media
 from mmdiff.data.sources import load_all
 from mmdiff.evals import plots
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, sample_batched
@@ -187,4 +188,4 @@ def grid(images: np.ndarray, labels: Mapping[str, np.ndarray], wrong: np.ndarray
     """The first 20 scenes [n, size, size, 3] with the captions of their `labels`, `wrong` ones in red."""
     first = slice(20)
     captions = scenes.captions({name: labels[name][first] for name in scenes.ATTRIBUTES})
-    return plots.grid(np.rint((images[first] + 1) * 127.5).astype(np.uint8), 5, captions, wrong=wrong)
+    return plots.grid(media.to_uint8(images[first]), 5, captions, wrong=wrong)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mmdiff.data import media
 from mmdiff.data.sources import load_all
 from mmdiff.data.tower_cache import Towers
 from mmdiff.evals import plots, retrieval
@@ -165,7 +166,7 @@ class SceneAlignment:
 
         figures = {}
         if written:
-            shown = np.rint((held["image"][:20] + 1) * 127.5).astype(np.uint8)
+            shown = media.to_uint8(held["image"][:20])
             wrong = [one != other for one, other in zip(written[last], scenes.captions(held))]
             figures["Image to caption"] = Figure(
                 plots.grid(shown, 5, written[last][:20], wrong=wrong[:20]),

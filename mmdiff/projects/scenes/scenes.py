@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mmdiff.data import bpe, order
+from mmdiff.data import bpe, media, order
 from mmdiff.data.sources import check_range, digest
 from mmdiff.errors import UserError
 from mmdiff.projects.digits.digits import digits_tokens
@@ -195,6 +195,6 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, source):
         for start in range(0, len(source), 1000):
             part = source.take(np.arange(start, min(start + 1000, len(source))))
-            images = np.rint((part["image"] + 1) * 127.5).astype(np.uint8)
+            images = media.to_uint8(part["image"])
             for i, caption in enumerate(captions(part)):
                 yield start + i, {"image": images[i], "caption": caption, **{name: int(part[name][i]) for name in ATTRIBUTES}}
