@@ -186,10 +186,10 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a small file so that it holds either the old text or the new one, whatever happens."""
+def write_whole(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a small file so that it holds either the old content or the new one, whatever happens."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(partial, path)
 
 

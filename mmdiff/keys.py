@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import zlib
 from typing import Any
 
 from mmdiff.errors import UserError
@@ -30,6 +31,14 @@ def key_of(seed: int, name: str = "config.seed") -> Any:
         return key
     words = np.tile(np.array([upper, lower], np.uint32), jax.random.key_data(key).size // 2)  # of some generators two such pairs
     return jax.random.wrap_key_data(words)
+
+
+def key_of_use(seed: int, use: str) -> Any:
+    """The random key of "sample", "eval", "grid" or "metrics"; neither training nor another use has it."""
+    import jax
+    import numpy as np
+
+    return jax.random.fold_in(key_of(seed, "the seed"), np.uint32(zlib.crc32(use.encode())))
 
 
 def check_seed(seed: int, name: str = "config.seed") -> None:

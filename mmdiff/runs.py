@@ -16,7 +16,6 @@ import math
 import numbers
 import os
 import pathlib
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -182,6 +181,7 @@ class Run:
         steps, guidance, seed = self.settings(steps, guidance, seed)
         from mmdiff.evals import streaming
         from mmdiff.evals.evaluator import finite
+        from mmdiff.keys import key_of_use
 
         absent = tuple(sorted(set(absent)))
         sample = functools.partial(self.experiment.sample, absent=absent, steps=steps, guidance=guidance)
@@ -308,6 +308,7 @@ class Run:
                 f"{self.name} measures nothing as it is set: see its head, give its Experiment evaluators, or measure a set of its samples "
                 "(mmdiff eval --samples).")
         from mmdiff.evals import report
+        from mmdiff.keys import key_of_use
         from mmdiff.training import checkpoint_files, run_metadata
 
         experiment = self.experiment.on_validation() if split == "validation" else self.experiment
@@ -356,13 +357,3 @@ class Run:
             return False
         here = json.loads(configs.to_json(self.config))
         return not configs.difference(former_names.keys(configs.flatten(report["config"]), configs.flatten(here)), here)
-
-
-def key_of_use(seed: int, use: str) -> Any:
-    """The random key of "sample" or "eval"; neither training nor the other use has it."""
-    import jax
-    import numpy as np
-
-    from mmdiff.keys import key_of
-
-    return jax.random.fold_in(key_of(seed, "the seed"), np.uint32(zlib.crc32(use.encode())))

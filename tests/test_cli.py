@@ -256,10 +256,11 @@ def test_samples_are_what_the_image_shows_and_can_be_given(workdir, tmp_path, mo
 def test_the_keys_of_the_commands_are_not_those_of_training():
     import jax
 
-    from mmdiff.runs import key_of_use
+    from mmdiff.keys import key_of_use
 
     keys = [jax.random.key(3), *jax.random.split(jax.random.key(3)), key_of_use(3, "eval"), key_of_use(3, "sample"), key_of_use(4, "eval")]
-    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 6
+    keys += [key_of_use(3, "grid"), key_of_use(3, "metrics")]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 8
 
 
 # ---- What they say to mistakes ----

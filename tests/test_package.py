@@ -163,7 +163,7 @@ ARROWS = {
     "data": BASE | {"nets", "convert", "encoders"},
     "evals": CORE_PARTS | {"config", "data", "convert", "encoders"},
     "experiment": CORE_PARTS,
-    "training": CORE_PARTS | {"config", "data", "experiment"},
+    "training": CORE_PARTS | {"config", "data", "experiment", "evals"},
     "runs": CORE_PARTS | {"config", "convert", "encoders", "data", "evals", "experiment", "training"},
     "sample_sets": CORE_PARTS | {"config", "data", "evals", "training"},
     "projects": CORE_PARTS | {"config", "convert", "encoders", "data", "evals"},
@@ -178,7 +178,8 @@ PLAIN = {"jax", "flax", "optax", "chex", "numpy"}
 BESIDE_PLAIN = {"console": {"tqdm"}, "config": {"ml_collections"}, "aot": {"ml_collections", "libtpu"}}
 # What may import more than PLAIN; of training these modules.
 OUTER = {"convert", "encoders", "data", "evals", "projects", "runs", "sample_sets", "conversion", "publishing", "commands", "__main__"}
-OUTER_TRAINING = {"loop", "averaged_weights", "checkpoint_files", "checkpoints", "metrics_logger", "run_metadata", "skipped", "validation"}
+OUTER_TRAINING = {
+    "loop", "averaged_weights", "checkpoint_files", "checkpoints", "in_loop", "metrics_logger", "run_metadata", "skipped", "validation"}
 
 
 def imports(path):

@@ -19,7 +19,8 @@ from mmdiff.data.named_autoencoders import Autoencoder
 from mmdiff.errors import UserError
 from mmdiff.evals import evaluator
 from mmdiff.evals.image_sets import open_images
-from mmdiff.runs import key_of_use, open_run
+from mmdiff.keys import key_of_use
+from mmdiff.runs import open_run
 
 TINY = str(pathlib.Path(__file__).parent / "tiny.py")
 NUMBER = 257

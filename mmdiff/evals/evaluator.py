@@ -155,8 +155,14 @@ def sample_batched(
     experiment, params, key, given, count: int, *, batch: int, steps: int, guidance: float, absent=()
 ) -> dict[str, np.ndarray]:
     """`count` samples of `experiment.sample`; example i's key is `fold_in(key, i)`."""
-    sample = functools.partial(experiment.sample, steps=steps, guidance=guidance, absent=tuple(absent))
+    sample = _sampler(experiment.sample, steps, guidance, tuple(absent))
     return in_batches(sample, params, example_keys(key, count), given, batch)
+
+
+@functools.lru_cache(maxsize=16)
+def _sampler(sample: Callable, steps: int, guidance: float, absent: tuple[str, ...]) -> Callable:
+    """One function for one setting: what is compiled for it serves every evaluation of a run."""
+    return functools.partial(sample, steps=steps, guidance=guidance, absent=absent)
 
 
 def states(experiment, params, key, given, name: str, *, steps: int, guidance: float, count: int = 10, rows: int = 6) -> np.ndarray:

@@ -22,6 +22,7 @@ from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
 from mmdiff.keys import check_seed, key_of
 from mmdiff.training import checkpoints, distributed, finetune, lock, run_metadata, sharding
+from mmdiff.training.in_loop import InLoop
 from mmdiff.training.metrics_logger import MetricsLogger, device
 from mmdiff.training.signals import Signals, make_any_process_signalled
 from mmdiff.training.skipped import SkippedSteps
@@ -44,12 +45,13 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
     It reads config.seed and, of config.train: steps, global_batch, microbatches, log_every, eval_every (0: never),
     checkpoint_every, keep (the last k checkpoints), best (a metric such as "val/loss" whose lowest checkpoint is kept too, or
     ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard; if there, max_skipped (steps in a row that end the run, 100),
-    noise_scale and norm_groups (metrics, see `make_step`), start (the workdir of a run whose averaged weights this one begins with,
+    noise_scale and norm_groups (metrics, see `make_step`), sample_every (a grid of samples; 0: never) and evaluation_share (of the
+    time, for what is sampled while it trains, see `in_loop`), start (the workdir of a run whose averaged weights this one begins with,
     where they fit), start_strict (they must all fit) and other_data (a run may continue with other data than before).
 
     It writes WORKDIR/config.json, dependencies.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one
     before, without skipped steps and values that are not finite, and `skipped`, their number so far; one line per evaluation:
-    "val/..."), run.json and TensorBoard events.
+    "val/..."), grids/STEP.png, run.json and TensorBoard events.
 
     Raises:
       UserError: the config, the mesh or the workdir does not fit, a checkpoint or metrics.jsonl cannot be written, or max_skipped steps
@@ -88,6 +90,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         replicated = NamedSharding(mesh, PartitionSpec())
         empty = jax.jit(lambda: {name: Average.empty() for name in names}, out_shardings=replicated)()
 
+        in_loop = InLoop(experiment, config, mesh)
         saved = stack.enter_context(checkpoints.Checkpoints(workdir, keep=options.keep, best=options.best))
         latest = saved.latest()
         start = latest or 0
@@ -120,6 +123,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             run_metadata.write_data(workdir, here)
             run_metadata.write_source(workdir, options.get("start"))
         meta["data"] = here
+        in_loop.restore(meta.get("in_loop", {}))
         logger = stack.enter_context(MetricsLogger(workdir, options, start, meta["train_seconds"]))
         for what in noted:
             logger.say(what)
@@ -149,6 +153,10 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         in_flight = collections.deque()
         skipped = SkippedSteps(options, logger.say, saved.latest, ahead)
         logger.start_clock()
+        if start and in_loop.due(start):  # it was stopped before
+            with logger.pause():
+                if values := in_loop(start, state.ema, logger):
+                    logger.write(start, values)
 
         def finish(remaining: int) -> bool:
             """Waits until at most `remaining` steps are in flight; true if some process was asked to stop before one."""
@@ -172,22 +180,27 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             # flight, and by then the metrics of a log step are there: reading them stalls nothing.
             last = step == options.steps
             evaluating = options.eval_every and (step % options.eval_every == 0 or last)
+            sampling = in_loop.due(step)
             saving = step % options.checkpoint_every == 0 or last
-            stopping = finish(0 if evaluating or saving else IN_FLIGHT)
+            stopping = finish(0 if evaluating or sampling or saving else IN_FLIGHT)
             # Processes must stop after the same step: they go by the flags that all of them have seen. One process just stops.
             stopping |= jax.process_count() == 1 and stop.signal is not None
             if stopping:
                 finish(0)
 
             values = {}
-            if evaluating:
+            if evaluating or sampling:
                 with logger.pause():
-                    values = evaluate(state.ema)
-                    logger.write(step, values)
+                    values = evaluate(state.ema) if evaluating else {}
+                    if sampling and (last or not stopping):  # who asks to stop does not wait for it: it is made up for
+                        values |= in_loop(step, state.ema, logger)
+                    if values:
+                        logger.write(step, values)
             if saving or stopping:
                 # Lines up to this step are on disk by now: a checkpoint never knows more than metrics.jsonl.
                 with logger.pause():
                     meta |= {"position": step * options.global_batch + ahead, "train_seconds": logger.seconds(), "metrics": values}
+                    meta |= {"in_loop": in_loop.state()}
                     saved.save(state, averages, meta)
             if step % options.log_every == 0:
                 saved.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import json
 import logging
 import math
@@ -47,7 +48,7 @@ class MetricsLogger:
         self._bar = None
         self._events, self._file, self._loss, self._skipped = None, None, math.nan, 0
         self._began = self._printed = self._logged = time.perf_counter()
-        self._logged_step, self._paused = start, 0.0
+        self._logged_step, self._paused, self._all_paused = start, 0.0, 0.0
 
     def __enter__(self) -> MetricsLogger:
         if self._writes:
@@ -82,7 +83,13 @@ class MetricsLogger:
         """Time that does not count for images_per_second (it does count as training time)."""
         began = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - began
+        took = time.perf_counter() - began
+        self._paused, self._all_paused = self._paused + took, self._all_paused + took
+
+    def pace(self, step: int) -> float:
+        """Seconds of a step, on average over those since the start, without pauses; 0 before the first."""
+        taken = step - self._start
+        return (time.perf_counter() - self._began - self._all_paused) / taken if taken else 0.0
 
     def finished(self, step: int, sums: Mapping[str, Average]) -> None:
         """The device has finished `step`, with these means so far."""
@@ -111,6 +118,21 @@ class MetricsLogger:
             self._file.flush()
         if self._events:
             self._events.write(step, values)
+
+    def image(self, step: int, name: str, image: Any) -> None:
+        """A Pillow image: WORKDIR/grids/STEP.png, or STEP_NAME.png, on disk when this returns."""
+        if not self._writes:
+            return
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        try:
+            folder = self._workdir / "grids"
+            folder.mkdir(exist_ok=True)
+            files.write_whole(folder / f"{step:08d}{name and f'_{name}'}.png", data.getvalue())
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror or error}).") from error
+        if self._events:
+            self._events.image(step, f"grid/{name}" if name else "grid", image.size, data.getvalue())
 
     def summary(self, step: int, meta: Mapping[str, Any]) -> None:
         """Writes run.json: what the run cost, up to the checkpoint with this meta."""
@@ -183,6 +205,12 @@ class Events:
             with self._optional():
                 scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
                 self._add(step=step, summary=self._summary(value=scalars))
+
+    def image(self, step: int, name: str, size: tuple[int, int], png: bytes) -> None:
+        if self._records:
+            with self._optional():
+                image = self._summary.Image(width=size[0], height=size[1], colorspace=4, encoded_image_string=png)
+                self._add(step=step, summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
 
     def close(self) -> None:
         if self._records:

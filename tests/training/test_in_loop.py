@@ -1,0 +1,117 @@
+"""What a run samples and measures while it trains: grids, metrics, and that they change nothing of it."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from mmdiff.data.sources import ArraySource
+from mmdiff.errors import UserError
+from mmdiff.evals.evaluator import EvalResult
+from mmdiff.evals.sample_grid import SampleGrid
+from mmdiff.training import in_loop, loop, sharding
+
+
+@pytest.fixture
+def config():
+    config = tiny.get_config()
+    with config.unlocked():
+        config.train.update(steps=8, checkpoint_every=4, log_every=4, tensorboard=True, sample_every=3, evaluation_share=1.0)
+    return config
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    """Shared, so that its sampler is compiled once."""
+    return dataclasses.replace(tiny.build(tiny.get_config()), sampler={"drop": ("label",)})
+
+
+def same_leaves(one, other):
+    jax.tree.map(np.testing.assert_array_equal, (one.params, one.opt, one.ema), (other.params, other.opt, other.ema))
+
+
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def grids(workdir):
+    return {path.name: path.read_bytes() for path in (workdir / "grids").iterdir()}
+
+
+def interrupted(experiment, config, workdir, read):
+    """Trains until a signal comes while a batch is read; -> the step that was saved."""
+
+    class Stopping(ArraySource):
+        reads = 0
+
+        def take(self, indices):
+            Stopping.reads += 1
+            if Stopping.reads == read:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().take(indices)
+
+    source = Stopping(experiment.train_data().arrays)
+    with pytest.raises(SystemExit):
+        loop.train(dataclasses.replace(experiment, train_data=lambda: source), config, workdir)
+    return json.loads((workdir / "run.json").read_text())["steps"]
+
+
+def test_grids_change_nothing_of_a_run_and_are_the_same_after_a_stop(config, experiment, tmp_path, capsys):
+    whole = loop.train(experiment, config, tmp_path / "whole")
+    assert sorted(grids(tmp_path / "whole")) == ["00000003.png", "00000006.png", "00000008.png"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "whole"), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.step for event in events.Images("grid")] == [3, 6, 8]
+    assert events.Images("grid")[0].encoded_image_string == grids(tmp_path / "whole")["00000003.png"]
+    assert Image.open(tmp_path / "whole/grids/00000003.png").width > 600  # eight in a row, their labels below them
+
+    assert 0 < interrupted(experiment, config, tmp_path / "torn", 7) < 8
+    torn = loop.train(experiment, config, tmp_path / "torn")
+    assert grids(tmp_path / "torn") == grids(tmp_path / "whole")
+    config.train.sample_every = 0
+    without = loop.train(experiment, config, tmp_path / "without")
+    same_leaves(whole, torn)
+    same_leaves(whole, without)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "torn") == losses(tmp_path / "without")
+    assert not (tmp_path / "without/grids").exists()
+
+
+def test_a_grid_that_fails_or_takes_too_long_does_not_stop_a_run(config, experiment, tmp_path, capsys, monkeypatch):
+    def broken(self, *of_grid):
+        if of_grid[-1] == 2:
+            raise MemoryError("RESOURCE_EXHAUSTED: Out of memory")
+        raise UserError("the samples hold values that are not finite.")
+
+    monkeypatch.setattr(SampleGrid, "_show", broken)
+    config.train.update(sample_every=2, tensorboard=False, evaluation_share=1.0)
+    loop.train(experiment, config, tmp_path / "fails")
+    said = capsys.readouterr().err
+    assert "step 2: no grid, training continues: MemoryError: 'RESOURCE_EXHAUSTED: Out of memory'" in said
+    assert "step 8: no grid, training continues: the samples hold values that are not finite." in said
+
+    monkeypatch.setattr(SampleGrid, "_show", lambda self, *of_grid: EvalResult({}))
+    monkeypatch.setattr(in_loop.Cadence, "taken", lambda self, step, seconds, pace: setattr(self, "next", step + 5))
+    loop.train(experiment, config, tmp_path / "slow")
+    assert "of the time; next at step 8 (config.train.evaluation_share)" in capsys.readouterr().err
+
+
+def test_what_has_no_images_is_refused_a_grid(config, experiment, tmp_path):
+    alone = {"label": experiment.modalities["label"]}
+    with pytest.raises(UserError, match="config.train.sample_every asks for grids of images, and this model samples none: set it to 0"):
+        loop.train(dataclasses.replace(experiment, modalities=alone), config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
