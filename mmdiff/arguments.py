@@ -56,7 +56,10 @@ tokens, which they decode; of towers (CLIP's kind) the weights are all.
 
 Without it the networks are published ones that the config names, by
 --config.encoder.path=PATH and the like; --config.data.images=FOLDER has the
-images. After an interruption the same command continues.
+images. All devices here encode and, with --distributed, those of all other
+processes. After an interruption the same command continues, and the files have
+the same bits, whatever has computed them. --config.data.max_skipped=N leaves out
+up to N damaged images of a split, which skipped.jsonl lists.
 
 A split is whole or absent; if the same is there, nothing is done."""
 
@@ -310,6 +313,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     option("--out", type=_path, required=True, metavar="DIR", help="the folder of the cache")
     option("--split", action="append", default=[], metavar="NAME", help="encode this split only; repeatable")
     of_checkpoint(sub)
+    of_processes(sub)
     sub = command("convert", "take published weights in, or write them out", CONVERT)
     option = sub.add_argument
     option("--from", type=_path, dest="source", metavar="FILE|FOLDER", help="published weights: .safetensors, .pt, or diffusers' folder")

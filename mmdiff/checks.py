@@ -65,6 +65,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     (r"(\w+_)?learning_rate", Range(0, 1e3, above=True)),
     (r"clip", Range(0, math.inf, above=True)),
     (r"weight_decay", Range(0, 1e3)),
+    (r"data\.max_skipped", Range(0, STEPS)),
     (r"(train\.steps|log_every|checkpoint_every|patience|max_skipped)", EVERY),
     (r"((eval|sample|metrics)_every|warmup_steps)", Range(0, STEPS)),
     (r"evaluation_share", Range(0, 1, above=True)),

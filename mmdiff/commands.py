@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -211,30 +212,42 @@ def _zeroshot(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def cache(args: argparse.Namespace) -> None:
-    if _is_spare():
+    where = distributed.address(args.coordinator, args.processes, args.process)
+    joins = args.distributed or bool(where)
+    if args.workdir is not None and joins:
+        raise UserError("--distributed is for published encoders: a run's own network encodes in one process, leave it out.")
+    if not joins and _is_spare():
         return
     _prepare()
     if args.workdir is None:
-        written, holds = _cache_published(args)
-    else:
-        run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
-        _writable("--out", args.out)
-        written = run.cache(args.out, args.split)
-        holds = run.experiment.cache.holds(args.out, run.step)
-    console.out(f"{'' if written else 'nothing to do: '}{args.out} holds {holds}")
+        _cache_published(args, where if joins else None)
+        return
+    run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
+    _writable("--out", args.out)
+    _say_cached(args, run.cache(args.out, args.split), run.experiment.cache.holds(args.out, run.step))
 
 
-def _cache_published(args: argparse.Namespace) -> tuple[bool, str]:
-    """Encodes a config's data with the published networks that it names -> (whether something was written, what there is)."""
+def _cache_published(args: argparse.Namespace, where: Mapping[str, str | int] | None) -> None:
+    """Encodes a config's data with the published networks that it names, together with other processes if there is a `where`."""
     config, module = configs.load(args.config, args.overrides)
     _writable("--out", args.out)
     if args.step is not None:
         raise UserError("--step is of a run's checkpoint: name the run by --workdir, or leave it out.")
-    with configs.blaming(config, module, args.overrides):
+    if where is not None:
+        distributed.start(**where)
+    from mmdiff import encoded_caches
+
+    with configs.blaming(config, module, args.overrides), distributed.exit_together() if where is not None else contextlib.nullcontext():
         writer = configs.build(config, module).cache
         if getattr(writer, "encoders", None) is None:
             raise UserError(f"{args.config} names no published encoders: give --workdir DIR, the run of a tokenizer or of towers.")
-        return writer.write(args.out, args.split), writer.holds(args.out)
+        written = encoded_caches.write(writer, args.out, args.split)
+        if distributed.is_first():
+            _say_cached(args, written, writer.holds(args.out))
+
+
+def _say_cached(args: argparse.Namespace, written: bool, holds: str) -> None:
+    console.out(f"{'' if written else 'nothing to do: '}{args.out} holds {holds}")
 
 
 def convert(args: argparse.Namespace) -> None:

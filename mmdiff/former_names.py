@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 KEYS: dict[str, str] = {
-    "eval.calls": "eval.sampling_steps", "eval.pictures": "eval.count", "eval.encoders": "",
+    "eval.calls": "eval.sampling_steps", "eval.pictures": "eval.count", "eval.encoders": "", "data.damaged": "data.max_skipped",
     "times.draw": "times.text_to_image", "times.bare": "times.unconditional", "times.write": "times.image_to_text"}
 VALUES: dict[tuple[str, str], dict[str, str]] = {
     ("tasks", "query.gamma"): {"draw": "generate", "name": "align"}, ("task", "kappa"): {"draw": "generate", "name": "classify"}}

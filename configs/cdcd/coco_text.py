@@ -58,8 +58,8 @@ def get_config():
         "seed": 0,
         "encoder": {"kind": "vq_model", "path": "", "codes": ""},  # codes: the published list, see above
         "text_encoder": {"kind": "clip_text", "path": "", "tokenizer": ""},  # by default the tokenizer lies where the weights do
-        # source: or random; set, images and damaged (the share of images that may be) are for cache
-        "data": {"source": "tokens", "dir": "", "set": "captioned", "images": "", "damaged": 0.0, "classes": 0},
+        # source: or random; set, images and max_skipped (damaged ones that are left out) are for cache
+        "data": {"source": "tokens", "dir": "", "set": "captioned", "images": "", "max_skipped": 0, "classes": 0},
         "model": {
             "width": 192, "depth": 18, "heads": 16, "mlp_ratio": 2.0, "conv": True, "dtype": "bfloat16", "remat": "none", "scan": True},
         "text": {"published": True, "width": 512, "depth": 12, "heads": 8, "freeze": False},  # depth, heads, freeze: of one's own

@@ -55,7 +55,7 @@ def get_config():
         "seed": 0,
         "encoder": {"kind": "autoencoder_kl", "path": ""},
         "text_encoder": {"kind": "clip_text", "path": "", "tokenizer": ""},  # by default the tokenizer lies where the weights do
-        "data": {"source": "latents", "dir": "", "set": "captioned", "images": "", "damaged": 0.0, "size": 32},  # or random; 32 of 256
+        "data": {"source": "latents", "dir": "", "set": "captioned", "images": "", "max_skipped": 0, "size": 32},  # or random; 32 of 256
         "model": {
             "size": "XL", "patch": 2, "shared": 14, "head_depth": 6, "head_width": 768, "head_heads": 12, "fusion": "shared",
             "two_way": True, "reinject": True, "dtype": "bfloat16", "remat": "none", "scan": True},

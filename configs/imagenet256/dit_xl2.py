@@ -47,7 +47,7 @@ def get_config():
     return ConfigDict({
         "seed": 0,
         "encoder": {"kind": "autoencoder_kl", "path": ""},  # or autoencoder_tiny
-        "data": {"source": "latents", "dir": "", "set": "folder", "images": "", "damaged": 0.0},  # or random; cache reads set, images
+        "data": {"source": "latents", "dir": "", "set": "folder", "images": "", "max_skipped": 0},  # or random; cache reads set, images
         "model": {
             "size": "XL", "patch": 2, "image": 32, "dtype": "bfloat16", "remat": "none", "scan": True,
             # The published function; diffusers computes another with the same weights: freq_shift 1 and mlp_norm_eps 1e-5.

@@ -45,7 +45,7 @@ def get_config():
         "seed": 0,
         "encoder": {"kind": "autoencoder_kl", "path": ""},  # or autoencoder_tiny
         "vector_encoder": {"kind": "clip_vision", "path": ""},  # or siglip_vision or dinov2
-        "data": {"source": "latents", "dir": "", "set": "folder", "images": "", "damaged": 0.0, "vector": 768},  # or random
+        "data": {"source": "latents", "dir": "", "set": "folder", "images": "", "max_skipped": 0, "vector": 768},  # or random
         "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "none", "scan": True},
         "kappa": 1.0, "head_weight": 0.1,
         # Shares of the training times: representation known (X), hidden in the mean (U), absent (plain DDPM), absent with an image.

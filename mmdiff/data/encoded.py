@@ -1,41 +1,59 @@
-"""Images (and captions) as published encoders see them: a source that encodes, and the cache that `mmdiff cache` writes of it.
+"""Images (and captions) as published encoders see them: examples that are read on the host and encoded by the devices.
 
-    FOLDER/train, FOLDER/val     as `mmdiff.data.shards` has them, of images in folders of classes, with captions, or of a TFDS set
-    FOLDER/codes.json            where a tokenizer's codebook is used in part: its entries
-
-The training images are encoded twice, as they are and mirrored. A split is written under another name and renamed when it is complete;
-after an interruption the same call continues at the first shard that is not there.
+The training images are encoded twice, as they are and mirrored. `mmdiff.encoded_caches` writes what encoders make of a set.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import os
-import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mmdiff import console, files
-from mmdiff.data import drafts, image_datasets, shards
-from mmdiff.data.modalities import Latents
-from mmdiff.data.named_autoencoders import CODES, ImageTokens, read_codes
+from mmdiff.data import image_datasets, shards
 from mmdiff.data.named_encoders import NamedEncoder, prepared
 from mmdiff.data.network_cache import network_fingerprint
-from mmdiff.data.sources import Source, check_range, digest
-from mmdiff.data.stored_images import Records, UndamagedReader
+from mmdiff.data.sources import digest
+from mmdiff.data.stored_images import Records, threads
 from mmdiff.errors import UserError
+from mmdiff.files import FileError
 
-BATCH = 256  # images that are in memory at once
+log = logging.getLogger(__name__)
+BATCH, PIXELS = 512, 2**25  # images of a batch at most: so many, with so many pixels in all
 SHARD = 2**30  # bytes of a shard, about
-COUNTED = 50_000  # training images, evenly spread, whose codes are counted
+NAMED = 20  # damaged images in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """Examples whose images are decoded, cropped and normalised.
+
+    Attributes:
+      images: how many images were read.
+      views: of each encoder of images its batch of them, mirrored where an example is, each once.
+      view: of each example, where its image is among them.
+      texts: its caption. labels: its class, None where there are no classes.
+      skipped: (number, name, reason) of the images that cannot be read, whose examples are left out.
+    """
+
+    images: int
+    views: list[np.ndarray]
+    view: np.ndarray
+    texts: list[str]
+    labels: np.ndarray | None
+    skipped: list[tuple[int, str, str]]
+
+    def __len__(self):
+        return len(self.view)
 
 
 class Encoded:
-    """A `Source` of what encoders make of images: the arrays of their modalities, and label where the images have classes.
+    """What encoders make of images: the arrays of their modalities, and label where the images have classes.
 
     Example i is image i // (2 k), with its caption i // 2 mod k, mirrored where i is odd; k is 1 unless captions are encoded, and without
     `mirrored` an image comes once a caption. An image or caption that occurs several times in a batch is encoded once.
@@ -44,70 +62,123 @@ class Encoded:
       records: the images, as they are stored.
       encoders: of images and captions.
       mirrored: whether the mirror images are examples, too.
-      damaged: the share of images that may be damaged, see `stored_images.UndamagedReader`.
+      max_skipped: how many images may be damaged, and are then left out.
 
     Attributes:
       names: of the classes, by label; none where there are no classes.
+      of_image: examples of an image, one after another.
+      skipped: number -> (name, reason) of the damaged images that were met.
     """
 
-    def __init__(self, records: Records, encoders: Sequence[NamedEncoder], mirrored: bool = False, damaged: float = 0.0):
+    def __init__(self, records: Records, encoders: Sequence[NamedEncoder], mirrored: bool = False, max_skipped: int = 0):
         self._records, self._encoders, self._times, self.names = records, encoders, 1 + mirrored, tuple(records.names)
-        self._reader = UndamagedReader(records, damaged)
         with_captions = any(encoder.of == "caption" for encoder in encoders)
         if with_captions and not records.captions:
             raise UserError("the images have no captions, which the config needs: see mmdiff/data/image_folders.py and config.data.set.")
         self._captions = records.captions if with_captions else 1
+        self.of_image, self.skipped, self._max_skipped = self._captions * self._times, {}, max_skipped
 
     def __len__(self):
-        return len(self._records) * self._captions * self._times
+        return len(self._records) * self.of_image
 
-    def take(self, indices):
-        indices = np.asarray(indices, np.int64)
-        check_range(indices, len(self))
-        pairs, mirrored = np.divmod(indices, self._times)
-        rows, captions = np.divmod(pairs, self._captions)
-        of_images = [encoder for encoder in self._encoders if encoder.of == "image"]
-        unique, of_row = np.unique(rows, return_inverse=True)
-        records, prepared = self._reader.read(unique.tolist(), lambda record: _prepared(record, of_images))
+    @functools.cached_property
+    def batch(self) -> int:
+        """How many examples are read and encoded at once: it depends on nothing that computes them."""
+        pixels = max((math.prod(shape[:2]) for shape in self._shapes), default=1)
+        return max(1, min(BATCH, PIXELS // pixels) // self._times) * self.of_image
+
+    def read(self, first: int, last: int) -> Read:
+        """The examples first .. last - 1. Raises UserError for more damaged images than may be; a thread may call it ahead of `encode`."""
+        rows, which = np.divmod(np.arange(first, last), self.of_image)
+        captions, mirrored = np.divmod(which, self._times)
+        records, images, skipped = self._sound(range(int(rows[0]), int(rows[-1]) + 1), self._of("image"))
+        kept = np.isin(rows, list(images))
+        rows, captions, mirrored = rows[kept], captions[kept], mirrored[kept]
+        places, view = np.unique(2 * rows + mirrored, return_inverse=True)
+        views = [
+            np.stack([images[place // 2][number][:, :: -1 if place % 2 else 1] for place in places.tolist()])
+            if len(places) else np.zeros((0, *shape), np.float32) for number, shape in enumerate(self._shapes)]  # fmt: skip
+        texts = [records[row].get("captions", [""]) for row in rows.tolist()]
+        texts = [each[caption % len(each)] for each, caption in zip(texts, captions.tolist())]
+        labelled = all("label" in record for record in records.values())
+        labels = np.array([records[row]["label"] for row in rows.tolist()], np.int32) if labelled else None
+        return Read(len(records), views, view.reshape(-1), texts, labels, skipped)
+
+    def encode(self, examples: Read) -> dict[str, np.ndarray]:
+        """One array [n, ...] of each modality."""
         found = {}
-        views, of_view = np.unique(2 * of_row.reshape(-1) + mirrored, return_inverse=True)
-        for number, encoder in enumerate(of_images):
-            batch = np.stack([prepared[view // 2][number][:, :: -1 if view % 2 else 1] for view in views.tolist()])
-            found |= {name: array[of_view.reshape(-1)] for name, array in encoder.encode(batch).items()}
-        texts = [records[row].get("captions", [""]) for row in of_row.reshape(-1).tolist()]
-        texts = [each[which % len(each)] for each, which in zip(texts, captions.tolist())]
-        words = list(dict.fromkeys(texts))
-        of_word = np.array([words.index(text) for text in texts], np.int64)
-        for encoder in self._encoders:
-            if encoder.of == "caption":
-                found |= {name: array[of_word] for name, array in encoder.encode(words).items()}
-        if all("label" in record for record in records):
-            found["label"] = np.array([records[row]["label"] for row in of_row.reshape(-1).tolist()], np.int32)
-        return found
+        for encoder, batch in zip(self._of("image"), examples.views):
+            found |= {name: array[examples.view] for name, array in encoder.encode(batch).items()}
+        texts = list(dict.fromkeys(examples.texts))
+        numbers = {text: number for number, text in enumerate(texts)}
+        of_text = np.array([numbers[text] for text in examples.texts], np.int64)
+        for encoder in self._of("caption"):
+            found |= {name: array[of_text] for name, array in encoder.encode(texts or [""]).items()}
+        return found if examples.labels is None else {**found, "label": examples.labels}
 
-    def batches(self, count: int, encoder: NamedEncoder) -> Any:
+    def batches(self, count: int, encoder: NamedEncoder) -> Iterator[np.ndarray]:
         """Images prepared for one encoder, `count` of them, evenly spread."""
         rows = np.unique(np.linspace(0, len(self._records) - 1, min(count, len(self._records))).astype(np.int64))
-        for start in range(0, len(rows), BATCH):
-            _, found = self._reader.read(rows[start : start + BATCH].tolist(), lambda record: _prepared(record, [encoder]))
-            yield np.stack([views[0] for views in found])
+        each = self.batch // self.of_image * self._times
+        for start in range(0, len(rows), each):
+            if found := self._sound(rows[start : start + each].tolist(), [encoder])[1]:
+                yield np.stack([views[0] for views in found.values()])
 
-    @property
+    def skip(self, damaged: Sequence[tuple[int, str, str]]) -> None:
+        """Leaves images out. Raises UserError, which names all, for more than may be."""
+        self.skipped |= {number: (name, reason) for number, name, reason in damaged}
+        if len(self.skipped) > self._max_skipped:
+            reasons = [reason.rstrip(".") for _, reason in self.skipped.values()]
+            more = f"; and {len(reasons) - NAMED:,} more" if len(reasons) > NAMED else ""
+            raise UserError(
+                f"{len(reasons):,} of {len(self._records):,} images {'is' if len(reasons) == 1 else 'are'} damaged, more than "
+                f"config.data.max_skipped={self._max_skipped} allows to leave out: {'; '.join(reasons[:NAMED])}{more}.")
+
     def images(self) -> str:
-        """Of the images alone, as `fingerprint`."""
+        """The fingerprint of the images alone."""
         return digest(len(self._records), self._records.identity())
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
+        """Of all that the examples depend on."""
         encoders = [[encoder.kind, encoder.fingerprint()] for encoder in self._encoders]
         return digest(len(self), encoders, self._captions, self._times, list(self._records.names), self._records.identity())
+
+    def _of(self, what: str) -> list[NamedEncoder]:
+        return [encoder for encoder in self._encoders if encoder.of == what]
+
+    @functools.cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of an image as each encoder takes it."""
+        from PIL import Image
+
+        return [encoder.prepare(Image.new("RGB", (64, 64))).shape for encoder in self._of("image")]
+
+    def _sound(self, rows: Sequence[int], encoders: Sequence[NamedEncoder]) -> tuple[dict, dict, list[tuple[int, str, str]]]:
+        """-> (row -> record, row -> what each encoder takes of its image, what cannot be read)."""
+
+        def view(record):
+            try:
+                return prepared(record["image"], encoders)
+            except FileError as error:
+                return error
+
+        records = dict(zip(rows, self._records.get(rows)))
+        found = dict(zip(rows, threads().map(view, records.values())))
+        bad = [(row, str(records[row]["image"]), str(error)) for row, error in found.items() if isinstance(error, FileError)]
+        if bad:
+            self.skip(bad)
+            for row, _, reason in bad:
+                log.warning("image %d is left out: %s", row, reason)
+        return records, {row: views for row, views in found.items() if not isinstance(views, FileError)}, bad
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedCache:
-    """What `mmdiff cache` writes for a config whose data are encoded by published networks: no run is needed.
+    """What `mmdiff cache` writes for a config whose data are encoded by published networks (`mmdiff.encoded_caches`): no run is needed.
 
     Attributes:
-      data: the config's section: set (see `mmdiff.data.image_datasets`), images (its folder), and perhaps damaged.
+      data: the config's section: set (see `mmdiff.data.image_datasets`), images (its folder), and perhaps max_skipped, how many of a
+        split may be damaged, and are then left out.
       modalities: of the examples, by name.
       encoders: that make them. A modality that none makes is the images' own label.
       mirrored: whether the training images are encoded mirrored, too.
@@ -124,101 +195,18 @@ class EncodedCache:
         deps = {encoder.what: functools.partial(encoder_fingerprint, encoder, self.data.dir) for encoder in self.encoders}
         return {"cache": self, "frozen_deps": deps}
 
-    def write(self, folder: str | os.PathLike, splits: Sequence[str] = (), shard: int | None = None) -> bool:
-        """Writes the splits that are not there yet, by default "train" and "val"; false if there is nothing to do.
-
-        Raises:
-          UserError: no encoder or no images are named, an unknown split, a split that is there of other images or encoders, images without
-            the classes that the config needs, or a folder that cannot be written.
-        """
-        folder, splits = files.expand(folder), list(dict.fromkeys(splits or shards.SPLITS))
-        for encoder in self.encoders:
-            encoder.opened  # noqa: B018 - a path that is not there is said first
-        if not self.data.images:
-            raise UserError("config.data.images is empty: name the folder of the images to encode, --config.data.images=FOLDER.")
-        sources = {split: self._source(split) for split in splits}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._choose_codes(folder, sources)
-            written = [self._write_split(folder / split, source, shard or self._shard_length()) for split, source in sources.items()]
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another folder.") from error
-        return any(written)
-
     def holds(self, folder: str | os.PathLike) -> str:
         """The content of a folder that was written, for a person to read."""
         counts = [f"{split} {sum(meta['lengths']):,}" for split in shards.SPLITS if (meta := shards.read_meta(folder, split))]
         return f"{', '.join(self.modalities)} ({', '.join(counts)})"
 
-    def _source(self, split: str) -> Encoded:
+    def source(self, split: str) -> Encoded:
+        """The examples of a split. Raises UserError for images or classes that are not there."""
         records = image_datasets.records_of(self.data.set, split, self.data.images)
-        return Encoded(records, self.encoders, self.mirrored and split == "train", self.data.get("damaged", 0.0))
+        return Encoded(records, self.encoders, self.mirrored and split == "train", self.data.get("max_skipped", 0))
 
-    def _choose_codes(self, folder: pathlib.Path, sources: Mapping[str, Encoded]) -> None:
-        """Notes the entries of the codebook that are used, unless they are noted already, of these images or of tokens that are there."""
-        finished = any(shards.read_meta(folder, split) for split in shards.SPLITS)
-        for encoder in self.encoders:
-            if isinstance(encoder, ImageTokens):
-                encoder.folder = folder
-                network = encoder.opened.fingerprint
-                stored = read_codes(folder)
-                if finished and stored:
-                    if stored["encoder"] != network:
-                        raise UserError(f"{folder} holds the tokens of another network than config.{encoder.key}.path: write elsewhere.")
-                    continue
-                source = sources.get("train") or self._source("train")
-                made_of = {"format": 1, "encoder": network, "images": source.images}
-                if not stored or {name: stored.get(name) for name in made_of} != made_of:
-                    (folder / CODES).unlink(missing_ok=True)
-                    files.write_json(folder / CODES, {**made_of, "codes": encoder.choose(source.batches(COUNTED, encoder))})
-
-    def _write_split(self, folder: pathlib.Path, source: Source, shard: int) -> bool:
-        identity = digest(len(source), source.fingerprint(), shards.stamp(self.modalities), shard)
-        if meta := shards.read_meta(folder.parent, folder.name):
-            if meta.get("made_of") != identity:
-                raise UserError(f"{folder} was written of other images, or by other encoders: remove it, or write elsewhere.")
-            return False
-        made = {name: encoder for encoder in self.encoders for name in encoder.modalities}
-        described = {name: made[name].described() for name in self.modalities if name in made}
-        modalities = dict(self.modalities)
-        for name, each in modalities.items():
-            if isinstance(each, Latents):
-                modalities[name] = dataclasses.replace(each, scale=getattr(made[name].opened.net, "scaling_factor", 1.0))
-        moments = [name for encoder in self.encoders for name in getattr(encoder, "moments", ())]
-        starts, hashes, waiting = range(0, len(source), shard), {}, []
-        with drafts.draft(folder, identity, keep=True) as draft:
-            parts = [
-                (number, first, min(first + BATCH, stop), stop) for number, start in enumerate(starts)
-                for stop in [min(start + shard, len(source))] for first in range(start, stop, BATCH)]  # fmt: skip
-            for number, first, last, stop in console.progress(parts, f"batch of {folder.name}"):
-                names = [shards.file_name(name, number) for name in self.modalities]
-                if not waiting and all((draft / name).exists() for name in names):
-                    hashes |= {name: shards.sha256(np.load(draft / name)) for name in names if name not in hashes}
-                    continue
-                waiting.append(self._encoded(source, first, last, moments))
-                if last == stop:
-                    arrays = {name: np.concatenate([each[name] for each in waiting]) for name in self.modalities}
-                    hashes |= shards.write(draft, number, arrays)
-                    waiting.clear()
-            shards.write_meta(
-                draft, modalities, [min(shard, len(source) - start) for start in starts], hashes, moments=moments, encoders=described,
-                made_of=identity, names=list(source.names))
-        return True
-
-    def _encoded(self, source: Source, first: int, last: int, moments: Sequence[str]) -> dict[str, np.ndarray]:
-        """Examples as a shard has them, checked."""
-        found = source.take(np.arange(first, last))
-        if missing := [name for name in self.modalities if name not in found]:
-            raise UserError(f"the images in {self.data.images} have no {missing[0]}, which the config needs: see config.data.set.")
-        for name, modality in self.modalities.items():
-            if name in moments:
-                for part in np.split(found[name], 2, axis=-1):
-                    modality.check(part)
-            else:
-                found[name] = modality.check(found[name])
-        return {name: shards.pack(found[name], name) for name in self.modalities}
-
-    def _shard_length(self) -> int:
+    @property
+    def shard(self) -> int:
         """Examples in a shard, as many as fit into memory."""
         numbers = sum(2 * math.prod(modality.shape) for modality in self.modalities.values())  # of moments twice as many
         return max(1, min(shards.LENGTH, SHARD // (2 * numbers)))
@@ -242,7 +230,3 @@ def encoder_fingerprint(encoder: NamedEncoder, folder: str) -> str | None:
             f"{folder} was encoded by another network than config.{encoder.key}.path={encoder.path} (fingerprints {stored[:12]} and "
             f"{here[:12]}): name that one, or encode the images again.")
     return here or stored
-
-
-def _prepared(record: Mapping[str, Any], encoders: Sequence[NamedEncoder]) -> list[np.ndarray]:
-    return prepared(record["image"], encoders)

@@ -99,7 +99,7 @@ class LatentSource:
             self._meta = shards.checked_meta(files.read_json(self._path / META))
             lengths, found = self._meta["lengths"], dict(self._meta["modalities"])
             self._ends = np.cumsum(np.array(lengths, np.int64))
-            if not lengths or min(lengths) < 1:
+            if not any(lengths) or min(lengths) < 0:
                 raise ValueError(f"lengths {lengths}")
         except files.Missing:
             what = "is not finished (it has no meta.json)" if os.path.isdir(self._path) else "does not exist"
@@ -170,7 +170,7 @@ class LatentSource:
     def _open(self, name: str, index: int, shape: tuple[int, ...]) -> np.ndarray:
         path = self._path / shards.file_name(name, index)
         try:
-            array = arrays.read_array(path, mmap=True)
+            array = arrays.read_array(path, mmap=shape[0] > 0)
         except files.FileError as error:
             why = f"missing or cut short (it {error.reason})"
             raise UserError(f"the shard {path} is {why}: copy it again, or write the cache again.") from error

@@ -9,15 +9,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mmdiff import files
 from mmdiff.convert.weight_files import open_weights
 from mmdiff.data import arrays
-from mmdiff.data.named_encoders import PART, NamedEncoder, jitted
-from mmdiff.data.network_cache import map_batched
+from mmdiff.data.named_encoders import PART, NamedEncoder
 from mmdiff.encoders.preprocessing import AUTOENCODER
 from mmdiff.errors import UserError
 
@@ -94,6 +92,7 @@ class ImageTokens(SquareImages):
     """
 
     kinds, what = ("vq_model",), "tokenizer"
+    _cut: tuple[list[int], tuple[Any, Any]] | None = None  # the network of some entries
 
     def __init__(
         self, section: Mapping[str, Any], side: int, codes: int, folder: str = "", key: str = "encoder", modality: str = "tokens",
@@ -121,9 +120,7 @@ class ImageTokens(SquareImages):
 
     def _encode_whole(self, batch: np.ndarray) -> np.ndarray:
         """Ids of the whole codebook."""
-        run = jitted(_encode, self.opened.net)
-        with jax.default_matmul_precision("highest"):
-            return map_batched(lambda images: run({"params": self.opened.params}, images), batch, self.part)
+        return self.call(_encode, batch, self.part, super().network())
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Ids [n, h * w] -> images [n, H, W, 3], clipped to [-1, 1]."""
@@ -131,13 +128,15 @@ class ImageTokens(SquareImages):
 
     def network(self):
         net, params = super().network()
-        if self.entries is None:
+        if (entries := self.entries) is None:
             return net, params
-        rows = np.asarray(self.entries)
-        quantize = {"embedding": {"embedding": params["quantize"]["embedding"]["embedding"][rows]}}
-        if "proj" in params["quantize"]:  # logits
-            quantize["proj"] = {name: array[..., rows] for name, array in params["quantize"]["proj"].items()}
-        return net.clone(num_vq_embeddings=len(rows)), {**params, "quantize": quantize}
+        if self._cut is None or self._cut[0] != entries:
+            rows = np.asarray(entries)
+            quantize = {"embedding": {"embedding": params["quantize"]["embedding"]["embedding"][rows]}}
+            if "proj" in params["quantize"]:  # logits
+                quantize["proj"] = {name: array[..., rows] for name, array in params["quantize"]["proj"].items()}
+            self._cut = entries, (net.clone(num_vq_embeddings=len(rows)), {**params, "quantize": quantize})
+        return self._cut[1]
 
     @property
     def entries(self) -> list[int] | None:

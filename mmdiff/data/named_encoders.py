@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 from mmdiff import files
-from mmdiff.data.network_cache import map_batched
 from mmdiff.data.spreading import Spread
 from mmdiff.data.stored_images import decode
 from mmdiff.encoders.published_networks import open_encoder
@@ -45,6 +44,7 @@ class NamedEncoder:
     what = "encoder"
     of = "image"
     modalities: tuple[str, ...] = ()
+    _placed: tuple[tuple[jax.Device, ...], list[Any], list[Any]] | None = None
 
     def __init__(self, section: Mapping[str, Any], key: str = "encoder"):
         self.key, self.kind, self.path = key, section["kind"], section["path"]
@@ -80,22 +80,31 @@ class NamedEncoder:
         """Prepared images [n, size, size, 3], or n captions -> {modality: [n, ...]}."""
         raise NotImplementedError
 
-    def call(self, function: Callable[..., Any], batch: np.ndarray, part: int) -> Any:
-        """`function(net, variables, batch)` over `part` examples at a time, each on one device of this process, all by one program."""
-        (net, params), batch = self.network(), np.asarray(batch)
-        devices = jax.local_devices()[: -(-len(batch) // part)]
+    def call(self, function: Callable[..., Any], batch: np.ndarray, part: int, network: tuple[Any, Any] | None = None) -> Any:
+        """`function(net, variables, batch)` over `part` examples at a time, each on one device of this process, all by one program.
+
+        A device computes while what the others have found comes back. `network` is another one than `network()`.
+        """
+        (net, params), batch = network or self.network(), np.asarray(batch)
+        starts = range(0, max(len(batch), 1), part)
+        devices = tuple(jax.local_devices()[: len(starts)])
+        run, computed, parts = _spread(function, net), [], []
         with jax.default_matmul_precision("highest"):
-            if len(devices) <= 1:
-                run = jitted(function, net)
-                return map_batched(lambda rows: run({"params": params}, rows), batch, part)
-            run = _spread(function, net)
-            placed = run.place({"params": params}, devices)
+            placed = self._place(params, devices)
+            for first in range(0, len(starts), len(devices)):
+                rows = [np.resize(batch[i : i + part], (part, *batch.shape[1:])) for i in starts[first : first + len(devices)]]
+                now = run(placed[: len(rows)], [(jax.device_put(each, device),) for each, device in zip(rows, devices)])
+                computed, before = now, computed
+                parts += jax.device_get(before)
+        parts += jax.device_get(computed)
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(batch)], *parts)
 
-            def together(rows):
-                parts = [(jax.device_put(rows[i * part : (i + 1) * part], device),) for i, device in enumerate(devices)]
-                return jax.tree.map(lambda *arrays: np.concatenate(arrays), *jax.device_get(run(placed, parts)))
-
-            return map_batched(together, batch, part * len(devices))
+    def _place(self, params: Any, devices: tuple[jax.Device, ...]) -> list[Any]:
+        """The parameters on each device, where they stay."""
+        leaves = jax.tree.leaves(params)
+        if self._placed is None or self._placed[0] != devices or [*map(id, self._placed[1])] != [*map(id, leaves)]:
+            self._placed = devices, leaves, Spread.place({"params": params}, devices)
+        return self._placed[2]
 
     def network(self) -> tuple[Any, Any]:
         """The network in its place, and its parameters."""
@@ -230,12 +239,6 @@ STATES = {"clip_text": _tower, "siglip_text": _tower, "t5": _t5, "sentence_bert"
 @functools.lru_cache(maxsize=4)
 def _opened(kind: str, path: str) -> Any:
     return open_encoder(kind, path)
-
-
-@functools.lru_cache(maxsize=16)
-def jitted(function: Callable[..., Any], net: Any) -> Callable[..., Any]:
-    """`function(net, variables, batch)` as compiled `(variables, batch)`."""
-    return jax.jit(functools.partial(function, net))
 
 
 @functools.lru_cache(maxsize=16)

@@ -2,12 +2,14 @@
 
     FOLDER/train/image-00000.npy   float16 [n, height, width, channels], latents as a model has them: (z - shift) * scale
     FOLDER/train/label-00000.npy   int32 [n]
-    FOLDER/train/image-00001.npy   ...: shards of one length, only the last may be shorter
+    FOLDER/train/image-00001.npy   ...: shards of one length, of which the last, and those of damaged images, have fewer
     FOLDER/train/meta.json         written last: lengths, shapes, scale, classes and a SHA-256 of every shard
     FOLDER/val/...
 
 Entries of meta.json that only some caches have: "moments", the modalities that are stored as mean and deviation, [n, height, width,
-2 channels]; "encoders", what published networks have made the examples (`mmdiff.data.encoded`); "names", of the classes.
+2 channels]; "encoders", what published networks have made the examples (`mmdiff.encoded_caches`); "images", the fingerprint of the
+images; "names", of the classes; "statistics", of each stored channel of floats the mean and the standard deviation over all examples,
+{name: {"count", "mean", "std"}}; "skipped", how many damaged images were left out, which skipped.jsonl lists.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from mmdiff.errors import UserError
 
 SPLITS = ("train", "val")
 META, LENGTH = "meta.json", 2**15  # LENGTH examples in a shard, which is held in memory
-ENTRIES = {"lengths": list, "modalities": dict, "sha256": dict, "moments": list, "encoders": dict, "names": list}  # of meta.json
+ENTRIES = {  # of meta.json
+    "lengths": list, "modalities": dict, "sha256": dict, "moments": list, "encoders": dict, "names": list, "statistics": dict}
 UNSTAMPED = ("name", "names", "norm", "decode", "encoder", "sentences", "tokenizer")  # what says how a modality is seen, and not what it is
 
 
@@ -105,6 +108,29 @@ def sample_moments(moments: np.ndarray, indices: np.ndarray, epochs: np.ndarray)
     for row, index, epoch in zip(noise, indices.tolist(), epochs.tolist()):
         np.random.Generator(np.random.Philox(key=np.array([epoch, index], np.uint64))).standard_normal(out=row, dtype=np.float32)
     return mean + deviation * noise
+
+
+Moments = tuple[int, np.ndarray, np.ndarray]  # of numbers by channel: how many, their mean [c], their summed squared deviations [c]
+
+
+def channel_moments(array: np.ndarray) -> Moments:
+    """Of an array [..., c], in float64.
+
+    >>> channel_moments(np.array([[1.0, 5.0], [3.0, 5.0]]))
+    (2, array([2., 5.]), array([2., 0.]))
+    """
+    rows = array.reshape(-1, array.shape[-1]).astype(np.float64)
+    mean = rows.mean(0) if len(rows) else np.zeros(rows.shape[1])
+    return len(rows), mean, ((rows - mean) ** 2).sum(0)
+
+
+def merged(parts: Sequence[Moments]) -> Moments:
+    """Of the numbers of all parts together, which nothing cancels (Chan et al. 1979)."""
+    (count, mean, squares), *rest = [(count, np.asarray(mean, np.float64), np.asarray(squares)) for count, mean, squares in parts]
+    for more, other, its_squares in rest:
+        both, shift = max(count + more, 1), other - mean
+        count, mean, squares = count + more, mean + shift * (more / both), squares + its_squares + shift**2 * (count * more / both)
+    return count, mean, squares
 
 
 def sha256(array: np.ndarray) -> str:

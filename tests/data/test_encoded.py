@@ -12,6 +12,7 @@ import tiny_encoders
 from PIL import Image
 
 from mmdiff import config as configs
+from mmdiff import encoded_caches
 from mmdiff.__main__ import main
 from mmdiff.convert import state_dicts
 from mmdiff.convert.weight_writer import write_weights
@@ -135,9 +136,9 @@ def test_a_cache_continues_where_it_was_interrupted(autoencoder, images, latents
 
     monkeypatch.setattr(type(experiment.cache.encoders[0]), "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        experiment.cache.write(tmp_path / "cache", ["train"], shard=5)
+        encoded_caches.write(experiment.cache, tmp_path / "cache", ["train"], shard=5)
     assert not (tmp_path / "cache/train").exists()
-    assert experiment.cache.write(tmp_path / "cache", ["train"], shard=5)
+    assert encoded_caches.write(experiment.cache, tmp_path / "cache", ["train"], shard=5)
     assert calls == [5, 5, 5, 2]  # the first shard is not encoded again
     whole, parts = (load_all(LatentSource(folder, "train", experiment.modalities)) for folder in (latents[0], tmp_path / "cache"))
     for name in whole:
@@ -214,12 +215,12 @@ def test_what_does_not_fit_is_said(latents, images, captioned, autoencoder, tmp_
     Image.new("RGB", (1, 300)).save(images / "val/cat/0.png")
     status, said = run(capsys, *use, f"--config.data.images={images}", "--split", "val", *elsewhere)
     assert status == 2 and "val/cat/0.png is not encoded (an image of 300 x 1 pixels is too narrow" in said[0]
-    assert run(capsys, *use, f"--config.data.images={images}", "--split", "val", "--config.data.damaged=0.5", *elsewhere)[0] == 0
+    assert run(capsys, *use, f"--config.data.images={images}", "--split", "val", "--config.data.max_skipped=1", *elsewhere)[0] == 0
     shutil.rmtree(tmp_path / "out/val")
     (images / "val/cat/0.png").write_bytes(b"no image")
     status, said = run(capsys, *use, f"--config.data.images={images}", "--split", "val", *elsewhere)
     (tmp_path / "0.png").rename(images / "val/cat/0.png")
-    assert status == 2 and "val/cat/0.png" in said[0] and "config.data.damaged" in said[0]
+    assert status == 2 and "val/cat/0.png" in said[0] and "config.data.max_skipped=0" in said[0]
     assert not any(path.suffix == ".json" for path in (tmp_path / "out").rglob("*") if path.name == "meta.json")
 
 

@@ -1,0 +1,145 @@
+"""Caches of encoded images: the same bytes whatever writes them and whenever it is killed, and nothing lost without a word."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_encoders
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mmdiff import encoded_caches
+from mmdiff.data import encoded, shards
+from mmdiff.data.encoded import EncodedCache
+from mmdiff.data.latents import LatentSource
+from mmdiff.data.modalities import Labels, Latents
+from mmdiff.data.named_autoencoders import Autoencoder
+from mmdiff.data.sources import load_all
+from mmdiff.errors import UserError
+
+MODALITIES = {"image": Latents(4, 4, 4, scale=0.5), "label": Labels(3)}
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    return tiny_encoders.autoencoder(tmp_path_factory.mktemp("kl") / "vae")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """34 images of three classes, one of which is as large as 8 pixels; of 34 one is "val"."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(34):
+        path = folder / ("val" if number == 33 else "train") / "bac"[number % 3] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8 + number % 5, 8 + number % 3, 3), np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    """Four images at once, mirrored, which four devices encode two at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoded, "BATCH", 8)
+        patch.setattr(Autoencoder, "part", 2)
+        yield
+
+
+def cache(autoencoder, images, **data):
+    section = {"kind": "autoencoder_kl", "path": str(autoencoder[0])}
+    return EncodedCache(ConfigDict({"set": "folder", "images": str(images), "dir": "", **data}), MODALITIES, [Autoencoder(section, 4)])
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def alone(autoencoder, images, tmp_path_factory):
+    """What one device writes, in seven shards."""
+    out = tmp_path_factory.mktemp("alone") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda devices=jax.devices()[:1]: devices)
+        assert encoded_caches.write(cache(autoencoder, images), out, ["train"], shard=10)
+    return out
+
+
+def test_eight_devices_that_are_killed_after_each_shard_write_the_bytes_of_one(autoencoder, images, alone, tmp_path, monkeypatch):
+    assert len(jax.local_devices()) == 8
+    whole, written = shards.write, []
+
+    def killed(folder, number, arrays):
+        if written:  # by turns before and after the arrays of the next shard, of which nothing says that it is whole
+            if number % 2:
+                whole(folder, number, arrays)
+            raise KeyboardInterrupt
+        written.append(number)
+        return whole(folder, number, arrays)
+
+    monkeypatch.setattr(shards, "write", killed)
+    for number in range(6):
+        written.clear()
+        with pytest.raises(KeyboardInterrupt):
+            encoded_caches.write(cache(autoencoder, images), tmp_path, ["train"], shard=10)
+        assert written == [number] and not (tmp_path / "train").exists()
+    written.clear()
+    assert encoded_caches.write(cache(autoencoder, images), tmp_path, ["train"], shard=10)
+    assert contents(tmp_path) == contents(alone) and len(contents(alone)) == 15 and written == [6]
+    monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("it is there"))
+    assert not encoded_caches.write(cache(autoencoder, images), tmp_path, ["train"], shard=10)
+
+
+def test_statistics_are_those_of_what_is_stored(alone):
+    meta = json.loads((alone / "train/meta.json").read_text())
+    stored = np.concatenate([np.load(alone / f"train/image-{number:05d}.npy") for number in range(7)]).astype(np.float64).reshape(-1, 8)
+    found = meta["statistics"]["image"]
+    assert found["count"] == 66 * 16 == len(stored) and meta["lengths"] == [10] * 6 + [6] and meta["skipped"] == 0
+    np.testing.assert_allclose(found["mean"], stored.mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found["std"], stored.std(0), rtol=1e-12)
+
+
+def test_moments_merge_without_cancelling():
+    x = 1e6 + np.random.default_rng(0).standard_normal((100, 3))
+    count, mean, squares = shards.merged([shards.channel_moments(part) for part in (x[:0], x[:1], x[1:40], x[40:])])
+    assert count == 100
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-15)
+    np.testing.assert_allclose(squares, ((x - x.mean(0)) ** 2).sum(0), rtol=1e-8)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """100 images: one cut in half, one of 0 bytes, one that is a text; another is of the last shard, alone."""
+    folder, rng = tmp_path / "damaged", np.random.default_rng(0)
+    for number in range(100):
+        path = folder / "train" / "abc"[number % 3] / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (10, 9, 3), np.uint8)).save(path)
+    paths = sorted(folder.glob("train/*/*.jpg"))
+    paths[17].write_bytes(paths[17].read_bytes()[:300])
+    paths[50].write_bytes(b"")
+    paths[99].write_text("no image")
+    return folder, paths
+
+
+def test_damaged_images_are_left_out_and_counted_or_end_it(autoencoder, damaged, tmp_path):
+    folder, paths = damaged
+    with pytest.raises(UserError, match=r"3 of 100 images are damaged, more than config.data.max_skipped=2 allows") as refused:
+        encoded_caches.write(cache(autoencoder, folder, max_skipped=2), tmp_path / "out", ["train"], shard=99)
+    assert all(str(paths[i]) in str(refused.value) for i in (17, 50, 99)) and not (tmp_path / "out/train").exists()
+    with pytest.raises(UserError, match="1 of 100 images is damaged, more than config.data.max_skipped=0 allows to leave out: .*"):
+        encoded_caches.write(cache(autoencoder, folder), tmp_path / "out", ["train"], shard=99)
+    assert encoded_caches.write(cache(autoencoder, folder, max_skipped=3), tmp_path / "out", ["train"], shard=99)
+    out = tmp_path / "out/train"
+    listed = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert [(each["index"], each["image"]) for each in listed] == [(i, str(paths[i])) for i in (17, 50, 99)]
+    assert all("cannot be read as an image" in each["reason"] for each in listed)
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["lengths"] == [97, 97, 0] and meta["skipped"] == 3
+    found = load_all(LatentSource(tmp_path / "out", "train", MODALITIES))
+    whole = cache(autoencoder, folder, max_skipped=3).source("train")
+    kept = [i for i in range(100) if i not in (17, 50, 99)]
+    np.testing.assert_array_equal(found["label"], np.repeat([int(paths[i].stem) % 3 for i in kept], 2))
+    single = whole.encode(whole.read(36, 38))["image"]  # the images after a damaged one have not moved
+    stored = np.load(out / "image-00000.npy")[34:36].astype(np.float32)
+    np.testing.assert_allclose(stored, single, atol=2e-3, rtol=2e-3)
