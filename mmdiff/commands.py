@@ -68,24 +68,19 @@ def aot(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    flags = args.coordinator, args.processes, args.process
-    joins = args.distributed or any(flags)
-    where = distributed.address(*flags) if joins else {}
-    if not joins and _is_spare():
+    where = _where(args)
+    if where is None and _is_spare():
         return
     _prepare()
     if args.format is None:
-        for flag, value in {"--batch": args.batch, "--distributed": joins}.items():
+        for flag, value in {"--batch": args.batch, "--distributed": where is not None}.items():
             if value:
                 raise UserError(f"{flag} goes with --format: name the format of a set of images, or leave it out.")
     given = _pairs(args.given)
     _writable("--out", args.out)
     out = pathlib.Path(args.out or os.path.join(args.workdir, "samples"))
-    if joins:
-        distributed.start(**where)
-        with distributed.exit_together():
-            return _sample(args, given, out)
-    _sample(args, given, out)
+    with _joined(where):
+        _sample(args, given, out)
 
 
 def _sample(args: argparse.Namespace, given: Mapping[str, str], out: pathlib.Path) -> None:
@@ -113,7 +108,7 @@ def _sample(args: argparse.Namespace, given: Mapping[str, str], out: pathlib.Pat
 
         batch = args.batch or sample_sets.BATCH
         paths = sample_sets.write(run, out, number, given=given, absent=args.absent, **settings, form=args.format, batch=batch)
-        if not distributed.is_first():
+        if not _is_first():
             return
         console.out(said.format(run.step))
     else:
@@ -147,14 +142,23 @@ def _pairs(given: list[str]) -> dict[str, str]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    if _is_spare():
+    where = _where(args)
+    if where is None and _is_spare():
         return
     _prepare()
-    if args.samples:
-        return _evaluate_samples(args)
+    with _joined(where):
+        if args.samples:
+            _evaluate_samples(args)
+        else:
+            _evaluate_run(args)
+
+
+def _evaluate_run(args: argparse.Namespace) -> None:
     run = runs.open_run(args.config, args.workdir, [*args.overrides, *_zeroshot(args)], step=args.step)
     _writable("--workdir", args.workdir)
     written = run.evaluate(args.split, reuse=args.reuse)
+    if not _is_first():
+        return
     console.out(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
     for path in run.report_paths(args.split):
         console.out(path)
@@ -179,13 +183,16 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
     encoder = sample_metrics.open_network(args.network or sample_metrics.DEFAULT, args.weights or "")
     if reference is None:
         sample_metrics.store_statistics(args.write_statistics, samples, encoder)
-        console.out(args.write_statistics)
+        if _is_first():
+            console.out(args.write_statistics)
         return
     metrics, definitions, convention = sample_metrics.measure_files(samples, reference, encoder, args.paired)
     if captions is not None:
         for into, more in zip((metrics, definitions), clip_scores.clip_metrics(sample_metrics.batches(samples), captions, args.clip)):
             into.update(more)
         convention |= {"clip": args.clip}
+    if not _is_first():
+        return
     convention |= {"samples_path": args.samples, "reference_path": args.reference}
     console.out(_table(metrics))
     resize = convention["preprocessing"]
@@ -311,6 +318,26 @@ def _keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
+
+
+def _where(args: argparse.Namespace) -> dict[str, str | int] | None:
+    """Where the other processes are (`distributed.address`), if flags say to join them."""
+    flags = args.coordinator, args.processes, args.process
+    return distributed.address(*flags) if args.distributed or any(flags) else None
+
+
+def _joined(where: Mapping[str, str | int] | None) -> contextlib.AbstractContextManager[None]:
+    """A context: the processes, if any are to be joined, have found each other, and end together."""
+    if where is None:
+        return contextlib.nullcontext()
+    distributed.start(**where)
+    return distributed.exit_together()
+
+
+def _is_first() -> bool:
+    from mmdiff import hosts
+
+    return hosts.is_first()
 
 
 def _is_spare() -> bool:

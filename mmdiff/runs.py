@@ -292,6 +292,8 @@ class Run:
     def evaluate(self, split: str = "test", *, reuse: bool = False) -> dict[str, Any]:
         """Runs the evaluators, writes the report (`report_paths`), and returns the values of its JSON file: metrics, notes, settings.
 
+        All processes of a run call it together; process 0 writes.
+
         Whatever is chosen by these metrics is chosen on `split` "validation"; what is reported is measured on "test".
 
         Args:
@@ -309,20 +311,20 @@ class Run:
                 "(mmdiff eval --samples).")
         from mmdiff.evals import report
         from mmdiff.keys import key_of_use
-        from mmdiff.training import checkpoint_files, run_metadata
+        from mmdiff.training import checkpoint_files, distributed, run_metadata
 
         experiment = self.experiment.on_validation() if split == "validation" else self.experiment
         with configs.blaming(self.config, self._module, self._overrides):
             run_metadata.check_classes(self.workdir, dataclasses.replace(experiment, modalities=self._modalities))
         params, step = self._weights
         json_path, html_path = self.report_paths(split)
-        if not (reuse and self._is_report_of(json_path, step) and html_path.exists()):
+        if not distributed.from_first(lambda: reuse and self._is_report_of(json_path, step) and html_path.exists()):
             key = key_of_use(self.config.seed, "eval")
             results = [evaluate(experiment, params, self.config, key, step) for evaluate in experiment.evaluators]
             meta = checkpoint_files.read_meta(self.workdir, step)  # of the checkpoint itself: run.json is only written when a run ends
             cost = {**checkpoint_files.cost(meta), "steps": step} if meta.get("train_seconds") else None  # 0 of converted weights
-            report.write(self.workdir, experiment, self.config, results, step, cost)
-        return former_names.metrics(json.loads(json_path.read_text()))
+            distributed.from_first(lambda: bool(report.write(self.workdir, experiment, self.config, results, step, cost)))
+        return former_names.metrics(json.loads(distributed.from_first(json_path.read_text)))
 
     def report_paths(self, split: str = "test") -> tuple[pathlib.Path, pathlib.Path]:
         """Where `evaluate` writes: report.json and report.html in the workdir, for validation report-validation.json and .html."""

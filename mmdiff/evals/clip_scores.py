@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from mmdiff import hosts
 from mmdiff.data.named_encoders import ImageVectors, TextStates
 from mmdiff.data.stored_images import threads
 from mmdiff.errors import UserError
@@ -19,8 +20,8 @@ def clip_metrics(images: Iterable[np.ndarray], captions: Sequence[str], path: st
     """CLIPScore as published, and the cosine in percent that tables of text-to-image models have -> (metrics, their definitions).
 
     Args:
-      images: uint8 [k, H, W, 3], some at a time, of any sizes.
-      captions: one for each; of a long one the first 77 tokens count.
+      images: uint8 [k, H, W, 3], some at a time, of any sizes; of several processes each gives those of its part (`hosts.part`).
+      captions: one for each image of all; of a long one the first 77 tokens count.
       path: of a CLIP with both towers and its tokenizer.
 
     Raises:
@@ -29,12 +30,15 @@ def clip_metrics(images: Iterable[np.ndarray], captions: Sequence[str], path: st
     text = TextStates({"kind": "clip_text", "path": str(path)}, "captions", "states", "vectors")
     image = ImageVectors({"kind": "clip_vision", "path": str(path)}, 0, "images", "vectors")
     image.size = image.opened.net.projection_dim or image.opened.net.hidden_size
+    empty = np.zeros((0, image.size), np.float32)  # of a process without images
     parts = [image.encode(np.stack(list(threads().map(image.opened.preprocessing, part))))["vectors"] for part in images]
-    count = sum(map(len, parts))
+    pictures = hosts.joined(np.concatenate([empty, *parts]))
+    count = len(pictures)
     if count != len(captions):
         raise UserError(f"there are {len(captions):,} captions and {count:,} images: give one caption for each, in their order.")
-    pictures = np.concatenate(parts)
-    plain, prefixed = (text.encode([before + caption for caption in captions])["vectors"] for before in ("", PREFIX))
+    mine = [captions[i] for i in hosts.part(count)]
+    plain, prefixed = (
+        hosts.joined(text.encode([before + caption for caption in mine])["vectors"] if mine else empty) for before in ("", PREFIX))
     of = f"the CLIP in {os.path.basename(os.path.normpath(path))}; {count:,} samples"
     return (
         {"CLIPScore": clip_score(pictures, prefixed), "CLIP_cosine": clip_score(pictures, plain, 100.0)},

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmdiff import console
+from mmdiff import console, hosts
 from mmdiff.errors import UserError
+from mmdiff.evals import streaming
 from mmdiff.evals.accuracy import posterior
 
 SECONDS = "evaluation_seconds"  # the setting that says how long every stage of an evaluation took
@@ -70,7 +71,9 @@ class EvalResult:
 
 
 def in_batches(function: Callable, params: Any, keys: jax.Array, given: Any, size: int) -> Any:
-    """`function(params, keys, given)` over many examples in batches of `size`, compiled once.
+    """`function(params, keys, given)` over many examples, `size` of them at a time on each device of each process, by one program.
+
+    All processes of a run call it together, and get all results, whose bits depend on `size` at most.
 
     Args:
       function: maps keys [size] and a pytree of arrays [size, ...] to such a pytree, every example on its own.
@@ -84,12 +87,14 @@ def in_batches(function: Callable, params: Any, keys: jax.Array, given: Any, siz
     """
     count = keys.shape[0]
     size = min(size, count)
-    compiled = jax.jit(function)
-    parts = []
-    for start in console.progress(range(0, count, size), "batch"):
-        rows = np.minimum(np.arange(start, start + size), count - 1)  # what the last batch lacks repeats the last example
-        parts.append(jax.device_get(compiled(params, keys[rows], jax.tree.map(lambda array: array[rows], given))))
-    results = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+    mine = hosts.part(streaming.count_of(count, size))
+    turns = console.progress(mine, "batch") if hosts.is_first() else mine
+    found = streaming.stream(function, params, keys, given, count, size, blocks=mine)
+    parts = [results for _, (_, results) in zip(turns, found)]
+    if jax.process_count() > 1:  # one without a block has nothing to say of what kind results are
+        like = jax.eval_shape(function, params, *jax.tree.map(lambda array: array[:size], (keys, given)))
+        parts.append(jax.tree.map(lambda leaf: np.empty((0, *leaf.shape[1:]), leaf.dtype), like))
+    results = jax.tree.map(lambda *arrays: hosts.joined(np.concatenate(arrays)), *parts)
     for path, array in jax.tree_util.tree_leaves_with_path(results):
         finite(jax.tree_util.keystr(path, simple=True, separator="/") or "the network's answers", array)
     return results
@@ -135,8 +140,9 @@ def example_keys(key: jax.Array, count: int) -> jax.Array:
 
 
 def say(message: str) -> None:
-    """A line for the person who waits; standard output is left to results."""
-    console.say(f"mmdiff eval: {message}")
+    """A line of process 0 for the person who waits; standard output is left to results."""
+    if hosts.is_first():
+        console.say(f"mmdiff eval: {message}")
 
 
 def predict_batched(experiment, params, key, given, target: str, batch: int) -> np.ndarray:

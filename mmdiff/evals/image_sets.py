@@ -34,12 +34,12 @@ TO_UINT8 = "store uint8 RGB: floor(clip(127.5 x + 128, 0, 255)) of x in [-1, 1]"
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Images of one size: `read(at_once)` gives uint8 [n, H, W, 3], again and again, `at_once` at a time."""
+    """Images of one size: `read(at_once, rows)` gives uint8 [n, H, W, 3], again and again, `at_once` at a time, of consecutive rows."""
 
     path: str
     count: int
     size: tuple[int, int]
-    read: Callable[[int], Iterator[np.ndarray]]
+    read: Callable[[int, range], Iterator[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +71,12 @@ def open_images(path: str | os.PathLike, size: int = 0) -> ImageSet:
     if size and shape[1:3] != (size, size):
         raise UserError(f"{path} has images of {shape[1]} x {shape[2]} pixels: --size {size} crops those of folders only.")
 
-    def read(at_once):
+    def read(at_once, rows=range(shape[0])):
         with _array(path) as (stream, bytes_of_it):
             _header(stream, bytes_of_it, path)
-            for start in range(0, shape[0], at_once):
-                n = min(at_once, shape[0] - start)
+            stream.seek(rows.start * math.prod(shape[1:]), os.SEEK_CUR)
+            for start in range(0, len(rows), at_once):
+                n = min(at_once, len(rows) - start)
                 content = _exactly(stream, n * math.prod(shape[1:]))
                 yield np.frombuffer(content, np.uint8).reshape(n, *shape[1:])
 
@@ -101,9 +102,9 @@ def _folder(path, size):
 
     first = load(found[0]).shape
 
-    def read(at_once):
-        for start in range(0, len(found), at_once):
-            names = found[start : start + at_once]
+    def read(at_once, rows=range(len(found))):
+        for start in range(0, len(rows), at_once):
+            names = [found[row] for row in rows[start : start + at_once]]
             images = list(threads().map(load, names))
             for name, image in zip(names, images):
                 if image.shape != first:

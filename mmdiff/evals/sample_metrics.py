@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmdiff import __version__, console
+from mmdiff import __version__, console, hosts
 from mmdiff.encoders.efficientnet_lite0 import installed_weights
 from mmdiff.encoders.published_networks import Encoder, open_encoder
 from mmdiff.errors import UserError
@@ -24,6 +24,7 @@ from mmdiff.evals.frechet import Moments, bias, squared_distance
 from mmdiff.evals.image_features import features_of
 from mmdiff.evals.image_pairs import psnr, ssim
 from mmdiff.evals.image_sets import ImageSet, Statistics, write_statistics
+from mmdiff.evals.streaming import count_of
 
 K, SPLITS, SUBSETS, SUBSET = 3, 10, 100, 1000
 AT_ONCE, AT_ONCE_CPU = 64, 8  # images on each device: on a CPU Inception takes 0.2 GB for each
@@ -96,6 +97,8 @@ def convention(encoder: Encoder) -> dict[str, Any]:
 def collect(encoder: Encoder, batches: Iterable[np.ndarray], keep: bool = True) -> Collected:
     """The features of images uint8 [n, H, W, 3] that come some at a time; moments in float64; features and logits are kept or not.
 
+    Of several processes each gives the images of its part (`hosts.part`), and gets what all have found.
+
     Raises:
       UserError: fewer than two images.
     """
@@ -110,10 +113,13 @@ def collect(encoder: Encoder, batches: Iterable[np.ndarray], keep: bool = True) 
         for name in kept if keep else ():
             if name:
                 kept[name].append(found[name])
+    if jax.process_count() > 1:
+        sums = {mean: moments.of_all() for mean, moments in sums.items()}
     total = sums["mu"].count
     if total < 2:
         raise UserError(f"{total} images are too few to measure anything: two or more make a covariance.")
-    arrays = {name: np.concatenate(parts) for name, parts in kept.items() if parts}
+    empty = np.zeros((0, 0), np.float32)  # of a process without images
+    arrays = {name: hosts.joined(np.concatenate(parts) if parts else empty) for name, parts in kept.items() if keep and name}
     moments = {mean: (found.mean, found.covariance) for mean, found in sums.items()}
     return Collected(moments, dict.fromkeys(sums, total), arrays.get(network.features), arrays.get(network.logits))
 
@@ -186,9 +192,10 @@ def _at_once() -> int:
 
 
 def batches(images: ImageSet) -> Iterator[np.ndarray]:
-    """The images of a set, as many at a time as all local devices take, with the progress shown."""
-    size = _at_once() * jax.local_device_count()
-    for _, part in zip(console.progress(range(-(-images.count // size)), "batch"), images.read(size)):
+    """This process's part of the images of a set, as many at a time as all its devices take, with the progress shown."""
+    size, mine = _at_once() * jax.local_device_count(), hosts.part(images.count)
+    turns = range(count_of(len(mine), size))
+    for _, part in zip(console.progress(turns, "batch") if hosts.is_first() else turns, images.read(size, mine)):
         yield part
 
 
@@ -214,8 +221,9 @@ def measure_files(
         raise UserError(f"{samples.path} has {samples.count} image: two or more can be measured.")
     metrics, texts = {}, {}
     if paired:
-        pairs = [(psnr(a, b), ssim(a, b)) for a, b in zip(batches(samples), images.read(_at_once() * jax.local_device_count()))]
-        metrics = {name: float(np.concatenate(each).mean()) for name, each in zip(("PSNR", "SSIM"), zip(*pairs))}
+        originals = images.read(_at_once() * jax.local_device_count(), hosts.part(images.count))
+        pairs = [np.stack([psnr(a, b), ssim(a, b)], 1) for a, b in zip(batches(samples), originals)]
+        metrics = dict(zip(("PSNR", "SSIM"), hosts.joined(np.concatenate([np.zeros((0, 2)), *pairs])).mean(0).tolist()))
         texts = {"PSNR": f"decibels, of uint8 images, the mean of {samples.count:,} pairs", "SSIM": "Gaussian window of 11 x 11, sigma 1.5"}
     compared = of_reference(encoder, *reference)
     found, definitions, settings = compare(encoder.kind, collect(encoder, batches(samples)), compared)
@@ -229,7 +237,8 @@ def measure_files(
 def store_statistics(path: str, images: ImageSet, encoder: Encoder) -> None:
     """The moments of a set's features in a file that is a reference from then on."""
     found = collect(encoder, batches(images), keep=False)
-    write_statistics(path, found.moments, {**convention(encoder), "count": images.count, "image_size": list(images.size)})
+    if hosts.is_first():
+        write_statistics(path, found.moments, {**convention(encoder), "count": images.count, "image_size": list(images.size)})
 
 
 def _same_length(first: np.ndarray, second: np.ndarray, kind: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mmdiff import hosts
 from mmdiff.data.encoded_modalities import EncodedLatents
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import Subset, load_all
@@ -71,6 +72,9 @@ def sample_metrics(encoder: Mapping[str, str], **options) -> tuple[SampleMetrics
 
 
 def _shown(modality: Images, images: np.ndarray, at_once: int = 1024):
+    """This process's part of the images as people see them, some at a time."""
+    mine = hosts.part(len(images))
+    images = images[mine.start : mine.stop]
     for start in range(0, len(images), at_once):
         shown = modality.show(images[start : start + at_once])
         yield np.broadcast_to(shown, (*shown.shape[:-1], 3))

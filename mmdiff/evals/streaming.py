@@ -35,7 +35,7 @@ def stream(
 
     Args:
       function: maps keys [size] and a pytree of arrays [size, ...] to such a pytree, every example on its own.
-      key: example i's key is `fold_in(key, i)`.
+      key: example i's key is `fold_in(key, i)`; or the keys of all, [count].
       given: pytree of what rows can be taken of, `array[rows]`.
       blocks: which; all by default.
     """
@@ -46,7 +46,8 @@ def stream(
 
     def batch(block, device):
         rows = np.minimum(block * size + np.arange(size), count - 1)
-        return jax.device_put((fold(key, rows.astype(np.uint32)), jax.tree.map(lambda array: array[rows], given)), device)
+        keys = key[rows] if key.ndim else fold(key, rows.astype(np.uint32))
+        return jax.device_put((keys, jax.tree.map(lambda array: array[rows], given)), device)
 
     waiting = []  # the devices compute the next call while what the last one has found is used
     for start in range(0, len(blocks), max(1, len(devices))):

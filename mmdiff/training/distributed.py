@@ -164,16 +164,11 @@ def exit_together() -> Iterator[None]:
     _leave(in_peace=True)
 
 
-def is_first() -> bool:
-    """Whether this process is the one that speaks for all."""
-    import jax
-
-    return jax.process_index() == 0
-
-
 def from_first(act: Callable[[], Any]) -> Any:
     """What `act` returns (JSON) in process 0, in every process, or the UserError that it raises there; the others do not act."""
     import jax
+
+    from mmdiff import hosts
 
     if jax.process_count() == 1:
         return act()
@@ -183,7 +178,7 @@ def from_first(act: Callable[[], Any]) -> Any:
             answer = json.dumps({"value": act()})
         except UserError as error:
             answer = json.dumps({"error": str(error)})
-    answer = json.loads(_texts(answer)[0])
+    answer = json.loads(hosts.gather_bytes(answer.encode())[0])
     if "error" in answer:
         raise UserError(answer["error"])
     return answer["value"]
@@ -193,18 +188,11 @@ def first_of_all(text: str | None) -> str | None:
     """The first text that a process has, in every process; None if none has any."""
     import jax
 
-    return text if jax.process_count() == 1 else next(filter(None, _texts(text or "")), None)
+    from mmdiff import hosts
 
-
-def _texts(text: str) -> list[str]:
-    """The texts of all processes, of at most 16,384 bytes each, in every process."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    mine = np.zeros(16384, np.uint8)
-    data = text.encode()[: mine.size]
-    mine[: len(data)] = np.frombuffer(data, np.uint8)
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(mine)]
+    if jax.process_count() == 1:
+        return text
+    return next((found.decode() for found in hosts.gather_bytes((text or "").encode()) if found), None)
 
 
 _peers: Peers | None = None
