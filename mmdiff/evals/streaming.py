@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def stream(
     """
     blocks = range(count_of(count, size)) if blocks is None else blocks
     devices = jax.local_devices()[: len(blocks)]
-    fold, run = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0))), Spread(function)
+    fold, run = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0))), _spread(function)
     placed = run.place(params, devices)
 
     def batch(block, device):
@@ -56,6 +57,12 @@ def stream(
         yield from _parts(waiting, count, size)
         waiting = list(zip(call, found))
     yield from _parts(waiting, count, size)
+
+
+@functools.lru_cache(maxsize=16)
+def _spread(function: Callable) -> Spread:
+    """What is compiled of a function serves every call with it."""
+    return Spread(function)
 
 
 def _parts(computed: Sequence[tuple[int, Any]], count: int, size: int) -> Iterator[tuple[int, Any]]:

@@ -78,7 +78,6 @@ def test_two_processes_measure_what_one_does(server, tmp_path):
         where = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2", "--process"]
     jobs = [{**job, "name": i, "devices": 2, "argv": ["eval", *run, "--reuse", *where, str(i)]} for i in range(2)]
     answers = server.run(*jobs)  # nothing to reuse yet
-    print(answers)
     assert [answer["status"] for answer in answers] == [0, 0], answers
     found = json.loads(report.read_text())
     assert {"lite0-FD", "lite0-IS", "lite0-precision", "lite0-KID", "predicted", "sampled"} <= found.keys()
