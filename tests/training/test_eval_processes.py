@@ -52,9 +52,8 @@ def test_eight_devices_give_the_bits_of_one(monkeypatch):
         return {"out": (given + noise) @ params, "sign": (given > 0).any(-1)}
 
     keys, given = evaluator.example_keys(jax.random.key(0), 41), np.random.default_rng(1).normal(size=(41, 16)).astype(np.float32)
-    used = []
-    stream = streaming.Spread.__call__
-    monkeypatch.setattr(streaming.Spread, "__call__", lambda self, placed, batches: used.append(len(placed)) or stream(self, placed, batches))
+    used, call = [], streaming.Spread.__call__
+    monkeypatch.setattr(streaming.Spread, "__call__", lambda self, *given: used.append(len(given[0])) or call(self, *given))
     found = evaluator.in_batches(noised, weights, keys, given, 3)
     assert used[0] == 8
     monkeypatch.setattr(jax, "local_devices", lambda devices=jax.devices()[:1]: devices)
