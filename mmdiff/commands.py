@@ -102,7 +102,7 @@ def _sample(args: argparse.Namespace, given: Mapping[str, str], out: pathlib.Pat
         if _is_overwritten(file.resolve(), out.resolve(), args.format):
             raise UserError(f"--given {text} would be overwritten by what is sampled: name another folder with --out.")
     settings = {"steps": steps, "guidance": guidance, "seed": seed}
-    said = f"{number} samples of step {{}} (seed {seed}, {steps} steps, guidance {guidance:g})"
+    said = f"{number} sample{'s' * (number != 1)} of step {{}} (seed {seed}, {steps} steps, guidance {guidance:g})"
     if args.format:
         from mmdiff import sample_sets
 

@@ -29,6 +29,7 @@ import numpy as np
 from mmdiff import config as configs
 from mmdiff import console, files
 from mmdiff.data import shards
+from mmdiff.data.arrays import read_array
 from mmdiff.data.encoded_modalities import EncodedLatents, Sentences
 from mmdiff.data.modalities import Images, Labels
 from mmdiff.data.network_cache import fingerprint, flat
@@ -128,7 +129,7 @@ def write(
                 _sample(run, out / SHARDS, missing(range(process, count_of(number, length), processes)), length, image, label, options)
                 if process == 0:
                     _wait(lambda: not missing(range(count_of(number, length))))
-                    _join(run, out, number, count_of(number, length), image, label, form)
+                    _join(run, out, number, length, image, label, form)
                 else:
                     _wait(lambda: files.read_json(out / SETTINGS)["whole"])
         except OSError as error:
@@ -177,7 +178,8 @@ def _claim(out: pathlib.Path, held: contextlib.ExitStack, settings: Mapping[str,
             raise UserError(f"{out} holds {there[0]} of another call: name another folder by --out, or remove it.") from None
         files.write_json(out / SETTINGS, {"whole": False, "settings": settings})
         return False
-    old = stored["settings"] if isinstance(stored, Mapping) and isinstance(stored.get("settings"), Mapping) else {}
+    stored = stored if isinstance(stored, Mapping) else {}
+    old = stored["settings"] if isinstance(stored.get("settings"), Mapping) else {}
     different = [key for key in {**settings, **old} if old.get(key) != settings.get(key)]
     if different:
         key = different[0]
@@ -185,9 +187,9 @@ def _claim(out: pathlib.Path, held: contextlib.ExitStack, settings: Mapping[str,
         if stored.get("whole"):
             shutil.rmtree(out / SHARDS)
         raise UserError(f"{out} holds samples of other settings ({text}): name another folder by --out, or remove it.")
-    if stored["whole"]:
+    if stored.get("whole"):
         shutil.rmtree(out / SHARDS)
-    return stored["whole"]
+    return bool(stored.get("whole"))
 
 
 def _sample(
@@ -215,11 +217,21 @@ def _wait(done: Callable[[], bool]) -> None:
         time.sleep(WAIT_SECONDS)
 
 
-def _join(run: Any, out: pathlib.Path, number: int, count: int, image: str, label: str | None, form: str) -> None:
+def _join(run: Any, out: pathlib.Path, number: int, length: int, image: str, label: str | None, form: str) -> None:
     """Makes the set of its shards, and removes them."""
 
     def parts(name) -> Iterator[np.ndarray]:
-        return (np.load(out / SHARDS / shards.file_name(name, k)) for k in range(count))
+        rest = None  # of the shape
+        for k in range(count_of(number, length)):
+            path = out / SHARDS / shards.file_name(name, k)
+            try:
+                part = read_array(path)
+            except files.FileError:
+                part = np.zeros(())
+            rest = part.shape[1:] if rest is None else rest
+            if part.shape != (min(length, number - k * length), *rest):
+                raise files.FileError(path, "is damaged", "remove it and run the same command again, which makes it anew")
+            yield part
 
     first = next(parts(image))[:FEW]
     words = run.show({label: next(parts(label))[:FEW]})[label] if label else None

@@ -221,6 +221,28 @@ def test_other_settings_are_refused_and_nothing_is_lost(run, workdir, alone, tmp
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("damage", [lambda content: content[:-10], lambda content: b"", lambda content: content.replace(b"(8, 8, 8, 1)", b"(4, 8, 8, 1)")])
+def test_a_damaged_shard_is_named_and_made_anew(run, tmp_path, monkeypatch, damage):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample_sets, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        write(run, tmp_path, 20)
+    shard = tmp_path / "shards/image-00001.npy"
+    whole = shard.read_bytes()
+    shard.write_bytes(damage(whole))
+    with pytest.raises(UserError, match="image-00001.npy is damaged: remove it and run the same command again"):
+        write(run, tmp_path, 20)
+    shard.unlink()
+    write(run, tmp_path, 20)
+    assert len(read(tmp_path)[0]) == 20
+
+
+def test_settings_that_were_overwritten_are_a_sentence(run, tmp_path):
+    for content in ("[1]", '{"settings": 3}', '{"settings": {}, "whole": true}'):
+        (tmp_path / "samples.json").write_text(content)
+        with pytest.raises(UserError, match="holds samples of other settings"):
+            write(run, tmp_path, 3)
+
+
 def test_two_calls_do_not_write_the_same_set(run, tmp_path, monkeypatch):
     def other(*args):
         with pytest.raises(UserError, match="another process is writing samples to"):

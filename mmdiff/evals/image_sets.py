@@ -84,9 +84,15 @@ def open_images(path: str | os.PathLike, size: int = 0) -> ImageSet:
 
 
 def _in_set(path: pathlib.Path) -> pathlib.Path:
-    """The images of a set that `mmdiff sample` wrote, beside which its folder has a grid of the first."""
+    """The images of a set that `mmdiff sample` wrote, beside which its folder has a grid of the first. Raises FileError for a part of one."""
     if (path / "samples.json").is_file():
-        return next((found for name in ("samples.npz", "images") if (found := path / name).exists()), path)
+        found = next((found for name in ("samples.npz", "images") if (found := path / name).exists()), None)
+        stored = files.read_json(path / "samples.json")
+        if found is None or not isinstance(stored, Mapping) or not stored.get("whole"):
+            raise FileError(path, "holds a set of samples that is not whole", "run the same mmdiff sample again, which continues")
+        return found
+    if all((path / f"samples.{kind}").is_file() for kind in ("npz", "png")):
+        raise FileError(path, "holds a few samples to be looked at", "write a set of images, mmdiff sample --format npz")
     return path
 
 

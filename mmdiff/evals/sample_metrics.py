@@ -117,7 +117,7 @@ def collect(encoder: Encoder, batches: Iterable[np.ndarray], keep: bool = True) 
         sums = {mean: moments.of_all() for mean, moments in sums.items()}
     total = sums["mu"].count
     if total < 2:
-        raise UserError(f"{total} images are too few to measure anything: two or more make a covariance.")
+        raise UserError(f"{total} image{'s' * (total != 1)} cannot be measured: two or more make a covariance.")
     empty = np.zeros((0, 0), np.float32)  # of a process without images
     arrays = {name: hosts.joined(np.concatenate(parts) if parts else empty) for name, parts in kept.items() if keep and name}
     moments = {mean: (found.mean, found.covariance) for mean, found in sums.items()}
@@ -192,7 +192,9 @@ def _at_once() -> int:
 
 
 def batches(images: ImageSet) -> Iterator[np.ndarray]:
-    """This process's part of the images of a set, as many at a time as all its devices take, with the progress shown."""
+    """This process's part of the images of a set, as many at a time as all its devices take, with the progress shown. Raises UserError for a single one."""
+    if images.count < 2:
+        raise UserError(f"{images.path} has {images.count} image: two or more can be measured.")
     size, mine = _at_once() * jax.local_device_count(), hosts.part(images.count)
     turns = range(count_of(len(mine), size))
     for _, part in zip(console.progress(turns, "batch") if hosts.is_first() else turns, images.read(size, mine)):
@@ -217,8 +219,6 @@ def measure_files(
     if paired and (images is None or images.count != samples.count):
         count = 0 if images is None else images.count
         raise UserError(f"{samples.count:,} samples cannot be paired with {count:,} reference images: sample i is to reconstruct image i.")
-    if samples.count < 2:
-        raise UserError(f"{samples.path} has {samples.count} image: two or more can be measured.")
     metrics, texts = {}, {}
     if paired:
         originals = images.read(_at_once() * jax.local_device_count(), hosts.part(images.count))

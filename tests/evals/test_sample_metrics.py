@@ -111,7 +111,7 @@ def test_stored_statistics_are_a_reference(files, images):
 def test_the_folder_of_a_set_of_samples_is_its_images(files, images, form):
     folder = files / "set"
     (folder / "images").mkdir(parents=True)
-    (folder / "samples.json").write_text("{}")
+    (folder / "samples.json").write_text('{"whole": true}')
     Image.new("RGB", (64, 64)).save(folder / "samples.png")  # the grid, which is no sample
     if form == "images":
         for i, image in enumerate(images[0]):
@@ -121,6 +121,20 @@ def test_the_folder_of_a_set_of_samples_is_its_images(files, images, form):
     np.testing.assert_array_equal(np.concatenate(list(open_images(folder, 16).read(25))), images[0])
     found, statistics = open_reference(folder)
     assert (found.count, statistics) == (60, None)
+    for settings in ('{"whole": false}', "[1]"):  # killed while numbered files were written
+        (folder / "samples.json").write_text(settings)
+        with pytest.raises(UserError, match="holds a set of samples that is not whole: run the same mmdiff sample again"):
+            open_images(folder, 16)
+
+
+def test_a_grid_is_no_sample(files, images):
+    """Without --format `mmdiff sample` writes its images, and beside them a grid of them."""
+    (files / "image").mkdir()
+    Image.fromarray(images[0][0]).save(files / "image/00000.png")
+    Image.new("RGB", (64, 64)).save(files / "samples.png")
+    with pytest.raises(UserError, match="holds a few samples to be looked at: write a set of images, mmdiff sample --format npz"):
+        open_images(files, 16)
+    assert open_images(files / "image").count == 1
 
 
 def test_adms_reference_has_statistics_of_all_and_images_of_some(files, images):
@@ -177,7 +191,7 @@ STATISTICS = {"mu": np.zeros(9), "sigma": np.eye(9)}
     ({"arr_0": GOOD[:1]}, {}, "has 1 image: two or more"),
     ({}, {"images": GOOD}, "has neither images (arr_0) nor statistics (mu, sigma): it holds images"),
     ({}, {"arr_0": GOOD[:, :8, :8]}, "real.npz has 8 x 8 pixels: crop and resize the reference"),
-    ({}, {"arr_0": GOOD[:1]}, "1 images are too few"),
+    ({}, {"arr_0": GOOD[:1]}, "real.npz has 1 image: two or more can be measured"),
     ({}, {"mu": np.zeros(9)}, "has mu without sigma"),
     ({}, {"mu": np.zeros(9), "sigma": np.eye(8)}, "float64 [9] and sigma float64 [8, 8]: they must be the mean [d]"),
     ({}, {"mu": np.zeros(9, int), "sigma": np.eye(9)}, "has mu int64"),
