@@ -221,7 +221,8 @@ def test_other_settings_are_refused_and_nothing_is_lost(run, workdir, alone, tmp
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-10], lambda content: b"", lambda content: content.replace(b"(8, 8, 8, 1)", b"(4, 8, 8, 1)")])
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-10], lambda content: b"", lambda content: content.replace(b"(8, 8, 8, 1)", b"(4, 8, 8, 1)")])
 def test_a_damaged_shard_is_named_and_made_anew(run, tmp_path, monkeypatch, damage):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sample_sets, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -84,7 +84,7 @@ def open_images(path: str | os.PathLike, size: int = 0) -> ImageSet:
 
 
 def _in_set(path: pathlib.Path) -> pathlib.Path:
-    """The images of a set that `mmdiff sample` wrote, beside which its folder has a grid of the first. Raises FileError for a part of one."""
+    """The images of a set that `mmdiff sample` wrote, beside which its folder has a grid. Raises FileError for a part of one."""
     if (path / "samples.json").is_file():
         found = next((found for name in ("samples.npz", "images") if (found := path / name).exists()), None)
         stored = files.read_json(path / "samples.json")

@@ -192,7 +192,7 @@ def _at_once() -> int:
 
 
 def batches(images: ImageSet) -> Iterator[np.ndarray]:
-    """This process's part of the images of a set, as many at a time as all its devices take, with the progress shown. Raises UserError for a single one."""
+    """This process's part of the images of a set, as many at a time as its devices take, with the progress shown; two or more."""
     if images.count < 2:
         raise UserError(f"{images.path} has {images.count} image: two or more can be measured.")
     size, mine = _at_once() * jax.local_device_count(), hosts.part(images.count)
