@@ -249,7 +249,7 @@ def _cache_published(args: argparse.Namespace, where: Mapping[str, str | int] | 
         if getattr(writer, "encoders", None) is None:
             raise UserError(f"{args.config} names no published encoders: give --workdir DIR, the run of a tokenizer or of towers.")
         written = encoded_caches.write(writer, args.out, args.split)
-        if distributed.is_first():
+        if _is_first():
             _say_cached(args, written, writer.holds(args.out))
 
 

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from mmdiff import console, files
+from mmdiff import console, files, hosts
 from mmdiff.data import drafts, shards
 from mmdiff.data.encoded import Encoded, EncodedCache, Read
 from mmdiff.data.loader import prefetch
@@ -87,7 +87,7 @@ def _choose_codes(cache: EncodedCache, folder: pathlib.Path, sources: Mapping[st
             stored = read_codes(folder)
             return stored is not None and {name: stored.get(name) for name in made_of} == made_of  # noqa: B023 (used at once)
 
-        if not distributed.is_first():
+        if not hosts.is_first():
             _wait(noted)
         elif not noted():
             (folder / CODES).unlink(missing_ok=True)
@@ -124,7 +124,7 @@ class _Split:
             for path in sorted(draft.glob("shard-*.json")):
                 self.source.skip(files.read_json(path)["skipped"])
             self._encode(draft, missing(range(jax.process_index(), len(starts), jax.process_count())))
-            if distributed.is_first():
+            if hosts.is_first():
                 _wait(lambda: not missing(range(len(starts))))
                 self._join(draft, len(starts))
         _wait((self.folder / shards.META).exists)
