@@ -219,15 +219,14 @@ def _zeroshot(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def cache(args: argparse.Namespace) -> None:
-    where = distributed.address(args.coordinator, args.processes, args.process)
-    joins = args.distributed or bool(where)
-    if args.workdir is not None and joins:
+    where = _where(args)
+    if args.workdir is not None and where is not None:
         raise UserError("--distributed is for published encoders: a run's own network encodes in one process, leave it out.")
-    if not joins and _is_spare():
+    if where is None and _is_spare():
         return
     _prepare()
     if args.workdir is None:
-        _cache_published(args, where if joins else None)
+        _cache_published(args, where)
         return
     run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
     _writable("--out", args.out)
@@ -240,11 +239,9 @@ def _cache_published(args: argparse.Namespace, where: Mapping[str, str | int] | 
     _writable("--out", args.out)
     if args.step is not None:
         raise UserError("--step is of a run's checkpoint: name the run by --workdir, or leave it out.")
-    if where is not None:
-        distributed.start(**where)
-    from mmdiff import encoded_caches
+    with _joined(where), configs.blaming(config, module, args.overrides):
+        from mmdiff import encoded_caches
 
-    with configs.blaming(config, module, args.overrides), distributed.exit_together() if where is not None else contextlib.nullcontext():
         writer = configs.build(config, module).cache
         if getattr(writer, "encoders", None) is None:
             raise UserError(f"{args.config} names no published encoders: give --workdir DIR, the run of a tokenizer or of towers.")
