@@ -53,4 +53,5 @@ def build(config):
         loss=losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, image=1.0, label=config.label_weight)),
         optimizer=optim.adamw(config.train), data=digits_source,
         sampler=sampler,
-        evaluators=(JointImageLabel(batch=config.eval.batch),))
+        evaluators=(JointImageLabel(batch=config.eval.batch),),
+        in_loop=(JointImageLabel(batch=config.eval.batch, per_class=20, joint=200, draws=4),))

@@ -57,6 +57,9 @@ class Experiment:
         else reads. Of a set that is published with one of the two alone they are the same.
       sampler: the options of `sampling.make_sampler` (paths, heun, transforms, ...). Without `drop`, guidance drops the conditions.
       evaluators: callables `(experiment, params, config, key, step) -> EvalResult`, run by `mmdiff eval` in this order.
+      in_loop: those that measure on the validation data while it trains, every config.train.metrics_every steps: cheap ones, each with
+        `better`, {metric: "min" or "max"} of those that `train.best` may name, and, if it has something to open or to measure once,
+        `prepared(experiment, config) -> evaluator`.
       init: `key -> params`, pure, so that it can be jitted onto a mesh; the network's own by default.
       apply: `(params, net_x, net_t) -> out`; the network's own by default.
       shape: the shape of one example of every modality of the process, `{"image": (8, 8, 1), "label": ()}`; those of `modalities`.
@@ -82,6 +85,7 @@ class Experiment:
     data: Callable[[str], Any] | None = None
     sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     evaluators: Sequence[Callable[..., Any]] = ()
+    in_loop: Sequence[Callable[..., Any]] = ()
     init: Callable[[jax.Array], Params] | None = None
     apply: Callable[..., Any] | None = None
     shape: Mapping[str, tuple[int, ...]] | None = None
@@ -116,9 +120,26 @@ class Experiment:
             options = {"drop": conditions, **self.sampler}
             follow("sample", _samples_nothing if nothing else make_sampler(self.process, self.apply, self.shape, **options))
 
+    def best(self, asked: str) -> tuple[str, str]:
+        """-> (a metric, "min" or "max"): what config.train.best says, "val/FID" or "max:val/IS"; "min" unless one says otherwise."""
+        way, colon, name = asked.partition(":")
+        if colon and way in ("min", "max"):
+            return name, way
+        return asked, self.watched.get(asked, "min")
+
+    @property
+    def watched(self) -> dict[str, str]:
+        """What is measured in the loop, as metrics.jsonl calls it, and which is better: {"val/FID": "min"}."""
+        return watched(self.in_loop)
+
     def on_validation(self) -> Experiment:
         """The experiment whose evaluators measure on the validation data: for choosing, never for reporting."""
         return dataclasses.replace(self, test_data=self.validation_data, split="validation")
+
+
+def watched(evaluators: Sequence[Any]) -> dict[str, str]:
+    """`Experiment.watched` of these evaluators."""
+    return {f"val/{name}": way for evaluator in evaluators for name, way in getattr(evaluator, "better", {}).items()}
 
 
 def _samples_nothing(params, keys, given, *, steps, guidance, absent=(), history=False):

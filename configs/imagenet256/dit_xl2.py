@@ -37,6 +37,7 @@ from ml_collections import ConfigDict
 from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
 from mmdiff.data import Autoencoder, EncodedCache, EncodedLatents, Labels, published
 from mmdiff.data.latents import open_source
+from mmdiff.evals.sampled_images import evaluators_of
 from mmdiff.processes import Given, Joint, LearnedSigma, eps
 from mmdiff.training import optim
 
@@ -54,12 +55,14 @@ def get_config():
             "time_offset": -1.0, "freq_shift": 0.0, "mlp_norm_eps": 1e-6},
         "label_dropout": 0.1,
         "train": training_config(
-            steps=400_000, global_batch=256, ema=0.9999, eval_every=50_000, checkpoint_every=5_000, log_every=100,
+            steps=400_000, global_batch=256, ema=0.9999, eval_every=50_000, checkpoint_every=5_000, log_every=100, sample_every=10_000,
             # The rate is for base_batch; scale_rule (none, linear, sqrt) makes it follow global_batch. Large batches want a warm-up.
             learning_rate=1e-4, base_batch=256, scale_rule="none", warmup_steps=0, weight_decay=0.0,
             # More metrics: the gradient noise scale (with microbatches >= 2), and norms by group, as in (("blocks", "blocks/"),).
             noise_scale=False, norm_groups=()),
         "sample": {"steps": 250, "guidance": 1.5},
+        "eval": {  # no metrics while kind is ""
+            "encoder": {"kind": "", "path": ""}, "reference": "", "most": 10_000, "batch": 64, "in_loop": {"most": 5_000, "steps": 50}},
     })
 
 
@@ -81,4 +84,5 @@ def build(config):
         # Another optimizer is another call here; mmdiff/training/optim.py shows Lion, Muon and LAMB.
         optimizer=optim.adm(config.train), data=published(lambda split: open_source(config.data, split, modalities)),
         sampler={"channels": {"image": GUIDED}, "grid": lambda steps: (sampling.spaced_grid(steps, STEPS), ())},
+        **evaluators_of(config.eval, condition="label"),
         **EncodedCache(config.data, modalities, [autoencoder]).for_experiment)

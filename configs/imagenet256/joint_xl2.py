@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
 from mmdiff.data import Autoencoder, EncodedCache, EncodedLatents, Labels, published
 from mmdiff.data.latents import open_source
+from mmdiff.evals.sampled_images import evaluators_of
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
 from mmdiff.training import optim
 
@@ -37,10 +38,12 @@ def get_config():
         "times": {"joint": 0.2, "image_given_label": 0.5, "label_given_image": 0.05, "label_given_noisy": 0.15, "image_alone": 0.1},
         "label_weight": 0.1,
         "train": training_config(
-            steps=400_000, global_batch=256, ema=0.9999, eval_every=50_000, checkpoint_every=5_000, log_every=100,
+            steps=400_000, global_batch=256, ema=0.9999, eval_every=50_000, checkpoint_every=5_000, log_every=100, sample_every=10_000,
             learning_rate=1e-4, base_batch=256, scale_rule="none", warmup_steps=1_000, weight_decay=0.0, clip=1.0,
             noise_scale=False, norm_groups=()),
         "sample": {"steps": 50, "guidance": 1.5},
+        "eval": {  # no metrics while kind is ""
+            "encoder": {"kind": "", "path": ""}, "reference": "", "most": 10_000, "batch": 64, "in_loop": {"most": 5_000, "steps": 50}},
     })
 
 
@@ -58,4 +61,5 @@ def build(config):
         optimizer=optax.chain(optax.clip_by_global_norm(config.train.clip), optim.adm(config.train)),
         data=published(lambda split: open_source(config.data, split, modalities)),
         sampler={"drop": ("label",), "paths": {"label": sampling.settled_at(0.5)}},
+        **evaluators_of(config.eval, condition="label"),
         **EncodedCache(config.data, modalities, [autoencoder]).for_experiment)

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from mmdiff import Experiment, losses, nets, schedules, times, training_config
 from mmdiff.data import Autoencoder, EncodedCache, EncodedLatents, Labels, published
 from mmdiff.data.latents import open_source
+from mmdiff.evals.sampled_images import evaluators_of
 from mmdiff.processes import Gaussian, Given, Joint, velocity
 from mmdiff.training import optim
 
@@ -39,9 +40,11 @@ def get_config():
             "time_scale": -1.0, "time_offset": 1.0},
         "label_dropout": 0.1,
         "train": training_config(
-            steps=400_000, global_batch=256, ema=0.9999, eval_every=50_000, checkpoint_every=5_000, log_every=100,
+            steps=400_000, global_batch=256, ema=0.9999, eval_every=50_000, checkpoint_every=5_000, log_every=100, sample_every=10_000,
             learning_rate=1e-4, base_batch=256, scale_rule="none", warmup_steps=0, weight_decay=0.0, noise_scale=False, norm_groups=()),
         "sample": {"steps": 125, "guidance": 1.5},
+        "eval": {  # no metrics while kind is ""
+            "encoder": {"kind": "", "path": ""}, "reference": "", "most": 10_000, "batch": 64, "in_loop": {"most": 5_000, "steps": 50}},
     })
 
 
@@ -57,4 +60,6 @@ def build(config):
         init=lambda key: net.init(key, jnp.zeros((1, *shape)), jnp.ones(1), jnp.zeros(1, jnp.int32)),
         loss=losses.diffusion(process, apply, noise_levels, losses.of_parts(process, image=1.0)),
         optimizer=optim.adm(config.train), data=published(lambda split: open_source(config.data, split, modalities)),
-        sampler={"heun": True, "channels": {"image": GUIDED}}, **EncodedCache(config.data, modalities, [autoencoder]).for_experiment)
+        sampler={"heun": True, "channels": {"image": GUIDED}},
+        **evaluators_of(config.eval, condition="label"),
+        **EncodedCache(config.data, modalities, [autoencoder]).for_experiment)

@@ -28,6 +28,7 @@ from mmdiff import Experiment, losses, nets, schedules, times, training_config
 from mmdiff.data.own import open_images
 from mmdiff.errors import UserError
 from mmdiff.evals.held_out import HeldOut
+from mmdiff.evals.sampled_images import sample_metrics
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, velocity
 from mmdiff.training import optim
 
@@ -44,9 +45,10 @@ def get_config():
         "times": {"joint": 0.1, "image_given_caption": 0.6, "caption_given_image": 0.2, "image_alone": 0.1},
         "caption_weight": 0.3,
         "train": training_config(
-            steps=3000, global_batch=64, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=500),
+            steps=3000, global_batch=64, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=500,
+            sample_every=1000, metrics_every=0),
         "sample": {"steps": 25, "guidance": 2.0},
-        "eval": {"most": 200, "batch": 64},
+        "eval": {"most": 200, "batch": 64, "encoder": {"kind": "", "path": ""}, "in_loop": {"most": 200, "steps": 10}},
     })
 
 
@@ -71,10 +73,12 @@ def build(config):
     noise_levels = all_tasks if joint else times.conditional("caption", dropout=shares.image_alone, image=noisy)
     weights = {"image": 1.0, "caption": config.caption_weight} if joint else {"image": 1.0}
     loss = losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, **weights))
+    measured = {"most": config.eval.most, "batch": config.eval.batch}
     return Experiment(
         process=process, net=net, **own.for_experiment,
         loss=losses.prepared(loss, losses.flips("image", config.data.flips)),
         optimizer=optim.muon(config.train),
         sampler={"drop": ("caption",), "heun": True},
-        evaluators=(HeldOut(condition="caption", **config.eval),),
+        evaluators=(HeldOut(condition="caption", **measured), *sample_metrics(config.eval.encoder, condition="caption", **measured)),
+        in_loop=sample_metrics(config.eval.encoder, condition="caption", limits=False, **{**measured, **config.eval.in_loop}),
     )

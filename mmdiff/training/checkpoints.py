@@ -42,10 +42,10 @@ class Checkpoints:
     Args:
       workdir: the run's folder. Checkpoints in it that are damaged are moved aside, with a warning.
       keep: how many of the latest checkpoints are kept.
-      best: the name of a metric; the checkpoint with its smallest value is kept as well ("": none).
+      best: the name of a metric; the checkpoint with its smallest value is kept as well ("": none), or with its largest if `mode` is "max".
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, keep: int, best: str = ""):
+    def __init__(self, workdir: str | os.PathLike, *, keep: int, best: str = "", mode: str = "min"):
         self.folder = run_metadata.checkpoint_folder(workdir)
         self._saving: int | None = None
 
@@ -67,13 +67,13 @@ class Checkpoints:
 
         def value(metrics):
             found = former_names.metrics(metrics, known=[best]).get(best, math.nan)
-            return found if math.isfinite(found) else math.inf
+            return found if math.isfinite(found) else math.inf if mode == "min" else -math.inf
 
         policies = [checkpoint_managers.LatestN(keep)]
         if best:
             policies += [
                 checkpoint_managers.BestN(
-                    get_metric_fn=value, reverse=True, n=1, keep_checkpoints_without_metrics=False
+                    get_metric_fn=value, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False
                 )
             ]
         # Orbax logs the traceback of each of its threads that fails; the same error reaches us through wait().
@@ -83,7 +83,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=value if best else None,
-                best_mode="min",
+                best_mode=mode,
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),

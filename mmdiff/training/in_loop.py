@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mmdiff import checks
 from mmdiff.errors import UserError
 from mmdiff.evals.sample_grid import SampleGrid
-from mmdiff.experiment import Experiment
+from mmdiff.experiment import Experiment, watched
 from mmdiff.keys import key_of_use
 from mmdiff.training import distributed
 from mmdiff.training.metrics_logger import MetricsLogger
@@ -31,7 +32,7 @@ SHARE = 0.05  # of the time, where config.train.evaluation_share does not say
 
 @dataclasses.dataclass
 class Cadence:
-    """When something is due: every `every` steps (0: never) and at the last one, but not before the step `next`.
+    """When something is due: every `every` steps (0: never) and at the last one after them, but not before the step `next`.
 
     >>> cadence = Cadence(every=100, share=0.05)
     >>> cadence.due(100), cadence.due(150), cadence.due(150, last=True)
@@ -46,7 +47,7 @@ class Cadence:
     next: int = 0
 
     def due(self, step: int, last: bool = False) -> bool:
-        return bool(self.every) and step >= self.next and (last or step % self.every == 0)
+        return bool(self.every) and step >= max(self.next, self.every) and (last or step % self.every == 0)
 
     def taken(self, step: int, seconds: float, pace: float) -> None:
         """It took so many seconds at this step; training takes `pace` seconds a step."""
@@ -71,7 +72,16 @@ class InLoop:
         share = options.get("evaluation_share", SHARE) / max(1, sum(map(bool, every.values())))
         self.cadences = {name: Cadence(steps, share) for name, steps in every.items()}
         self._experiment, self._config, self._mesh = experiment.on_validation(), config, mesh
-        self._grid = SampleGrid().prepared(self._experiment, config) if every["grid"] else None
+        if every["metrics"] and not experiment.in_loop:
+            raise UserError(
+                "config.train.metrics_every asks for metrics, and the experiment states none as in_loop: set it to 0 or, where the config "
+                "has config.eval.encoder.kind, name a network there.")
+        wanted = {"grid": [SampleGrid()] if every["grid"] else [], "metrics": experiment.in_loop if every["metrics"] else []}
+        self._evaluators = {
+            name: [each.prepared(self._experiment, config) if hasattr(each, "prepared") else each for each in evaluators]
+            for name, evaluators in wanted.items()}
+        self.watched = watched(self._evaluators["metrics"])
+        self._explained = False
 
     def due(self, step: int) -> bool:
         return any(cadence.due(step, step == self._config.train.steps) for cadence in self.cadences.values())
@@ -86,13 +96,12 @@ class InLoop:
 
     def __call__(self, step: int, ema: Any, logger: MetricsLogger) -> dict[str, float]:
         params, values = self._local(ema), {}
-        for name, make in (("grid", self._make_grid),):
-            cadence = self.cadences[name]
+        for name, cadence in self.cadences.items():
             if not cadence.due(step, step == self._config.train.steps):
                 continue
             began, pace = time.perf_counter(), logger.pace(step)
             try:
-                values |= make(step, params, logger)
+                values |= self._make(name, step, params, logger)
             except Exception as error:  # training is worth more; but where others wait for this process, all must end
                 if jax.process_count() > 1 and not isinstance(error, UserError):
                     raise
@@ -106,11 +115,20 @@ class InLoop:
                 logger.say(f"step {step}: the {name}: {took}; next at step {following} (config.train.evaluation_share)")
         return values
 
-    def _make_grid(self, step: int, params: Any, logger: MetricsLogger) -> dict[str, float]:
-        figures = self._grid(self._experiment, params, self._config, key_of_use(SEED, "grid"), step).figures
-        for name, figure in figures.items():
-            logger.image(step, name if len(figures) > 1 else "", figure.image)
-        return {}
+    def _make(self, name: str, step: int, params: Any, logger: MetricsLogger) -> dict[str, float]:
+        args = self._experiment, params, self._config, key_of_use(SEED, name), step
+        found = functools.reduce(operator.or_, [evaluate(*args) for evaluate in self._evaluators[name]])
+        if name == "grid":
+            for title, figure in found.figures.items():
+                logger.image(step, title if len(found.figures) > 1 else "", figure.image)
+            return {}
+        values = {f"val/{metric}": float(value) for metric, value in found.metrics.items()}
+        if not self._explained:
+            self._explained = True
+            for metric, definition in found.definitions.items():
+                logger.say(f"val/{metric}: {definition}")
+        logger.say(f"step {step}: {', '.join(f'{metric} {value:.4g}' for metric, value in values.items() if metric in self.watched)}")
+        return values
 
     def _local(self, ema: Any) -> Any:
         """The averages whole on the first device of each process."""

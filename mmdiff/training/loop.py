@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         and the same command continues. A second signal stops at once.
     """
     options = config.train
-    _check(options)
+    _check(options, *experiment.best(options.get("best", "")), experiment.watched)
     check_seed(config.seed)
     mesh = sharding.make_mesh(dict(options.mesh))
     sharding.check_batch(options.global_batch, mesh, options.microbatches)
@@ -85,13 +85,14 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         sharding.check_memory(abstract, shapes, mesh)
         lowered = sharding.lower_step(step_fn, abstract, shapes, mesh)
         names = sorted(lowered.out_info[1])
-        if options.best and options.best not in (found := evaluate.names(abstract.ema, shapes)):
-            raise UserError(f"config.train.best is {options.best!r}, but an evaluation gives {', '.join(found)}: choose one of these.")
         replicated = NamedSharding(mesh, PartitionSpec())
         empty = jax.jit(lambda: {name: Average.empty() for name in names}, out_shardings=replicated)()
 
         in_loop = InLoop(experiment, config, mesh)
-        saved = stack.enter_context(checkpoints.Checkpoints(workdir, keep=options.keep, best=options.best))
+        best, mode = experiment.best(options.best)
+        if best and best not in (found := [*(evaluate.names(abstract.ema, shapes) if evaluate else ()), *in_loop.watched]):
+            raise UserError(f"config.train.best is {options.best!r}, but an evaluation gives {', '.join(found)}: choose one of these.")
+        saved = stack.enter_context(checkpoints.Checkpoints(workdir, keep=options.keep, best=best, mode=mode))
         latest = saved.latest()
         start = latest or 0
         if latest is not None:
@@ -231,12 +232,17 @@ def make_accumulate() -> Callable:
     return jax.jit(accumulate)
 
 
-def _check(options: ml_collections.ConfigDict) -> None:
+def _check(options: ml_collections.ConfigDict, best: str, mode: str, watched: Mapping[str, str]) -> None:
     missing = [name for name in OPTIONS if name not in options]
     if missing:
         raise UserError(f"the config lacks {', '.join(f'config.train.{name}' for name in missing)}: add them to its file.")
     checks.check({f"train.{name}": options[name] for name in OPTIONS if name != "mesh"})  # make_mesh checks that
-    if options.best and (not options.eval_every or options.checkpoint_every % options.eval_every):
+    every, saved = options.get("metrics_every", 0), options.checkpoint_every
+    if best in watched and (not every or every % saved):
+        raise UserError(
+            f"config.train.best={options.best!r} needs a checkpoint where it is measured: let config.train.metrics_every ({every}) be a "
+            f"multiple of config.train.checkpoint_every ({saved}).")
+    if best and best not in watched and (not options.eval_every or saved % options.eval_every):
         raise UserError(
             f"config.train.best={options.best!r} needs an evaluation at every checkpoint: let config.train.eval_every "
             f"({options.eval_every}) divide config.train.checkpoint_every ({options.checkpoint_every})."

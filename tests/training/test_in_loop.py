@@ -15,7 +15,9 @@ from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
 from mmdiff.evals.evaluator import EvalResult
 from mmdiff.evals.sample_grid import SampleGrid
-from mmdiff.training import in_loop, loop, sharding
+from mmdiff.evals.sampled_images import SampleMetrics
+from mmdiff.training import averaged_weights, in_loop, loop, sharding
+from mmdiff.training.metrics_logger import TIMING
 
 
 @pytest.fixture
@@ -114,4 +116,81 @@ def test_what_has_no_images_is_refused_a_grid(config, experiment, tmp_path):
     alone = {"label": experiment.modalities["label"]}
     with pytest.raises(UserError, match="config.train.sample_every asks for grids of images, and this model samples none: set it to 0"):
         loop.train(dataclasses.replace(experiment, modalities=alone), config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Known:
+    """An evaluator whose numbers follow from the weights."""
+
+    better = {"norm": "max", "flaw": "min"}
+    fails = ()
+
+    def __call__(self, experiment, params, config, key, step):
+        assert experiment.split == "validation"
+        if step in self.fails:
+            raise UserError("nothing can be measured.")
+        norm = sum(float(np.square(leaf).sum()) for leaf in jax.tree.leaves(params))
+        noise = float(jax.random.uniform(key))
+        return EvalResult({"norm": norm, "flaw": np.nan if step == 4 else step + noise}, {"norm": "the squared length of the weights"})
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_are_measured_in_the_loop_and_the_best_checkpoint_is_kept(config, experiment, tmp_path, capsys):
+    config.train.update(steps=10, sample_every=0, metrics_every=2, checkpoint_every=2, keep=1, best="val/flaw", tensorboard=False)
+    measured = dataclasses.replace(experiment, in_loop=(Known(),))
+    whole = loop.train(measured, config, tmp_path / "whole")
+    said = capsys.readouterr().err
+    assert "val/norm: the squared length of the weights" in said and "step 2: val/norm" in said
+    found = {row["step"]: row for row in rows(tmp_path / "whole") if "val/flaw" in row}
+    assert list(found) == [2, 4, 6, 8, 10] and found[4]["val/flaw"] is None
+    noise = {round(row["val/flaw"] - step, 5) for step, row in found.items() if step != 4}
+    assert len(noise) == 1  # the same noise each time
+    kept = sorted(int(path.name) for path in (tmp_path / "whole/checkpoints").iterdir())
+    assert kept == [2, 10] and averaged_weights.restore_for_inference(measured, config, tmp_path / "whole", step="best")[1] == 2
+
+    assert 0 < interrupted(measured, config, tmp_path / "torn", 9) < 10
+    torn = loop.train(measured, config, tmp_path / "torn")
+    strip = [[{k: v for k, v in row.items() if k not in TIMING} for row in rows(tmp_path / run)] for run in ("whole", "torn")]
+    assert sorted(strip[0], key=str) == sorted(strip[1], key=str)
+    without = loop.train(experiment, tiny_like(config, metrics_every=0, best=""), tmp_path / "without")
+    same_leaves(whole, torn)
+    same_leaves(whole, without)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "without")
+
+    largest = tiny_like(config, best="max:val/flaw", keep=1)
+    loop.train(measured, largest, tmp_path / "largest")
+    assert averaged_weights.restore_for_inference(measured, largest, tmp_path / "largest", step="best")[1] == 10
+
+
+def tiny_like(config, **changes):
+    config = config.copy_and_resolve_references()
+    config.train.update(changes)
+    return config
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"best": "val/FID", "eval_every": 4}, "'val/FID', but an evaluation gives .*val/norm, val/flaw: choose one of these"),
+        ({"best": "max:val/norm", "metrics_every": 3}, r"metrics_every \(3\) be a multiple of config.train.checkpoint_every \(4\)"),
+        ({"best": "val/norm", "metrics_every": 0}, r"needs a checkpoint where it is measured"),
+    ],
+)
+def test_what_would_never_be_the_best_is_refused(config, experiment, tmp_path, changes, message):
+    config.train.update({"metrics_every": 4, "sample_every": 0, **changes})
+    with pytest.raises(UserError, match=message):
+        loop.train(dataclasses.replace(experiment, in_loop=(Known(),)), config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_that_are_not_stated_or_whose_reference_is_missing_end_the_run_before_it_begins(config, experiment, tmp_path):
+    config.train.update(metrics_every=4, sample_every=0)
+    with pytest.raises(UserError, match="states none as in_loop: set it to 0"):
+        loop.train(experiment, config, tmp_path / "run")
+    evaluator = SampleMetrics({"kind": "efficientnet_lite0"}, reference=str(tmp_path / "statistics.npz"), limits=False)
+    with pytest.raises(UserError, match="statistics.npz"):
+        loop.train(dataclasses.replace(experiment, in_loop=(evaluator,)), config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

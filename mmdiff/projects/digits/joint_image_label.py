@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -46,6 +47,10 @@ class JointImageLabel:
     joint: int = 1000
     draws: int = 16
     batch: int = 250
+
+    better = MappingProxyType({
+        "label_accuracy": "max", "label_accuracy_diffusion_classifier": "max", "joint_agreement": "max", "conditional_agreement": "max",
+        "classification_accuracy_score": "max", "frechet_ratio": "min"})
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
