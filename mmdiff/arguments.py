@@ -88,6 +88,11 @@ Compiles the training step for TPUs that are not here, and prints what it needs
 of each chip: memory by kind, and whether it fits; FLOPs, what it sends and
 moves, and the least time of a step that these allow. If it does not fit, tries
 what needs less and prints the flags of the first that does. Nothing is run.
+
+With --of sample or encode: compiles what sample --format and cache compute, and
+prints the images that a chip can make or encode in a second, and the hours that
+all of --number take at least.
+
 Needs pip install 'mmdiff[tpu-aot]'."""
 
 BENCH = """\
@@ -158,6 +163,7 @@ EXAMPLES = {
     "aot": [
         "aot --config imagenet256/dit_xl2 --topology v5e:4x4 --config.train.mesh.fsdp=16",
         "aot --config imagenet256/dit_xl2 --topology v5p:2x2x4 --slices 2 --json report.json",
+        "aot --config imagenet256/dit_xl2 --topology v5e:4x4 --of sample --config.sample.steps=50",
     ],
 }
 
@@ -334,9 +340,12 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     option("--peer", default="", metavar="COMMAND", help="another program to compare with, in quotes")
     option("--json", type=_path, metavar="FILE", help="write the metrics to a file, too")
     of_processes(sub)
-    sub = command("aot", "what a training step needs of TPUs that are not here", AOT, workdir=False)
+    sub = command("aot", "what training, sampling or encoding needs of TPUs that are not here", AOT, workdir=False)
     option = sub.add_argument
     option("--topology", required=True, metavar="KIND:SHAPE", help="the TPUs: v4:2x2x2, v5e:4x4, v5p:2x2x1, v6e:16x16, ...")
+    option("--of", choices=("train", "sample", "encode"), default="train", help="which program is meant (default: train)")
+    option("--number", type=_many, metavar="N", help="of sample and encode: hours of so many images (default: 50,000)")
+    option("--batch", type=_count, metavar="B", help="of sample: samples that a chip computes at once (default: 64)")
     option("--slices", type=_count, default=1, metavar="N", help="so many of them, joined by the data-centre network (default: 1)")
     option("--json", type=_path, metavar="FILE", help="write the report to a file, too")
     return parser, dict(commands.choices)
@@ -367,6 +376,10 @@ def _integer(text: str, allowed: checks.Range) -> int:
 
 def _count(text: str) -> int:
     return _integer(text, checks.Range(1, 1_000_000))
+
+
+def _many(text: str) -> int:
+    return _integer(text, checks.Range(1, 10**12))
 
 
 def _calls(text: str) -> int:

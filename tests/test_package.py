@@ -167,21 +167,22 @@ ARROWS = {
     "runs": CORE_PARTS | {"config", "convert", "encoders", "data", "evals", "experiment", "training"},
     "sample_sets": CORE_PARTS | {"config", "data", "evals", "training"},
     "encoded_caches": CORE_PARTS | {"data", "training"},
+    "inference_costs": CORE_PARTS | {"data", "encoders", "experiment", "training"},
     "projects": CORE_PARTS | {"config", "convert", "encoders", "data", "evals"},
     "conversion": CORE_PARTS | {"config", "convert", "data", "training"},
     "publishing": CORE_PARTS | {"config", "convert", "data", "training", "conversion"},
     "arguments": BASE,
     "commands": CORE_PARTS | {
-        "config", "convert", "encoders", "evals", "shipped_configs", "training", "runs", "sample_sets", "encoded_caches", "conversion",
-        "publishing"},
+        "config", "convert", "encoders", "evals", "shipped_configs", "training", "runs", "sample_sets", "encoded_caches", "inference_costs",
+        "conversion", "publishing"},
     "__main__": BASE | {"arguments", "commands"},
 }
 PLAIN = {"jax", "flax", "optax", "chex", "numpy"}
 BESIDE_PLAIN = {"console": {"tqdm"}, "config": {"ml_collections"}, "aot": {"ml_collections", "libtpu"}}
 # What may import more than PLAIN; of training these modules.
 OUTER = {
-    "convert", "encoders", "data", "evals", "projects", "runs", "sample_sets", "encoded_caches", "conversion", "publishing", "commands",
-    "__main__"}
+    "convert", "encoders", "data", "evals", "projects", "runs", "sample_sets", "encoded_caches", "inference_costs", "conversion",
+    "publishing", "commands", "__main__"}
 OUTER_TRAINING = {
     "loop", "averaged_weights", "checkpoint_files", "checkpoints", "in_loop", "metrics_logger", "run_metadata", "skipped", "validation"}
 

@@ -1,7 +1,9 @@
 """Sets of images with their labels or captions: ImageNet, COCO, CUB-200, the sets of zero-shot classification, or one's own.
 
     imagenet2012     TFDS, prepared as array_record in the folder: label (1,000 classes)
-    coco_captions    TFDS, the same, "coco_captions/2014": 5 captions each (the few that have more lose the rest)
+    coco_captions    5 captions each (the few that have more lose the rest); of TFDS, "coco_captions/2014", or a folder
+                         annotations/captions_train2014.json, captions_val2014.json    the official archives of 2014,
+                         train2014/NAME.jpg, val2014/NAME.jpg                          or of 2017, whose val has 5,000 images
     cub200           a folder: 10 captions each, and the label; the classes of the two splits differ (Reed et al. 2016)
                          CUB_200_2011/images/CLASS/NAME.jpg            the official archive
                          text_c10/CLASS/NAME.txt                       a caption on every line
@@ -166,6 +168,8 @@ def records_of(name: str, split: str, data_dir: str | os.PathLike) -> Records:
     if name in OWN:
         return image_folders.read_set(data_dir, OWN[name], split)
     folder, part = files.expand(data_dir), SPLITS[name][split]
+    if name == "coco_captions" and os.path.lexists(folder / "annotations"):
+        return _coco(folder, split)
     readers = {"cub200": _cub200, "fgvc_aircraft": _aircraft}
     return readers[name](folder, part) if name in readers else Tfds(name, part, folder)
 
@@ -224,6 +228,26 @@ def _annotations(example: dict[str, Any]) -> dict[str, Any]:
     if "captions" in example:
         return {"captions": [files.decode(caption, "a caption of the data set") for caption in example["captions"]["text"]]}
     return {}
+
+
+def _coco(folder: pathlib.Path, split: str) -> Files:
+    years = [year for year in ("2014", "2017") if os.path.lexists(folder / f"annotations/captions_{split}{year}.json")]
+    part = f"{split}{years[0] if years else '2014'}"
+    listed, images = folder / f"annotations/captions_{part}.json", folder / part
+    for path, archive in ((listed, f"annotations_trainval{part[-4:]}.zip"), (images, f"{part}.zip")):
+        if not os.path.lexists(path):
+            raise Absent(f"{path} does not exist: unpack {archive} (cocodataset.org) into {folder}.")
+    try:
+        found = files.read_json(listed)
+        said: dict[int, list[str]] = {each["id"]: [] for each in found["images"]}
+        for each in sorted(found["annotations"], key=lambda each: each["id"]):
+            said[each["image_id"]].append(each["caption"].strip())
+        records = [
+            {"image": images / each["file_name"], "captions": said[each["id"]][: CAPTIONS["coco_captions"]]}
+            for each in found["images"] if said[each["id"]]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{listed} is not COCO's list of captions ({type(error).__name__}: {error}): unpack it again.") from error
+    return nonempty(records, folder, f"captions in {listed}")
 
 
 def _cub200(folder: pathlib.Path, classes: str) -> Files:

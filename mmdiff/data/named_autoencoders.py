@@ -24,9 +24,14 @@ PIXELS = 2**20  # of images that are encoded or decoded at once
 
 
 class SquareImages(NamedEncoder):
-    """What encoders of square images share, whose result is `side` high and wide: the images' size, and how many are encoded at once."""
+    """What encoders of square images share, whose result is `side` high and wide: the images' size, and how many are encoded at once.
+
+    Attributes:
+      functions: (encoding, decoding), each `(net, variables, batch) -> arrays`.
+    """
 
     side: int
+    functions: tuple[Callable[..., Any], Callable[..., Any]]
     _decoded: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
@@ -37,15 +42,15 @@ class SquareImages(NamedEncoder):
     @property
     def part(self) -> int:
         """How many are encoded or decoded at once."""
-        return max(1, min(PART, PIXELS // self.pixels**2))
+        return part_of(self.pixels)
 
     def prepare(self, image):
         return dataclasses.replace(AUTOENCODER, size=self.pixels)(image)
 
-    def images(self, function: Callable[..., Any], array: np.ndarray) -> np.ndarray:
-        """What `function` decodes. The last images are kept: samples are shown several times."""
+    def images(self, array: np.ndarray) -> np.ndarray:
+        """What is decoded. The last images are kept: samples are shown several times."""
         if self._decoded is None or not np.array_equal(self._decoded[0], array):
-            self._decoded = array, self.call(function, array, self.part)
+            self._decoded = array, self.call(self.functions[1], array, self.part)
         return self._decoded[1]
 
 
@@ -66,8 +71,12 @@ class Autoencoder(SquareImages):
         """The modalities that are encoded as mean and deviation."""
         return self.modalities if self.kind == "autoencoder_kl" else ()
 
+    @property
+    def functions(self):
+        return _moments if self.moments else _encode, _decode_latents
+
     def encode(self, batch):
-        return {self.modalities[0]: self.call(_moments if self.moments else _encode, batch, self.part)}
+        return {self.modalities[0]: self.call(self.functions[0], batch, self.part)}
 
     def latents(self, images: np.ndarray) -> np.ndarray:
         """The most likely latents of images: [n, h, w, c]."""
@@ -76,7 +85,7 @@ class Autoencoder(SquareImages):
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents [n, h, w, c] -> images [n, H, W, 3], clipped to [-1, 1]."""
-        return self.images(_decode_latents, np.asarray(latents, np.float32))
+        return self.images(np.asarray(latents, np.float32))
 
 
 class ImageTokens(SquareImages):
@@ -101,6 +110,8 @@ class ImageTokens(SquareImages):
         self.side, self.codes, self.folder, self.modalities = side, codes, folder, (modality,)
         self._list = section.get("codes", "")
 
+    functions = property(lambda self: (_encode, _decode))
+
     @functools.cached_property
     def classes(self) -> np.ndarray | None:
         """The published class of each entry of the codebook, int32 [entries]; None without a list. Raises UserError for another list."""
@@ -115,7 +126,7 @@ class ImageTokens(SquareImages):
         return found.astype(np.int32)
 
     def encode(self, batch):
-        ids = self.call(_encode, batch, self.part) if self.classes is None else self.classes[self._encode_whole(batch)]
+        ids = self.call(self.functions[0], batch, self.part) if self.classes is None else self.classes[self._encode_whole(batch)]
         return {self.modalities[0]: ids.reshape(len(batch), -1)}
 
     def _encode_whole(self, batch: np.ndarray) -> np.ndarray:
@@ -124,7 +135,7 @@ class ImageTokens(SquareImages):
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Ids [n, h * w] -> images [n, H, W, 3], clipped to [-1, 1]."""
-        return self.images(_decode, np.asarray(ids).reshape(-1, self.side, self.side))
+        return self.images(np.asarray(ids).reshape(-1, self.side, self.side))
 
     def network(self):
         net, params = super().network()
@@ -181,6 +192,11 @@ class ImageTokens(SquareImages):
         if network and self.classes is not None:
             return hashlib.sha256(f"{network} {self.classes.tolist()}".encode()).hexdigest()
         return hashlib.sha256(f"{network} {stored['codes']}".encode()).hexdigest() if network and stored else network
+
+
+def part_of(pixels: int) -> int:
+    """How many images of so many pixels high and wide are encoded or decoded at once."""
+    return max(1, min(PART, PIXELS // pixels**2))
 
 
 def read_codes(folder: str | os.PathLike) -> dict[str, Any] | None:

@@ -101,7 +101,21 @@ def flops(function: Callable, *args: Any) -> int:
 
 def main_type(function: Callable, *args: Any) -> np.dtype:
     """The dtype of the factors in most of those operations; float32 if there are none."""
-    return max(_traced(function, *args).items(), key=lambda item: item[1], default=(np.dtype("float32"), 0))[0]
+    by_type: Counter = Counter()
+    for (dtype, _), count in _traced(function, *args).items():
+        by_type[dtype] += count
+    return max(by_type, key=by_type.__getitem__, default=np.dtype("float32"))
+
+
+def flops_and_passes(function: Callable, *args: Any) -> tuple[int, int]:
+    """(`flops`, the operations on factors of bfloat16 that a TPU makes of them): 6 for each of a float32 product of the highest precision.
+
+    >>> with jax.default_matmul_precision("highest"):
+    ...     flops_and_passes(jnp.matmul, jnp.zeros((2, 3)), jnp.zeros((3, 5)))
+    (60, 360)
+    """
+    counted = _traced(function, *args)
+    return counted.total(), sum(passes * count for (_, passes), count in counted.items())
 
 
 def model_flops(loss: Callable, *args: Any) -> int:
@@ -139,7 +153,7 @@ def _traced(function: Callable, *args: Any) -> Counter:
 
 
 def _flops(jaxpr: Jaxpr) -> Counter:
-    """Operations by the type of their factors."""
+    """Operations by the type of their factors and how often a TPU makes them."""
     return sum((_equation_flops(equation) for equation in jaxpr.eqns), Counter())
 
 
@@ -148,19 +162,28 @@ def _equation_flops(equation: Any) -> Counter:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         factor = equation.invars[0].aval
-        return Counter({factor.dtype: 2 * equation.outvars[0].aval.size * math.prod(factor.shape[axis] for axis in contracted)})
+        count = 2 * equation.outvars[0].aval.size * math.prod(factor.shape[axis] for axis in contracted)
+        return Counter({(factor.dtype, _passes(factor, params)): count})
     if name == "conv_general_dilated":
         # Each output sums over the kernel's window and input features; zeros put between the inputs cost nothing.
         kernel, axes = equation.invars[1].aval, params["dimension_numbers"].rhs_spec
         summed = math.prod(kernel.shape[axis] for axis in axes[1:])
-        return Counter({kernel.dtype: 2 * equation.outvars[0].aval.size * summed // math.prod(params["lhs_dilation"])})
+        count = 2 * equation.outvars[0].aval.size * summed // math.prod(params["lhs_dilation"])
+        return Counter({(kernel.dtype, _passes(kernel, params)): count})
     inner = [_flops(getattr(part, "jaxpr", part)) for part in _jaxprs(params)]
     if name == "while" and any(inner):
         raise ValueError("products in a while loop cannot be counted: write it as a scan, or as a fori_loop with fixed bounds.")
     if name == "cond":
         return max(inner, key=Counter.total)
     rounds = params["length"] if name == "scan" else 1
-    return Counter({dtype: count * rounds for dtype, count in sum(inner, Counter()).items()})
+    return Counter({key: count * rounds for key, count in sum(inner, Counter()).items()})
+
+
+def _passes(factor: Any, params: Mapping[str, Any]) -> int:
+    """How many products of bfloat16 make one of these factors at this precision."""
+    precision = params["precision"]
+    precision = precision[0] if isinstance(precision, tuple) else precision
+    return {jax.lax.Precision.HIGHEST: 6, jax.lax.Precision.HIGH: 3}.get(precision, 1) if factor.dtype == np.float32 else 1
 
 
 def _jaxprs(params: Any) -> list[ClosedJaxpr | Jaxpr]:

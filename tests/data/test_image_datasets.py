@@ -77,6 +77,21 @@ def test_coco_has_five_captions_a_picture(tfds_dir):
     assert set(ImageDataset("coco_captions", "val", tfds_dir, 16).take(np.arange(4))) == {"image"}
 
 
+def test_coco_as_its_archives_have_it(tmp_path):
+    folder = small_sets.coco(tmp_path / "coco")
+    train, val = (image_datasets.records_of("coco_captions", split, folder) for split in ("train", "val"))
+    assert (len(train), len(val), train.captions) == (3, 2, 5)
+    for i, record in enumerate(train.get(range(3)) + val.get(range(2))):
+        assert record["captions"] == small_sets.captions(i, 4 + i % 3)[:5]
+    np.testing.assert_allclose(ImageDataset("coco_captions", "val", folder, 16).take([1])["image"][0], seen(4, 16), atol=0.01)
+    (folder / "train2014").rename(folder / "train")
+    assert "train2014 does not exist: unpack train2014.zip (cocodataset.org)" in refused("coco_captions", "train", folder)
+    (folder / "annotations/captions_val2014.json").write_text('{"images": []}')
+    assert "captions_val2014.json is not COCO's list of captions (KeyError: 'annotations')" in refused("coco_captions", "val", folder)
+    (folder / "annotations/captions_val2014.json").unlink()
+    assert "unpack annotations_trainval2014.zip" in refused("coco_captions", "val", folder)
+
+
 def test_no_tensorflow_is_needed(tfds_dir):
     read = (
         "import sys; from mmdiff.data.image_datasets import ImageDataset\n"
