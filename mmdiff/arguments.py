@@ -24,7 +24,8 @@ TRAIN = """\
 Trains, and writes config.json, checkpoints, metrics.jsonl and TensorBoard
 events to the workdir. The same command continues a run that was stopped (by
 Ctrl-C, SIGTERM, SIGUSR1 or a crash) as if it had not been; a finished run
-returns at once."""
+returns at once. config.train.sample_every and metrics_every say how often samples
+are shown and measured on the way; --profile writes what profilers read."""
 
 EVAL = """\
 Runs every evaluator of the config on the averaged (EMA) weights of the last
@@ -282,6 +283,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         option("--process", metavar="I", help="and which one this is, from 0")
 
     sub = command("train", "train, or continue a run", TRAIN)
+    about_profile = "trace N steps, after the first ten, or the steps FIRST to LAST, into DIR/profile"
+    sub.add_argument("--profile", type=_steps, metavar="N|FIRST:LAST", help=about_profile)
     of_processes(sub)
     sub = command("sample", "sample from a trained model", SAMPLE)
     option = sub.add_argument
@@ -390,6 +393,17 @@ def _step(text: str) -> int | str:
     if text != "best" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"it must be the step of a checkpoint or best, not {text!r}")
     return text if text == "best" else _integer(text, checks.Range(0, math.inf))
+
+
+def _steps(text: str) -> tuple[int | None, int]:
+    first, colon, last = text.partition(":")
+    steps = checks.Range(1, checks.STEPS)
+    if not colon:
+        return None, _integer(first, steps)
+    found = _integer(first, steps), _integer(last, steps)
+    if found[0] > found[1]:
+        raise argparse.ArgumentTypeError(f"it must begin before it ends, not {text!r}")
+    return found
 
 
 def _seed(text: str) -> int:

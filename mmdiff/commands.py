@@ -29,7 +29,7 @@ def train(args: argparse.Namespace) -> None:
     from mmdiff.training import loop
 
     with configs.blaming(config, module, args.overrides):
-        loop.train(configs.build(config, module), config, args.workdir)
+        loop.train(configs.build(config, module), config, args.workdir, args.profile)
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from mmdiff.keys import check_seed, key_of
 from mmdiff.training import checkpoints, distributed, finetune, lock, run_metadata, sharding
 from mmdiff.training.in_loop import InLoop
 from mmdiff.training.metrics_logger import MetricsLogger, device
+from mmdiff.training.profiling import Profile
 from mmdiff.training.signals import Signals, make_any_process_signalled
 from mmdiff.training.skipped import SkippedSteps
 from mmdiff.training.step import IN_FLIGHT, State, checked, step_of
@@ -36,7 +37,9 @@ OPTIONS = (  # what is read of config.train
 
 
 @distributed.exit_together()
-def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> State:
+def train(
+    experiment: Experiment, config: ml_collections.ConfigDict, workdir: str | os.PathLike, profile: tuple[int | None, int] | None = None,
+) -> State:
     """Trains to config.train.steps, from the newest checkpoint in `workdir` if there is one, and returns the final state.
 
     A run that was interrupted and continued gives, bit for bit, what it would have given uninterrupted: parameters, optimizer
@@ -48,6 +51,10 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
     noise_scale and norm_groups (metrics, see `make_step`), sample_every (a grid of samples; 0: never) and evaluation_share (of the
     time, for what is sampled while it trains, see `in_loop`), start (the workdir of a run whose averaged weights this one begins with,
     where they fit), start_strict (they must all fit) and other_data (a run may continue with other data than before).
+
+    Args:
+      experiment, config, workdir: of the run.
+      profile: which steps to trace, (first, last) or (None, how many), see `Profile`.
 
     It writes WORKDIR/config.json, dependencies.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one
     before, without skipped steps and values that are not finite, and `skipped`, their number so far; one line per evaluation:
@@ -118,6 +125,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             if jax.process_index() == 0:
                 console.say(f"nothing to do: {workdir} is trained for {start} of {options.steps} steps")
             return state
+        tracing = Profile(profile, workdir, start, options.steps, lambda text: logger.say(text))
         if jax.process_index() == 0:
             run_metadata.write_config(workdir, config)
             run_metadata.write_dependencies(workdir, experiment)
@@ -150,6 +158,7 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
         accumulate = make_accumulate()
         any_process_signalled = make_any_process_signalled(mesh)
 
+        stack.enter_context(tracing)
         stop = stack.enter_context(Signals())
         in_flight = collections.deque()
         skipped = SkippedSteps(options, logger.say, saved.latest, ahead)
@@ -170,8 +179,10 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
                 asked |= bool(signalled)
             return asked
 
+        tracing.after(start)
         for step in range(start + 1, options.steps + 1):
-            state, metrics = program(state, next(stream))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = program(state, next(stream))
             averages = accumulate(averages, metrics, state.stats)
             in_flight.append((step, averages, metrics, any_process_signalled(stop.signal)))
             if step % options.log_every == 0:
@@ -183,11 +194,12 @@ def train(experiment: Experiment, config: ml_collections.ConfigDict, workdir: st
             evaluating = options.eval_every and (step % options.eval_every == 0 or last)
             sampling = in_loop.due(step)
             saving = step % options.checkpoint_every == 0 or last
-            stopping = finish(0 if evaluating or sampling or saving else IN_FLIGHT)
+            stopping = finish(0 if evaluating or sampling or saving or tracing.at_edge(step) else IN_FLIGHT)
             # Processes must stop after the same step: they go by the flags that all of them have seen. One process just stops.
             stopping |= jax.process_count() == 1 and stop.signal is not None
             if stopping:
                 finish(0)
+            tracing.after(step)
 
             values = {}
             if evaluating or sampling:
