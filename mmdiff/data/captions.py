@@ -1,4 +1,4 @@
-"""Captions of images, and images with captions in tar files (WebDataset), as img2dataset writes them."""
+"""Captions of images, and images with captions or classes in tar files (WebDataset), as img2dataset and others write them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from mmdiff.errors import UserError
 from mmdiff.files import IMAGE_SUFFIXES, FileError
 
 log = logging.getLogger(__name__)
-INDEX, FORMAT = "index.npz", 2  # the format: 2 knows several captions of an image, and refuses what is none
+INDEX = "index.npz"
+FORMATS = {"captions": 2, "label": 3}  # 2 knows several captions of an image, and refuses what is none
+SIDECARS = {"captions": (".txt", ".json"), "label": (".cls",)}  # what lies beside an image
 MOST = 10  # captions of an image that are used; the rest is left out
 BELONGS = 'put a .txt of its name next to it, or a .json with "caption", a text or a list of texts'
 
@@ -101,20 +103,31 @@ class Member(NamedTuple):
         return f"{name.decode('utf-8', 'replace')} in {self.path}"
 
 
+def _class_of(name: Any, sidecars: Mapping[str, Callable[[], bytes]]) -> int:
+    """An image's class, by what reads the "cls" of its name. Raises FileError where there is none, or no number."""
+    remedy = "put a .cls of its name next to it, which holds the number of its class, from 0"
+    if "cls" not in sidecars:
+        raise FileError(name, "has no class", remedy)
+    text = files.decode(sidecars["cls"](), f"the class of {name}").strip()
+    if not text.isdecimal() or len(text) > 6:
+        raise FileError(name, f"has {text[:20]!r} for a class", remedy)
+    return int(text)
+
+
 class Shards:
-    """`Records` of images with captions in tar files of one folder, in their order.
+    """`Records` of images with captions, or with classes (`what` is "label"), in tar files of one folder, in their order.
+
+    The names of the classes are their numbers.
 
     What is where, and all captions, is kept beside them in index.npz (or in `index`): the first time every file is gone through, and again
     when one has changed. A folder that cannot be written is gone through every time.
     """
 
-    names = ()
-
-    def __init__(self, paths: Sequence[pathlib.Path], index: pathlib.Path | None = None):
-        self._paths, kept = paths, index or paths[0].parent / INDEX
+    def __init__(self, paths: Sequence[pathlib.Path], index: pathlib.Path | None = None, what: str = "captions"):
+        self._paths, self._what, kept = paths, what, index or paths[0].parent / INDEX
         stats = [path.stat() for path in paths]
         stamps = {
-            "format": np.array(FORMAT),
+            "format": np.array(FORMATS[what]),
             "shards": np.array([path.name for path in paths]),
             "stamps": np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64),
         }
@@ -122,7 +135,7 @@ class Shards:
         with contextlib.suppress(UserError):
             index = arrays.read_arrays(kept)
         if not all(np.array_equal(array, index.get(name)) for name, array in stamps.items()):
-            index = stamps | _index(paths)
+            index = stamps | _index(paths, what)
             with (
                 contextlib.suppress(OSError),
                 tempfile.TemporaryDirectory(dir=kept.parent, prefix=".index-", ignore_cleanup_errors=True) as own,
@@ -130,34 +143,40 @@ class Shards:
                 np.savez(pathlib.Path(own) / INDEX, **index)
                 os.replace(pathlib.Path(own) / INDEX, kept)
         self._members, self._counts, self._ends, self._captions = (index[name] for name in ("members", "counts", "ends", "captions"))
-        self._last = np.cumsum(self._counts)
+        self._last, self._labels = np.cumsum(self._counts), index.get("labels")
+        self.names = () if self._labels is None else tuple(map(str, range(int(self._labels.max()) + 1)))
         self.captions = int(self._counts.max())
 
     def __len__(self):
         return len(self._members)
 
     def identity(self):
-        return [len(self), hashlib.sha256(self._captions).hexdigest(), sizes(self._paths, self._paths[0].parent)]
+        beside = self._captions if self._labels is None else self._labels
+        return [len(self), hashlib.sha256(beside).hexdigest(), sizes(self._paths, self._paths[0].parent)]
 
     def get(self, indices):
         found = []
         for i in indices:
             shard, start, size = self._members[i].tolist()
+            image = {"image": Member(self._paths[shard], start, size)}
+            if self._labels is not None:
+                found.append(image | {"label": int(self._labels[i])})
+                continue
             captions = [
                 self._captions[self._ends[j - 1] if j else 0 : self._ends[j]].tobytes().decode()
                 for j in range(self._last[i] - self._counts[i], self._last[i])
             ]
-            found.append({"image": Member(self._paths[shard], start, size), "captions": captions})
+            found.append(image | {"captions": captions})
         return found
 
 
-def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
+def _index(paths: Sequence[pathlib.Path], what: str) -> dict[str, np.ndarray]:
     """What is in tar files, in their order.
 
     "members" int64 [n, 3]: shard, start and size of every image; "counts" [n]: its captions; "captions" uint8: the texts of all one after
-    the other; "ends": where each ends in it.
+    the other; "ends": where each ends in it; "labels" int64 [n], of images with classes alone.
     """
-    members, counts, texts = [], [], []
+    members, counts, texts, labels, kinds = [], [], [], [], SIDECARS[what]
     for shard, path in enumerate(paths):
         images, sidecars, end, left_out = {}, {}, 0, []
         try:
@@ -173,7 +192,7 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                         left_out.append(member.name)  # a.mask.png, or cat v1.0.png
                     if f".{kind}" in files.UNREAD_SUFFIXES and not files.hidden(name):
                         raise files.not_read(f"{member.name} in {path}")
-                    if member.isdir() or unseen or f".{kind}" not in (*IMAGE_SUFFIXES, ".txt", ".json"):
+                    if member.isdir() or unseen or f".{kind}" not in (*IMAGE_SUFFIXES, *kinds):
                         continue
                     if not member.isreg() or member.issparse():
                         remedy = "write the tar file with --hard-dereference --dereference and without --sparse"
@@ -187,10 +206,12 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what ends a tar file
                     raise tarfile.ReadError(f"no end after {len(images)} images")
                 for key, member in images.items():
-                    own = {kind: sidecars[*key, kind] for kind in ("txt", "json") if (*key, kind) in sidecars}
+                    own = {kind[1:]: sidecars[*key, kind[1:]] for kind in kinds if (*key, kind[1:]) in sidecars}
                     readers = {kind: functools.partial(_content, tar, each) for kind, each in own.items()}
-                    captions = read_captions(f"{member.name} in {path}", readers)[:MOST]
                     members.append((shard, member.offset_data, member.size))
+                    if what == "label":
+                        labels.append(_class_of(f"{member.name} in {path}", readers))
+                    captions = read_captions(f"{member.name} in {path}", readers)[:MOST] if what == "captions" else []
                     counts.append(len(captions))
                     texts += [each.encode() for each in captions]
             if left_out:
@@ -203,7 +224,8 @@ def _index(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
         raise UserError(f"there are no images ({', '.join(IMAGE_SUFFIXES)}) in the tar files of {paths[0].parent}.")
     ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
     captions = np.frombuffer(b"".join(texts), np.uint8)
-    return {"members": np.array(members, np.int64), "counts": np.array(counts, np.int64), "ends": ends, "captions": captions}
+    found = {"labels": np.array(labels, np.int64)} if labels else {}
+    return found | {"members": np.array(members, np.int64), "counts": np.array(counts, np.int64), "ends": ends, "captions": captions}
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

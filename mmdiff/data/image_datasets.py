@@ -11,7 +11,7 @@
     fgvc_aircraft    a folder with the official archive, fgvc-aircraft-2013b/data: label (100 variants)
     cifar10, cifar100, caltech101, dtd, eurosat, oxford_flowers102, food101, oxford_iiit_pet, cars196, sun397
                      TFDS, the same: label; "eurosat/rgb", and of SUN397 "standard-part1-120k", the first of the published partitions
-    folder           one's own, in folders of classes: label, the classes in the order of names
+    folder           one's own, in folders of classes or in tar files: label, the classes in the order of names or by number
     captioned        one's own, or what img2dataset writes of CC3M: captions, in tar files, in a list or next to the images
 
 `data.image_folders` says what one's own folder may hold: train and val, or the images themselves, of which a tenth is then "val".

@@ -1,6 +1,7 @@
 """A user's own images: what a folder holds, with classes or captions, and how it is split.
 
     FOLDER/CLASS/NAME.png          images in folders of their classes: label, in the order of the classes' names
+    FOLDER/00000.tar, ...          images with classes (WebDataset): NAME.png with NAME.cls, the number of its class; or one tar
     FOLDER/00000.tar, ...          images with captions (WebDataset): NAME.png with NAME.txt, or a NAME.json with "caption"; or one tar
     FOLDER/captions.tsv            a FILE, a tab and its caption on every line; captions.csv, a comma; captions.json, {FILE: CAPTION, ...}
     FOLDER/NAME.png, A/NAME.png    images with captions in NAME.txt, or a NAME.json with "caption"
@@ -177,9 +178,14 @@ def _read(folder: pathlib.Path, named: Mapping[str, str], split: str, kind: str)
     own = folder / named[split] if split in named else folder
     if kind == "caption":
         return _captioned(own)
+    shards = [own] if own.suffix.lower() == ".tar" and not files.is_folder(own) else files.matching(own, (".tar",), below=False)
+    if kind == "label" and shards:
+        if folders := files.folders(own) if files.is_folder(own) else []:
+            raise UserError(f"{own} holds tar files and the folder {folders[0]}: choose one of both, and move the other elsewhere.")
+        return captions.Shards(shards, None if files.is_folder(own) else own.with_suffix(".index.npz"), "label")
     if kind == "label":
         return _classes(folder, own, folder / named["train"] if named else folder)
-    if own.suffix.lower() == ".tar" or files.matching(own, (".tar",), below=False):
+    if shards:
         return _captioned(own)
     return nonempty([{"image": path} for path in files.images(own)], own, f"images ({', '.join(IMAGE_SUFFIXES)}) in {own}")
 

@@ -107,11 +107,12 @@ def test_captions(tmp_path, layout):
     assert bird["captions"] == ["a bird"]
 
 
-def numbered(path):
-    """Ten images with captions in a tar file."""
+def numbered(path, kind="txt", beside="number {}"):
+    """Ten images with captions, or what else is beside them, in a tar file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for i in range(10):
-            for name, content in ((f"{i}.png", png(i)), (f"{i}.txt", f"number {i}".encode())):
+            for name, content in ((f"{i}.png", png(i)), (f"{i}.{kind}", beside.format(i).encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -124,6 +125,25 @@ def test_one_tar_file_is_split_and_its_index_lies_beside_it(tmp_path):
     found = [[each["captions"][0] for each in part.get(range(len(part)))] for part in parts]
     assert list(map(len, found)) == [8, 1, 1] and sorted(sum(found, [])) == [f"number {i}" for i in range(10)]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["set.index.npz", "set.tar"]
+
+
+def test_tar_files_of_classes(tmp_path):
+    for name, label in {"train/0.tar": "{}\n", "train/1.tar": "0", "val/0.tar": "2"}.items():
+        numbered(tmp_path / name, "cls", label)
+    for _ in range(2):  # the second time by the index
+        parts = image_folders.read(tmp_path, "label", {"val": 0.1})
+        train = parts["train"].get(range(20))
+        assert [each["label"] for each in train] == [*range(10), *[0] * 10] and parts["train"].names == tuple("0123456789")
+        assert train[3]["image"].read() == png(3) and {each["label"] for each in parts["val"].get(range(10))} == {2}
+    before = parts["train"].identity()
+    numbered(tmp_path / "train/1.tar", "cls", "1")
+    assert image_folders.read(tmp_path, "label", {"val": 0.1})["train"].identity() != before
+    numbered(tmp_path / "train/1.tar", "cls", "cat {}")
+    assert "0.png in " in refusal(tmp_path, "label") and "has 'cat 0' for a class: put a .cls of its name" in refusal(tmp_path, "label")
+    numbered(tmp_path / "train/1.tar")
+    assert "0.png in " in refusal(tmp_path, "label") and "has no class" in refusal(tmp_path, "label")
+    (tmp_path / "train/cat").mkdir()
+    assert "holds tar files and the folder cat: choose one of both" in refusal(tmp_path, "label")
 
 
 def test_sets_of_ones_own_need_no_split(tmp_path):
