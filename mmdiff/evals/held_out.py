@@ -76,7 +76,7 @@ class HeldOut:
         for name in sorted(learnt - {self.target}):
             if isinstance(experiment.modalities[name], Labels):
                 clock.start(f"{name}_accuracy", f"the {name} of each, one call")
-                found(self._accuracy(experiment, params, keys["label"], test, name))
+                found(label_accuracy(experiment, params, keys["label"], test, self.target, name, self.batch))
         if isinstance(experiment.modalities.get(self.condition), Texts):
             clock.start("caption_recall", f"the caption of each, {self.draws * CANDIDATES} calls")
             found(self._recall(experiment, params, keys["caption"], test))
@@ -124,20 +124,6 @@ class HeldOut:
         given = f" given {self.condition}" if self.condition else ""
         definition = f"variational bound on -log2 p(image{given}) of 8-bit pixels, per channel of a pixel; {count} held-out images"
         return {"bits_per_dim": float(bits.mean())}, {"bits_per_dim": definition}, {}
-
-    def _accuracy(self, experiment, params, key, test, name):
-        true, count = test[name], len(test[self.target])
-        beliefs = predict_batched(experiment, params, key, {self.target: test[self.target]}, name, self.batch)
-        predicted = best(f"p({name} | {self.target})", beliefs)
-        modality = experiment.modalities[name]
-        metrics = {f"{name}_accuracy": accuracy(predicted, true)}
-        definitions = {
-            f"{name}_accuracy": f"argmax of p({name} | {self.target}), one network call; {count} held-out examples, "
-            f"{np.bincount(true).max() / count:.3f} of them in the largest class"}
-        if modality.count > 30:
-            return metrics, definitions, {}
-        table = plots.matrix(confusion(predicted, true, modality.count), modality.show(np.arange(modality.count)), "true", "predicted")
-        return metrics, definitions, {f"{self.target} to {name}".capitalize(): Figure(table, f"{count} held-out examples.")}
 
     def _recall(self, experiment, params, key, test):
         """A candidate is another held-out caption; equal captions are one."""
@@ -207,6 +193,43 @@ class HeldOut:
             "Joint samples": Figure(sheet(joint, others), f"All modalities sampled together; {sampler}."),
             "Real data": Figure(sheet(test, others), "Held out, for comparison."),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelAccuracy:
+    """`label_accuracy` of held-out data alone, as `HeldOut` has it: the label of each `target` by one network call.
+
+    Attributes:
+      target: what is given. label: what is predicted. most, batch: as of `HeldOut`.
+    """
+
+    target: str = "image"
+    label: str = "label"
+    most: int = 500
+    batch: int = 64
+
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
+        test, clock = load_all(Subset(experiment.test_data(), self.most)), Clock()
+        clock.start(f"{self.label}_accuracy", f"the {self.label} of {len(test[self.target])} held-out examples, one call each")
+        found = label_accuracy(experiment, params, key, test, self.target, self.label, self.batch)
+        clock.stop()
+        return EvalResult(*found, {f"{self.label}_accuracy_examples": len(test[self.target]), "evaluation_seconds": clock.seconds})
+
+
+def label_accuracy(experiment, params, key, test, target: str, name: str, batch: int) -> tuple[dict, dict, dict]:
+    """(metrics, definitions, figures) of the most likely label `name` of each `target` in `test`."""
+    true, count = test[name], len(test[target])
+    beliefs = predict_batched(experiment, params, key, {target: test[target]}, name, batch)
+    predicted = best(f"p({name} | {target})", beliefs)
+    modality = experiment.modalities[name]
+    metrics = {f"{name}_accuracy": accuracy(predicted, true)}
+    definitions = {
+        f"{name}_accuracy": f"argmax of p({name} | {target}), one network call; {count} held-out examples, "
+        f"{np.bincount(true).max() / count:.3f} of them in the largest class"}
+    if modality.count > 30:
+        return metrics, definitions, {}
+    table = plots.matrix(confusion(predicted, true, modality.count), modality.show(np.arange(modality.count)), "true", "predicted")
+    return metrics, definitions, {f"{target} to {name}".capitalize(): Figure(table, f"{count} held-out examples.")}
 
 
 def _nearest(examples: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

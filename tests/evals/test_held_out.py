@@ -15,7 +15,7 @@ from mmdiff.data.modalities import Features, Images, Labels
 from mmdiff.data.sources import ArraySource
 from mmdiff.data.token_modalities import Texts
 from mmdiff.errors import UserError
-from mmdiff.evals.held_out import HeldOut
+from mmdiff.evals.held_out import HeldOut, LabelAccuracy
 from mmdiff.experiment import Experiment
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, velocity
 
@@ -107,6 +107,12 @@ def test_captions_are_found_again():
     assert "(by chance 0.33)" in definitions["caption_recall"]
     one = {name: array[:3:3] for name, array in split("test").arrays.items()}
     assert evaluator._recall(experiment("caption"), {}, jax.random.key(0), one) == ({}, {}, {})
+
+
+def test_the_accuracy_alone():
+    found = LabelAccuracy(most=10, batch=4)(experiment("label"), {}, CONFIG, jax.random.key(0), 1)
+    assert found.metrics == {"label_accuracy": 1.0} and "10 held-out examples" in found.definitions["label_accuracy"]
+    assert list(found.figures) == ["Image to label"] and found.settings["label_accuracy_examples"] == 10
 
 
 def test_vectors_have_no_grids_and_a_model_that_learns_no_label_no_accuracy():
