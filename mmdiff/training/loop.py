@@ -21,7 +21,7 @@ from mmdiff.data.order import ORDER_VERSION
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
 from mmdiff.keys import check_seed, key_of
-from mmdiff.training import checkpoints, distributed, finetune, lock, run_metadata, sharding
+from mmdiff.training import checkpoints, distributed, finetune, lock, run_metadata, sharding, weights_and_biases
 from mmdiff.training.in_loop import InLoop
 from mmdiff.training.metrics_logger import MetricsLogger, device
 from mmdiff.training.profiling import Profile
@@ -45,11 +45,11 @@ def train(
     A run that was interrupted and continued gives, bit for bit, what it would have given uninterrupted: parameters, optimizer
     state, average, order of the data and metrics (on the same kind of machine; on another mesh they agree to rounding).
 
-    It reads config.seed and, of config.train: steps, global_batch, microbatches, log_every, eval_every (0: never),
-    checkpoint_every, keep (the last k checkpoints), best (a metric such as "val/loss" whose lowest checkpoint is kept too, or
-    ""), ema, mesh, prefetch (batches prepared ahead) and tensorboard; if there, max_skipped (steps in a row that end the run, 100),
-    noise_scale and norm_groups (metrics, see `make_step`), sample_every (a grid of samples; 0: never) and evaluation_share (of the
-    time, for what is sampled while it trains, see `in_loop`), start (the workdir of a run whose averaged weights this one begins with,
+    It reads config.seed and, of config.train: steps, global_batch, microbatches, log_every, eval_every (0: never), checkpoint_every, keep
+    (the last k checkpoints), best (a metric such as "val/loss" whose lowest checkpoint is kept too, or ""), ema, mesh, prefetch (batches
+    prepared ahead) and tensorboard; if there, max_skipped (steps in a row that end the run, 100), noise_scale and norm_groups (metrics,
+    see `make_step`), sample_every, metrics_every and evaluation_share (what is sampled and measured while it trains, 0: never, and its
+    share of the time, see `in_loop`), wandb (a project there), start (the workdir of a run whose averaged weights this one begins with,
     where they fit), start_strict (they must all fit) and other_data (a run may continue with other data than before).
 
     Args:
@@ -249,6 +249,7 @@ def _check(options: ml_collections.ConfigDict, best: str, mode: str, watched: Ma
     if missing:
         raise UserError(f"the config lacks {', '.join(f'config.train.{name}' for name in missing)}: add them to its file.")
     checks.check({f"train.{name}": options[name] for name in OPTIONS if name != "mesh"})  # make_mesh checks that
+    weights_and_biases.check(options.get("wandb", ""))
     every, saved = options.get("metrics_every", 0), options.checkpoint_every
     if best in watched and (not every or every % saved):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a run writes about itself while it trains: metrics.jsonl, TensorBoard events, run.json and the progress on stderr."""
+"""What a run writes about itself while it trains: metrics.jsonl, grids, TensorBoard events, run.json and the progress on stderr."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clu.metrics import Average
 
 from mmdiff import console, files
 from mmdiff.errors import UserError
-from mmdiff.training import checkpoint_files
+from mmdiff.training import checkpoint_files, run_metadata, weights_and_biases
 from mmdiff.training.step import noise_scale_of
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class MetricsLogger:
         self._workdir, self._options, self._start, self._before = pathlib.Path(workdir), options, start, seconds
         self._writes = jax.process_index() == 0
         self._bar = None
-        self._events, self._file, self._loss, self._skipped = None, None, math.nan, 0
+        self._events, self._wandb, self._file, self._loss, self._skipped = None, None, None, math.nan, 0
         self._began = self._printed = self._logged = time.perf_counter()
         self._logged_step, self._paused, self._all_paused = start, 0.0, 0.0
 
@@ -57,6 +57,8 @@ class MetricsLogger:
                 self._file = path.open("a")
             if self._options.tensorboard:
                 self._events = Events(self._workdir, self._start)
+            if project := self._options.get("wandb", ""):
+                self._wandb = weights_and_biases.WandbRun(self._workdir, project, run_metadata.read_config(self._workdir))
         return self
 
     def __exit__(self, *_) -> None:
@@ -65,8 +67,12 @@ class MetricsLogger:
         if self._writes:
             with contextlib.suppress(OSError):  # of a full disk, which has been reported
                 self._file.close()
-            if self._events:
-                self._events.close()
+            for curves in self._curves:
+                curves.close()
+
+    @property
+    def _curves(self) -> list[Events | weights_and_biases.WandbRun]:
+        return [curves for curves in (self._events, self._wandb) if curves]
 
     def start_clock(self) -> None:
         """Training time runs from here."""
@@ -116,23 +122,21 @@ class MetricsLogger:
         with self._writing("metrics.jsonl"):
             self._file.write(json.dumps({"step": step, **line}) + "\n")
             self._file.flush()
-        if self._events:
-            self._events.write(step, values)
+        for curves in self._curves:
+            curves.write(step, values)
 
     def image(self, step: int, name: str, image: Any) -> None:
         """A Pillow image: WORKDIR/grids/STEP.png, or STEP_NAME.png, on disk when this returns."""
         if not self._writes:
             return
-        data = io.BytesIO()
-        image.save(data, "PNG")
         try:
             folder = self._workdir / "grids"
             folder.mkdir(exist_ok=True)
-            files.write_whole(folder / f"{step:08d}{name and f'_{name}'}.png", data.getvalue())
+            files.write_whole(folder / f"{step:08d}{name and f'_{name}'}.png", _png(image))
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror or error}).") from error
-        if self._events:
-            self._events.image(step, f"grid/{name}" if name else "grid", image.size, data.getvalue())
+        for curves in self._curves:
+            curves.image(step, f"grid/{name}" if name else "grid", image)
 
     def summary(self, step: int, meta: Mapping[str, Any]) -> None:
         """Writes run.json: what the run cost, up to the checkpoint with this meta."""
@@ -206,11 +210,12 @@ class Events:
                 scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
                 self._add(step=step, summary=self._summary(value=scalars))
 
-    def image(self, step: int, name: str, size: tuple[int, int], png: bytes) -> None:
+    def image(self, step: int, name: str, image: Any) -> None:
+        """A Pillow image."""
         if self._records:
             with self._optional():
-                image = self._summary.Image(width=size[0], height=size[1], colorspace=4, encoded_image_string=png)
-                self._add(step=step, summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
+                shown = self._summary.Image(width=image.width, height=image.height, colorspace=4, encoded_image_string=_png(image))
+                self._add(step=step, summary=self._summary(value=[self._summary.Value(tag=name, image=shown)]))
 
     def close(self) -> None:
         if self._records:
@@ -228,6 +233,12 @@ class Events:
         except (ImportError, OSError) as error:  # a run does not end for want of curves
             self._records = None
             log.warning("no TensorBoard events are written: %s: %s", type(error).__name__, error)
+
+
+def _png(image: Any) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
 
 
 def _lines_until(path: pathlib.Path, step: int) -> list[str]:
