@@ -101,3 +101,28 @@ def test_only_images_have_features_and_only_if_a_network_is_named():
         SampleMetrics({"kind": "inception", "path": "x"}, target="latent")(experiment(), None, CONFIG, None, 0)
     assert sample_metrics({"kind": "", "path": ""}, most=5) == ()
     assert sample_metrics(ConfigDict({"kind": "dinov2", "path": "x"}), most=5) == (SampleMetrics({"kind": "dinov2", "path": "x"}, most=5),)
+
+
+@pytest.mark.parametrize("limits", [True, False])
+def test_what_may_be_the_best_is_what_is_measured(limits, monkeypatch):
+    evaluator = SampleMetrics({"kind": "efficientnet_lite0"}, condition="label", batch=7, limits=limits)
+    prepared = evaluator.prepared(experiment(), CONFIG)
+    made = split(0, 45).take(np.arange(45))["image"]
+    monkeypatch.setattr(sampled_images, "sample_batched", lambda *args, **options: {"image": made})
+    metrics = prepared(experiment(), None, CONFIG, None, 0).metrics
+    plain = {name for name in metrics if not name.endswith(("_bias", "_std", "_real"))}
+    assert set(prepared.better) == plain == set(evaluator.better) and prepared.better["lite0-FD"] == "min"
+    assert ("lite0-FD_real" in metrics) == limits
+    few = SampleMetrics({"kind": "efficientnet_lite0"}, condition="label", most=3, limits=False).prepared(experiment(), CONFIG)
+    assert set(few.better) == {"lite0-FD", "lite0-KID"}  # too few for splits and for a third neighbour
+
+
+def test_a_stored_reference_takes_the_place_of_held_out_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampled_images, "sample_batched", lambda *args, **options: {"image": split(0, 45).take(np.arange(45))["image"]})
+    held = SampleMetrics({"kind": "efficientnet_lite0"}, limits=False)(experiment(), None, CONFIG, None, 0).metrics
+    shown = Images(8, 8, 1).show(split(1, 45).take(np.arange(45))["image"])
+    np.savez(tmp_path / "images.npz", arr_0=shown.repeat(3, -1))
+    stored = SampleMetrics({"kind": "efficientnet_lite0"}, limits=False, reference=str(tmp_path / "images.npz"))
+    found = stored(experiment(), None, CONFIG, None, 0)
+    assert found.metrics == pytest.approx(held, rel=1e-6)
+    assert found.settings["lite0-FD"]["reference"] == str(tmp_path / "images.npz")

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import PartitionSpec
 from PIL import Image
 
 from mmdiff.data.sources import ArraySource
@@ -194,3 +195,19 @@ def test_metrics_that_are_not_stated_or_whose_reference_is_missing_end_the_run_b
     with pytest.raises(UserError, match="statistics.npz"):
         loop.train(dataclasses.replace(experiment, in_loop=(evaluator,)), config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_spread_over_devices_are_measured_whole(config, experiment, tmp_path, monkeypatch):
+    config.train.update(steps=4, sample_every=4, metrics_every=4, tensorboard=False)
+    found = {}
+    for count in (1, 4):
+        monkeypatch.undo()
+        make_mesh = sharding.make_mesh
+        monkeypatch.setattr(sharding, "make_mesh", lambda axes, count=count, make=make_mesh: make(axes, jax.devices()[:count]))
+        config.train.mesh.fsdp = count
+        rules = [("image", PartitionSpec(None, "fsdp")), (".*", PartitionSpec())]
+        state = loop.train(dataclasses.replace(experiment, in_loop=(Known(),), rules=rules), config, tmp_path / str(count))
+        assert state.ema["params"]["image"].is_fully_replicated == (count == 1)
+        found[count] = next(row["val/norm"] for row in rows(tmp_path / str(count)) if "val/norm" in row)
+        assert list(grids(tmp_path / str(count))) == ["00000004.png"]
+    assert found[1] == pytest.approx(found[4], rel=1e-5)
