@@ -27,9 +27,10 @@ import numpy as np
 
 from mmdiff import console, files, hosts
 from mmdiff.data import drafts, shards
+from mmdiff.data.arrays import read_array
 from mmdiff.data.encoded import Encoded, EncodedCache, Read
 from mmdiff.data.loader import prefetch
-from mmdiff.data.modalities import Latents
+from mmdiff.data.modalities import Labels, Latents
 from mmdiff.data.named_autoencoders import CODES, ImageTokens, read_codes
 from mmdiff.data.sources import digest
 from mmdiff.errors import UserError
@@ -58,7 +59,14 @@ def write(cache: EncodedCache, folder: str | os.PathLike, splits: Sequence[str] 
         encoder.opened  # noqa: B018 - a path that is not there is said first
     if not cache.data.images:
         raise UserError("config.data.images is empty: name the folder of the images to encode, --config.data.images=FOLDER.")
+    if not shards.is_encoded(folder) and folder.resolve().is_relative_to(files.expand(cache.data.images).resolve()):
+        raise UserError(f"{folder} lies in {cache.data.images}, whose folders are read as classes: write the cache elsewhere.")
     sources = {split: cache.source(split) for split in splits}
+    for labels in cache.modalities.values():
+        for source in sources.values():
+            if isinstance(labels, Labels) and len(source.names) > labels.count:
+                has = f"{cache.data.images} has images of {len(source.names):,} classes, and the config's model takes {labels.count:,}"
+                raise UserError(f"{has}: leave the others out, or copy the config and set their number in it.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _choose_codes(cache, folder, sources)
@@ -121,6 +129,8 @@ class _Split:
             def missing(numbers):
                 return [number for number in numbers if not _shard(draft, number).exists()]
 
+            for number in range(jax.process_index(), len(starts), jax.process_count()):
+                self._check(draft, number)
             for path in sorted(draft.glob("shard-*.json")):
                 self.source.skip(files.read_json(path)["skipped"])
             self._encode(draft, missing(range(jax.process_index(), len(starts), jax.process_count())))
@@ -147,6 +157,16 @@ class _Split:
                 raise UserError(f"{self.folder} was written of other images, or by other encoders: remove it, or write elsewhere.")
             return None
         return str(held.enter_context(drafts.draft(self.folder, self.identity, keep=True)))
+
+    def _check(self, draft: pathlib.Path, number: int) -> None:
+        """A shard that a killed call, or a machine that went down with it, has left cut short is made again."""
+        try:
+            note = files.read_json(_shard(draft, number))
+            cut = any(len(read_array(draft / file, mmap=True)) != note["rows"] for file in note["sha256"])
+        except (files.FileError, KeyError, TypeError):
+            cut = True
+        if cut:
+            _shard(draft, number).unlink(missing_ok=True)
 
     def _encode(self, draft: pathlib.Path, numbers: Sequence[int]) -> None:
         """Makes shards: the next batch is read and the last one stored, in threads, while the devices encode one."""

@@ -1,6 +1,7 @@
 """Caches of encoded images: the same bytes whatever writes them and whenever it is killed, and nothing lost without a word."""
 
 import json
+import resource
 
 import jax
 import numpy as np
@@ -88,6 +89,38 @@ def test_eight_devices_that_are_killed_after_each_shard_write_the_bytes_of_one(a
     assert contents(tmp_path) == contents(alone) and len(contents(alone)) == 15 and written == [6]
     monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("it is there"))
     assert not encoded_caches.write(cache(autoencoder, images), tmp_path, ["train"], shard=10)
+
+
+@pytest.mark.parametrize("file", ["image-00000.npy", "shard-00000.json"])
+def test_shards_that_a_crash_cut_short_are_made_again(autoencoder, images, alone, tmp_path, monkeypatch, file):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encoded_caches._Split, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        encoded_caches.write(cache(autoencoder, images), tmp_path, ["train"], shard=10)
+    cut = tmp_path / ".train.partial/content" / file
+    cut.write_bytes(cut.read_bytes()[:-20])
+    assert encoded_caches.write(cache(autoencoder, images), tmp_path, ["train"], shard=10)
+    assert contents(tmp_path) == contents(alone)
+
+
+def test_what_cannot_be_a_cache_is_refused_before_anything_is_encoded(autoencoder, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("it is to be refused"))
+    for out in (images / "train/d", images):  # of which the next call would make a class
+        with pytest.raises(UserError, match="whose folders are read as classes: write the cache elsewhere"):
+            encoded_caches.write(cache(autoencoder, images), out)
+    monkeypatch.setitem(MODALITIES, "label", Labels(2))
+    with pytest.raises(UserError, match="has images of 3 classes, and the config's model takes 2"):
+        encoded_caches.write(cache(autoencoder, images), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_named(autoencoder, images, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, hard))  # where a disk would end
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
+            encoded_caches.write(cache(autoencoder, images), tmp_path / "out", ["train"], shard=10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_statistics_are_those_of_what_is_stored(alone):

@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_said(latents, images, captioned, autoencoder, tmp_
     status, said = run(capsys, *use, f"--config.data.images={images / 'train'}", "--out", str(out))
     assert status == 2 and f"{out}/train was written of other images, or by other encoders: remove it" in said[0]
     status, said = run(capsys, *use, f"--config.data.images={images}", "--out", str(images))  # whose folders have these names, too
-    assert status == 2 and f"{images}/train is there already: choose another folder" in said[0]
+    assert status == 2 and f"{images} lies in {images}, whose folders are read as classes" in said[0]
     assert {path.name for path in images.iterdir()} == {"train", "val"}
     elsewhere = ["--out", str(tmp_path / "out")]
     status, said = run(capsys, *use, f"--config.data.images={captioned}", "--config.data.set=captioned", *elsewhere)
