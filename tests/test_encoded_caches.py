@@ -1,11 +1,16 @@
 """Caches of encoded images: the same bytes whatever writes them and whenever it is killed, and nothing lost without a word."""
 
+import dataclasses
+import io
 import json
 import resource
+import tarfile
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+import small_sets
 import tiny_encoders
 from ml_collections import ConfigDict
 from PIL import Image
@@ -18,6 +23,7 @@ from mmdiff.data.modalities import Labels, Latents
 from mmdiff.data.named_autoencoders import Autoencoder
 from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
+from mmdiff.training import run_metadata
 
 MODALITIES = {"image": Latents(4, 4, 4, scale=0.5), "label": Labels(3)}
 
@@ -176,3 +182,56 @@ def test_damaged_images_are_left_out_and_counted_or_end_it(autoencoder, damaged,
     single = whole.encode(whole.read(36, 38))["image"]  # the images after a damaged one have not moved
     stored = np.load(out / "image-00000.npy")[34:36].astype(np.float32)
     np.testing.assert_allclose(stored, single, atol=2e-3, rtol=2e-3)
+
+
+def test_every_kind_of_source_gives_the_same_latents(autoencoder, tmp_path):
+    photos = [small_sets.picture(i) for i in range(6)]
+    for i, photo in enumerate(photos):
+        for name in (f"classes/train/{i}/a.jpg", f"captioned/train/{i}.jpg"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(photo)
+        (tmp_path / f"captioned/train/{i}.txt").write_text("a caption")
+    for kind, beside in (("cls", b"%d"), ("txt", b"caption %d")):
+        (tmp_path / kind / "train").mkdir(parents=True)
+        for shard in range(2):
+            with tarfile.open(tmp_path / kind / f"train/{shard}.tar", "w") as tar:
+                for i in range(3 * shard, 3 * shard + 3):
+                    for name, content in ((f"{i}.jpg", photos[i]), (f"{i}.{kind}", beside % (7 * i))):
+                        info = tarfile.TarInfo(name)
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+    (tmp_path / "classes/val/0").mkdir(parents=True)
+    small_sets.prepare(small_sets.ImageNet, tmp_path / "tfds")
+    found = {}
+    for place, name in {"classes": "folder", "cls": "folder", "tfds": "imagenet2012", "captioned": "captioned", "txt": "captioned"}.items():
+        source = cache(autoencoder, tmp_path / place, set=name)
+        if name == "captioned":
+            source = dataclasses.replace(source, modalities={"image": MODALITIES["image"]})
+        else:
+            source = dataclasses.replace(source, modalities=MODALITIES | {"label": Labels(1000)})
+        assert encoded_caches.write(source, tmp_path / "out" / place, ["train"])
+        stored = tmp_path / "out" / place / "train"
+        found[place] = np.load(stored / "image-00000.npy")
+        if name != "captioned":
+            expected = np.repeat(np.arange(6) * (1 if place == "classes" else 7), 2)
+            np.testing.assert_array_equal(np.load(stored / "label-00000.npy"), expected)
+        np.testing.assert_array_equal(found[place], found["classes"])
+    # Mirrored is the crop, not the image.
+    source = cache(autoencoder, tmp_path / "classes").source("train")
+    [view] = source.read(0, 2).views
+    np.testing.assert_array_equal(view[1], view[0][:, ::-1])
+
+
+def test_a_run_notes_its_cache_and_the_encoder(autoencoder, images, alone):
+    meta, written = json.loads((alone / "train/meta.json").read_text()), cache(autoencoder, images)
+    assert meta["images"] == written.source("train").images()
+    assert meta["encoders"]["image"]["fingerprint"] == written.encoders[0].fingerprint()
+    used = dataclasses.replace(written, data=ConfigDict({**written.data, "dir": str(alone)}))
+    experiment = SimpleNamespace(modalities=MODALITIES, **used.for_experiment)
+    (alone.parent / "run").mkdir()
+    run_metadata.write_dependencies(alone.parent / "run", experiment)
+    noted = json.loads((alone.parent / "run/dependencies.json").read_text())
+    assert noted == {"autoencoder": meta["encoders"]["image"]["fingerprint"]}
+    source = LatentSource(alone, "train", MODALITIES)
+    described = run_metadata.describe_data(experiment, source)
+    assert described == {"fingerprint": source.fingerprint(), "classes": {"label": ["a", "b", "c"]}}
