@@ -1,6 +1,7 @@
 """Sets of images with a few examples, stored as the real ones are: TFDS's array records, and the folders of COCO and CUB-200."""
 
 import contextlib
+import gzip
 import io
 import json
 import pathlib
@@ -117,3 +118,43 @@ def cub200(folder):
     (folder / "trainvalclasses.txt").write_text("\n".join([names[0], names[1], names[3]]) + "\n")
     (folder / "testclasses.txt").write_text(names[2] + "\n")
     return folder
+
+
+def clothes(count):
+    """Images uint8 [count, 28, 28] and labels uint8 [count] in Fashion-MNIST's shape: a bar of noise, whose height names the class."""
+    rng, labels = np.random.default_rng(count), np.arange(count) % 10
+    images = np.zeros((count, 28, 28), np.uint8)
+    for image, label in zip(images, labels):
+        image[2 * label : 2 * label + 6] = rng.integers(100, 256, (6, 28))
+    return images, labels.astype(np.uint8)
+
+
+def idx(array):
+    """An array uint8 as the content of an idx file."""
+    return bytes([0, 0, 8, array.ndim]) + b"".join(length.to_bytes(4, "big") for length in array.shape) + array.tobytes()
+
+
+def fashion_mnist(folder, train=240, test=40):
+    """The four files, of a few made-up clothes; those for training are compressed."""
+    for part, count in (("train", train), ("t10k", test)):
+        for name, array in zip(("images-idx3", "labels-idx1"), clothes(count)):
+            path = pathlib.Path(folder) / f"{part}-{name}-ubyte"
+            if part == "train":
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(idx(array), 1))
+            else:
+                path.write_bytes(idx(array))
+    return folder
+
+
+class FashionMnist(Tiny, skip_registration=True):
+    name = "fashion_mnist"
+    VERSION = tfds.core.Version("3.0.1")
+    COUNTS = {"train": 24, "test": 10}
+    FEATURES = {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
+
+    def _split_generators(self, dl_manager):
+        return {split: self._of(*clothes(count)) for split, count in self.COUNTS.items()}
+
+    def _of(self, images, labels):
+        for i, (image, label) in enumerate(zip(images, labels)):
+            yield i, {"image": image[..., None], "label": int(label)}

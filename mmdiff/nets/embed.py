@@ -124,16 +124,23 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Patches(Stream):
-    """Images [B, H, W, C], one token per patch, with fixed 2-d positions. `out_channels` (default C) may hold more, e.g. a sigma head."""
+    """Images [B, H, W, C], one token per patch, with fixed 2-d positions. `out_channels` (default C) may hold more, e.g. a sigma head.
+
+    With a `stem`, convolutions of 3 x 3 that halve the sides down to the grid of patches see past a patch's borders, and their result is
+    added to the tokens. The last has the network's width, those before it stem, 2 stem, ... channels (Xiao et al. 2021).
+    """
 
     height: int
     width: int
     channels: int
     patch: int
     out_channels: int | None = None
+    stem: int = 0
 
     def __post_init__(self):
         check_fields(self)
+        if self.stem and (self.patch < 2 or self.patch & (self.patch - 1)):
+            raise UserError(f"a convolutional stem halves the sides of an image: a patch is 2, 4, 8, ..., not {self.patch}.")
         if self.height % self.patch or self.width % self.patch:
             raise UserError(f"patches of {self.patch} do not tile an image of {self.height}x{self.width}.")
 
@@ -143,6 +150,12 @@ class Patches(Stream):
 
     def encode(self, x, width, dtype, name):
         tokens = Dense(width, kernel_init=xavier, dtype=dtype, name=f"{name}_in")(patchify(x, self.patch))
+        halvings = self.patch.bit_length() - 1 if self.stem else 0
+        for i in range(halvings):
+            features = width if i == halvings - 1 else self.stem << i
+            x = nn.Conv(features, (3, 3), (2, 2), dtype=dtype, name=f"{name}_stem_{i}")(x if i == 0 else nn.gelu(x))
+        if halvings:
+            tokens = tokens + x.reshape(tokens.shape)
         return tokens + sincos_2d(width, self.height // self.patch, self.width // self.patch).astype(tokens.dtype)
 
     def decode(self, h, dtype, name):

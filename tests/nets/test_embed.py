@@ -1,5 +1,6 @@
 """Embeddings: times, positions, patches."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,3 +44,23 @@ def test_patches_must_tile_the_image():
     assert Patches(8, 4, 1, 2).length == 8
     with pytest.raises(ValueError, match="patches of 3 do not tile an image of 8x8"):
         Patches(8, 8, 1, 3)
+
+
+class Encoded(nn.Module):
+    stream: Patches
+
+    @nn.compact
+    def __call__(self, x):
+        return self.stream.encode(x, 8, jnp.float32, "image")
+
+
+def test_a_stem_sees_past_the_borders_of_patches():
+    x = jnp.zeros((2, 8, 8, 1)).at[1, 3, 3].set(1.0)  # a pixel at the corner of the first of four patches
+    changed = {}
+    for stem in (0, 4):
+        tokens, params = Encoded(Patches(8, 8, 1, 4, stem=stem)).init_with_output(jax.random.key(0), x)
+        changed[stem] = (np.abs(tokens[1] - tokens[0]).max(-1) > 1e-6).tolist()
+        assert sorted(params["params"]) == ["image_in", *(["image_stem_0", "image_stem_1"] if stem else [])]
+    assert changed == {0: [True, False, False, False], 4: [True] * 4}
+    with pytest.raises(ValueError, match="a convolutional stem halves the sides.*not 3"):
+        Patches(9, 9, 1, 3, stem=8)

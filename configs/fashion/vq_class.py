@@ -1,0 +1,61 @@
+"""CDCD on Fashion-MNIST: 32x32 pixels as 8x8 codes of a VQ autoencoder, given the class, by mask-and-replace diffusion with its contrast.
+
+    DATA="--config.data.dir=FOLDER"
+    python -m mmdiff train --config configs/fashion/vq_tokenizer.py --workdir runs/fashion_tokenizer $DATA
+    python -m mmdiff cache --config configs/fashion/vq_tokenizer.py --workdir runs/fashion_tokenizer --out runs/fashion_tokens
+    python -m mmdiff train --config configs/fashion/vq_class.py --workdir runs/fashion_class $DATA
+    python -m mmdiff eval  --config configs/fashion/vq_class.py --workdir runs/fashion_class
+    python -m mmdiff sample --config configs/fashion/vq_class.py --workdir runs/fashion_class --given label=sandal
+
+FOLDER, of which the evaluation takes the real images, is that of configs/fashion/joint.py; the chain is configs/cdcd/digits_class.py's.
+It has not been trained yet. 2.77M parameters; `eval` measures what configs/fashion/README.md says, but the label.
+"""
+
+from functools import partial
+
+from ml_collections import ConfigDict
+
+from mmdiff import Experiment, contrastive, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Labels, TokenImages, network_fingerprint
+from mmdiff.data.token_cache import decoder, token_source
+from mmdiff.processes import Given, Joint, MaskReplace
+from mmdiff.projects.fashion.fashion import NAMES
+from mmdiff.projects.fashion.fashion_metrics import FashionMetrics
+from mmdiff.training import optim
+
+GRID, CODES, CLASSES = (8, 8), 256, len(NAMES)  # of configs/fashion/vq_tokenizer.py; the null label is CLASSES
+
+
+def get_config():
+    return ConfigDict({
+        "seed": 0,
+        "data": {"dir": "", "tokens": "runs/fashion_tokens"},
+        "model": {"width": 192, "depth": 4, "heads": 4, "patch": 2, "mlp_ratio": 4.0},
+        "chain": {"steps": 80, "evidence": True}, "label_dropout": 0.1,
+        # The released weights; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
+        "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
+        "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
+        "train": training_config(
+            steps=8000, global_batch=128, ema=0.999, learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, clip=1.0,
+            eval_every=1000, checkpoint_every=500),
+        "sample": {"steps": 40, "guidance": 1.0, "top_p": 1.0},
+        "eval": {"samples": 10_000, "batch": 250},
+    })
+
+
+def build(config):
+    data, steps = config.data, config.chain.steps
+    tokens = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
+    process = Joint(tokens=tokens, label=Given(null=CLASSES))
+    net = nets.TokenTransformer(classes=CODES, grid=GRID, labels=CLASSES + 1, **nets.options(config.model))
+    truncated = [sampling.only("tokens", sampling.top_p(config.sample.top_p))] if config.sample.top_p < 1 else []
+    return Experiment(
+        process=process, net=net,
+        modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(data.tokens)), "label": Labels(CLASSES, synonyms=NAMES)},
+        loss=losses.diffusion(
+            process, net.apply, times.conditional("label", dropout=config.label_dropout, tokens=times.importance(steps, "vlb")),
+            contrastive.cdcd(
+                tokens, steps, of="tokens", given="label", form=contrastive.form(config.form, config.temperature), **config.loss)),
+        optimizer=optim.muon(config.train), data=partial(token_source, data.tokens),
+        sampler={"transforms": truncated}, frozen_deps={"tokenizer": partial(network_fingerprint, data.tokens)},
+        evaluators=(FashionMetrics(data.dir, target="tokens", samples=config.eval.samples, batch=config.eval.batch),))

@@ -1,0 +1,124 @@
+"""What is measured of a model of Fashion-MNIST: the labels that it reads, and one set of class-balanced samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from mmdiff.data.modalities import Images
+from mmdiff.data.sources import load_all
+from mmdiff.evals import plots
+from mmdiff.evals.accuracy import accuracy, confusion
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, predict_batched, sample_batched
+from mmdiff.evals.sample_metrics import DEFAULT, NETWORKS, collect, compare, convention, open_network
+from mmdiff.projects.fashion import clothes_classifier
+from mmdiff.projects.fashion.fashion import NAMES, SIZE, central, fashion_source
+
+CLASSES = len(NAMES)
+
+
+@dataclasses.dataclass(frozen=True)
+class FashionMetrics:
+    """The metrics and figures of a model that samples clothes of a class.
+
+    * `label_accuracy`, of a model that learns the label: its most likely label of every held-out image, by one network call.
+    * lite0-FD, -precision, -recall, ... of the samples against all held-out images; `_real` of as many training images in their place.
+    * `conditional_agreement`: the share of samples to which the independent classifier gives the label that they were sampled for.
+    * `classification_accuracy_score`: the accuracy on held-out images of such a classifier that was trained on the samples alone.
+
+    Images are compared as they are published, in 256 levels and without the margin.
+
+    Attributes:
+      folder: of `fashion_source`, whose images are the real ones whatever the model samples.
+      target, label: the names of the two modalities; the target shows grey images of 32 x 32 pixels.
+      samples: how many, and how many training images they are compared with; sample i is of class i modulo 10.
+      batch: examples in a call of the network or the sampler.
+      classifier_steps: of the training of each classifier.
+    """
+
+    folder: str
+    target: str = "image"
+    label: str = "label"
+    samples: int = 10_000
+    batch: int = 250
+    classifier_steps: int = clothes_classifier.STEPS
+
+    def __call__(self, experiment, params, config, key, step) -> EvalResult:
+        steps, guidance = int(config.sample.steps), float(config.sample.guidance)
+        label_key, sample_key = jax.random.split(key)
+        held_images, held = self._real(experiment.split)
+        train_images, train = self._real("train")
+        clock, metrics, texts, figures = Clock(), {}, {}, {}
+
+        if experiment.process.parts[self.label].learnt:
+            clock.start("label_accuracy", f"the labels of {len(held)} images, one call each")
+            images = load_all(experiment.test_data())[self.target]
+            read = best("p(label | image)", predict_batched(experiment, params, label_key, {self.target: images}, self.label, self.batch))
+            metrics["label_accuracy"] = accuracy(read, held)
+            texts["label_accuracy"] = f"argmax of p(label | image), one network call; {len(held)} held-out images"
+            table = plots.matrix(confusion(read, held, CLASSES), NAMES, "true label", "label predicted by the model")
+            figures["Image to label"] = Figure(table, f"{len(held)} held-out images, one network call each.")
+
+        asked = np.arange(self.samples, dtype=np.int32) % CLASSES
+        clock.start("samples", f"sampling {self.samples} images by label, {steps} steps")
+        options = {"batch": self.batch, "steps": steps, "guidance": guidance}
+        sampled = sample_batched(experiment, params, sample_key, {self.label: asked}, self.samples, **options)[self.target]
+        made = _grey(experiment.modalities[self.target].show(sampled))
+
+        clock.start("classifiers", "training the independent classifier, and another one on the samples")
+        independent = clothes_classifier.trained(train_images, train, CLASSES, self.classifier_steps)
+        seen = independent(made)
+        metrics |= {
+            "conditional_agreement": accuracy(seen, asked),
+            "classifier_real_accuracy": accuracy(independent(held_images), held),
+            "classification_accuracy_score": accuracy(
+                clothes_classifier.trained(made, asked, CLASSES, self.classifier_steps)(held_images), held)}
+        texts |= {
+            "conditional_agreement": f"share of {self.samples} samples, as many of every class, to which the independent classifier gives "
+            "the label that they were sampled for",
+            "classifier_real_accuracy": f"the share of {len(held)} held-out images whose own label it gives them",
+            "classification_accuracy_score": f"the same of a classifier trained on the {self.samples} samples alone"}
+
+        clock.start("features", "features of samples, held-out and training images")
+        encoder, fresh = open_network(), train_images[np.arange(self.samples) * len(train) // self.samples]
+        of_made, of_held, of_fresh = (collect(encoder, _batches(images)) for images in (made, held_images, fresh))
+        found, definitions, counts = compare(DEFAULT, of_made, of_held)
+        limits, limit_texts, _ = compare(DEFAULT, of_fresh, of_held)
+        clock.stop()
+        for name in limits:
+            if not name.endswith(("_bias", "_std")):
+                found[f"{name}_real"] = limits[name]
+                definitions[f"{name}_real"] = f"the same of {self.samples} training images in the place of samples: {limit_texts[name]}"
+        sampler = f"{steps} steps, guidance {guidance:g}"
+        for title, images, labels, text in (
+                ("Label to image", made, asked, f"One class per row; {sampler}; the first of each class, none chosen."),
+                ("Real images", held_images, held, "Held out, for comparison.")):
+            ten = np.concatenate([np.flatnonzero(labels == c)[:10] for c in range(CLASSES)])
+            figures[title] = Figure(plots.grid(images[ten], 10, rows=NAMES), text)
+        table = plots.matrix(confusion(seen, asked, CLASSES), NAMES, "label given", "label seen by the classifier")
+        figures["Label to image, as the classifier sees it"] = Figure(table, f"{self.samples} samples.")
+        settings = {
+            "sample_steps": steps, "guidance": guidance, "label_conditioned_samples": self.samples,
+            "classifier": clothes_classifier.DESCRIPTION, "classifier_steps": self.classifier_steps,
+            "images": "28 x 28 pixels of 256 levels", NETWORKS[DEFAULT].distance: {**convention(encoder), **counts},
+            "evaluation_seconds": clock.seconds}
+        return EvalResult({**metrics, **found}, {**texts, **definitions}, figures, settings)
+
+    def _real(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """The real images of a split, uint8 [n, 28, 28, 1], and their labels [n]."""
+        found = load_all(fashion_source(split, self.folder))
+        return _grey(Images(SIZE, SIZE).show(found["image"])), found["label"]
+
+
+def _grey(shown: np.ndarray) -> np.ndarray:
+    """What a modality shows, without the margin: uint8 [n, 28, 28, 1]."""
+    return central(shown)[..., :1]
+
+
+def _batches(images: np.ndarray, at_once: int = 1000) -> Iterator[np.ndarray]:
+    """Grey images as the networks of features take them: uint8 [m, 28, 28, 3], some at a time."""
+    for start in range(0, len(images), at_once):
+        yield np.repeat(images[start : start + at_once], 3, axis=-1)
