@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from mmdiff import hosts
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import load_all
 from mmdiff.evals import plots
@@ -119,6 +120,7 @@ def _grey(shown: np.ndarray) -> np.ndarray:
 
 
 def _batches(images: np.ndarray, at_once: int = 1000) -> Iterator[np.ndarray]:
-    """Grey images as the networks of features take them: uint8 [m, 28, 28, 3], some at a time."""
-    for start in range(0, len(images), at_once):
-        yield np.repeat(images[start : start + at_once], 3, axis=-1)
+    """This process's part of grey images, as the networks of features take them: uint8 [m, 28, 28, 3], some at a time."""
+    mine = hosts.part(len(images))
+    for start in range(mine.start, mine.stop, at_once):
+        yield np.repeat(images[start : min(start + at_once, mine.stop)], 3, axis=-1)
