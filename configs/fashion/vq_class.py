@@ -23,7 +23,7 @@ from mmdiff.projects.fashion.fashion import NAMES
 from mmdiff.projects.fashion.fashion_metrics import FashionMetrics
 from mmdiff.training import optim
 
-GRID, CODES, CLASSES = (8, 8), 256, len(NAMES)  # of configs/fashion/vq_tokenizer.py; the null label is CLASSES
+GRID, CODES = (8, 8), 256  # of configs/fashion/vq_tokenizer.py
 
 
 def get_config():
@@ -44,18 +44,18 @@ def get_config():
 
 
 def build(config):
-    data, steps = config.data, config.chain.steps
-    tokens = MaskReplace(CODES, schedules.vqd_released(steps), config.chain.evidence)
-    process = Joint(tokens=tokens, label=Given(null=CLASSES))
-    net = nets.TokenTransformer(classes=CODES, grid=GRID, labels=CLASSES + 1, **nets.options(config.model))
-    truncated = [sampling.only("tokens", sampling.top_p(config.sample.top_p))] if config.sample.top_p < 1 else []
+    data, chain, classes = config.data, config.chain, len(NAMES)  # the null label is `classes`
+    tokens = MaskReplace(CODES, schedules.vqd_released(chain.steps), chain.evidence)
+    process = Joint(tokens=tokens, label=Given(null=classes))
+    net = nets.TokenTransformer(classes=CODES, grid=GRID, labels=classes + 1, **nets.options(config.model))
     return Experiment(
         process=process, net=net,
-        modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(data.tokens)), "label": Labels(CLASSES, synonyms=NAMES)},
+        modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(data.tokens)), "label": Labels(classes, synonyms=NAMES)},
         loss=losses.diffusion(
-            process, net.apply, times.conditional("label", dropout=config.label_dropout, tokens=times.importance(steps, "vlb")),
+            process, net.apply, times.conditional("label", dropout=config.label_dropout, tokens=times.importance(chain.steps, "vlb")),
             contrastive.cdcd(
-                tokens, steps, of="tokens", given="label", form=contrastive.form(config.form, config.temperature), **config.loss)),
+                tokens, chain.steps, of="tokens", given="label", form=contrastive.form(config.form, config.temperature), **config.loss)),
         optimizer=optim.muon(config.train), data=partial(token_source, data.tokens),
-        sampler={"transforms": truncated}, frozen_deps={"tokenizer": partial(network_fingerprint, data.tokens)},
+        sampler={"transforms": [sampling.only("tokens", sampling.top_p(config.sample.top_p))]},
+        frozen_deps={"tokenizer": partial(network_fingerprint, data.tokens)},
         evaluators=(FashionMetrics(data.dir, target="tokens", samples=config.eval.samples, batch=config.eval.batch),))
