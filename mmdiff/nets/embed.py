@@ -153,7 +153,7 @@ class Patches(Stream):
         halvings = self.patch.bit_length() - 1 if self.stem else 0
         for i in range(halvings):
             features = width if i == halvings - 1 else self.stem << i
-            x = nn.Conv(features, (3, 3), (2, 2), dtype=dtype, name=f"{name}_stem_{i}")(x if i == 0 else nn.gelu(x))
+            x = nn.Conv(features, (3, 3), (2, 2), padding=1, dtype=dtype, name=f"{name}_stem_{i}")(x if i == 0 else nn.gelu(x))
         if halvings:
             tokens = tokens + x.reshape(tokens.shape)
         return tokens + sincos_2d(width, self.height // self.patch, self.width // self.patch).astype(tokens.dtype)

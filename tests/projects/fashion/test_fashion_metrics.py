@@ -46,7 +46,7 @@ def test_what_is_measured_of_a_model(tmp_path):
     result = metrics(experiment(metrics.folder), {}, CONFIG, jax.random.key(0), 0)
     found = result.metrics
     assert found["label_accuracy"] == 1 and found["classifier_real_accuracy"] >= 0.95
-    assert found["conditional_agreement"] == pytest.approx(0.5, abs=0.03) and found["classification_accuracy_score"] <= 0.55
+    assert found["conditional_agreement"] == pytest.approx(0.5, abs=0.03) and found["classification_accuracy_score"] < 0.8
     assert 0 < found["lite0-FD_real"] < found["lite0-FD"] and found["lite0-recall"] < found["lite0-recall_real"]
     assert set(result.definitions) == set(found) and len(result.figures) == 4
     counts = result.settings["lite0-FD"]
