@@ -19,6 +19,7 @@ from mmdiff.__main__ import main
 from mmdiff.encoders.dinov2 import DINOv2
 
 CONFIG = str(pathlib.Path(__file__).parents[1] / "tiny_dit.py")
+MEASURED = ["--config.train.metrics_every=4", "--config.train.best=val/FD-DINOv2"]
 CLASSES, TRAIN, VAL, SIDE, NUMBER = ("bird", "cat", "dog"), 7, 6, 32, 257
 ODD = {"exif.png": 0, "alpha.png": 1, "deep.png": 2, "grey.png": 3}  # their names, and the places of their plain twins among those of val
 
@@ -110,10 +111,13 @@ def cached(server, place):
 
 @pytest.fixture(scope="module")
 def workdir(place, cached):
-    """A run on the cache."""
-    path = place / "run"
-    use = [f"--config.data.dir={cached}", f"--config.encoder.path={place / 'vae'}"]
-    assert main(["train", "--config", CONFIG, "--workdir", str(path), *use]) == 0
+    """A run on the cache that is measured on its way, against stored statistics of the images."""
+    path, statistics = place / "run", place / "val.npz"
+    features = ["--network", "dinov2", "--weights", str(place / "dinov2"), "--write-statistics", str(statistics)]
+    assert main(["eval", "--samples", str(place / "imagenet/val"), "--size", str(SIDE), *features]) == 0
+    use = [f"--config.data.dir={cached}", f"--config.encoder.path={place / 'vae'}", f"--config.eval.reference={statistics}"]
+    use += ["--config.eval.encoder.kind=dinov2", f"--config.eval.encoder.path={place / 'dinov2'}", "--config.eval.in_loop.steps=2"]
+    assert main(["train", "--config", CONFIG, "--workdir", str(path), *use, "--config.train.sample_every=4", *MEASURED]) == 0
     return path
 
 
@@ -136,6 +140,14 @@ def test_a_cache_of_two_processes_one_of_which_is_killed_has_the_bytes_of_one(se
     answers = two(server, place, cache(place, "two_cached"))
     assert statuses(answers) == [0, 0], answers
     assert contents(place / "two_cached") == contents(cached)
+
+
+def test_the_run_is_measured_on_its_way(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    [distance] = [row["val/FD-DINOv2"] for row in rows if "val/FD-DINOv2" in row]
+    assert 0 < distance < np.inf
+    with Image.open(workdir / "grids/00000004.png") as grid:
+        assert grid.width >= SIDE
 
 
 def sample(place, workdir, out, form="npz"):
@@ -167,10 +179,10 @@ def test_samples_of_eight_devices_and_of_two_processes_have_the_bytes_of_one_dev
     assert contents(place / "two") == expected
 
 
-def measured(place, samples, network, weights=()):
+def measured(place, samples, network, weights=(), reference="imagenet/val"):
     out = place / "metrics.json"
-    reference = ["--reference", str(place / "imagenet/val"), "--size", str(SIDE)]
-    assert main(["eval", "--samples", str(samples), *reference, "--network", network, *weights, "--json", str(out)]) == 0
+    compared = ["--reference", str(place / reference), *(["--size", str(SIDE)] if reference == "imagenet/val" else [])]
+    assert main(["eval", "--samples", str(samples), *compared, "--network", network, *weights, "--json", str(out)]) == 0
     return json.loads(out.read_text())["metrics"]
 
 
@@ -186,8 +198,11 @@ def assert_one_road(place, workdir, alone, network, weights=()):
 
 
 def test_metrics_of_a_file_on_eight_devices_are_those_of_a_folder_on_one(place, workdir, alone):
-    found = assert_one_road(place, workdir, alone, "dinov2", ["--weights", str(place / "dinov2")])
+    weights = ["--weights", str(place / "dinov2")]
+    found = assert_one_road(place, workdir, alone, "dinov2", weights)
     assert found["FD-DINOv2"] > 0 and 0 <= found["DINOv2-precision"] <= 1
+    stored = measured(place, alone / "samples.npz", "dinov2", weights, "val.npz")
+    assert stored == pytest.approx({name: found[name] for name in ("FD-DINOv2", "FD-DINOv2_bias")}, rel=1e-5)
 
 
 @pytest.mark.slow
