@@ -50,17 +50,34 @@ value_of() {
 
 # What a run does: the mmdiff command that its words begin with, train where they begin with none.
 command_of() {
-    if [[ ${1:-} == sample ]]; then
-        echo sample
-    else
-        echo train
-    fi
+    case ${1:-} in
+        sample | eval | cache) echo "$1" ;;
+        *) echo train ;;
+    esac
 }
 
 # The words of a run have to say what it works on, and where.
 check_run() {
+    local command
+    command=$(command_of "$@")
+    if [[ $command == eval && -n $(value_of --samples "$@") ]]; then
+        return
+    fi
     [[ -n $(value_of --config "$@") ]] || refuse "--config is missing: say what is trained, as in --config configs/digits_joint.py."
+    if [[ $command == cache ]]; then
+        [[ -n $(value_of --out "$@") ]] || refuse "--out is missing: name a folder that all hosts see, as in --out /mnt/runs/latents."
+        return
+    fi
     [[ -n $(value_of --workdir "$@") ]] || refuse "--workdir is missing: name a folder that all hosts see, as in --workdir /mnt/runs/digits."
-    [[ $(command_of "$@") == train || -n $(value_of --format "$@") ]] ||
+    [[ $command != sample || -n $(value_of --format "$@") ]] ||
         refuse "--format is missing: several processes sample sets of images, --format npz or --format png."
+}
+
+# check_build PYTHON DEVICES WORDS: refuses what would not start on so many devices (0: unknown), as far as this machine can know.
+check_build() {
+    local python=$1 devices=$2 command
+    shift 2
+    command=$(command_of "$@")
+    [[ ${1:-} != "$command" ]] || shift
+    run env JAX_PLATFORMS=cpu "$python" -m mmdiff "$command" --check "$devices" "$@" || exit 2
 }

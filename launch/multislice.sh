@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on several TPU slices that are joined by the data-centre network: launch/tpu_vm.sh with SLICES.
+# Trains, samples, evaluates or encodes on several TPU slices that are joined by the data-centre network: launch/tpu_vm.sh with SLICES.
 #
 #   NAME=dit ZONE=us-west4-a TYPE=v5litepod-16 SLICES=2 bash launch/multislice.sh [--dry-run] COMMAND [ARGUMENTS]
 #

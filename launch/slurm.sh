@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Trains or samples on the GPUs of a Slurm cluster, one process per GPU; from a folder that all nodes see:
+# Trains, samples, evaluates or encodes on the GPUs of a Slurm cluster, one process per GPU; from a folder that all nodes see:
 #
-#   NODES=2 GPUS=8 bash launch/slurm.sh [--dry-run] [sample] --config FILE --workdir DIR [--config.KEY=VALUE ...]
+#   NODES=2 GPUS=8 bash launch/slurm.sh [--dry-run] [sample | eval | cache] --config FILE --workdir DIR [--config.KEY=VALUE ...]
 #
-# Installs mmdiff into .venv (options: launch/environment.sh), then hands itself to sbatch. Within an allocation (salloc) it starts at once.
+# Installs mmdiff into .venv (options: launch/environment.sh), builds the config there and then, so that what would not start is refused
+# before it waits, and hands itself to sbatch. Within an allocation (salloc) it starts at once.
 # Five minutes before the time limit, and when it is preempted, every process gets SIGTERM, saves and exits with 143; the job then puts
 # itself back into the queue, and continues the run or the set of samples. The log is WORKDIR/slurm-JOB.log; `scancel JOB` ends it for good.
 #
@@ -33,7 +34,9 @@ nodes=${NODES:-1} gpus=${GPUS:-8} cpus=${CPUS:-8}
 submit() {
     local workdir
     workdir=$(value_of --workdir "$@")
+    workdir=${workdir:-.} # where the log is
     run "$BASH" -c "cd $(quote "$root") && source launch/environment.sh && VENV=$(quote "$venv") environment ${EXTRAS:-cuda}"
+    check_build "$venv/bin/python" $((nodes * gpus)) "$@"
     run mkdir -p "$workdir"
     # --wrap: a script of its own would be copied away from the checkout. --signal: to the processes, not to this script.
     run sbatch --job-name=mmdiff "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus" "--cpus-per-task=$cpus" \

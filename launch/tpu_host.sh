@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What launch/tpu_vm.sh runs on every host of a slice, in the home folder:
 #
-#   [BUCKET=name] bash mmdiff/launch/tpu_host.sh install | run [sample] ARGUMENTS | tail | stop
+#   [BUCKET=name] bash mmdiff/launch/tpu_host.sh install | run [sample | eval | cache] ARGUMENTS | tail | stop
 #
 # The checkout is in mmdiff, the log in mmdiff.log, the number of the process in mmdiff.pid.
 set -euo pipefail
@@ -44,10 +44,12 @@ start() {
     ! is_alive || fail "a run is alive on this host: stop it first."
     install_checkout # nothing to do, unless the host was restarted
     local command=train
-    if [[ $1 == train || $1 == sample ]]; then
-        command=$1
-        shift
-    fi
+    case $1 in
+        train | sample | eval | cache)
+            command=$1
+            shift
+            ;;
+    esac
     # Without SIGHUP the process outlives the connection, and when the host shuts down SIGTERM is what it gets.
     trap '' HUP
     "$python" -m mmdiff "$command" --distributed "$@" >>"$home/mmdiff.log" 2>&1 </dev/null &

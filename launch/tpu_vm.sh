@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Trains or samples on a Cloud TPU slice of any number of hosts, from your own machine, which needs the gcloud command:
+# Trains, samples, evaluates or encodes on a Cloud TPU slice of any number of hosts, from your own machine, which needs the gcloud command:
 #
 #   NAME=dit ZONE=us-west4-a TYPE=v5litepod-16 bash launch/tpu_vm.sh [--dry-run] COMMAND [ARGUMENTS]
 #
 #   create [GCLOUD FLAGS]   asks for the slice and waits until it is there (flags such as --reserved, --service-account=..., --network=...)
 #   install                 copies this checkout to every host and installs it; again after a change
-#   run [sample] ARGUMENTS  starts `python -m mmdiff train --distributed ARGUMENTS` on every host, or sample in the place of train; again, it
-#                           continues the run or the set of samples
+#   run [sample | eval | cache] ARGUMENTS
+#                           starts `python -m mmdiff train --distributed ARGUMENTS` on every host, or another command in the place of train;
+#                           again, it continues the run, the set of samples or the cache
 #   tail                    follows the log of the first host until the run ends; Ctrl-C leaves the run alone
 #   stop                    sends SIGTERM to every host and waits: the run saves itself, and `run` continues it
 #   delete                  gives the slice back, with everything on its disks
-#   all [sample] ARGUMENTS  create, install, run, tail
+#   all [sample | eval | cache] ARGUMENTS
+#                           create, install, run, tail
+#
+# `run` and `all` first build the config on your machine, and refuse what would not start before anything is paid for. That takes seconds,
+# and mmdiff in .venv (options: launch/environment.sh), where it is installed once.
 #
 # NAME, ZONE, TYPE    the slice's name, place and kind: v4-32, v5litepod-16, v5p-32, v6e-16, ... (TYPE for create alone)
 # PROJECT             default: gcloud's own
@@ -90,11 +95,32 @@ install() {
 start() {
     local flags=
     if ((slices > 1)) && [[ $(command_of "$@") == train ]]; then
-        [[ -n $(value_of --config.train.mesh.slices "$@") ]] || set -- "$@" "--config.train.mesh.slices=$slices"
         # Gradients of different slices are summed while the backward pass continues: https://docs.jax.dev/en/latest/xla_flags.html
         flags="LIBTPU_INIT_ARGS=$(quote "${LIBTPU_INIT_ARGS:---xla_tpu_enable_data_parallel_all_reduce_opt=true}") "
     fi
     everywhere "$flags$(host run "$@")"
+}
+
+# How many devices JAX sees on all slices: of v4 and v5p the number in TYPE counts cores, two in a chip. 0 where TYPE is not set.
+devices() {
+    local number=${TYPE##*-}
+    case ${TYPE:-} in
+        v4-* | v5p-*) echo $((number * slices / 2)) ;;
+        *-*) echo $((number * slices)) ;;
+        *) echo 0 ;;
+    esac
+}
+
+# Builds the config here, from the folder and by the paths that the hosts will have.
+check_here() {
+    local config venv=${VENV:-$root/.venv}
+    config=$(value_of --config "$@")
+    [[ -z $config || $config == configs/* || $config != /* && ! -e $root/$config ]] ||
+        refuse "$config does not come with the checkout that the hosts get: put the config below configs/ and name it so."
+    [[ $venv == /* ]] || venv=$PWD/$venv
+    run cd "$root"
+    run "$BASH" -c "$(quote "$venv/bin/python" -c 'import mmdiff') 2>/dev/null || { source launch/environment.sh && VENV=$(quote "$venv") environment ''; }"
+    check_build "$venv/bin/python" "$(devices)" "$@"
 }
 
 case $command in
@@ -110,8 +136,14 @@ slices=${SLICES:-1}
 [[ $slices =~ ^[1-9][0-9]*$ ]] || refuse "SLICES=$slices: give a number of slices, 1 or more."
 if [[ $command == run || $command == all ]]; then # before a slice is paid for
     check_run "$@"
-    [[ -z ${BUCKET:-} || $(value_of --workdir "$@") == /mnt/runs/* ]] ||
-        refuse "with BUCKET the workdir must be below /mnt/runs, where the bucket is, as in --workdir /mnt/runs/digits."
+    for flag in --workdir --out --samples; do
+        [[ -z ${BUCKET:-} || -z $(value_of "$flag" "$@") || $(value_of "$flag" "$@") == /mnt/runs/* ]] ||
+            refuse "with BUCKET $flag must be below /mnt/runs, where the bucket is, as in $flag /mnt/runs/digits."
+    done
+    if ((slices > 1)) && [[ $(command_of "$@") == train && -z $(value_of --config.train.mesh.slices "$@") ]]; then
+        set -- "$@" "--config.train.mesh.slices=$slices"
+    fi
+    check_here "$@"
 fi
 
 case $command in

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from mmdiff import arguments, commands, console
+from mmdiff import arguments, commands, console, preflight
 from mmdiff.errors import UserError
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a caption or a path that the terminal cannot show
     try:
         args = arguments.parse(sys.argv[1:] if argv is None else argv)
-        commands.COMMANDS[args.command](args)
+        (commands.COMMANDS[args.command] if getattr(args, "check", None) is None else preflight.check)(args)
     except (OSError, RuntimeError, ValueError) as error:
         text = str(error) if isinstance(error, UserError) else _of_the_system(error)
         if not text:

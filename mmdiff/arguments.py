@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import shutil
 from collections.abc import Sequence
@@ -281,6 +282,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         option("--coordinator", metavar="HOST:PORT", help="where the launcher is unknown: the address of process 0,")
         option("--processes", metavar="N", help="how many processes there are,")
         option("--process", metavar="I", help="and which one this is, from 0")
+        option("--check", type=_devices, nargs="?", const=0, metavar="N", help="only say whether it would start (on N devices)")
 
     sub = command("train", "train, or continue a run", TRAIN)
     about_profile = "trace N steps, after the first ten, or the steps FIRST to LAST, into DIR/profile"
@@ -383,6 +385,9 @@ def _count(text: str) -> int:
 
 def _many(text: str) -> int:
     return _integer(text, checks.Range(1, 10**12))
+
+
+_devices = functools.partial(_integer, allowed=checks.Range(0, 65_536))
 
 
 def _calls(text: str) -> int:

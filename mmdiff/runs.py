@@ -305,10 +305,7 @@ class Run:
         """
         if split not in ("test", "validation"):
             raise UserError(f"split is 'test' or 'validation', not {checks.short(split)}.")
-        if not self.experiment.evaluators:
-            raise UserError(
-                f"{self.name} measures nothing as it is set: see its head, give its Experiment evaluators, or measure a set of its samples "
-                "(mmdiff eval --samples).")
+        check_measured(self.name, self.experiment)
         from mmdiff.evals import report
         from mmdiff.keys import key_of_use
         from mmdiff.training import checkpoint_files, distributed, run_metadata
@@ -359,3 +356,11 @@ class Run:
             return False
         here = json.loads(configs.to_json(self.config))
         return not configs.difference(former_names.keys(configs.flatten(report["config"]), configs.flatten(here)), here)
+
+
+def check_measured(name: str, experiment: Experiment) -> None:
+    """Raises UserError if a config has nothing to evaluate."""
+    if not experiment.evaluators:
+        raise UserError(
+            f"{name} measures nothing as it is set: see its head, give its Experiment evaluators, or measure a set of its samples "
+            "(mmdiff eval --samples).")

@@ -15,13 +15,18 @@ import time
 import pytest
 import yaml
 
+from mmdiff import arguments
 from mmdiff import config as configs
+from mmdiff.__main__ import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SLICE = {"NAME": "dit", "ZONE": "us-west4-a", "TYPE": "v5litepod-16"}
 RUN = ["--config", "configs/digits_joint.py", "--workdir", "/mnt/runs/it's here", "--config.train.steps=7"]
 SAMPLE = ["sample", *RUN[:4], "--format=npz"]
+EVAL = ["eval", *RUN[:4]]
+MEASURE = ["eval", "--samples", "/mnt/runs/set/samples.npz", "--reference=/mnt/runs/reference.npz", "--json", "/mnt/runs/found.json"]
+CACHE = ["cache", "--config", "imagenet256/dit_xl2", "--out=/mnt/runs/latents", "--config.encoder.path=/mnt/runs/vae"]
 TOOLS = ("gcloud", "sbatch", "srun", "scontrol", "tar", "mkdir", "bash", "sleep", "env")
 
 
@@ -51,6 +56,7 @@ sys.exit(int(os.environ.get("STATUS_" + {tool!r}, 0)))
 def launch(fakes, script, *words, **settings):
     """-> (the finished script, the commands that it has called)."""
     kept = {key: value for key, value in os.environ.items() if key in ("LANG", "TMPDIR")}
+    kept["VENV"] = sys.prefix  # has mmdiff: nothing is installed
     env = {**kept, "PATH": f"{fakes}:{os.environ['PATH']}", "HOME": str(fakes.parent), **settings}
     bash = shutil.which("bash")
     done = subprocess.run([bash, str(LAUNCH / script), *words], env=env, cwd=fakes.parent, capture_output=True, text=True, timeout=60)
@@ -63,6 +69,11 @@ def launch(fakes, script, *words, **settings):
 def printed(done):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def of_cloud(plan):
+    """Without what is done here: the config is checked by a Python that has mmdiff."""
+    return [command for command in plan if command[0] not in ("cd", "env") and not command[0].endswith("/bash")]
 
 
 def flags(command):
@@ -98,6 +109,9 @@ COMMANDS = [
     ("tpu_vm.sh", ["all", *RUN], {}),
     ("multislice.sh", ["all", *RUN], {"SLICES": "4"}),
     ("tpu_vm.sh", ["run", *SAMPLE], {"SLICES": "4"}),
+    ("tpu_vm.sh", ["run", *EVAL], {"BUCKET": "my-bucket"}),
+    ("tpu_vm.sh", ["all", *CACHE], {"BUCKET": "my-bucket"}),
+    ("multislice.sh", ["run", *MEASURE], {"SLICES": "2"}),
 ]
 
 
@@ -110,12 +124,19 @@ def test_a_dry_run_prints_what_a_run_calls(fakes, script, words, settings):
         assert called == [] and plan
     done, called = launch(fakes, script, *words, **settings)
     assert done.returncode == 0, done.stderr
-    assert called == plan
+    assert called == [command for command in plan if command[0] != "cd" and not command[0].endswith("/bash")]
+    if words[0] in ("run", "all"):
+        [check] = [command for command in called if command[0] == "env"]
+        command = words[1] if words[1] in ("eval", "sample", "cache") else "train"
+        number = str(16 * int(settings.get("SLICES", 1)))
+        assert called[0] == check and check[1:6] == ["JAX_PLATFORMS=cpu", f"{sys.prefix}/bin/python", "-m", "mmdiff", command]
+        assert check[6:8] == ["--check", number] and [word for word in words[1:] if word not in check] == []
 
 
 def test_a_slice_from_nothing(fakes):
     done, _ = launch(fakes, "tpu_vm.sh", "--dry-run", "all", *RUN, **SLICE, SPOT="1", BUCKET="my-bucket", PROJECT="p")
-    plan = printed(done)
+    assert [command[0].rpartition("/")[2] for command in printed(done)][:3] == ["cd", "bash", "env"]  # before anything is asked for
+    plan = of_cloud(printed(done))
     assert [command[:1] if command[0] != "gcloud" else command[4:6] for command in plan] == [
         ["create", "dit"], ["describe", "dit"], ["mkdir"], ["tar"], ["scp", plan[4][5]], ["ssh", "dit"], ["ssh", "dit"], ["ssh", "dit"],
     ]  # fmt: skip
@@ -133,20 +154,21 @@ def test_a_slice_from_nothing(fakes):
 
 
 def test_several_slices(fakes):
-    plan = printed(launch(fakes, "multislice.sh", "--dry-run", "all", *RUN, **SLICE, SLICES="4")[0])
+    plan = of_cloud(printed(launch(fakes, "multislice.sh", "--dry-run", "all", *RUN, **SLICE, SLICES="4")[0]))
     assert {"node-count": "4", "node-prefix": "dit"}.items() <= flags(plan[0]).items() and "node-id" not in flags(plan[0])
     [run] = [shlex.split(flags(command)["command"]) for command in plan if " run " in flags(command).get("command", "")]
     assert run[-1] == "--config.train.mesh.slices=4" and run[0].startswith("LIBTPU_INIT_ARGS=--xla_tpu_")
     done, _ = launch(fakes, "multislice.sh", "--dry-run", "run", *RUN, "--config.train.mesh.slices=2", **SLICE, SLICES="4")
-    assert done.stdout.count("mesh.slices") == 1
+    assert done.stdout.count("mesh.slices=2") == 2 and "mesh.slices=4" not in done.stdout  # of the check and of the run
     for path in sorted((ROOT / "configs").rglob("*.py")):
         config, _ = configs.load(str(path), [("train.mesh.slices", "4")])  # every config has what is added
         assert config.train.mesh.slices == 4
 
 
 def test_slices_sample(fakes):
-    [run] = printed(launch(fakes, "multislice.sh", "--dry-run", "run", *SAMPLE, **SLICE, SLICES="4")[0])
-    assert shlex.split(flags(run)["command"]) == ["bash", "mmdiff/launch/tpu_host.sh", "run", *SAMPLE]
+    for words in (SAMPLE, EVAL, MEASURE, CACHE):
+        [run] = of_cloud(printed(launch(fakes, "multislice.sh", "--dry-run", "run", *words, **SLICE, SLICES="4")[0]))
+        assert shlex.split(flags(run)["command"]) == ["bash", "mmdiff/launch/tpu_host.sh", "run", *words]
 
 
 IMAGES = {"v4-32": "tpu-ubuntu2204-base", "v5litepod-16": "v2-alpha-tpuv5-lite", "v5p-32": "v2-alpha-tpuv5", "v6e-16": "v2-alpha-tpuv6e"}
@@ -177,6 +199,11 @@ MISTAKES = [
     ("tpu_vm.sh", ["run", "--workdir", "/mnt/runs/a"], SLICE, "--config"),
     ("tpu_vm.sh", ["all", "--config=c.py"], SLICE, "--workdir"),
     ("tpu_vm.sh", ["run", "--config=c.py", "--workdir=/tmp/a"], {**SLICE, "BUCKET": "b"}, "/mnt/runs"),
+    ("tpu_vm.sh", ["all", *CACHE[:3]], SLICE, "--out"),
+    ("tpu_vm.sh", ["run", *CACHE[:3], "--out=/tmp/a"], {**SLICE, "BUCKET": "b"}, "--out must be below /mnt/runs"),
+    ("tpu_vm.sh", ["run", "--config=/home/me/mine.py", "--workdir=/mnt/runs/a"], SLICE, "below configs/"),
+    ("tpu_vm.sh", ["run", "--config=setup.py", "--workdir=/mnt/runs/a"], SLICE, "below configs/"),
+    ("slurm.sh", ["eval", "--config=c.py"], {}, "--workdir"),
     ("multislice.sh", ["create"], SLICE, "SLICES"),
     ("multislice.sh", ["create"], {**SLICE, "SLICES": "1"}, "SLICES"),
     ("multislice.sh", ["create"], {**SLICE, "SLICES": "two"}, "SLICES"),
@@ -194,6 +221,63 @@ def test_mistakes_are_one_sentence(fakes, script, words, settings, culprit):
         done, called = launch(fakes, script, *words, *dry, **settings)
         assert done.returncode == 2 and done.stdout == "" and called == []
         assert re.fullmatch(r"mmdiff: error: .*\.\n", done.stderr) and culprit in done.stderr
+
+
+PRINTED = re.findall(r"^([A-Z]+=.*bash launch/(?:tpu_vm|multislice|slurm)\.sh .*)$", (LAUNCH / "README.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", PRINTED)
+def test_the_pages_commands_start_what_they_say(fakes, line):
+    settings, words = dict(re.findall(r"([A-Z]+)=(\S+)", line)), shlex.split(line)
+    script = next(i for i, word in enumerate(words) if word.startswith("launch/"))
+    plan = printed(launch(fakes, words[script].removeprefix("launch/"), "--dry-run", *words[script + 1 :], **settings)[0])
+    [check] = [command[command.index("mmdiff") + 1 :] for command in plan if "--check" in command]
+    args = arguments.parse(check)
+    assert args.check == (0 if "TYPE" not in settings and "GPUS" not in settings else 16 * int(settings.get("SLICES", 1)))
+    if args.config:
+        configs.load(str(ROOT / args.config), args.overrides)
+
+
+REFUSED = [
+    ("tpu_vm.sh", ["all", *RUN, "--config.train.global_batch=100"], SLICE, "a multiple of 16; the nearest is config.train.global_batch=96"),
+    ("slurm.sh", [*RUN, "--config.train.lerning_rate=1"], {"NODES": "2"}, "did you mean"),
+    ("multislice.sh", ["run", "--config=own/images", *RUN[2:4], "--config.data.dir=no/such"], {**SLICE, "SLICES": "2"}, "names no/such, which is not there"),
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "settings", "culprit"), [REFUSED[0], *(pytest.param(*rest, marks=pytest.mark.slow) for rest in REFUSED[1:])])
+def test_what_would_not_start_is_refused_before_it_is_paid_for(fakes, script, words, settings, culprit):
+    (fakes / "env").unlink()
+    done, called = launch(fakes, script, *words, **settings)
+    assert done.returncode == 2 and called == []
+    assert re.fullmatch(r"mmdiff: error: .*\.\n", done.stderr) and culprit in done.stderr, done.stderr
+
+
+def check(capsys, command, *words):
+    status = main([command, "--check", "8", *words])
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+def test_checks_say_what_would_start_and_what_is_elsewhere(capsys, tmp_path):
+    digits = ["--config", "digits_joint", "--workdir", "/nowhere/runs/a"]
+    own = ["--config", "own/images", *digits[2:]]
+    for status, culprit, words in (
+        (0, "train would start on 8 devices: 743,630 parameters", ["train", *digits]),
+        (2, "does not fit the 8 device(s)", ["train", *digits, "--config.train.mesh.fsdp=3"]),
+        (2, "which is not there", ["train", *own, f"--config.data.dir={tmp_path}/none"]),
+        (0, "/nowhere/data/images is not on this machine", ["train", *own, "--config.data.dir=/nowhere/data/images"]),
+        (0, "would start", ["eval", *digits]),
+        (2, "did you mean 'label'?", ["sample", *digits, "--given=lable=7"]),
+        (0, "sample would start", ["sample", *digits, "--format=npz", "--classes=balanced", "--number=50000"]),
+        (2, "names no published encoders", ["cache", "--config=digits_joint", "--out=/nowhere/x"]),
+        (2, "config.encoder.path is empty", ["cache", "--config=imagenet256/dit_xl2", "--out=/nowhere/x"]),
+        (2, "which is not there", ["eval", "--samples=/nowhere/a/b.npz", f"--reference={tmp_path}/c.npz"]),
+    ):
+        found, text = check(capsys, *words)
+        assert found == status and culprit in text, (words, text)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -259,8 +343,9 @@ def wait_for(condition, seconds=60):
 def test_slurm_prints_what_it_runs(fakes, tmp_path):
     settings = {"NODES": "2", "GPUS": "4", "VENV": "/shared/venv"}
     plan = printed(launch(fakes, "slurm.sh", "--dry-run", *RUN, **settings)[0])
-    assert [command[0].rpartition("/")[2] for command in plan] == ["bash", "mkdir", "sbatch", "env", "scontrol"]
-    install, folder, submit, train, requeue = plan
+    assert [command[0].rpartition("/")[2] for command in plan] == ["bash", "env", "mkdir", "sbatch", "env", "scontrol"]
+    install, check, folder, submit, train, requeue = plan
+    assert check[1:] == ["JAX_PLATFORMS=cpu", "/shared/venv/bin/python", "-m", "mmdiff", "train", "--check", "8", *RUN]
     assert "VENV=/shared/venv environment cuda" in install[-1]
     wanted = {"nodes": "2", "ntasks-per-node": "4", "gpus-per-node": "4", "signal": "TERM@300", "output": f"{RUN[3]}/slurm-%j.log"}
     assert wanted.items() <= flags(submit).items() and "--requeue" in submit and folder[-1] == RUN[3]
@@ -268,7 +353,7 @@ def test_slurm_prints_what_it_runs(fakes, tmp_path):
     assert train[-len(RUN) - 5 :] == ["/shared/venv/bin/python", "-m", "mmdiff", "train", "--distributed", *RUN]
     assert "--kill-on-bad-exit=0" in train[srun:]
 
-    for words in (["train", *RUN], SAMPLE):
+    for words in (["train", *RUN], SAMPLE, EVAL, MEASURE, CACHE):
         *_, started, _ = printed(launch(fakes, "slurm.sh", "--dry-run", *words, **settings)[0])
         assert started[-len(words) - 3 :] == ["-m", "mmdiff", words[0], "--distributed", *words[1:]]
 
@@ -280,15 +365,15 @@ def test_slurm_prints_what_it_runs(fakes, tmp_path):
     plan = printed(launch(fakes, "slurm.sh", "--dry-run", *RUN, **settings)[0])
     done, called = launch(fakes, "slurm.sh", *RUN, **settings)
     assert done.returncode == 0, done.stderr
-    assert called == plan[1:3]
+    assert called == plan[1:4]
 
     # The job is the script again, with the same words and settings; in a job it trains.
-    [*_, wrapped] = plan[2]
+    [*_, wrapped] = plan[3]
     words = shlex.split(wrapped.removeprefix("--wrap="))
     assert words[:2] == ["exec", "env"] and words[-len(RUN) - 1 :] == [str(LAUNCH / "slurm.sh"), *RUN]
     job = dict(word.split("=", 1) for word in words[2 : words.index("bash")])
     done, called = launch(fakes, "slurm.sh", *RUN, **job, SLURM_JOB_ID="JOB", STATUS_env="143")
-    assert done.returncode == 143 and called == plan[3:]
+    assert done.returncode == 143 and called == plan[4:]
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 137])
@@ -351,7 +436,8 @@ def test_manifest():
     assert arguments[arguments.index("--workdir") + 1].startswith(mount["mountPath"] + "/")
     assert (ROOT / arguments[arguments.index("--config") + 1]).exists()
     script = container["args"][0]
-    assert set(re.findall(r"\$(\w+)", script)) == set(env) and "exec python -m mmdiff train --distributed" in script
+    assert set(re.findall(r"\$(\w+)", script)) == set(env) and env["COMMAND"] == "train"
+    assert "exec python -m mmdiff $COMMAND --distributed" in script
     assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
     assert sorted(set(re.findall(r"YOUR-\w+", text.partition("\napiVersion")[2]))) == ["YOUR-BUCKET", "YOUR-REPOSITORY"]
 

@@ -165,6 +165,7 @@ ARROWS = {
     "experiment": CORE_PARTS,
     "training": CORE_PARTS | {"config", "data", "experiment", "evals"},
     "runs": CORE_PARTS | {"config", "convert", "encoders", "data", "evals", "experiment", "training"},
+    "preflight": CORE_PARTS | {"config", "data", "evals", "experiment", "runs", "sample_sets", "training"},
     "sample_sets": CORE_PARTS | {"config", "data", "evals", "training"},
     "encoded_caches": CORE_PARTS | {"data", "training"},
     "inference_costs": CORE_PARTS | {"data", "encoders", "experiment", "training"},
@@ -175,7 +176,7 @@ ARROWS = {
     "commands": CORE_PARTS | {
         "config", "convert", "encoders", "evals", "shipped_configs", "training", "runs", "sample_sets", "encoded_caches", "inference_costs",
         "conversion", "publishing"},
-    "__main__": BASE | {"arguments", "commands"},
+    "__main__": BASE | {"arguments", "commands", "preflight"},
 }
 PLAIN = {"jax", "flax", "optax", "chex", "numpy"}
 BESIDE_PLAIN = {"console": {"tqdm"}, "config": {"ml_collections"}, "aot": {"ml_collections", "libtpu"}}

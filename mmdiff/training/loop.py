@@ -66,9 +66,8 @@ def train(
       SystemExit: SIGTERM, SIGINT or another of `signals.SAVING` came; the state is saved, the status is 143 or 130 (128 + the signal),
         and the same command continues. A second signal stops at once.
     """
+    check(experiment, config)
     options = config.train
-    _check(options, *experiment.best(options.get("best", "")), experiment.watched)
-    check_seed(config.seed)
     mesh = sharding.make_mesh(dict(options.mesh))
     sharding.check_batch(options.global_batch, mesh, options.microbatches)
 
@@ -244,7 +243,11 @@ def make_accumulate() -> Callable:
     return jax.jit(accumulate)
 
 
-def _check(options: ml_collections.ConfigDict, best: str, mode: str, watched: Mapping[str, str]) -> None:
+def check(experiment: Experiment, config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for values of config.train that cannot be trained with, and for a seed that is none."""
+    check_seed(config.seed)
+    options = config.train
+    best, watched = experiment.best(options.get("best", ""))[0], experiment.watched
     missing = [name for name in OPTIONS if name not in options]
     if missing:
         raise UserError(f"the config lacks {', '.join(f'config.train.{name}' for name in missing)}: add them to its file.")
