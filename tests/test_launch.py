@@ -240,7 +240,7 @@ def test_the_pages_commands_start_what_they_say(fakes, line):
 
 REFUSED = [
     ("tpu_vm.sh", ["all", *RUN, "--config.train.global_batch=100"], SLICE, "a multiple of 16; the nearest is config.train.global_batch=96"),
-    ("slurm.sh", [*RUN, "--config.train.lerning_rate=1"], {"NODES": "2"}, "did you mean"),
+    ("tpu_vm.sh", ["run", *RUN, "--config.train.lerning_rate=1"], SLICE, "did you mean"),
     ("multislice.sh", ["run", "--config=own/images", *RUN[2:4], "--config.data.dir=no/such"], {**SLICE, "SLICES": "2"}, "names no/such, which is not there"),
 ]
 
@@ -366,6 +366,8 @@ def test_slurm_prints_what_it_runs(fakes, tmp_path):
     done, called = launch(fakes, "slurm.sh", *RUN, **settings)
     assert done.returncode == 0, done.stderr
     assert called == plan[1:4]
+    done, called = launch(fakes, "slurm.sh", *RUN, **settings, STATUS_env="2")  # the check fails: nothing is submitted
+    assert done.returncode == 2 and called == plan[1:2]
 
     # The job is the script again, with the same words and settings; in a job it trains.
     [*_, wrapped] = plan[3]
