@@ -241,7 +241,7 @@ def test_the_pages_commands_start_what_they_say(fakes, line):
 REFUSED = [
     ("tpu_vm.sh", ["all", *RUN, "--config.train.global_batch=100"], SLICE, "a multiple of 16; the nearest is config.train.global_batch=96"),
     ("tpu_vm.sh", ["run", *RUN, "--config.train.lerning_rate=1"], SLICE, "did you mean"),
-    ("multislice.sh", ["run", "--config=own/images", *RUN[2:4], "--config.data.dir=no/such"], {**SLICE, "SLICES": "2"}, "names no/such, which is not there"),
+    ("tpu_vm.sh", ["run", "--config=own/images", *RUN[2:4], "--config.data.dir=no/such"], SLICE, "names no/such, which is not there"),
 ]
 
 
@@ -251,7 +251,7 @@ def test_what_would_not_start_is_refused_before_it_is_paid_for(fakes, script, wo
     (fakes / "env").unlink()
     done, called = launch(fakes, script, *words, **settings)
     assert done.returncode == 2 and called == []
-    assert re.fullmatch(r"mmdiff: error: .*\.\n", done.stderr) and culprit in done.stderr, done.stderr
+    assert re.fullmatch(r"mmdiff: error: .*[.?]\n", done.stderr) and culprit in done.stderr, done.stderr
 
 
 def check(capsys, command, *words):
