@@ -103,8 +103,9 @@ start() {
 
 # How many devices JAX sees on all slices: of v4 and v5p the number in TYPE counts cores, two in a chip. 0 where TYPE is not set.
 devices() {
-    local number=${TYPE##*-}
-    case ${TYPE:-} in
+    local kind=${TYPE:-} number
+    number=${kind##*-}
+    case $kind in
         v4-* | v5p-*) echo $((number * slices / 2)) ;;
         *-*) echo $((number * slices)) ;;
         *) echo 0 ;;
