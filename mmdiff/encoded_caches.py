@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -89,7 +90,7 @@ def _choose_codes(cache: EncodedCache, folder: pathlib.Path, sources: Mapping[st
                 raise UserError(f"{folder} holds the tokens of another network than config.{encoder.key}.path: write elsewhere.")
             continue
         source = sources.get("train") or cache.source("train")
-        made_of = {"format": 1, "encoder": network, "images": source.images()}
+        made_of = {"format": 1, "encoder": network, "images": source.images}
 
         def noted():
             stored = read_codes(folder)
@@ -140,7 +141,7 @@ class _Split:
         _wait((self.folder / shards.META).exists)
         return True
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         """What tells it from others."""
         return digest(len(self.source), self.source.fingerprint(), shards.stamp(self.cache.modalities), self.length)
@@ -236,7 +237,7 @@ class _Split:
         shards.write_meta(
             draft, modalities, [note["rows"] for note in notes], {file: sha for note in notes for file, sha in note["sha256"].items()},
             moments=self.moments, encoders={name: made[name].described() for name in modalities if name in made},
-            made_of=self.identity, images=self.source.images(), names=list(self.source.names), statistics=statistics,
+            made_of=self.identity, images=self.source.images, names=list(self.source.names), statistics=statistics,
             skipped=len(skipped))  # fmt: skip
         for number in range(count):
             _shard(draft, number).unlink()

@@ -224,7 +224,7 @@ def test_every_kind_of_source_gives_the_same_latents(autoencoder, tmp_path):
 
 def test_a_run_notes_its_cache_and_the_encoder(autoencoder, images, alone):
     meta, written = json.loads((alone / "train/meta.json").read_text()), cache(autoencoder, images)
-    assert meta["images"] == written.source("train").images()
+    assert meta["images"] == written.source("train").images
     assert meta["encoders"]["image"]["fingerprint"] == written.encoders[0].fingerprint()
     used = dataclasses.replace(written, data=ConfigDict({**written.data, "dir": str(alone)}))
     experiment = SimpleNamespace(modalities=MODALITIES, **used.for_experiment)

@@ -134,17 +134,22 @@ class Encoded:
                 f"{len(reasons):,} of {len(self._records):,} images {'is' if len(reasons) == 1 else 'are'} damaged, more than "
                 f"config.data.max_skipped={self._max_skipped} allows to leave out: {'; '.join(reasons[:NAMED])}{more}.")
 
+    @functools.cached_property
     def images(self) -> str:
         """The fingerprint of the images alone."""
-        return digest(len(self._records), self._records.identity())
+        return digest(len(self._records), self._identity)
 
     def fingerprint(self) -> str:
         """Of all that the examples depend on."""
         encoders = [[encoder.kind, encoder.fingerprint()] for encoder in self._encoders]
-        return digest(len(self), encoders, self._captions, self._times, list(self._records.names), self._records.identity())
+        return digest(len(self), encoders, self._captions, self._times, list(self._records.names), self._identity)
 
     def _of(self, what: str) -> list[NamedEncoder]:
         return [encoder for encoder in self._encoders if encoder.of == what]
+
+    @functools.cached_property
+    def _identity(self) -> Any:
+        return self._records.identity()  # of a million files it takes seconds
 
     @functools.cached_property
     def _shapes(self) -> list[tuple[int, ...]]:

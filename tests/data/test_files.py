@@ -201,6 +201,14 @@ SEEN = {  # file, what is seen
 }
 
 
+def test_deep_and_transparent_pixels_are_exact():
+    ramp = np.arange(256)
+    deep = media.read_image(stored((257 * ramp).astype(np.uint16).reshape(16, 16), "PNG"))
+    np.testing.assert_array_equal(np.asarray(deep).reshape(-1), ramp)
+    seen = media.read_image(stored(np.array([[[255, 0, 0, 0], [0, 255, 0, 128]]], np.uint8), "PNG"))
+    np.testing.assert_array_equal(np.asarray(seen), [[[255, 255, 255], [127, 255, 127]]])
+
+
 @pytest.mark.parametrize("name", SEEN)
 def test_pictures_of_every_kind(name, tmp_path):
     content, right = SEEN[name]
