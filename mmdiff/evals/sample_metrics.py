@@ -35,7 +35,8 @@ DEFAULT = "efficientnet_lite0"
 class FeatureNetwork:
     """Which outputs of a network are measured, and what the metrics are called: `distance`, and others behind `prefix`.
 
-    `resize`, if any, replaces that of the network's own preprocessing; `missing` says where its weights are.
+    `resize`, if any, replaces that of the network's own preprocessing; `missing` says where its weights are; `called` names the features of
+    a network that has several sizes.
     """
 
     features: str
@@ -45,6 +46,7 @@ class FeatureNetwork:
     spatial: str | None = None
     resize: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     missing: str = ""
+    called: str = ""
 
     @property
     def outputs(self) -> list[str]:
@@ -58,6 +60,7 @@ NETWORKS = {
     "efficientnet_lite0": FeatureNetwork("1280", "lite0-FD", "lite0-", "logits"),
     "dinov2": FeatureNetwork(  # dgm-eval resizes the whole image, by Pillow's bicubic kernel on 8 bits
         "cls", "FD-DINOv2", "DINOv2-", resize={"resize": "square", "shortest": 0},
+        called="cls of {net.num_hidden_layers} layers, {net.hidden_size}",
         missing="dinov2_vitl14_pretrain.pth for tables, or the folder of transformers' facebook/dinov2-large"),
 }  # fmt: skip
 
@@ -86,9 +89,7 @@ def convention(encoder: Encoder) -> dict[str, Any]:
     """What features depend on, as JSON values: the network, its weights, how images are resized, and versions."""
     versions = {"mmdiff": __version__, **{name: importlib.metadata.version(name) for name in ("jax", "numpy", "pillow")}}
     resize = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(encoder.preprocessing).items()}
-    features = NETWORKS[encoder.kind].features
-    if encoder.kind == "dinov2":
-        features += f" of {encoder.net.num_hidden_layers} layers, {encoder.net.hidden_size}"
+    features = NETWORKS[encoder.kind].called.format(net=encoder.net) or NETWORKS[encoder.kind].features
     return {
         "network": encoder.kind, "weights": encoder.fingerprint, "features": features, "preprocessing": resize, "precision": "float32",
         "versions": versions}  # fmt: skip
@@ -212,10 +213,13 @@ def measure_files(
     Raises:
       UserError: images of another size than the reference's; what cannot be paired; see `of_reference`.
     """
-    images, _ = reference
-    if images is not None and images.size != samples.size:
-        sizes = [f"{s.path} has {s.size[0]} x {s.size[1]} pixels" for s in (samples, images)]
-        raise UserError(f"{' and '.join(sizes)}: crop and resize the reference as the training data were (--size for folders).")
+    images, statistics = reference
+    stated = statistics.convention.get("image_size") if statistics else None  # others' files do not say it
+    of_statistics = [(statistics.path, tuple(stated))] if isinstance(stated, list) and len(stated) == 2 else []
+    for path, size in [*([(images.path, images.size)] if images else []), *of_statistics]:
+        if size != samples.size:
+            sizes = [f"{path} has {size[0]} x {size[1]} pixels" for path, size in ((samples.path, samples.size), (path, size))]
+            raise UserError(f"{' and '.join(sizes)}: crop and resize the reference as the training data were (--size for folders).")
     if paired and (images is None or images.count != samples.count):
         count = 0 if images is None else images.count
         raise UserError(f"{samples.count:,} samples cannot be paired with {count:,} reference images: sample i is to reconstruct image i.")

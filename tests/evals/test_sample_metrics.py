@@ -90,7 +90,7 @@ def test_the_default_network_measures_no_fid(files):
     assert set(found) == {f"lite0-{name}" for name in ("FD", "FD_bias", "IS", "IS_std", "precision", "recall", "KID", "KID_std")}
 
 
-def test_stored_statistics_are_a_reference(files, images):
+def test_stored_statistics_are_a_reference(files, images, capsys):
     out = str(files / "statistics.npz")
     assert main(["eval", "--samples", str(files / "real.npz"), "--network", "inception", "--write-statistics", out]) == 0
     stored = np.load(out)  # the published evaluator's names: np.load(path)["mu"], ...
@@ -105,6 +105,9 @@ def test_stored_statistics_are_a_reference(files, images):
     assert set(found["metrics"]) == {"FID", "sFID", "FID_bias", "IS", "IS_std"}
     for name, value in found["metrics"].items():
         assert value == pytest.approx(direct[name], rel=1e-9)
+    np.savez(files / "samples.npz", arr_0=images[0][:, ::2, ::2])
+    assert evaluate(files, "--reference", out, "--network", "inception") == 2
+    assert "statistics.npz has 16 x 16 pixels: crop and resize the reference" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["samples.npz", "images"])

@@ -133,6 +133,7 @@ def test_a_cache_whose_writer_is_killed_has_the_bytes_of_one_that_is_not(place, 
         assert np.abs(train[row + 1] - train[row]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_cache_of_two_processes_one_of_which_is_killed_has_the_bytes_of_one(server, place, cached):
     answers = two(server, place, cache(place, "two_cached"), env={"KILLED_AFTER": "2"})
     assert answers[1]["status"] == -signal.SIGKILL and answers[0]["status"] != 0, answers
