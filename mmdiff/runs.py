@@ -9,6 +9,7 @@ The commands `sample`, `eval` and `cache`, notebooks and programs open runs here
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -35,7 +36,7 @@ LARGEST_BATCH = 256  # samples of one call of the network
 LARGEST_GRID = 400  # images
 IN_USE = (  # the keys and sections of a config that may be set when a run is opened
     "sample", "eval", "seed", "data.dir", "data.towers", "encoder.path", "encoder.codes", "text_encoder.path",
-    "text_encoder.tokenizer", "vector_encoder.path")
+    "text_encoder.tokenizer", "vector_encoder.path", "train.mesh")
 
 
 def open_run(
@@ -122,7 +123,31 @@ class Run:
     def _weights(self) -> tuple[Any, int]:
         from mmdiff.training import averaged_weights
 
-        return averaged_weights.restore_for_inference(self.experiment, self.config, self.workdir, step=self._asked)
+        return averaged_weights.restore_for_inference(self.experiment, self.config, self.workdir, step=self._asked, mesh=self._mesh)
+
+    @functools.cached_property
+    def _mesh(self) -> Any:
+        """The mesh that the weights are spread over, if overrides of config.train.mesh ask for one; else each device holds all of them.
+
+        Raises:
+          UserError: a mesh that does not fit the devices, or several processes.
+        """
+        if not any(key.startswith("train.mesh.") for key, _ in self._overrides):
+            return None
+        import jax
+
+        from mmdiff.training import sharding
+
+        if jax.process_count() > 1:
+            raise UserError("weights are spread over the devices of one process only: leave --config.train.mesh or --distributed out.")
+        mesh = sharding.make_mesh(dict(self.config.train.mesh))
+        return mesh if mesh.size > 1 else None
+
+    def _compiling(self) -> contextlib.AbstractContextManager[None]:
+        """A context: networks that are traced inside are for the mesh."""
+        from mmdiff.training import sharding
+
+        return contextlib.nullcontext() if self._mesh is None else sharding.compiling_for_mesh(self._mesh)
 
     @property
     def params(self) -> Any:
@@ -184,7 +209,11 @@ class Run:
         from mmdiff.keys import key_of_use
 
         absent = tuple(sorted(set(absent)))
-        sample = functools.partial(self.experiment.sample, absent=absent, steps=steps, guidance=guidance)
+
+        def sample(params, keys, given):
+            with self._compiling():
+                return self.experiment.sample(params, keys, given, absent=absent, steps=steps, guidance=guidance)
+
         for k, samples in streaming.stream(sample, self.params, key_of_use(seed, "sample"), given, number, batch, blocks=only):
             samples = {name: finite(name, array, k * batch) for name, array in samples.items()}
             yield k, self._quantized({name: array for name, array in samples.items() if name not in absent})
@@ -317,7 +346,8 @@ class Run:
         json_path, html_path = self.report_paths(split)
         if not distributed.from_first(lambda: reuse and self._is_report_of(json_path, step) and html_path.exists()):
             key = key_of_use(self.config.seed, "eval")
-            results = [evaluate(experiment, params, self.config, key, step) for evaluate in experiment.evaluators]
+            with self._compiling():
+                results = [evaluate(experiment, params, self.config, key, step) for evaluate in experiment.evaluators]
             meta = checkpoint_files.read_meta(self.workdir, step)  # of the checkpoint itself: run.json is only written when a run ends
             cost = {**checkpoint_files.cost(meta), "steps": step} if meta.get("train_seconds") else None  # 0 of converted weights
             distributed.from_first(lambda: bool(report.write(self.workdir, experiment, self.config, results, step, cost)))

@@ -1,6 +1,7 @@
 """Sets of samples: the same bytes whatever computes them and whenever it is killed, in files that others read, one setting in a folder."""
 
 import ast
+import dataclasses
 import functools
 import json
 import pathlib
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_encoders
+from jax.sharding import PartitionSpec
 from PIL import Image
 
 from mmdiff import sample_sets
@@ -85,6 +87,23 @@ def test_eight_devices_that_are_killed_twice_make_the_bytes_of_one(run, alone, t
     assert contents(tmp_path) == contents(alone) and len(contents(alone)) == 3
     monkeypatch.setattr("mmdiff.runs.Run.stream", lambda *args, **options: pytest.fail("it is whole"))
     write(run, tmp_path)
+
+
+def test_weights_that_are_spread_over_a_mesh_sample_as_one_device(workdir, run):
+    spread = open_run(TINY, workdir, {"train.mesh.fsdp": "4", "train.mesh.data": "2"})
+    experiment = dataclasses.replace(spread.experiment, rules=[("image", PartitionSpec(None, "fsdp"))])
+    spread = dataclasses.replace(spread, experiment=experiment)
+    [image] = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(spread.params) if "image" in jax.tree_util.keystr(path)]
+    assert image.addressable_shards[0].data.shape == (75, 16) and len(image.addressable_shards) == 8
+    labels = np.arange(37, dtype=np.int32) % 10
+    for (k, found), (other, alone) in zip(
+        *(each.stream(37, given={"label": labels}, **SETTINGS, batch=2) for each in (spread, run)), strict=True
+    ):
+        assert k == other
+        np.testing.assert_allclose(found["image"], alone["image"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(found["label"], alone["label"])
+    with pytest.raises(UserError, match="does not fit the 8 device"):
+        open_run(TINY, workdir, {"train.mesh.fsdp": "3"}).params
 
 
 def test_sample_i_depends_on_the_seed_and_i(run, alone):
