@@ -43,7 +43,7 @@ def get_config():
             steps=8000, global_batch=128, ema=0.999, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.1, clip=1.0,
             eval_every=1000, checkpoint_every=250),
         "sample": {"steps": 12, "guidance": 1.3},
-        "eval": {"samples": 10_000, "batch": 250},
+        "eval": {"samples": 10_000, "batch": 250, "classifier_steps": 2000},
     })
 
 
@@ -60,4 +60,4 @@ def build(config):
             process, net.apply, times.image_label(config.times), losses.of_parts(process, image=1.0, label=config.label_weight)),
         optimizer=optim.muon(config.train), data=partial(fashion_source, folder=config.data.dir),
         sampler={"drop": ("label",), "heun": True, "paths": {"label": sampling.settled_at(0.5)}},
-        evaluators=(FashionMetrics(config.data.dir, samples=config.eval.samples, batch=config.eval.batch),))
+        evaluators=(FashionMetrics(config.data.dir, **config.eval),))

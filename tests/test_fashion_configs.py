@@ -1,0 +1,64 @@
+"""The configs of Fashion-MNIST by the command line, in small: made-up clothes, trained, cached, sampled and measured."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mmdiff import config as configs
+from mmdiff.__main__ import main
+from mmdiff.errors import UserError
+from tests.small_sets import fashion_mnist
+
+CONFIGS = "configs/fashion/"
+TRAINED = [f"--config.train.{value}" for value in ("steps=2", "global_batch=8", "eval_every=2", "log_every=1", "tensorboard=false")]
+SMALL = [f"--config.{value}" for value in (
+    "model.width=16", "model.depth=1", "sample.steps=2", "eval.samples=20", "eval.batch=10", "eval.classifier_steps=5")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return fashion_mnist(tmp_path_factory.mktemp("data"))
+
+
+def run(command, name, workdir, *flags):
+    assert main([command, "--config", f"{CONFIGS}{name}.py", "--workdir", str(workdir), *map(str, flags)]) == 0
+
+
+def metrics(workdir):
+    return json.loads((workdir / "report.json").read_text())["metrics"]
+
+
+COMMON = {
+    "lite0-FD", "lite0-precision", "lite0-recall", "lite0-FD_real", "lite0-precision_real", "lite0-recall_real", "conditional_agreement",
+    "classifier_real_accuracy", "classification_accuracy_score"}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_joint(folder, tmp_path):
+    run("train", "joint", tmp_path / "run", f"--config.data.dir={folder}", *TRAINED, *SMALL)
+    run("eval", "joint", tmp_path / "run")
+    assert COMMON | {"label_accuracy"} <= set(metrics(tmp_path / "run"))
+    run("sample", "joint", tmp_path / "run", "--given", "label=sandal", "--number", 3, "--out", tmp_path / "sandals")
+    found = np.load(tmp_path / "sandals/samples.npz")
+    assert found["image"].shape == (3, 32, 32, 1) and set(found["label"]) == {5}
+
+
+@pytest.mark.slow
+def test_tokens(folder, tmp_path):
+    data = f"--config.data.dir={folder}"
+    small = ["--config.model.features=8", "--config.model.codes=256"]
+    run("train", "vq_tokenizer", tmp_path / "tokenizer", data, *TRAINED, *small)
+    run("eval", "vq_tokenizer", tmp_path / "tokenizer")
+    run("cache", "vq_tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "tokens")
+    run("train", "vq_class", tmp_path / "run", data, f"--config.data.tokens={tmp_path / 'tokens'}", *TRAINED, *SMALL)
+    run("eval", "vq_class", tmp_path / "run")
+    assert COMMON <= set(metrics(tmp_path / "run")) and "label_accuracy" not in metrics(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["joint", "vq_tokenizer"])
+def test_a_config_without_its_data_says_where_they_are(name, tmp_path):
+    for value, words in (("", "config.data.dir is empty"), (tmp_path, "put Fashion-MNIST's four files there")):
+        experiment = configs.build(*configs.load(f"{CONFIGS}{name}.py", [("data.dir", str(value))]))
+        with pytest.raises(UserError, match=words):
+            experiment.train_data()
