@@ -120,26 +120,22 @@ class Experiment:
             options = {"drop": conditions, **self.sampler}
             follow("sample", _samples_nothing if nothing else make_sampler(self.process, self.apply, self.shape, **options))
 
-    def best(self, asked: str) -> tuple[str, str]:
-        """-> (a metric, "min" or "max"): what config.train.best says, "val/FID" or "max:val/IS"; "min" unless one says otherwise."""
-        way, colon, name = asked.partition(":")
-        if colon and way in ("min", "max"):
-            return name, way
-        return asked, self.watched.get(asked, "min")
-
-    @property
-    def watched(self) -> dict[str, str]:
-        """What is measured in the loop, as metrics.jsonl calls it, and which is better: {"val/FID": "min"}."""
-        return watched(self.in_loop)
-
     def on_validation(self) -> Experiment:
         """The experiment whose evaluators measure on the validation data: for choosing, never for reporting."""
         return dataclasses.replace(self, test_data=self.validation_data, split="validation")
 
 
 def watched(evaluators: Sequence[Any]) -> dict[str, str]:
-    """`Experiment.watched` of these evaluators."""
+    """What such evaluators measure in the loop, as metrics.jsonl calls it, and which is better: {"val/FID": "min"}."""
     return {f"val/{name}": way for evaluator in evaluators for name, way in getattr(evaluator, "better", {}).items()}
+
+
+def best_metric(experiment: Experiment, asked: str) -> tuple[str, str]:
+    """-> (a metric, "min" or "max"): what config.train.best says, "val/FID" or "max:val/IS"; "min" unless one says otherwise."""
+    way, colon, name = asked.partition(":")
+    if colon and way in ("min", "max"):
+        return name, way
+    return asked, watched(getattr(experiment, "in_loop", ())).get(asked, "min")
 
 
 def _samples_nothing(params, keys, given, *, steps, guidance, absent=(), history=False):

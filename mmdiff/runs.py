@@ -385,7 +385,8 @@ class Run:
         if not isinstance(report, Mapping) or report.get("step") != step or not isinstance(report.get("config"), Mapping):
             return False
         here = json.loads(configs.to_json(self.config))
-        return not configs.difference(former_names.keys(configs.flatten(report["config"]), configs.flatten(here)), here)
+        differs = configs.difference(former_names.keys(configs.flatten(report["config"]), configs.flatten(here)), here)
+        return all(key in configs.OPTIONAL and old is None for key, (old, _) in differs.items())
 
 
 def check_measured(name: str, experiment: Experiment) -> None:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from mmdiff import former_names
 from mmdiff.errors import UserError
+from mmdiff.experiment import best_metric
 from mmdiff.training import checkpoint_files, distributed, integrity, run_metadata, sharding
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def restore_for_inference(
     """
     run_metadata.check_config(workdir, config, in_use=True)
     run_metadata.check_dependencies(workdir, experiment)
-    checkpoint, others = choose(workdir, step, *experiment.best(config.train.best))
+    checkpoint, others = choose(workdir, step, *best_metric(experiment, config.train.best))
     ema = averages_of(experiment, mesh)
     checkpoint_files.check_fit(checkpoint, ema=ema)
     return restore_averages(checkpoint, ema, others), int(checkpoint.name)

@@ -257,4 +257,5 @@ def _os_reason(error: BaseException | None) -> str | None:
 
 
 def _without_orbax_errors(record: logging.LogRecord) -> bool:
-    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+    unmeasured = "tracked_metric" in str(record.msg)  # a checkpoint at a step where `best` is not measured is none of its mistakes
+    return not ("orbax" in record.pathname and (record.levelno >= logging.ERROR or unmeasured))

@@ -19,7 +19,7 @@ from mmdiff import checks, console
 from mmdiff.data import loader
 from mmdiff.data.order import ORDER_VERSION
 from mmdiff.errors import UserError
-from mmdiff.experiment import Experiment
+from mmdiff.experiment import Experiment, best_metric, watched
 from mmdiff.keys import check_seed, key_of
 from mmdiff.training import checkpoints, distributed, finetune, lock, run_metadata, sharding, weights_and_biases
 from mmdiff.training.in_loop import InLoop
@@ -95,7 +95,7 @@ def train(
         empty = jax.jit(lambda: {name: Average.empty() for name in names}, out_shardings=replicated)()
 
         in_loop = InLoop(experiment, config, mesh)
-        best, mode = experiment.best(options.best)
+        best, mode = best_metric(experiment, options.best)
         if best and best not in (found := [*(evaluate.names(abstract.ema, shapes) if evaluate else ()), *in_loop.watched]):
             raise UserError(f"config.train.best is {options.best!r}, but an evaluation gives {', '.join(found)}: choose one of these.")
         saved = stack.enter_context(checkpoints.Checkpoints(workdir, keep=options.keep, best=best, mode=mode))
@@ -247,18 +247,18 @@ def check(experiment: Experiment, config: ml_collections.ConfigDict) -> None:
     """Raises UserError for values of config.train that cannot be trained with, and for a seed that is none."""
     check_seed(config.seed)
     options = config.train
-    best, watched = experiment.best(options.get("best", ""))[0], experiment.watched
+    best, metrics = best_metric(experiment, options.get("best", ""))[0], watched(experiment.in_loop)
     missing = [name for name in OPTIONS if name not in options]
     if missing:
         raise UserError(f"the config lacks {', '.join(f'config.train.{name}' for name in missing)}: add them to its file.")
     checks.check({f"train.{name}": options[name] for name in OPTIONS if name != "mesh"})  # make_mesh checks that
     weights_and_biases.check(options.get("wandb", ""))
     every, saved = options.get("metrics_every", 0), options.checkpoint_every
-    if best in watched and (not every or every % saved):
+    if best in metrics and (not every or every % saved):
         raise UserError(
             f"config.train.best={options.best!r} needs a checkpoint where it is measured: let config.train.metrics_every ({every}) be a "
             f"multiple of config.train.checkpoint_every ({saved}).")
-    if best and best not in watched and (not options.eval_every or saved % options.eval_every):
+    if best and best not in metrics and (not options.eval_every or saved % options.eval_every):
         raise UserError(
             f"config.train.best={options.best!r} needs an evaluation at every checkpoint: let config.train.eval_every "
             f"({options.eval_every}) divide config.train.checkpoint_every ({options.checkpoint_every})."
