@@ -85,7 +85,7 @@ for argv, *words in (
     ("sample --workdir x --config TINY --seed " + "9" * 5000, "--seed", "an integer from 0 to"),
     ("eval --workdir x --config TINY --step " + "9" * 5000, "--step", "an integer of 0 or more"),
     ("eval --workdir x --config TINY --step -1", "--step", "the step of a checkpoint"),
-    ("eval --workdir x --config TINY --distributed", "unrecognized arguments: --distributed"),
+    ("eval --workdir x --config TINY --distribute", "unrecognized arguments: --distribute"),
     ("bench --config TINY --steps 0", "--steps", "1 or more"),
     ("bench --config TINY --rounds -1", "--rounds", "1 or more"),
     ("bench --config TINY --steps 10000000", "--steps", "at most 1,000,000"),
