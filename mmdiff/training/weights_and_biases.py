@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmdiff import files
-from mmdiff.errors import UserError
+from mmdiff.errors import UserError, import_extra
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class WandbRun:
     """
 
     def __init__(self, workdir: pathlib.Path, project: str, config: Mapping[str, Any]):
-        import wandb
+        wandb = import_extra("wandb", "wandb")
 
         self._image, path = wandb.Image, pathlib.Path(workdir) / "wandb.json"
         try:
