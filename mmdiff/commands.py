@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import json
 import os
@@ -98,7 +97,7 @@ def sample(args: argparse.Namespace) -> None:
     given = _pairs(args.given)
     _writable("--out", args.out)
     out = pathlib.Path(args.out or os.path.join(args.workdir, "samples"))
-    with _joined(where):
+    with distributed.joined(where):
         _sample(args, given, out)
 
 
@@ -165,7 +164,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if where is None and _is_spare():
         return
     _prepare()
-    with _joined(where):
+    with distributed.joined(where):
         if args.samples:
             _evaluate_samples(args)
         else:
@@ -178,7 +177,7 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     written = run.evaluate(args.split, reuse=args.reuse)
     if not _is_first():
         return
-    console.out(_table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
+    console.out(console.table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
     for path in run.report_paths(args.split):
         console.out(path)
 
@@ -213,7 +212,7 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
     if not _is_first():
         return
     convention |= {"samples_path": args.samples, "reference_path": args.reference}
-    console.out(_table(metrics))
+    console.out(console.table(metrics))
     resize = convention["preprocessing"]
     console.out(
         f"{convention['samples']:,} samples, reference {pathlib.Path(args.reference).name}; {convention['network']} "
@@ -258,7 +257,7 @@ def _cache_published(args: argparse.Namespace, where: Mapping[str, str | int] | 
     _writable("--out", args.out)
     if args.step is not None:
         raise UserError("--step is of a run's checkpoint: name the run by --workdir, or leave it out.")
-    with _joined(where), configs.blaming(config, module, args.overrides):
+    with distributed.joined(where), configs.blaming(config, module, args.overrides):
         from mmdiff import encoded_caches
 
         writer = configs.build(config, module).cache
@@ -342,14 +341,6 @@ def _where(args: argparse.Namespace) -> dict[str, str | int] | None:
     return distributed.address(*flags) if args.distributed or any(flags) else None
 
 
-def _joined(where: Mapping[str, str | int] | None) -> contextlib.AbstractContextManager[None]:
-    """A context: the processes, if any are to be joined, have found each other, and end together."""
-    if where is None:
-        return contextlib.nullcontext()
-    distributed.start(**where)
-    return distributed.exit_together()
-
-
 def _is_first() -> bool:
     from mmdiff import hosts
 
@@ -362,13 +353,6 @@ def _is_spare() -> bool:
     if rank:
         console.say(f"mmdiff: nothing to do in process {rank} ({name}): process 0 alone does this.")
     return rank > 0
-
-
-def _table(metrics: Mapping[str, object]) -> str:
-    """Names and values in two columns, fractions with four decimals."""
-    width = max(map(len, metrics), default=0)
-    texts = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in metrics.items()}
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in texts.items())
 
 
 def _write_json(path: str | None, found: Mapping[str, object]) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -28,6 +28,18 @@ def say(text: str, end: str = "\n") -> bool:
 def out(text: Any) -> bool:
     """A line of a command's answer on stdout; false if it could not be written."""
     return _write("stdout", str(text), "\n")
+
+
+def table(values: Mapping[str, object]) -> str:
+    """Names and values in two columns, fractions with four decimals.
+
+    >>> print(table({"steps": 3, "loss": 0.25}))
+    steps  3
+    loss   0.2500
+    """
+    width = max(map(len, values), default=0)
+    texts = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in texts.items())
 
 
 def is_terminal() -> bool:

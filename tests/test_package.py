@@ -172,7 +172,8 @@ ARROWS = {
     "projects": CORE_PARTS | {"config", "convert", "encoders", "data", "evals"},
     "conversion": CORE_PARTS | {"config", "convert", "data", "training"},
     "publishing": CORE_PARTS | {"config", "convert", "data", "training", "conversion"},
-    "arguments": BASE,
+    "help_texts": BASE,
+    "arguments": BASE | {"help_texts"},
     "commands": CORE_PARTS | {
         "config", "convert", "encoders", "evals", "shipped_configs", "training", "runs", "sample_sets", "encoded_caches", "inference_costs",
         "conversion", "publishing"},

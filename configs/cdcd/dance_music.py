@@ -18,8 +18,8 @@ code.
 Measured (seed 0, 200 test dances, EMA weights, 40 steps, guidance 1.5): onsets of the samples have F1 0.953 for the known beats, within 50
 ms (0.184 for another clip's; the real music 0.968, the tokenizer's reconstructions 0.980); the genre is classified right in 0.950
 (reconstructions 1.000). Beat coverage and hit, the published scores, are 0.988, and by chance as well: every second of these clips has a
-beat. Fréchet distance 0.187 (reconstructions 0.133, other real clips 0.038). A second of sampling makes 3.6 s of music on one CPU core, 15 s
-in ten steps. Cost: 2.5M parameters, 51 minutes on one core shared with other work. Guidance, steps and rate were not tuned.
+beat. Fréchet distance 0.187 (reconstructions 0.133, other real clips 0.038). A second of sampling makes 3.6 s of music on one CPU core, 15
+s in ten steps. Cost: 2.5M parameters, 51 minutes on one core shared with other work. Guidance, steps and rate were not tuned.
 """
 
 from ml_collections import ConfigDict

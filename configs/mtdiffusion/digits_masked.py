@@ -5,8 +5,8 @@
 
 Measured (seed 0, 1,097 training and 500 test digits, EMA weights), with 5, 10, 15 and 20 hidden patches: squared error on the hidden
 pixels, mean of 16 samples, 0.110, 0.140, 0.178 and 0.211 (linear regression 0.153, 0.172, 0.198, 0.217); perceptual distance 0.069, 0.186,
-0.354 and 0.546 (0.102, 0.227, 0.388, 0.542). Sampled from nothing: Fréchet ratio 1.95; without a masked image, plain DDPM, 1.53. Cost: 0.74M
-parameters; 3,200 steps took six minutes on one CPU core.
+0.354 and 0.546 (0.102, 0.227, 0.388, 0.542). Sampled from nothing: Fréchet ratio 1.95; without a masked image, plain DDPM, 1.53. Cost:
+0.74M parameters; 3,200 steps took six minutes on one CPU core.
 """
 
 from ml_collections import ConfigDict

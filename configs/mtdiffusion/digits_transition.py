@@ -8,8 +8,8 @@ and a head of logits for each pixel. With --config.pair=night in another workdir
 
 Measured (seed 0, 500 test scenes, EMA weights): mean IoU of the segmentation predicted from an image 0.885 (mismatched pairs 0.085), of
 what an independent rule finds in images sampled for a segmentation 0.623 (in real images 0.957), in images sampled jointly with one 0.216:
-those maps are speckled, as all pixels' classes are sampled at once in the last step. Fréchet ratio 1.27, 1.38 and, alone, 1.45 (500 images).
-Cost: 0.78M parameters; six minutes on one CPU core.
+those maps are speckled, as all pixels' classes are sampled at once in the last step. Fréchet ratio 1.27, 1.38 and, alone, 1.45 (500
+images). Cost: 0.78M parameters; six minutes on one CPU core.
 """
 
 import dataclasses

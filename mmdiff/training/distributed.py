@@ -164,6 +164,14 @@ def exit_together() -> Iterator[None]:
     _leave(in_peace=True)
 
 
+def joined(where: dict[str, str | int] | None) -> contextlib.AbstractContextManager[None]:
+    """A context: the processes at this `address`, None for none, have found each other, and end together."""
+    if where is None:
+        return contextlib.nullcontext()
+    start(**where)
+    return exit_together()
+
+
 def from_first(act: Callable[[], Any]) -> Any:
     """What `act` returns (JSON) in process 0, in every process, or the UserError that it raises there; the others do not act."""
     import jax
