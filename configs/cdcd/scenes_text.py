@@ -13,8 +13,9 @@ after 1,600 steps). One in ten combinations of digit, colour and position never 
 
 Measured (seed 0, 1,000 captions of held-out combinations, EMA weights, 40 steps, guidance 2, truncation 0.86): digit, colour and position
 all right in 0.859 of the samples (digit 0.862, colour 0.992, position 0.997; classifiers that are right on 0.985 of real scenes), 0.907
-for captions of training combinations, Fréchet ratio 1.21; the standard error is 0.011. VALIDATION_TEXT Cost: 1.67M parameters, 54 minutes
-on one CPU core shared with other work.
+for captions of training combinations, Fréchet ratio 1.21; the standard error is 0.011. Of 1,000 validation captions, whose combinations
+occur in training, 0.912 are right (ratio 1.25); at guidance 1.5 0.878 (1.16), at 2.5 0.883 (1.84), with truncation 0.92 0.894 (1.27):
+hence these settings. Cost: 1.67M parameters, 54 minutes on one CPU core shared with other work.
 """
 
 from ml_collections import ConfigDict
