@@ -95,7 +95,7 @@ def test_the_last_override_of_a_key_wins(file):
         ("sample.num_steps", "7", "'sample.steps'?"),
         ("cfg_scale", "7", "'sample.guidance'?"),
         ("train.epochs", "7", "counted in steps, not in epochs: did you mean 'train.steps'?"),
-        ("train.wandb", "7", "choose one of config."),
+        ("train.neptune", "7", "choose one of config."),
         ("train.beta1", "7", "'train.beta1': choose one of config."),
         ("train.path", "7", "'train.path': choose one of config."),
         ("data.path", "7", "'data.path': choose one of config."),  # this config reads no data from a folder
