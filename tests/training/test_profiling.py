@@ -21,6 +21,7 @@ def config(config, monkeypatch):
     return config
 
 
+@pytest.mark.slow  # the profiler can end a process that has compiled as much as one that runs all tests
 def test_a_trace_has_the_steps_that_were_asked_for(config, tmp_path, capsys):
     traced = loop.train(toy.build(config), config, tmp_path / "run", profile=(3, 5))
     [path] = (tmp_path / "run/profile/plugins/profile").glob("*/*.trace.json.gz")
