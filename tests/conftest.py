@@ -58,6 +58,26 @@ def test(data_dir):
     return digits_source("test", data_dir)
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """JAX knows one of the simulated devices, in the tests of a file that use it."""
+    import jax  # not before the settings above
+
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: first)
+        patch.setattr(jax, "local_devices", lambda: first)
+        yield
+
+
+@pytest.fixture(scope="session")
+def autoencoder(tmp_path_factory):
+    """A tiny one with random weights, as published: (folder, network, parameters)."""
+    import tiny_encoders
+
+    return tiny_encoders.autoencoder(tmp_path_factory.mktemp("kl") / "vae")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_forgotten():
     """Compiled programs are forgotten between files once there are many: each is a few memory maps, and a process that kept those of two

@@ -4,7 +4,6 @@ import io
 import json
 import tarfile
 
-import jax
 import numpy as np
 import pytest
 import small_sets
@@ -19,19 +18,13 @@ TRAIN = [
     "--config.train.steps=3", "--config.train.global_batch=4", "--config.train.log_every=1", "--config.train.eval_every=0",
     "--config.train.tensorboard=false", "--config.train.warmup_steps=0", "--config.model.dtype=float32", "--config.model.scan=false"]
 VQ = {"block_out_channels": [4, 4], "latent_channels": 4, **tiny_encoders.LEVELS}
-VISION = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
-    "projection_dim": 12}
 DIT = ["model.size=XXS", "model.patch=16"]
 CDCD = ["model.width=16", "model.depth=1", "model.heads=2", "chain.steps=4", "loss.count=1", "eval.examples=2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device():
+def in_small(one_device):
     with pytest.MonkeyPatch.context() as patch:
-        first = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *_: first)
-        patch.setattr(jax, "local_devices", lambda: first)
         patch.setitem(SIZES, "XXS", (2, 32, 2))
         yield
 
@@ -84,7 +77,7 @@ def tokenizer(folder, codes, **options):
 
 
 def vision(folder):
-    net = CLIPVision.from_config(VISION)
+    net = CLIPVision.from_config(tiny_encoders.VISION)
     return [*vae(folder), f"--config.vector_encoder.path={tiny_encoders.publish(folder / 'vision', net)[0]}", "--config.data.vector=12"]
 
 

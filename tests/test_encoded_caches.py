@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 import small_sets
-import tiny_encoders
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -26,11 +25,6 @@ from mmdiff.errors import UserError
 from mmdiff.training import run_metadata
 
 MODALITIES = {"image": Latents(4, 4, 4, scale=0.5), "label": Labels(3)}
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory):
-    return tiny_encoders.autoencoder(tmp_path_factory.mktemp("kl") / "vae")
 
 
 @pytest.fixture(scope="module")

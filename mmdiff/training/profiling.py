@@ -51,7 +51,9 @@ class Profile:
         if not self.first:
             return
         if step == self.first - 1:
-            jax.profiler.start_trace(self._folder)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # it hooks all running threads of Python, at which a process has died
+            jax.profiler.start_trace(self._folder, profiler_options=options)
             self._traces = True
         elif step == self.last:
             self._stop()

@@ -36,27 +36,12 @@ from mmdiff.nets.dit import SIZES
 DIT, TOKENS = "configs/imagenet256/dit_xl2.py", "configs/cdcd/imagenet256_class.py"
 VECTORS = "configs/mtdiffusion/imagenet_representation.py"
 VQ = {"block_out_channels": [4, 4], "latent_channels": 4, "num_vq_embeddings": 990, **tiny_encoders.LEVELS}
-CLIP = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
-    "projection_dim": 12}
 TRAIN = [
     "--config.train.steps=2", "--config.train.global_batch=2", "--config.train.log_every=1", "--config.train.eval_every=0",
     "--config.train.tensorboard=false", "--config.model.dtype=float32"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """What is tested knows no mesh; eight simulated devices take longer."""
-    with pytest.MonkeyPatch.context() as patch:
-        first = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *_: first)
-        patch.setattr(jax, "local_devices", lambda: first)
-        yield
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory):
-    return tiny_encoders.autoencoder(tmp_path_factory.mktemp("kl") / "vae")
+pytestmark = pytest.mark.usefixtures("one_device")  # what is tested knows no mesh; eight simulated devices take longer
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +261,7 @@ def test_a_model_of_tokens_trains_and_its_samples_are_images(tokens, tmp_path):
 @pytest.fixture(scope="module")
 def vectors(autoencoder, images, tmp_path_factory):
     """-> (a cache of latents and vectors, the flags for its use, the image encoder's network and parameters)."""
-    folder, net, params = tiny_encoders.publish(tmp_path_factory.mktemp("vectors") / "clip", CLIPVision.from_config(CLIP))
+    folder, net, params = tiny_encoders.publish(tmp_path_factory.mktemp("vectors") / "clip", CLIPVision.from_config(tiny_encoders.VISION))
     use = ["--config", VECTORS, f"--config.encoder.path={autoencoder[0]}", f"--config.vector_encoder.path={folder}"]
     use, out = [*use, "--config.data.vector=12"], folder.parent / "cache"
     assert main(["cache", *use, "--out", str(out), f"--config.data.images={images}"]) == 0

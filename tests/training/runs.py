@@ -145,7 +145,7 @@ def _train(job):
     experiment = toy.build(config)
     experiment = dataclasses.replace(experiment, train_data=functools.partial(_watched, experiment.train_data(), job))
     try:
-        state = loop.train(experiment, config, job["workdir"])
+        state = loop.train(experiment, config, job["workdir"], job.get("profile"))
     except UserError as error:
         _error(job).write_text(str(error))
         return 2
