@@ -17,6 +17,7 @@ import logging
 import os
 import pathlib
 import stat
+import uuid
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -187,10 +188,14 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def write_whole(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a small file so that it holds either the old content or the new one, whatever happens."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(partial, path)
+    """Writes a small file so that it holds either the old content or the new one, whatever happens and whoever else writes it."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------- folders

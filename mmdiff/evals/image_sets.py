@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -164,11 +165,10 @@ def write_statistics(path: str | os.PathLike, moments: Mapping[str, tuple[np.nda
     """Stores moments, {"mu": (mean, covariance), "mu_s": ...}, as ADM's evaluator and pytorch-fid read them, and their "convention"."""
     path = files.expand(path)
     arrays = {name: array for mean, pair in moments.items() for name, array in zip((mean, MEANS[mean]), pair, strict=True)}
-    partial = path.with_name(f".{path.name}.partial")
+    content = io.BytesIO()
+    np.savez(content, **arrays, convention=np.array(json.dumps(convention)))
     try:
-        with open(partial, "wb") as file:
-            np.savez(file, **arrays, convention=np.array(json.dumps(convention)))
-        os.replace(partial, path)
+        files.write_whole(path, content.getvalue())
     except OSError as error:
         raise FileError(path, f"cannot be written ({error.strerror or error})", "choose another file") from error
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -143,10 +144,11 @@ def test_without_record_locks_the_process_itself_is_looked_for(tmp_path, monkeyp
     with lock.held(tmp_path / "reused"):
         assert set(files(tmp_path / "reused")) == {".trainer.lock", "trainer.json"}
     # Of two that start in the same moment one gets it.
-    monkeypatch.setattr(lock, "SETTLE_SECONDS", 1)
+    outcomes, gate = [], threading.Barrier(2)
+    clock = types.SimpleNamespace(sleep=lambda _: gate.wait(), time=time.time, monotonic=time.monotonic)  # both have written
+    monkeypatch.setattr(lock, "time", clock)
     monkeypatch.setattr(lock._Lock, "_lives", lambda *_: False)
     monkeypatch.setattr(lock, "_held", set())
-    outcomes, gate = [], threading.Barrier(2)
 
     def start():
         gate.wait()
