@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,22 +21,37 @@ from mmdiff.errors import UserError
 
 MANIFEST = "manifest.json"
 # Orbax completes these after the manifest is written: the first gets the time of the rename, the second is made just before it.
-STAMPED, COMMITTED, STAMP = "_CHECKPOINT_METADATA", "commit_success.txt", "commit_timestamp_nsecs"
+STAMPED, COMMITTED, STAMP, ITEMS = "_CHECKPOINT_METADATA", "commit_success.txt", "commit_timestamp_nsecs", "item_handlers"
+STAMP_SECONDS = 10  # that a thread of Orbax gets to write the first, but for its stamp, before the manifest does without its checksum
 SMALL = 2**20  # files up to this size are always read: what is said of a checkpoint (metrics, position) is in them
 THREADS = 8
 
 
 def write_manifest(checkpoint: pathlib.Path) -> None:
     """Notes all files of a checkpoint, which are then on the disk: a checksum says nothing about data that a power cut would lose."""
+    told = _items_are_told(checkpoint / STAMPED)
     names = sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())
 
     def entry(name):
         with (checkpoint / name).open("rb") as file:
             os.fsync(file.fileno())
-        return {"size": (checkpoint / name).stat().st_size, "checksum": _checksum(checkpoint / name)}
+        noted = {"size": (checkpoint / name).stat().st_size}
+        return noted if name == STAMPED and not told else {**noted, "checksum": _checksum(checkpoint / name)}
 
     names = [name for name in names if name not in (MANIFEST, COMMITTED)]
     files.write_whole(checkpoint / MANIFEST, _text(dict(zip(names, _in_threads(entry, names)))))
+
+
+def _items_are_told(path: pathlib.Path) -> bool:
+    """Whether all but the stamp is in it: Orbax writes it in a thread that it waits for only after the manifest is written."""
+    for _ in range(100 * STAMP_SECONDS):
+        try:
+            if json.loads(path.read_text()).get(ITEMS):
+                return True
+        except (FileNotFoundError, ValueError):
+            pass  # not yet there, or half written
+        time.sleep(0.01)
+    return False
 
 
 def damage(checkpoint: pathlib.Path, read: Callable[[str], bool] = lambda name: False, part: int = 0, parts: int = 1) -> str | None:

@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from mmdiff.training import integrity
 from mmdiff.training.averaged_weights import restore_for_inference
 from mmdiff.training.checkpoints import Checkpoints
 from mmdiff.training.run_metadata import write_config
+
+# A read that fails leaves others of tensorstore under way: when these end, the event loop that asked for them is closed, which they say.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def run_of_two(workdir):
@@ -97,6 +101,30 @@ def test_the_manifest_covers_itself(tmp_path):
     for other in ("{}", "[]", "null", "3", '{"files": 3}', '{"files": {"a": {"size": 1}}, "checksum": "0"}', "\udc80"):
         (checkpoint / integrity.MANIFEST).write_bytes(other.encode(errors="surrogateescape"))
         assert integrity.damage(checkpoint), other
+
+
+def test_the_manifest_waits_for_what_orbax_still_writes(tmp_path, monkeypatch):
+    """It writes one file in a thread of its own, in place: first nothing, then a part, then all but the items, then all but the stamp."""
+    save(tmp_path, 1)
+    checkpoint = tmp_path / "checkpoints/1"
+    file = checkpoint / integrity.STAMPED
+    whole = file.read_text()
+    early = json.dumps({**json.loads(whole), integrity.ITEMS: None, integrity.STAMP: None})
+    stages = [early, early[:40], ""]
+    file.unlink()
+    waits = types.SimpleNamespace(sleep=lambda seconds: file.write_text(stages.pop() if stages else whole))
+    monkeypatch.setattr(integrity, "time", waits)
+    integrity.write_manifest(checkpoint)
+    noted = json.loads((checkpoint / integrity.MANIFEST).read_text())["files"][integrity.STAMPED]
+    assert "checksum" in noted and file.read_text() == whole and integrity.damage(checkpoint, lambda name: True) is None
+    # A thread that gets no time is not waited for for ever: the checkpoint is whole all the same.
+    monkeypatch.setattr(integrity, "STAMP_SECONDS", 0)
+    file.write_text(early)
+    integrity.write_manifest(checkpoint)
+    file.write_text(whole)
+    assert integrity.damage(checkpoint, lambda name: True) is None
+    file.write_text(whole[:40])
+    assert integrity.STAMPED in integrity.damage(checkpoint)
 
 
 def test_the_work_is_shared_among_processes(tmp_path, monkeypatch):
