@@ -73,11 +73,12 @@ check_run() {
         refuse "--format is missing: several processes sample sets of images, --format npz or --format png."
 }
 
-# check_build PYTHON DEVICES WORDS: refuses what would not start on so many devices (0: unknown), as far as this machine can know.
+# check_build PYTHON DEVICES WORDS: refuses what would not start on so many devices (0: unknown) as hosts start it, as far as this machine
+# can know.
 check_build() {
     local python=$1 devices=$2 command
     shift 2
     command=$(command_of "$@")
     [[ ${1:-} != "$command" ]] || shift
-    run env JAX_PLATFORMS=cpu "$python" -m mmdiff "$command" --check "$devices" "$@" || exit 2
+    run env JAX_PLATFORMS=cpu "$python" -m mmdiff "$command" --check "$devices" --distributed "$@" || exit 2
 }

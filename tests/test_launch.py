@@ -272,6 +272,8 @@ def test_checks_say_what_would_start_and_what_is_elsewhere(capsys, tmp_path):
         (2, "did you mean 'label'?", ["sample", *digits, "--given=lable=7"]),
         (0, "sample would start", ["sample", *digits, "--format=npz", "--classes=balanced", "--number=50000"]),
         (2, "names no published encoders", ["cache", "--config=digits_joint", "--out=/nowhere/x"]),
+        (0, "cache would start", ["cache", "--config=cdcd/scenes_tokenizer", *digits[2:], "--out=/nowhere/x"]),
+        (2, "leave it out", ["cache", "--config=cdcd/scenes_tokenizer", *digits[2:], "--out=/nowhere/x", "--distributed"]),
         (2, "config.encoder.path is empty", ["cache", "--config=imagenet256/dit_xl2", "--out=/nowhere/x"]),
         (2, "which is not there", ["eval", "--samples=/nowhere/a/b.npz", f"--reference={tmp_path}/c.npz"]),
     ):
@@ -345,7 +347,7 @@ def test_slurm_prints_what_it_runs(fakes, tmp_path):
     plan = printed(launch(fakes, "slurm.sh", "--dry-run", *RUN, **settings)[0])
     assert [command[0].rpartition("/")[2] for command in plan] == ["bash", "env", "mkdir", "sbatch", "env", "scontrol"]
     install, check, folder, submit, train, requeue = plan
-    assert check[1:] == ["JAX_PLATFORMS=cpu", "/shared/venv/bin/python", "-m", "mmdiff", "train", "--check", "8", *RUN]
+    assert check[1:] == ["JAX_PLATFORMS=cpu", "/shared/venv/bin/python", "-m", "mmdiff", "train", "--check", "8", "--distributed", *RUN]
     assert "VENV=/shared/venv environment cuda" in install[-1]
     wanted = {"nodes": "2", "ntasks-per-node": "4", "gpus-per-node": "4", "signal": "TERM@300", "output": f"{RUN[3]}/slurm-%j.log"}
     assert wanted.items() <= flags(submit).items() and "--requeue" in submit and folder[-1] == RUN[3]
