@@ -1,4 +1,4 @@
-"""Evaluation on eight devices and in two processes: the values of one device."""
+"""Evaluation on eight devices and in two processes, of runs and of samples in files: the values of one device."""
 
 import json
 import pathlib
@@ -7,7 +7,9 @@ import socket
 import jax
 import numpy as np
 import pytest
+import tiny_encoders
 
+from mmdiff.encoders.dinov2 import DINOv2
 from mmdiff.evals import evaluator, streaming
 
 # The tiny model, measured in batches of three: by its samples, its predictions and the features of both, of a network of a few means.
@@ -62,6 +64,15 @@ def test_eight_devices_give_the_bits_of_one(monkeypatch):
     np.testing.assert_allclose(found["out"], noised(weights, keys, given)["out"], rtol=1e-4, atol=1e-4)
 
 
+def two_processes(server, job, argv):
+    """Runs a command in two processes of two devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        argv = [*argv, "--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2", "--process"]
+    answers = server.run(*({**job, "name": i, "devices": 2, "argv": [*argv, str(i)]} for i in range(2)))
+    assert [answer["status"] for answer in answers] == [0, 0], answers
+
+
 def test_two_processes_measure_what_one_does(server, tmp_path):
     (tmp_path / "measured.py").write_text(CONFIG)
     run = ["--config", str(tmp_path / "measured.py"), "--workdir", str(tmp_path / "run")]
@@ -72,12 +83,7 @@ def test_two_processes_measure_what_one_does(server, tmp_path):
     report = tmp_path / "run/report.json"
     wanted = json.loads(report.read_text())
     report.unlink()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2", "--process"]
-    jobs = [{**job, "name": i, "devices": 2, "argv": ["eval", *run, "--reuse", *where, str(i)]} for i in range(2)]
-    answers = server.run(*jobs)  # nothing to reuse yet
-    assert [answer["status"] for answer in answers] == [0, 0], answers
+    two_processes(server, job, ["eval", *run, "--reuse"])  # nothing to reuse yet
     found = json.loads(report.read_text())
     assert {"lite0-FD", "lite0-IS", "lite0-precision", "lite0-KID", "predicted", "sampled"} <= found.keys()
     for name, value in wanted.items():
@@ -85,3 +91,27 @@ def test_two_processes_measure_what_one_does(server, tmp_path):
             assert found[name] == pytest.approx(value, rel=1e-9), name
     assert wanted["device"]["count"] == 1 and found["device"]["count"] == 4
     assert "\nlite0-FD" not in (tmp_path / "jobs.error1.log").read_text()  # the first speaks for both
+
+
+@pytest.mark.parametrize("stored", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_measure_files_of_samples_as_one_does(server, tmp_path, stored):
+    tiny_encoders.publish(tmp_path / "dinov2", DINOv2(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28))
+    stream = np.random.default_rng(0)
+    for name, brightest in (("samples", 200), ("real", 256)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=stream.integers(0, brightest, (21, 16, 16, 3), np.uint8))  # process 0 has 10, process 1 11
+    command = ["eval", "--samples", str(tmp_path / "samples.npz"), "--network", "dinov2", "--weights", str(tmp_path / "dinov2")]
+    command += ["--write-statistics"] if stored else ["--reference", str(tmp_path / "real.npz"), "--paired", "--json"]
+    job = {"workdir": str(tmp_path / "jobs"), "constants": {"HEARTBEAT_SECONDS": 600}}
+    alone, together = tmp_path / "alone.npz", tmp_path / "together.npz"
+    [answer] = server.run({**job, "argv": [*command, str(alone)]})
+    assert answer["status"] == 0, answer
+    two_processes(server, job, [*command, str(together)])
+    assert "PSNR" not in (tmp_path / "jobs.error1.log").read_text()  # the first speaks for both
+    if stored:
+        with np.load(alone) as alone, np.load(together) as together:
+            for name in ("mu", "sigma"):
+                np.testing.assert_allclose(together[name], alone[name], rtol=1e-9, atol=1e-12)
+        return
+    alone, together = json.loads(alone.read_text()), json.loads(together.read_text())
+    assert together["convention"]["samples"] == 21 and {"PSNR", "SSIM", "DINOv2-precision"} < together["metrics"].keys()
+    assert together["metrics"] == pytest.approx(alone["metrics"], rel=1e-6, abs=1e-9)
