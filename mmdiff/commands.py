@@ -238,7 +238,7 @@ def _zeroshot(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def cache(args: argparse.Namespace) -> None:
     where = _where(args)
-    check_alone(args)
+    distributed.check_encodes_alone(args.workdir, where is not None)
     if where is None and _is_spare():
         return
     _prepare()
@@ -248,12 +248,6 @@ def cache(args: argparse.Namespace) -> None:
     run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
     _writable("--out", args.out)
     _say_cached(args, run.cache(args.out, args.split), run.experiment.cache.holds(args.out, run.step))
-
-
-def check_alone(args: argparse.Namespace) -> None:
-    """Raises UserError where several processes are to encode with the network of a run."""
-    if args.workdir is not None and _where(args) is not None:
-        raise UserError("--distributed is for published encoders: a run's own network encodes in one process, leave it out.")
 
 
 def _cache_published(args: argparse.Namespace, where: Mapping[str, str | int] | None) -> None:

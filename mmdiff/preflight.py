@@ -14,8 +14,9 @@ import pathlib
 from typing import Any
 
 from mmdiff import config as configs
-from mmdiff import commands, console, runs
+from mmdiff import console, runs
 from mmdiff.errors import UserError
+from mmdiff.training import distributed
 
 PATHS = ("samples", "reference", "weights", "captions", "clip")  # arguments of `eval --samples` that are read
 
@@ -87,7 +88,7 @@ def _eval(args: argparse.Namespace, config: Any, module: Any, experiment: Any) -
 
 
 def _cache(args: argparse.Namespace, config: Any, module: Any, experiment: Any) -> None:
-    commands.check_alone(args)
+    distributed.check_encodes_alone(args.workdir, args.distributed or args.coordinator is not None)
     if args.workdir is None and getattr(experiment.cache, "encoders", None) is None:
         raise UserError(f"{args.config} names no published encoders: give --workdir DIR, the run of a tokenizer or of towers.")
     for encoder in getattr(experiment.cache, "encoders", None) or ():

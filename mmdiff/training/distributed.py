@@ -172,6 +172,12 @@ def joined(where: dict[str, str | int] | None) -> contextlib.AbstractContextMana
     return exit_together()
 
 
+def check_encodes_alone(workdir: str | None, several: bool) -> None:
+    """Raises UserError where several processes are to encode by the network of the run in `workdir`, if there is one."""
+    if workdir is not None and several:
+        raise UserError("--distributed is for published encoders: a run's own network encodes in one process, leave it out.")
+
+
 def from_first(act: Callable[[], Any]) -> Any:
     """What `act` returns (JSON) in process 0, in every process, or the UserError that it raises there; the others do not act."""
     import jax
