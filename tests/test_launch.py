@@ -59,7 +59,7 @@ def launch(fakes, script, *words, **settings):
     kept["VENV"] = sys.prefix  # has mmdiff: nothing is installed
     env = {**kept, "PATH": f"{fakes}:{os.environ['PATH']}", "HOME": str(fakes.parent), **settings}
     bash = shutil.which("bash")
-    done = subprocess.run([bash, str(LAUNCH / script), *words], env=env, cwd=fakes.parent, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([bash, str(LAUNCH / script), *words], env=env, cwd=fakes.parent, capture_output=True, text=True, timeout=600)
     calls = fakes.parent / "calls.jsonl"
     called = [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
     calls.unlink(missing_ok=True)
@@ -291,7 +291,7 @@ def host(tmp_path):
     shutil.copy(ROOT / "setup.py", checkout)
     python = checkout / ".venv" / "bin" / "python"
     python.write_text(
-        "#!/usr/bin/env bash\necho \"$PWD $*\"\ntrap 'echo saved; exit 143' TERM\nfor i in $(seq 300); do sleep 0.1; done\n"
+        "#!/usr/bin/env bash\ntrap 'echo saved; exit 143' TERM\necho \"$PWD $*\"\nfor i in $(seq 3000); do sleep 0.1; done\n"
     )
     python.chmod(0o755)
     (checkout / ".venv" / "mmdiff.stamp").write_text("extras: tpu\n" + (ROOT / "setup.py").read_text())
@@ -299,7 +299,7 @@ def host(tmp_path):
     def call(*words):
         # As sshd runs what `gcloud ssh --command` is given, and hangs up afterwards.
         command = f"bash mmdiff/launch/tpu_host.sh {shlex.join(words)}"
-        return subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60, start_new_session=True)
+        return subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=600, start_new_session=True)
 
     yield call
     call("stop")
@@ -332,7 +332,7 @@ def test_a_host_runs_stops_and_continues(host, tmp_path):
     wait_for(lambda: f"-m mmdiff sample --distributed {' '.join(SAMPLE[1:])}\n" in log.read_text())
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=600):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until

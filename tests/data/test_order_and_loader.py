@@ -61,7 +61,7 @@ def test_a_set_of_any_size_starts_at_once():
         assert found.min() >= 0 and found.max() < size and len(np.unique(found)) > 4080 * (size > 10**8)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10
 
 
 def test_all_bits_of_a_seed_count():

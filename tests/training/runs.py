@@ -10,7 +10,7 @@ A job is a dict: workdir, overrides {"train.steps": 8}, devices (simulated), and
   takes                          where to write which examples were read, a JSON list per read;
   after                          waits until the run has written of that step in metrics.jsonl;
   bad_read                       which read fails;
-  waits [read, file]             that read waits, a minute at most, until the file is there;
+  waits [read, file]             that read waits, ten minutes at most, until the file is there;
   leaves                         where to write every leaf of the final state (.npz);
   argv, env                      runs the command line instead, with these environment variables.
 Its answer: status (exit status, negative for a signal), error (the UserError's message, or a traceback), seconds (from the last
@@ -50,7 +50,7 @@ class Server:
 
     def __exit__(self, *_):
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=600)
 
     def run(self, *jobs):
         """Runs jobs side by side; returns their answers."""
@@ -164,7 +164,7 @@ def _watched(source, job):
         read, (waiting, file) = next(reads), job.get("waits", (None, None))
         if read == job.get("bad_read"):
             raise OSError("the disk is gone")
-        end = time.monotonic() + 60
+        end = time.monotonic() + 600
         while read == waiting and not os.path.exists(file) and time.monotonic() < end:
             time.sleep(0.01)
         if "takes" in job:

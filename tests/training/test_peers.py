@@ -22,7 +22,7 @@ def pair(request):
     threading.Thread(target=lambda: joined.put(second.connect("localhost", port)), daemon=True).start()
     time.sleep(0.1)  # process 0 comes later
     inner = first.serve(port)
-    relay = joined.get(timeout=60)
+    relay = joined.get(timeout=600)
     while not first._lifelines:
         time.sleep(0.01)
     yield first, second, lost, inner, relay
@@ -38,10 +38,10 @@ def cut(process):
 
 def test_the_relays_pass_bytes_both_ways_once_the_service_is_there(pair):
     *_, inner, relay = pair
-    client = socket.create_connection(("127.0.0.1", relay), timeout=60)
+    client = socket.create_connection(("127.0.0.1", relay), timeout=600)
     client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM")
     with socket.create_server(("127.0.0.1", inner)) as service:
-        service.settimeout(60)
+        service.settimeout(600)
         served, _ = service.accept()
         assert served.recv(64) == b"PRI * HTTP/2.0\r\n\r\nSM"
         served.sendall(b"x" * 1_000_000)
@@ -58,7 +58,7 @@ def test_the_relays_pass_bytes_both_ways_once_the_service_is_there(pair):
 def test_a_process_that_is_killed_is_known_at_once(dead, pair):
     pair[dead]._closing = True
     cut(pair[dead])
-    assert pair[2][1 - dead].get(timeout=60) == dead  # long before it would be silent for too long
+    assert pair[2][1 - dead].get(timeout=600) == dead  # long before it would be silent for too long
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def mute(monkeypatch):
 
 @pytest.mark.parametrize("pair", [4.0], indirect=True)
 def test_a_process_that_falls_silent_is_known_later(mute, pair):
-    found = {pair[2][number].get(timeout=60) for number in (0, 1)}  # nobody says anything
+    found = {pair[2][number].get(timeout=600) for number in (0, 1)}  # nobody says anything
     assert found == {0, 1}
 
 
@@ -98,4 +98,4 @@ def test_a_process_that_leaves_in_peace_is_not_missed(pair):
 def test_a_process_that_fails_is_missed_and_misses_nobody(pair):
     pair[1].leave(in_peace=False)
     cut(pair[1])
-    assert pair[2][0].get(timeout=60) == 1 and pair[2][1].empty()
+    assert pair[2][0].get(timeout=600) == 1 and pair[2][1].empty()
