@@ -24,7 +24,7 @@ from mmdiff.encoders.published_kinds import KINDS
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
 from mmdiff.nets.target import compiling_for
-from mmdiff.training import aot, hlo, perf
+from mmdiff.training import aot, estimates, perf
 
 Program = tuple[str, int, Callable, tuple]  # what it is, the images of a call, the function and its arguments
 
@@ -113,13 +113,13 @@ def _compiled(program: Program, chip: perf.Chip, device: jax.Device) -> dict[str
     began = time.perf_counter()
     with compiling_for("tpu"):
         compiled = jax.jit(function).lower(*args).compile()
-    program = hlo.Program(compiled.as_text())
-    line = perf.roofline(chip, 1, flops, passes, program.traffic())
+    counted = estimates.report(estimates.program(compiled), chip, 1, flops)
+    line = perf.roofline(chip, 1, flops, passes, counted["traffic"])
+    seconds = {"compute": line.seconds["compute"], "memory": line.seconds.get("memory")}
     return {
         "name": name, "images": images, "memory": {**perf.compiled_memory(compiled), "capacity": chip.memory}, "model_flops": flops,
-        "hardware_flops": passes, "traffic": program.traffic(), "compile_seconds": time.perf_counter() - began,
-        "roofline": {"compute": line.seconds["compute"], "memory": line.seconds["memory"], "call": line.step_seconds, "limit": line.limit},
-        "unknown_loops": len(program.unknown_loops),
+        "hardware_flops": passes, **counted, "compile_seconds": time.perf_counter() - began,
+        "roofline": {**seconds, "call": line.step_seconds, "limit": line.limit},
     }  # fmt: skip
 
 
@@ -128,14 +128,15 @@ def text(found: Mapping[str, Any]) -> str:
     rows = [("chips", f"{found['chips']} x {found['chip']}, each on its own")]
     for program in found["programs"]:
         line, memory = program["roofline"], program["memory"]
+        moved = "" if line["memory"] is None else f"main memory {line['memory']:.3g} s a call: "
         fits = "fits" if memory["total"] <= memory["capacity"] else "DOES NOT FIT"
         rows += [
             (program["name"], f"{program['images']} images a call, {program['model_flops'] / program['images'] / 1e12:.4g} TFLOP each"),
             ("  memory", f"{memory['total'] / 1e9:.3g} of {memory['capacity'] / 1e9:.3g} GB: {fits}"),
-            ("  roofline", f"compute {line['compute']:.3g} s, main memory {line['memory']:.3g} s a call: bound by {line['limit']}"),
+            ("  roofline", f"compute {line['compute']:.3g} s, {moved}bound by {line['limit']}"),
             ("  images/s/chip", f"up to {program['images'] / line['call']:.4g}"),
+            *estimates.rows(program),
         ]
-        rows += [("  note", f"{program['unknown_loops']} loop(s) of unknown length count once")] if program["unknown_loops"] else []
     rows += [
         ("images/s/chip", f"up to {found['images_per_second_per_chip']:.4g} in all"),
         (f"{found['number']:,} images", f"{found['hours']:.3g} hours at least"),

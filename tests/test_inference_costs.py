@@ -48,6 +48,7 @@ def test_a_sampler_and_its_decoder(small, tmp_path, capsys):
         assert line["compute"] == pytest.approx(program["hardware_flops"] / 197e12)
         assert line["memory"] == pytest.approx(program["traffic"] / 819e9)
         assert line["call"] == max(line["compute"], line["memory"]) == line[line["limit"]]
+        assert program["estimate"]["step"] > line["compute"] and sum(program["traffic_by_kind"].values()) == program["traffic"]
         seconds += line["call"] / program["images"]
     assert found["images_per_second_per_chip"] == pytest.approx(1 / seconds)
     assert found["hours"] == pytest.approx(72000 * seconds / 4 / 3600)

@@ -25,7 +25,7 @@ from mmdiff import console
 from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment
-from mmdiff.training import hlo, perf, sharding
+from mmdiff.training import estimates, hlo, perf, sharding
 from mmdiff.training.step import step_of
 
 Load = Callable[[Mapping[str, str]], tuple[ml_collections.ConfigDict, Experiment]]
@@ -54,7 +54,8 @@ def report(load: Load, topology: str, slices: int = 1) -> dict[str, Any]:
       topology: "v5e:4x4" and the like, see `TOPOLOGIES`.
       slices: how many slices, joined by the data-centre network.
 
-    Returns plain values (`json.dumps` takes them), sizes in bytes, times in seconds. "memory" is per chip and in the compiler's words.
+    Returns plain values (`json.dumps` takes them), sizes in bytes, times in seconds. "memory" is per chip and in the compiler's words;
+    "traffic" and "estimate" are those of `estimates.report`.
     If the step does not fit, there is "remedy": {"overrides": ..., **the report of the step with these} or None.
 
     Raises:
@@ -109,7 +110,7 @@ class Compiled:
       memory: bytes per chip by kind; only the "total" that the compiler names, if it gave up.
       seconds: of compilation.
       flops: (model, hardware) of the whole step.
-      program: what was compiled; None if it did not fit.
+      program: what was compiled; None if it did not fit, or if the compiler could not write its text.
     """
 
     config: ml_collections.ConfigDict
@@ -124,7 +125,7 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        return self.program is not None and self.memory["total"] <= self.chip.memory
+        return "temporaries" in self.memory and self.memory["total"] <= self.chip.memory
 
     def report(self) -> dict[str, Any]:
         train, chips = self.config.train, self.mesh.size
@@ -143,18 +144,17 @@ class Compiled:
             "model_flops": self.flops[0],
             "hardware_flops": self.flops[1],
         }
-        if self.program:
-            sent = perf.collective_costs(self.program, self.mesh, self.chip)
-            traffic = self.program.traffic()
-            line = perf.roofline(self.chip, chips, *self.flops, traffic, sent)
+        if "temporaries" in self.memory:
+            sent = perf.collective_costs(self.program, self.mesh, self.chip) if self.program else []
+            counted = estimates.report(self.program, self.chip, chips, self.flops[0], sent)
+            line = perf.roofline(self.chip, chips, *self.flops, counted["traffic"], sent)
             found |= {
+                **counted,
                 "collectives": [dataclasses.asdict(cost) for cost in sent],
-                "traffic": traffic,
                 "intensity": line.intensity,
                 "ridge": line.ridge,
                 "roofline": {**line.seconds, "step": line.step_seconds, "limit": line.limit, "mfu": line.mfu},
                 "images_per_second_per_chip": train.global_batch / chips / line.step_seconds,
-                "unknown_loops": len(self.program.unknown_loops),
             }
         return found
 
@@ -180,7 +180,7 @@ def compile_step(
     began = time.perf_counter()
     try:
         compiled = sharding.lower_step(step, state, batch, mesh).compile()
-        memory, program = perf.compiled_memory(compiled), hlo.Program(compiled.as_text())
+        memory, program = perf.compiled_memory(compiled), estimates.program(compiled)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
@@ -256,14 +256,17 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
         line = found["roofline"]
         for sent in found["collectives"]:
             where = " + ".join(sent["axes"]) + (" (network)" if sent["network"] else "")
-            rows.append((f"  {sent['kind']}", f"{_gb(sent['bytes'])} over {where}, {_ms(sent['seconds'])}"))
+            exposed = f", {_ms(sent['exposed'])} of it not overlapped" if sent["exposed"] else ""
+            rows.append((f"  {sent['kind']}", f"{_gb(sent['bytes'])} over {where}, {_ms(sent['seconds'])}{exposed}"))
+        if found["traffic"] is not None:
+            balance = f"{found['intensity']:.0f} FLOPs a byte (the chip balances at {found['ridge']:.0f})"
+            rows.append(("main memory", f"{_gb(found['traffic'])}, {balance}"))
         rows += [
-            ("main memory", f"{_gb(found['traffic'])}, {found['intensity']:.0f} FLOPs a byte (the chip balances at {found['ridge']:.0f})"),
-            ("roofline", ", ".join(f"{name} {_ms(line[name])}" for name in ("compute", "memory", "links", "network"))),
+            ("roofline", ", ".join(f"{name} {_ms(line[name])}" for name in ("compute", "memory", "links", "network") if name in line)),
             ("  step", f"{_ms(line['step'])} at least, bound by {line['limit']}: MFU up to {line['mfu']:.1%}"),
             ("  images/s/chip", f"up to {found['images_per_second_per_chip']:.4g}"),
+            *estimates.rows(found),
         ]
-        rows += [("  note", f"{found['unknown_loops']} loop(s) of unknown length count once")] if found["unknown_loops"] else []
     return [f"{name:<22}{value}" for name, value in rows if value]  # of a step that does not fit, only the total is known
 
 

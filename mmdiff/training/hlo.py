@@ -1,4 +1,4 @@
-"""Communication and memory traffic of a compiled program, from its HLO text (`compiled.as_text()`).
+"""Communication, memory traffic and estimated cycles of a compiled program, from its HLO text (`compiled.as_text()`).
 
 The text lists computations, each a list of instructions; fusions, loops and calls name the computations that they run. All counts are
 per device and per run of the program, a loop's body as often as it runs.
@@ -7,12 +7,13 @@ per device and per run of the program, a loop's body as often as it runs.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
+
+from mmdiff.training.hlo_text import UPDATES, Computation, Instruction, buffers, bytes_padded, groups, memory, padded, parse, places, size
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast",
@@ -24,54 +25,6 @@ FREE = {
     "AssumeGatherIndicesInBound", "AsyncCollectiveDone",
 }  # fmt: skip
 SLICES = ("slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start")  # read as much as they return
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # write this operand into the first in place
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """`name = shape opcode(arguments), attributes`; the opcode of a custom call is its target."""
-
-    name: str
-    shape: str
-    opcode: str
-    arguments: str
-    attributes: str
-
-    @functools.cached_property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.arguments)
-
-    def called(self, *attributes: str) -> list[str]:
-        """The computations that these attributes name."""
-        found = re.findall(rf"\b(?:{'|'.join(attributes)})=(?:\{{([^}}]*)\}}|(%[\w.\-]+))", self.attributes)
-        return re.findall(r"%([\w.\-]+)", " ".join(several or one for several, one in found))
-
-
-class Computation(dict[str, Instruction]):
-    """Instructions by name, in order."""
-
-    root: Instruction
-
-    @functools.cached_property
-    def users(self) -> dict[str, list[Instruction]]:
-        users = {name: [] for name in self}
-        for instruction in self.values():
-            for name in dict.fromkeys(instruction.operands):
-                users[name].append(instruction)
-        return users
-
-    @functools.cached_property
-    def results(self) -> set[str]:
-        """What the root returns or changes in place: itself, or the elements of its tuple."""
-        names, waiting = set(), [self.root]
-        while waiting:
-            instruction = waiting.pop()
-            names.add(instruction.name)
-            if instruction.opcode in ("tuple", "bitcast"):
-                waiting += [self[name] for name in instruction.operands]
-            elif instruction.opcode in UPDATES:
-                waiting.append(self[instruction.operands[0]])
-        return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +37,7 @@ class Collective:
       groups: positions of devices in the mesh, [groups, devices of each]; of a permutation the pairs (source, target).
       times: how often it runs.
       network: over the data-centre network, to the same device of every other slice; without groups.
+      synchronous: nothing runs beside it: it is one instruction, not a start and a later end.
     """
 
     kind: str
@@ -91,6 +45,26 @@ class Collective:
     groups: np.ndarray
     times: int
     network: bool = False
+    synchronous: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """An instruction that is no part of another one.
+
+    Attributes:
+      opcode: see `Instruction`.
+      times: how often it runs.
+      bytes: read from and written to main memory each time.
+      cycles: of the chip's clock each time, as the TPU compiler estimates it; None where it does not (copies, collectives, kernels).
+      source: "OP_NAME FILE:FUNCTION" of what it was compiled from, as far as the text says.
+    """
+
+    opcode: str
+    times: int
+    bytes: int
+    cycles: int | None
+    source: str
 
 
 class Program:
@@ -104,7 +78,7 @@ class Program:
     """
 
     def __init__(self, text: str):
-        self._computations = dict(_parse(text))
+        self._computations = dict(parse(text))
         self._devices = math.prod(map(int, re.findall(r"(?:replica_count|num_partitions)=(\d+)", text.partition("\n")[0])))
         # The TPU compiler spreads a collective over fusions that compute something else: one starts it, the others repeat it.
         # (Channels do not identify them: different collectives of a program may have the same number.)
@@ -112,6 +86,9 @@ class Program:
         started = [c[name] for c, i in every if i.opcode == "AsyncCollectiveStart" for name in i.operands]
         names, marks = {i.name for i in started}, {_mark(i) for i in started if _channel(i)}
         self._repeats = {i.name for _, i in every if _mark(i) in marks and i.name not in names}
+        wrapped = {name for _, i in every if i.opcode == "async-start" for name in i.called("calls")}
+        self._asynchronous = names | {i.name for name in wrapped for i in self._computations[name].values()}
+        self._places = places(text)
         self.unknown_loops: list[str] = []
         self._runs = self._count_runs(next(reversed(self._computations)))
 
@@ -122,11 +99,12 @@ class Program:
             kind = instruction.opcode.removesuffix("-start")
             network = kind == "send" and re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes)
             if network:
-                size = _size(computation[instruction.operands[0]].shape)
-                found.append(Collective(network[1].lower().replace("_", "-"), size, np.zeros((0, 0), int), times, network=True))
+                sent = size(computation[instruction.operands[0]].shape)
+                found.append(Collective(network[1].lower().replace("_", "-"), sent, np.zeros((0, 0), int), times, network=True))
             elif kind in COLLECTIVES and instruction.name not in self._repeats:
-                size = sum(_size(computation[name].shape) for name in instruction.operands)
-                found.append(Collective(kind, size, _groups(instruction.attributes, self._devices), times))
+                sent = sum(size(computation[name].shape) for name in instruction.operands)
+                synchronous = kind == instruction.opcode and instruction.name not in self._asynchronous
+                found.append(Collective(kind, sent, groups(instruction.attributes, self._devices), times, synchronous=synchronous))
         return found
 
     def traffic(self) -> int:
@@ -135,14 +113,35 @@ class Program:
         The sum over instructions of their reads and writes, a fusion being one instruction. Buffers in fast memory do not count, slices
         count with their own size, not their source's, and all shapes with their padding.
         """
+        return sum(work.times * work.bytes for work in self.work())
+
+    def work(self) -> Iterator[Work]:
+        """What runs, a fusion as one."""
         fused = {name for c in self._computations.values() for i in c.values() if i.opcode == "fusion" for name in i.called("calls")}
         runs = {name: times for name, times in self._runs.items() if name not in fused}
-        return sum(times * self._moved(computation, instruction) for times, computation, instruction in self._executed(runs))
+        for times, computation, instruction in self._executed(runs):
+            cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+            moved = self._moved(computation, instruction)
+            yield Work(instruction.opcode, times, moved, cycles and int(cycles[1]), self._source(computation, instruction))
 
     def _executed(self, runs: dict[str, int]) -> Iterator[tuple[int, Computation, Instruction]]:
         for name, times in runs.items():
             for instruction in self._computations[name].values():
                 yield times, self._computations[name], instruction
+
+    def _source(self, computation: Computation, instruction: Instruction) -> str:
+        """Its own; of what has none, such as a copy to or from fast memory, that of its first user, or else of what it copies."""
+
+        def follow(instruction: Instruction | None, onward: Callable[[Instruction], Iterable[Instruction]]) -> str:
+            while instruction:
+                name = re.search(r'op_name="(jit\([^"]*)"', instruction.attributes)
+                if name:
+                    frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+                    return f"{name[1]} {self._places.get(frame and frame[1], '')}"
+                instruction = next(iter(onward(instruction)), None)
+            return ""
+
+        return follow(instruction, lambda i: computation.users[i.name]) or follow(instruction, lambda i: map(computation.get, i.operands))
 
     # ---- How often ----
 
@@ -190,15 +189,15 @@ class Program:
             return sum(self._read(inner, i) for i in inner.values() if i.opcode == "parameter") + self._written(inner, inner.root)
         reads = sum(self._read_by(instruction, operand) for operand in {o.name: o for o in operands}.values())
         if opcode.endswith("-start") or opcode == "send":  # the result holds the operands, too
-            return reads + max(0, _memory(instruction.shape) - sum(_memory(operand.shape) for operand in operands))
+            return reads + max(0, memory(instruction.shape) - sum(memory(operand.shape) for operand in operands))
         return reads + self._written(computation, instruction)
 
     def _read(self, computation: Computation, buffer: Instruction) -> int:
         """What the instructions of a fused computation read of a buffer."""
-        return min(_memory(buffer.shape), sum(self._read_by(user, buffer, computation) for user in computation.users[buffer.name]))
+        return min(memory(buffer.shape), sum(self._read_by(user, buffer, computation) for user in computation.users[buffer.name]))
 
     def _read_by(self, user: Instruction, buffer: Instruction, fused: Computation | None = None) -> int:
-        whole = _memory(buffer.shape)
+        whole = memory(buffer.shape)
         if user.name in self._repeats or user.opcode in ("tuple", "AsyncCollectiveDone"):
             return 0
         if fused and user.opcode == "bitcast":
@@ -208,72 +207,29 @@ class Program:
             numbers = [str(k) for k, name in enumerate(user.operands) if name == buffer.name]
             return sum(self._read(inner, i) for i in inner.values() if i.opcode == "parameter" and i.arguments in numbers)
         if user.opcode in SLICES and user.operands[0] == buffer.name:
-            return min(whole, sum(map(_bytes_padded, _buffers(user.shape)[1 if user.opcode.endswith("-start") else 0:][:1])))
+            return min(whole, sum(map(bytes_padded, buffers(user.shape)[1 if user.opcode.endswith("-start") else 0:][:1])))
         if user.opcode in UPDATES and user.operands[0] == buffer.name and (not fused or user.name in fused.results):
             return 0
         return whole
 
     def _written(self, computation: Computation, result: Instruction) -> int:
         """What is written to make a result, which may be a tuple of some."""
-        if not _memory(result.shape):
+        if not memory(result.shape):
             return 0
         operands = [computation[name] for name in dict.fromkeys(result.operands)]
         if result.opcode in ("tuple", "bitcast"):
             return sum(self._written(computation, operand) for operand in operands)
         if result.opcode == "AsyncCollectiveStart":
-            return sum(_memory(operand.shape) for operand in operands)
+            return sum(memory(operand.shape) for operand in operands)
         if result.opcode in FREE or result.name in self._repeats:
             return 0
         if result.opcode in UPDATES:
             before = self._written(computation, operands[0]) if operands[0].opcode in UPDATES else 0
-            return before + _padded(computation[result.operands[UPDATES[result.opcode]]].shape)
+            return before + padded(computation[result.operands[UPDATES[result.opcode]]].shape)
         if result.opcode == "fusion":
             [inner] = (self._computations[name] for name in result.called("calls"))
             return self._written(inner, inner.root)
-        return _memory(result.shape)
-
-
-# ---- The text ----
-
-
-def _parse(text: str) -> Iterator[tuple[str, Computation]]:
-    """The computations by name, the entry last."""
-    computation, entry = Computation(), None
-    for line in text.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if header:
-            computation = Computation()
-            if header[1]:
-                entry = header[2], computation
-            else:
-                yield header[2], computation
-            continue
-        assigned = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
-        if assigned:
-            computation[assigned[2]] = instruction = _instruction(assigned[2], line[assigned.end() :])
-            if assigned[1]:
-                computation.root = instruction
-    yield entry
-
-
-def _instruction(name: str, text: str) -> Instruction:
-    shape = _closed(text) if text.startswith("(") else text[: text.index(" ")]
-    opcode, _, rest = text[len(shape) + 1 :].partition("(")
-    arguments = _closed("(" + rest)[1:-1]
-    attributes = rest[len(arguments) + 1 :]
-    if opcode == "custom-call":
-        opcode = re.search(r'custom_call_target="([^"]*)"', attributes)[1]
-    return Instruction(name, shape, opcode, arguments, attributes)
-
-
-def _closed(text: str) -> str:
-    """The start of a text up to the parenthesis that closes its first one."""
-    depth = 0
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return text[: match.end()]
-    raise ValueError(f"unbalanced parentheses: {text[:80]}")
+        return memory(result.shape)
 
 
 def _channel(instruction: Instruction) -> str | None:
@@ -283,7 +239,7 @@ def _channel(instruction: Instruction) -> str | None:
 
 def _mark(instruction: Instruction) -> tuple[str, str | None, int]:
     """What a collective and its repeats have in common."""
-    return instruction.opcode, _channel(instruction), _size(instruction.shape)
+    return instruction.opcode, _channel(instruction), size(instruction.shape)
 
 
 def _constant(computation: Computation, name: str) -> int | None:
@@ -292,80 +248,3 @@ def _constant(computation: Computation, name: str) -> int | None:
     while instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = computation[instruction.operands[0]]
     return int(instruction.arguments) if instruction.opcode == "constant" else None
-
-
-# ---- Shapes ----
-
-
-def _buffers(shape: str) -> list[tuple[int, list[int], str]]:
-    """(bits of an element, lengths, layout) of an array, or of every array in a tuple."""
-    found = re.findall(r"([a-z][a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?", shape)
-    return [(_bits(kind), [int(n) for n in re.findall(r"\d+", lengths)], layout) for kind, lengths, layout in found]
-
-
-def _bits(kind: str) -> int:
-    return 8 if kind == "pred" else int((re.search(r"\d+", kind) or ["0"])[0])
-
-
-def _size(shape: str) -> int:
-    """Bytes of the numbers themselves."""
-    return sum(math.prod(lengths) * bits // 8 for bits, lengths, _ in _buffers(shape))
-
-
-def _padded(shape: str) -> int:
-    """Bytes as laid out."""
-    return sum(map(_bytes_padded, _buffers(shape)))
-
-
-def _memory(shape: str) -> int:
-    """Bytes in main memory as laid out; S(1) and the like are other memories."""
-    return sum(_bytes_padded(buffer) for buffer in _buffers(shape) if not re.search(r"S\([1-9]", buffer[2]))
-
-
-def _bytes_padded(buffer: tuple[int, list[int], str]) -> int:
-    """A layout "2,1,0:T(8,128)(2,1)" orders the dimensions from the last in memory on, and fills these up to whole tiles."""
-    bits, lengths, layout = buffer
-    order = re.match(r"[\d,]*", layout)[0].split(",")
-    tile = re.search(r"T\(([\d,]+)\)", layout)
-    lengths = [lengths[int(axis)] for axis in order if axis] or lengths
-    for i, length in enumerate(reversed(tile[1].split(",")) if tile else ()):
-        if i < len(lengths):
-            lengths[i] += -lengths[i] % int(length)
-    return math.prod(lengths) * bits // 8
-
-
-# ---- Groups ----
-
-
-def _groups(attributes: str, devices: int) -> np.ndarray:
-    """The groups in {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), mesh['a'=2,'b'=4] {'a'}, or of source_target_pairs={{0,1},{1,0}}."""
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", attributes)
-    if listed:
-        groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-        return np.array(groups or [range(devices)])
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
-    if iota:
-        return _iota(iota[2]).reshape([int(n) for n in iota[1].split(",")])
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes)
-    axes = {name: int(size) for name, size in re.findall(r"([^,=]+)=(\d+)", mesh[1])}
-    ids = np.arange(math.prod(axes.values())) if not mesh[2] else _iota(mesh[2])
-    place = dict(zip(axes, np.unravel_index(np.arange(ids.size), tuple(axes.values()))))
-    width = 1
-    for name, before, part in re.findall(r"([^,:]+)(?::\((\d+)\)(\d+))?", mesh[3]):
-        # An axis, or the part of it that is `part` long after `before`: a group's devices differ in this digit alone.
-        part = int(part or axes[name])
-        stride = axes[name] // (int(before or 1) * part)
-        place[name] = place[name] - place[name] // stride % part * stride
-        width *= part
-    group = np.ravel_multi_index(tuple(place.values()), tuple(axes.values()))
-    return ids[np.argsort(group, kind="stable")].reshape(-1, width)
-
-
-def _iota(text: str) -> np.ndarray:
-    """[4,2]T(1,0): the numbers from 0, shaped and transposed; or a plain list."""
-    shape = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if not shape:
-        return np.array([int(n) for n in re.findall(r"\d+", text)])
-    lengths = [int(n) for n in shape[1].split(",")]
-    axes = [int(n) for n in shape[2].split(",")] if shape[2] else range(len(lengths))
-    return np.arange(math.prod(lengths)).reshape(lengths).transpose(axes).reshape(-1)

@@ -35,6 +35,7 @@ class Chip:
       link: of one link to a neighbouring TPU, one way; 0 for what is no TPU.
       network: of the data-centre network, per chip and one way.
       torus: the number of dimensions in which TPUs have neighbours.
+      clock: cycles a second of a TPU's cores; 0 for what is no TPU.
     """
 
     name: str
@@ -45,18 +46,20 @@ class Chip:
     link: float = 0.0
     network: float = 0.0
     torus: int = 0
+    clock: float = 0.0
 
 
 # TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. Memory is what the compiler of libtpu 0.0.52 allows ("exceeds available HBM
 # (15.75G)"), a little below the 32, 16, 95 and 32 GiB there. A link's rate is that page's "bidirectional ICI bandwidth per chip" over
 # 2 directions and the 4 links of a 2-d torus or 6 of a 3-d one (v5e 400 GB/s, v5p 1200, v6e 3200 Gbit/s one way; v4: 50 GB/s, Jouppi
 # et al. 2023, table 4). The network: v5e 2 x 100 Gbit/s and v6e 4 x 200 Gbit/s per host of 8 chips, v5p 50 Gbit/s per chip, v4 taken
-# as v5p. NVIDIA: the datasheets of the boards named, halved where they quote sparsity.
+# as v5p. Clocks: Jouppi et al. 2023 (v4), those pages (v5p 1.75 GHz, v5e 1.5); v6e: its FLOP/s over the 4 x 256 x 256 x 2 of a cycle.
+# NVIDIA: the datasheets of the boards named, halved where they quote sparsity.
 CHIPS = (
-    Chip("v4", r"TPU v4$", 275e12, 30.75 * GIB, 1200e9, 50e9, 6.25e9, 3),
-    Chip("v5e", r"TPU v5 ?(lite|e)", 197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9, 2),
-    Chip("v5p", r"TPU v5p?$", 459e12, 95.73 * GIB, 2765e9, 100e9, 6.25e9, 3),
-    Chip("v6e", r"TPU v6 ?(lite|e)", 918e12, 31.24 * GIB, 1600e9, 100e9, 12.5e9, 2),
+    Chip("v4", r"TPU v4$", 275e12, 30.75 * GIB, 1200e9, 50e9, 6.25e9, 3, 1.05e9),
+    Chip("v5e", r"TPU v5 ?(lite|e)", 197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9, 2, 1.5e9),
+    Chip("v5p", r"TPU v5p?$", 459e12, 95.73 * GIB, 2765e9, 100e9, 6.25e9, 3, 1.75e9),
+    Chip("v6e", r"TPU v6 ?(lite|e)", 918e12, 31.24 * GIB, 1600e9, 100e9, 12.5e9, 2, 1.75e9),
     Chip("A100 40GB", r"A100-SXM.*40GB", 312e12, 40e9, 1555e9),
     Chip("A100 80GB", r"A100-SXM.*80GB", 312e12, 80e9, 2039e9),
     Chip("H100 SXM", r"H100 80GB HBM3", 989e12, 80e9, 3350e9),
@@ -203,6 +206,7 @@ class CollectiveCost:
       bytes: sent by a chip.
       seconds: at least, with all links towards the group busy; 0 where the links are unknown.
       network: over the data-centre network.
+      exposed: of these seconds those of synchronous instructions, which overlap with nothing.
     """
 
     kind: str
@@ -210,6 +214,7 @@ class CollectiveCost:
     bytes: float
     seconds: float
     network: bool = False
+    exposed: float = 0.0
 
 
 def collective_costs(program: hlo.Program, mesh: Mesh, chip: Chip) -> list[CollectiveCost]:
@@ -227,10 +232,11 @@ def collective_costs(program: hlo.Program, mesh: Mesh, chip: Chip) -> list[Colle
             axes, count = _axes(collective.groups, mesh), collective.groups.shape[1]
             rate = chip.link * _links(axes, mesh, chip)
         sent = collective.times * collective.bytes * _share(collective, count, mesh.size)
-        entry = total.setdefault((collective.kind, axes, collective.network), [0.0, 0.0])
-        entry[0] += sent
-        entry[1] += sent / rate if rate else 0.0
-    found = [CollectiveCost(kind, axes, *entry, network) for (kind, axes, network), entry in total.items() if entry[0]]
+        entry = total.setdefault((collective.kind, axes, collective.network), [0.0, 0.0, 0.0])
+        seconds = sent / rate if rate else 0.0
+        for i, part in enumerate((sent, seconds, seconds * collective.synchronous)):
+            entry[i] += part
+    found = [CollectiveCost(*key[:2], *entry[:2], key[2], entry[2]) for key, entry in total.items() if entry[0]]
     return sorted(found, key=lambda cost: -cost.bytes)
 
 
@@ -290,15 +296,15 @@ class Roofline:
 
     Attributes:
       model_flops, hardware_flops: of the whole step, all chips together.
-      seconds: by resource: "compute", "memory", "links", "network".
-      intensity: FLOPs per byte of main memory.
+      seconds: by resource: "compute", "memory", "links", "network"; "compute" alone where the traffic is unknown.
+      intensity: FLOPs per byte of main memory; None where the traffic is unknown.
       ridge: the intensity at which the chip's compute and memory take equally long.
     """
 
     model_flops: int
     hardware_flops: int
     seconds: Mapping[str, float]
-    intensity: float
+    intensity: float | None
     ridge: float
     mfu: float
 
@@ -313,14 +319,16 @@ class Roofline:
 
 
 def roofline(
-    chip: Chip, chips: int, model_flops: int, hardware_flops: int, traffic: float, sent: Sequence[CollectiveCost] = ()
+    chip: Chip, chips: int, model_flops: int, hardware_flops: int, traffic: float | None, sent: Sequence[CollectiveCost] = ()
 ) -> Roofline:
-    """The `Roofline` of a step with these FLOPs in all, and this traffic and these collectives per chip."""
-    seconds = {
-        "compute": hardware_flops / chips / chip.flops,
-        "memory": traffic / chip.bandwidth,
-        "links": sum(cost.seconds for cost in sent if not cost.network),
-        "network": sum(cost.seconds for cost in sent if cost.network),
-    }
+    """The `Roofline` of a step with these FLOPs in all, and this traffic and these collectives per chip; None is unknown traffic."""
+    seconds, intensity = {"compute": hardware_flops / chips / chip.flops}, None
+    if traffic is not None:
+        intensity = hardware_flops / chips / traffic
+        seconds |= {
+            "memory": traffic / chip.bandwidth,
+            "links": sum(cost.seconds for cost in sent if not cost.network),
+            "network": sum(cost.seconds for cost in sent if cost.network),
+        }
     mfu = model_flops / chips / chip.flops / max(seconds.values())
-    return Roofline(model_flops, hardware_flops, seconds, hardware_flops / chips / traffic, chip.flops / chip.bandwidth, mfu)
+    return Roofline(model_flops, hardware_flops, seconds, intensity, chip.flops / chip.bandwidth, mfu)

@@ -4,13 +4,15 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import types
 
+import jax
 import pytest
 
 from mmdiff import config as configs
 from mmdiff.__main__ import main
 from mmdiff.errors import UserError
-from mmdiff.training import aot, perf
+from mmdiff.training import aot, perf, sharding
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra tpu-aot")
 
@@ -103,7 +105,16 @@ def test_a_step_that_fits_is_reported(path, tmp_path, capsys):
     assert roofline["links"] == pytest.approx(sum(exchange["bytes"] for exchange in found["collectives"]) / (2 * 50e9))
     assert roofline["mfu"] == pytest.approx(found["model_flops"] / 4 / 197e12 / roofline["step"])
     assert found["traffic"] > memory["arguments"] and not found["unknown_loops"]
-    for text in ("4 x v5e, mesh fsdp=4", ": fits", f"bound by {roofline['limit']}", "over fsdp", "393,216"):
+    assert sum(found["traffic_by_kind"].values()) == found["traffic"] and found["traffic_by_kind"]["optimizer"] > state
+
+    # The compiler's own estimate of every instruction, one after the other, and of no product faster than the chip.
+    estimate = found["estimate"]
+    assert estimate["seconds"] == pytest.approx(estimate["cycles"] / 1.5e9) and not estimate["kernels"]
+    assert roofline["compute"] < estimate["seconds"] < 1.0
+    exposed = sum(exchange["exposed"] for exchange in found["collectives"])
+    assert exposed <= roofline["links"] and estimate["step"] == pytest.approx(estimate["seconds"] + exposed)
+    assert estimate["mfu"] == pytest.approx(found["model_flops"] / 4 / 197e12 / estimate["step"])
+    for text in ("4 x v5e, mesh fsdp=4", ": fits", f"bound by {roofline['limit']}", "over fsdp", "393,216", "cycles at 1.5 GHz"):
         assert text in out, text
 
 
@@ -153,6 +164,22 @@ def test_what_does_not_fit_is_told_with_a_remedy_that_does(path, monkeypatch):
     out = aot.text(found)
     assert "67.6 GB of 16.9 GB: DOES NOT FIT" in out
     assert "this fits: --config.model.remat=full --config.train.global_batch=256" in out
+
+
+@needs_libtpu
+def test_a_program_whose_text_the_compiler_cannot_write_keeps_its_memory_and_flops(path, monkeypatch, capsys):
+    def as_text():
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands but sees 3")
+
+    sizes = {f"{kind}_size_in_bytes": 2**20 for kind in ("argument", "output", "alias", "temp", "generated_code")}
+    compiled = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**sizes), as_text=as_text)
+    monkeypatch.setattr(sharding, "lower_step", lambda *args: types.SimpleNamespace(compile=lambda: compiled))
+    assert main(["aot", "--config", path, "--topology", "v6e:1x1"]) == 0
+    out = capsys.readouterr().out
+    for text in ("arguments 0.00105 GB", "total               0.00315 GB of 33.5 GB: fits", "1.208e+09 of the model", "bound by compute"):
+        assert text in out, text
+    assert out.count("cannot write this program's text: its traffic, links and estimated time are unknown") == 1
+    assert "main memory" not in out and "estimate  " not in out
 
 
 def test_the_compiler_s_complaints_are_understood():
