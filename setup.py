@@ -42,6 +42,7 @@ EXTRAS = {
         "tensorflow-cpu>=2.20,<3; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.20,<3; sys_platform != 'linux' or platform_machine != 'x86_64'",
     ],
+    "remote": ["fsspec>=2024.6", "gcsfs>=2024.6", "s3fs>=2024.6"],  # gs:// and s3://; az:// needs adlfs, others what fsspec says
     "wandb": ["wandb>=0.30,<1"],  # curves and grids in Weights & Biases
     "docs": DOCS,  # launch/docs.sh
     "test": [

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from mmdiff import checks, console, runs, shipped_configs
+from mmdiff import checks, console, files, remote, runs, shipped_configs
 from mmdiff import config as configs
 from mmdiff.errors import UserError
+from mmdiff.remote import RemotePath
 from mmdiff.training import distributed
 
 
@@ -23,12 +24,13 @@ def train(args: argparse.Namespace) -> None:
     config, module = configs.load(args.config, args.overrides)
     where = distributed.address(args.coordinator, args.processes, args.process)
     _writable("--workdir", args.workdir)
+    distributed.check_one_writer(args.workdir, args.distributed or bool(where))
     if args.distributed or where:
         distributed.start(**where)
-    from mmdiff.training import loop
+    from mmdiff.training import loop, remote_runs
 
-    with configs.blaming(config, module, args.overrides):
-        loop.train(configs.build(config, module), config, args.workdir, args.profile)
+    with configs.blaming(config, module, args.overrides), remote_runs.trained_at(args.workdir) as workdir:
+        loop.train(configs.build(config, module), config, workdir, args.profile)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -96,12 +98,12 @@ def sample(args: argparse.Namespace) -> None:
                 raise UserError(f"{flag} goes with --format: name the format of a set of images, or leave it out.")
     given = _pairs(args.given)
     _writable("--out", args.out)
-    out = pathlib.Path(args.out or os.path.join(args.workdir, "samples"))
+    out = files.target(args.out or os.path.join(args.workdir, "samples"))
     with distributed.joined(where):
         _sample(args, given, out)
 
 
-def _sample(args: argparse.Namespace, given: Mapping[str, str], out: pathlib.Path) -> None:
+def _sample(args: argparse.Namespace, given: Mapping[str, str], out: pathlib.Path | RemotePath) -> None:
     run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
     for modality in run.experiment.modalities.values():
         getattr(getattr(modality, "decode", None), "open", lambda: None)()  # a decoder that is not there is said before sampling
@@ -116,7 +118,7 @@ def _sample(args: argparse.Namespace, given: Mapping[str, str], out: pathlib.Pat
     given, number = run.parse(number, given, args.absent, lazily=args.format is not None)
     _writable("the folder of the samples,", out)
     for text in args.given:
-        file = pathlib.Path(text.partition("=")[2]).expanduser()
+        file = files.target(text.partition("=")[2])
         if _is_overwritten(file.resolve(), out.resolve(), args.format):
             raise UserError(f"--given {text} would be overwritten by what is sampled: name another folder with --out.")
     settings = {"steps": steps, "guidance": guidance, "seed": seed}
@@ -142,7 +144,7 @@ def _sample(args: argparse.Namespace, given: Mapping[str, str], out: pathlib.Pat
         console.out(path)
 
 
-def _is_overwritten(file: pathlib.Path, out: pathlib.Path, form: str | None) -> bool:
+def _is_overwritten(file: pathlib.Path | RemotePath, out: pathlib.Path | RemotePath, form: str | None) -> bool:
     """Whether a file or folder that is given is written to, too."""
     if form is not None and (file == out or out / "images" in (file, *file.parents) or file == out / "labels.npy"):
         return True
@@ -179,7 +181,9 @@ def _evaluate_run(args: argparse.Namespace) -> None:
         return
     console.out(console.table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
     for path in run.report_paths(args.split):
-        console.out(path)
+        if isinstance(target := files.target(args.workdir), RemotePath):
+            (target / path.name).send(path)
+        console.out(target / path.name)
 
 
 def _evaluate_samples(args: argparse.Namespace) -> None:
@@ -190,7 +194,6 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
         for path in (args.samples, args.reference, args.captions):
             if out and path and os.path.realpath(out) == os.path.realpath(os.path.expanduser(path)):
                 raise UserError(f"{flag} {out} would overwrite what is measured: name another file.")
-    from mmdiff import files
     from mmdiff.evals import clip_scores, image_sets, sample_metrics
 
     samples = image_sets.open_images(args.samples, args.size or 0)
@@ -317,8 +320,7 @@ def show_configs(args: argparse.Namespace) -> None:
 
 def _prepare() -> None:
     """Sets what has to be set before jax is imported: compiled programs are kept between commands."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "mmdiff", "jax"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(remote.cache_folder("jax")))
     _keep_memory()
 
 
@@ -357,7 +359,7 @@ def _is_spare() -> bool:
 def _write_json(path: str | None, found: Mapping[str, object]) -> None:
     if path:
         try:
-            pathlib.Path(path).write_text(json.dumps(configs.plain(found), indent=2) + "\n")
+            files.target(path).write_bytes((json.dumps(configs.plain(found), indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
 
@@ -367,10 +369,11 @@ def _writable(flag: str, path: str | os.PathLike | None, folder: bool = True) ->
     if path is None:
         return
     remedy = "choose a folder that you can write to" if folder else "choose another file"
-    if "://" in str(path):
-        raise UserError(f"{flag} {path} is not a path: mount the bucket (gcsfuse, s3fs) and name a {'folder' if folder else 'file'} in it.")
+    shown, path = checks.short(str(path))[1:-1], files.target(path)
     try:
-        shown, path = checks.short(str(path))[1:-1], pathlib.Path(path).absolute()
+        if isinstance(path, RemotePath):
+            return (path if folder else path.parent).check_writable(flag)
+        path = path.absolute()
         if os.path.lexists(path) and not path.exists():
             raise UserError(f"cannot write to {shown} (a link that leads nowhere): {remedy}.")
         if path.exists() and path.is_dir() != folder:

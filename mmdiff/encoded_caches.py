@@ -7,7 +7,8 @@
 A split is written under another name and renamed when it is complete. Until then each shard has a file of its own, shard-00012.json, with
 which it is whole: {"rows", "sha256", "statistics", "skipped"}. Shard s holds the examples s L .. (s + 1) L - 1 without those of damaged
 images, and is made in batches of one size, whatever computes them: a call that was killed continues at the next shard, and the cache has
-the bytes of one that was not. Process p of P makes the shards p, p + P, ...; process 0 joins them.
+the bytes of one that was not. Process p of P makes the shards p, p + P, ...; process 0 joins them. At an address, where nothing is
+renamed, a split is written where it stays, and whole with its meta.json.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +37,8 @@ from mmdiff.data.modalities import Labels, Latents
 from mmdiff.data.named_autoencoders import CODES, ImageTokens, read_codes
 from mmdiff.data.sources import digest
 from mmdiff.errors import UserError
-from mmdiff.training import distributed
+from mmdiff.remote import RemotePath
+from mmdiff.training import distributed, lock
 
 COUNTED = 50_000  # training images, evenly spread, whose codes are counted
 AHEAD = 1  # batches that are read before they are encoded, beside the one that is being read
@@ -55,12 +58,13 @@ def write(cache: EncodedCache, folder: str | os.PathLike, splits: Sequence[str] 
       UserError: no encoder or no images are named, an unknown split, a split that is there of other images or encoders, images without
         the classes that the config needs, too many damaged ones, or a folder that cannot be written.
     """
-    folder, splits = files.expand(folder), list(dict.fromkeys(splits or shards.SPLITS))
+    folder, splits = files.target(folder), list(dict.fromkeys(splits or shards.SPLITS))
     for encoder in cache.encoders:
         encoder.opened  # noqa: B018 - a path that is not there is said first
     if not cache.data.images:
         raise UserError("config.data.images is empty: name the folder of the images to encode, --config.data.images=FOLDER.")
-    if not shards.is_encoded(folder) and folder.resolve().is_relative_to(files.expand(cache.data.images).resolve()):
+    resolved = folder.resolve()
+    if not shards.is_encoded(folder) and files.target(cache.data.images).resolve() in (resolved, *resolved.parents):
         raise UserError(f"{folder} lies in {cache.data.images}, whose folders are read as classes: write the cache elsewhere.")
     sources = {split: cache.source(split) for split in splits}
     for labels in cache.modalities.values():
@@ -77,7 +81,7 @@ def write(cache: EncodedCache, folder: str | os.PathLike, splits: Sequence[str] 
     return any(written)
 
 
-def _choose_codes(cache: EncodedCache, folder: pathlib.Path, sources: Mapping[str, Encoded]) -> None:
+def _choose_codes(cache: EncodedCache, folder: pathlib.Path | RemotePath, sources: Mapping[str, Encoded]) -> None:
     """Notes the entries of the codebook that are used, unless they are noted already, of these images or of tokens that are there."""
     finished = any(shards.read_meta(folder, split) for split in shards.SPLITS)
     for encoder in cache.encoders:
@@ -114,7 +118,7 @@ class _Split:
     """One split that is written: its folder, examples, and how many are in a shard."""
 
     cache: EncodedCache
-    folder: pathlib.Path
+    folder: pathlib.Path | RemotePath
     source: Encoded
     length: int
 
@@ -125,15 +129,17 @@ class _Split:
             draft = distributed.from_first(lambda: self._claim(held))
             if draft is None:
                 return False
-            draft = pathlib.Path(draft)
+            draft = files.target(draft)
 
             def missing(numbers):
-                return [number for number in numbers if not _shard(draft, number).exists()]
+                there = files.names(draft)
+                return [number for number in numbers if _shard(draft, number).name not in there]
 
             for number in range(jax.process_index(), len(starts), jax.process_count()):
                 self._check(draft, number)
-            for path in sorted(draft.glob("shard-*.json")):
-                self.source.skip(files.read_json(path)["skipped"])
+            for name in sorted(files.names(draft)):
+                if re.fullmatch(r"shard-\d+\.json", name):
+                    self.source.skip(files.read_json(draft / name)["skipped"])
             self._encode(draft, missing(range(jax.process_index(), len(starts), jax.process_count())))
             if hosts.is_first():
                 _wait(lambda: not missing(range(len(starts))))
@@ -157,10 +163,26 @@ class _Split:
             if meta.get("made_of") != self.identity:
                 raise UserError(f"{self.folder} was written of other images, or by other encoders: remove it, or write elsewhere.")
             return None
+        if isinstance(self.folder, RemotePath):
+            return self._claim_address(held)
         return str(held.enter_context(drafts.draft(self.folder, self.identity, keep=True)))
 
-    def _check(self, draft: pathlib.Path, number: int) -> None:
+    def _claim_address(self, held: contextlib.ExitStack) -> str:
+        """As `_claim`: its meta.json comes last, so the files of a split that is not whole are written where they stay."""
+        held.enter_context(lock.held_at(self.folder))
+        made_of, there = self.folder / drafts.IDENTITY, self.folder.names()
+        if shards.META in there:
+            raise files.FileError(self.folder / shards.META, "cannot be read", "remove the folder, or write elsewhere")
+        if made_of.name not in there or files.read_json(made_of) != self.identity:
+            for name in there - {lock.WRITER}:
+                (self.folder / name).remove()
+            files.write_json(made_of, self.identity)
+        return str(self.folder)
+
+    def _check(self, draft: pathlib.Path | RemotePath, number: int) -> None:
         """A shard that a killed call, or a machine that went down with it, has left cut short is made again."""
+        if isinstance(draft, RemotePath):
+            return  # all that is there is whole
         try:
             note = files.read_json(_shard(draft, number))
             cut = any(len(read_array(draft / file, mmap=True)) != note["rows"] for file in note["sha256"])
@@ -169,7 +191,7 @@ class _Split:
         if cut:
             _shard(draft, number).unlink(missing_ok=True)
 
-    def _encode(self, draft: pathlib.Path, numbers: Sequence[int]) -> None:
+    def _encode(self, draft: pathlib.Path | RemotePath, numbers: Sequence[int]) -> None:
         """Makes shards: the next batch is read and the last one stored, in threads, while the devices encode one."""
         source, size = self.source, self.source.batch
         parts = [
@@ -188,7 +210,9 @@ class _Split:
                 progress.add(examples.images)
             stored.result()
 
-    def _store(self, draft: pathlib.Path, number: int, waiting: list, examples: Read, found: dict[str, np.ndarray], whole: bool) -> None:
+    def _store(
+        self, draft: pathlib.Path | RemotePath, number: int, waiting: list, examples: Read, found: dict[str, np.ndarray], whole: bool,
+    ) -> None:
         """Puts examples, once checked, to those that are `waiting`, and writes all of these if their shard is `whole`."""
         if missing := [name for name in self.cache.modalities if name not in found]:
             raise UserError(f"the images in {self.cache.data.images} have no {missing[0]}, which the config needs: see config.data.set.")
@@ -215,7 +239,7 @@ class _Split:
         })  # fmt: skip
         waiting.clear()
 
-    def _join(self, draft: pathlib.Path, count: int) -> None:
+    def _join(self, draft: pathlib.Path | RemotePath, count: int) -> None:
         """Writes what is known of all shards, with which the split is whole."""
         notes = [files.read_json(_shard(draft, number)) for number in range(count)]
         for note in notes:
@@ -241,8 +265,10 @@ class _Split:
             skipped=len(skipped))  # fmt: skip
         for number in range(count):
             _shard(draft, number).unlink()
+        if isinstance(draft, RemotePath):
+            (draft / drafts.IDENTITY).unlink()
 
 
-def _shard(draft: pathlib.Path, number: int) -> pathlib.Path:
+def _shard(draft: pathlib.Path | RemotePath, number: int) -> pathlib.Path | RemotePath:
     """The file with which a shard is whole."""
     return draft / f"shard-{number:05d}.json"

@@ -11,17 +11,22 @@ or takes one thing for another. The rules, for every reader:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import pathlib
+import shutil
 import stat
+import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
+from mmdiff import remote
 from mmdiff.errors import UserError
+from mmdiff.remote import RemotePath
 
 log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -55,11 +60,36 @@ class Missing(FileError):
 # ---------------------------------------------------------------------------------------------------------------- bytes and text
 
 
-def expand(path: str | os.PathLike) -> pathlib.Path:
-    """A path with ~ in it resolved; of an unknown user it stays. Raises FileError for the address of a bucket or a page."""
-    if "://" in str(path):
-        raise FileError(path, "is an address, not a file or folder", "mount the bucket (gcsfuse), or copy it to a disk")
-    return pathlib.Path(os.path.expanduser(path))
+def expand(path: str | os.PathLike | RemotePath, without: str = "") -> pathlib.Path:
+    """A path that is read: with ~ in it resolved; of an unknown user it stays. Of an address, gs://bucket/file, a copy on this machine,
+    of a folder there `without` that one in it.
+
+    Raises:
+      Missing: nothing is at an address. FileError: it cannot be read. UserError: what opens such addresses is not installed.
+    """
+    place = target(path)
+    if isinstance(place, pathlib.Path):
+        return place
+    try:
+        return remote.local_copy(str(place), without=without)
+    except FileNotFoundError:
+        raise Missing(place) from None
+    except OSError as error:
+        raise failed(place, error) from error
+
+
+def target(path: str | os.PathLike | RemotePath) -> pathlib.Path | RemotePath:
+    """A path that is written: as `expand`, but of an address the address. Raises FileError for file:// without a path from the root."""
+    if isinstance(path, pathlib.PurePath) and len(path.parts[0:1] and path.parts[0]) > 2 and path.parts[0].endswith(":"):
+        raise FileError(path, "was an address, of which pathlib has made a path", "give it as text")
+    if not remote.is_remote(path):
+        return pathlib.Path(os.path.expanduser(path))
+    kind, _, place = str(path).partition("://")
+    if kind not in ("file", "local"):
+        return RemotePath(str(path))
+    if not place.startswith("/"):
+        raise FileError(path, "is no address of a file", f"write {kind}:///FOLDER/FILE, or the path alone")
+    return pathlib.Path(place)
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
@@ -182,27 +212,73 @@ def read_json(path: str | os.PathLike) -> Any:
     return parse_json(read_bytes(path), path)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path | RemotePath, value: Any) -> None:
     """Writes a JSON file, which is whole or as it was."""
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_whole(path: pathlib.Path, content: str | bytes) -> None:
+def write_whole(path: pathlib.Path | RemotePath, content: str | bytes) -> None:
     """Writes a small file so that it holds either the old content or the new one, whatever happens and whoever else writes it."""
+    content = content if isinstance(content, bytes) else content.encode()
+    if isinstance(path, RemotePath):
+        return path.write_bytes(content)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        partial.write_bytes(content)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
+@contextlib.contextmanager
+def whole(path: pathlib.Path | RemotePath) -> Iterator[pathlib.Path]:
+    """A file of this machine to write, which takes the place of `path` when the context ends; of one writer at a time.
+
+    After an exception `path` is as it was. What a killed writer leaves has a name of its own, and the next one writes over it.
+    """
+    if isinstance(path, pathlib.Path):
+        yield (partial := path.with_name(f".{path.name}.partial"))
+        os.replace(partial, path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield (partial := pathlib.Path(folder, path.name))
+        path.send(partial)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- folders
 
 
-def is_folder(path: str | os.PathLike) -> bool:
+def names(path: pathlib.Path | RemotePath) -> set[str]:
+    """Of all that lies in a folder; none where there is no such folder."""
+    try:
+        return path.names() if isinstance(path, RemotePath) else set(os.listdir(path))
+    except FileNotFoundError:
+        return set()
+
+
+def remove_folder(path: pathlib.Path | RemotePath) -> None:
+    """Removes a folder that is there, with all that is in it."""
+    path.remove() if isinstance(path, RemotePath) else shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def folder_to_fill(path: pathlib.Path | RemotePath) -> Iterator[pathlib.Path]:
+    """A folder of this machine to write in: `path`, which is made; of an address one whose files are sent there when the context ends."""
+    if isinstance(path, pathlib.Path):
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield pathlib.Path(folder)
+        for file in sorted(pathlib.Path(folder).iterdir()):
+            (path / file.name).send(file)
+
+
+def is_folder(path: str | os.PathLike | RemotePath) -> bool:
     """Whether a path is a folder's. Raises FileError where the system does not say."""
+    if isinstance(path, RemotePath):
+        return bool(path.names() - {path.name})  # a file lists itself
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):

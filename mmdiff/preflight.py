@@ -55,6 +55,7 @@ def _train(args: argparse.Namespace, config: Any, module: Any, experiment: Any) 
 
     from mmdiff.training import loop, sharding
 
+    distributed.check_one_writer(args.workdir, args.distributed or args.coordinator is not None)
     loop.check(experiment, config)
     if not args.check:
         return

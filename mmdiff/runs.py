@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
-from mmdiff import checks, former_names, suggest
+from mmdiff import checks, files, former_names, remote, suggest
 from mmdiff import config as configs
 from mmdiff.errors import UserError
 
@@ -51,7 +51,8 @@ def open_run(
 
     Args:
       config: a shipped config by name, or the path of a file.
-      workdir: the folder of the run. The values of the config are those that it has stored, under their names of today.
+      workdir: the folder of the run, or its address, of which a copy is opened. The values of the config are those that it has stored,
+        under their names of today.
       overrides: dotted keys and values, of `IN_USE` alone: they do not change what the weights mean.
       step: which checkpoint: a step, "best" (by config.train.best), or None for the newest that is whole.
 
@@ -63,12 +64,12 @@ def open_run(
     items = overrides.items() if isinstance(overrides, Mapping) else overrides
     overrides = [(key, value if isinstance(value, str) else str(value)) for key, value in items]
     values, module = configs.load(os.fspath(config), overrides)
-    if "://" not in str(workdir) and not os.path.isdir(workdir):
+    workdir = files.expand(workdir, without="samples") if remote.is_remote(workdir) else workdir
+    if not os.path.isdir(workdir):
         command = f"mmdiff train --config {config} --workdir {workdir}"
         raise UserError(f"there is no run in {workdir}: train it first, with {command}.")
     from mmdiff.training import run_metadata
 
-    run_metadata.checkpoint_folder(workdir)  # a bucket is refused
     _take_stored(values, overrides, workdir)
     run_metadata.check_config(workdir, values, in_use=True)  # before a build that may fail for a value of another config
     with configs.blaming(values, module, overrides):
@@ -299,21 +300,21 @@ class Run:
 
         from mmdiff.evals.plots import grid
 
-        shown, folder, modalities = self.show(samples), pathlib.Path(folder), self.experiment.modalities
+        shown, target, modalities = self.show(samples), files.target(folder), self.experiment.modalities
         stored = {name: getattr(modalities[name], "export", np.asarray)(array) for name, array in samples.items()}  # as --given reads them
         images = {name: value for name, value in shown.items() if isinstance(value, np.ndarray)}
         captions = [" ".join(map(str, row)) for row in zip(*(value for name, value in shown.items() if name not in images))]
-        paths = [folder / "samples.npz"]
+        paths = [target / "samples.npz"]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            np.savez(paths[0], **stored)
-            for name, array in images.items():
-                paths.append(folder / ("samples.png" if len(images) == 1 else f"samples_{name}.png"))
-                seen = array[:LARGEST_GRID]
-                grid(seen, math.isqrt(len(seen) - 1) + 1, captions[:LARGEST_GRID] or None).save(paths[-1])
-            for name, array in samples.items():
-                if hasattr(modalities[name], "write"):
-                    paths += modalities[name].write(array, folder)
+            with files.folder_to_fill(target) as folder:
+                np.savez(folder / "samples.npz", **stored)
+                for name, array in images.items():
+                    paths.append(target / ("samples.png" if len(images) == 1 else f"samples_{name}.png"))
+                    seen = array[:LARGEST_GRID]
+                    grid(seen, math.isqrt(len(seen) - 1) + 1, captions[:LARGEST_GRID] or None).save(folder / paths[-1].name)
+                for name, array in samples.items():
+                    if hasattr(modalities[name], "write"):
+                        paths += [target / path.name for path in modalities[name].write(array, folder)]
         except OSError as error:
             raise UserError(f"cannot write {paths[-1]}: {error.strerror or error}.") from error
         return paths
@@ -376,8 +377,6 @@ class Run:
         return self.experiment.cache.write(folder, self.params, made_by, splits)
 
     def _is_report_of(self, path: pathlib.Path, step: int) -> bool:
-        from mmdiff import files
-
         try:
             report = files.read_json(path)
         except UserError:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,7 +37,8 @@ from mmdiff.errors import UserError
 from mmdiff.evals.image_set_writer import npz, pictures
 from mmdiff.evals.plots import grid
 from mmdiff.evals.streaming import count_of, joined
-from mmdiff.training import distributed
+from mmdiff.remote import RemotePath
+from mmdiff.training import distributed, lock
 
 FORMATS = ("npz", "png")
 BATCH = 64  # samples that a device computes at once
@@ -100,11 +100,11 @@ def shown(run: Any, given: Iterable[str], absent: Iterable[str]) -> tuple[str, s
 def write(
     run: Any, out: str | os.PathLike, number: int, *, given: Mapping[str, Any], absent: Sequence[str] = (), steps: int, guidance: float,
     seed: int, form: str = "npz", batch: int = BATCH,
-) -> list[pathlib.Path]:
+) -> list[pathlib.Path | RemotePath]:
     """Writes a set, or what is missing of it; -> its files. All processes of a run call it together, with an `out` that they all see.
 
     Args:
-      run: an open run. out: a folder.
+      run: an open run. out: a folder, or the address of one.
       number, given, absent, steps, guidance, seed, batch: as `Run.stream` takes them, and `given` as `Run.parse` returns it.
       form: one of FORMATS.
 
@@ -112,14 +112,15 @@ def write(
       UserError: nothing to make a set of, `out` holds something else or cannot be written, another call writes there.
     """
     image, label = shown(run, given, absent)
-    out, asked = pathlib.Path(out), {"absent": sorted(absent), "steps": steps, "guidance": guidance, "seed": seed, "batch": batch}
+    out, asked = files.target(out), {"absent": sorted(absent), "steps": steps, "guidance": guidance, "seed": seed, "batch": batch}
     length = batch * max(1, min(SHARD // batch, number // (64 * batch)))
     process, processes = jax.process_index(), jax.process_count()
     names = [name for name in (image, label) if name]
     settings = {"number": number, "format": form, **asked, **_made_of(run, given)}  # the weights are read by all processes together
 
     def missing(numbers):
-        return [k for k in numbers if not all((out / SHARDS / shards.file_name(name, k)).exists() for name in names)]
+        there = files.names(out / SHARDS)
+        return [k for k in numbers if not all(shards.file_name(name, k) in there for name in names)]
 
     with contextlib.ExitStack() as held:
         try:
@@ -159,22 +160,25 @@ def _digest(array: np.ndarray | Sentences) -> str:
     return found.hexdigest()
 
 
-def _claim(out: pathlib.Path, held: contextlib.ExitStack, settings: Mapping[str, Any]) -> bool:
+def _claim(out: pathlib.Path | RemotePath, held: contextlib.ExitStack, settings: Mapping[str, Any]) -> bool:
     """Makes `out` this set's, for as long as `held` lasts; -> whether the set is whole."""
     (out / SHARDS).mkdir(parents=True, exist_ok=True)
-    lock = held.enter_context(open(out / SHARDS / "lock", "w"))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process
-    except BlockingIOError:
-        raise UserError(f"another process is writing samples to {out}: wait for it, or choose another folder by --out.") from None
-    except OSError:
-        pass  # a file system without locks
+    if isinstance(out, RemotePath):
+        held.enter_context(lock.held_at(out))
+    else:
+        file = held.enter_context(open(out / SHARDS / "lock", "w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process
+        except BlockingIOError:
+            raise UserError(f"another process is writing samples to {out}: wait for it, or choose another folder by --out.") from None
+        except OSError:
+            pass  # a file system without locks
     settings = json.loads(json.dumps(settings))
     try:
         stored = files.read_json(out / SETTINGS)
     except files.Missing:
         if there := [name for name in MADE if (out / name).exists()]:
-            shutil.rmtree(out / SHARDS)
+            files.remove_folder(out / SHARDS)
             raise UserError(f"{out} holds {there[0]} of another call: name another folder by --out, or remove it.") from None
         files.write_json(out / SETTINGS, {"whole": False, "settings": settings})
         return False
@@ -185,15 +189,16 @@ def _claim(out: pathlib.Path, held: contextlib.ExitStack, settings: Mapping[str,
         key = different[0]
         text = f"{key} {old.get(key)}, not {settings.get(key)}" if key in SAID else f"other {key}"
         if stored.get("whole"):
-            shutil.rmtree(out / SHARDS)
+            files.remove_folder(out / SHARDS)
         raise UserError(f"{out} holds samples of other settings ({text}): name another folder by --out, or remove it.")
     if stored.get("whole"):
-        shutil.rmtree(out / SHARDS)
+        files.remove_folder(out / SHARDS)
     return bool(stored.get("whole"))
 
 
 def _sample(
-    run: Any, folder: pathlib.Path, missing: Sequence[int], length: int, image: str, label: str | None, options: dict[str, Any],
+    run: Any, folder: pathlib.Path | RemotePath, missing: Sequence[int], length: int, image: str, label: str | None,
+    options: dict[str, Any],
 ) -> None:
     """Samples shards and writes each as soon as it is whole."""
     batch, number = options["batch"], options["number"]
@@ -217,7 +222,7 @@ def _wait(done: Callable[[], bool]) -> None:
         time.sleep(WAIT_SECONDS)
 
 
-def _join(run: Any, out: pathlib.Path, number: int, length: int, image: str, label: str | None, form: str) -> None:
+def _join(run: Any, out: pathlib.Path | RemotePath, number: int, length: int, image: str, label: str | None, form: str) -> None:
     """Makes the set of its shards, and removes them."""
 
     def parts(name) -> Iterator[np.ndarray]:
@@ -236,14 +241,16 @@ def _join(run: Any, out: pathlib.Path, number: int, length: int, image: str, lab
     first = next(parts(image))[:FEW]
     words = run.show({label: next(parts(label))[:FEW]})[label] if label else None
     labels = {"arr_1": ((number,), np.int64, parts(label))} if label else {}
-    grid(first, min(8, len(first)), words).save(out / "samples.png")
+    with files.whole(out / "samples.png") as draft:
+        grid(first, min(8, len(first)), words).save(draft, "PNG")
     if form == "npz":
         colour = (part.repeat(3, -1) if part.shape[-1] == 1 else part for part in parts(image))
         npz(out / "samples.npz", {"arr_0": ((number, *first.shape[1:3], 3), np.uint8, colour), **labels})
     else:
         if label:
-            np.save(out / "labels.npy", np.concatenate(list(parts(label))))
+            with files.whole(out / "labels.npy") as draft, draft.open("wb") as stream:
+                np.save(stream, np.concatenate(list(parts(label))))
         pictures(out / "images", parts(image))
     stored = files.read_json(out / SETTINGS)
     files.write_json(out / SETTINGS, {**stored, "whole": True})
-    shutil.rmtree(out / SHARDS)
+    files.remove_folder(out / SHARDS)

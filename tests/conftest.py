@@ -113,3 +113,18 @@ def pytest_collection_finish(session):
     os.environ["XLA_FLAGS"] = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if flag not in xla_flags.CHEAPEST)
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """The address of an empty folder that is no path of a disk."""
+    memory = pytest.importorskip("fsspec.implementations.memory").MemoryFileSystem
+    from mmdiff.remote import RemotePath
+    from mmdiff.training import lock
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "copies"))
+    monkeypatch.setattr(lock, "SETTLE_SECONDS_REMOTE", 0.01)
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
+    yield RemotePath("memory://bucket")
+    memory.store.clear()

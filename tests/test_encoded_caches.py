@@ -22,7 +22,7 @@ from mmdiff.data.modalities import Labels, Latents
 from mmdiff.data.named_autoencoders import Autoencoder
 from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
-from mmdiff.training import run_metadata
+from mmdiff.training import lock, run_metadata
 
 MODALITIES = {"image": Latents(4, 4, 4, scale=0.5), "label": Labels(3)}
 
@@ -229,3 +229,44 @@ def test_a_run_notes_its_cache_and_the_encoder(autoencoder, images, alone):
     source = LatentSource(alone, "train", MODALITIES)
     described = run_metadata.describe_data(experiment, source)
     assert described == {"fingerprint": source.fingerprint(), "classes": {"label": ["a", "b", "c"]}}
+
+
+def test_a_cache_at_an_address_has_the_bytes_of_one_in_a_folder(autoencoder, images, alone, bucket, monkeypatch):
+    out, whole, written = bucket / "cache", shards.write, []
+    (out / "train").mkdir()
+    (out / "train" / "image-00099.npy").write_bytes(b"of other images")
+    (out / "train/made_of.json").write_bytes(b'"other images"')
+
+    def killed(folder, number, arrays):
+        if written:
+            whole(folder, number, {"image": arrays["image"]})
+            raise KeyboardInterrupt
+        written.append(number)
+        return whole(folder, number, arrays)
+
+    def write():
+        return encoded_caches.write(cache(autoencoder, images), str(out), ["train"], shard=10)
+
+    monkeypatch.setattr(shards, "write", killed)
+    for number in range(2):
+        written.clear()
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert written == [number]
+    with pytest.raises(UserError, match=r"cache/train is not finished \(it has no meta.json\)"):
+        LatentSource(str(out), "train", MODALITIES)
+    monkeypatch.setattr(shards, "write", whole)
+    with lock.held_at(out / "train"), pytest.raises(UserError, match="cache/train is being written by process"):
+        write()
+    assert write()
+    assert (out / "train").names() == {path.name for path in (alone / "train").iterdir()}
+    for path in (alone / "train").iterdir():
+        assert (out / "train" / path.name).read_bytes() == path.read_bytes()
+    source, there = LatentSource(str(out), "train", MODALITIES), LatentSource(alone, "train", MODALITIES)
+    source.verify()
+    assert source.fingerprint() == there.fingerprint()
+    jax.tree.map(np.testing.assert_array_equal, source.take(np.arange(66)), there.take(np.arange(66)))
+    assert not write()
+    monkeypatch.setattr(encoded_caches._Split, "identity", "that of other images")
+    with pytest.raises(UserError, match="was written of other images, or by other encoders"):
+        write()

@@ -23,6 +23,7 @@ from mmdiff.evals import evaluator
 from mmdiff.evals.image_sets import open_images
 from mmdiff.keys import key_of_use
 from mmdiff.runs import open_run
+from mmdiff.training import lock
 
 TINY = str(pathlib.Path(__file__).parent / "tiny.py")
 NUMBER = 257
@@ -87,6 +88,36 @@ def test_eight_devices_that_are_killed_twice_make_the_bytes_of_one(run, alone, t
     assert contents(tmp_path) == contents(alone) and len(contents(alone)) == 3
     monkeypatch.setattr("mmdiff.runs.Run.stream", lambda *args, **options: pytest.fail("it is whole"))
     write(run, tmp_path)
+
+
+def test_a_set_at_an_address_has_the_bytes_of_one_in_a_folder(run, alone, bucket, monkeypatch):
+    out, whole = str(bucket / "set"), shards.write
+
+    def killed(folder, number, arrays):
+        if number == 3:
+            whole(folder, number, {"image": arrays["image"]})
+            raise KeyboardInterrupt
+        return whole(folder, number, arrays)
+
+    monkeypatch.setattr(shards, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(run, out)
+    with pytest.raises(UserError, match="holds a set of samples that is not whole"):
+        open_images(out)
+    written = []
+    monkeypatch.setattr(shards, "write", lambda folder, number, arrays: written.append(number) or whole(folder, number, arrays))
+    with lock.held_at(bucket / "set"), pytest.raises(UserError, match="bucket/set is being written by process"):
+        write(run, out)
+    paths = write(run, out)
+    assert written == list(range(3, 33)) and list(map(str, paths)) == [f"{out}/samples.npz", f"{out}/samples.png"]
+    assert (bucket / "set").names() == set(contents(alone))
+    assert {name: (bucket / "set" / name).read_bytes() for name in contents(alone)} == contents(alone)
+    found, there = open_images(out), open_images(alone)
+    assert np.array_equal(next(found.read(300, range(NUMBER))), next(there.read(300, range(NUMBER))))
+    monkeypatch.setattr("mmdiff.runs.Run.stream", lambda *args, **options: pytest.fail("it is whole"))
+    write(run, out)
+    with pytest.raises(UserError, match=r"holds samples of other settings \(seed 3, not 4\)"):
+        write(run, out, seed=4)
 
 
 def test_weights_that_are_spread_over_a_mesh_sample_as_one_device(workdir, run):

@@ -1,9 +1,10 @@
 """A cache of latents on disk, read by memory map: any example by its number, from any number of processes, without a library.
 
 `mmdiff.data.shards` describes the files: FOLDER/train and FOLDER/val, of each modality a `.npy` file a shard. `mmdiff cache` writes them
-with a published autoencoder (`mmdiff.data.encoded`), `write_latents` whatever else has made latents. FOLDER is a local disk or a mount
-(gcsfuse with its file cache on, NFS); 32 x 32 x 4 latents take 8 KiB an example, ImageNet 10 GiB. For DiT's horizontal flips the mirrored
-images are encoded too, as examples of their own: an epoch is then twice as long, and each example comes once in it.
+with a published autoencoder (`mmdiff.data.encoded`), `write_latents` whatever else has made latents. FOLDER is a local disk, a mount
+(gcsfuse with its file cache on, NFS), or an address (gs://bucket/folder), of which every machine makes itself a copy; 32 x 32 x 4 latents
+take 8 KiB an example, ImageNet 10 GiB. For DiT's horizontal flips the mirrored images are encoded too, as examples of their own: an epoch
+is then twice as long, and each example comes once in it.
 
 A cache may hold the moments of latents, mean and deviation, in the place of latents: then every epoch sees another sample of each.
 """
@@ -11,7 +12,6 @@ A cache may hold the moments of latents, mean and deviation, in the place of lat
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,7 +48,7 @@ def write_latents(
     Raises:
       UserError: the split is there already, nothing to write, or arrays that are no such examples.
     """
-    target = _path(folder) / split
+    target = files.target(folder) / split
     if (target / META).exists():
         raise UserError(f"{target} holds a finished cache: remove it first, or write elsewhere.")
     target.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ class LatentSource:
     """
 
     def __init__(self, folder: str | os.PathLike, split: str, modalities: Mapping[str, Any]):
-        self._path = _path(folder) / split
+        self._path = files.target(folder) / split
         try:
             self._meta = shards.checked_meta(files.read_json(self._path / META))
             lengths, found = self._meta["lengths"], dict(self._meta["modalities"])
@@ -102,12 +102,13 @@ class LatentSource:
             if not any(lengths) or min(lengths) < 0:
                 raise ValueError(f"lengths {lengths}")
         except files.Missing:
-            what = "is not finished (it has no meta.json)" if os.path.isdir(self._path) else "does not exist"
+            what = "is not finished (it has no meta.json)" if files.is_folder(self._path) else "does not exist"
             raise UserError(f"the latent cache {self._path} {what}: write it with mmdiff cache (the config's head says how).") from None
         except files.FileError as error:
             raise UserError(f"{self._path / META} cannot be read (it {error.reason}): write the cache again.") from error
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{self._path / META} cannot be read ({error!r}): write the cache again.") from error
+        self._path = files.expand(self._path)
         encoded, self._moments = "encoders" in self._meta, self._meta.get("moments", [])
         self.names = tuple(self._meta.get("names", ()))  # of the classes
         for name, expected in shards.stamp(modalities).items():
@@ -205,9 +206,3 @@ def open_source(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
             "then set config.data.source=latents and config.data.dir to the folder."
         )
     raise UserError(f"config.data.source is {data.source!r}: choose latents, random or tfds.")
-
-
-def _path(folder: str | os.PathLike) -> pathlib.Path:
-    if "://" in str(folder):
-        raise UserError(f"latents are read from a folder, not from {folder}: mount the bucket (gcsfuse), or copy it to a disk.")
-    return files.expand(folder)

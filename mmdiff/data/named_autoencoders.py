@@ -165,7 +165,7 @@ class ImageTokens(SquareImages):
         count, least = (len(stored["codes"]), max(stored["codes"], default=-1) + 1) if stored else (self.codes, 0)
         if count != self.codes or least > total:
             raise UserError(
-                f"{files.expand(self.folder) / CODES} lists {count:,} of {least:,} codes or more, and the config needs {self.codes:,} of "
+                f"{files.target(self.folder) / CODES} lists {count:,} of {least:,} codes or more, and the config needs {self.codes:,} of "
                 f"the {total:,} of {self.path}: name the cache that was written for it.")
         return stored["codes"] if stored and len(stored["codes"]) < total else None
 
@@ -203,7 +203,7 @@ def read_codes(folder: str | os.PathLike) -> dict[str, Any] | None:
     """FOLDER/codes.json, {"encoder": fingerprint, "codes": entries}; None without one. Raises UserError for a damaged one."""
     if not folder:
         return None
-    path = files.expand(folder) / CODES
+    path = files.target(folder) / CODES
     try:
         found = files.read_json(path)
         codes = found["codes"]

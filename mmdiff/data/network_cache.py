@@ -37,6 +37,7 @@ from mmdiff.nets.audio import AudioAutoencoder
 from mmdiff.nets.embed import Patches
 from mmdiff.nets.tokenizers import VQAutoencoder
 from mmdiff.nets.towers import TwoTowers
+from mmdiff.remote import RemotePath
 
 WEIGHTS, TOKENIZER, BEGUN = "weights.npz", "words.json", "begun.json"
 PART = 250  # examples that are encoded or decoded at once,
@@ -117,7 +118,9 @@ class CacheWriter:
         Raises:
           UserError: another cache or other files in `folder`, an unknown split, a folder that cannot be written.
         """
-        folder, splits, kind = files.expand(folder), list(dict.fromkeys(splits or self.splits)), self.kind
+        folder, splits, kind = files.target(folder), list(dict.fromkeys(splits or self.splits)), self.kind
+        if isinstance(folder, RemotePath):
+            raise UserError(f"a run's own network writes to a folder, and not to {folder}: write the cache to a disk and copy it there.")
         unknown = [split for split in splits if split not in self.splits]
         if unknown:
             remedy = f"choose among {', '.join(self.splits)}" if self.splits else f"leave out --split {' '.join(splits)}"
@@ -183,7 +186,7 @@ class CacheWriter:
 
 def read_meta(folder: str | os.PathLike, kind: Kind = TOKENS) -> dict[str, Any]:
     """The values of a folder's JSON file: "config", "step", of tokens also "grid" [h, w], "codes", ... UserError where there is none."""
-    folder = files.expand(folder)
+    folder = files.target(folder)
     try:
         meta = files.read_json(folder / kind.meta)
         if meta["format"] != 1:
@@ -199,7 +202,7 @@ def read_meta(folder: str | os.PathLike, kind: Kind = TOKENS) -> dict[str, Any]:
 
 def read_network(folder: str | os.PathLike, kind: Kind = TOKENS) -> tuple[nn.Module, Any]:
     """(network, parameters) of a folder. Raises UserError for weights that are missing, or not those of the fingerprint."""
-    meta, path = read_meta(folder, kind), files.expand(folder) / WEIGHTS
+    meta, path = read_meta(folder, kind), files.target(folder) / WEIGHTS
     try:
         weights = arrays.read_arrays(path)
         intact, net = fingerprint(weights) == meta["fingerprint"], kind.network(meta)
@@ -215,7 +218,7 @@ def read_network(folder: str | os.PathLike, kind: Kind = TOKENS) -> tuple[nn.Mod
 def read_tokenizer(folder: str | os.PathLike, kind: Kind = TOKENS) -> bpe.Tokenizer:
     """The tokenizer of the texts. Raises UserError where there is none."""
     read_meta(folder, kind)
-    path = files.expand(folder) / TOKENIZER
+    path = files.target(folder) / TOKENIZER
     try:
         return bpe.read(path)
     except files.Missing:
@@ -226,11 +229,11 @@ def read_tokenizer(folder: str | os.PathLike, kind: Kind = TOKENS) -> bpe.Tokeni
 
 def network_fingerprint(folder: str | os.PathLike, kind: Kind = TOKENS) -> str | None:
     """SHA-256 of the weights and of the tokenizer of the texts, if any; None where there is no such folder."""
-    folder = files.expand(folder)
+    folder = files.target(folder)
     if not folder.name or not (folder / kind.meta).exists():
         return None
     found, tokenizer = read_meta(folder, kind)["fingerprint"], folder / TOKENIZER
-    return hashlib.sha256(found.encode() + files.read_bytes(tokenizer)).hexdigest() if os.path.lexists(tokenizer) else found
+    return hashlib.sha256(found.encode() + files.read_bytes(tokenizer)).hexdigest() if TOKENIZER in files.names(folder) else found
 
 
 def part_of(net: nn.Module) -> int:

@@ -27,6 +27,7 @@ import numpy as np
 
 from mmdiff import files
 from mmdiff.errors import UserError
+from mmdiff.remote import RemotePath
 
 SPLITS = ("train", "val")
 META, LENGTH = "meta.json", 2**15  # LENGTH examples in a shard, which is held in memory
@@ -40,14 +41,16 @@ def file_name(name: str, number: int) -> str:
     return f"{name}-{number:05d}.npy"
 
 
-def write(folder: pathlib.Path, number: int, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+def write(folder: pathlib.Path | RemotePath, number: int, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Writes the files of one shard, each whole or absent; -> {file: SHA-256}."""
     for name, array in arrays.items():
         _write(folder / file_name(name, number), functools.partial(_save, np.ascontiguousarray(array)))
     return {file_name(name, number): sha256(array) for name, array in arrays.items()}
 
 
-def write_meta(folder: pathlib.Path, modalities: Mapping[str, Any], lengths: Sequence[int], hashes: Mapping[str, str], **more: Any) -> None:
+def write_meta(
+    folder: pathlib.Path | RemotePath, modalities: Mapping[str, Any], lengths: Sequence[int], hashes: Mapping[str, str], **more: Any,
+) -> None:
     """Writes meta.json, with which a split is finished."""
     meta = {"format": 1, "lengths": list(lengths), "modalities": stamp(modalities), "sha256": dict(hashes), **more}
     _write(folder / META, lambda stream: stream.write(json.dumps(meta, indent=1).encode()))
@@ -61,7 +64,7 @@ def is_encoded(folder: str | os.PathLike) -> bool:
 def read_meta(folder: str | os.PathLike, split: str) -> dict[str, Any] | None:
     """What the meta.json of a split says; None where there is none that can be read (`LatentSource` says why)."""
     try:
-        return checked_meta(files.read_json(files.expand(folder) / split / META))
+        return checked_meta(files.read_json(files.target(folder) / split / META))
     except (files.FileError, ValueError):
         return None
 
@@ -145,8 +148,6 @@ def _save(array: np.ndarray, stream: Any) -> None:
     stream.write(array.data)
 
 
-def _write(path: pathlib.Path, write: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream:
+def _write(path: pathlib.Path | RemotePath, write: Any) -> None:
+    with files.whole(path) as draft, draft.open("wb") as stream:
         write(stream)
-    os.replace(partial, path)

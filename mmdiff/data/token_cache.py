@@ -39,7 +39,7 @@ def token_source(folder: str | os.PathLike, split: str) -> ArraySource:
     Raises:
       UserError: no such cache or split, or files that are missing or cut short.
     """
-    meta, folder = read_meta(folder), files.expand(folder)
+    meta, folder = read_meta(folder), files.target(folder)
     if split not in meta["splits"]:
         older = split == "validation"  # the test data, which took its place, is what is reported: no choice may see it
         way = "write a new one elsewhere, or train without evaluations, --config.train.eval_every=0" if older else "choose one of these"

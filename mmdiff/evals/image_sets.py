@@ -163,7 +163,7 @@ def _statistics(path, names):
 
 def write_statistics(path: str | os.PathLike, moments: Mapping[str, tuple[np.ndarray, np.ndarray]], convention: Mapping[str, Any]) -> None:
     """Stores moments, {"mu": (mean, covariance), "mu_s": ...}, as ADM's evaluator and pytorch-fid read them, and their "convention"."""
-    path = files.expand(path)
+    path = files.target(path)
     arrays = {name: array for mean, pair in moments.items() for name, array in zip((mean, MEANS[mean]), pair, strict=True)}
     content = io.BytesIO()
     np.savez(content, **arrays, convention=np.array(json.dumps(convention)))

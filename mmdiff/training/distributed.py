@@ -17,8 +17,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from mmdiff import console
+from mmdiff import console, files
 from mmdiff.errors import UserError
+from mmdiff.remote import RemotePath
 from mmdiff.training.peers import Peers
 
 JOIN_SECONDS = 300  # how long a process waits for the others to start: those of a large job come minutes apart
@@ -176,6 +177,12 @@ def check_encodes_alone(workdir: str | None, several: bool) -> None:
     """Raises UserError where several processes are to encode by the network of the run in `workdir`, if there is one."""
     if workdir is not None and several:
         raise UserError("--distributed is for published encoders: a run's own network encodes in one process, leave it out.")
+
+
+def check_one_writer(workdir: str | os.PathLike, several: bool) -> None:
+    """Raises UserError where several processes are to train at an address."""
+    if several and isinstance(files.target(workdir), RemotePath):
+        raise UserError(f"one process trains at {workdir}: for several mount the bucket (gcsfuse, s3fs) and name the folder.")
 
 
 def from_first(act: Callable[[], Any]) -> Any:

@@ -5,7 +5,8 @@
     WORKDIR/trainer.json    who holds it, and a beat every BEAT_SECONDS: for file systems without such locks, or whose locks do not reach
                             other machines (mounted buckets)
 
-Both are removed when training ends; after a crash the next trainer takes them over.
+Both are removed when training ends; after a crash the next trainer takes them over. A folder at an address, whose writer is one process
+(`held_at`), has the second alone, as writer.json.
 """
 
 from __future__ import annotations
@@ -26,17 +27,20 @@ from typing import Any
 
 from mmdiff import files
 from mmdiff.errors import UserError
+from mmdiff.remote import RemotePath
 from mmdiff.training import distributed, run_metadata
 
 log = logging.getLogger(__name__)
 
+WRITER = "writer.json"
 BEAT_SECONDS = 10
 SILENT_SECONDS = 30  # a trainer on another machine without a beat for so long is dead
 FORGOTTEN_SECONDS = 3600  # no clock is that wrong: a beat of so long ago is not waited for
 NOTED_SECONDS = 5  # after which a trainer that holds the lock has written down who it is, or one that ends has given it up
 SETTLE_SECONDS = 1  # without record locks: of trainers that start in the same moment, the last one to write has the lock
+SETTLE_SECONDS_REMOTE = 4  # longer than an answer of a bucket takes
 
-_held: set[pathlib.Path] = set()  # record locks do not stop a process from locking twice
+_held: set[pathlib.Path | RemotePath] = set()  # record locks do not stop a process from locking twice
 
 
 @contextlib.contextmanager
@@ -59,10 +63,25 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def held_at(folder: RemotePath) -> Iterator[_Lock]:
+    """As `held`, of a folder at an address that one process writes to; gives the lock, whose `check` says that it still is this one.
+
+    Raises:
+      UserError: another process has it. OSError: the folder cannot be written.
+    """
+    lock = _Lock(folder, folder)
+    lock.acquire()
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
 class _Lock:
-    def __init__(self, folder: pathlib.Path, workdir: str | os.PathLike):
-        self._folder, self._workdir = folder, workdir
-        self._path, self._holder = folder / ".trainer.lock", folder / "trainer.json"
+    def __init__(self, folder: pathlib.Path | RemotePath, workdir: str | os.PathLike | RemotePath):
+        self._folder, self._workdir, self._remote = folder, workdir, isinstance(folder, RemotePath)
+        self._path, self._holder = folder / ".trainer.lock", folder / (WRITER if self._remote else "trainer.json")
         self._file: int | None = None
         self._made: list[pathlib.Path] = []
         self._me = {"host": socket.gethostname(), "process": os.getpid(), "token": uuid.uuid4().hex, **_life(os.getpid())}
@@ -71,15 +90,16 @@ class _Lock:
     def acquire(self) -> None:
         if self._folder in _held:
             raise self._busy(self._me)
-        self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
+        if not self._remote:
+            self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
         try:
-            locks = self._lock()
+            locks = not self._remote and self._lock()
             other = _read(self._holder)
             if other and self._lives(other, locks):
                 raise self._busy(other)
             self._beat()
             if not locks:
-                time.sleep(SETTLE_SECONDS)
+                time.sleep(SETTLE_SECONDS_REMOTE if self._remote else SETTLE_SECONDS)
                 if (other := _read(self._holder) or {}).get("token") != self._me["token"]:
                     raise self._busy(other)
         except BaseException:
@@ -91,15 +111,22 @@ class _Lock:
         _held.add(self._folder)
         threading.Thread(target=self._keep_beating, daemon=True).start()
 
+    def check(self) -> None:
+        """Raises UserError if another process has taken the lock over: this one was silent for too long."""
+        if (other := _read(self._holder) or self._me)["token"] != self._me["token"]:
+            raise self._busy(other)
+
     def release(self) -> None:
-        if self._file is None:
+        if self._file is None and not self._remote:
             return
         self._ended.set()
         with contextlib.suppress(OSError):  # the folder may be gone or moved
             if (_read(self._holder) or {}).get("token") == self._me["token"]:
                 self._holder.unlink()
-                self._path.unlink()  # while it is held: who waits for it finds out that it is no longer this file
-        os.close(self._file)
+                if not self._remote:
+                    self._path.unlink()  # while it is held: who waits for it finds out that it is no longer this file
+        if self._file is not None:
+            os.close(self._file)
         self._file = None
         _held.discard(self._folder)
         self._remove_folders()
@@ -167,6 +194,8 @@ class _Lock:
 
     def _busy(self, other: dict[str, Any]) -> UserError:
         who = f"process {other['process']} on {other['host']}" if {"process", "host"} <= set(other) else "another process"
+        if self._remote:
+            return UserError(f"{self._workdir} is being written by {who}: wait until it ends, or choose another folder.")
         return UserError(f"{self._workdir} is being trained by {who}: wait until it ends, or use another workdir.")
 
     def _remove_folders(self) -> None:
@@ -177,10 +206,10 @@ class _Lock:
         self._made = []
 
 
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        found = files.read_json(path)
-    except UserError:  # there is none, or it is damaged
+def _read(path: pathlib.Path | RemotePath) -> dict[str, Any] | None:
+    try:  # a bucket that does not answer does not say that nobody is there
+        found = files.parse_json(path.read_bytes(), path) if isinstance(path, RemotePath) else files.read_json(path)
+    except (UserError, FileNotFoundError):  # there is none, or it is damaged
         return None
     return found if isinstance(found, dict) and isinstance(found.get("beat"), (int, float)) else None
 

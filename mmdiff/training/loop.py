@@ -15,7 +15,7 @@ import ml_collections
 from clu.metrics import Average
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmdiff import checks, console
+from mmdiff import checks, console, files
 from mmdiff.data import loader
 from mmdiff.data.order import ORDER_VERSION
 from mmdiff.errors import UserError
@@ -113,7 +113,8 @@ def train(
             noted = []
             if options.get("start"):  # fine-tuning
                 strict = options.get("start_strict", False)
-                weights, noted = finetune.start_from(options.start, experiment, here, state.ema, mesh, strict)
+                folder = files.expand(options.start, without="samples")
+                weights, noted = finetune.start_from(folder, experiment, here, state.ema, mesh, strict)
                 noted = [f"starting from the averaged weights of {options.start}", *noted]
                 where = jax.tree.map(lambda x: x.sharding, (state.params, state.ema))
                 cast = jax.tree.map(lambda new, old: new.astype(old.dtype), weights, state.params)

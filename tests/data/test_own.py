@@ -201,7 +201,7 @@ def test_arrays_that_are_none(tmp_path, arrays, reason):
 
 
 def test_settings_that_are_none(classes):
-    for path, reason in (("", "config.data.dir is empty"), (pathlib.Path("/none"), "there is no folder"), ("gs://x", "is an address")):
+    for path, reason in (("", "config.data.dir is empty"), (pathlib.Path("/none"), "there is no folder"), ("nope://x", "no address")):
         with pytest.raises(UserError, match=reason):
             open_images(settings(path))
     wrong = {"channels": 4, "test": 0.0, "validation": 0.9, "damaged": 1.0}

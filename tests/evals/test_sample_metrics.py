@@ -255,7 +255,7 @@ def test_damaged_files_are_sentences(files, capsys):
     ("eval --samples SAMPLES --reference REAL --size 8", "has images of 16 x 16 pixels: --size 8 crops those of folders only"),
     ("eval --samples SAMPLES --write-statistics SAMPLES", "would overwrite what is measured"),
     ("eval --samples SAMPLES --reference REAL --json REAL", "would overwrite what is measured"),
-    ("eval --samples gs://a/b.npz --reference y", "is an address"),
+    ("eval --samples nope://a/b.npz --reference y", "no address"),
 ])  # fmt: skip
 def test_wrong_options_are_sentences(files, images, capsys, argv, words):
     np.savez(files / "real.npz", arr_0=images[1][1:])

@@ -1,0 +1,82 @@
+"""Runs at an address: the bits of one in a folder, continued from what is whole there, and used from there."""
+
+import json
+import pathlib
+
+import pytest
+
+from mmdiff import remote
+from mmdiff.__main__ import main
+from mmdiff.errors import UserError
+from mmdiff.remote import RemotePath
+from mmdiff.training import distributed, lock, remote_runs
+
+CONFIG = f"""
+import dataclasses, runpy
+
+tiny = runpy.run_path({str(pathlib.Path(__file__).parents[1] / "tiny.py")!r})
+get_config = tiny["get_config"]
+
+
+def build(config):
+    return dataclasses.replace(tiny["build"](config), evaluators=[measure])
+
+
+def measure(experiment, params, config, key, step):
+    from mmdiff.evals.evaluator import EvalResult
+
+    return EvalResult({{"steps": float(step)}}, {{}})
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "measured.py"
+    path.write_text(CONFIG)
+    return ["--config", str(path)]
+
+
+def test_a_run_at_an_address_continues_from_what_is_whole_and_is_used_there(config, bucket, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.setattr(remote_runs, "LOOK_SECONDS", 0.01)
+    run, folder = bucket / "run", tmp_path / "run"
+    assert main(["train", *config, "--workdir", str(folder)]) == 0
+    assert main(["train", *config, "--workdir", str(run)]) == 0
+    (run / "checkpoints" / "4" / "manifest.json").unlink()  # as where a machine is gone while it is sent
+    (run / "samples" / "large.npz").write_bytes(b"another one's")
+    copy = remote.place_of(str(run), remote_runs.KIND)
+    (copy / "checkpoints" / "9").mkdir()  # which was never sent: what is there counts
+    (copy / "metrics.jsonl").write_text("{}\n")
+    assert main(["train", *config, "--workdir", str(run)]) == 0
+    assert "checkpoints/4 is damaged (manifest.json is missing)" in caplog.text and "checkpoints/9" not in caplog.text
+    assert "continuing from step 2" in capsys.readouterr().err
+    assert not (copy / "samples").exists() and not (copy / "checkpoints" / "9").exists()
+    assert run.names() == {"checkpoints", "config.json", "data.json", "metrics.jsonl", "run.json", "samples"}
+    for command in (["sample", "--number", "3"], ["eval"]):
+        for workdir in (folder, run):
+            assert main([*command, *config, "--workdir", str(workdir)]) == 0
+    assert (run / "samples" / "samples.npz").read_bytes() == (folder / "samples/samples.npz").read_bytes()  # the bits of the other
+    assert json.loads((run / "report.json").read_bytes())["steps"] == 4 and (run / "report.html").exists()
+    before = remote.listed(str(run))
+    assert main(["train", *config, "--workdir", str(run)]) == 0  # nothing to do, and nothing is sent
+    assert remote.listed(str(run)) == before
+
+
+def test_a_run_that_cannot_be_sent_is_named(config, bucket, monkeypatch, capsys):
+    def full(self, file):
+        raise OSError(28, "No space left", self.url)
+
+    monkeypatch.setattr(RemotePath, "send", full)
+    assert main(["train", *config, "--workdir", f"{bucket}/run"]) == 2
+    copy = remote.place_of(f"{bucket}/run", remote_runs.KIND)
+    assert f"(No space left): the run is whole in {copy}, copy it there" in capsys.readouterr().err
+    assert (copy / "checkpoints" / "4" / "manifest.json").exists() and not (bucket / "run").exists()
+
+
+def test_one_process_trains_at_an_address(bucket, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="one process trains at memory://bucket/run: for several mount the bucket"):
+        distributed.check_one_writer(f"{bucket}/run", several=True)
+    distributed.check_one_writer(tmp_path, several=True)
+    with remote_runs.trained_at(tmp_path) as folder:
+        assert folder == tmp_path
+    with lock.held_at(bucket / "run"), pytest.raises(UserError, match="is being written by process"):
+        remote_runs.trained_at(f"{bucket}/run").__enter__()
