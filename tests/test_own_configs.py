@@ -138,10 +138,19 @@ def many(tmp_path_factory):
     return make(tmp_path_factory.mktemp("many"), 300)
 
 
-def command(*words):
-    """In a process of its own, as a user trains: the flags of the tests make slow programs, and eight devices of two cores."""
+SHORT = {
+    "model.width": 64, "model.depth": 2, "train.ema": 0.98, "train.warmup_steps": 20, "train.eval_every": 0, "train.tensorboard": "false"}
+SHORT_IMAGES = {"data.size": 16, "train.global_batch": 32, "train.sample_every": 0, "sample.steps": 12}
+
+
+def commands(use, train, sample, evaluate):
+    """A run's three commands, with a small network, in a process of their own: the tests' flags make slow programs and eight devices."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    subprocess.run([sys.executable, "-m", "mmdiff", *map(str, words)], env=env, check=True, cwd=OWN.parents[1])
+    program = "import json, sys; from mmdiff.__main__ import main; sys.exit(any(main(words) for words in json.loads(sys.argv[1])))"
+    train = [f"--config.{key}={value}" for key, value in (SHORT | train).items()]
+    words = [["train", *use, *train], ["sample", *use, *sample], ["eval", *use, *evaluate]]
+    given = json.dumps([[str(word) for word in each] for each in words])
+    subprocess.run([sys.executable, "-c", program, given], env=env, check=True, cwd=OWN.parents[1])
 
 
 def colour_of(image):
@@ -154,13 +163,13 @@ def colour_of(image):
 @pytest.mark.slow
 def test_images_in_classes_are_sampled_by_name_and_reported(many, tmp_path):
     use = ("--config", OWN / "image_label.py", "--workdir", tmp_path / "run")
-    command("train", *use, f"--config.data.dir={many / 'classes'}", "--config.data.size=16", "--config.train.global_batch=32",
-            "--config.train.steps=500", "--config.train.tensorboard=false")  # fmt: skip
-    for shape, colour in zip(SHAPES, COLOURS):
-        command("sample", *use, "--given", f"label={shape}", "--out", tmp_path / shape)
-        images = np.load(tmp_path / shape / "samples.npz")["image"]
-        assert np.mean([colour_of(image) == colour for image in images]) >= 0.8, shape
-    command("eval", *use, "--config.eval.most=60")
+    asked = [shape for shape in SHAPES for _ in range(16)]
+    commands(
+        use, SHORT_IMAGES | {"data.dir": many / "classes", "train.steps": 350},
+        ["--given", f"label={','.join(asked)}", "--out", tmp_path / "out"], ["--config.eval.most=60"])
+    found = [list(SHAPES)[list(COLOURS).index(colour_of(image))] for image in np.load(tmp_path / "out/samples.npz")["image"]]
+    for shape in SHAPES:
+        assert np.mean([seen == shape for seen, name in zip(found, asked, strict=True) if name == shape]) >= 0.8, shape
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["label_accuracy"] >= 0.9 and report["sample_agreement"] >= 0.8 and report["novelty"] > 0.1
 
@@ -168,25 +177,24 @@ def test_images_in_classes_are_sampled_by_name_and_reported(many, tmp_path):
 @pytest.mark.slow
 def test_images_with_captions_are_sampled_by_text(many, tmp_path):
     use = ("--config", OWN / "captions.py", "--workdir", tmp_path / "run")
-    command("train", *use, f"--config.data.dir={many / 'captions.tar'}", "--config.data.size=16", "--config.train.steps=750",
-            "--config.train.global_batch=32", "--config.train.tensorboard=false")  # fmt: skip
-    right = []
-    for colour in COLOURS:
-        command("sample", *use, "--given", f"caption=a {colour} circle", "--out", tmp_path / colour)
-        right += [colour_of(image) == colour for image in np.load(tmp_path / colour / "samples.npz")["image"]]
-    assert np.mean(right) >= 0.8
-    command("eval", *use, "--config.eval.most=60")
+    asked = [colour for colour in COLOURS for _ in range(16)]
+    (tmp_path / "asked.txt").write_text("".join(f"a {colour} circle\n" for colour in asked))
+    commands(
+        use, SHORT_IMAGES | {"data.dir": many / "captions.tar", "train.steps": 500},
+        ["--given", f"caption={tmp_path / 'asked.txt'}", "--out", tmp_path / "out"], ["--config.eval.most=60"])
+    found = [colour_of(image) for image in np.load(tmp_path / "out/samples.npz")["image"]]
+    assert np.mean([seen == colour for seen, colour in zip(found, asked, strict=True)]) >= 0.8
     assert json.loads((tmp_path / "run/report.json").read_text())["caption_recall"] >= 0.5  # by chance 0.11
 
 
 @pytest.mark.slow
 def test_vectors_are_sampled_in_their_units(many, tmp_path):
     use = ("--config", OWN / "arrays.py", "--workdir", tmp_path / "run")
-    command("train", *use, f"--config.data.dir={many / 'rings.npz'}", "--config.train.steps=600", "--config.train.tensorboard=false")
-    command("sample", *use, "--given", "ring=outer", "--number", 200)
+    commands(
+        use, {"data.dir": many / "rings.npz", "train.steps": 500, "sample.steps": 25}, ["--given", "ring=outer", "--number", 200],
+        ["--config.eval.most=200"])
     radius = np.linalg.norm(np.load(tmp_path / "run/samples/samples.npz")["x"] - 100, axis=1)
     assert np.mean(np.abs(radius - 30) < 3) >= 0.8
-    command("eval", *use, "--config.eval.most=200")
     assert json.loads((tmp_path / "run/report.json").read_text())["ring_accuracy"] >= 0.95
 
 

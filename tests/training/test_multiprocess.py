@@ -164,7 +164,7 @@ def test_two_processes_decide_alike_about_damage_and_about_a_lock(server, tmp_pa
 # ---- The end of one is the end of all ----
 
 
-def assert_ended_well(answers, survivor, workdir, within=60):
+def assert_ended_well(answers, survivor, workdir, within=300):
     """The other was killed: this one has ended soon, with one sentence, a status after which it is started again, and no stack."""
     assert answers[survivor]["status"] == 1 and answers[1 - survivor]["status"] == -signal.SIGKILL, answers
     assert answers[survivor]["seconds"] < within
@@ -208,7 +208,7 @@ def test_the_failure_of_one_process_ends_the_other(process, server, tmp_path):
     jobs[process]["bad_read"] = 20
     answers = server.run(*jobs)
     assert answers[process]["status"] in (1, 2) and "the disk is gone" in answers[process]["error"], answers
-    assert answers[1 - process]["status"] == 1 and answers[1 - process]["seconds"] - answers[process]["seconds"] < 60, answers
+    assert answers[1 - process]["status"] == 1 and answers[1 - process]["seconds"] - answers[process]["seconds"] < 300, answers
 
 
 # ---- How they find each other ----
