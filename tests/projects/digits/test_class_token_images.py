@@ -74,7 +74,7 @@ def test_real_digits_get_full_marks(results):
     metrics = results.metrics
     assert set(metrics) == set(results.definitions)
     assert metrics["conditional_agreement"] > 0.99
-    assert 0.97 < metrics["classification_accuracy_score"] <= 0.992 and metrics["svm_real_accuracy"] == 0.988
+    assert 0.97 < metrics["classification_accuracy_score"] <= 0.992 and metrics["svm_real_accuracy"] == pytest.approx(0.988, abs=0.004)
     assert 1 < metrics["frechet_ratio"] < 1.4  # sampling with replacement leaves out a third of the digits
     assert results.settings["label_conditioned_samples"] == 1097 and results.settings["sample_steps"] == 4
     assert {"conditional_samples", "bits_per_dim"} <= set(results.settings["evaluation_seconds"])

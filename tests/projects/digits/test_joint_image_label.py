@@ -85,7 +85,7 @@ def test_real_digits_get_full_marks(results):
     assert metrics["label_accuracy"] == pytest.approx(metrics["label_accuracy_diffusion_classifier"], abs=0.02)
     assert metrics["conditional_agreement"] > 0.99
     assert metrics["joint_agreement"] > 0.99
-    assert metrics["svm_real_accuracy"] == 0.988
+    assert metrics["svm_real_accuracy"] == pytest.approx(0.988, abs=0.004)
     assert 0.97 < metrics["classification_accuracy_score"] <= 0.992
     assert 1 < metrics["frechet_ratio"] < 1.4  # above 1: sampling with replacement leaves out a third of the digits
 
