@@ -18,9 +18,10 @@ from mmdiff.training import lock
 HOLD = """
 import sys, time
 from mmdiff.training import lock
+lock.BEAT_SECONDS = 600  # what it writes of itself stays as it is
 with lock.held(sys.argv[1]):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 SLOW = """
 import sys
@@ -96,7 +97,7 @@ def test_a_holder_that_has_not_yet_written_who_it_is_is_waited_for(tmp_path, mon
             pass
         assert (tmp_path / "trainer.json").read_text() == dead
 
-        monkeypatch.setattr(lock, "NOTED_SECONDS", 60)
+        monkeypatch.setattr(lock, "NOTED_SECONDS", 600)
         monkeypatch.setattr(lock.time, "sleep", lambda seconds: child.poll() or print(file=child.stdin, flush=True))  # now it may write
         with pytest.raises(UserError, match=f"is being trained by process {child.pid} on "), lock.held(tmp_path):
             pass
@@ -109,7 +110,7 @@ def test_a_holder_on_another_machine_is_known_by_its_beats(tmp_path, monkeypatch
     left_by(tmp_path / "dead")
     with lock.held(tmp_path / "dead"):
         pass
-    monkeypatch.setattr(lock, "SILENT_SECONDS", 60)
+    monkeypatch.setattr(lock, "SILENT_SECONDS", 600)
     left_by(tmp_path / "long_dead", beat=time.time() - 2 * lock.FORGOTTEN_SECONDS)
     left_by(tmp_path / "alive")
     ended = threading.Event()
