@@ -92,6 +92,13 @@ def target(path: str | os.PathLike | RemotePath) -> pathlib.Path | RemotePath:
     return pathlib.Path(place)
 
 
+def on_disk(path: str | os.PathLike) -> pathlib.Path:
+    """A path of which a folder is renamed, or files are changed where they lie: as `target`, and raises FileError for an address."""
+    if isinstance(place := target(path), RemotePath):
+        raise FileError(path, "is an address, and this is written to a disk", "name a folder, and copy it there (or mount the bucket)")
+    return place
+
+
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """The open file, for reading.
 

@@ -45,7 +45,7 @@ def export_weights(run: Any, to: str, out: str | os.PathLike, vae: str | os.Path
     Raises:
       UserError: the network's function is not the published one, or there is something in `out`; nothing is written then.
     """
-    out = readers.expand(out)
+    out = readers.on_disk(out)
     try:
         with drafts.draft(out, time.time_ns()) as draft:  # nothing is continued
             said = {OWN: _write_own, "published": _write_published, "diffusers": _write_diffusers}[to](run, draft, vae)

@@ -7,7 +7,7 @@ import pathlib
 import re
 import shutil
 
-from mmdiff import checks, suggest
+from mmdiff import checks, files, suggest
 from mmdiff.errors import UserError
 
 LIST = "mmdiff configs lists those that come with mmdiff"
@@ -71,7 +71,7 @@ def copy(name: str, target: str) -> list[pathlib.Path]:
     """
     source, remedy = find(name), "write --to FILE.py"
     try:
-        target = pathlib.Path(target).expanduser()
+        target = files.on_disk(target)
         if target.suffix != ".py":
             raise UserError(f"--to {target} is not the name of a Python file: {remedy}.")
         pairs = [(source, target), *((file, target.parent / file.name) for file in neighbours(source))]

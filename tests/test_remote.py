@@ -84,6 +84,11 @@ def test_a_missing_package_is_named_before_anything_is_done(monkeypatch, tmp_pat
         assert "gcsfs: pip install 'mmdiff[remote]'" in capsys.readouterr().err
 
 
+def test_what_must_be_renamed_or_changed_in_place_goes_to_a_disk(bucket, capsys):
+    assert main(["configs", "digits_joint", "--to", f"{bucket}/mine.py"]) == 2
+    assert f"{bucket}/mine.py is an address, and this is written to a disk" in capsys.readouterr().err
+
+
 def test_file_is_the_disk(tmp_path):
     assert files.expand(f"file://{tmp_path}/a") == files.target(f"file://{tmp_path}/a") == tmp_path / "a"
 

@@ -37,7 +37,6 @@ from mmdiff.nets.audio import AudioAutoencoder
 from mmdiff.nets.embed import Patches
 from mmdiff.nets.tokenizers import VQAutoencoder
 from mmdiff.nets.towers import TwoTowers
-from mmdiff.remote import RemotePath
 
 WEIGHTS, TOKENIZER, BEGUN = "weights.npz", "words.json", "begun.json"
 PART = 250  # examples that are encoded or decoded at once,
@@ -118,9 +117,7 @@ class CacheWriter:
         Raises:
           UserError: another cache or other files in `folder`, an unknown split, a folder that cannot be written.
         """
-        folder, splits, kind = files.target(folder), list(dict.fromkeys(splits or self.splits)), self.kind
-        if isinstance(folder, RemotePath):
-            raise UserError(f"a run's own network writes to a folder, and not to {folder}: write the cache to a disk and copy it there.")
+        folder, splits, kind = files.on_disk(folder), list(dict.fromkeys(splits or self.splits)), self.kind
         unknown = [split for split in splits if split not in self.splits]
         if unknown:
             remedy = f"choose among {', '.join(self.splits)}" if self.splits else f"leave out --split {' '.join(splits)}"
