@@ -64,7 +64,8 @@ def open_run(
     items = overrides.items() if isinstance(overrides, Mapping) else overrides
     overrides = [(key, value if isinstance(value, str) else str(value)) for key, value in items]
     values, module = configs.load(os.fspath(config), overrides)
-    workdir = files.expand(workdir, without="samples") if remote.is_remote(workdir) else workdir
+    if remote.is_remote(workdir) and "config.json" in files.names(files.target(workdir)):  # nothing else is copied
+        workdir = files.expand(workdir, without="samples")
     if not os.path.isdir(workdir):
         command = f"mmdiff train --config {config} --workdir {workdir}"
         raise UserError(f"there is no run in {workdir}: train it first, with {command}.")

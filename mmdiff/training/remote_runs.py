@@ -36,7 +36,7 @@ def trained_at(workdir: str | os.PathLike) -> Iterator[str | os.PathLike]:
     """
     target = files.target(workdir)
     if isinstance(target, pathlib.Path):
-        yield workdir
+        yield target if remote.is_remote(workdir) else workdir  # file:///FOLDER
         return
     with contextlib.ExitStack() as stack:
         with _reported(target, "run the same command again"):
@@ -64,6 +64,9 @@ class _Copy:
     def __init__(self, target: RemotePath, held: Any):
         self._target, self._held, self._sent = target, held, []
         self.folder = remote.place_of(str(target), KIND)
+        other = target.names() - {lock.WRITER, "samples"}
+        if other and run_metadata.CONFIG not in other:  # perhaps a whole bucket, which would be copied
+            raise UserError(f"{target} holds {min(other)} and no run: choose another workdir.")
         try:
             remote.local_copy(str(target), KIND, without="samples")
         except FileNotFoundError:

@@ -26,7 +26,7 @@ from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import fingerprint
 from mmdiff.errors import UserError
 
-SOURCE = "source.json"
+CONFIG, SOURCE = "config.json", "source.json"
 LISTED = 6  # keys of another config that an error names
 
 # What may change when a run continues: how it learns, how long, where and how often, but not what its weights mean. A section stands for
@@ -42,7 +42,7 @@ MAY_DIFFER_IN_USE = (*MAY_DIFFER, *MUST_AGREE, "seed")  # when the weights are o
 
 def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     """The values of WORKDIR/config.json; {} if there is no such file. Raises UserError if it is not the config of a run."""
-    path = pathlib.Path(workdir) / "config.json"
+    path = pathlib.Path(workdir) / CONFIG
     config = read_json(path)
     if config is None:
         return {}
@@ -88,7 +88,7 @@ def check_config(
 
 def write_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
     """Writes WORKDIR/config.json, creating the folder. Raises UserError if that is not possible, or if there is one of something else."""
-    path = pathlib.Path(workdir) / "config.json"
+    path = pathlib.Path(workdir) / CONFIG
     with writing(workdir):
         read_config(workdir)
         path.parent.mkdir(parents=True, exist_ok=True)

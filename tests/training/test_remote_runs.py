@@ -80,3 +80,14 @@ def test_one_process_trains_at_an_address(bucket, tmp_path, monkeypatch):
         assert folder == tmp_path
     with lock.held_at(bucket / "run"), pytest.raises(UserError, match="is being written by process"):
         remote_runs.trained_at(f"{bucket}/run").__enter__()
+    with remote_runs.trained_at(f"file://{tmp_path}") as folder:
+        assert folder == tmp_path
+
+
+def test_what_is_no_run_is_not_copied(config, bucket, capsys):
+    (bucket / "data" / "image.png").write_bytes(b"")
+    assert main(["train", *config, "--workdir", str(bucket)]) == 2
+    assert "memory://bucket holds data and no run: choose another workdir" in capsys.readouterr().err
+    assert main(["sample", *config, "--workdir", str(bucket)]) == 2
+    assert "there is no run in memory://bucket: train it first" in capsys.readouterr().err
+    assert not remote.place_of(str(bucket)).exists() and bucket.names() == {"data"}
