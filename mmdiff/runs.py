@@ -146,10 +146,13 @@ class Run:
         return mesh if mesh.size > 1 else None
 
     def _compiling(self) -> contextlib.AbstractContextManager[None]:
-        """A context: networks that are traced inside are for the mesh."""
+        """A context: networks that are traced inside are for the mesh, or for each device on its own."""
+        import jax
+
+        from mmdiff.nets.target import compiling_for
         from mmdiff.training import sharding
 
-        return contextlib.nullcontext() if self._mesh is None else sharding.compiling_for_mesh(self._mesh)
+        return compiling_for(jax.default_backend()) if self._mesh is None else sharding.compiling_for_mesh(self._mesh)
 
     @property
     def params(self) -> Any:

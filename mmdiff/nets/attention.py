@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mmdiff.nets import fused_attention
 from mmdiff.nets.target import axis_size, platform
 
-BACKENDS = ("reference", "xla", "cudnn")
+BACKENDS = ("reference", "xla", "cudnn", "pallas")
 
 
 def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -24,7 +25,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
       q: queries [B, N, H, D]; k, v: keys and values [B, M, H, D].
       mask: boolean, broadcastable to [B, H, N, M]; False masks a key. A row without any key is the mean over all values.
       backend: "reference" (batched products over B*H; the fastest here on CPU), "xla" (`jax.nn.dot_product_attention`), "cudnn" (its
-        fused kernel: half precision on NVIDIA GPUs, tokens not split over devices). None takes cudnn where it applies, else the reference.
+        fused kernel: half precision on NVIDIA GPUs, tokens not split over devices), "pallas" (`fused_attention`: TPUs, masks of keys;
+        elsewhere it is interpreted, for tests). None takes a fused kernel where it applies, else the reference. Only the reference and
+        "xla" can be differentiated in forward mode (`jax.jvp`).
 
     Returns [B, N, H, D] in q's dtype.
 
@@ -35,11 +38,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     >>> attention(q, k, v).shape
     (1, 3, 2, 4)
     """
-    if backend is None:
-        fused = platform() == "gpu" and axis_size("seq") == 1 and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-        backend = "cudnn" if fused else "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"attention: no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    backend = _backend(backend, q, k.shape[1], q.shape[-1], mask)
+    if backend == "pallas":
+        return fused_attention.attention(q, k, v, mask)
     if backend != "reference":
         if mask is not None:
             mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
@@ -53,3 +54,22 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v, preferred_element_type=wide)
     return (out / weights.sum(-1, keepdims=True)).astype(q.dtype).swapaxes(1, 2)
+
+
+def self_attention(qkv: jax.Array, bias: jax.Array, heads: int, backend: str | None = None) -> jax.Array:
+    """`attention` of tokens to each other, by a product [B, N, 3HD] ordered as in `split_heads` and its bias [3HD]: [B, N, HD]."""
+    if _backend(backend, qkv, qkv.shape[1], qkv.shape[-1] // (3 * heads)) == "pallas":
+        return fused_attention.self_attention(qkv, bias, heads)
+    return attention(*split_heads(qkv + bias[None, None], heads), backend=backend).reshape(*qkv.shape[:2], -1)
+
+
+def _backend(backend: str | None, queries: jax.Array, keys: int, size: int, mask: jax.Array | None = None) -> str:
+    """The backend for queries [B, N, ...] of heads that are `size` wide."""
+    if backend is None:
+        half = queries.dtype in (jnp.bfloat16, jnp.float16)
+        if fused_attention.applies(queries, keys, size, mask):
+            return "pallas"
+        return "cudnn" if platform() == "gpu" and axis_size("seq") == 1 and half and size % 8 == 0 else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    return backend

@@ -34,6 +34,17 @@ def product(x, kernel, dimensions, precision=None, preferred_element_type=None):
 Dense = partial(nn.Dense, dot_general=product)
 
 
+class ProductAndBias(nn.Dense):
+    """The two addends of `Dense`, of the same parameters: [..., features] and [features]."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        return product(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ()))), bias
+
+
 def frequencies(
     t: jax.Array, size: int = 256, scale: float = 1000.0, max_period: float = 10000.0, offset: float = 0.0, freq_shift: float = 0.0
 ) -> jax.Array:

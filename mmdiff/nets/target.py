@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 _target: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar("target", default=None)
 _axes: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("axes", default={})  # noqa: B039 (never changed)
+_per_device: contextvars.ContextVar[Callable] = contextvars.ContextVar("per_device", default=lambda function, inputs, outputs: function)
 _constrain: contextvars.ContextVar[Callable] = contextvars.ContextVar("constrain", default=lambda x: x)
 
 
 @contextlib.contextmanager
 def compiling_for(
-    platform: str, devices: int = 1, constrain: Callable[[jax.Array], jax.Array] = lambda x: x, axes: Mapping[str, int] | None = None
+    platform: str,
+    devices: int = 1,
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    axes: Mapping[str, int] | None = None,
+    per_device: Callable[..., Callable] = lambda function, inputs, outputs: function,
 ) -> Iterator[None]:
     """A context: what is traced inside is for so many devices of a platform, which need not be present.
 
@@ -25,12 +30,14 @@ def compiling_for(
       devices: how many.
       constrain: `activations [B, ...] -> the same with a sharding`, see `constrain`.
       axes: the size of every axis of the mesh, see `axis_size`.
+      per_device: see `per_device`.
 
     >>> with compiling_for("tpu", 8, axes={"tensor": 4}):
     ...     platform(), axis_size("tensor"), single_cpu()
     ('tpu', 4, False)
     """
-    tokens = [(var, var.set(value)) for var, value in ((_target, (platform, devices)), (_constrain, constrain), (_axes, axes or {}))]
+    values = ((_target, (platform, devices)), (_constrain, constrain), (_axes, axes or {}), (_per_device, per_device))
+    tokens = [(var, var.set(value)) for var, value in values]
     try:
         yield
     finally:
@@ -47,6 +54,16 @@ def constrain(tree: Any) -> Any:
     return jax.tree.map(_constrain.get(), tree)
 
 
+def per_device(function: Callable, inputs: Sequence[tuple], outputs: Sequence[tuple]) -> Callable:
+    """A function of arrays as one of sharded arrays, each device computing it of its own parts: what the compiler cannot split itself.
+
+    Args:
+      function: `(*arrays) -> arrays`.
+      inputs, outputs: for each array what its dimensions are: "batch", "heads" (or features by head) or None; the first two are split.
+    """
+    return _per_device.get()(function, inputs, outputs)
+
+
 def axis_size(axis: str) -> int:
     """The size of an axis of the mesh of `compiling_for`: "tensor" splits heads, "seq" tokens; 1 without a mesh."""
     return _axes.get().get(axis, 1)
@@ -55,6 +72,11 @@ def axis_size(axis: str) -> int:
 def platform() -> str:
     """The platform of `compiling_for`, else the default one."""
     return (_target.get() or (jax.default_backend(),))[0]
+
+
+def known() -> bool:
+    """Whether the program is known to be for the devices of `compiling_for`, or for the only one that there is."""
+    return _target.get() is not None or jax.device_count() == 1
 
 
 def single_cpu() -> bool:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.errors import UserError
-from mmdiff.nets.attention import attention, split_heads
-from mmdiff.nets.embed import Dense, TimeEmbed, xavier
+from mmdiff.nets.attention import attention, self_attention, split_heads
+from mmdiff.nets.embed import Dense, ProductAndBias, TimeEmbed, xavier
 from mmdiff.nets.fields import Network
 from mmdiff.nets.target import axis_size, constrain, single_cpu
 
@@ -205,9 +205,16 @@ class Attention(nn.Module):
           cache: keys and values of streams that are not there, from an earlier call.
         """
         made = _Layers(self.weights, self.parts, self.dtype)
-        queries, keys, updates = {}, dict(cache), {}
+        queries, keys, updates, outputs = {}, dict(cache), {}, {}
+        alone = len(streams) == 1 and not cache and not visible and not self.qk_norm and not any(prefix for prefix, _ in self.parts)
         for name, x in streams.items():
-            q, k, v = split_heads(made(Dense, name, "qkv", features=3 * x.shape[-1], kernel_init=self.kernel_init)(x), self.heads)
+            options = dict(features=3 * x.shape[-1], kernel_init=self.kernel_init)
+            if alone:
+                product, bias = made(ProductAndBias, name, "qkv", **options)(x)
+                outputs[name] = self_attention(product, bias, self.heads, self.backend)
+                q, k, v = split_heads(product + bias[None, None], self.heads)
+            else:
+                q, k, v = split_heads(made(Dense, name, "qkv", **options)(x), self.heads)
             if self.qk_norm:
                 q, k = made.layer(nn.RMSNorm, "", "q_norm")(q), made.layer(nn.RMSNorm, "", "k_norm")(k)
             queries[name], keys[name] = q, (k, v)
@@ -218,7 +225,7 @@ class Attention(nn.Module):
             if any(other in visible for other in read):
                 masks = [visible[other] if other in visible else jnp.ones(keys[other][0].shape[:2], bool) for other in read]
                 mask = jnp.concatenate(masks, axis=1)[:, None, None]
-            out = attention(q, k, v, mask, self.backend).reshape(*q.shape[:2], -1)
+            out = outputs[name] if alone else attention(q, k, v, mask, self.backend).reshape(*q.shape[:2], -1)
             updates[name] = made(Dense, name, "out", features=out.shape[-1], kernel_init=self.kernel_init)(out)
         return updates, {name: keys[name] for name in streams}
 

@@ -23,6 +23,7 @@ from mmdiff.errors import UserError
 from mmdiff.evals.sample_grid import SampleGrid
 from mmdiff.experiment import Experiment, watched
 from mmdiff.keys import key_of_use
+from mmdiff.nets.target import compiling_for
 from mmdiff.training import distributed
 from mmdiff.training.metrics_logger import MetricsLogger
 
@@ -117,7 +118,8 @@ class InLoop:
 
     def _make(self, name: str, step: int, params: Any, logger: MetricsLogger) -> dict[str, float]:
         args = self._experiment, params, self._config, key_of_use(SEED, name), step
-        found = functools.reduce(operator.or_, [evaluate(*args) for evaluate in self._evaluators[name]])
+        with compiling_for(jax.default_backend()):  # the averages are on one device
+            found = functools.reduce(operator.or_, [evaluate(*args) for evaluate in self._evaluators[name]])
         if name == "grid":
             for title, figure in found.figures.items():
                 logger.image(step, title if len(found.figures) > 1 else "", figure.image)

@@ -179,7 +179,8 @@ def lower_init(
 ) -> jax.stages.Lowered:
     """`init_state` lowered for the mesh; `.compile()` returns the program `key -> state`."""
     target = jax.tree.map(lambda x: x.sharding, abstract_state(init, optimizer, mesh, rules, loss))
-    return jax.jit(lambda key: init_state(init, optimizer, key, loss), out_shardings=target).lower(key)
+    with compiling_for_mesh(mesh):
+        return jax.jit(lambda key: init_state(init, optimizer, key, loss), out_shardings=target).lower(key)
 
 
 def lower_step(step: Step, state: State, batch: Mapping[str, Any], mesh: Mesh) -> jax.stages.Lowered:
@@ -208,7 +209,8 @@ def lower_step(step: Step, state: State, batch: Mapping[str, Any], mesh: Mesh) -
 
 def compiling_for_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
     """A context: networks that are traced inside are for the mesh (see `nets.target`)."""
-    return compiling_for(mesh.devices.flat[0].platform, mesh.size, functools.partial(_constrain, mesh=mesh), dict(mesh.shape))
+    by_mesh = functools.partial(_constrain, mesh=mesh), dict(mesh.shape), functools.partial(_per_device, mesh=mesh)
+    return compiling_for(mesh.devices.flat[0].platform, mesh.size, *by_mesh)
 
 
 def check_batch(global_batch: int, mesh: Mesh, microbatches: int = 1) -> None:
@@ -277,6 +279,15 @@ def _constrain(x: jax.Array, mesh: Mesh) -> jax.Array:
     if mesh.size == 1 or x.shape[0] % math.prod(mesh.shape[name] for name in BATCH_SPEC[0]):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _sequence(x.shape, mesh) if x.ndim > 2 else BATCH_SPEC))
+
+
+def _per_device(function: Callable, inputs: Sequence[tuple], outputs: Sequence[tuple], mesh: Mesh) -> Callable:
+    """See `nets.target.per_device`."""
+    if mesh.size == 1:
+        return function
+    axes = {"batch": BATCH_SPEC[0], "heads": "tensor", None: None}
+    inputs, outputs = (tuple(PartitionSpec(*(axes[kind] for kind in kinds)) for kinds in each) for each in (inputs, outputs))
+    return jax.shard_map(lambda *arrays: tuple(function(*arrays)), mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
 def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:

@@ -1,0 +1,134 @@
+"""The TPU's attention kernels, interpreted on the CPU, against the reference; and what their compiled form moves."""
+
+import importlib.util
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import normal
+from filled import filled
+from jax.sharding import SingleDeviceSharding
+
+from mmdiff.nets import MMDiT, Patches, Tokens, fused_attention
+from mmdiff.nets.attention import attention, self_attention
+from mmdiff.nets.target import compiling_for
+from mmdiff.training import aot, hlo, sharding
+from mmdiff.training.accumulation import make_gradient
+
+RNG = np.random.default_rng(0)
+
+
+def close(found, expected, bound):
+    """Every array within `bound` of its largest value."""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        np.testing.assert_allclose(one, other, rtol=0, atol=bound * np.abs(other).max())
+
+
+def with_gradients(function, arrays, gradient):
+    def both(*arrays):
+        out, pull = jax.vjp(function, *arrays)
+        return out, pull(gradient.astype(out.dtype))
+
+    return jax.jit(both)(*arrays)
+
+
+def compared(function, arrays, gradient, half):
+    """float32 to 2e-6, and arrays rounded to bfloat16 to 5e-3, against the reference in float32."""
+    if half:
+        arrays = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in arrays]
+        gradient = gradient.astype(jnp.bfloat16).astype(jnp.float32)
+    expected = with_gradients(lambda *x: function(*x, backend="reference"), arrays, gradient)
+    rounded = [x.astype(jnp.bfloat16 if half else jnp.float32) for x in arrays]
+    found = with_gradients(lambda *x: function(*x, backend="pallas"), rounded, gradient)
+    assert all(one.dtype == two.dtype for one, two in zip(found[1], rounded))
+    close(found, expected, 5e-3 if half else 2e-6)
+
+
+# Each shape is compiled; those of every head width, of tokens that fill no tile, and of heads that form several groups.
+@pytest.mark.parametrize("b, n, heads, size, half", [
+    (2, 9, 1, 64, False), (1, 130, 6, 8, False), (2, 16, 2, 72, False), (1, 24, 3, 96, False), (1, 16, 8, 12, False), (2, 40, 5, 72, True),
+])  # fmt: skip
+def test_of_tokens_to_each_other(b, n, heads, size, half):
+    # A bias is added in the arrays' own type, as in the reference; the rounding of that sum is not what is looked at.
+    arrays = [normal(0, (b, n, 3 * heads * size)), normal(1, (3 * heads * size,), 0.0 if half else 1.0)]
+    compared(lambda qkv, bias, backend: self_attention(qkv, bias, heads, backend), arrays, normal(2, (b, n, heads * size)), half)
+
+
+@pytest.mark.parametrize("b, n, m, heads, size, masked, half", [
+    (3, 5, 21, 2, 16, True, False), (1, 40, 9, 2, 128, False, False), (2, 300, 450, 1, 8, True, False), (2, 48, 21, 2, 72, True, True),
+])  # fmt: skip
+def test_of_other_keys_and_masks(b, n, m, heads, size, masked, half):
+    q, k, v = normal(0, (b, n, heads, size)), normal(1, (b, m, heads, size)), normal(2, (b, m, heads, size))
+    mask = RNG.random((b, 1, 1, m)) < 0.5
+    mask[0] = False  # without any key: the mean over all of them
+    mask = jnp.asarray(mask) if masked else None
+    compared(lambda *x, backend: attention(*x, mask, backend), [q, k, v], normal(3, q.shape), half)
+    assert (len(fused_attention._chunks(n, m)) > 1) == (n * m > 2**17)
+
+
+def test_it_takes_masks_of_keys_alone():
+    x = jnp.zeros((2, 4, 2, 8))
+    with pytest.raises(ValueError, match=r"takes masks \[B, 1, 1, M\] of keys, not \(4, 4\)"):
+        attention(x, x, x, jnp.ones((4, 4), bool), "pallas")
+
+
+def test_where_it_is_taken_by_itself():
+    def taken(shape=(4, 256, 2, 64), keys=256, platform="tpu", axes={}, dtype=jnp.bfloat16, mask=None):  # noqa: B006 (never changed)
+        with compiling_for(platform, axes=axes):
+            return fused_attention.applies(jax.ShapeDtypeStruct(shape, dtype), keys, shape[-1], mask)
+
+    assert taken() and taken(axes={"fsdp": 4, "tensor": 2}) and taken(keys=77, mask=jnp.ones((4, 1, 1, 77), bool))
+    assert taken((4, 1024, 2, 12), 1101) and taken(dtype=jnp.float32)
+    assert not taken(platform="cpu") and not taken(platform="gpu") and not taken(axes={"seq": 2})
+    assert not taken(axes={"fsdp": 8}) and not taken(axes={"slices": 2, "data": 4})  # a device would have half an example
+    assert not taken((4, 1, 2, 64)) and not taken((4, 4096, 2, 64)) and not taken(keys=4096) and not taken(dtype=jnp.float64)
+    assert not taken(mask=jnp.ones((4, 1, 256, 256), bool))
+    assert not fused_attention.applies(jax.ShapeDtypeStruct((4, 256, 2, 64), jnp.bfloat16), 256, 64)  # eight devices of a CPU
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_sharded_network_has_the_same_gradients(shared):
+    """Scanned, rematerialised, in two micro-batches on fsdp 2 x tensor 2; all streams have one product, or each has its own."""
+    x = {"image": normal(0, (8, 4, 4, 1)), "text": jnp.asarray(RNG.integers(0, 5, (8, 3)), jnp.int32)}
+    batch = {"x": x, "t": dict.fromkeys(x, jnp.asarray(RNG.random(8), jnp.float32))}
+
+    def net(backend):
+        modalities = {"image": Patches(4, 4, 1, 2), "text": Tokens(3, 5, 5)}
+        return MMDiT(modalities, shared=shared, depth=2, width=32, heads=4, remat="dots", backend=backend)
+
+    def gradient(backend, microbatches):
+        def loss(params, batch, key):
+            out = net(backend).apply(params, batch["x"], batch["t"])
+            return sum((value**2).mean() for value in out.values()), {}
+
+        return jax.jit(lambda params, batch: make_gradient(loss, microbatches)(params, batch, None)[0])
+
+    weights = filled(net(None), x, batch["t"])
+    value, _, grads = gradient("reference", 1)(weights, batch)
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    placed = jax.device_put(weights, sharding.shardings(weights, None, mesh, min_size=1))
+    with sharding.compiling_for_mesh(mesh):
+        found = gradient("pallas", 2)(placed, sharding.shard_batch(jax.device_get(batch), mesh))
+    np.testing.assert_allclose(found[0], value, rtol=1e-6)
+    close(jax.flatten_util.ravel_pytree(jax.device_get(found[2]))[0], jax.flatten_util.ravel_pytree(grads)[0], 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra tpu-aot")
+def test_a_layer_moves_little_more_than_what_enters_and_leaves_it():
+    """DiT-XL/2's attention, 32 images on one v6e, bfloat16: the reference moves 1.36 GB."""
+    device = aot.describe("v6e:1x1")[1][0]
+    sizes = (32, 256, 3 * 1152), (3 * 1152,), (32, 256, 1152)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device)) for shape in sizes]
+
+    def both(qkv, bias, gradient):
+        out, pull = jax.vjp(lambda qkv, bias: self_attention(qkv, bias, 16), qkv, bias)
+        return out, pull(gradient)
+
+    with compiling_for("tpu"):
+        moved = hlo.Program(jax.jit(both).lower(*shapes).compile().as_text()).traffic()
+    qkv, out = 2 * 32 * 256 * 3 * 1152, 2 * 32 * 256 * 1152
+    assert 3 * qkv + 2 * out <= moved < 0.27e9  # each way reads qkv; one writes the output, the other reads its gradient and writes qkv's
