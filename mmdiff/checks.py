@@ -95,7 +95,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     (r"shared", Range(0, 1024)),
     (r"classes", Range(0, 2**24)),
     (r"dtype", Choice(("bfloat16", "float16", "float32"))),
-    (r"remat", Choice(("none", "dots", "full", "offload"))),
+    (r"remat", Choice(("auto", "none", "some", "dots", "full", "offload"))),
     (r"scale_rule", Choice(("none", "linear", "sqrt"))),
     # of data and evaluators
     (r"seconds", Range(0, 86_400, above=True)),

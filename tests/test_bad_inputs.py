@@ -175,7 +175,7 @@ for value, *words in (
     ("model.depth=0", "1 or more"), ("model.depth=1000000", "at most 1,024"), ("model.heads=0", "1 or more"),
     ("model.patch=0", "1 or more"), ("model.patch=-2", "1 or more"), ("model.mlp_ratio=0", "above 0"), ("model.mlp_ratio=-4", "above 0"),
     ("model.dtype=float17", "bfloat16, float16, float32"), ("model.dtype=int32", "bfloat16"), ("model.dtype=", "bfloat16"),
-    ("model.remat=all", "none, dots, full, offload"), ("times.joint=-0.5", "at least 0 and at most 1"), ("times.joint=1.5", "at most 1"),
+    ("model.remat=all", "auto, none, some, dots, full"), ("times.joint=-0.5", "at least 0 and at most 1"), ("times.joint=1.5", "at most 1"),
     ("times.alone=nan", "at least 0 and at most 1"), ("dropout=-0.1", "at least 0"), ("dropout=1.1", "at most 1"),
     ("label_weight=-1", "0 or more"), ("label_weight=nan", "a finite number"), ("label_weight=inf", "a finite number"),
     ("label_weight=1e30", "at most"), ("kappa=nan", "a finite number"), ("kappa=-1", "0 or more"), ("temperature=0", "above 0"),

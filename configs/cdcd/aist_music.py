@@ -53,7 +53,7 @@ def get_config():
     return ConfigDict({
         "seed": 0,
         "data": {"source": "tokens", "dir": "", "name": "aist", "seconds": 2, "video": False},  # or random
-        "model": {"width": 1024, "depth": 19, "heads": 16, "dtype": "bfloat16", "remat": "none", "scan": True},
+        "model": {"width": 1024, "depth": 19, "heads": 16, "dtype": "bfloat16", "remat": "auto", "scan": True},
         "dance": {"width": 1024, "depth": 2, "heads": 16, "stride": 4, "fused": True, "freeze": False},
         "chain": {"steps": 80, "evidence": False}, "dropout": 0.1,
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.

@@ -61,7 +61,7 @@ def get_config():
         # source: or random; set, images and max_skipped (damaged ones that are left out) are for cache
         "data": {"source": "tokens", "dir": "", "set": "captioned", "images": "", "max_skipped": 0, "classes": 0},
         "model": {
-            "width": 192, "depth": 18, "heads": 16, "mlp_ratio": 2.0, "conv": True, "dtype": "bfloat16", "remat": "none", "scan": True},
+            "width": 192, "depth": 18, "heads": 16, "mlp_ratio": 2.0, "conv": True, "dtype": "bfloat16", "remat": "auto", "scan": True},
         "text": {"published": True, "width": 512, "depth": 12, "heads": 8, "freeze": False},  # depth, heads, freeze: of one's own
         "chain": {"steps": 80, "evidence": False}, "text_dropout": 0.1,
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.

@@ -55,7 +55,7 @@ def get_config():
         "seed": 0,
         "encoder": {"kind": "vq_model", "path": "", "codes": ""},  # codes: the published list, see above
         "data": {"source": "tokens", "dir": "", "set": "folder", "images": "", "max_skipped": 0},  # or random; cache reads set, images
-        "model": {"width": 512, "depth": 24, "heads": 16, "dtype": "bfloat16", "remat": "none", "scan": True},
+        "model": {"width": 512, "depth": 24, "heads": 16, "dtype": "bfloat16", "remat": "auto", "scan": True},
         "chain": {"steps": 80, "evidence": False}, "label_dropout": 0.1,
         # The released weights, Step-Intra; see mmdiff.contrastive.cdcd. A contrast of weight 0 is left out.
         "loss": {"auxiliary": 1e-3, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},

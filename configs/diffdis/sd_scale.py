@@ -58,7 +58,7 @@ def get_config():
         "data": {"source": "latents", "dir": "", "set": "captioned", "images": "", "max_skipped": 0, "size": 32},  # or random; 32 of 256
         "model": {
             "size": "XL", "patch": 2, "shared": 14, "head_depth": 6, "head_width": 768, "head_heads": 12, "fusion": "shared",
-            "two_way": True, "reinject": True, "dtype": "bfloat16", "remat": "none", "scan": True},
+            "two_way": True, "reinject": True, "dtype": "bfloat16", "remat": "auto", "scan": True},
         "query": {"gamma": 0.5, "loss": "infonce", "weight": 1.0},
         "dropout": 0.1,
         "tasks": "both",  # or generate or align: a single one

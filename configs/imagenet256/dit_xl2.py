@@ -50,7 +50,7 @@ def get_config():
         "encoder": {"kind": "autoencoder_kl", "path": ""},  # or autoencoder_tiny
         "data": {"source": "latents", "dir": "", "set": "folder", "images": "", "max_skipped": 0},  # or random; cache reads set, images
         "model": {
-            "size": "XL", "patch": 2, "image": 32, "dtype": "bfloat16", "remat": "none", "scan": True,
+            "size": "XL", "patch": 2, "image": 32, "dtype": "bfloat16", "remat": "auto", "scan": True,
             # The published function; diffusers computes another with the same weights: freq_shift 1 and mlp_norm_eps 1e-5.
             "time_offset": -1.0, "freq_shift": 0.0, "mlp_norm_eps": 1e-6},
         "label_dropout": 0.1,

@@ -37,7 +37,7 @@ def get_config():
         "seed": 0,
         "encoder": {"kind": "autoencoder_kl", "path": ""},  # or autoencoder_tiny
         "data": {"source": "latents", "dir": "", "set": "folder", "images": "", "max_skipped": 0},  # or random; cache reads set, images
-        "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "none", "scan": True},
+        "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "auto", "scan": True},
         # Shares of the training times: both noisy; image given label; label given image; label given a noisy image; image without label.
         "times": {"joint": 0.2, "image_given_label": 0.5, "label_given_image": 0.05, "label_given_noisy": 0.15, "image_alone": 0.1},
         "label_weight": 0.1,

@@ -36,7 +36,7 @@ def get_config():
         "encoder": {"kind": "autoencoder_kl", "path": ""},  # or autoencoder_tiny
         "data": {"source": "latents", "dir": "", "set": "folder", "images": "", "max_skipped": 0},  # or random; cache reads set, images
         "model": {
-            "size": "XL", "patch": 2, "image": 32, "learn_sigma": True, "dtype": "bfloat16", "remat": "none", "scan": True,
+            "size": "XL", "patch": 2, "image": 32, "learn_sigma": True, "dtype": "bfloat16", "remat": "auto", "scan": True,
             "time_scale": -1.0, "time_offset": 1.0},
         "label_dropout": 0.1,
         "train": training_config(

@@ -46,7 +46,7 @@ def get_config():
         "encoder": {"kind": "autoencoder_kl", "path": ""},  # or autoencoder_tiny
         "vector_encoder": {"kind": "clip_vision", "path": ""},  # or siglip_vision or dinov2
         "data": {"source": "latents", "dir": "", "set": "folder", "images": "", "max_skipped": 0, "vector": 768},  # or random
-        "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "none", "scan": True},
+        "model": {"size": "XL", "patch": 2, "dtype": "bfloat16", "remat": "auto", "scan": True},
         "kappa": 1.0, "head_weight": 0.1,
         # Shares of the training times: representation known (X), hidden in the mean (U), absent (plain DDPM), absent with an image.
         "times": {"known": 0.35, "hidden": 0.25, "absent": 0.3, "clean": 0.1},

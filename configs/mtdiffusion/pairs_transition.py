@@ -36,7 +36,7 @@ def get_config():
     return ConfigDict({
         "seed": 0,
         "data": {"name": "cityscapes", "dir": "", "size": 64, "damaged": 0.0},
-        "model": {"size": "B", "patch": 4, "dtype": "bfloat16", "remat": "none", "scan": True},
+        "model": {"size": "B", "patch": 4, "dtype": "bfloat16", "remat": "auto", "scan": True},
         "kappa": 1.0, "head_weight": 0.1,
         # Shares of the training times: other image hidden in the mean (U), known (X), absent (plain DDPM), absent with a clean image.
         "times": {"hidden": 0.4, "known": 0.4, "absent": 0.1, "clean": 0.1},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mmdiff.nets import fused_attention
 from mmdiff.nets.target import axis_size, platform
@@ -44,8 +45,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     if backend != "reference":
         if mask is not None:
             mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+        return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend), "attention")
+    q, k, v = (checkpoint_name(x, "qkv").swapaxes(1, 2) for x in (q, k, v))
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=wide)
     if mask is not None:
@@ -53,14 +55,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     # Unnormalised weights, divided by their sum at the end: one pass over N x M numbers less.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v, preferred_element_type=wide)
-    return (out / weights.sum(-1, keepdims=True)).astype(q.dtype).swapaxes(1, 2)
+    return checkpoint_name((out / weights.sum(-1, keepdims=True)).astype(q.dtype).swapaxes(1, 2), "attention")
 
 
 def self_attention(qkv: jax.Array, bias: jax.Array, heads: int, backend: str | None = None) -> jax.Array:
     """`attention` of tokens to each other, by a product [B, N, 3HD] ordered as in `split_heads` and its bias [3HD]: [B, N, HD]."""
     if _backend(backend, qkv, qkv.shape[1], qkv.shape[-1] // (3 * heads)) == "pallas":
         return fused_attention.self_attention(qkv, bias, heads)
-    return attention(*split_heads(qkv + bias[None, None], heads), backend=backend).reshape(*qkv.shape[:2], -1)
+    return attention(*split_heads(qkv + bias.reshape(1, 1, -1), heads), backend=backend).reshape(*qkv.shape[:2], -1)
 
 
 def _backend(backend: str | None, queries: jax.Array, keys: int, size: int, mask: jax.Array | None = None) -> str:

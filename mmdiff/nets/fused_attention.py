@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mmdiff.nets.target import axis_size, known, per_device, platform
+from mmdiff.nets.target import per_device, platform, takes_kernels
 
 LONGEST = 1280  # tokens
 CHUNK = 256  # queries that are in work at a time where there are many scores
@@ -28,9 +28,8 @@ _LOG2E = math.log2(math.e)
 def applies(queries: jax.ShapeDtypeStruct, keys: int, size: int, mask: Any = None) -> bool:
     """Whether the kernels can compute the attention of queries [B, N, ...] to so many keys, heads being `size` wide, and pay."""
     b, n = queries.shape[:2]
-    rows = axis_size("slices") * axis_size("data") * axis_size("fsdp")
     return (
-        platform() == "tpu" and known() and axis_size("seq") == 1 and b % rows == 0 and queries.dtype in (jnp.bfloat16, jnp.float32)
+        takes_kernels(b) and queries.dtype in (jnp.bfloat16, jnp.float32)
         and size % 4 == 0 and max(n, keys) <= LONGEST and n >= 8 and n * keys >= 2**13  # of fewer, scores are small
         and (mask is None or _of_keys(mask))
     )  # fmt: skip

@@ -74,9 +74,11 @@ def platform() -> str:
     return (_target.get() or (jax.default_backend(),))[0]
 
 
-def known() -> bool:
-    """Whether the program is known to be for the devices of `compiling_for`, or for the only one that there is."""
-    return _target.get() is not None or jax.device_count() == 1
+def takes_kernels(examples: int) -> bool:
+    """Whether kernels for TPUs can be parts of the program, in which each device is known to hold whole examples of a batch of so many."""
+    known = _target.get() is not None or jax.device_count() == 1
+    shares = axis_size("slices") * axis_size("data") * axis_size("fsdp")
+    return platform() == "tpu" and known and axis_size("seq") == 1 and examples % shares == 0
 
 
 def single_cpu() -> bool:

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Dense, frequencies, patchify, unpatchify
@@ -47,7 +48,7 @@ class MLP(nn.Module):
             # As one vector per example, which no device holds a part of: convolutions of grids that are split by rows and by features
             # come out wrong from XLA's partitioner (jax 0.10.2).
             x = constrain(x.reshape(len(x), -1)).reshape(len(x), *self.grid, -1)
-        hidden = layer(int(self.ratio * shape[-1]), name="in")(x)
+        hidden = checkpoint_name(layer(int(self.ratio * shape[-1]), name="in")(x), "mlp_in")
         out = layer(shape[-1], name="out")(hidden * nn.sigmoid(1.702 * hidden))
         return out if self.grid is None else constrain(out.reshape(len(x), -1)).reshape(shape)
 
@@ -87,7 +88,8 @@ class Block(nn.Module):
             e = nn.Embed(rows, width, embedding_init=normal, dtype=self.dtype, name=f"{name}_table")(which)
         else:
             e = frequencies(which, width, scale=4000.0).astype(self.dtype)
-        scale, shift = jnp.split(Dense(2 * width, kernel_init=normal, dtype=self.dtype, name=f"{name}_adaln")(nn.silu(e)), 2, axis=-1)
+        both = Dense(2 * width, kernel_init=normal, dtype=self.dtype, name=f"{name}_adaln")(nn.silu(e))
+        scale, shift = jnp.split(checkpoint_name(both, "adaln"), 2, axis=-1)
         return modulate(layer_norm(x, self.norm_eps), shift, scale)
 
 

@@ -10,18 +10,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mmdiff.errors import UserError
+from mmdiff.nets import fused_norm
 from mmdiff.nets.attention import attention, self_attention, split_heads
 from mmdiff.nets.embed import Dense, ProductAndBias, TimeEmbed, xavier
 from mmdiff.nets.fields import Network
-from mmdiff.nets.target import axis_size, constrain, single_cpu
+from mmdiff.nets.target import axis_size, constrain, platform, single_cpu
 
 zeros = nn.initializers.zeros
 normal = nn.initializers.normal(0.02)
 
+# What the backward pass of a block reads, up to what is cheap to compute again from it: see `Transformer.remat`, "some".
+NAMES = ("qkv", "attention", "update", "mlp_in", "adaln")
 REMAT = {
     "none": None,
+    "some": jax.checkpoint_policies.save_only_these_names(*NAMES),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
@@ -36,8 +41,9 @@ class Transformer(Network, kw_only=True):
       mlp_ratio: hidden units of an MLP per feature.
       norm_eps: added to the variance by every LayerNorm.
       scan: compile one block and scan it (parameters "blocks/...", [depth, ...]) instead of a loop ("block_0/...").
-      remat: what the backward pass finds stored: "none" (no rematerialisation: everything), "dots" (products), "full" (each block's
-        input) or "offload" (products, in the host's memory: TPU and GPU).
+      remat: what the backward pass finds stored: "none" (no rematerialisation: everything), "some" (what it reads: queries, keys and
+        values with their bias, attention's output, updates, hidden units before their nonlinearity, modulations), "dots" (products), "full"
+        (each block's input) or "offload" (products, in the host's memory: TPU and GPU). "auto" is "some" on TPUs and "none" elsewhere.
       backend: see `attention`.
       dtype: of activations and products; parameters are float32.
     """
@@ -100,8 +106,10 @@ def stack(block: partial, depth: int, scan: bool, remat: str) -> Callable:
     Returns `(carry, *constants, each=None) -> (carry, outputs [depth, ...])`; of a pytree `each` [depth, ...] every block gets its own
     part, as its last argument.
     """
+    if remat == "auto":
+        remat = "some" if platform() == "tpu" else "none"
     if remat not in REMAT:
-        raise UserError(f"no remat policy {remat!r}; choose one of {', '.join(REMAT)}.")
+        raise UserError(f"no remat policy {remat!r}; choose one of auto, {', '.join(REMAT)}.")
     kind, fields = block.func, block.keywords
     if remat != "none":
         kind = nn.remat(kind, policy=REMAT[remat], prevent_cse=not scan)
@@ -170,6 +178,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         hidden = Dense(int(x.shape[-1] * self.ratio), kernel_init=xavier, dtype=self.dtype, name="in")(x)
+        hidden = checkpoint_name(hidden, "mlp_in")
         return Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="out")(nn.gelu(hidden, approximate=True))
 
 
@@ -212,7 +221,7 @@ class Attention(nn.Module):
             if alone:
                 product, bias = made(ProductAndBias, name, "qkv", **options)(x)
                 outputs[name] = self_attention(product, bias, self.heads, self.backend)
-                q, k, v = split_heads(product + bias[None, None], self.heads)
+                q, k, v = split_heads(product + bias.reshape(1, 1, -1), self.heads)
             else:
                 q, k, v = split_heads(made(Dense, name, "qkv", **options)(x), self.heads)
             if self.qk_norm:
@@ -321,7 +330,7 @@ class Block(nn.Module):
             count, each = 9 if stream == self.cross_stream else 6, []
             for name in members_of:
                 layer = made.layer(Dense, weights.get(name, name), "adaln", features=count * streams[stream].shape[-1], kernel_init=zeros)
-                each.append(jnp.split(layer(nn.silu(conditions[name])), count, axis=-1))
+                each.append(jnp.split(checkpoint_name(layer(nn.silu(conditions[name])), "adaln"), count, axis=-1))
             each = list(zip(*each))
             modulations[stream] = {which: each[3 * i : 3 * i + 3] for i, which in enumerate(("attention", "mlp", "cross"))}
 
@@ -329,13 +338,17 @@ class Block(nn.Module):
             eps = self.mlp_norm_eps if which == "mlp" and self.mlp_norm_eps is not None else self.norm_eps
             if name not in modulations:
                 return made(nn.LayerNorm, name, f"{which}_norm", epsilon=eps)(streams[name])
+            by = modulations[name][which][:2]
+            if len(lengths) < 2 and (self.backend == "pallas" or (self.backend is None and fused_norm.applies(streams[name]))):
+                out, streams[name] = fused_norm.norm_and_modulation(streams[name], *(each[0] for each in by), eps)
+                return out
             normed = _cut(layer_norm(streams[name], eps), lengths)
-            return _join([modulate(*pieces) for pieces in zip(normed, *modulations[name][which][:2])])
+            return _join([modulate(*pieces) for pieces in zip(normed, *by)])
 
         def after(name, which, update):
             if name not in modulations:
                 return streams[name] + update
-            gated = zip(_cut(update, lengths), modulations[name][which][2])
+            gated = zip(_cut(checkpoint_name(update, "update"), lengths), modulations[name][which][2])
             return streams[name] + _join([gate[:, None] * piece for piece, gate in gated])
 
         def flat(module):

@@ -179,7 +179,7 @@ def compile_step(
     console.say(f"compiling for {len(devices)} x {chip.name}: {shown}")
     began = time.perf_counter()
     try:
-        compiled = sharding.lower_step(step, state, batch, mesh).compile()
+        compiled = sharding.compile_lowered(sharding.lower_step(step, state, batch, mesh), mesh)
         memory, program = perf.compiled_memory(compiled), estimates.program(compiled)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
@@ -201,6 +201,9 @@ def _needed(message: str) -> float | None:
 # ---- Remedies ----
 
 
+_CHEAPER = {"none": ("some", "full"), **dict.fromkeys(("auto", "some", "dots", "offload"), ("full",))}  # than a policy
+
+
 def remedies(
     load: Load, chip: perf.Chip, devices: Sequence[jax.Device], slices: int, first: Compiled
 ) -> Iterator[tuple[dict[str, str], Compiled]]:
@@ -210,7 +213,7 @@ def remedies(
     compilation takes a minute or so: where the state alone is too large, the axis comes before rematerialisation, which would not help.
     """
     mesh, policy = first.mesh, configs.flatten(first.config).get("model.remat")
-    changes = [{"model.remat": cheaper} for cheaper in {"none": ("dots", "full"), "dots": ("full",), "offload": ("full",)}.get(policy, ())]
+    changes = [{"model.remat": cheaper} for cheaper in _CHEAPER.get(policy, ())]
     whole = mesh.shape["data"] * mesh.shape["fsdp"]
     if mesh.shape["data"] > 1:
         changes.insert(0 if first.state > chip.memory else len(changes), {"train.mesh.data": "1", "train.mesh.fsdp": str(whole)})

@@ -84,7 +84,7 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     lowering_seconds = time.perf_counter() - began
     _say("compiling")
     began = time.perf_counter()
-    program = lowered.compile()
+    program = sharding.compile_lowered(lowered, mesh)
     compile_seconds = time.perf_counter() - began
     key = key_of(config.seed)
     state = sharding.init_sharded_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
@@ -116,7 +116,7 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
         memory = _memory(program)
         _say(f"compiled in {compile_seconds:.1f} s; one step as part of training, and the parts alone")
         bare = {
-            name: running(sharding.lower_step(step, abstract, rows, mesh).compile(), rows)
+            name: running(sharding.compile_lowered(sharding.lower_step(step, abstract, rows, mesh), mesh), rows)
             for name, step in (("optimizer", _update(experiment)), ("gradient", _gradient(experiment)))
         }
         dtype = perf.main_type(experiment.loss, abstract.params, rows, abstract.key)

@@ -152,7 +152,7 @@ def train(
         whence = f"continuing from step {start}" if start else "starting"
         logger.say(f"{size:,} parameters on {device()}, mesh {dict(mesh.shape)}: {whence}, compiling")
         began = time.perf_counter()
-        program = lowered.compile()
+        program = sharding.compile_lowered(lowered, mesh)
         meta["compile_seconds"] += time.perf_counter() - began
         logger.say(f"compiled in {time.perf_counter() - began:.1f} s")
         accumulate = make_accumulate()

@@ -30,12 +30,12 @@ CONFIG, SOURCE = "config.json", "source.json"
 LISTED = 6  # keys of another config that an error names
 
 # What may change when a run continues: how it learns, how long, where and how often, but not what its weights mean. A section stands for
-# its keys. (The mesh and micro-batches change results by rounding only.)
+# its keys. (The mesh, micro-batches and rematerialisation change results by rounding only.)
 # What lies there must be the same: fingerprints of data and of frozen networks are compared.
 FOLDERS = (
     "data.dir", "data.towers", "data.set", "data.images", "encoder.kind", "encoder.path", "encoder.codes", "text_encoder.kind",
     "text_encoder.path", "text_encoder.tokenizer", "vector_encoder.kind", "vector_encoder.path")
-MAY_DIFFER = ("train", "sample", "eval", *FOLDERS, "data.damaged", "data.max_skipped")
+MAY_DIFFER = ("train", "sample", "eval", *FOLDERS, "data.damaged", "data.max_skipped", "model.remat")
 MUST_AGREE = ("train.ema", "train.start", "train.noise_scale", "train.norm_groups")  # what is averaged, and of what
 MAY_DIFFER_IN_USE = (*MAY_DIFFER, *MUST_AGREE, "seed")  # when the weights are only used
 

@@ -11,9 +11,10 @@ from arrays import normal
 from filled import filled
 from jax.sharding import SingleDeviceSharding
 
-from mmdiff.nets import MMDiT, Patches, Tokens, fused_attention
+from mmdiff.nets import DiT, Label, MMDiT, Patches, as_joint, fused_attention, fused_norm
 from mmdiff.nets.attention import attention, self_attention
 from mmdiff.nets.target import compiling_for
+from mmdiff.nets.transformer import layer_norm, modulate
 from mmdiff.training import aot, hlo, sharding
 from mmdiff.training.accumulation import make_gradient
 
@@ -69,6 +70,20 @@ def test_of_other_keys_and_masks(b, n, m, heads, size, masked, half):
     assert (len(fused_attention._chunks(n, m)) > 1) == (n * m > 2**17)
 
 
+@pytest.mark.parametrize("n, half", [(5, False), (2 * fused_norm.ROWS, False), (9, True)])
+def test_norm_and_modulation(n, half):
+    arrays = [1 + normal(0, (2, n, 24)), normal(1, (2, 24)), normal(2, (2, 24))]
+
+    def both(x, shift, scale, backend):
+        if backend == "pallas":
+            out, passed = fused_norm.norm_and_modulation(x, shift, scale, 1e-6)
+        else:
+            out, passed = modulate(layer_norm(x, 1e-6), shift, scale), x
+        return out + passed  # both take part in the gradient
+
+    compared(both, arrays, normal(3, (2, n, 24)), half)
+
+
 def test_it_takes_masks_of_keys_alone():
     x = jnp.zeros((2, 4, 2, 8))
     with pytest.raises(ValueError, match=r"takes masks \[B, 1, 1, M\] of keys, not \(4, 4\)"):
@@ -89,24 +104,33 @@ def test_where_it_is_taken_by_itself():
     assert not fused_attention.applies(jax.ShapeDtypeStruct((4, 256, 2, 64), jnp.bfloat16), 256, 64)  # eight devices of a CPU
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_sharded_network_has_the_same_gradients(shared):
-    """Scanned, rematerialised, in two micro-batches on fsdp 2 x tensor 2; all streams have one product, or each has its own."""
-    x = {"image": normal(0, (8, 4, 4, 1)), "text": jnp.asarray(RNG.integers(0, 5, (8, 3)), jnp.int32)}
+def one_stream(**options):
+    """One product of a self-attention, norms in kernels."""
+    return as_joint(net := DiT(Patches(4, 4, 1, 2), 4, depth=2, width=32, heads=4, remat="dots", **options)), net
+
+
+def two_streams(**options):
+    """One attention over streams that have products of their own."""
+    modalities = {"image": Patches(4, 4, 1, 2), "label": Label(5, 4)}
+    return (net := MMDiT(modalities, depth=2, width=32, heads=4, remat="dots", **options)).apply, net
+
+
+@pytest.mark.parametrize("made", [one_stream, two_streams])
+def test_a_sharded_network_has_the_same_gradients(made):
+    """Scanned, rematerialised, in two micro-batches on fsdp 2 x tensor 2."""
+    x = {"image": normal(0, (8, 4, 4, 1)), "label": jnp.asarray(RNG.integers(0, 5, 8), jnp.int32)}
     batch = {"x": x, "t": dict.fromkeys(x, jnp.asarray(RNG.random(8), jnp.float32))}
 
-    def net(backend):
-        modalities = {"image": Patches(4, 4, 1, 2), "text": Tokens(3, 5, 5)}
-        return MMDiT(modalities, shared=shared, depth=2, width=32, heads=4, remat="dots", backend=backend)
-
     def gradient(backend, microbatches):
+        apply, _ = made(backend=backend)
+
         def loss(params, batch, key):
-            out = net(backend).apply(params, batch["x"], batch["t"])
-            return sum((value**2).mean() for value in out.values()), {}
+            return sum((value**2).mean() for value in apply(params, batch["x"], batch["t"]).values()), {}
 
         return jax.jit(lambda params, batch: make_gradient(loss, microbatches)(params, batch, None)[0])
 
-    weights = filled(net(None), x, batch["t"])
+    _, net = made()
+    weights = filled(net, *((x["image"], batch["t"]["image"], x["label"]) if made is one_stream else (x, batch["t"])))
     value, _, grads = gradient("reference", 1)(weights, batch)
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     placed = jax.device_put(weights, sharding.shardings(weights, None, mesh, min_size=1))
@@ -114,6 +138,17 @@ def test_a_sharded_network_has_the_same_gradients(shared):
         found = gradient("pallas", 2)(placed, sharding.shard_batch(jax.device_get(batch), mesh))
     np.testing.assert_allclose(found[0], value, rtol=1e-6)
     close(jax.flatten_util.ravel_pytree(jax.device_get(found[2]))[0], jax.flatten_util.ravel_pytree(grads)[0], 1e-6)
+
+
+@pytest.mark.parametrize("remat, kernels", [("auto", 2), ("full", 3)])
+def test_what_the_backward_pass_reads_is_stored(remat, kernels):
+    """One kernel each way: the default for TPUs does not compute attention again."""
+    net = DiT(Patches(32, 32, 1, 2), 3, depth=1, width=16, heads=2, remat=remat)
+    inputs = jnp.zeros((2, 32, 32, 1)), jnp.zeros(2), jnp.zeros(2, jnp.int32)
+    params = jax.eval_shape(net.init, jax.random.key(0), *inputs)
+    with compiling_for("tpu"):
+        program = jax.make_jaxpr(jax.grad(lambda params: (net.apply(params, *inputs) ** 2).sum()))(params)
+    assert str(program).count("pallas_call[") == kernels
 
 
 @pytest.mark.slow

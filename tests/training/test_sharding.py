@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -175,3 +176,21 @@ def test_one_process_feeds_the_whole_batch():
     placed = sharding.shard_batch(batch(0), mesh_of(4, 2))
     assert placed["x"].sharding.spec == P(("slices", "data", "fsdp"))
     np.testing.assert_array_equal(placed["x"], batch(0)["x"])
+
+
+def test_rings_are_turned_off_where_the_compiler_knows_how():
+    class Lowered:
+        def compile(self, options=None):
+            asked.append(options)
+            if options and unknown:
+                raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option: 'xla_...'")
+            return options
+
+    def mesh(platform="tpu", **axes):
+        return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), shape={"fsdp": 16, "tensor": 1, **axes})
+
+    asked, unknown = [], False
+    assert sharding.compile_lowered(Lowered(), mesh()) == {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+    assert not any(sharding.compile_lowered(Lowered(), mesh(*a, **k)) for a, k in ((["cpu"], {}), ([], {"tensor": 2}), ([], {"fsdp": 1})))
+    unknown = True
+    assert sharding.compile_lowered(Lowered(), mesh()) is None and asked[-2] and asked[-1] is None
