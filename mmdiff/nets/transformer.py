@@ -22,11 +22,9 @@ from mmdiff.nets.target import axis_size, constrain, platform, single_cpu
 zeros = nn.initializers.zeros
 normal = nn.initializers.normal(0.02)
 
-# What the backward pass of a block reads, up to what is cheap to compute again from it: see `Transformer.remat`, "some".
-NAMES = ("qkv", "attention", "update", "mlp_in", "adaln")
 REMAT = {
     "none": None,
-    "some": jax.checkpoint_policies.save_only_these_names(*NAMES),
+    "some": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "update", "mlp_in", "adaln"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
@@ -217,13 +215,11 @@ class Attention(nn.Module):
         queries, keys, updates, outputs = {}, dict(cache), {}, {}
         alone = len(streams) == 1 and not cache and not visible and not self.qk_norm and not any(prefix for prefix, _ in self.parts)
         for name, x in streams.items():
-            options = dict(features=3 * x.shape[-1], kernel_init=self.kernel_init)
+            kind = ProductAndBias if alone else Dense
+            qkv = made(kind, name, "qkv", features=3 * x.shape[-1], kernel_init=self.kernel_init)(x)
             if alone:
-                product, bias = made(ProductAndBias, name, "qkv", **options)(x)
-                outputs[name] = self_attention(product, bias, self.heads, self.backend)
-                q, k, v = split_heads(product + bias.reshape(1, 1, -1), self.heads)
-            else:
-                q, k, v = split_heads(made(Dense, name, "qkv", **options)(x), self.heads)
+                outputs[name], qkv = self_attention(*qkv, self.heads, self.backend), qkv[0] + qkv[1].reshape(1, 1, -1)
+            q, k, v = split_heads(qkv, self.heads)
             if self.qk_norm:
                 q, k = made.layer(nn.RMSNorm, "", "q_norm")(q), made.layer(nn.RMSNorm, "", "k_norm")(k)
             queries[name], keys[name] = q, (k, v)
