@@ -1,9 +1,9 @@
-"""Which second-order solver should a config sample with? Heun against DPM-Solver++(2M) at equal network calls, on validation data.
+"""Which solver should a config sample with? Heun against DPM-Solver++(2M) and UniPC at equal network calls, on validation data.
 
     python launch/solver_experiments.py --out runs/solvers [--parts digits_joint diffdis_scenes ...]
 
-Each config is trained with three seeds and shortened (`STEPS`); then both solvers sample with the same weights, the same noise and the same
-conditions. Heun of N steps makes 2N - 1 network calls, and so does 2M of 2N - 1 steps. Measured:
+Each config is trained with three seeds and shortened (`STEPS`); then the solvers sample with the same weights, the same noise and the same
+conditions. Heun of N steps makes 2N - 1 network calls, and so do 2M and UniPC of 2N - 1 steps. Measured:
 
     error    root mean square difference of the images to those of `REFERENCE` Heun steps from the same noise: the solver's own error
     frechet  Fréchet ratio to the validation images (raw pixels): what it does to the samples
@@ -37,17 +37,15 @@ OVERRIDES = {"diffdis/scenes": {"tasks": "generate"}}
 REFERENCE, COUNT = 50, 500
 
 
-def second_order_multistep(process, name="image"):
-    """The belief's transform of DPM-Solver++(2M) for the image alone."""
-    gaussian = process.parts[name]
-    return sampling.only(name, sampling.dpmpp_2m(gaussian.schedule))
+SOLVERS = {"2m": lambda image: sampling.dpmpp_2m(image.schedule), "unipc": sampling.unipc}  # for the image's process
 
 
 def build(module, config, solver):
     """The config's experiment, whose sampler takes `solver` in the place of Heun."""
     experiment = module.build(config)
     if solver != "heun":
-        transforms = (*experiment.sampler.get("transforms", ()), second_order_multistep(experiment.process))
+        own = sampling.only("image", SOLVERS[solver](experiment.process.parts["image"]))
+        transforms = (*experiment.sampler.get("transforms", ()), own)
         experiment = dataclasses.replace(experiment, sample=None, sampler={**experiment.sampler, "heun": False, "transforms": transforms})
     if "towers" in config.get("data", {}):  # the query's vectors, which come from frozen towers, have no part in sampling images
         train, validation = (Scenes(split, experiment.shape["image"][0]) for split in ("train", "validation"))
@@ -56,9 +54,9 @@ def build(module, config, solver):
 
 
 def run(seed, data, overrides):
-    """One training, sampled by both solvers: (metrics, seconds)."""
+    """One training, sampled by all solvers: (metrics, seconds)."""
     config, module = configs.load(str(CONFIGS / f"{data}.py"), [*overrides.items(), ("seed", str(seed))])
-    heun, multistep = (build(module, config, solver) for solver in ("heun", "2m"))
+    heun, *multistep = (build(module, config, solver) for solver in ("heun", *SOLVERS))
     params, seconds = experiments.train(heun, config)
     train, validation = load_all(heun.train_data()), load_all(heun.validation_data())
     count = min(COUNT, len(train["image"]))
@@ -73,7 +71,7 @@ def run(seed, data, overrides):
     reference = images(heun, REFERENCE, guidance)
     metrics = {}
     for steps in sorted({6, 12, int(config.sample.steps)}):
-        for name, experiment, own in (("heun", heun, steps), ("2m", multistep, 2 * steps - 1)):
+        for name, experiment, own in (("heun", heun, steps), *((name, each, 2 * steps - 1) for name, each in zip(SOLVERS, multistep))):
             found = images(experiment, own, guidance)
             metrics[f"error {name}/{2 * steps - 1}"] = np.sqrt(np.mean((found - reference) ** 2))
             metrics[f"frechet {name}/{2 * steps - 1}"] = frechet_ratio(quantize(found), validation["image"], train["image"][:count])
@@ -83,7 +81,7 @@ def run(seed, data, overrides):
 def settings():
     """-> (part, name, config, overrides)."""
     for name in NAMES:
-        yield name.replace("/", "_"), "both solvers", name, {"train.steps": str(STEPS), **OVERRIDES.get(name, {})}
+        yield name.replace("/", "_"), "all solvers", name, {"train.steps": str(STEPS), **OVERRIDES.get(name, {})}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import numpy as np
 from mmdiff import schedules
 from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
+from mmdiff.processes.base import fold
+from mmdiff.processes.discrete import Discrete
 
 
 def uniform_grid(steps: int, first: float = 1.0) -> jax.Array:
@@ -44,6 +46,34 @@ def spaced_grid(steps: int, chain: int) -> jax.Array:
     return jnp.asarray([*reversed(nodes), 0], jnp.result_type(float)) / chain
 
 
+def hitting_grid(process: Discrete, keys: jax.Array, tokens: int) -> jax.Array:
+    """The times at which an absorbing chain takes the tokens of each example, one after the other: [L + 1, B], the last ones 0.
+
+    The masked share sigma(t) at these times is L sorted uniform numbers. With `first_hitting` L network calls sample the model's exact
+    law, however its tokens depend on each other (Zheng et al. 2024), where a grid's steps draw several at once, as if independent:
+
+        masks = jnp.full((len(keys), length), process.mask)  # before the first is revealed
+        grid = hitting_grid(process, keys, length)
+        sample(process, apply, params, keys, grid, (length,), transforms=[first_hitting(process)], start=masks)
+
+    Args:
+      process: `absorbing(...)`. keys: [B]. tokens: L, of an example.
+    """
+    if not is_whole(tokens, 1):
+        raise UserError(f"hitting_grid needs at least one token, got {tokens}.")
+    process.mask  # refused by a chain that has none
+    shares = jax.vmap(lambda key: jnp.sort(jax.random.uniform(key, (tokens,), jnp.result_type(float)), descending=True))(fold(keys, "hits"))
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        below = process.masked(middle.reshape(-1)).reshape(middle.shape) < shares
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    _, times = jax.lax.fori_loop(0, 32, halve, (jnp.zeros_like(shares), jnp.ones_like(shares)))
+    return jnp.append(times.T, jnp.zeros((1, len(keys)), times.dtype), axis=0)
+
+
 def settled_at(time: float) -> Callable[[jax.Array], jax.Array]:
     """A path of `make_sampler`: a modality that is clean once the trajectory is at `time`, `max(t - time, 0) / (1 - time)`.
 
@@ -57,7 +87,9 @@ def karras_grid(
 ) -> jax.Array:
     r"""EDM's N calls in the times of any schedule: sigma / alpha at node i < N is equation 5 of Karras et al. 2022, and node N is t = 0,
 
-        (sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho.
+        (sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,
+
+    with rho = inf the limit, even steps of log-SNR: sigma_max (sigma_min / sigma_max)^(i / (N - 1)).
 
     With `schedules.edm` of the same numbers the first time is 1. With a schedule that reaches alpha = 0 it is below: EDM then starts at
     x = sigma eps, what `corrupt` makes of zeros,
@@ -68,8 +100,9 @@ def karras_grid(
     if steps < 2 or not 0 < sigma_min < sigma_max or rho <= 0:
         got = f"{steps}, {sigma_min}, {sigma_max}, {rho}"
         raise UserError(f"karras_grid needs steps >= 2, 0 < sigma_min < sigma_max and rho > 0, got {got}.")
+    share = np.arange(steps) / (steps - 1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    wanted = (high + np.arange(steps) / (steps - 1) * (low - high)) ** rho
+    wanted = sigma_max * (sigma_min / sigma_max) ** share if np.isinf(rho) else (high + share * (low - high)) ** rho
     kind = np.dtype(jnp.result_type(float))
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
 

@@ -5,10 +5,13 @@ Every method is the process's own step on an improved belief x0_hat, so a sample
     DDIM                      Gaussian(..., eta=0) and no transform
     ancestral (DDPM, SDE)     Gaussian(..., eta=1) and no transform; discrete processes always sample
     DPM-Solver++(2M)          dpmpp_2m(schedule)
+    UniPC                     unipc(process), third order at one call a step
     Heun                      sample(..., heun=True), for eta=0
     clipping, thresholding    clip(-1, 1), threshold(0.995)
     truncation                top_p(0.9), temperature(0.8)
     confidence unmasking      confidence(process)
+    first hitting             first_hitting(process) on hitting_grid(process, keys, tokens): exact, a call a token
+    remasking                 absorbing(..., eta=0.5)
     another rule's strides    released_stride(steps, skip)
 
 Conditions are pinned at t = 0 (`given`), ignored modalities at t = 1 (`absent`). Exact strided sampling is a coarser grid.
@@ -24,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.errors import UserError
-from mmdiff.grids import karras_grid, settled_at, spaced_grid, uniform_grid
+from mmdiff.grids import hitting_grid, karras_grid, settled_at, spaced_grid, uniform_grid
 from mmdiff.guidance import autoguided, dropped, guided, head_guided, interval
 from mmdiff.processes.base import Process, concrete, fold
 from mmdiff.transforms import (
@@ -33,6 +36,7 @@ from mmdiff.transforms import (
     clip,
     confidence,
     dpmpp_2m,
+    first_hitting,
     following,
     only,
     released_stride,
@@ -40,12 +44,13 @@ from mmdiff.transforms import (
     temperature,
     threshold,
     top_p,
+    unipc,
 )
 
 __all__ = [
-    "SamplerState", "Transform", "autoguided", "clip", "confidence", "dpmpp_2m", "following", "guided", "head_guided", "interval",
-    "karras_grid", "make_sampler", "only", "released_stride", "sample", "sample_prior", "sampled", "settled_at", "spaced_grid",
-    "temperature", "threshold", "top_p", "uniform_grid",
+    "SamplerState", "Transform", "autoguided", "clip", "confidence", "dpmpp_2m", "first_hitting", "following", "guided", "head_guided",
+    "hitting_grid", "interval", "karras_grid", "make_sampler", "only", "released_stride", "sample", "sample_prior", "sampled",
+    "settled_at", "spaced_grid", "temperature", "threshold", "top_p", "uniform_grid", "unipc",
 ]
 
 
@@ -68,14 +73,14 @@ def sample(
     Args:
       process, apply, params: as in training; `apply` may be `guided(...)`.
       keys: [B] typed keys, one per example. An example's sample depends on its own key alone.
-      grid: times [N + 1], decreasing from 1 to 0, or one such array per modality (of one length). It may begin below 1 for what is in
-        `start`.
+      grid: times [N + 1], decreasing from 1 to 0, or one such array per modality (of one length); [N + 1, B] where examples differ. It may
+        begin below 1 for what is in `start`.
       shape: the shape of one example, `(8, 8, 1)`, or one per modality.
       given: modalities pinned at t = 0, [B, ...] each; returned bit for bit.
       absent: modalities pinned at t = 1: the others are sampled without them.
       transforms: functions `SamplerState -> SamplerState`, applied in order at every step; `only(name, transform)` is one of a modality.
       heun: average the slopes at both ends of each step (`Process.heun`): second order, 2N - 1 network calls, for the step to t = 0 is
-        Euler's. For deterministic Gaussians, and not with a transform that extrapolates (`dpmpp_2m`).
+        Euler's. For deterministic Gaussians, and not with a transform that extrapolates (`dpmpp_2m`, `unipc`).
       history: return every state on the way, [N + 1, B, ...], from the prior's sample to x_0.
       start: x_t at the grid's first time in place of the prior's sample, [B, ...], or per modality for some of them. Between 0 and 1 there
         is no prior but what the data make of it, `process.corrupt(keys, x0, t).xt`: of an image to be edited (SDEdit), of a draft to be
@@ -123,13 +128,15 @@ def sample(
         if not concrete(g):
             continue
         g = np.asarray(g)
-        if not (steps >= 1 and 0 < g[0] <= 1 and g[-1] == 0 and np.all(np.diff(g) <= 0)):
+        if g.ndim > 1 and g.shape[1:] != (keys.shape[0],):
+            raise UserError(f"sample: a grid of shape {g.shape} does not fit {keys.shape[0]} keys: it is [N + 1] or [N + 1, keys].")
+        if not (steps >= 1 and np.all((0 < g[0]) & (g[0] <= 1) & (g[-1] == 0)) and np.all(np.diff(g, axis=0) <= 0)):
             raise UserError("sample: a grid of times runs from 1 down to 0 in at least one step; uniform_grid(steps) makes one.")
-        if g[0] < 1 and name not in started and name not in given and name not in absent:
+        if g[0].min() < 1 and name not in started and name not in given and name not in absent:
             of = "" if name is None else f" of {name!r}"
             raise UserError(
-                f"sample: a grid runs from 1 down to 0, but that{of} starts at t = {g[0]:g}, where there is no prior: give x_t there, as "
-                "start=process.corrupt(keys, x0, t).xt.")
+                f"sample: a grid runs from 1 down to 0, but that{of} starts at t = {g[0].min():g}, where there is no prior: give x_t "
+                "there, as start=process.corrupt(keys, x0, t).xt.")
     count = keys.shape[0]
 
     def times(i):
@@ -152,19 +159,20 @@ def sample(
     xt = {**xt, **started} if joint else started.get(None, xt)
 
     def body(carry, i):
-        xt, last_x0, last_t = carry
+        xt, last, earlier = carry
         t, s, step_keys = times(i), times(i + 1), fold(keys, i)
         x0 = belief(xt, t)
         # Before the first step there is no last one: transforms see last_t = t and the same belief.
-        first = i == 0
-        last_x0 = jax.tree.map(lambda a, b: jnp.where(first, a, b), x0, last_x0)
-        last_t = jax.tree.map(lambda a, b: jnp.where(first, a, b), t, last_t)
+        last = jax.tree.map(lambda a, b: jnp.where(i == 0, a, b), (x0, t, xt), last)
+        earlier = jax.tree.map(lambda a, b: jnp.where(i <= 1, a, b), last[:2], earlier)
         own = fold(step_keys, "maps")
-        state = refined(SamplerState(xt=xt, t=t, s=s, x0=x0, last_x0=last_x0, last_t=last_t, x0_for_history=x0, keys=own))
+        past = {"last_x0": last[0], "last_t": last[1], "last_xt": last[2], "earlier_x0": earlier[0], "earlier_t": earlier[1]}
+        state = refined(SamplerState(xt=xt, t=t, s=s, x0=x0, x0_for_history=x0, keys=own, **past))
+        xt = state.xt
         xs = process.step(step_keys, xt, state.x0, state.t, state.s)
         if heun:
             if any(a is not b for a, b in zip(jax.tree.leaves(state.x0), jax.tree.leaves(state.x0_for_history))):
-                raise UserError("sample: heun and a transform that extrapolates (dpmpp_2m) are both second order: use one of them.")
+                raise UserError("sample: heun and a transform that extrapolates (dpmpp_2m, unipc) are both solvers: use one of them.")
 
             def corrected(xs):
                 x0 = belief(xs, s)
@@ -174,11 +182,11 @@ def sample(
             # The last step, to t = 0, has no slope at its end: no second call.
             again = [(end > 0).any() & (end < start).any() for start, end in zip(jax.tree.leaves(t), jax.tree.leaves(s))]
             xs = jax.lax.cond(jnp.stack(again).any(), corrected, lambda xs: xs, xs)
-        return (xs, state.x0_for_history, t), xt if history else None
+        return (xs, (state.x0_for_history, t, xt), last[:2]), xt if history else None
 
     last = jax.eval_shape(belief, xt, times(0))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), last)
-    (x, _, _), states = jax.lax.scan(body, (xt, zeros, times(0)), jnp.arange(steps))
+    (x, _, _), states = jax.lax.scan(body, (xt, (zeros, times(0), xt), (zeros, times(0))), jnp.arange(steps))
     return jax.tree.map(lambda before, last: jnp.concatenate([before, last[None]]), states, x) if history else x
 
 
@@ -206,16 +214,17 @@ def _started(process, start, shape, count, pinned):
         label = "start" if name is None else f"start of {name!r}"
         if joint and (name not in shape or name in pinned):
             raise UserError(f"sample: {label}: it must be one of {sorted({*shape} - pinned)}, the modalities that are sampled.")
+        known = np.asarray(value) if concrete(value) else None  # under jit what jnp makes of constants is traced
         value, size = jnp.asarray(value), (count, *(shape[name] if joint else shape))
         if value.shape != size:
             raise UserError(f"sample: {label} has shape {value.shape}; {count} keys and this modality need {size}.")
         states = getattr(process.parts[name] if joint else process, "states", None)
         if states is None:
             value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-            wrong = concrete(value) and not bool(jnp.isfinite(value).all())
+            wrong = known is not None and not np.isfinite(known).all()
         else:
             wrong = not jnp.issubdtype(value.dtype, jnp.integer)
-            wrong = wrong or concrete(value) and value.size and not 0 <= int(value.min()) <= int(value.max()) < states
+            wrong = wrong or known is not None and known.size and not 0 <= known.min() <= known.max() < states
         if wrong:
             raise UserError(f"sample: {label} must hold {'finite numbers' if states is None else f'integers in 0..{states - 1}'}.")
         found[name] = value if states is None else value.astype(jnp.int32)

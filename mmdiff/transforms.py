@@ -6,6 +6,7 @@ names of `sampling`, too: `sampling.sample(..., transforms=[sampling.only("image
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,14 +20,16 @@ from mmdiff.errors import UserError
 from mmdiff.processes.aggregate import Aggregate
 from mmdiff.processes.base import Process, bcast, fold
 from mmdiff.processes.class_sampling import sample_classes
+from mmdiff.processes.gaussian import Gaussian
 
 
 @flax.struct.dataclass
 class SamplerState:
-    """One step about to be taken: from (xt, t) to time s with the belief x0. Transforms may change x0, and t and s of the step's posterior.
+    """One step about to be taken: from (xt, t) to time s with the belief x0. Transforms may change xt and x0, and t and s of its posterior.
 
-    `last_x0` and `last_t` are of the step before (last_t = t at first). What the next step will see as `last_x0` is `x0_for_history`:
-    transforms that correct the belief (clipping, truncation) change both, by `corrected`; those that extrapolate it change x0 alone.
+    `last_xt`, `last_x0` and `last_t` are of the step before (of this one at first), `earlier_x0` and `earlier_t` of the one before that (of
+    the last one in the second step). What the next step will see as `last_x0` is `x0_for_history`: transforms that correct the belief
+    (clipping, truncation) change both, by `corrected`; those that extrapolate it change x0 alone.
     """
 
     xt: Any
@@ -37,6 +40,9 @@ class SamplerState:
     last_t: Any
     x0_for_history: Any
     keys: Any
+    last_xt: Any = None
+    earlier_x0: Any = None
+    earlier_t: Any = None
 
     def corrected(self, x0: Any) -> SamplerState:
         """With another belief, for this step and for the history of the next."""
@@ -51,9 +57,9 @@ def only(name: str, transform: Transform) -> Transform:
     """Applies a transform to one modality of a joint state: `only("image", clip(-1, 1))`."""
 
     def apply(state: SamplerState) -> SamplerState:
-        fields = ("xt", "t", "s", "x0", "last_x0", "last_t", "x0_for_history")
-        part = transform(SamplerState(keys=fold(state.keys, name), **{field: getattr(state, field)[name] for field in fields}))
-        changed = ("x0", "t", "s", "x0_for_history")
+        own = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "keys"}
+        part = transform(SamplerState(keys=fold(state.keys, name), **{field: tree and tree[name] for field, tree in own.items()}))
+        changed = ("xt", "x0", "t", "s", "x0_for_history")
         return state.replace(**{field: {**getattr(state, field), name: getattr(part, field)} for field in changed})
 
     return apply
@@ -128,6 +134,41 @@ def dpmpp_2m(schedule: schedules.Schedule) -> Transform:
     return apply
 
 
+def unipc(process: Gaussian) -> Transform:
+    r"""UniPC with B_2(h) (Zhao et al. 2023): of third order at one network call a step, for the image of a deterministic `Gaussian`.
+
+    Once the belief m at (x_t, t) is known, the step that led there is taken again with a better one (the corrector, UniC-2), and then
+    `dpmpp_2m` goes on (the predictor, UniP-2). With lambda = log(alpha / sigma), h = lambda_t - lambda_last, r = (lambda_earlier -
+    lambda_last) / h and f = expm1(-h) the better belief is
+
+        m_last + rho_1 (m_earlier - m_last) / r + rho_2 (m - m_last),
+        rho_1 + rho_2 = phi_2 / f,  r rho_1 + rho_2 = 2 phi_3 / f,  phi_2 = -f / h - 1,  phi_3 = -phi_2 / h - 1/2.
+
+    In the first step of finite h rho = (0, 1/2). Steps whose ends have infinite log-SNR are first order and stay as they are.
+    """
+    if not isinstance(process, Gaussian) or process.eta:
+        raise UserError("unipc solves the ODE of a deterministic sampler: it is for a Gaussian with eta=0.")
+    predict = dpmpp_2m(process.schedule)
+
+    def apply(state):
+        now, last, earlier = (0.5 * schedules.log_snr(process.schedule, u) for u in (state.t, state.last_t, state.earlier_t))
+        moved = jnp.isfinite(now - last) & (now > last)
+        h = jnp.where(moved, now - last, 1.0)
+        second = moved & jnp.isfinite(earlier) & (earlier < last)
+        r = jnp.where(second, (earlier - last) / h, -1.0)
+        f = jnp.expm1(-h)
+        phi_2 = -f / h - 1.0
+        phi_3 = -phi_2 / h - 0.5
+        rho_1 = jnp.where(second, (phi_2 - 2.0 * phi_3) / f / (1.0 - r), 0.0)
+        rho_2 = jnp.where(second, phi_2 / f - rho_1, 0.5)
+        weights = (bcast(w, state.x0) for w in (rho_1 / r, rho_2))
+        better = state.last_x0 + sum(w * (x0 - state.last_x0) for w, x0 in zip(weights, (state.earlier_x0, state.x0)))
+        again = process.step(state.keys, state.last_xt, better, state.last_t, state.t)
+        return predict(state.replace(xt=jnp.where(bcast(moved, again), again, state.xt)))
+
+    return apply
+
+
 def top_p(p: float) -> Transform:
     """Keeps the smallest set of classes whose probability reaches p (the best one always), renormalised."""
     if not 0 <= p <= 1:
@@ -177,21 +218,36 @@ def confidence(process: Process, noise: float = 0.0) -> Transform:
     `MaskReplace`, whose unmasked tokens take their ordinary step.
     """
 
-    mask = process.mask  # refused by a chain that has none
     if not 0 <= noise < np.inf:
         raise UserError(f"confidence: the noise must be a finite number >= 0, got {noise}.")
 
+    def order(state, size):
+        sure = jnp.log(jnp.maximum(state.x0.max(-1), 1e-30)).reshape(-1, size)
+        return sure + noise * jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(state.keys) if noise else sure
+
+    # At s = 0 no share is masked: everything is revealed.
+    return _revealing(process, order, lambda state, size, hidden: size - jnp.floor(process.masked(state.s) * size + 1e-4))
+
+
+def first_hitting(process: Process) -> Transform:
+    """Reveals one masked token a step, any of them as likely: the step of `hitting_grid`."""
+
+    def order(state, size):
+        return jax.vmap(lambda key: jax.random.uniform(key, (size,)))(state.keys)
+
+    return _revealing(process, order, lambda state, size, hidden: size - hidden.sum(-1) + 1)
+
+
+def _revealing(process: Process, order: Callable, revealed: Callable) -> Transform:
+    """Masked tokens move to time 0, the highest of `order(state, size)` first, until `revealed(state, size, hidden)` [B] are known."""
+    mask = process.mask  # refused by a chain that has none
+
     def apply(state):
         count, size = state.xt.shape[0], max(1, state.xt.size // state.xt.shape[0])
-        sure = jnp.log(jnp.maximum(state.x0.max(-1), 1e-30)).reshape(count, size)
-        if noise:
-            sure = sure + noise * jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(state.keys)
         hidden = state.xt.reshape(count, size) == mask
-        sure = jnp.where(hidden, sure, jnp.inf)
-        rank = jnp.argsort(jnp.argsort(-sure, axis=-1), axis=-1)
-        # At s = 0 no share is masked: everything is revealed.
-        masked = jnp.floor(process.masked(state.s) * size + 1e-4)
-        reveal = rank < size - masked[:, None]
+        first = jnp.where(hidden, order(state, size), jnp.inf)
+        rank = jnp.argsort(jnp.argsort(-first, axis=-1), axis=-1)
+        reveal = rank < revealed(state, size, hidden)[:, None]
         s = jnp.where(hidden, jnp.where(reveal, 0.0, state.t[:, None]), state.s[:, None])
         return state.replace(s=s.reshape(state.xt.shape))
 

@@ -55,13 +55,14 @@ def test_the_error_is_that_of_the_mean(experiments):
 
 
 @pytest.mark.slow
-def test_two_solvers_sample_with_the_same_weights_and_noise(experiments, loaded_launch, monkeypatch):
+def test_solvers_sample_with_the_same_weights_and_noise(experiments, loaded_launch, monkeypatch):
     solvers = loaded_launch("solver_experiments")
     monkeypatch.setattr(solvers, "COUNT", 20)
     monkeypatch.setattr(solvers, "REFERENCE", 13)
     small = {"train.steps": "2", "train.global_batch": "16", "model.width": "16", "model.depth": "1", "sample.steps": "6"}
     metrics, _ = solvers.run(0, "digits_joint", small)
-    names = {f"{what} {solver}/{calls}" for what in ("error", "frechet") for solver in ("heun", "2m") for calls in (11, 23)}
+    names = {f"{what} {solver}/{calls}" for what in ("error", "frechet") for solver in ("heun", "2m", "unipc") for calls in (11, 23)}
     assert set(metrics) == names and all(np.isfinite(value) for value in metrics.values())
     # Heun of 12 steps is nearly the reference of 13: the noise and the labels are the same.
     assert metrics["error heun/23"] < 0.1 and metrics["frechet heun/23"] == pytest.approx(metrics["frechet 2m/23"], rel=0.2)
+    assert metrics["error unipc/23"] < 0.1

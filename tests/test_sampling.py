@@ -63,6 +63,8 @@ def test_karras_grid(schedule):
         alpha, sigma = schedule(grid)
         np.testing.assert_allclose(sigma[:-1] / alpha[:-1], nodes, rtol=1e-11)
         assert grid[-1] == 0 and sigma[-1] == 0
+        even = sampling.karras_grid(schedule, 18, rho=np.inf)[:-1]
+        np.testing.assert_allclose(np.diff(0.5 * schedules.log_snr(schedule, even)), np.log(80 / 0.002) / 17, rtol=1e-9)
     coarse = np.asarray(sampling.karras_grid(schedule, 18))
     alpha, sigma = (np.asarray(c) for c in schedule(coarse))
     assert coarse.dtype == np.float32

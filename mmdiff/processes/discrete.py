@@ -43,6 +43,7 @@ class Discrete(Process):
     classes: int
     states: int
     stationary: np.ndarray
+    eta = 0.0
 
     def push(self, p, s, t):
         """The distribution at t of what has the distribution p [..., states] at s; at s = None p is over the clean classes."""
@@ -116,7 +117,10 @@ class Discrete(Process):
         return weights / jnp.maximum(weights.sum(-1, keepdims=True), TINY)
 
     def step(self, keys, xt, x0_hat, t, s):
-        xs = per_example(sample_classes, keys, self.posterior(xt, x0_hat, t, s))
+        """With `eta` the step goes down to (1 - eta) s, and from there back up to s by the chain."""
+        below = (1.0 - self.eta) * s
+        chances = self.posterior(xt, x0_hat, t, below)
+        xs = per_example(sample_classes, keys, self.push(chances, below, s) if self.eta else chances)
         return jnp.where(bcast(s, xt) < bcast(t, xt), xs, xt)
 
     def kl(self, noised, x0_hat, s):
@@ -167,13 +171,19 @@ class Categorical(Discrete):
       redraw: pi, one probability per state, as a tuple.
       keep: a schedule with alpha + sigma = 1, read as (a, 1 - a).
       classes: how many of the states are data; all of them by default.
+      eta: of sampling alone, from 0, the ancestral step, to 1, a sample of x_0 that is noised to s again. For a mask it is remasking
+        (ReMDM, Wang et al. 2025) with the probability r = 1 - a_s / a_{(1 - eta) s}. Every eta keeps the law of a single token. Of
+        several, each step draws more at once, as if they were independent: it helps imperfect networks in many steps, and harms exact ones.
     """
 
     redraw: tuple[float, ...]
     keep: schedules.Schedule = dataclasses.field(default_factory=schedules.flow)
     classes: int = 0
+    eta: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"Categorical: eta is at least 0 (ancestral) and at most 1 (noised again), not {self.eta}.")
         object.__setattr__(self, "redraw", tuple(float(p) for p in self.redraw))
         object.__setattr__(self, "classes", self.classes or len(self.redraw))
         if not (min(self.redraw, default=-1) >= 0 and abs(sum(self.redraw) - 1) <= 1e-6):  # so that NaN is none
@@ -236,8 +246,8 @@ class Categorical(Discrete):
         return jnp.where(noised.t > 0, per_example_sum(beta * each), 0.0)
 
 
-def absorbing(classes: int, keep: schedules.Schedule | None = None) -> Categorical:
-    """Masked diffusion: tokens turn into a mask, state `classes` (D3PM absorbing, MD4, MDLM).
+def absorbing(classes: int, keep: schedules.Schedule | None = None, eta: float = 0.0) -> Categorical:
+    """Masked diffusion: tokens turn into a mask, state `classes` (D3PM absorbing, MD4, MDLM); with `eta` samples are masked again.
 
     >>> process = absorbing(10)
     >>> process.states, process.mask
@@ -246,7 +256,7 @@ def absorbing(classes: int, keep: schedules.Schedule | None = None) -> Categoric
     [3, 10]
     """
     check_classes("absorbing", classes)
-    return Categorical((0.0,) * classes + (1.0,), keep or schedules.flow(), classes)
+    return Categorical((0.0,) * classes + (1.0,), keep or schedules.flow(), classes, eta)
 
 
 def uniform(classes: int, keep: schedules.Schedule | None = None) -> Categorical:

@@ -1,5 +1,7 @@
 """Laws of the samplers on data whose exact denoiser is known: the right law, and the right order of convergence."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,8 @@ NORMAL = Mixture([1.0], [[0.3, -0.2]], 0.5)
 
 
 def draw(process, toy, count, steps, method="ddim", grid=None):
-    transforms = [sampling.dpmpp_2m(process.schedule)] if method == "2m" else []
+    solver = {"2m": lambda: sampling.dpmpp_2m(process.schedule), "unipc": lambda: sampling.unipc(process)}.get(method)
+    transforms = [solver()] if solver else []
 
     grid = sampling.uniform_grid(steps) if grid is None else grid
 
@@ -70,7 +73,7 @@ TIME_OF_LOG_SNR = {"flow": lambda half: 1 / (1 + np.exp(half)), "cosine": lambda
 
 
 @pytest.mark.parametrize("schedule", TIME_OF_LOG_SNR)
-@pytest.mark.parametrize("method, order", [("ddim", 1), ("2m", 2), ("heun", 2)])
+@pytest.mark.parametrize("method, order", [("ddim", 1), ("2m", 2), ("heun", 2), ("unipc", 3)])
 def test_order_of_convergence(schedule, method, order):
     """The slope of log error against log steps, by regression over 8 to 64 steps even in log-SNR, on a mixture.
 
@@ -87,6 +90,45 @@ def test_order_of_convergence(schedule, method, order):
     errors = [np.sqrt(((end(n) - reference) ** 2).mean()) for n in steps]
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert abs(slope - order) < 0.25, (slope, errors)
+
+
+def test_unipc_is_the_published_solver():
+    """Values of diffusers' UniPCMultistepScheduler (order 2, bh2, x0 predictions, in float64) with the same exact denoiser and nodes."""
+    weights, means, std, process = np.asarray([0.5, 0.3, 0.2]), np.asarray([-1.0, 0.3, 1.2]), 0.3, Gaussian(SCHEDULES["flow"])
+
+    def velocity(params, x, t):
+        alpha, sigma = 1 - t[:, None], t[:, None]
+        variance = (alpha * std) ** 2 + sigma**2
+        away = x - alpha * means
+        x0 = jax.nn.softmax(jnp.log(weights) - 0.5 * away**2 / variance) * (means + alpha * std**2 / variance * away)
+        return (x - x0.sum(1, keepdims=True)) / sigma
+
+    with jax.enable_x64(True):
+        grid, start = jnp.append(jnp.linspace(0.9, 0.1, 8), 0.0), jnp.linspace(-2, 2, 5)[:, None]
+        options = {"transforms": [sampling.unipc(process)], "history": True}
+        states = jax.jit(lambda k: sampling.sample(process, velocity, None, k, grid, (1,), start=start, **options))(keys(5))
+    expected = [-1.5451671328726395, -1.1806787202418234, -0.27648235754405165, 1.1307335465417734, 1.6491686729617254]
+    np.testing.assert_allclose(states[-1, :, 0], expected, atol=1e-12)
+    np.testing.assert_array_equal(states[0], start)
+
+
+def test_unipc_is_for_deterministic_gaussians():
+    for process in (Gaussian(SCHEDULES["flow"], eta=0.5), processes.absorbing(3), processes.Joint(image=Gaussian(SCHEDULES["flow"]))):
+        with pytest.raises(UserError, match="Gaussian with eta=0"):
+            sampling.unipc(process)
+    process = processes.Joint(image=Gaussian(SCHEDULES["flow"]), label=processes.absorbing(3))
+    network = lambda params, x, t: {"image": x["image"], "label": jnp.zeros((*x["label"].shape, 3))}  # noqa: E731
+    options = {"grid": sampling.uniform_grid(4), "shape": {"image": (2,), "label": ()}, "keys": keys(4)}
+    transforms = [sampling.only("image", sampling.unipc(process.parts["image"]))]
+    known = jnp.arange(8.0).reshape(4, 2)
+    run = jax.jit(functools.partial(sampling.sample, process, network, None, transforms=transforms, **options))
+    x = run(given={"image": known})
+    np.testing.assert_array_equal(x["image"], known)  # what stands still stays bit for bit
+    plain, solved = jax.jit(lambda: sampling.sample(process, network, None, **options))(), run()
+    np.testing.assert_array_equal(plain["label"], solved["label"])
+    assert np.isfinite(solved["image"]).all() and not np.array_equal(plain["image"], solved["image"])
+    with pytest.raises(UserError, match="both solvers"):
+        sampling.sample(process, network, None, transforms=transforms, heun=True, **options)
 
 
 def test_an_example_s_draw_depends_on_its_key_alone():
