@@ -35,6 +35,7 @@ import jax.numpy as jnp
 
 from mmdiff import losses
 from mmdiff.errors import UserError
+from mmdiff.lazy_logits import LazyLogits
 from mmdiff.losses import Term
 from mmdiff.microbatches import BatchLoss, Pieces, whole_batch
 from mmdiff.processes.base import Noised, Process, fold
@@ -67,8 +68,10 @@ def contrast(process: Process, term: Term, negatives: Negatives, form: Form | No
 
     def contrasted(out, noised):
         z, valid = _sampled(negatives, noised)
+        lazy = isinstance(out, LazyLogits)  # each pass computes them again: one for x_0 and all negatives
+        z = jnp.concatenate([noised.x0[None], z]) if lazy else z
         values = jax.vmap(lambda x0: term(out, process.with_x0(noised, x0)))(z)
-        return form(term(out, noised), values, valid)
+        return form(values[0], values[1:], valid) if lazy else form(term(out, noised), values, valid)
 
     return contrasted
 

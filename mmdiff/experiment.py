@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
+from mmdiff.lazy_logits import as_arrays
 from mmdiff.processes import Given, Joint
 from mmdiff.sampling import make_sampler
 
@@ -113,7 +114,7 @@ class Experiment:
             follow("shape", {name: modality.shape for name, modality in self.modalities.items() if name in self.process.parts})
         if self.net is not None:
             follow("init", initialiser(self.net, self.process, self.shape))
-            follow("apply", self.net.apply)
+            follow("apply", lambda *args: as_arrays(self.net.apply(*args)))
         if isinstance(self.process, Joint) and self.apply is not None and self.sample is None:
             conditions = self.process.conditions
             nothing = len(conditions) == len(self.process.parts)

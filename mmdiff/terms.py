@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from mmdiff import schedules
 from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
+from mmdiff.lazy_logits import tokenwise
 from mmdiff.microbatches import whole_batch
 from mmdiff.processes.base import Noised, per_example_mean
 from mmdiff.processes.discrete import LOG_FLOOR
@@ -139,6 +140,7 @@ def vlb(process, steps: int | None = None) -> Term:
     if steps is not None:
         _check_steps("vlb", steps)
 
+    @tokenwise
     def term(out, noised):
         x0_hat = process.clean(out, noised.xt, noised.t)
         if steps is None:
@@ -159,6 +161,7 @@ def x0_ce(process) -> Term:
     nats, and beyond them it has no gradient.
     """
 
+    @tokenwise
     def term(out, noised):
         if out.shape[-1] != process.classes:
             raise ValueError(f"x0_ce needs logits of {process.classes} classes, got an output of shape {out.shape}.")

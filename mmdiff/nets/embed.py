@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.errors import UserError
+from mmdiff.lazy_logits import LazyLogits
 from mmdiff.nets.fields import check_fields
 from mmdiff.nets.target import single_cpu
 
@@ -43,6 +44,15 @@ class ProductAndBias(nn.Dense):
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         return product(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ()))), bias
+
+
+def readout(dense: nn.Dense, h: jax.Array, chunks: int) -> jax.Array | LazyLogits:
+    """The logits `dense(h)` of tokens h [B, L, W], or for chunks > 0 `LazyLogits` of the same parameters."""
+    if not chunks:
+        return dense(h)
+    dense(h[:, :1])  # the parameters are made
+    weights = dense.variables["params"]
+    return LazyLogits(h, weights["kernel"], weights["bias"], chunks, dense.dtype)
 
 
 def frequencies(
@@ -179,13 +189,15 @@ class Patches(Stream):
 class Tokens(Stream):
     """Integers [B, length] below `states`, with learned positions; outputs logits [B, length, classes].
 
-    Where a network tells tokens from padding (`DualStream`), `padding` is its id, a text's tokenizer's.
+    Where a network tells tokens from padding (`DualStream`), `padding` is its id, a text's tokenizer's. With `logit_chunks` an `MMDiT`
+    outputs `LazyLogits` in so many chunks.
     """
 
     length: int
     states: int
     classes: int
     padding: int = 0
+    logit_chunks: int = 0
 
     def __post_init__(self):
         check_fields(self)
@@ -196,7 +208,7 @@ class Tokens(Stream):
         return nn.Embed(self.states, width, embedding_init=init, dtype=dtype, name=f"{name}_in")(x) + positions
 
     def decode(self, h, dtype, name):
-        return Dense(self.classes, kernel_init=nn.initializers.zeros, dtype=dtype, name=f"{name}_out")(h)
+        return readout(Dense(self.classes, kernel_init=nn.initializers.zeros, dtype=dtype, name=f"{name}_out"), h, self.logit_chunks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mmdiff.nets.transformer import Block, DiffusionTransformer, normal, output
@@ -52,4 +53,4 @@ class MMDiT(DiffusionTransformer):
         weights = dict.fromkeys(names, "") if self.shared else None
         streams, _ = self.stack(Block, merged=True, weights=weights, qk_norm=self.qk_norm)(streams, conditions)
         out = {name: output(self.modalities[name], streams[name], conditions[name], self.dtype, name, self.norm_eps) for name in names}
-        return {name: value.astype(jnp.float32) for name, value in out.items()}
+        return jax.tree.map(lambda value: value.astype(jnp.float32), out)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mmdiff.errors import UserError
-from mmdiff.nets.embed import Dense, frequencies, patchify, unpatchify
+from mmdiff.nets.embed import Dense, frequencies, patchify, readout, unpatchify
 from mmdiff.nets.target import constrain
 from mmdiff.nets.transformer import Attention, CrossAttention, Transformer, layer_norm, modulate, normal
 
@@ -116,6 +116,7 @@ class TokenTransformer(Transformer):
         so a table that is wider than the grid wraps at other columns (published for ImageNet: 32x32 for 16x16).
       patch: patch x patch tokens (of a sequence `patch` in a row) are one in the blocks: the sum of their embeddings, from a table for each
         place in the patch.
+      logit_chunks: not 0 for an output of `LazyLogits` in so many chunks of the tokens, without patches: for losses of many classes.
       modality: the name of the tokens.
       seconds: the duration of a sequence in time, whose position table is initialised by `time_features`; 0 for a random one.
       norm_eps: 1e-5 as in the released networks.
@@ -133,6 +134,7 @@ class TokenTransformer(Transformer):
     conv: bool = False
     positions: tuple[int, int] | None = None
     patch: int = 1
+    logit_chunks: int = 0
     modality: str = "tokens"
     seconds: float = 0.0
     norm_eps: float = dataclasses.field(default=1e-5, kw_only=True)
@@ -145,6 +147,8 @@ class TokenTransformer(Transformer):
         table = self.positions or cells
         if any(side % part for side, part in zip(self.grid, patch)):
             raise UserError(f"patches of {patch[0]}x{patch[1]} do not tile a grid of {self.grid[0]}x{self.grid[1]} tokens.")
+        if self.logit_chunks and patch != (1, 1):
+            raise UserError(f"logits in chunks are of single tokens: with patches of {self.patch} set logit_chunks to 0.")
         if table[0] * table[1] < count:
             raise UserError(f"a position table of {table[0]}x{table[1]} is too small for {count} tokens.")
         names = [self.modality, *(["label"] if self.labels else []), *self.context]
@@ -185,7 +189,9 @@ class TokenTransformer(Transformer):
         blocks = self.stack(Block, times=self.times, labels=self.labels, grid=cells if self.conv else None)
         h, _ = blocks(h, time, label, context)
         h = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(h)
-        out = Dense(group * self.classes, kernel_init=normal, dtype=self.dtype, name="tokens_out")(h)
+        out = readout(Dense(group * self.classes, kernel_init=normal, dtype=self.dtype, name="tokens_out"), h, self.logit_chunks)
+        if self.logit_chunks:
+            return {self.modality: out}
         out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
         return {self.modality: unpatchify(out, patch, *self.grid).reshape(*tokens.shape, self.classes)}
 

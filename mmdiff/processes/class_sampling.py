@@ -30,8 +30,18 @@ def tree_of_sums(weights):
 
 def descend(key, levels, shape):
     """The leaf that is reached, int32 of that shape; `levels` are of one tree, [n], or of one for each, [*shape, n]."""
-    place = jnp.zeros(shape, jnp.int32)
-    for level, words in zip(levels[1:], jax.random.bits(key, (len(levels) - 1, 2, *shape), jnp.uint32)):
+    return follow(random_words(key, levels[-1].shape[-1], shape), levels)
+
+
+def random_words(key, classes, shape):
+    """What a sample of so many classes needs of randomness, uint32 [levels, 2, *shape]."""
+    return jax.random.bits(key, ((classes - 1).bit_length(), 2, *shape), jnp.uint32)
+
+
+def follow(words, levels):
+    """`descend` with given `random_words`."""
+    place = jnp.zeros(words.shape[2:], jnp.int32)
+    for level, words in zip(levels[1:], words):
         size = level.shape[-1]
         other = place + (size + 1) // 2
 

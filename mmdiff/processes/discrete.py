@@ -27,10 +27,12 @@ import numpy as np
 from mmdiff import schedules
 from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
+from mmdiff.lazy_logits import as_arrays, by_chunks, tokenwise
 from mmdiff.processes.base import Noised, Process, bcast, check_time, concrete, per_example, per_example_mean, per_example_sum
-from mmdiff.processes.class_sampling import descend, sample_classes, tree_of_sums
+from mmdiff.processes.class_sampling import descend, follow, random_words, sample_classes, tree_of_sums
 
 TINY = 1e-30
+WIDE, ENTRIES = 8192, 2**18  # more states than WIDE are sampled in chunks of tokens, tables of so many entries for each example
 LOG_FLOOR = -70.0  # log-probabilities that are compared with data end here, and so do their gradients
 
 
@@ -87,16 +89,31 @@ class Discrete(Process):
     def corrupt(self, keys, x0, t):
         self.check(x0)
         check_time(t)
-        marginal = self.push(jax.nn.one_hot(x0, self.states), None, t)
-        xt = per_example(sample_classes, keys, marginal)
+        if self.states > WIDE and x0.ndim > 1 and t.ndim == 1:
+            xt = self._corrupt_by_chunks(keys, x0, t)
+        else:
+            xt = per_example(sample_classes, keys, self.push(jax.nn.one_hot(x0, self.states), None, t))
         return Noised(x0=x0, xt=jnp.where(bcast(t, x0) > 0, xt, x0), t=t)
+
+    def _corrupt_by_chunks(self, keys, x0, t):
+        """The same samples of q(x_t | x_0), without its table [B, ..., states]."""
+        words = per_example(lambda key: random_words(key, self.states, x0.shape[1:]), keys)
+        flat, words = x0.reshape(len(x0), -1), jnp.moveaxis(words.reshape(*words.shape[:3], -1), 3, 1)
+
+        def of_chunk(x0, words):
+            return follow(jnp.moveaxis(words, (2, 3), (0, 1)), tree_of_sums(self.push(jax.nn.one_hot(x0, self.states), None, t)))
+
+        size = min(flat.shape[1], max(1, ENTRIES // self.states))
+        most, rest = by_chunks(of_chunk, size, flat, words)
+        most = jnp.moveaxis(most, 0, 1).reshape(len(x0), -1)
+        return (most if rest is None else jnp.concatenate([most, rest], 1)).reshape(x0.shape)
 
     def clean(self, out, xt, t):
         return jnp.exp(self.log_belief(out, xt, t))
 
     def logits(self, out, xt, t):
         """The network's output as logits of x_0 given x_t, float32."""
-        return out.astype(jnp.float32)
+        return as_arrays(out).astype(jnp.float32)
 
     def log_belief(self, out, xt, t):
         """log softmax of the logits [B, ..., classes] over the classes that x_t leaves possible; -inf for the others."""
@@ -107,6 +124,9 @@ class Discrete(Process):
 
     def loss(self, out, noised):
         """Cross-entropy of the belief about x_0, averaged over one example's tokens."""
+        return tokenwise(self._cross_entropy)(out, noised)
+
+    def _cross_entropy(self, out, noised):
         log_belief = self.log_belief(out, noised.xt, noised.t)
         nll = -jnp.take_along_axis(log_belief, noised.x0[..., None], axis=-1)[..., 0]
         return jnp.where(noised.t > 0, per_example_mean(nll), 0.0)

@@ -68,7 +68,7 @@ class MaskReplace(Discrete):
         return jnp.concatenate([kept * tokens + replaced * tokens.mean(-1, keepdims=True) + masked * mask, mask], -1)
 
     def logits(self, out, xt, t):
-        out = out.astype(jnp.float32)
+        out = super().logits(out, xt, t)
         if not self.evidence:
             return out
         return out + jnp.log(jnp.maximum(self._likelihood(xt, None, t)[..., : self.classes], TINY))
