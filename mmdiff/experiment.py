@@ -114,7 +114,7 @@ class Experiment:
             follow("shape", {name: modality.shape for name, modality in self.modalities.items() if name in self.process.parts})
         if self.net is not None:
             follow("init", initialiser(self.net, self.process, self.shape))
-            follow("apply", lambda *args: as_arrays(self.net.apply(*args)))
+            follow("apply", lambda *args, **named: as_arrays(self.net.apply(*args, **named)))
         if isinstance(self.process, Joint) and self.apply is not None and self.sample is None:
             conditions = self.process.conditions
             nothing = len(conditions) == len(self.process.parts)
