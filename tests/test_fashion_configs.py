@@ -13,7 +13,8 @@ from tests.small_sets import fashion_mnist
 CONFIGS = "configs/fashion/"
 TRAINED = [f"--config.train.{value}" for value in ("steps=2", "global_batch=8", "eval_every=2", "log_every=1", "tensorboard=false")]
 SMALL = [f"--config.{value}" for value in (
-    "model.width=16", "model.depth=1", "sample.steps=2", "eval.samples=20", "eval.batch=10", "eval.classifier_steps=5")]  # fmt: skip
+    "model.width=16", "model.depth=1", "sample.steps=2", "eval.samples=20", "eval.batch=10", "eval.classifier_steps=5",
+    "eval.in_loop.samples=10", "eval.in_loop.classifier_steps=5")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,10 @@ COMMON = {
 
 @pytest.mark.slow
 def test_joint(folder, tmp_path):
-    run("train", "joint", tmp_path / "run", f"--config.data.dir={folder}", *TRAINED, *SMALL)
-    run("eval", "joint", tmp_path / "run")
+    watched = ["--config.train.metrics_every=2", "--config.train.checkpoint_every=2", "--config.train.best=val/lite0-FD"]
+    run("train", "joint", tmp_path / "run", f"--config.data.dir={folder}", *TRAINED, *SMALL, *watched)
+    assert any("val/lite0-FD" in line for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    run("eval", "joint", tmp_path / "run", "--step", "best")
     assert COMMON | {"label_accuracy"} <= set(metrics(tmp_path / "run"))
     run("sample", "joint", tmp_path / "run", "--given", "label=sandal", "--number", 3, "--out", tmp_path / "sandals")
     found = np.load(tmp_path / "sandals/samples.npz")

@@ -25,8 +25,8 @@ from ml_collections import ConfigDict
 from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
 from mmdiff.data import Images, Labels
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
+from mmdiff.projects.fashion import fashion_metrics
 from mmdiff.projects.fashion.fashion import NAMES, SIZE, fashion_source
-from mmdiff.projects.fashion.fashion_metrics import FashionMetrics
 from mmdiff.training import optim
 
 CLASSES = len(NAMES)
@@ -43,7 +43,7 @@ def get_config():
             steps=8000, global_batch=128, ema=0.999, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.1, clip=1.0,
             eval_every=1000, checkpoint_every=250),
         "sample": {"steps": 12, "guidance": 1.3},
-        "eval": {"samples": 10_000, "batch": 250, "classifier_steps": 2000},
+        "eval": {"samples": 10_000, "batch": 250, "classifier_steps": 2000, "in_loop": {"samples": 500, "classifier_steps": 300}},
     })
 
 
@@ -60,4 +60,4 @@ def build(config):
             process, net.apply, times.image_label(config.times), losses.of_parts(process, image=1.0, label=config.label_weight)),
         optimizer=optim.muon(config.train), data=partial(fashion_source, folder=config.data.dir),
         sampler={"drop": ("label",), "heun": True, "paths": {"label": sampling.settled_at(0.5)}},
-        evaluators=(FashionMetrics(config.data.dir, **config.eval),))
+        **fashion_metrics.evaluators_of(config.data.dir, config.eval))

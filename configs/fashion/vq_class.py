@@ -19,8 +19,8 @@ from mmdiff import Experiment, contrastive, losses, nets, sampling, schedules, t
 from mmdiff.data import Labels, TokenImages, network_fingerprint
 from mmdiff.data.token_cache import decoder, token_source
 from mmdiff.processes import Given, Joint, MaskReplace
+from mmdiff.projects.fashion import fashion_metrics
 from mmdiff.projects.fashion.fashion import NAMES
-from mmdiff.projects.fashion.fashion_metrics import FashionMetrics
 from mmdiff.training import optim
 
 GRID, CODES = (8, 8), 256  # of configs/fashion/vq_tokenizer.py
@@ -39,7 +39,7 @@ def get_config():
             steps=8000, global_batch=128, ema=0.999, learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, clip=1.0,
             eval_every=1000, checkpoint_every=500),
         "sample": {"steps": 40, "guidance": 1.0, "top_p": 1.0},
-        "eval": {"samples": 10_000, "batch": 250, "classifier_steps": 2000},
+        "eval": {"samples": 10_000, "batch": 250, "classifier_steps": 2000, "in_loop": {"samples": 500, "classifier_steps": 300}},
     })
 
 
@@ -58,4 +58,4 @@ def build(config):
         optimizer=optim.muon(config.train), data=partial(token_source, data.tokens),
         sampler={"transforms": [sampling.only("tokens", sampling.top_p(config.sample.top_p))]},
         frozen_deps={"tokenizer": partial(network_fingerprint, data.tokens)},
-        evaluators=(FashionMetrics(data.dir, target="tokens", **config.eval),))
+        **fashion_metrics.evaluators_of(data.dir, config.eval, target="tokens"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,6 +50,8 @@ class FashionMetrics:
     samples: int = 10_000
     batch: int = 250
     classifier_steps: int = clothes_classifier.STEPS
+
+    better = MappingProxyType({"lite0-FD": "min", "conditional_agreement": "max"})  # what train.best may name
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
@@ -114,6 +118,13 @@ class FashionMetrics:
         """The real images of a split, uint8 [n, 28, 28, 1], and their labels [n]."""
         found = load_all(fashion_source(split, self.folder))
         return _grey(Images(SIZE, SIZE).show(found["image"])), found["label"]
+
+
+def evaluators_of(folder: str, options: Mapping[str, Any], **more) -> dict[str, tuple[FashionMetrics, ...]]:
+    """The `evaluators` and `in_loop` of an experiment whose config has a section `eval`: samples, batch, classifier_steps, and in_loop with
+    what is other there; `more` options of both."""
+    of_both = {"folder": folder, **{name: value for name, value in options.items() if name != "in_loop"}, **more}
+    return {"evaluators": (FashionMetrics(**of_both),), "in_loop": (FashionMetrics(**{**of_both, **options.get("in_loop", {})}),)}
 
 
 def network() -> Encoder:
