@@ -71,7 +71,7 @@ def copy(name: str, target: str) -> list[pathlib.Path]:
     """
     source, remedy = find(name), "write --to FILE.py"
     try:
-        target = files.on_disk(target)
+        target = files.on_disk(target).expanduser()
         if target.suffix != ".py":
             raise UserError(f"--to {target} is not the name of a Python file: {remedy}.")
         pairs = [(source, target), *((file, target.parent / file.name) for file in neighbours(source))]
