@@ -16,7 +16,10 @@ A convolutional stem (config.model.stem) is added to the patches of 4x4 pixels; 
 lite0-FD, precision and recall on EfficientNet-Lite0's features (the extra `features`), agreement and score by a small convolutional
 classifier (configs/fashion/README.md). `--config.train.metrics_every=2000` measures 500 samples on validation images while it trains.
 
-MEASURED
+Measured (seed 0, 10,000 test images and as many samples, EMA weights, guidance 2 chosen on validation images, two CPU cores): label
+accuracy 0.917, conditional agreement 0.936 (the classifier: 0.910 on real images), classification accuracy score 0.792, lite0-FD 406.9
+(32.7 of as many training images), precision 0.610 (0.830), recall 0.308 (0.827). Cost: 1.35M parameters; 83 minutes of training beside
+much other work, an estimated 60 on two quiet cores (0.40 s a step) of an AMD EPYC.
 """
 
 from functools import partial

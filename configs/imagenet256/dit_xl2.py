@@ -21,7 +21,7 @@ the loss. Times are counted as in its weights, which `convert` takes: steps 0 ..
 config.model.image=64 the latents are those of 512 pixels.
 
 On 16 chips of v6e with 32 images each, by the ahead-of-time report (add --config.train.global_batch=512 --config.train.mesh.fsdp=16):
-7.0 GB a chip and a step of 25.5 ms at least, while links take 23.4 ms, too.
+7.0 GB a chip and a step of 27 ms at least, while links take 23.4 ms, too.
 
 configs/imagenet256/README.md has the commands that sample 50,000 images and measure FID.
 
