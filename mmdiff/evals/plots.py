@@ -45,10 +45,11 @@ def grid(
     if sentences:
         words = [textwrap.fill(text, width // 13, break_long_words=False) for text in words]
     text_lines = max((text.count("\n") + 1 for text in words), default=1) if words is not None else 0
-    gap, below, left = 8, 30 * text_lines, 44 if rows is not None else 0
+    font = ImageFont.load_default(size=24)
+    gap, below, left = 8, 30 * text_lines, max([44, *(round(font.getlength(name)) + 16 for name in rows)]) if rows is not None else 0
     lines = -(-len(images) // columns)
     sheet = Image.new("RGBA", (left + columns * (width + gap) - gap, lines * (height + below + gap) - gap), (0, 0, 0, 0))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=24)
+    draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x, y = left + i % columns * (width + gap), i // columns * (height + below + gap)
         picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

@@ -100,3 +100,13 @@ def test_the_modality(tmp_path):
             modality.check(array)
     with pytest.raises(UserError, match="come in .npy or .npz"):
         modality.parse("7.png")
+
+
+def test_words_beside_rows_are_whole():
+    images = np.full((4, 28, 28, 1), 255, np.uint8)
+    narrow, wide = (np.asarray(grid(images, 2, rows=rows)) for rows in (["0", "9"], ["T-shirt", "Ankle boot"]))
+    pictures = 2 * 84 + 8
+    assert narrow.shape[1] == 44 + pictures and wide.shape[1] > 44 + pictures
+    for sheet in (narrow, wide):
+        left = sheet[:, : sheet.shape[1] - pictures, 3] > 0  # where something is written
+        assert left.any() and not left[:, :2].any() and not left[:, -4:].any()
