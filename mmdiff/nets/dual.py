@@ -167,7 +167,7 @@ class DualStream(DiffusionTransformer):
             end = align(head, headed(shared or align(trunk, streams)[0]))[0]["query"][:, 0]
             out["query"] = Dense(self.size, kernel_init=xavier, dtype=self.dtype, name="query_out")(layer_norm(end, self.norm_eps))
             out |= logit_outputs(*learned_logits(self.param, self.logits), len(end))
-        return {name: value.astype(jnp.float32) for name, value in out.items()}
+        return jax.tree.map(lambda value: value.astype(jnp.float32), out)
 
     def _check(self, x, t, tasks, cache):
         unknown = [task for task in tasks if task not in ("generate", "align", "cache")]

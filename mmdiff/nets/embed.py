@@ -189,8 +189,8 @@ class Patches(Stream):
 class Tokens(Stream):
     """Integers [B, length] below `states`, with learned positions; outputs logits [B, length, classes].
 
-    Where a network tells tokens from padding (`DualStream`), `padding` is its id, a text's tokenizer's. With `logit_chunks` an `MMDiT`
-    outputs `LazyLogits` in so many chunks.
+    Where a network tells tokens from padding (`DualStream`), `padding` is its id, a text's tokenizer's. With `logit_chunks` the output is
+    `LazyLogits` in so many chunks.
     """
 
     length: int

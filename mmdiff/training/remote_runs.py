@@ -100,7 +100,6 @@ class _Copy:
         for name in sorted(gone, key=lambda name: not name.endswith(f"/{MANIFEST}")):
             (self._target / name).unlink(missing_ok=True)
 
-
     def _send(self, name: str, path: pathlib.Path) -> None:
         if name.startswith("checkpoints/"):
             (self._target / name).send(path)

@@ -11,6 +11,7 @@ from filled import filled
 
 from mmdiff import losses, matching, nets, schedules, times
 from mmdiff.errors import UserError
+from mmdiff.lazy_logits import LazyLogits
 from mmdiff.processes import Gaussian, Given, Joint
 from mmdiff.processes.gaussian import eps, x0
 from mmdiff.training import sharding
@@ -292,6 +293,10 @@ def test_a_caption_may_be_what_is_told():
     assert differ(out(params, {**X, "image": -X["image"]}, t)["text"], told) and differ(out(params, X, T)["text"], told)
     with pytest.raises(UserError, match="fusion='mmdit'"):
         net_of("shared", captions=True).apply(params, X, T)
+    chunked = program("mmdit", "generate", (("captions", True), ("text", nets.Tokens(3, 6, 6, logit_chunks=3))))
+    lazily = chunked(params, X, t)["text"]
+    assert isinstance(lazily, LazyLogits)
+    close(lazily.whole(), told)
 
 
 def test_without_captions():

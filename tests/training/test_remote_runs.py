@@ -11,29 +11,10 @@ from mmdiff.errors import UserError
 from mmdiff.remote import RemotePath
 from mmdiff.training import distributed, lock, remote_runs
 
-CONFIG = f"""
-import dataclasses, runpy
-
-tiny = runpy.run_path({str(pathlib.Path(__file__).parents[1] / "tiny.py")!r})
-get_config = tiny["get_config"]
-
-
-def build(config):
-    return dataclasses.replace(tiny["build"](config), evaluators=[measure])
-
-
-def measure(experiment, params, config, key, step):
-    from mmdiff.evals.evaluator import EvalResult
-
-    return EvalResult({{"steps": float(step)}}, {{}})
-"""
-
 
 @pytest.fixture
-def config(tmp_path):
-    path = tmp_path / "measured.py"
-    path.write_text(CONFIG)
-    return ["--config", str(path)]
+def config():
+    return ["--config", str(pathlib.Path(__file__).parents[1] / "tiny.py")]
 
 
 def test_a_run_at_an_address_continues_from_what_is_whole_and_is_used_there(config, bucket, tmp_path, monkeypatch, caplog, capsys):
