@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Patches
-from mmdiff.nets.transformer import Block, DiffusionTransformer, normal, output
+from mmdiff.nets.layers import normal
+from mmdiff.nets.transformer import Block, DiffusionTransformer, output
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 

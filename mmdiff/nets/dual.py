@@ -27,8 +27,9 @@ import jax.numpy as jnp
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Dense, Patches, xavier
 from mmdiff.nets.fields import check_width
+from mmdiff.nets.layers import layer_norm
 from mmdiff.nets.towers import learned_logits, logit_outputs
-from mmdiff.nets.transformer import DiffusionTransformer, layer_norm, output
+from mmdiff.nets.transformer import DiffusionTransformer, output
 
 
 class DualStream(DiffusionTransformer):

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmdiff.nets.transformer import Block, DiffusionTransformer, normal, output
+from mmdiff.nets.layers import normal
+from mmdiff.nets.transformer import Block, DiffusionTransformer, output
 
 
 class MMDiT(DiffusionTransformer):

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from mmdiff.nets.embed import Dense, Patches, patchify, xavier
 from mmdiff.nets.fields import check_fields
-from mmdiff.nets.transformer import DiffusionTransformer, layer_norm, normal, output, zeros
+from mmdiff.nets.layers import layer_norm, normal, zeros
+from mmdiff.nets.transformer import DiffusionTransformer, output
 
 
 class Features(NamedTuple):

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
+from mmdiff.nets.layers import normal
 from mmdiff.nets.tokens import Block, check_ids
-from mmdiff.nets.transformer import Transformer, normal
+from mmdiff.nets.transformer import Transformer
 
 
 class TextEncoder(Transformer):

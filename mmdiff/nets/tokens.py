@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Dense, frequencies, patchify, readout, unpatchify
+from mmdiff.nets.layers import Attention, CrossAttention, layer_norm, modulate, normal
 from mmdiff.nets.target import constrain
-from mmdiff.nets.transformer import Attention, CrossAttention, Transformer, layer_norm, modulate, normal
+from mmdiff.nets.transformer import Transformer
 
 # The uniform law of +-1 / sqrt(fan in), the default of the framework that the published convolutions were left to.
 conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

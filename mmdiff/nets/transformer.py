@@ -9,18 +9,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mmdiff.errors import UserError
 from mmdiff.nets import fused_norm
-from mmdiff.nets.attention import attention, self_attention, split_heads
-from mmdiff.nets.embed import Dense, ProductAndBias, TimeEmbed, xavier
+from mmdiff.nets.embed import Dense, TimeEmbed, xavier
 from mmdiff.nets.fields import Network
+from mmdiff.nets.layers import MLP, Attention, CrossAttention, Layers, cut, join, layer_norm, modulate, zeros
 from mmdiff.nets.target import axis_size, constrain, platform, single_cpu
-
-zeros = nn.initializers.zeros
-normal = nn.initializers.normal(0.02)
 
 REMAT = {
     "none": None,
@@ -148,124 +144,11 @@ class Stack(nn.Module):
         return stack(block, self.depth, self.scan, self.remat)(streams, conditions, visible, context, added, each=cache)
 
 
-def modulate(x, shift, scale):
-    """`x (1 + scale) + shift` with one shift and scale per example, broadcast over its tokens."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def layer_norm(x, eps: float = 1e-6):
-    """`(x - mean) / sqrt(var + eps)` without parameters, statistics in float32 or wider, result in x's dtype."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - wide.mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
-
-
 def output(stream: Any, h: jax.Array, c: jax.Array, dtype: Any, name: str, eps: float, adaln: str = "") -> jax.Array:
     """The last layer of a stream `name`, float32: `stream.decode(LN(h) (1 + scale) + shift)`, shift and scale of the condition c [B, W]."""
     layer = Dense(2 * h.shape[-1], kernel_init=zeros, dtype=dtype, name=adaln or f"{name}_adaln")
     shift, scale = jnp.split(layer(nn.silu(c)), 2, axis=-1)
     return stream.decode(modulate(layer_norm(h, eps), shift, scale), dtype, name)
-
-
-class MLP(nn.Module):
-    """Dense, tanh-GELU, Dense."""
-
-    ratio: float = 4.0
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        hidden = Dense(int(x.shape[-1] * self.ratio), kernel_init=xavier, dtype=self.dtype, name="in")(x)
-        hidden = checkpoint_name(hidden, "mlp_in")
-        return Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="out")(nn.gelu(hidden, approximate=True))
-
-
-class Attention(nn.Module):
-    """Multi-head attention among streams of tokens, {name: [B, N, W]}; a network's only stream has the name "".
-
-    Attributes:
-      heads: of them.
-      attends: stream -> the streams that its tokens attend to, all by default.
-      weights: stream -> the prefix of its layers, its name by default: streams of one prefix share them.
-      parts: (prefix, length) of the parts of the stream "", if it consists of several: "" for layers that all of them share, which run as
-        one product over all tokens.
-      qk_norm: normalise queries and keys per head (RMS, learned scale; shared by all streams).
-      kernel_init: their initialiser.
-    """
-
-    heads: int
-    attends: Mapping[str, tuple[str, ...]] | None = None
-    weights: Mapping[str, str] | None = None
-    parts: tuple[tuple[str, int], ...] = ()
-    qk_norm: bool = False
-    kernel_init: Callable = xavier
-    backend: str | None = None
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, streams, visible={}, cache={}):
-        """-> the streams' updates, and their keys and values {name: (k, v)}, [B, N, H, D] each.
-
-        Args:
-          streams: tokens by name.
-          visible: name -> bool [B, N], False for masked tokens; a stream that is left out is not masked.
-          cache: keys and values of streams that are not there, from an earlier call.
-        """
-        made = _Layers(self.weights, self.parts, self.dtype)
-        queries, keys, updates, outputs = {}, dict(cache), {}, {}
-        alone = len(streams) == 1 and not cache and not visible and not self.qk_norm and not any(prefix for prefix, _ in self.parts)
-        for name, x in streams.items():
-            kind = ProductAndBias if alone else Dense
-            qkv = made(kind, name, "qkv", features=3 * x.shape[-1], kernel_init=self.kernel_init)(x)
-            if alone:
-                outputs[name], qkv = self_attention(*qkv, self.heads, self.backend), qkv[0] + qkv[1].reshape(1, 1, -1)
-            q, k, v = split_heads(qkv, self.heads)
-            if self.qk_norm:
-                q, k = made.layer(nn.RMSNorm, "", "q_norm")(q), made.layer(nn.RMSNorm, "", "k_norm")(k)
-            queries[name], keys[name] = q, (k, v)
-        for name, q in queries.items():
-            read = [other for other in (self.attends or {}).get(name, streams) if other in keys]
-            k, v = (_join(pair) for pair in zip(*(keys[other] for other in read)))
-            mask = None
-            if any(other in visible for other in read):
-                masks = [visible[other] if other in visible else jnp.ones(keys[other][0].shape[:2], bool) for other in read]
-                mask = jnp.concatenate(masks, axis=1)[:, None, None]
-            out = outputs[name] if alone else attention(q, k, v, mask, self.backend).reshape(*q.shape[:2], -1)
-            updates[name] = made(Dense, name, "out", features=out.shape[-1], kernel_init=self.kernel_init)(out)
-        return updates, {name: keys[name] for name in streams}
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of x [B, N, W] to a context [B, M, C]: [B, N, W], or [B, 1, W] where there is one key.
-
-    Attributes:
-      heads: of them.
-      prefix: of the layers' names.
-      kernel_init: their initialiser.
-    """
-
-    heads: int
-    prefix: str = ""
-    kernel_init: Callable = xavier
-    backend: str | None = None
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, context, mask=None):
-        """`mask`: bool [B, M], False for masked tokens; without any key the update is 0."""
-
-        def dense(features, name, x):
-            return Dense(features, kernel_init=self.kernel_init, dtype=self.dtype, name=self.prefix + name)(x)
-
-        b, n, width = x.shape
-        q = dense(width, "q", x).reshape(b, n, self.heads, -1)
-        kv = dense(2 * width, "kv", context).reshape(b, context.shape[1], self.heads, 2, -1)  # by head first, as in `split_heads`
-        k, v = kv[..., 0, :], kv[..., 1, :]
-        # One key has weight 1, whatever the query.
-        out = v if k.shape[1] == 1 else attention(q, k, v, None if mask is None else mask[:, None, None], self.backend)
-        out = dense(width, "out", out.reshape(b, -1, width))
-        # Where all keys are masked `attention` returns their mean.
-        return out if mask is None else jnp.where(mask.any(1)[:, None, None], out, 0)
 
 
 class Block(nn.Module):
@@ -318,8 +201,8 @@ class Block(nn.Module):
         members = {name: [name] for name in streams}  # stream -> whose tokens it consists of
         if self.merged:
             parts = tuple((weights.get(name, name), streams[name].shape[1]) for name in names)
-            streams, members = {"": _join([streams[name] for name in names])}, {"": names}
-        made, lengths = _Layers(weights, parts, self.dtype), [length for _, length in parts]
+            streams, members = {"": join([streams[name] for name in names])}, {"": names}
+        made, lengths = Layers(weights, parts, self.dtype), [length for _, length in parts]
 
         modulations = {}  # stream -> (shift, scale, gate) of its attention, MLP and cross-attention, each for all members
         for stream, members_of in members.items() if conditions else ():
@@ -338,14 +221,14 @@ class Block(nn.Module):
             if len(lengths) < 2 and (self.backend == "pallas" or (self.backend is None and fused_norm.applies(streams[name]))):
                 out, streams[name] = fused_norm.norm_and_modulation(streams[name], *(each[0] for each in by), eps)
                 return out
-            normed = _cut(layer_norm(streams[name], eps), lengths)
-            return _join([modulate(*pieces) for pieces in zip(normed, *by)])
+            normed = cut(layer_norm(streams[name], eps), lengths)
+            return join([modulate(*pieces) for pieces in zip(normed, *by)])
 
         def after(name, which, update):
             if name not in modulations:
                 return streams[name] + update
-            gated = zip(_cut(checkpoint_name(update, "update"), lengths), modulations[name][which][2])
-            return streams[name] + _join([gate[:, None] * piece for piece, gate in gated])
+            gated = zip(cut(checkpoint_name(update, "update"), lengths), modulations[name][which][2])
+            return streams[name] + join([gate[:, None] * piece for piece, gate in gated])
 
         def flat(module):
             """The module, whose layers lie in this one."""
@@ -365,34 +248,5 @@ class Block(nn.Module):
             update = made(MLP, name, "mlp", ratio=self.mlp_ratio)(before(name, "mlp"))
             streams[name] = after(name, "mlp", update)
         if self.merged:
-            streams = dict(zip(names, _cut(streams[""], lengths)))
+            streams = dict(zip(names, cut(streams[""], lengths)))
         return streams, keys if self.keep else {}
-
-
-class _Layers:
-    """The layers of the module whose method constructs this, by stream and name: made at their first use, so one prefix is one layer."""
-
-    def __init__(self, prefixes: Mapping[str, str] | None, parts: tuple[tuple[str, int], ...], dtype: Any):
-        self._prefixes, self._parts, self._dtype, self._made = prefixes or {}, parts, dtype, {}
-
-    def __call__(self, kind: type[nn.Module], stream: str, name: str, **fields: Any) -> Callable:
-        """The layer of a stream, or a function that applies its layer to each of the stream's parts."""
-        if stream or not any(prefix for prefix, _ in self._parts):
-            return self.layer(kind, self._prefixes.get(stream, stream), name, **fields)
-        layers, lengths = [self.layer(kind, prefix, name, **fields) for prefix, _ in self._parts], [length for _, length in self._parts]
-        return lambda x: _join([layer(part) for layer, part in zip(layers, _cut(x, lengths))])
-
-    def layer(self, kind: type[nn.Module], prefix: str, name: str, **fields: Any) -> nn.Module:
-        path = f"{prefix}_{name}" if prefix else name
-        if path not in self._made:
-            self._made[path] = kind(**fields, dtype=self._dtype, name=path)
-        return self._made[path]
-
-
-def _cut(x: jax.Array, lengths: Any) -> list[jax.Array]:
-    """x [B, N, ...] in parts of so many tokens; in one without lengths."""
-    return jnp.split(x, np.cumsum(lengths)[:-1], axis=1) if len(lengths) > 1 else [x]
-
-
-def _join(parts: Any) -> jax.Array:
-    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]

@@ -13,8 +13,8 @@ from jax.sharding import SingleDeviceSharding
 
 from mmdiff.nets import DiT, Label, MMDiT, Patches, as_joint, fused_attention, fused_norm
 from mmdiff.nets.attention import attention, self_attention
+from mmdiff.nets.layers import layer_norm, modulate
 from mmdiff.nets.target import compiling_for
-from mmdiff.nets.transformer import layer_norm, modulate
 from mmdiff.training import aot, hlo, sharding
 from mmdiff.training.accumulation import make_gradient
 

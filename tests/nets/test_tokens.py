@@ -15,8 +15,8 @@ from mmdiff import losses, sampling, times
 from mmdiff.contrastive import contrast, inter, intra
 from mmdiff.experiment import initialiser
 from mmdiff.nets import TextEncoder, TokenTransformer, cdcd
+from mmdiff.nets.layers import CrossAttention, layer_norm
 from mmdiff.nets.tokens import MLP, Block
-from mmdiff.nets.transformer import CrossAttention, layer_norm
 from mmdiff.processes import Given, Joint, absorbing
 from mmdiff.training import sharding
 from mmdiff.training.step import make_step

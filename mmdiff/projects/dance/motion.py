@@ -13,8 +13,9 @@ import numpy as np
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Dense
 from mmdiff.nets.fields import Network
+from mmdiff.nets.layers import normal
 from mmdiff.nets.tokens import Block, check_ids, time_features
-from mmdiff.nets.transformer import Transformer, normal
+from mmdiff.nets.transformer import Transformer
 
 
 class MotionEncoder(Transformer):
