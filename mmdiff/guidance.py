@@ -5,6 +5,7 @@ Each takes `apply(params, x, t)` and returns one like it. All of them are names 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,20 +18,35 @@ from mmdiff.processes.aggregate import Aggregate
 from mmdiff.processes.base import Joint, bcast, concrete
 
 
+Weight = float | Callable[[Mapping[str, jax.Array]], jax.Array]
+"""A number, or a function of the network's times."""
+
+
 def guided(
-    apply: Callable, w: float | Callable, drop: Sequence[str], process: Joint, channels: Mapping[str, int] | None = None
+    apply: Callable,
+    w: Weight | Mapping[str, Weight],
+    drop: Sequence[str] = (),
+    process: Joint | None = None,
+    channels: Mapping[str, int] | None = None,
+    *,
+    each: Sequence[str] = (),
+    prior: Mapping[str, jax.Array] | None = None,
 ) -> Callable:
     """Classifier-free guidance on raw outputs: `out = u + w (c - u)`; w = 1 is plain conditional, 0 unconditional.
 
-    Linear in the output, hence right for eps, v, velocity and logits alike. The unconditional branch is the same batch with the
-    dropped modalities at t = 1; both branches run as one batch of 2B.
+    Linear in the output, hence right for eps, v, velocity and logits alike. u is of the same batch with some modalities at t = 1: with
+    `drop` those, and they guide all others; with `each` every modality named there has a u of its own, from which all others are absent,
+    so that modalities that are sampled together follow each other (UniDiffuser, Bao et al. 2023). All run as one batch, of 2B or (1 + M)B;
+    a u that no weight other than the number 1 needs is left out.
 
     Args:
-      w: a number, or a function of the network's times (see `interval`).
+      w: a number, or a function of the network's times (`interval`, `ramp`); or one by modality, 1 for those that it leaves out.
       drop: the modalities that the unconditional branch is without: it is fed `process.null(name)`. Refused where that is random.
       process: the joint process; from an `Aggregate`'s mean the dropped modalities go, too.
       channels: modality -> how many of its output's first channels are guided; the others are those of the conditional branch. Published
         DiT guides 3 of 8, `{"image": 3}` (`forward_with_cfg`). All channels by default.
+      each: the modalities that are guided, in place of `drop`.
+      prior: what is fed for modalities that are absent, where it is no null: a sample of `process.prior`, [B, ...] each.
 
     Raises UserError for a modality without a null, a weight that is not finite, or `channels` of no modality.
 
@@ -42,26 +58,53 @@ def guided(
     >>> x, t = {"image": jnp.zeros((2, 1)), "label": jnp.array([3, 7])}, {"image": jnp.ones(2), "label": jnp.zeros(2)}
     >>> guided(apply, 4.0, ("label",), process)(None, x, t)["image"].tolist()
     [[4.0], [4.0]]
+    >>> guided(apply, {"image": 4.0}, process=process, each=("image",))(None, x, t)["image"].tolist()
+    [[4.0], [4.0]]
     """
-    drop = dropped(drop, process)
-    _check_weight("guided", w)
+    if not isinstance(process, Joint) or (drop and each):
+        raise UserError("guided: it needs the Joint process, and either drop, what guides, or each, what is guided.")
+    prior, drop, each = dict(prior or {}), dropped(drop, process), guided_each(each, process)
+    for one in w.values() if isinstance(w, Mapping) else (w,):
+        _check_weight("guided", one)
     for name, count in (channels or {}).items():
         if name not in process.parts or isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise UserError(f"guided: channels={channels} must give a modality of {sorted(process.parts)} its number of guided channels.")
 
+    def weight(name):
+        return w.get(name, 1.0) if isinstance(w, Mapping) else w
+
+    def without(name):
+        """The modalities that are absent from what this output is guided away from; () if it is not guided."""
+        if _is_one(weight(name)) or name in drop or (each and name not in each):
+            return ()
+        return tuple(other for other in process.parts if other != name) if each else drop
+
+    branches = [*dict.fromkeys(filter(None, map(without, process.parts)))]
+    for name in {*itertools.chain(*branches)} - {*prior}:
+        process.null(name)
+    if not branches:
+        return apply
+
+    def absent(name, x, t):
+        if name not in prior:
+            return process.null_like(name, x)
+        fed = process.parts[name].inputs(prior[name], jnp.ones_like(t))[0]
+        return jnp.where(bcast(t, x) == 1, x, fed.astype(x.dtype))  # what is absent is as it should be
+
     def apply_guided(params, x, t):
-        null_x, null_t = dict(x), dict(t)
-        for name in drop:
-            null_x[name], null_t[name] = process.null_like(name, x[name]), jnp.ones_like(t[name])
-        null_x, null_t = process.bind(params).unconditional_inputs(x, t, null_x, null_t)
-        both_x, both_t = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (x, t), (null_x, null_t))
-        out = apply(params, both_x, both_t)
-        scale = w(t) if callable(w) else w
+        batches, bound = [(dict(x), dict(t))], process.bind(params)
+        for names in branches:
+            null_x = {**x, **{name: absent(name, x[name], t[name]) for name in names}}
+            null_t = {**t, **{name: jnp.ones_like(t[name]) for name in names}}
+            batches.append(bound.unconditional_inputs(x, t, null_x, null_t))
+        out = apply(params, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches))
 
         def mix(name, o):
-            c, u = jnp.split(o, 2)
-            if name in drop:
+            c, *others = jnp.split(o, len(batches))
+            if (names := without(name)) not in branches:
                 return c
+            u, scale = others[branches.index(names)], weight(name)
+            scale = jnp.asarray(scale(t)) if callable(scale) else scale
             mixed = u + (bcast(scale, c) if isinstance(scale, jax.Array) and scale.ndim else scale) * (c - u)
             some = (channels or {}).get(name)
             return mixed if some is None else jnp.concatenate([mixed[..., :some], c[..., some:]], -1)
@@ -78,6 +121,20 @@ def dropped(drop: Sequence[str], process: Joint) -> tuple[str, ...]:
     for name in drop:
         process.null(name)
     return tuple(drop)
+
+
+def guided_each(each: Sequence[str], process: Joint) -> tuple[str, ...]:
+    """The names in `each`, modalities of the process; of an `Aggregate` that adds some to its target none can be guided by itself."""
+    unknown = [each] if isinstance(each, str) else [name for name in each if name not in process.parts]
+    if unknown:
+        raise UserError(f"guidance of each modality takes several of {sorted(process.parts)}, not {', '.join(unknown)}.")
+    if each and getattr(process, "added", ()):
+        raise UserError("guidance of each modality is for those with a state of their own; of an Aggregate use drop, what guides its target.")
+    return tuple(each)
+
+
+def _is_one(w: Any) -> bool:
+    return not callable(w) and concrete(w) and np.ndim(w) == 0 and float(w) == 1
 
 
 def _check_weight(what: str, w: Any) -> None:
@@ -141,3 +198,13 @@ def interval(w: float, low: float, high: float, of: str) -> Callable:
     if not 0 <= low < high <= 1:
         raise UserError(f"interval: guidance acts while low < t <= high with 0 <= low < high <= 1, not ({low}, {high}].")
     return lambda t: jnp.where((t[of] > low) & (t[of] <= high), w, 1.0)
+
+
+def ramp(w: float, of: str) -> Callable:
+    """Guidance that grows from none at the prior to `w` at the data: `1 + (w - 1) (1 - t)`, t that of modality `of` (UniDisc).
+
+    >>> [float(ramp(5.0, "text")({"text": jnp.float32(t)})) for t in (0.0, 0.5, 1.0)]
+    [5.0, 3.0, 1.0]
+    """
+    _check_weight("ramp", w)
+    return lambda t: 1.0 + (w - 1.0) * (1.0 - t[of])

@@ -28,7 +28,7 @@ import numpy as np
 
 from mmdiff.errors import UserError
 from mmdiff.grids import hitting_grid, karras_grid, settled_at, spaced_grid, uniform_grid
-from mmdiff.guidance import autoguided, dropped, guided, head_guided, interval
+from mmdiff.guidance import autoguided, dropped, guided, guided_each, head_guided, interval, ramp
 from mmdiff.processes.base import Process, concrete, fold
 from mmdiff.transforms import (
     SamplerState,
@@ -49,7 +49,7 @@ from mmdiff.transforms import (
 
 __all__ = [
     "SamplerState", "Transform", "autoguided", "clip", "confidence", "dpmpp_2m", "first_hitting", "following", "guided", "head_guided",
-    "hitting_grid", "interval", "karras_grid", "make_sampler", "only", "released_stride", "sample", "sample_prior", "sampled",
+    "hitting_grid", "interval", "karras_grid", "make_sampler", "only", "ramp", "released_stride", "sample", "sample_prior", "sampled",
     "settled_at", "spaced_grid", "temperature", "threshold", "top_p", "uniform_grid", "unipc",
 ]
 
@@ -240,6 +240,7 @@ def make_sampler(
     grid: Callable = lambda steps: (uniform_grid(steps), ()),
     channels: Mapping[str, int] | None = None,
     guided_during: tuple[str, float, float] | None = None,
+    each: Sequence[str] | Mapping[str, Callable] = (),
     **options: Any,
 ) -> Callable:
     """The sampler of an `Experiment`: `sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None)`.
@@ -247,6 +248,8 @@ def make_sampler(
     Args:
       process, apply, shape: as in `sample`.
       drop, channels: what guidance drops, and the channels that it guides (see `guided`). With guidance 1 the network runs once a step.
+      each: what is guided by all other modalities, in place of `drop`, as far as it is sampled: `("image", "text")`. A mapping says by which
+        weight, a function of `guidance`: `{"image": lambda w: w, "text": lambda w: ramp(w, "text")}`.
       guided_during: (name, low, high): guidance acts only while that modality's time is in (low, high], see `interval`; always by default.
       paths: each modality's own time as a function of the trajectory's, [0, 1] -> [0, 1] with both ends fixed; the identity by
         default. A model trained at independent times may go from (1, ..., 1) to (0, ..., 0) along any path.
@@ -257,16 +260,27 @@ def make_sampler(
     transforms, drop = tuple(options.pop("transforms", ())), dropped(drop, process)
     paths = {name: (paths or {}).get(name, lambda t: t) for name in shape}
     during = _interval_of(guided_during, shape)
+    own = dict(each) if isinstance(each, Mapping) else {name: lambda w: w for name in guided_each(each, process)}
+    guided_each(tuple(own), process)
+
+    def network(keys, given, absent, guidance):
+        def weight(w):
+            return w if callable(w) or not during or w == 1 else interval(w, *during)
+
+        # Guidance has nothing to compare where the condition is absent anyway.
+        absent = {*absent, *(name for name in process.conditions if name not in given)}
+        if guidance == 1:
+            return apply
+        if not own:
+            return guided(apply, weight(guidance), [name for name in drop if name not in absent], process, channels)
+        weights = {name: weight(of(guidance)) for name, of in own.items() if name not in {*given, *absent} and {*shape} - {name, *absent}}
+        return guided(apply, weights, (), process, channels, each=tuple(weights), prior=process.prior(fold(keys, "absent"), shape))
 
     def sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None):
-        # Guidance has nothing to compare where the condition is absent anyway.
-        present = [name for name in drop if name not in absent]
-        weight = interval(guidance, *during) if during else guidance
-        network = guided(apply, weight, present, process, channels) if present and guidance != 1 else apply
         times, strides = grid(steps)
         times = {name: path(times) for name, path in paths.items()}
         rest = {"transforms": (*transforms, *strides), "history": history, "start": start, **options}
-        return sample(process, network, params, keys, times, shape, given=given, absent=absent, **rest)
+        return sample(process, network(keys, given or {}, absent, guidance), params, keys, times, shape, given=given, absent=absent, **rest)
 
     return sampler
 

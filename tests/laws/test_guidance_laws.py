@@ -1,0 +1,161 @@
+"""Laws of guidance: what it must leave alone, what a branch is, and which branches are not computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exact import Mixture, keys
+
+from mmdiff import processes, sampling, schedules
+from mmdiff.errors import UserError
+from mmdiff.processes import Gaussian, Given, Joint
+
+PROCESS = Joint(image=Gaussian(schedules.flow(), processes.velocity), label=processes.absorbing(3))
+TOY = Mixture([0.5, 0.3, 0.2], [[-1.0, 0.4], [0.3, 1.0], [1.0, -1.0]], 0.4)
+SHAPE = {"image": (2,), "label": ()}
+BOTH = ("image", "label")
+
+
+def noisy(**times):
+    """Inputs of the network at times in (0, 1), or at those given, and a sample of the prior."""
+    rng = np.random.default_rng(0)
+    t = {name: np.linspace(0.1, 0.95, 12, dtype=np.float32) for name in SHAPE}
+    t |= {name: np.full(12, value, np.float32) for name, value in times.items()}
+    x = {"image": rng.normal(size=(12, 2)).astype(np.float32), "label": np.where(t["label"] == 1, 3, np.arange(12) % 4).astype(np.int32)}
+    return x, t, {"image": rng.normal(size=(12, 2)).astype(np.float32), "label": np.full(12, 3, np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """The exact network of TOY, or of the same with other means."""
+
+    means: jax.Array = dataclasses.field(default_factory=lambda: TOY.means)
+
+    def __call__(self, params, x, t):
+        own = Mixture(TOY.weights, TOY.means, TOY.std)
+        own.means = self.means
+        return own.joint_network(PROCESS)(params, x, t)
+
+
+class Counting:
+    """A network that knows how many examples it was called with."""
+
+    def __init__(self, network):
+        self.network, self.sizes = network, []
+
+    def __call__(self, params, x, t):
+        self.sizes.append(len(t["image"]))
+        return self.network(params, x, t)
+
+
+def test_each_leaves_independent_data_alone():
+    """The exact network of independent modalities: no weight changes anything; of dependent ones it does."""
+    x, t, prior = noisy()
+
+    @jax.jit
+    def outputs(means, w):
+        network = Toy(means)
+        return network(None, x, t), sampling.guided(network, w, process=PROCESS, each=BOTH, prior=prior)(None, x, t)
+
+    for w in (0.0, 1.0, 2.5, 7.0):
+        plain, guided = outputs(np.tile(TOY.means[:1], (3, 1)), w)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * (1 + w)), guided, plain)
+    plain, guided = outputs(TOY.means, 2.5)
+    assert all(np.abs(guided[name] - plain[name]).max() > 0.1 for name in BOTH)
+
+
+def test_a_branch_is_what_is_without_all_others():
+    """out_m = u_m + w_m (c_m - u_m), u_m without the others, w by modality and by time; with the image alone it is the old `drop`."""
+    x, t, prior = noisy()
+    w = {"image": 1.5, "label": sampling.ramp(3.0, "label")}
+
+    @jax.jit
+    def outputs():
+        ones = jnp.ones(12)
+        return {
+            "each": sampling.guided(Toy(), w, process=PROCESS, each=BOTH, prior=prior)(None, x, t), "c": Toy()(None, x, t),
+            "image": Toy()(None, {**x, "label": prior["label"]}, {**t, "label": ones})["image"],
+            "label": Toy()(None, {**x, "image": prior["image"]}, {**t, "image": ones})["label"],
+            "one": sampling.guided(Toy(), 2.5, process=PROCESS, each=("image",))(None, x, t),
+            "drop": sampling.guided(Toy(), 2.5, ("label",), PROCESS)(None, x, t)}
+
+    found = jax.tree.map(np.asarray, outputs())
+    for name, scale in (("image", 1.5), ("label", (1 + 2 * (1 - t["label"]))[:, None])):
+        u, c = found[name], found["c"][name]
+        np.testing.assert_allclose(found["each"][name], u + scale * (c - u), rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, found["one"], found["drop"])
+
+
+def test_what_is_absent_already_does_not_guide():
+    """c = u, also where the network listens to the noise of what is absent: it is the trajectory's own."""
+    x, t, prior = noisy(image=1.0)
+
+    def network(params, x, t):
+        return {"image": x["image"], "label": x["image"].sum(-1, keepdims=True) + t["image"][:, None]}
+
+    guided = sampling.guided(network, 4.0, process=PROCESS, each=("label",), prior=prior)
+    np.testing.assert_array_equal(jax.jit(guided)(None, x, t)["label"], network(None, x, t)["label"])
+    x, t, _ = noisy(label=1.0)
+    guided = sampling.guided(Toy(), 4.0, process=PROCESS, each=("image",))
+    guided, plain = jax.jit(lambda: (guided(None, x, t)["image"], Toy()(None, x, t)["image"]))()
+    np.testing.assert_allclose(guided, plain, atol=2e-6)
+
+
+def test_no_branch_is_computed_that_is_not_needed():
+    """Examples in a call of the network, by what is sampled and by the weights."""
+    network = Counting(Toy())
+
+    def batch(guidance=2.0, given=None, absent=(), **options):
+        draw = sampling.make_sampler(PROCESS, network, SHAPE, ("label",), **options)
+        network.sizes.clear()
+        jax.eval_shape(lambda k: draw(None, k, given or {}, steps=2, guidance=guidance, absent=absent), keys(4))
+        assert len(set(network.sizes)) == 1
+        return network.sizes[0] // 4
+
+    label, image = {"label": np.arange(4) % 3}, {"image": np.zeros((4, 2), np.float32)}
+    assert batch() == 2 and batch(each=BOTH) == 3
+    assert batch(each=BOTH, guidance=1.0) == 1
+    assert batch(each=BOTH, given=label) == 2 and batch(each=BOTH, given=image) == 2
+    assert batch(each=BOTH, absent=("label",)) == 1 == batch(absent=("label",))
+    assert batch(each={"image": lambda w: w, "label": lambda w: 1.0}) == 2
+    assert batch(each={"image": lambda w: w, "label": lambda w: 1.0}, guided_during=("image", 0.2, 0.7)) == 2
+    assert batch(each=("image",)) == 2 and batch(each=BOTH, guided_during=("image", 0.2, 0.7)) == 3
+
+
+@pytest.mark.slow
+def test_a_sampler_with_each_samples_pairs_that_agree_more():
+    """Modes that overlap: guided both ways, image and label agree more often than unguided, and a sample depends on its key alone."""
+    toy = Mixture([0.4, 0.4, 0.2], [[-0.5, 0.0], [0.5, 0.0], [0.0, 0.6]], 0.5)
+    network, count = toy.joint_network(PROCESS), 1500
+    draw = sampling.make_sampler(PROCESS, network, SHAPE, each=BOTH)
+
+    def agreement(w):
+        return jax.jit(lambda k: draw(None, k, {}, steps=12, guidance=w))(keys(count))
+
+    def agrees(sampled):
+        _, share = toy.beliefs(sampled["image"], jnp.ones((count, 1)), jnp.full((count, 1), 1e-6), jnp.ones((count, 3)))
+        return float((share.argmax(-1) == sampled["label"]).mean())
+
+    plain, guided = agreement(1.0), agreement(2.0)
+    assert agrees(guided) > agrees(plain) + 0.1
+    few = draw(None, keys(count)[7:9], {}, steps=12, guidance=2.0)
+    np.testing.assert_allclose(few["image"], guided["image"][7:9], atol=1e-5)
+    np.testing.assert_array_equal(few["label"], guided["label"][7:9])
+
+
+def test_each_is_refused_where_it_means_nothing():
+    conditions = Joint(image=Gaussian(schedules.flow()), text=Given(0))
+    aggregate = processes.Aggregate("image", {"label": processes.MeanShift(lambda p: p, processes.card())}, **PROCESS.parts)
+    for match, make in (
+        ("has no null", lambda: sampling.guided(Toy(), 2.0, process=PROCESS, each=BOTH)),
+        ("several of .*not sound", lambda: sampling.guided(Toy(), 2.0, process=conditions, each=("sound",))),
+        ("several of .*not image", lambda: sampling.make_sampler(PROCESS, Toy(), SHAPE, each="image")),
+        ("of an Aggregate use drop", lambda: sampling.make_sampler(aggregate, Toy(), SHAPE, each=BOTH)),
+        ("either drop.*or each", lambda: sampling.guided(Toy(), 2.0, ("label",), PROCESS, each=("image",))),
+        ("must be finite", lambda: sampling.guided(Toy(), {"image": np.nan}, process=PROCESS, each=("image",))),
+        ("must be finite", lambda: sampling.ramp(np.inf, "image")),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=match):
+            make()
