@@ -17,7 +17,6 @@ from mmdiff.errors import UserError
 from mmdiff.processes.aggregate import Aggregate
 from mmdiff.processes.base import Joint, bcast, concrete
 
-
 Weight = float | Callable[[Mapping[str, jax.Array]], jax.Array]
 """A number, or a function of the network's times."""
 
@@ -129,7 +128,7 @@ def guided_each(each: Sequence[str], process: Joint) -> tuple[str, ...]:
     if unknown:
         raise UserError(f"guidance of each modality takes several of {sorted(process.parts)}, not {', '.join(unknown)}.")
     if each and getattr(process, "added", ()):
-        raise UserError("guidance of each modality is for those with a state of their own; of an Aggregate use drop, what guides its target.")
+        raise UserError("guidance of each modality needs a state of its own for each; of an Aggregate use drop, what guides its target.")
     return tuple(each)
 
 

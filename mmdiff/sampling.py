@@ -248,8 +248,8 @@ def make_sampler(
     Args:
       process, apply, shape: as in `sample`.
       drop, channels: what guidance drops, and the channels that it guides (see `guided`). With guidance 1 the network runs once a step.
-      each: what is guided by all other modalities, in place of `drop`, as far as it is sampled: `("image", "text")`. A mapping says by which
-        weight, a function of `guidance`: `{"image": lambda w: w, "text": lambda w: ramp(w, "text")}`.
+      each: what is guided by all other modalities, in place of `drop`, as far as it is sampled: `("image", "text")`. A mapping says by
+        which weight, a function of `guidance`: `{"image": lambda w: w, "text": lambda w: ramp(w, "text")}`.
       guided_during: (name, low, high): guidance acts only while that modality's time is in (low, high], see `interval`; always by default.
       paths: each modality's own time as a function of the trajectory's, [0, 1] -> [0, 1] with both ends fixed; the identity by
         default. A model trained at independent times may go from (1, ..., 1) to (0, ..., 0) along any path.
