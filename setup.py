@@ -53,6 +53,7 @@ EXTRAS = {
     "tpu-aot": [TPU_COMPILER],  # `mmdiff aot`: on a machine without TPUs, where jax must run with JAX_PLATFORMS=cpu
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],  # for older drivers
+    "tokamax": ["tokamax>=0.0.12"],  # its kernels of attention, for GPUs: nets' backend="tokamax"
 }
 # `configs` is a folder of the repository; a wheel has it inside the package, where `--config NAME` finds it.
 CONFIGS = ["mmdiff._configs", *(f"mmdiff._configs.{path.name}" for path in sorted((root / "configs").iterdir()) if path.is_dir())]

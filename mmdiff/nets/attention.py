@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mmdiff.errors import import_extra
 from mmdiff.nets import fused_attention
 from mmdiff.nets.target import axis_size, platform
 
-BACKENDS = ("reference", "xla", "cudnn", "pallas")
+BACKENDS = ("reference", "xla", "cudnn", "tokamax", "pallas")
 
 
 def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -26,9 +27,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
       q: queries [B, N, H, D]; k, v: keys and values [B, M, H, D].
       mask: boolean, broadcastable to [B, H, N, M]; False masks a key. A row without any key is the mean over all values.
       backend: "reference" (batched products over B*H; the fastest here on CPU), "xla" (`jax.nn.dot_product_attention`), "cudnn" (its
-        fused kernel: half precision on NVIDIA GPUs, tokens not split over devices), "pallas" (`fused_attention`: TPUs, masks of keys;
-        elsewhere it is interpreted, for tests). None takes a fused kernel where it applies, else the reference. Only the reference and
-        "xla" can be differentiated in forward mode (`jax.jvp`).
+        fused kernel: half precision on NVIDIA GPUs, tokens not split over devices), "tokamax" (that package's: the extra tokamax),
+        "pallas" (`fused_attention`: TPUs, masks of keys; elsewhere it is interpreted, for tests). None takes a fused kernel where it
+        applies, else the reference. Only the reference and "xla" can be differentiated in forward mode (`jax.jvp`).
 
     Returns [B, N, H, D] in q's dtype.
 
@@ -46,6 +47,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
         if mask is not None:
             mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+        if backend == "tokamax":
+            attend = import_extra("tokamax", "tokamax").dot_product_attention
+            return checkpoint_name(attend(q, k, v, mask=mask), "attention")
         return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend), "attention")
     q, k, v = (checkpoint_name(x, "qkv").swapaxes(1, 2) for x in (q, k, v))
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -71,7 +75,9 @@ def _backend(backend: str | None, queries: jax.Array, keys: int, size: int, mask
         half = queries.dtype in (jnp.bfloat16, jnp.float16)
         if fused_attention.applies(queries, keys, size, mask):
             return "pallas"
-        return "cudnn" if platform() == "gpu" and axis_size("seq") == 1 and half and size % 8 == 0 else "reference"
+        # cuDNN's gradient with a mask wants even lengths.
+        fits = half and size % 8 == 0 and size <= 128 and (mask is None or queries.shape[1] % 2 == keys % 2 == 0)
+        return "cudnn" if platform() == "gpu" and axis_size("seq") == 1 and fits else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"attention: no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
     return backend
