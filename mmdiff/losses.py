@@ -33,12 +33,28 @@ from mmdiff import former_names
 from mmdiff.errors import UserError
 from mmdiff.microbatches import BatchLoss, Pieces, without_state
 from mmdiff.processes.base import Process, concrete, fold
-from mmdiff.terms import InBatchTerm, Term, auxiliary, min_snr, mse, of_parts, on, sigma_vlb, sigmoid, snr, vlb, weighted, x0_ce
+from mmdiff.terms import (
+    InBatchTerm,
+    Term,
+    auxiliary,
+    masked_ce,
+    masked_elbo,
+    min_snr,
+    mse,
+    of_parts,
+    on,
+    sigma_vlb,
+    sigmoid,
+    snr,
+    vlb,
+    weighted,
+    x0_ce,
+)
 from mmdiff.times import Adaptive, Times, example_keys
 
 __all__ = [
-    "InBatchTerm", "Loss", "Term", "auxiliary", "combine", "diffusion", "flips", "min_snr", "mse", "of_parts", "on", "prepared",
-    "sigma_vlb", "sigmoid", "snr", "vlb", "weighted", "x0_ce",
+    "InBatchTerm", "Loss", "Term", "auxiliary", "combine", "diffusion", "flips", "masked_ce", "masked_elbo", "min_snr", "mse", "of_parts",
+    "on", "prepared", "sigma_vlb", "sigmoid", "snr", "vlb", "weighted", "x0_ce",
 ]
 
 Loss = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]

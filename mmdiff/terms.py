@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -170,6 +170,69 @@ def x0_ce(process) -> Term:
         return jnp.where(noised.t > 0, per_example_mean(jnp.minimum(nll, -LOG_FLOOR)), 0.0)
 
     return term
+
+
+def masked_ce(process, weight: Callable | None = None, classes: Mapping[int, float] | None = None, by: str = "token") -> Term:
+    """Cross-entropy of the belief about x_0 at masked tokens, `weight(keep, t) sum_i c_i -log p(x_0i | x_t) / n`, in nats.
+
+    Args:
+      process: a `Categorical`, such as `absorbing`.
+      weight: of the time, see `masked_elbo`; 1 by default.
+      classes: the weights c of tokens by their class, else 1: `{tokenizer.padding: 0.1}` still learns where a text ends.
+      by: "token": n is the length, so that all masked tokens of a batch weigh the same. "example": n is the sum of c over the example's
+        masked tokens, so that all examples do, and a token of one that has few of them weighs more. The metric says which,
+        "loss/text/by_token".
+
+    >>> from mmdiff.processes import absorbing
+    >>> process, t = absorbing(4), jnp.array([0.5])
+    >>> noised = Noised(x0=jnp.array([[1, 2, 0, 0]]), xt=jnp.array([[4, 2, 4, 4]]), t=t)  # three of four are masked, two of them padding
+    >>> flat = jnp.zeros((1, 4, 4))                                                       # each token costs log 4
+    >>> [round(float(value[0] / math.log(4)), 6) for by in ("token", "example")
+    ...  for value in masked_ce(process, masked_elbo(cap=5.0), {0: 0.1}, by)(flat, noised).values()]
+    [0.6, 2.0]
+    """
+    if by not in ("token", "example"):
+        raise UserError(f"masked_ce weighs by='token' or by='example', not {by!r}.")
+    for name, factor in (classes or {}).items():
+        if not (is_whole(name, 0) and name < process.classes and 0 <= factor < math.inf):
+            raise UserError(f"masked_ce: weights are of classes 0..{process.classes - 1}, finite and at least 0, not {factor} of {name}.")
+    if weight and not hasattr(process, "keep"):
+        raise UserError(f"masked_ce weighs times of a Categorical, by its schedule `keep`; {type(process).__name__} has none.")
+
+    def factors(x0):
+        found = jnp.ones(x0.shape, jnp.float32)
+        for name, factor in (classes or {}).items():
+            found = jnp.where(x0 == name, factor, found)
+        return found
+
+    @tokenwise
+    def per_position(out, noised):
+        return jnp.where(noised.t > 0, per_example_mean(factors(noised.x0) * process.token_nll(out, noised)), 0.0)
+
+    def term(out, noised):
+        value = per_position(out, noised)
+        if by == "example":
+            share = per_example_mean(jnp.where(noised.xt == process.mask, factors(noised.x0), 0.0))
+            value = value / jnp.where(share > 0, share, 1.0)
+        scale = weight(process.keep, jnp.where(noised.t > 0, noised.t, 0.5)) if weight else 1.0
+        return {f"by_{by}": scale * value}
+
+    return term
+
+
+def masked_elbo(cap: float = math.inf) -> Callable:
+    """The weight of the bound on the likelihood, `min(cap, -a'(t) / (1 - a(t)))` of the share a(t) of tokens that are kept: 1/t for `flow`.
+
+    With an infinite cap `masked_ce` by token is `vlb` (MD4, Shi et al. 2024). A cap, as `min_snr` has, bounds the gradient near t = 0,
+    where few tokens are masked and weigh much (UniDisc: 5).
+    """
+    if not cap > 0:
+        raise UserError(f"masked_elbo needs a cap above 0, got {cap}.")
+
+    def weight(keep, t):
+        return jnp.minimum(cap, -schedules.derivative(keep, t)[0] / keep(t)[1])
+
+    return weight
 
 
 def auxiliary(process, steps: int, falling: bool = True) -> Term:

@@ -13,6 +13,6 @@ __all__, __getattr__, __dir__ = lazily(
     modalities="Features Images Labels Latents",
     network_cache="CacheWriter network_fingerprint",
     own="OwnData open_arrays open_images",
-    sources="ArraySource RandomSource Source Subset published",
+    sources="ArraySource OneOfSeveral RandomSource Source Subset published",
     token_modalities="ClassMaps Sequences Texts TokenImages",
 )

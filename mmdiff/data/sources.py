@@ -130,6 +130,37 @@ class Subset:
         return digest(self._count, "some", fingerprint(self._source))
 
 
+class OneOfSeveral:
+    """A `Source` with one of the several values (captions) that an example of another has: entries `names` [n, k, ...] become [n, ...].
+
+    Training takes another one in every epoch: of example i in epoch e it is (i + e) mod k, so that k epochs see each of them once, in the
+    order of examples that the source has anyway. What evaluates takes those of epoch 0.
+
+    >>> source = OneOfSeveral(ArraySource({"text": np.array([[[1, 2], [3, 4]], [[5, 6], [7, 8]]])}), "text")
+    >>> source.take([0, 1])["text"].tolist(), source.take_in_epochs([0, 1], [1, 1])["text"].tolist()
+    ([[1, 2], [7, 8]], [[3, 4], [5, 6]])
+    """
+
+    def __init__(self, source: Source, *names: str):
+        self._source, self._names = source, names
+
+    def __len__(self):
+        return len(self._source)
+
+    def take(self, indices):
+        return self.take_in_epochs(indices, np.zeros(np.shape(indices), np.int64))
+
+    def take_in_epochs(self, indices, epochs):
+        indices, epochs = np.asarray(indices, np.int64), np.asarray(epochs, np.int64)
+        own = getattr(self._source, "take_in_epochs", None)
+        found = own(indices, epochs) if own else self._source.take(indices)
+        chosen = {name: found[name][np.arange(len(indices)), (indices + epochs) % found[name].shape[1]] for name in self._names}
+        return {**found, **chosen}
+
+    def fingerprint(self):
+        return digest(len(self), "one of several", list(self._names), fingerprint(self._source))
+
+
 def published(open_split: Callable[[str], Source], count: int = 0, validation: str = "val", test: str = "val") -> Callable[[str], Source]:
     """The `data` of an `Experiment` from a set that is published with other splits: its names of them, the same where there is one alone.
 

@@ -126,10 +126,13 @@ class Discrete(Process):
         """Cross-entropy of the belief about x_0, averaged over one example's tokens."""
         return tokenwise(self._cross_entropy)(out, noised)
 
-    def _cross_entropy(self, out, noised):
+    def token_nll(self, out, noised):
+        """-log p(x_0 | x_t) of every token by the belief, [B, ...]: 0 for one that is not masked or replaced."""
         log_belief = self.log_belief(out, noised.xt, noised.t)
-        nll = -jnp.take_along_axis(log_belief, noised.x0[..., None], axis=-1)[..., 0]
-        return jnp.where(noised.t > 0, per_example_mean(nll), 0.0)
+        return -jnp.take_along_axis(log_belief, noised.x0[..., None], axis=-1)[..., 0]
+
+    def _cross_entropy(self, out, noised):
+        return jnp.where(noised.t > 0, per_example_mean(self.token_nll(out, noised)), 0.0)
 
     def posterior(self, xt, x0_hat, t, s):
         """q(x_s | x_t, x_0 ~ x0_hat), probabilities [B, ..., states]."""

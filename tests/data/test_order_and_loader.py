@@ -9,7 +9,7 @@ import pytest
 
 from mmdiff.data import order
 from mmdiff.data.loader import batches
-from mmdiff.data.sources import ArraySource, first_non_finite, load_all
+from mmdiff.data.sources import ArraySource, OneOfSeveral, fingerprint, first_non_finite, load_all
 from mmdiff.errors import UserError
 
 SIZE, BATCH = 21, 8
@@ -39,6 +39,22 @@ def test_order_depends_on_the_seed_and_on_nothing_that_came_before():
     order.indices(1, np.arange(SIZE), SIZE)
     np.testing.assert_array_equal(order.indices(0, late, SIZE), alone)
     assert (order.indices(1, late, SIZE) != alone).any()
+
+
+def test_one_of_several_captions_in_every_epoch():
+    """In the order of the images alone: k epochs show each caption of an image once, on any number of processes and from any step."""
+    captions = np.arange(3 * SIZE).reshape(SIZE, 3, 1) * np.ones(2, int)
+    own = ArraySource({"image": np.arange(SIZE), "text": captions})
+    several = OneOfSeveral(own, "text")
+    batch, steps = 7, 3 * SIZE // 7
+    seen = take(batches(several, 0, batch), steps)
+    image, text = (np.concatenate([each[name] for each in seen]) for name in ("image", "text"))
+    np.testing.assert_array_equal(image, np.concatenate([each["image"] for each in take(batches(own, 0, batch), steps)]))
+    np.testing.assert_array_equal(np.sort(text[:, 0]), np.arange(3 * SIZE))
+    np.testing.assert_array_equal(text[:, 0] // 3, image)
+    np.testing.assert_array_equal(next(batches(several, 0, batch, start_step=5))["text"], seen[5]["text"])
+    np.testing.assert_array_equal(load_all(several)["text"], captions[np.arange(SIZE), np.arange(SIZE) % 3])
+    assert fingerprint(several) not in (fingerprint(own), fingerprint(OneOfSeveral(own, "image")))
 
 
 @pytest.mark.parametrize("version", [1, 2])
