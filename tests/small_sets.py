@@ -1,10 +1,12 @@
-"""Sets of images with a few examples, stored as the real ones are: TFDS's array records, and the folders of COCO and CUB-200."""
+"""Sets of images with a few examples, stored as the real ones are: TFDS's array records, the folders of COCO and CUB-200, tar files."""
 
 import contextlib
+import functools
 import gzip
 import io
 import json
 import pathlib
+import tarfile
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -158,3 +160,49 @@ class FashionMnist(Tiny, skip_registration=True):
     def _of(self, images, labels):
         for i, (image, label) in enumerate(zip(images, labels)):
             yield i, {"image": image[..., None], "label": int(label)}
+
+
+SKIN = {
+    "light": (250, 220, 190), "medium-light": (224, 187, 149), "medium": (186, 141, 104), "medium-dark": (155, 105, 67),
+    "dark": (100, 75, 60)}
+
+
+@functools.cache
+def emoji_pairs(bases=10, names=40):
+    """[(key, a PNG, what its .json says)]: made-up emoji, ten names with a picture in each tone and in none, one in two tones, too."""
+    found = []
+
+    def add(shape, name, category, tones=()):
+        pixels = np.zeros((64, 64, 4), np.uint8)
+        pixels[8 + shape % 7 : 56, 8:56] = (240, 200, 30, 255)
+        for place, tone in enumerate(tones):
+            pixels[20:50, 12 + 20 * place : (52 if len(tones) == 1 else 30 + 20 * place)] = (*SKIN[tone], 255)
+        pixels[10:14, 4 + shape : 9 + shape] = (30, 60, 200, 255)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        said = {"name": name, "short_names": [name], "category": category, "subcategory": ""}
+        said["tones"] = [f"{tone} skin tone" for tone in tones]
+        found.append((f"{len(found):04x}", stream.getvalue(), said))
+
+    for i in range(bases):
+        for tones in ((), *((tone,) for tone in SKIN), *([("light", "dark")] if i == 0 else [])):
+            add(i, f"hand {'abcdefghij'[i]}", "People & Body", tones)
+    for i in range(names):
+        add(i % 10 + 20, f"flag {i}", ("Flags", "Objects")[i % 2])
+    return tuple(found)
+
+
+def write_tar(path, content, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, each in content.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(each)
+            tar.addfile(member, io.BytesIO(each))
+    return path
+
+
+def emoji(path):
+    """The tar file of these emoji."""
+    pairs = emoji_pairs()
+    return write_tar(path, {name: each for key, image, said in pairs for name, each in (
+        (f"{key}.png", image), (f"{key}.json", json.dumps(said).encode()))})

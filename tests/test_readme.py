@@ -1,5 +1,6 @@
 """The pages' Python examples run and do what they say; their commands parse; paths, images and links exist."""
 
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -121,6 +122,8 @@ def test_printed_commands_have_flags_and_values_that_exist(name, monkeypatch):
             args = arguments.parse(words[1:])
             if args.config:
                 configs.load(args.config, args.overrides)
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]), words
         elif words[0] in ("python", "bash"):
             assert pathlib.Path(words[1]).is_file(), words
 

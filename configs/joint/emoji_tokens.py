@@ -1,0 +1,70 @@
+"""Emoji and their captions by one set of weights: pictures of a text, texts of a picture, both together, and each alone.
+
+    python -m mmdiff train  --config configs/joint/emoji_tokens.py --workdir runs/emoji --config.data.dir=emoji64.tar
+    python -m mmdiff eval   --config configs/joint/emoji_tokens.py --workdir runs/emoji
+    python -m mmdiff sample --config configs/joint/emoji_tokens.py --workdir runs/emoji --given text="dark skin, man getting massage"
+    python -m mmdiff sample --config configs/joint/emoji_tokens.py --workdir runs/emoji --given image=FILE
+"""
+
+from functools import partial
+
+from ml_collections import ConfigDict
+
+from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
+from mmdiff.data import Texts
+from mmdiff.data.own import CroppedImages
+from mmdiff.data.sources import digest
+from mmdiff.processes import Gaussian, Joint, absorbing, velocity
+from mmdiff.projects.emoji.emoji import SHAPE, emoji_source, emoji_tokenizer
+from mmdiff.projects.emoji.emoji_metrics import evaluators_of
+from mmdiff.training import optim
+
+
+def get_config():
+    return ConfigDict({
+        "seed": 0,
+        "data": {"dir": ""},
+        "model": {"width": 128, "depth": 4, "heads": 4, "patch": 4, "stem": 32},
+        # Shares of the training times: both noisy; image given text; text given a clean image, and given one at t up to 0.5, which keeps
+        # the reader from learning the pictures by heart; each alone.
+        "times": {
+            "joint": 0.15, "image_given_text": 0.35, "text_given_image": 0.3, "text_given_noisy": 0.1, "image_alone": 0.05,
+            "text_alone": 0.05},
+        "text_weight": 0.5, "padding_weight": 0.1, "cap": 5.0,  # of the text's 1/t
+        "train": training_config(
+            steps=9000, global_batch=64, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=500,
+            checkpoint_every=250),
+        "sample": {"steps": 16, "guidance": 2.0, "temperature": 0.5},
+        "eval": {
+            "most": 200, "candidates": 100, "draws": 4, "batch": 50, "reader_steps": 600,
+            "in_loop": {"most": 60, "candidates": 0, "reader_steps": 0}},
+    })
+
+
+def build(config):
+    tokenizer, shares, noisy = emoji_tokenizer(config.data.dir), config.times, times.uniform()
+    process = Joint(image=Gaussian(schedules.flow(), velocity), text=absorbing(tokenizer.size))
+    streams = {
+        "image": nets.Patches(*SHAPE, config.model.patch, stem=config.model.stem),
+        "text": nets.Tokens(tokenizer.length, states=tokenizer.size + 1, classes=tokenizer.size)}
+    net = nets.MMDiT(streams, shared=True, **nets.options(config.model, without=("patch", "stem")))
+    noise_levels = times.mixture(
+        (shares.joint, times.joint(image=noisy, text=noisy)),
+        (shares.image_given_text, times.joint(image=noisy, text=0.0)),
+        (shares.text_given_image, times.joint(image=0.0, text=noisy)),
+        (shares.text_given_noisy, times.joint(image=times.uniform(0.0, 0.5), text=noisy)),
+        (shares.image_alone, times.joint(image=noisy, text=1.0)),
+        (shares.text_alone, times.joint(image=1.0, text=noisy)))
+    return Experiment(
+        process=process, net=net,
+        modalities={"image": CroppedImages(*SHAPE), "text": Texts(tokenizer)},
+        loss=losses.diffusion(
+            process, net.apply, noise_levels, {
+                "image": (1.0, losses.on("image", process.parts["image"].loss)),
+                "text": (config.text_weight, losses.on("text", losses.masked_ce(
+                    process.parts["text"], losses.masked_elbo(config.cap), {tokenizer.padding: config.padding_weight})))}),
+        optimizer=optim.muon(config.train), data=partial(emoji_source, file=config.data.dir),
+        sampler={
+            "drop": ("text",), "heun": True, "transforms": [sampling.only("text", sampling.temperature(config.sample.temperature))]},
+        frozen_deps={"captions' tokenizer": lambda: digest(tokenizer.size, tokenizer.rules)},
+        **evaluators_of(config.data.dir, config.eval))

@@ -1,0 +1,57 @@
+"""The config of emoji by the command line, in small: made-up pictures, trained, measured while it trains and after it, sampled."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mmdiff import config as configs
+from mmdiff.__main__ import main
+from mmdiff.errors import UserError
+from tests.small_sets import emoji
+
+NAME = "configs/joint/emoji_tokens.py"
+SMALL = [f"--config.{value}" for value in (
+    "train.steps=2", "train.global_batch=8", "train.eval_every=2", "train.log_every=1", "train.tensorboard=false", "train.metrics_every=2",
+    "train.checkpoint_every=2", "train.best=val/read_tone", "model.width=16", "model.depth=1", "sample.steps=2", "eval.most=10",
+    "eval.candidates=3", "eval.draws=1", "eval.reader_steps=3", "eval.batch=10", "eval.in_loop.most=6")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return emoji(tmp_path_factory.mktemp("emoji") / "emoji64.tar")
+
+
+def test_an_absent_text_changes_no_bit_and_padding_weighs_less(file):
+    experiment = configs.build(*configs.load(NAME, [("data.dir", str(file)), ("model.width", "16"), ("model.depth", "1")]))
+    assert experiment.shape == {"image": (32, 32, 3), "text": (16,)}
+    batch = {**experiment.train_data().take(np.arange(6)), "index": np.arange(6)}
+    params = jax.jit(experiment.init)(jax.random.key(0))
+    loss = jax.jit(experiment.loss)
+    value, metrics = loss(params, batch, jax.random.key(1))
+    assert np.isfinite(value) and set(metrics) == {"loss/image", "loss/text/by_token"}
+    # With logits that are flat a token costs the logarithm of their number, padding a tenth of it.
+    assert metrics["loss/text/by_token"] < 0.8 * np.log(experiment.modalities["text"].states)
+    [measured] = experiment.in_loop
+    assert measured.absent_text_difference(experiment, params, jax.random.key(2), experiment.train_data()) == 0
+
+
+def test_without_its_data_it_says_where_they_are(tmp_path):
+    for value, words in (("", "config.data.dir is empty"), (tmp_path / "no.tar", "no.tar")):
+        with pytest.raises(UserError, match=words):
+            configs.build(*configs.load(NAME, [("data.dir", str(value))]))
+
+
+@pytest.mark.slow
+def test_the_commands(file, tmp_path):
+    def run(command, *flags):
+        assert main([command, "--config", NAME, "--workdir", str(tmp_path / "run"), *map(str, flags)]) == 0
+
+    run("train", f"--config.data.dir={file}", *SMALL)
+    assert any("val/read_tone" in line for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    run("eval", "--step", "best", "--split", "validation")
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert {"sampled_category", "read_category", "cycle_name", "text_to_image_r1"} <= set(report) and report["absent_text_difference"] == 0
+    run("sample", "--given", "text=dark skin, hand b", "--number", 2, "--out", tmp_path / "hands")
+    assert np.load(tmp_path / "hands/samples.npz")["image"].shape == (2, 32, 32, 3)
