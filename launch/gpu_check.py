@@ -56,8 +56,10 @@ def ask(part, arguments, seconds):
     """What a process with these arguments says of a part; {"error": ...} if it fails or takes longer."""
     if seconds < 10:
         return {"error": "no time was left"}
+    command = [sys.executable, __file__, *arguments, "--part", *part]
+    env = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}  # the last line is the error's
     try:
-        done = subprocess.run([sys.executable, __file__, *arguments, "--part", *part], capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return {"error": f"stopped after {seconds:.0f} s"}
     lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mmdiff.errors import import_extra
-from mmdiff.nets import fused_attention
+from mmdiff.nets import fused_attention, long_attention
 from mmdiff.nets.target import axis_size, platform
 
-BACKENDS = ("reference", "xla", "cudnn", "tokamax", "pallas")
+BACKENDS = ("reference", "xla", "cudnn", "tokamax", "pallas", "splash")
 
 
 def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -28,8 +28,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
       mask: boolean, broadcastable to [B, H, N, M]; False masks a key. A row without any key is the mean over all values.
       backend: "reference" (batched products over B*H; the fastest here on CPU), "xla" (`jax.nn.dot_product_attention`), "cudnn" (its
         fused kernel: half precision on NVIDIA GPUs, tokens not split over devices), "tokamax" (that package's: the extra tokamax),
-        "pallas" (`fused_attention`: TPUs, masks of keys; elsewhere it is interpreted, for tests). None takes a fused kernel where it
-        applies, else the reference. Only the reference and "xla" can be differentiated in forward mode (`jax.jvp`).
+        "pallas" (`fused_attention`: TPUs, masks of keys; elsewhere it is interpreted, for tests), "splash" (`long_attention`: of more
+        tokens). None takes a fused kernel where it applies, else the reference. Only the reference and "xla" can be differentiated in
+        forward mode (`jax.jvp`).
 
     Returns [B, N, H, D] in q's dtype.
 
@@ -43,6 +44,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     backend = _backend(backend, q, k.shape[1], q.shape[-1], mask)
     if backend == "pallas":
         return fused_attention.attention(q, k, v, mask)
+    if backend == "splash":
+        return long_attention.attention(q, k, v, mask)
     if backend != "reference":
         if mask is not None:
             mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
@@ -75,6 +78,8 @@ def _backend(backend: str | None, queries: jax.Array, keys: int, size: int, mask
         half = queries.dtype in (jnp.bfloat16, jnp.float16)
         if fused_attention.applies(queries, keys, size, mask):
             return "pallas"
+        if long_attention.applies(queries, keys, size, mask):
+            return "splash"
         # cuDNN's gradient with a mask wants even lengths.
         fits = half and size % 8 == 0 and size <= 128 and (mask is None or queries.shape[1] % 2 == keys % 2 == 0)
         return "cudnn" if platform() == "gpu" and axis_size("seq") == 1 and fits else "reference"

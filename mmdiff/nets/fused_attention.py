@@ -31,7 +31,7 @@ def applies(queries: jax.ShapeDtypeStruct, keys: int, size: int, mask: Any = Non
     return (
         takes_kernels(b) and queries.dtype in (jnp.bfloat16, jnp.float32)
         and size % 4 == 0 and max(n, keys) <= LONGEST and n >= 8 and n * keys >= 2**13  # of fewer, scores are small
-        and (mask is None or _of_keys(mask))
+        and (mask is None or of_keys(mask))
     )  # fmt: skip
 
 
@@ -44,14 +44,15 @@ def self_attention(qkv: jax.Array, bias: jax.Array, heads: int) -> jax.Array:
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """`attention.attention`: q [B, N, H, D], k and v [B, M, H, D], a mask that is the same for all queries and heads."""
     b, n, heads, size = q.shape
-    if mask is not None and not _of_keys(mask):
+    if mask is not None and not of_keys(mask):
         raise ValueError(f'the attention backend "pallas" takes masks [B, 1, 1, M] of keys, not {mask.shape}: choose "reference".')
     columns = () if mask is None else (jnp.broadcast_to(mask, (b, 1, 1, k.shape[1])).reshape(b, -1, 1).astype(jnp.float32),)
     arrays = tuple(checkpoint_name(x.reshape(b, x.shape[1], -1).swapaxes(1, 2), "qkv") for x in (q, k, v))
     return _attend(size, arrays, (), columns).swapaxes(1, 2).reshape(b, n, heads, size)
 
 
-def _of_keys(mask: jax.Array) -> bool:
+def of_keys(mask: jax.Array) -> bool:
+    """Whether a mask [B, H, N, M] is the same for all queries and heads."""
     return all(length == 1 for length in (1, 1, *mask.shape)[-3:-1])
 
 

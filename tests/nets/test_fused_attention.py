@@ -11,10 +11,11 @@ from arrays import normal
 from filled import filled
 from jax.sharding import SingleDeviceSharding
 
-from mmdiff.nets import DiT, Label, MMDiT, Patches, as_joint, fused_attention, fused_norm
+from mmdiff.nets import DiT, Label, MMDiT, Patches, as_joint, fused_attention, fused_norm, long_attention
 from mmdiff.nets.attention import attention, self_attention
 from mmdiff.nets.layers import layer_norm, modulate
 from mmdiff.nets.target import compiling_for
+from mmdiff.nets.transformer import REMAT
 from mmdiff.training import aot, hlo, sharding
 from mmdiff.training.accumulation import make_gradient
 
@@ -70,6 +71,25 @@ def test_of_other_keys_and_masks(b, n, m, heads, size, masked, half):
     assert (len(fused_attention._chunks(n, m)) > 1) == (n * m > 2**17)
 
 
+def test_of_many_tokens_on_a_mesh():
+    """Lengths that fill no block, masks, an example without any key; rematerialised, on fsdp 2 x tensor 2."""
+    arrays = [normal(i, (2, length, 2, 8)) for i, length in enumerate((130, 200, 200))]
+    mask = RNG.random((2, 1, 1, 200)) < 0.5
+    mask[1] = False
+
+    def both(backend):
+        attend = jax.checkpoint(lambda *x: attention(*x, jnp.asarray(mask), backend), policy=REMAT["some"])
+        return with_gradients(attend, arrays, normal(3, arrays[0].shape))
+
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    with sharding.compiling_for_mesh(mesh):
+        found = jax.device_get(both("splash"))
+    close(found, both("reference"), 2e-6)
+    with pytest.raises(ValueError, match=r'"splash" takes masks \[B, 1, 1, M\] of keys'):
+        attention(*arrays, jnp.ones((130, 200), bool), "splash")
+    assert [long_attention._block(length) for length in (100, 1024, 1281, 4096)] == [128, 1024, 768, 1024]
+
+
 @pytest.mark.parametrize("n, half", [(5, False), (2 * fused_norm.ROWS, False), (9, True)])
 def test_norm_and_modulation(n, half):
     arrays = [1 + normal(0, (2, n, 24)), normal(1, (2, 24)), normal(2, (2, 24))]
@@ -91,9 +111,9 @@ def test_it_takes_masks_of_keys_alone():
 
 
 def test_where_it_is_taken_by_itself():
-    def taken(shape=(4, 256, 2, 64), keys=256, platform="tpu", axes={}, dtype=jnp.bfloat16, mask=None):  # noqa: B006 (never changed)
+    def taken(shape=(4, 256, 2, 64), keys=256, platform="tpu", axes={}, dtype=jnp.bfloat16, mask=None, by=fused_attention):  # noqa: B006, E501
         with compiling_for(platform, axes=axes):
-            return fused_attention.applies(jax.ShapeDtypeStruct(shape, dtype), keys, shape[-1], mask)
+            return by.applies(jax.ShapeDtypeStruct(shape, dtype), keys, shape[-1], mask)
 
     assert taken() and taken(axes={"fsdp": 4, "tensor": 2}) and taken(keys=77, mask=jnp.ones((4, 1, 1, 77), bool))
     assert taken((4, 1024, 2, 12), 1101) and taken(dtype=jnp.float32)
@@ -101,6 +121,10 @@ def test_where_it_is_taken_by_itself():
     assert not taken(axes={"fsdp": 8}) and not taken(axes={"slices": 2, "data": 4})  # a device would have half an example
     assert not taken((4, 1, 2, 64)) and not taken((4, 4096, 2, 64)) and not taken(keys=4096) and not taken(dtype=jnp.float64)
     assert not taken(mask=jnp.ones((4, 1, 256, 256), bool))
+    assert taken((4, 1281, 2, 72), 1281, by=long_attention)
+    assert taken((4, 4096, 2, 64), 128, by=long_attention, mask=jnp.ones((4, 1, 1, 128), bool))
+    assert not taken((4, 4096, 2, 64), 77, by=long_attention) and not taken((4, 4096, 2, 12), 4096, by=long_attention)
+    assert not taken(by=long_attention) and not taken((4, 4096, 2, 64), 4096, by=long_attention, axes={"seq": 2})
     assert not fused_attention.applies(jax.ShapeDtypeStruct((4, 256, 2, 64), jnp.bfloat16), 256, 64)  # eight devices of a CPU
 
 
