@@ -204,6 +204,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     option("--of", choices=("train", "sample", "encode"), default="train", help="which program is meant (default: train)")
     option("--number", type=_many, metavar="N", help="of sample and encode: hours of so many images (default: 50,000)")
     option("--batch", type=_count, metavar="B", help="of sample: samples that a chip computes at once (default: 64)")
+    option("--search", type=_count, nargs="?", const=12, metavar="N", help="look for the fastest training, in N compilations (default: 12)")
     option("--slices", type=_count, default=1, metavar="N", help="so many of them, joined by the data-centre network (default: 1)")
     option("--json", type=_path, metavar="FILE", help="write the report to a file, too")
     return parser, dict(commands.choices)

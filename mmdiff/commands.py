@@ -9,8 +9,6 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
-from types import ModuleType
-from typing import Any
 
 from mmdiff import checks, console, files, remote, runs, shipped_configs
 from mmdiff import config as configs
@@ -57,33 +55,10 @@ def bench(args: argparse.Namespace) -> None:
 def aot(args: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run: leave an accelerator that is here alone; jax reads it when it is imported
     _writable("--json", args.json, folder=False)
-    config, module = configs.load(args.config, args.overrides)
-    if args.of != "train":
-        return _inference_costs(args, config, module)
-    for flag, value in {"--number": args.number, "--batch": args.batch}.items():
-        if value:
-            raise UserError(f"{flag} goes with --of sample or --of encode: leave it out.")
-    from mmdiff.training import aot as ahead
+    from mmdiff import aot_reports
 
-    def load(overrides):
-        config, module = configs.load(args.config, [*args.overrides, *overrides.items()])
-        return config, configs.build(config, module)
-
-    with configs.blaming(config, module, args.overrides):
-        found = ahead.report(load, args.topology, args.slices)
-    console.out(ahead.text(found))
-    _write_json(args.json, found)
-
-
-def _inference_costs(args: argparse.Namespace, config: Any, module: ModuleType) -> None:
-    if args.slices > 1:
-        raise UserError(f"--slices goes with --of train: chips {args.of} on their own.")
-    from mmdiff import inference_costs, sample_sets
-
-    with configs.blaming(config, module, args.overrides):
-        experiment = configs.build(config, module)
-        found = inference_costs.report(config, experiment, args.of, args.topology, args.number or 50_000, args.batch or sample_sets.BATCH)
-    console.out(inference_costs.text(found))
+    found, text = aot_reports.report(args)
+    console.out(text)
     _write_json(args.json, found)
 
 

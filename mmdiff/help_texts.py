@@ -70,6 +70,12 @@ of each chip: memory by kind, and whether it fits; FLOPs, what it sends and
 moves, and the least time of a step that these allow. If it does not fit, tries
 what needs less and prints the flags of the first that does. Nothing is run.
 
+With --search: compiles one step after the other, changing the batch, the mesh,
+rematerialisation and micro-batches, as long as the images a second and chip
+rise, by the larger of these bounds and the compiler's own estimate; prints all
+that was tried and the command that trains with the best. What is given as
+--config.KEY=VALUE stays. A step takes a minute or so.
+
 With --of sample or encode: compiles what sample --format and cache compute, and
 prints the images that a chip can make or encode in a second, and the hours that
 all of --number take at least.
@@ -144,6 +150,7 @@ EXAMPLES = {
     "aot": [
         "aot --config imagenet256/dit_xl2 --topology v5e:4x4 --config.train.mesh.fsdp=16",
         "aot --config imagenet256/dit_xl2 --topology v5p:2x2x4 --slices 2 --json report.json",
+        "aot --config imagenet256/dit_xl2 --topology v6e:4x4 --search --config.train.global_batch=512",
         "aot --config imagenet256/dit_xl2 --topology v5e:4x4 --of sample --config.sample.steps=50",
     ],
 }

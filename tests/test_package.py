@@ -170,13 +170,14 @@ ARROWS = {
     "sample_sets": CORE_PARTS | {"config", "data", "evals", "training"},
     "encoded_caches": CORE_PARTS | {"data", "training"},
     "inference_costs": CORE_PARTS | {"data", "encoders", "experiment", "training"},
+    "aot_reports": CORE_PARTS | {"config", "inference_costs", "sample_sets", "training"},
     "projects": CORE_PARTS | {"config", "convert", "encoders", "data", "evals"},
     "conversion": CORE_PARTS | {"config", "convert", "data", "training"},
     "publishing": CORE_PARTS | {"config", "convert", "data", "training", "conversion"},
     "help_texts": BASE,
     "arguments": BASE | {"help_texts"},
     "commands": CORE_PARTS | {
-        "config", "convert", "encoders", "evals", "shipped_configs", "training", "runs", "sample_sets", "encoded_caches", "inference_costs",
+        "config", "convert", "encoders", "evals", "shipped_configs", "training", "runs", "sample_sets", "encoded_caches", "aot_reports",
         "conversion", "publishing"},
     "__main__": BASE | {"arguments", "commands", "preflight"},
 }

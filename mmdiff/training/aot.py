@@ -159,13 +159,18 @@ class Compiled:
         return found
 
 
+def mesh_of(config: ml_collections.ConfigDict, devices: Sequence[jax.Device], slices: int) -> Mesh:
+    """The mesh of a config for these devices."""
+    return sharding.make_mesh({**config.train.mesh, "slices": slices}, devices)
+
+
 def compile_step(
     load: Load, chip: perf.Chip, devices: Sequence[jax.Device], slices: int, overrides: Mapping[str, str] = {}
 ) -> Compiled:
     """Builds and compiles the step of a config, just as `train` does, but for described devices and from shapes alone."""
     config, experiment = load(overrides)
     train = config.train
-    mesh = sharding.make_mesh({**train.mesh, "slices": slices}, devices)
+    mesh = mesh_of(config, devices, slices)
     sharding.check_batch(train.global_batch, mesh, train.microbatches)
     step = step_of(experiment, train)
     state = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
