@@ -113,7 +113,8 @@ def test_the_full_width_lowers(name):
     assert "bf16" in lowered.as_text()
 
 
-@pytest.mark.parametrize("name", ["imagenet256_class", *(pytest.param(name, marks=pytest.mark.slow) for name in TEXTS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_a_step_and_a_sample_from_a_cache(name, caches, monkeypatch):
     monkeypatch.setattr(network_cache, "PIXELS", 2 * 256**2)
     cache, condition = caches(name), "text" if name in TEXTS else "label"

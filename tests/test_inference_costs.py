@@ -44,6 +44,7 @@ def forward(width=32, tokens=4, patch=4 * 4 * 4):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_sampler_and_its_decoder(small, tmp_path, capsys):
     found = reported(
         tmp_path, *small, "--of", "sample", "--config.sample.steps=3", "--config.sample.guidance=2", "--batch", "2", "--number", "72000")
