@@ -6,6 +6,7 @@ Each takes `apply(params, x, t)` and returns one like it. All of them are names 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from mmdiff.errors import UserError
 from mmdiff.processes.aggregate import Aggregate
-from mmdiff.processes.base import Joint, bcast, concrete
+from mmdiff.processes.base import Joint, bcast, concrete, per_example_sum
+from mmdiff.processes.gaussian import Gaussian
 
 Weight = float | Callable[[Mapping[str, jax.Array]], jax.Array]
 """A number, or a function of the network's times."""
@@ -30,6 +32,7 @@ def guided(
     *,
     each: Sequence[str] = (),
     prior: Mapping[str, jax.Array] | None = None,
+    combine: Callable | None = None,
 ) -> Callable:
     """Classifier-free guidance on raw outputs: `out = u + w (c - u)`; w = 1 is plain conditional, 0 unconditional.
 
@@ -46,6 +49,7 @@ def guided(
         DiT guides 3 of 8, `{"image": 3}` (`forward_with_cfg`). All channels by default.
       each: the modalities that are guided, in place of `drop`.
       prior: what is fed for modalities that are absent, where it is no null: a sample of `process.prior`, [B, ...] each.
+      combine: of the beliefs of a `Gaussian`, (c, u) -> what takes the place of c - u, see `projected`. Others are guided as ever.
 
     Raises UserError for a modality without a null, a weight that is not finite, or `channels` of no modality.
 
@@ -62,6 +66,8 @@ def guided(
     """
     if not isinstance(process, Joint) or (drop and each):
         raise UserError("guided: it needs the Joint process, and either drop, what guides, or each, what is guided.")
+    if combine and getattr(process, "added", ()):
+        raise UserError("guided: combine is of beliefs about x_0, and an Aggregate's target is not its own: leave combine out.")
     prior, drop, each = dict(prior or {}), dropped(drop, process), guided_each(each, process)
     for one in w.values() if isinstance(w, Mapping) else (w,):
         _check_weight("guided", one)
@@ -104,13 +110,52 @@ def guided(
                 return c
             u, scale = others[branches.index(names)], weight(name)
             scale = jnp.asarray(scale(t)) if callable(scale) else scale
-            mixed = u + (bcast(scale, c) if isinstance(scale, jax.Array) and scale.ndim else scale) * (c - u)
+            scale = bcast(scale, c) if isinstance(scale, jax.Array) and scale.ndim else scale
+            mixed = u + scale * (c - u)
+            if combine and isinstance(part := process.parts.get(name), Gaussian):
+                mixed = _by_belief(combine, part, x[name], t[name], c, u, scale, mixed)
             some = (channels or {}).get(name)
             return mixed if some is None else jnp.concatenate([mixed[..., :some], c[..., some:]], -1)
 
         return {name: mix(name, o) for name, o in out.items()}
 
     return apply_guided
+
+
+def _by_belief(combine, part, x, t, c, u, scale, plain):
+    """The output whose belief is that of c plus `(w - 1) combine(c, u)`; further channels (a sigma head) as in `plain`."""
+    xt = x / part.inputs(jnp.ones_like(x), t)[0]
+    change = (scale - 1) * combine(*(Gaussian.clean(part, out, xt, t) for out in (c, u)))
+    change = Gaussian.output(part, change, jnp.zeros_like(xt), t)  # linear, so that w = 1 changes no bit
+    size = change.shape[-1]
+    return jnp.concatenate([c[..., :size] + change, plain[..., size:]], -1)
+
+
+def projected(eta: float = 0.0, radius: float = math.inf) -> Callable:
+    r"""Adaptive projected guidance, for `guided(..., combine=...)`: less of what only makes a belief longer (APG, Sadat et al. 2024).
+
+    With D = c - u of one example, no longer than `radius`, and its parts along c and across it,
+
+        x0_hat = c + (w - 1) (D_across + eta D_along):
+
+    eta = 1 without a radius is plain guidance; eta = 0 avoids its oversaturation. D of an earlier step (momentum) is left out.
+
+    >>> c, u = jnp.array([[2.0, 0.0]]), jnp.array([[1.0, -1.0]])
+    >>> projected(0.0)(c, u).tolist(), projected(0.5)(c, u).tolist()
+    ([[0.0, 1.0]], [[0.5, 1.0]])
+    """
+    if not (math.isfinite(eta) and radius > 0):
+        raise UserError(f"projected: eta is finite and the radius above 0, not {eta} and {radius}.")
+
+    def combine(c, u):
+        difference = c - u
+        length = jnp.sqrt(per_example_sum(difference**2))
+        difference *= bcast(jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0)), c)
+        square = per_example_sum(c**2)
+        along = bcast(per_example_sum(difference * c) / jnp.where(square > 0, square, 1.0), c) * c
+        return difference - (1.0 - eta) * along
+
+    return combine
 
 
 def dropped(drop: Sequence[str], process: Joint) -> tuple[str, ...]:
@@ -176,12 +221,25 @@ def head_guided(process: Aggregate, apply: Callable, scale: float = 1.0) -> Call
     return apply_guided
 
 
-def autoguided(apply: Callable, w: float, weak: Any) -> Callable:
-    """Autoguidance: the second branch is the same network with worse parameters, `out = weak + w (good - weak)` (Karras et al. 2024)."""
+def autoguided(apply: Callable, w: Weight, weak: Any, weak_apply: Callable | None = None) -> Callable:
+    """Autoguidance: `out = weak + w (good - weak)` with a worse network at the same inputs (Karras et al. 2024).
+
+    Args:
+      w: a number, of which 1 does not call the weak network, or a function of the network's times.
+      weak: its parameters: of an earlier checkpoint, of a smaller network.
+      weak_apply: the other network's `apply`, if it is not the same.
+    """
     _check_weight("autoguided", w)
+    if _is_one(w):
+        return apply
 
     def apply_guided(params, x, t):
-        return jax.tree.map(lambda good, bad: bad + w * (good - bad), apply(params, x, t), apply(weak, x, t))
+        scale = jnp.asarray(w(t)) if callable(w) else w
+
+        def mix(good, bad):
+            return bad + (bcast(scale, good) if callable(w) and scale.ndim else scale) * (good - bad)
+
+        return jax.tree.map(mix, apply(params, x, t), (weak_apply or apply)(weak, x, t))
 
     return apply_guided
 

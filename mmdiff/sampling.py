@@ -28,7 +28,7 @@ import numpy as np
 
 from mmdiff.errors import UserError
 from mmdiff.grids import hitting_grid, karras_grid, settled_at, spaced_grid, uniform_grid
-from mmdiff.guidance import autoguided, dropped, guided, guided_each, head_guided, interval, ramp
+from mmdiff.guidance import autoguided, dropped, guided, guided_each, head_guided, interval, projected, ramp
 from mmdiff.processes.base import Process, concrete, fold
 from mmdiff.transforms import (
     SamplerState,
@@ -49,8 +49,8 @@ from mmdiff.transforms import (
 
 __all__ = [
     "SamplerState", "Transform", "autoguided", "clip", "confidence", "dpmpp_2m", "first_hitting", "following", "guided", "head_guided",
-    "hitting_grid", "interval", "karras_grid", "make_sampler", "only", "ramp", "released_stride", "sample", "sample_prior", "sampled",
-    "settled_at", "spaced_grid", "temperature", "threshold", "top_p", "uniform_grid", "unipc",
+    "hitting_grid", "interval", "karras_grid", "make_sampler", "only", "projected", "ramp", "released_stride", "sample", "sample_prior",
+    "sampled", "settled_at", "spaced_grid", "temperature", "threshold", "top_p", "uniform_grid", "unipc",
 ]
 
 
@@ -241,6 +241,7 @@ def make_sampler(
     channels: Mapping[str, int] | None = None,
     guided_during: tuple[str, float, float] | None = None,
     each: Sequence[str] | Mapping[str, Callable] = (),
+    combine: Callable | None = None,
     **options: Any,
 ) -> Callable:
     """The sampler of an `Experiment`: `sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None)`.
@@ -250,6 +251,7 @@ def make_sampler(
       drop, channels: what guidance drops, and the channels that it guides (see `guided`). With guidance 1 the network runs once a step.
       each: what is guided by all other modalities, in place of `drop`, as far as it is sampled: `("image", "text")`. A mapping says by
         which weight, a function of `guidance`: `{"image": lambda w: w, "text": lambda w: ramp(w, "text")}`.
+      combine: what is followed of the beliefs, `projected(eta, radius)` for instance, see `guided`.
       guided_during: (name, low, high): guidance acts only while that modality's time is in (low, high], see `interval`; always by default.
       paths: each modality's own time as a function of the trajectory's, [0, 1] -> [0, 1] with both ends fixed; the identity by
         default. A model trained at independent times may go from (1, ..., 1) to (0, ..., 0) along any path.
@@ -272,9 +274,10 @@ def make_sampler(
         if guidance == 1:
             return apply
         if not own:
-            return guided(apply, weight(guidance), [name for name in drop if name not in absent], process, channels)
+            return guided(apply, weight(guidance), [name for name in drop if name not in absent], process, channels, combine=combine)
         weights = {name: weight(of(guidance)) for name, of in own.items() if name not in {*given, *absent} and {*shape} - {name, *absent}}
-        return guided(apply, weights, (), process, channels, each=tuple(weights), prior=process.prior(fold(keys, "absent"), shape))
+        prior = process.prior(fold(keys, "absent"), shape)
+        return guided(apply, weights, (), process, channels, each=tuple(weights), prior=prior, combine=combine)
 
     def sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None):
         times, strides = grid(steps)

@@ -147,6 +147,11 @@ class Gaussian(Process):
         solved = (q * xt - sigma * self._mean(out, xt)) / det
         return jnp.where(bcast(t, xt) > 0, solved, xt)
 
+    def output(self, x0_hat, xt, t):
+        """The network's output of which `clean` makes the belief x0_hat, `(q x_t - (q alpha - sigma p) x0_hat) / sigma`; linear in both."""
+        alpha, sigma, p, q = (bcast(c, xt) for c in self._rows(t))
+        return (q * xt - (q * alpha - sigma * p) * x0_hat) / sigma
+
     def loss(self, out, noised):
         """Mean squared error of the network's output against `p x_0 + q eps`, averaged over one example's dimensions."""
         return jnp.where(noised.t > 0, per_example_mean(self.residual(out, noised) ** 2), 0.0)

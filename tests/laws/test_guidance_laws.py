@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact import Mixture, keys
+from exact import PREDICTS, Mixture, keys
 
 from mmdiff import processes, sampling, schedules
 from mmdiff.errors import UserError
@@ -156,6 +156,73 @@ def test_each_is_refused_where_it_means_nothing():
         ("either drop.*or each", lambda: sampling.guided(Toy(), 2.0, ("label",), PROCESS, each=("image",))),
         ("must be finite", lambda: sampling.guided(Toy(), {"image": np.nan}, process=PROCESS, each=("image",))),
         ("must be finite", lambda: sampling.ramp(np.inf, "image")),
+        ("leave combine out", lambda: sampling.guided(Toy(), 2.0, ("label",), aggregate, combine=sampling.projected())),
+        ("radius above 0", lambda: sampling.projected(0.0, 0.0)),
     ):  # fmt: skip
         with pytest.raises(UserError, match=match):
             make()
+
+
+def test_output_is_the_inverse_of_clean():
+    """For every parameterisation a network's output comes back from its belief."""
+    rng = np.random.default_rng(0)
+    out, xt, t = (rng.normal(size=shape).astype(np.float32) for shape in ((12, 3), (12, 3), (12,)))
+    t = 0.1 + 0.8 / (1 + np.exp(-t))
+    parts = {name: Gaussian(schedules.cosine_beta(), predict) for name, predict in PREDICTS.items()}
+    back = jax.jit(lambda: {name: part.output(part.clean(out, xt, t), xt, t) for name, part in parts.items()})()
+    for name, found in back.items():
+        np.testing.assert_allclose(found, out, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_projected_guidance():
+    """APG on beliefs: eta = 1 without a radius is plain guidance, eta = 0 is across c, no difference beyond the radius, none for w = 1."""
+    x, t, _ = noisy()
+    rng = np.random.default_rng(1)
+    out = {name: rng.normal(size=(24, size)).astype(np.float32) for name, size in (("image", 2), ("label", 3))}  # of both branches
+    c = {name: array[:12] for name, array in out.items()}
+    one = {"image": lambda t: jnp.ones_like(t["image"])}
+    w, radius = 3.0, 0.3
+
+    @jax.jit
+    def outputs():
+        found = {}
+        for name, part in {
+            "velocity": Gaussian(schedules.flow(), processes.velocity),
+            "fed scaled": Gaussian(schedules.edm(), PREDICTS["edm"], data_std=0.5),
+        }.items():
+            process = Joint(image=part, label=PROCESS.parts["label"])
+
+            def belief(weight, *apg, process=process, part=part):
+                combine = sampling.projected(*apg) if apg else None
+                guided = sampling.guided(lambda params, x, t: out, weight, ("label",), process, combine=combine)
+                found = guided(None, *process.inputs(x, t))
+                return part.clean(found["image"], x["image"], t["image"]), found
+
+            found[name] = {
+                "c": part.clean(c["image"], x["image"], t["image"]), "plain": belief(w), "all": belief(w, 1.0),
+                "across": belief(w, 0.0), "short": belief(w, 1.0, radius), "none": belief(one, 0.5, radius)}
+        return found
+
+    for each in jax.tree.map(np.asarray, outputs()).values():
+        size = np.abs(each["plain"][0]).max()
+        np.testing.assert_allclose(each["all"][0], each["plain"][0], rtol=1e-5, atol=1e-6 * size)
+        np.testing.assert_array_equal(each["all"][1]["label"], each["plain"][1]["label"])
+        moved = each["across"][0] - each["c"]
+        assert np.abs((moved * each["c"]).sum(-1)).max() < 1e-5 * size**2 and np.abs(moved).max() > 0.1
+        lengths = np.linalg.norm(each["short"][0] - each["c"], axis=-1)
+        assert lengths.max() <= (w - 1) * radius * (1 + 1e-5) and np.isclose(lengths, (w - 1) * radius, rtol=1e-4).any()
+        np.testing.assert_array_equal(each["none"][1]["image"], c["image"])
+
+
+def test_autoguidance_by_another_network():
+    """good = weak gives good exactly; w = 1 does not call the weak one; another network and a weight by time are as the formula says."""
+    x, t, _ = noisy()
+    good, weak = Toy(), Counting(lambda params, x, t: jax.tree.map(lambda o: params * o, Toy()(None, x, t)))
+    plain, same, other = jax.jit(lambda: (
+        good(None, x, t), sampling.autoguided(good, 3.0, None)(None, x, t),
+        sampling.autoguided(good, sampling.interval(3.0, 0.2, 0.7, "image"), 0.5, weak)(None, x, t)))()  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, same, plain)
+    scale = np.where((t["image"] > 0.2) & (t["image"] <= 0.7), 2.0, 1.0)[:, None]  # 0.5 + 3 (1 - 0.5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, scale * b, rtol=1e-6), other, plain)
+    assert weak.sizes == [12]
+    assert sampling.autoguided(good, 1.0, 0.5, weak) is good and weak.sizes == [12]
