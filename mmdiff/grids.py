@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,21 @@ def hitting_grid(process: Discrete, keys: jax.Array, tokens: int) -> jax.Array:
 
     _, times = jax.lax.fori_loop(0, 32, halve, (jnp.zeros_like(shares), jnp.ones_like(shares)))
     return jnp.append(times.T, jnp.zeros((1, len(keys)), times.dtype), axis=0)
+
+
+def staircase(steps: int, order: Sequence[str]) -> dict[str, jax.Array]:
+    """Times by modality, one after the other from 1 to 0: each in one step, the last one in all that remain, evenly.
+
+    >>> {name: times.tolist() for name, times in staircase(3, ("label", "image")).items()}
+    {'label': [1.0, 0.0, 0.0, 0.0], 'image': [1.0, 1.0, 0.5, 0.0]}
+    """
+    if isinstance(order, str) or not order:
+        raise UserError(f"staircase: order is names of modalities, as ('label', 'image'), not {order!r}.")
+    if not is_whole(steps, len(order)):
+        raise UserError(f"a staircase of {', '.join(order)} needs at least {len(order)} steps, got {steps}.")
+    place = jnp.arange(steps + 1, dtype=jnp.result_type(float))
+    lengths = [1] * (len(order) - 1) + [steps + 1 - len(order)]
+    return {name: jnp.clip((i + length - place) / length, 0.0, 1.0) for i, (name, length) in enumerate(zip(order, lengths))}
 
 
 def settled_at(time: float) -> Callable[[jax.Array], jax.Array]:

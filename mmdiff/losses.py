@@ -30,12 +30,14 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff import former_names
+from mmdiff.average_velocity import averaged
 from mmdiff.errors import UserError
 from mmdiff.microbatches import BatchLoss, Pieces, without_state
 from mmdiff.processes.base import Process, concrete, fold
 from mmdiff.terms import (
     InBatchTerm,
     Term,
+    adaptive,
     auxiliary,
     masked_ce,
     masked_elbo,
@@ -53,8 +55,8 @@ from mmdiff.terms import (
 from mmdiff.times import Adaptive, Times, example_keys
 
 __all__ = [
-    "InBatchTerm", "Loss", "Term", "auxiliary", "combine", "diffusion", "flips", "masked_ce", "masked_elbo", "min_snr", "mse", "of_parts",
-    "on", "prepared", "sigma_vlb", "sigmoid", "snr", "vlb", "weighted", "x0_ce",
+    "InBatchTerm", "Loss", "Term", "adaptive", "auxiliary", "averaged", "combine", "diffusion", "flips", "masked_ce", "masked_elbo",
+    "min_snr", "mse", "of_parts", "on", "prepared", "sigma_vlb", "sigmoid", "snr", "vlb", "weighted", "x0_ce",
 ]
 
 Loss = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]

@@ -13,12 +13,14 @@ Every method is the process's own step on an improved belief x0_hat, so a sample
     first hitting             first_hitting(process) on hitting_grid(process, keys, tokens): exact, a call a token
     remasking                 absorbing(..., eta=0.5)
     another rule's strides    released_stride(steps, skip)
+    average velocities        sample(..., jumps=("image",)) on staircase(steps, ("label", "image"))
 
 Conditions are pinned at t = 0 (`given`), ignored modalities at t = 1 (`absent`). Exact strided sampling is a coarser grid.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,10 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmdiff.average_velocity import check_average
 from mmdiff.errors import UserError
-from mmdiff.grids import hitting_grid, karras_grid, settled_at, spaced_grid, uniform_grid
+from mmdiff.grids import hitting_grid, karras_grid, settled_at, spaced_grid, staircase, uniform_grid
 from mmdiff.guidance import autoguided, dropped, guided, guided_each, head_guided, interval, projected, ramp
 from mmdiff.processes.base import Process, concrete, fold
+from mmdiff.processes.discrete import Discrete
+from mmdiff.spans import end_of
 from mmdiff.transforms import (
     SamplerState,
     Transform,
@@ -50,7 +55,7 @@ from mmdiff.transforms import (
 __all__ = [
     "SamplerState", "Transform", "autoguided", "clip", "confidence", "dpmpp_2m", "first_hitting", "following", "guided", "head_guided",
     "hitting_grid", "interval", "karras_grid", "make_sampler", "only", "projected", "ramp", "released_stride", "sample", "sample_prior",
-    "sampled", "settled_at", "spaced_grid", "temperature", "threshold", "top_p", "uniform_grid", "unipc",
+    "sampled", "settled_at", "spaced_grid", "staircase", "temperature", "threshold", "top_p", "uniform_grid", "unipc",
 ]
 
 
@@ -67,6 +72,7 @@ def sample(
     heun: bool = False,
     history: bool = False,
     start: Any = None,
+    jumps: Sequence[str] = (),
 ) -> Any:
     """Samples x_0 by following the grid from t = 1, or from `start`, to t = 0.
 
@@ -85,6 +91,8 @@ def sample(
       start: x_t at the grid's first time in place of the prior's sample, [B, ...], or per modality for some of them. Between 0 and 1 there
         is no prior but what the data make of it, `process.corrupt(keys, x0, t).xt`: of an image to be edited (SDEdit), of a draft to be
         refined, of zeros (pure noise, see `karras_grid`).
+      jumps: modalities of which the network, trained with `losses.averaged`, is told where each step ends: one call takes a step of any
+        length. Not with heun or a transform that extrapolates, which are for velocities at a time.
 
     Returns x_0 with the structure of `shape`.
 
@@ -115,6 +123,10 @@ def sample(
                 )
     elif given or absent:
         raise ValueError("sample: `given` and `absent` name modalities of a Joint; this process has only one.")
+    if jumps and (heun or isinstance(jumps, str)):
+        raise UserError(f"sample: jumps={jumps!r} must be several names, and without heun: both say what a step's velocity is.")
+    for name in jumps:
+        check_average(process, name)
     started = _started(process, start, shape, keys.shape[0], {*given, *absent})
     if isinstance(grid, Mapping) and (not joint or {*grid} < {*shape}):
         raise UserError(f"sample: grids of {sorted(grid)} do not fit {sorted(shape) if joint else 'one array'}: every modality needs one.")
@@ -147,8 +159,9 @@ def sample(
 
         return {name: of(name) for name in shape} if joint else of()
 
-    def belief(xt, t):
-        return process.clean(apply(params, *process.inputs(xt, t)), xt, t)
+    def belief(xt, t, s):
+        told = {**t, **{end_of(name): s[name] for name in jumps}} if jumps else t
+        return process.clean(apply(params, *process.inputs(xt, told)), xt, t)
 
     def refined(state):
         for transform in transforms:
@@ -161,7 +174,7 @@ def sample(
     def body(carry, i):
         xt, last, earlier = carry
         t, s, step_keys = times(i), times(i + 1), fold(keys, i)
-        x0 = belief(xt, t)
+        x0 = belief(xt, t, s)
         # Before the first step there is no last one: transforms see last_t = t and the same belief.
         last = jax.tree.map(lambda a, b: jnp.where(i == 0, a, b), (x0, t, xt), last)
         earlier = jax.tree.map(lambda a, b: jnp.where(i <= 1, a, b), last[:2], earlier)
@@ -170,12 +183,14 @@ def sample(
         state = refined(SamplerState(xt=xt, t=t, s=s, x0=x0, x0_for_history=x0, keys=own, **past))
         xt = state.xt
         xs = process.step(step_keys, xt, state.x0, state.t, state.s)
+        if any(state.x0[name] is not state.x0_for_history[name] for name in jumps):
+            raise UserError("sample: jumps and a transform that extrapolates (dpmpp_2m, unipc) do not go together: use one of them.")
         if heun:
             if any(a is not b for a, b in zip(jax.tree.leaves(state.x0), jax.tree.leaves(state.x0_for_history))):
                 raise UserError("sample: heun and a transform that extrapolates (dpmpp_2m, unipc) are both solvers: use one of them.")
 
             def corrected(xs):
-                x0 = belief(xs, s)
+                x0 = belief(xs, s, s)
                 end = refined(state.replace(xt=xs, t=s, s=s, x0=x0, last_x0=state.x0_for_history, last_t=t, x0_for_history=x0))
                 return process.step(step_keys, xt, process.heun(state.x0, end.x0, state.t, state.s), state.t, state.s)
 
@@ -184,7 +199,7 @@ def sample(
             xs = jax.lax.cond(jnp.stack(again).any(), corrected, lambda xs: xs, xs)
         return (xs, (state.x0_for_history, t, xt), last[:2]), xt if history else None
 
-    last = jax.eval_shape(belief, xt, times(0))
+    last = jax.eval_shape(belief, xt, times(0), times(0))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), last)
     (x, _, _), states = jax.lax.scan(body, (xt, (zeros, times(0), xt), (zeros, times(0))), jnp.arange(steps))
     return jax.tree.map(lambda before, last: jnp.concatenate([before, last[None]]), states, x) if history else x
@@ -242,6 +257,8 @@ def make_sampler(
     guided_during: tuple[str, float, float] | None = None,
     each: Sequence[str] | Mapping[str, Callable] = (),
     combine: Callable | None = None,
+    order: Sequence[str] = (),
+    hitting: str | None = None,
     **options: Any,
 ) -> Callable:
     """The sampler of an `Experiment`: `sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None)`.
@@ -257,7 +274,11 @@ def make_sampler(
         default. A model trained at independent times may go from (1, ..., 1) to (0, ..., 0) along any path.
       grid: `steps -> (grid, transforms)`, the times and what transforms they need (see `released_stride`); uniform times by default. With
         `uniform_grid(steps, 0.6)` `start` is x_t at the time that each modality's path makes of 0.6.
-      options: go to `sample` (transforms, heun).
+      order: modalities that move one after the other, on a `staircase`, in place of paths and a grid. Those that are given or absent take
+        no steps.
+      hitting: a modality of an absorbing chain, sampled by `first_hitting` on its `hitting_grid` unless it is given or absent: `steps` must
+        then be the number of its tokens.
+      options: go to `sample` (transforms, heun, jumps).
     """
     transforms, drop = tuple(options.pop("transforms", ())), dropped(drop, process)
     paths = {name: (paths or {}).get(name, lambda t: t) for name in shape}
@@ -279,13 +300,32 @@ def make_sampler(
         prior = process.prior(fold(keys, "absent"), shape)
         return guided(apply, weights, (), process, channels, each=tuple(weights), prior=prior, combine=combine)
 
+    learnt = {name for name in shape if process.parts[name].learnt}
+    if order and {*order} != learnt or hitting is not None and not isinstance(process.parts.get(hitting), Discrete):
+        raise UserError(
+            f"make_sampler: order has all of {sorted(learnt)}, and hitting is a discrete one, not {tuple(order)} and {hitting!r}.")
+    unmasking = () if hitting is None else (only(hitting, first_hitting(process.parts[hitting])),)
+
     def sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None):
-        times, strides = grid(steps)
-        times = {name: path(times) for name, path in paths.items()}
+        moving = [name for name in order if name not in (given or {}) and name not in absent]
+        times, strides = (staircase(steps, moving), ()) if moving else grid(steps)
+        times = {name: times.get(name, uniform_grid(steps)) if moving else path(times) for name, path in paths.items()}
+        if hitting is not None and hitting not in (given or {}) and hitting not in absent:
+            times[hitting], start = _hitting(process.parts[hitting], hitting, keys, shape[hitting], steps, start)
+            strides = (*strides, *unmasking)
         rest = {"transforms": (*transforms, *strides), "history": history, "start": start, **options}
         return sample(process, network(keys, given or {}, absent, guidance), params, keys, times, shape, given=given, absent=absent, **rest)
 
     return sampler
+
+
+def _hitting(part, name, keys, shape, steps, start):
+    """The grid of a modality that is sampled by first hitting, and `start` with its masks."""
+    tokens = math.prod(shape)
+    if steps != tokens or name in (start or {}):
+        raise UserError(f"first hitting of {name!r} begins with all its {tokens} tokens masked and takes a step for each, not {steps}.")
+    masks = jnp.full((keys.shape[0], *shape), part.mask)
+    return hitting_grid(part, fold(keys, name), tokens), {**(start or {}), name: masks}
 
 
 def _interval_of(guided_during: tuple[str, float, float] | None, shape: Mapping[str, Any]) -> tuple[float, float, str] | None:

@@ -86,6 +86,23 @@ def of_parts(process, **weights: float) -> dict[str, tuple[float, Term]]:
     return {name: (weight, on(name, process.parts[name].loss)) for name, weight in weights.items()}
 
 
+def adaptive(term: Term, p: float = 1.0, c: float = 0.01) -> Term:
+    """`value / sg(value + c)^p`: hard examples count less, as if under the power 1 - p of the value (Geng et al. 2025, section 4.3).
+
+    Published: p = 1 and c = 0.01 on the sum over an example's D dimensions, i.e. c = 0.01 / D on their mean. What it returns is about 1
+    everywhere: report the term itself, with weight 0, and sample times by that.
+    """
+    if not (0 <= p < math.inf and 0 < c < math.inf):
+        raise UserError(f"adaptive needs a finite p of 0 or more and a c above 0, got {p} and {c}.")
+
+    def weigh(values):
+        return jax.tree.map(lambda value: value / jax.lax.stop_gradient(value + c) ** p, values)
+
+    if isinstance(term, InBatchTerm):
+        return dataclasses.replace(term, contrast=lambda embedded: weigh(term.contrast(embedded)))
+    return lambda out, noised: weigh(term(out, noised))
+
+
 # Weights of the squared error in eps, functions of (schedule, t). Constant 1 is DDPM's simple loss.
 
 

@@ -9,6 +9,7 @@ mesh, the micro-batching or its place in the batch. A time is float32 [B], or a 
     mixture((0.9, joint(image=uniform(), label=constant(0.0))),      class-conditional training with label dropout
             (0.1, joint(image=uniform(), label=constant(1.0))))
     joint(tokens=importance(100, "vlb"), label=constant(0.0))        most often where the loss is large
+    spans("image", 0.5, rule)                                        those of a rule, and ends of steps (average velocities)
 
 Importance-sampled times need statistics of the training so far: they, and combinations with them, are `Adaptive`.
 """
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 from mmdiff.checks import is_whole
 from mmdiff.errors import UserError
 from mmdiff.processes.class_sampling import sample_classes
+from mmdiff.spans import end_of
 
 Times = Callable[[jax.Array, jax.Array], Any]
 
@@ -292,6 +294,29 @@ def multitask(
         "known": joint(**{target: noisy, other: 0.0}), "hidden": shared(target, other, times=noisy),
         "absent": joint(**{target: noisy, other: 1.0}), "clean": joint(**{target: 0.0, other: 1.0})}
     return mixture(*((shares[name], rules[name]) for name in order))
+
+
+def spans(name: str, equal: float, rule: Times) -> Times:
+    """The times of `rule`, and where a step of the modality `name` ends: s = t for a share `equal` of the examples, else s ~ U[0, t).
+
+    For average velocities, see `averaged`; s is `t["NAME/end"]`. The share is each example's own chance, whatever its place in a batch.
+
+    >>> t = spans("image", 0.5, joint(image=uniform(), label=0.0))(jax.random.key(0), jnp.arange(1000))
+    >>> f'{(t["image/end"] == t["image"]).mean():.1f}', bool((t["image/end"] <= t["image"]).all())
+    ('0.5', True)
+    """
+    if not 0 <= equal <= 1:
+        raise UserError(f"spans: the share of examples with s = t lies in [0, 1], not {equal}.")
+
+    def sample(key, index, stats):
+        found = _sampled(rule, key, index, stats)
+        if not isinstance(found.t, Mapping) or name not in found.t:
+            raise UserError(f"spans: the rule gives no time of a modality {name!r}: let it be joint({name}=...) or a mixture of such.")
+        u = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(example_keys(_named(key, end_of(name)), index))
+        end = found.t[name] * jnp.where(u[:, 0] < equal, 1.0, u[:, 1])
+        return found._replace(t={**found.t, end_of(name): end})
+
+    return _combined(sample, [rule])
 
 
 def mixture(*choices: tuple[float, Times | float]) -> Times:

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmdiff.errors import import_extra
 from mmdiff.nets import fused_attention, long_attention
-from mmdiff.nets.target import axis_size, platform
+from mmdiff.nets.target import axis_size, differentiable, platform
 
 BACKENDS = ("reference", "xla", "cudnn", "tokamax", "pallas", "splash")
 
@@ -30,7 +30,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
         fused kernel: half precision on NVIDIA GPUs, tokens not split over devices), "tokamax" (that package's: the extra tokamax),
         "pallas" (`fused_attention`: TPUs, masks of keys; elsewhere it is interpreted, for tests), "splash" (`long_attention`: of more
         tokens). None takes a fused kernel where it applies, else the reference. Only the reference and "xla" can be differentiated in
-        forward mode (`jax.jvp`).
+        forward mode (`jax.jvp`): within `spans.forward_mode` the reference stands in for the others.
 
     Returns [B, N, H, D] in q's dtype.
 
@@ -74,6 +74,7 @@ def self_attention(qkv: jax.Array, bias: jax.Array, heads: int, backend: str | N
 
 def _backend(backend: str | None, queries: jax.Array, keys: int, size: int, mask: jax.Array | None = None) -> str:
     """The backend for queries [B, N, ...] of heads that are `size` wide."""
+    backend = differentiable(backend)
     if backend is None:
         half = queries.dtype in (jnp.bfloat16, jnp.float16)
         if fused_attention.applies(queries, keys, size, mask):

@@ -9,20 +9,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmdiff.errors import UserError
+from mmdiff.nets.embed import TimeEmbed
 from mmdiff.nets.layers import normal
 from mmdiff.nets.transformer import Block, DiffusionTransformer, output
+from mmdiff.spans import end_of
 
 
 class MMDiT(DiffusionTransformer):
     """A diffusion transformer over any set of modalities.
 
     `__call__(x, t)`: dicts by modality, x as the modality's stream takes it, t [B] in [0, 1]; returns a dict of outputs in float32.
-    A modality's time says whether it is a condition (0), absent (1) or noised.
+    A modality's time says whether it is a condition (0), absent (1) or noised. For those in `spans`, t may also hold the time at which a
+    step ends, "NAME/end", by default the time itself: the output is then an average over the span (see `losses.averaged`).
 
     Attributes:
       modalities: name -> stream (`Patches`, `Tokens`, `Label`, `Vectors`).
       shared: one set of weights for all streams, whose tokens run through each product together, else one per stream (Esser et al. 2024).
         The modulation is always a function of the stream's own condition.
+      spans: modalities whose condition also embeds how long their step is. Slopes in time grow with `time_scale`: their networks need one
+        of the order of 1 (published: 1), not the 1000 of others.
       depth, width, heads, ...: see `Transformer` and `DiffusionTransformer`.
 
     >>> import jax
@@ -36,6 +42,7 @@ class MMDiT(DiffusionTransformer):
 
     modalities: Mapping[str, Any]
     shared: bool = False
+    spans: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x, t):
@@ -43,7 +50,13 @@ class MMDiT(DiffusionTransformer):
         missing = [name for name in names if name not in x or name not in t]
         if missing:
             raise KeyError(f"MMDiT: no input or time for {missing}; it was built for {sorted(names)}.")
+        unknown = [name for name in self.spans if name not in names]
+        untold = [name for name in names if end_of(name) in t and name not in self.spans]
+        if unknown or untold:
+            what = f"there is no modality {unknown} to have spans" if unknown else f"the times say where steps of {untold} end"
+            raise UserError(f"MMDiT: {what}: set spans to those of {names} that take steps of average velocities.")
         time = self.time_embed(self.width, "time")
+        span = TimeEmbed(self.width, self.dtype, self.time_scale, name="span") if self.spans else None
         kinds = self.param("modality", normal, (len(names), self.width), jnp.float32)
         streams, conditions = {}, {}
         for i, name in enumerate(names):
@@ -51,6 +64,8 @@ class MMDiT(DiffusionTransformer):
             value = x[name].astype(self.dtype) if jnp.issubdtype(x[name].dtype, jnp.floating) else x[name]
             streams[name] = stream.encode(value, self.width, self.dtype, name)
             conditions[name] = time(t[name]) + kinds[i].astype(self.dtype)
+            if name in self.spans:
+                conditions[name] += span(t[name] - t.get(end_of(name), t[name]))
         weights = dict.fromkeys(names, "") if self.shared else None
         streams, _ = self.stack(Block, merged=True, weights=weights, qk_norm=self.qk_norm)(streams, conditions)
         out = {name: output(self.modalities[name], streams[name], conditions[name], self.dtype, name, self.norm_eps) for name in names}

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from mmdiff.spans import in_forward_mode
+
 _target: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar("target", default=None)
 _axes: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("axes", default={})  # noqa: B039 (never changed)
 _per_device: contextvars.ContextVar[Callable] = contextvars.ContextVar("per_device", default=lambda function, inputs, outputs: function)
@@ -79,6 +81,11 @@ def takes_kernels(examples: int) -> bool:
     known = _target.get() is not None or jax.device_count() == 1
     shares = axis_size("slices") * axis_size("data") * axis_size("fsdp")
     return platform() == "tpu" and known and axis_size("seq") == 1 and examples % shares == 0
+
+
+def differentiable(backend: str | None) -> str | None:
+    """The backend that a network asks for; within `spans.forward_mode`, which fused kernels refuse, "reference" for all but "xla"."""
+    return "reference" if in_forward_mode() and backend != "xla" else backend
 
 
 def single_cpu() -> bool:

@@ -16,7 +16,7 @@ from mmdiff.nets import fused_norm
 from mmdiff.nets.embed import Dense, TimeEmbed, xavier
 from mmdiff.nets.fields import Network
 from mmdiff.nets.layers import MLP, Attention, CrossAttention, Layers, cut, join, layer_norm, modulate, zeros
-from mmdiff.nets.target import axis_size, constrain, platform, single_cpu
+from mmdiff.nets.target import axis_size, constrain, differentiable, platform, single_cpu
 
 REMAT = {
     "none": None,
@@ -218,7 +218,8 @@ class Block(nn.Module):
             if name not in modulations:
                 return made(nn.LayerNorm, name, f"{which}_norm", epsilon=eps)(streams[name])
             by = modulations[name][which][:2]
-            if len(lengths) < 2 and (self.backend == "pallas" or (self.backend is None and fused_norm.applies(streams[name]))):
+            backend = differentiable(self.backend)
+            if len(lengths) < 2 and (backend == "pallas" or (backend is None and fused_norm.applies(streams[name]))):
                 out, streams[name] = fused_norm.norm_and_modulation(streams[name], *(each[0] for each in by), eps)
                 return out
             normed = cut(layer_norm(streams[name], eps), lengths)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.errors import UserError
+from mmdiff.spans import end_of
 
 Array = jax.Array
 
@@ -237,7 +238,8 @@ class Joint(Process):
     """Several modalities side by side: every argument and result becomes a dict by modality name, `loss` too.
 
     Each modality has its own time and samples with keys folded with its name. Entries of a dict that are not modalities of this
-    process are ignored (a batch may carry more than one loss needs); a missing one is an error that names it.
+    process are ignored (a batch may carry more than one loss needs); a missing one is an error that names it. Times may also say where
+    steps end (`spans.end_of`), for the network.
 
         Joint(image=Gaussian(flow(), velocity), label=Categorical(absorbing(10), flow()))
 
@@ -306,7 +308,8 @@ class Joint(Process):
 
     def corrupt(self, keys, x0, t):
         parts = self._map("corrupt", x0, t, keys=keys)
-        return Noised(*({name: getattr(noised, field) for name, noised in parts.items()} for field in ("x0", "xt", "t", "noise")))
+        x0, xt, time, noise = ({name: getattr(noised, field) for name, noised in parts.items()} for field in ("x0", "xt", "t", "noise"))
+        return Noised(x0, xt, time | self._ends(t), noise)
 
     def with_x0(self, noised, x0):
         parts = {name: self.parts[name].with_x0(noised.of(name), value) for name, value in x0.items() if name in self.parts}
@@ -317,7 +320,7 @@ class Joint(Process):
 
     def inputs(self, xt, t):
         pairs = self._map("inputs", xt, t)
-        return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+        return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()} | self._ends(t)
 
     def clean(self, out, xt, t):
         return self._map("clean", self._outputs(out), xt, t)
@@ -339,6 +342,10 @@ class Joint(Process):
 
     def elbo_rate(self, noised, x0_hat):
         return self._map("elbo_rate", self.split(noised), x0_hat)
+
+    def _ends(self, t):
+        """The times at which steps of the modalities end, where they are among the times: the network is told them."""
+        return {end_of(name): t[end_of(name)] for name in self.parts if end_of(name) in t}
 
     def split(self, noised: Noised) -> dict[str, Noised]:
         """A joint `Noised` as one `Noised` per modality."""

@@ -8,7 +8,7 @@ from exact import keys
 
 from mmdiff import sampling, schedules
 from mmdiff.errors import UserError
-from mmdiff.processes import Joint, absorbing, uniform
+from mmdiff.processes import Joint, absorbing, fold, uniform
 
 LAW = np.asarray([[0.40, 0.02, 0.08], [0.05, 0.05, 0.10], [0.02, 0.18, 0.10]])
 ALONE = LAW.sum(1)[:, None] * LAW.sum(0)  # of as good as independent tokens
@@ -109,6 +109,16 @@ def test_examples_of_a_joint_have_times_of_their_own():
     np.testing.assert_array_equal([text for text, _ in seen], grid["text"][:4])
     np.testing.assert_allclose([label for _, label in seen], np.repeat([[1.0], [0.75], [0.5], [0.25]], 3, 1))
     assert x["text"].max() < 5 and x["label"].max() < 2
+    run = sampling.make_sampler(process, network, shape, hitting="text")
+    by_name = sampling.hitting_grid(process.parts["text"], fold(k, "text"), 4)
+    own = sampling.sample(process, network, None, k, {**grid, "text": by_name}, shape, transforms=transforms, start=start)
+    jax.tree.map(np.testing.assert_array_equal, run(None, k, {}, steps=4, guidance=1.0), own)  # as a config has it
+    known = {"text": jnp.zeros((3, 2, 2), jnp.int32)}
+    np.testing.assert_array_equal(run(None, k, known, steps=2, guidance=1.0)["text"], known["text"])
+    with pytest.raises(UserError, match="all its 4 tokens masked and takes a step for each, not 3"):
+        run(None, k, {}, steps=3, guidance=1.0)
+    with pytest.raises(UserError, match="hitting is a discrete one"):
+        sampling.make_sampler(process, network, shape, hitting="image")
     for wrong, words in ((grid["text"][:, :2], "does not fit 3 keys"), (grid["text"][::-1], "from 1 down to 0")):
         with pytest.raises(UserError, match=words):
             sampling.sample(process, network, None, k, {**grid, "text": wrong}, shape, start=start)

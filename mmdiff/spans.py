@@ -1,0 +1,33 @@
+"""What networks, processes and losses agree on about steps that are taken in one jump: how the end of one is called, and forward mode."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+_forward: contextvars.ContextVar[bool] = contextvars.ContextVar("forward_mode", default=False)
+
+
+def end_of(name: str) -> str:
+    """The entry, among times by modality, of the time at which a step of the modality `name` ends.
+
+    >>> end_of("image")
+    'image/end'
+    """
+    return f"{name}/end"
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """A context: what is traced inside is differentiated in forward mode (`jax.jvp`), which fused kernels refuse; networks use none."""
+    token = _forward.set(True)
+    try:
+        yield
+    finally:
+        _forward.reset(token)
+
+
+def in_forward_mode() -> bool:
+    """Whether `forward_mode` is on."""
+    return _forward.get()
