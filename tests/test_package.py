@@ -190,7 +190,8 @@ OUTER = {
     "convert", "encoders", "data", "evals", "projects", "runs", "sample_sets", "encoded_caches", "inference_costs", "conversion",
     "publishing", "commands", "__main__"}
 OUTER_TRAINING = {
-    "loop", "averaged_weights", "checkpoint_files", "checkpoints", "in_loop", "metrics_logger", "run_metadata", "skipped", "validation"}
+    "loop", "averaged_weights", "checkpoint_files", "checkpoints", "in_loop", "metrics_logger", "post_hoc_ema", "run_metadata", "skipped",
+    "validation"}
 
 
 def imports(path):

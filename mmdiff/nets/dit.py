@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Patches
 from mmdiff.nets.layers import normal
-from mmdiff.nets.transformer import Block, DiffusionTransformer, output
+from mmdiff.nets.transformer import DiffusionTransformer
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 
@@ -79,8 +79,8 @@ class DiT(DiffusionTransformer):
         h = self.patches.encode(x.astype(self.dtype), self.width, self.dtype, "image")
         c = self.time_embed(self.width, "time", freq_shift=self.freq_shift)(t)
         c = c + nn.Embed(self.classes + 1, self.width, embedding_init=normal, dtype=self.dtype, name="label")(label)
-        h, _ = self.stack(Block, qk_norm=self.qk_norm, mlp_norm_eps=self.mlp_norm_eps, nested=True)({"": h}, {"": c})
-        out = output(self.patches, h[""], c, self.dtype, "image", self.norm_eps, "adaln")
+        h, _ = self.blocks(rope={"": self.patches}, mlp_norm_eps=self.mlp_norm_eps, nested=True)({"": h}, {"": c})
+        out = self.output(self.patches, h[""], c, "image", x, prefix="")
         return out.astype(jnp.promote_types(out.dtype, jnp.float32))
 
 

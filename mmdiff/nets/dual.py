@@ -29,7 +29,7 @@ from mmdiff.nets.embed import Dense, Patches, xavier
 from mmdiff.nets.fields import check_width
 from mmdiff.nets.layers import layer_norm
 from mmdiff.nets.towers import learned_logits, logit_outputs
-from mmdiff.nets.transformer import DiffusionTransformer, output
+from mmdiff.nets.transformer import DiffusionTransformer
 
 
 class DualStream(DiffusionTransformer):
@@ -98,11 +98,11 @@ class DualStream(DiffusionTransformer):
         width, mmdit = self.width, self.fusion == "mmdit"
         self._check(x, t, tasks, cache)
         attends = {"image": ("image", "text", *["query"] * self.two_way), "text": ("image", "text"), "query": ("image", "query")}
-        options = dict(attends=attends, qk_norm=self.qk_norm)
+        options = dict(attends=attends, rope={"image": self.patches, **({"text": self.text} if self.text is not None else {})})
         own = {} if mmdit else {"attention_weights": {"query": "image"}, "cross_stream": "image" if self.text is not None else None}
-        trunk = self.named_stack("trunk", self.shared, **options, **own)
-        decoder = self.named_stack("decoder", self.depth - self.shared, **options, **own)
-        head = self.named_stack("head", self.head_depth, self.head_heads, **options, weights={"image": "", "query": ""})
+        trunk = self.blocks("trunk", self.shared, **options, **own)
+        decoder = self.blocks("decoder", self.depth - self.shared, **options, **own)
+        head = self.blocks("head", self.head_depth, self.head_heads, **options, weights={"image": "", "query": ""})
 
         streams, conditions, visible, context, added, pooled = {}, {}, {}, None, {}, None
         if "image" in x:
@@ -163,7 +163,7 @@ class DualStream(DiffusionTransformer):
             end = generate(decoder, shared or generate(trunk, streams))
             for name in ("image", "text") if self.captions else ("image",):
                 stream = self.patches if name == "image" else self.text
-                out[name] = output(stream, end[name], generation[name], self.dtype, name, self.norm_eps)
+                out[name] = self.output(stream, end[name], generation[name], name, x[name])
         if "align" in tasks:
             end = align(head, headed(shared or align(trunk, streams)[0]))[0]["query"][:, 0]
             out["query"] = Dense(self.size, kernel_init=xavier, dtype=self.dtype, name="query_out")(layer_norm(end, self.norm_eps))

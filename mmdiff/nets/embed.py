@@ -21,14 +21,14 @@ xavier = nn.initializers.xavier_uniform()
 
 
 def product(x, kernel, dimensions, precision=None, preferred_element_type=None):
-    """x [..., K] times kernel [K, M], as `lax.dot_general` computes it.
+    """x [..., K] times kernel [K, M, ...], as `lax.dot_general` computes it.
 
     On one CPU device over all tokens at once: the kernel's gradient then contracts one dimension, while for two of them XLA first
     transposes copies of x and of the output's gradient (a quarter of a DiT's step).
     """
     if single_cpu() and x.ndim > 2:
         out = product(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision, preferred_element_type)
-        return out.reshape(*x.shape[:-1], kernel.shape[-1])
+        return out.reshape(*x.shape[:-1], *kernel.shape[1:])
     return jax.lax.dot_general(x, kernel, dimensions, precision=precision, preferred_element_type=preferred_element_type)
 
 
@@ -100,9 +100,14 @@ def sincos_1d(size: int, positions: np.ndarray) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def sincos_2d(size: int, height: int, width: int) -> np.ndarray:
+def grid_positions(height: int, width: int, spacing: float = 1.0) -> np.ndarray:
+    """Rows and columns of a grid in raster order [height * width, 2], neighbours `spacing` apart."""
+    return spacing * np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1).reshape(-1, 2).astype(np.float64)
+
+
+def sincos_2d(size: int, height: int, width: int, spacing: float = 1.0) -> np.ndarray:
     """The fixed table of 2-d positions [height * width, size]: the first half of the features encodes the column, the second the row."""
-    rows, columns = np.meshgrid(np.arange(height, dtype=np.float64), np.arange(width, dtype=np.float64), indexing="ij")
+    rows, columns = grid_positions(height, width, spacing).T
     return np.concatenate([sincos_1d(size // 2, columns), sincos_1d(size // 2, rows)], axis=1).astype(np.float32)
 
 
@@ -134,6 +139,10 @@ class Stream:
 
     length: int  # tokens
 
+    def positions(self) -> np.ndarray:
+        """The tokens' positions [length, axes], for `rotary`."""
+        return np.arange(self.length)[:, None]
+
     def encode(self, x, width, dtype, name):
         """What the process feeds the network -> tokens [B, length, width]."""
         raise NotImplementedError
@@ -149,6 +158,14 @@ class Patches(Stream):
 
     With a `stem`, convolutions of 3 x 3 that halve the sides down to the grid of patches see past a patch's borders, and their result is
     added to the tokens. The last has the network's width, those before it stem, 2 stem, ... channels (Xiao et al. 2021).
+
+    With a `bottleneck` a patch is first mapped to so many features, without a bias (Li & He 2025, JiT, for patches of many pixels).
+
+    `spacing` is the distance of neighbouring patches in the units of positions: 0.5 for weights that know a grid half as fine.
+
+    With `head` = (depth, width) the output is that of so many blocks of another width behind the network's, which read the noisy image
+    again, in patches, and are modulated per token by the network's last tokens and their condition (DDT, Wang et al. 2025; the wide head
+    of Zheng et al. 2025, for latents of many channels).
     """
 
     height: int
@@ -157,27 +174,43 @@ class Patches(Stream):
     patch: int
     out_channels: int | None = None
     stem: int = 0
+    bottleneck: int = 0
+    spacing: float = 1.0
+    head: tuple[int, int] | None = None
 
     def __post_init__(self):
         check_fields(self)
+        if self.head is not None and len(self.head) != 2:
+            raise UserError(f"Patches: head must be several numbers, (depth, width) as (2, 2048), not {self.head}.")
         if self.stem and (self.patch < 2 or self.patch & (self.patch - 1)):
             raise UserError(f"a convolutional stem halves the sides of an image: a patch is 2, 4, 8, ..., not {self.patch}.")
         if self.height % self.patch or self.width % self.patch:
             raise UserError(f"patches of {self.patch} do not tile an image of {self.height}x{self.width}.")
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.height // self.patch, self.width // self.patch
+
+    @property
     def length(self) -> int:
-        return (self.height // self.patch) * (self.width // self.patch)
+        return math.prod(self.grid)
+
+    def positions(self):
+        return grid_positions(*self.grid, self.spacing)
 
     def encode(self, x, width, dtype, name):
-        tokens = Dense(width, kernel_init=xavier, dtype=dtype, name=f"{name}_in")(patchify(x, self.patch))
+        rows = patchify(x, self.patch)
+        if self.bottleneck:
+            rows = Dense(self.bottleneck, use_bias=False, kernel_init=xavier, dtype=dtype, name=f"{name}_bottleneck")(rows)
+        tokens = Dense(width, kernel_init=xavier, dtype=dtype, name=f"{name}_in")(rows)
         halvings = self.patch.bit_length() - 1 if self.stem else 0
         for i in range(halvings):
             features = width if i == halvings - 1 else self.stem << i
             x = nn.Conv(features, (3, 3), (2, 2), padding=1, dtype=dtype, name=f"{name}_stem_{i}")(x if i == 0 else nn.gelu(x))
         if halvings:
             tokens = tokens + x.reshape(tokens.shape)
-        return tokens + sincos_2d(width, self.height // self.patch, self.width // self.patch).astype(tokens.dtype)
+        return tokens + sincos_2d(width, *self.grid, self.spacing).astype(tokens.dtype)
 
     def decode(self, h, dtype, name):
         size = self.patch**2 * (self.out_channels or self.channels)

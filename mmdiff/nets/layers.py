@@ -12,15 +12,22 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mmdiff.nets.attention import attention, self_attention, split_heads
-from mmdiff.nets.embed import Dense, ProductAndBias, xavier
+from mmdiff.nets.embed import Dense, ProductAndBias, product, xavier
+from mmdiff.nets.rotary import angles, rotate
 
 zeros = nn.initializers.zeros
 normal = nn.initializers.normal(0.02)
 
 
 def modulate(x, shift, scale):
-    """`x (1 + scale) + shift` with one shift and scale per example, broadcast over its tokens."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """`x (1 + scale) + shift` of tokens x [B, N, W]; shift and scale per example [B, W] or per token, a shift of None is left out."""
+    scaled = x * (1 + per_token(scale))
+    return scaled if shift is None else scaled + per_token(shift)
+
+
+def per_token(c):
+    """What is [B, W] as [B, 1, W]; [B, N, W] as it is."""
+    return c if c.ndim == 3 else c[:, None]
 
 
 def layer_norm(x, eps: float = 1e-6):
@@ -31,16 +38,49 @@ def layer_norm(x, eps: float = 1e-6):
 
 
 class MLP(nn.Module):
-    """Dense, tanh-GELU, Dense."""
+    """Dense, tanh-GELU, Dense; or "swiglu", Dense(silu(a) b) with a and b of one product (Shazeer 2020).
+
+    That has 2/3 of the hidden units, so that its three matrices have the size of the other's two.
+    """
 
     ratio: float = 4.0
+    kind: str = "gelu"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        hidden = Dense(int(x.shape[-1] * self.ratio), kernel_init=xavier, dtype=self.dtype, name="in")(x)
-        hidden = checkpoint_name(hidden, "mlp_in")
-        return Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="out")(nn.gelu(hidden, approximate=True))
+        options = dict(kernel_init=xavier, dtype=self.dtype, name="in")
+        if self.kind == "swiglu":
+            hidden = checkpoint_name(Pairs(2 * int(x.shape[-1] * self.ratio * 2 / 3), **options)(x), "mlp_in")
+            hidden = nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
+        else:
+            hidden = checkpoint_name(Dense(int(x.shape[-1] * self.ratio), **options)(x), "mlp_in")
+            hidden = nn.gelu(hidden, approximate=True)
+        return Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="out")(hidden)
+
+
+class Pairs(nn.Dense):
+    """A Dense whose features are pairs, one after the other, so that a split of them is a split of pairs: [..., 2, features / 2]."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        # The weights are put in order, not the many more features.
+        kernel, bias = (leaf.reshape(*leaf.shape[:-1], -1, 2).swapaxes(-1, -2) for leaf in (kernel, bias))
+        return product(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ()))) + bias
+
+
+class Vector(nn.Module):
+    """A learned vector [features], 0 at first."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self):
+        return self.param("bias", zeros, (self.features,), jnp.float32).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -53,6 +93,7 @@ class Attention(nn.Module):
       parts: (prefix, length) of the parts of the stream "", if it consists of several: "" for layers that all of them share, which run as
         one product over all tokens.
       qk_norm: normalise queries and keys per head (RMS, learned scale; shared by all streams).
+      rope: stream -> the `embed.Stream`s whose tokens it consists of, for rotary positions of these; others are not turned.
       kernel_init: their initialiser.
     """
 
@@ -61,6 +102,7 @@ class Attention(nn.Module):
     weights: Mapping[str, str] | None = None
     parts: tuple[tuple[str, int], ...] = ()
     qk_norm: bool = False
+    rope: Mapping[str, tuple[Any, ...]] | None = None
     kernel_init: Callable = xavier
     backend: str | None = None
     dtype: Any = jnp.float32
@@ -76,7 +118,8 @@ class Attention(nn.Module):
         """
         made = Layers(self.weights, self.parts, self.dtype)
         queries, keys, updates, outputs = {}, dict(cache), {}, {}
-        alone = len(streams) == 1 and not cache and not visible and not self.qk_norm and not any(prefix for prefix, _ in self.parts)
+        alone = len(streams) == 1 and not cache and not visible and not self.qk_norm and not self.rope
+        alone = alone and not any(prefix for prefix, _ in self.parts)
         for name, x in streams.items():
             kind = ProductAndBias if alone else Dense
             qkv = made(kind, name, "qkv", features=3 * x.shape[-1], kernel_init=self.kernel_init)(x)
@@ -85,6 +128,9 @@ class Attention(nn.Module):
             q, k, v = split_heads(qkv, self.heads)
             if self.qk_norm:
                 q, k = made.layer(nn.RMSNorm, "", "q_norm")(q), made.layer(nn.RMSNorm, "", "k_norm")(k)
+            if name in (self.rope or {}):
+                turns = np.concatenate([angles(part.positions(), q.shape[-1]) for part in self.rope[name]])
+                q, k = rotate(q, turns), rotate(k, turns)
             queries[name], keys[name] = q, (k, v)
         for name, q in queries.items():
             read = [other for other in (self.attends or {}).get(name, streams) if other in keys]
@@ -137,14 +183,14 @@ class Layers:
     def __init__(self, prefixes: Mapping[str, str] | None, parts: tuple[tuple[str, int], ...], dtype: Any):
         self._prefixes, self._parts, self._dtype, self._made = prefixes or {}, parts, dtype, {}
 
-    def __call__(self, kind: type[nn.Module], stream: str, name: str, **fields: Any) -> Callable:
+    def __call__(self, kind: type[nn.Module], stream: str, name: str, /, **fields: Any) -> Callable:
         """The layer of a stream, or a function that applies its layer to each of the stream's parts."""
         if stream or not any(prefix for prefix, _ in self._parts):
             return self.layer(kind, self._prefixes.get(stream, stream), name, **fields)
         layers, lengths = [self.layer(kind, prefix, name, **fields) for prefix, _ in self._parts], [length for _, length in self._parts]
         return lambda x: join([layer(part) for layer, part in zip(layers, cut(x, lengths))])
 
-    def layer(self, kind: type[nn.Module], prefix: str, name: str, **fields: Any) -> nn.Module:
+    def layer(self, kind: type[nn.Module], prefix: str, name: str, /, **fields: Any) -> nn.Module:
         path = f"{prefix}_{name}" if prefix else name
         if path not in self._made:
             self._made[path] = kind(**fields, dtype=self._dtype, name=path)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import TimeEmbed
 from mmdiff.nets.layers import normal
-from mmdiff.nets.transformer import Block, DiffusionTransformer, output
+from mmdiff.nets.transformer import DiffusionTransformer
 from mmdiff.spans import end_of
 
 
@@ -67,6 +67,6 @@ class MMDiT(DiffusionTransformer):
             if name in self.spans:
                 conditions[name] += span(t[name] - t.get(end_of(name), t[name]))
         weights = dict.fromkeys(names, "") if self.shared else None
-        streams, _ = self.stack(Block, merged=True, weights=weights, qk_norm=self.qk_norm)(streams, conditions)
-        out = {name: output(self.modalities[name], streams[name], conditions[name], self.dtype, name, self.norm_eps) for name in names}
+        streams, _ = self.blocks(rope=self.modalities, merged=True, weights=weights)(streams, conditions)
+        out = {name: self.output(self.modalities[name], streams[name], conditions[name], name, x[name]) for name in names}
         return jax.tree.map(lambda value: value.astype(jnp.float32), out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from mmdiff.nets.embed import Dense, Patches, patchify, xavier
 from mmdiff.nets.fields import check_fields
 from mmdiff.nets.layers import layer_norm, normal, zeros
-from mmdiff.nets.transformer import DiffusionTransformer, output
+from mmdiff.nets.transformer import DiffusionTransformer
 
 
 class Features(NamedTuple):
     """Inputs of heads: tokens half way and at the end [B, N, width], the condition [B, width], z, the output, their patches, the norms'
-    epsilon."""
+    epsilon, and the network's method for outputs."""
 
     middle: jax.Array
     final: jax.Array
@@ -27,6 +27,7 @@ class Features(NamedTuple):
     out: jax.Array
     patches: Patches
     norm_eps: float
+    output: Callable
 
 
 class MultiTaskDiT(DiffusionTransformer):
@@ -70,12 +71,12 @@ class MultiTaskDiT(DiffusionTransformer):
             h, c = self.aux_modalities[name].encode(h, c, x[name], self.dtype, name)
 
         def blocks(depth, name, h):
-            return self.named_stack(name, depth, qk_norm=self.qk_norm, nested=True)({"": h}, {"": c})[0][""]
+            return self.blocks(name, depth, rope={"": self.patches}, nested=True)({"": h}, {"": c})[0][""]
 
         middle = blocks(self.depth // 2, "first", h)
         final = blocks(self.depth - self.depth // 2, "second", middle)
-        out = output(self.patches, final, c, self.dtype, self.target, self.norm_eps)
-        features = Features(middle, final, c, z, out, self.patches, self.norm_eps)
+        out = self.output(self.patches, final, c, self.target, z)
+        features = Features(middle, final, c, z, out, self.patches, self.norm_eps, self.output)
         heads = {name: self.aux_modalities[name].decode(features, blocks, self.dtype, name) for name in names}
         outputs = {self.target: out, **{name: head for name, head in heads.items() if head is not None}}
         return {name: value.astype(jnp.float32) for name, value in outputs.items()}
@@ -109,7 +110,7 @@ class Grid:
         return h + tokens, c
 
     def decode(self, features, blocks, dtype, name):
-        return output(self.patches, features.final, features.condition, dtype, name, features.norm_eps) if self.head else None
+        return features.output(self.patches, features.final, features.condition, name) if self.head else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mmdiff.checks import short
 from mmdiff.errors import UserError
 from mmdiff.nets import fused_norm
 from mmdiff.nets.embed import Dense, TimeEmbed, xavier
-from mmdiff.nets.fields import Network
-from mmdiff.nets.layers import MLP, Attention, CrossAttention, Layers, cut, join, layer_norm, modulate, zeros
+from mmdiff.nets.fields import Network, check_width
+from mmdiff.nets.layers import MLP, Attention, CrossAttention, Layers, Vector, cut, join, layer_norm, modulate, per_token, zeros
 from mmdiff.nets.target import axis_size, constrain, differentiable, platform, single_cpu
 
 REMAT = {
@@ -55,29 +56,88 @@ class Transformer(Network, kw_only=True):
     def stack(self, block: type[nn.Module], **fields: Any) -> Callable:
         """`stack` of `depth` blocks with this network's fields, and others."""
         check_heads(self.heads)
-        common = {name: getattr(self, name) for name in ("heads", "mlp_ratio", "norm_eps", "backend", "dtype")}
-        return stack(partial(block, **common, **fields), self.depth, self.scan, self.remat)
+        return stack(partial(block, **self.of_blocks(), **fields), self.depth, self.scan, self.remat)
 
-    def named_stack(self, name: str, depth: int, heads: int = 0, **fields: Any) -> Stack:
-        """A `stack` of `Block`s under a name, with another depth and perhaps other heads."""
-        check_heads(heads or self.heads)
-        options = {key: getattr(self, key) for key in ("mlp_ratio", "norm_eps", "backend", "dtype")}
-        return Stack(depth, self.scan, self.remat, {"heads": heads or self.heads, **options, **fields}, name=name)
+    def of_blocks(self) -> dict[str, Any]:
+        """The fields that are its blocks', too."""
+        return {name: getattr(self, name) for name in ("heads", "mlp_ratio", "norm_eps", "backend", "dtype")}
 
 
 class DiffusionTransformer(Transformer, kw_only=True):
     """Also the fields of those whose blocks are modulated by a time.
 
+    The recipe of 2025's networks is norm="rms", mlp="swiglu", rope=True (LightningDiT, Yao et al. 2025), and qk_norm=True (JiT).
+
     Attributes:
       qk_norm: queries and keys are normalised per head (RMS, learned scale).
+      norm: "layer", or "rms": `x / sqrt(mean x^2 + eps)` times a learned scale.
+      mlp: "gelu" or "swiglu", see `MLP`.
+      rope: queries and keys are turned by their tokens' positions, each modality's its own (see `rotary`), besides what streams add.
+      shift: a modulation has a shift, a scale and a gate; without, a scale and a gate: four vectors a block, not six.
+      shared_adaln: the modulations of all blocks are one function of the condition, and a learned vector of each block is added
+        (adaLN-single; Chen et al. 2024, PixArt-alpha): a quarter to a third fewer parameters.
       time_scale, time_offset: the sinusoidal features of a time t in [0, 1] are those of `time_scale t + time_offset`. Published DiTs count
         the steps 0 .. 999, 0 of the least noise, which ends at t = 1/1000: offset -1. SiT feeds a time that runs from noise to data: scale
         -1, offset 1.
     """
 
     qk_norm: bool = False
+    norm: str = "layer"
+    mlp: str = "gelu"
+    rope: bool = False
+    shift: bool = True
+    shared_adaln: bool = False
     time_scale: float = 1000.0
     time_offset: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in ("norm", ("layer", "rms")), ("mlp", ("gelu", "swiglu")):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{type(self).__name__}: {name} is {' or '.join(choices)}, not {short(getattr(self, name))}.")
+        if self.rope and self.width // self.heads % 4:
+            raise UserError(
+                f"{type(self).__name__}: rotary positions of rows and columns need heads whose width 4 divides: width {self.width} / heads "
+                f"{self.heads} is {self.width // self.heads}.")
+
+    def of_blocks(self):
+        names = ("qk_norm", "norm", "mlp", "shift", "shared_adaln")
+        return super().of_blocks() | {name: getattr(self, name) for name in names}
+
+    def blocks(
+        self, name: str = "", depth: int | None = None, heads: int = 0, rope: Mapping[str, Any] | None = None, **fields: Any
+    ) -> Stack:
+        """A `Stack` under a name, with this network's depth, heads and fields by default; `rope`: the streams that have positions."""
+        check_heads(heads or self.heads)
+        options = self.of_blocks() | {"heads": heads or self.heads, "rope": rope if self.rope else None} | fields
+        stack = Stack(self.depth if depth is None else depth, self.scan, self.remat, options, name=name or None)
+        if not name:
+            nn.share_scope(self, stack)
+        return stack
+
+    def output(
+        self, stream: Any, h: jax.Array, c: jax.Array, name: str, x: jax.Array | None = None, prefix: str | None = None
+    ) -> jax.Array:
+        """The last layer of a stream: `stream.decode(norm(h) (1 + scale) + shift)`, shift and scale of the condition c [B, W].
+
+        Where the stream has a wide head, its blocks come first; x is the stream's input. The layers' prefix is f"{name}_" by default.
+        """
+        prefix = f"{name}_" if prefix is None else prefix
+        if head := getattr(stream, "head", None):
+            if x is None:
+                raise UserError(f"{type(self).__name__}: the output of {name!r} is a layer on other tokens and has no wide head.")
+            depth, width = head
+            check_width(width, self.heads, f"the head of {name!r}")
+            c = nn.silu(h + c[:, None])
+            c = Dense(width, kernel_init=xavier, dtype=self.dtype, name=f"{prefix}head_condition")(c)
+            h = stream.encode(x.astype(self.dtype), width, self.dtype, f"{prefix}head")
+            blocks = self.blocks(f"{prefix}head_stack", depth, rope={"": stream}, nested=True)
+            h = blocks({"": h}, {"": c})[0][""]
+        layer = Dense(2 * h.shape[-1], kernel_init=zeros, dtype=self.dtype, name=f"{prefix}adaln")
+        shift, scale = jnp.split(layer(nn.silu(c)), 2, axis=-1)
+        rms = self.norm == "rms"
+        normed = nn.RMSNorm(self.norm_eps, dtype=self.dtype, name=f"{prefix}norm")(h) if rms else layer_norm(h, self.norm_eps)
+        return stream.decode(modulate(normed, shift, scale), self.dtype, name)
 
     def time_embed(self, width: int, name: str, **options: Any) -> TimeEmbed:
         """The `TimeEmbed` of this network's times."""
@@ -129,7 +189,7 @@ def stack(block: partial, depth: int, scan: bool, remat: str) -> Callable:
 
 
 class Stack(nn.Module):
-    """A `stack` of `Block`s with fields `options` under a name of its own; a cache is of all blocks, [depth, ...]."""
+    """A `stack` of `Block`s with fields `options`; a cache is of all blocks, [depth, ...]."""
 
     depth: int
     scan: bool
@@ -141,14 +201,18 @@ class Stack(nn.Module):
         if not self.depth:
             return streams, {}
         block = partial(Block, **self.options, keep=keep)
+        if self.options["shared_adaln"]:
+            made, modulations = Layers(self.options.get("weights"), (), self.options["dtype"]), {}
+            for name, c in conditions.items():
+                size = vectors(name, self.options["shift"], self.options.get("cross_stream")) * streams[name].shape[-1]
+                modulations[name] = made(Dense, name, "blocks_adaln", features=size, kernel_init=zeros)(nn.silu(c))
+            conditions = modulations
         return stack(block, self.depth, self.scan, self.remat)(streams, conditions, visible, context, added, each=cache)
 
 
-def output(stream: Any, h: jax.Array, c: jax.Array, dtype: Any, name: str, eps: float, adaln: str = "") -> jax.Array:
-    """The last layer of a stream `name`, float32: `stream.decode(LN(h) (1 + scale) + shift)`, shift and scale of the condition c [B, W]."""
-    layer = Dense(2 * h.shape[-1], kernel_init=zeros, dtype=dtype, name=adaln or f"{name}_adaln")
-    shift, scale = jnp.split(layer(nn.silu(c)), 2, axis=-1)
-    return stream.decode(modulate(layer_norm(h, eps), shift, scale), dtype, name)
+def vectors(stream: str, shift: bool, cross_stream: str | None) -> int:
+    """How many vectors modulate a stream in a block: (shift,) scale and gate of attention, MLP and perhaps cross-attention."""
+    return (3 if shift else 2) * (3 if stream == cross_stream else 2)
 
 
 class Block(nn.Module):
@@ -162,6 +226,9 @@ class Block(nn.Module):
 
     Attributes:
       attends, qk_norm: see `Attention`.
+      rope: stream -> the `embed.Stream` whose positions turn its queries and keys.
+      norm, mlp, shift: as in `DiffusionTransformer`.
+      shared_adaln: the conditions are the modulations, to which a vector of this block is added.
       weights, attention_weights: stream -> the prefix of its layers (see `Attention`); those of attention by default as the others.
       nested: the layers of attention lie in "attention/", as in DiT, not in the block itself.
       merged: all streams run as one: norms, attention and the layers that they share work on all tokens at once.
@@ -181,6 +248,11 @@ class Block(nn.Module):
     keep: bool = False
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    norm: str = "layer"
+    mlp: str = "gelu"
+    rope: Mapping[str, Any] | None = None
+    shift: bool = True
+    shared_adaln: bool = False
     norm_eps: float = 1e-6
     mlp_norm_eps: float | None = None
     backend: str | None = None
@@ -192,7 +264,7 @@ class Block(nn.Module):
 
         Args:
           streams: name -> tokens [B, N, W].
-          conditions: name -> [B, W].
+          conditions: name -> [B, W], or of each token [B, N, W].
           visible, cache: as in `Attention`.
           context: (tokens [B, M, C], bool [B, M]) for `cross_stream`; False masks one.
           added: name -> [B, N, D], which is added to the stream by a product of this block.
@@ -204,32 +276,43 @@ class Block(nn.Module):
             streams, members = {"": join([streams[name] for name in names])}, {"": names}
         made, lengths = Layers(weights, parts, self.dtype), [length for _, length in parts]
 
-        modulations = {}  # stream -> (shift, scale, gate) of its attention, MLP and cross-attention, each for all members
+        modulations = {}  # stream -> ((shift,) scale, gate) of its attention, MLP and cross-attention, each for all members
         for stream, members_of in members.items() if conditions else ():
-            count, each = 9 if stream == self.cross_stream else 6, []
+            count, each = vectors(stream, self.shift, self.cross_stream), []
             for name in members_of:
-                layer = made.layer(Dense, weights.get(name, name), "adaln", features=count * streams[stream].shape[-1], kernel_init=zeros)
-                each.append(jnp.split(checkpoint_name(layer(nn.silu(conditions[name])), "adaln"), count, axis=-1))
-            each = list(zip(*each))
-            modulations[stream] = {which: each[3 * i : 3 * i + 3] for i, which in enumerate(("attention", "mlp", "cross"))}
+                prefix, size = weights.get(name, name), count * streams[stream].shape[-1]
+                if self.shared_adaln:
+                    found = conditions[name] + made.layer(Vector, prefix, "adaln", features=size)()
+                else:
+                    layer = made.layer(Dense, prefix, "adaln", features=size, kernel_init=zeros)
+                    found = checkpoint_name(layer(nn.silu(conditions[name])), "adaln")
+                each.append(jnp.split(found, count, axis=-1))
+            each, step = list(zip(*each)), 3 if self.shift else 2
+            modulations[stream] = {which: each[step * i : step * i + step] for i, which in enumerate(("attention", "mlp", "cross"))}
 
         def before(name, which):
             eps = self.mlp_norm_eps if which == "mlp" and self.mlp_norm_eps is not None else self.norm_eps
-            if name not in modulations:
-                return made(nn.LayerNorm, name, f"{which}_norm", epsilon=eps)(streams[name])
-            by = modulations[name][which][:2]
+            if name not in modulations or self.norm == "rms":
+                kind = nn.RMSNorm if self.norm == "rms" else nn.LayerNorm
+                normed = made(kind, name, f"{which}_norm", epsilon=eps)(streams[name])
+                if name not in modulations:
+                    return normed
+            *shift, scale, _ = modulations[name][which]
+            known = self.norm == "layer" and self.shift and len(lengths) < 2 and scale[0].ndim == 2  # to the kernel for TPUs
             backend = differentiable(self.backend)
-            if len(lengths) < 2 and (backend == "pallas" or (backend is None and fused_norm.applies(streams[name]))):
-                out, streams[name] = fused_norm.norm_and_modulation(streams[name], *(each[0] for each in by), eps)
+            if known and (backend == "pallas" or (backend is None and fused_norm.applies(streams[name]))):
+                out, streams[name] = fused_norm.norm_and_modulation(streams[name], shift[0][0], scale[0], eps)
                 return out
-            normed = cut(layer_norm(streams[name], eps), lengths)
-            return join([modulate(*pieces) for pieces in zip(normed, *by)])
+            if self.norm == "layer":
+                normed = layer_norm(streams[name], eps)
+            pieces = zip(cut(normed, lengths), *(shift or [[None] * len(scale)]), scale)
+            return join([modulate(*piece) for piece in pieces])
 
         def after(name, which, update):
             if name not in modulations:
                 return streams[name] + update
-            gated = zip(cut(checkpoint_name(update, "update"), lengths), modulations[name][which][2])
-            return streams[name] + join([gate[:, None] * piece for piece, gate in gated])
+            gated = zip(cut(checkpoint_name(update, "update"), lengths), modulations[name][which][-1])
+            return streams[name] + join([per_token(gate) * piece for piece, gate in gated])
 
         def flat(module):
             """The module, whose layers lie in this one."""
@@ -239,14 +322,18 @@ class Block(nn.Module):
         for name, value in added.items():
             streams[name] = streams[name] + made(Dense, name, "in", features=streams[name].shape[-1], kernel_init=xavier)(value)
         weights = weights if self.attention_weights is None else self.attention_weights
-        attend = Attention(self.heads, self.attends, weights, parts, self.qk_norm, xavier, self.backend, self.dtype, name="attention")
+        turned = {name: (stream,) for name, stream in (self.rope or {}).items() if name in streams}
+        if self.merged and self.rope:
+            turned = {"": tuple(self.rope[name] for name in names)}
+        attend = Attention(
+            self.heads, self.attends, weights, parts, self.qk_norm, turned, xavier, self.backend, self.dtype, name="attention")
         updates, keys = (attend if self.nested else flat(attend))({n: before(n, "attention") for n in streams}, visible, cache)
         streams |= {name: after(name, "attention", update) for name, update in updates.items()}
         if self.cross_stream in streams and context is not None:
             cross = flat(CrossAttention(self.heads, "cross_", xavier, self.backend, self.dtype, name="cross"))
             streams[self.cross_stream] = after(self.cross_stream, "cross", cross(before(self.cross_stream, "cross"), *context))
         for name in streams:
-            update = made(MLP, name, "mlp", ratio=self.mlp_ratio)(before(name, "mlp"))
+            update = made(MLP, name, "mlp", ratio=self.mlp_ratio, kind=self.mlp)(before(name, "mlp"))
             streams[name] = after(name, "mlp", update)
         if self.merged:
             streams = dict(zip(names, cut(streams[""], lengths)))

@@ -60,7 +60,7 @@ def test_sizes(bad):
 @pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, math.inf, "4", True], ids=str)
 def test_scales(bad):
     cases = [(net, field) for net, field in numbers("float") if field.name != "logits"]
-    names = {"mlp_ratio", "norm_eps", "mlp_norm_eps", "time_scale", "time_offset", "freq_shift", "seconds"}
+    names = {"mlp_ratio", "norm_eps", "mlp_norm_eps", "time_scale", "time_offset", "freq_shift", "seconds", "spacing"}
     assert {field.name for _, field in cases} == names
     fit = {-1.0: fields.SIGNED, 0.0: fields.SIGNED | {"freq_shift", "seconds"}}.get(bad if type(bad) is float else None, ())
     for net, field in cases:

@@ -3,6 +3,7 @@
 After a change that is meant to rename parameters, with a table that reads the old ones: `python tests/nets/test_parameter_names.py`.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -20,6 +21,7 @@ SIZES = dict(depth=2, width=16, heads=2)
 PATCHES, TEXT = nets.Patches(4, 4, 2, 2), nets.Tokens(5, 6, 5)
 IMAGE, LABEL, TIME, IDS = jnp.zeros((2, 4, 4, 2)), jnp.zeros(2, int), jnp.ones(2), jnp.zeros((2, 5), int)
 VECTOR, CONTEXT, MOTION = jnp.zeros((2, 4)), jnp.zeros((2, 7, 12)), jnp.zeros((2, 8, 3, 3))
+RECIPE = dict(norm="rms", mlp="swiglu", rope=True, qk_norm=True, shift=False, shared_adaln=True)
 JOINT = {"image": PATCHES, "label": nets.Label(5, 4), "text": TEXT, "vector": nets.Vectors(4)}
 AUX = {
     "label": nets.Classes(4, 3), "other": nets.Classes(4, 3, "output"), "vector": nets.Vector(4), "grid": nets.Grid(PATCHES),
@@ -36,6 +38,8 @@ NETWORKS = {
     "DiT, qk_norm, no scan": (nets.DiT(PATCHES, 3, qk_norm=True, scan=False, **SIZES), IMAGE, TIME, LABEL),
     "MMDiT": (nets.MMDiT(JOINT, qk_norm=True, **SIZES), X, T),
     "MMDiT, shared": (nets.MMDiT(JOINT, shared=True, **SIZES), X, T),
+    "DiT, recipe": (nets.DiT(dataclasses.replace(PATCHES, bottleneck=3, head=(1, 24)), 3, **RECIPE, **SIZES), IMAGE, TIME, LABEL),
+    "MMDiT, recipe": (nets.MMDiT(JOINT | {"image": dataclasses.replace(PATCHES, head=(1, 24))}, **RECIPE, **SIZES), X, T),
     "MultiTaskDiT": (nets.MultiTaskDiT(PATCHES, AUX, **SIZES), X, T),
     "DualStream": (nets.DualStream(PATCHES, TEXT, 4, shared=1, head_depth=1, qk_norm=True, captions=True, **SIZES), X, T),
     "DualStream, shared": (
