@@ -39,6 +39,7 @@ from mmdiff.terms import (
     Term,
     adaptive,
     auxiliary,
+    error_in,
     masked_ce,
     masked_elbo,
     min_snr,
@@ -55,8 +56,8 @@ from mmdiff.terms import (
 from mmdiff.times import Adaptive, Times, example_keys
 
 __all__ = [
-    "InBatchTerm", "Loss", "Term", "adaptive", "auxiliary", "averaged", "combine", "diffusion", "flips", "masked_ce", "masked_elbo",
-    "min_snr", "mse", "of_parts", "on", "prepared", "sigma_vlb", "sigmoid", "snr", "vlb", "weighted", "x0_ce",
+    "InBatchTerm", "Loss", "Term", "adaptive", "auxiliary", "averaged", "combine", "diffusion", "error_in", "flips", "masked_ce",
+    "masked_elbo", "min_snr", "mse", "of_parts", "on", "prepared", "sigma_vlb", "sigmoid", "snr", "vlb", "weighted", "x0_ce",
 ]
 
 Loss = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 from mmdiff import losses, processes, schedules, times
+from mmdiff.errors import UserError
 from mmdiff.microbatches import BatchLoss, Pieces
 from mmdiff.processes import Gaussian, Joint, Noised
 
@@ -155,6 +157,43 @@ def test_weights_are_finite_at_the_ends(weight):
         noised = noised_by(process, t=jnp.asarray([0.0, 1e-6, 0.3, 0.5, 0.9, 0.999, 1.0, 1.0]))
         values = losses.mse(process, WEIGHTS[weight][0])(jnp.zeros((B, 4)), noised)
         assert np.isfinite(values).all() and values[0] == 0, values
+
+
+def test_an_error_in_another_parameterisation():
+    """Of x_0 in velocity it is the squared error over max(t, floor)^2 to t = 1; in what is predicted the process's own loss."""
+    t = jnp.asarray([0.0, 1e-3, 0.02, 0.1, 0.3, 0.5, 0.9, 1.0])
+    data = Gaussian(schedules.flow(), processes.x0)
+    noised, error = noised_by(data, t=t), normal(5, (B, 4))
+    curved = schedules.linear_beta()
+    every = {name: Gaussian(curved, predict) for name, predict in PREDICTS.items()}
+
+    @jax.jit
+    def found(error):
+        out = noised.x0 + error
+        velocity = losses.error_in(data, processes.velocity, 0.05)
+        values, slope = jax.vjp(lambda out: velocity(out, noised), out)
+        ends = losses.error_in(data, processes.velocity)(out, noised), losses.error_in(data, processes.eps)(out, noised)
+        own, other = {}, {}
+        for name, process in every.items():
+            bent = noised_by(process, t=jnp.maximum(t, 1e-3))
+            own[name] = losses.error_in(process, process.predict)(error, bent), process.loss(error, bent)
+            x0_hat = process.clean(error, bent.xt, bent.t)
+            alpha, sigma = (c[:, None] for c in curved(bent.t))
+            truth, belief = (alpha * (bent.xt - alpha * x) / sigma - sigma * x for x in (bent.x0, x0_hat))  # v
+            other[name] = losses.error_in(process, processes.v)(error, bent), ((truth - belief) ** 2).mean(-1)
+        return values, slope(jnp.ones(B))[0], ends, own, other
+
+    values, slope, (whole, eps), own, other = found(error)
+    squares = np.asarray((error**2).mean(-1))
+    np.testing.assert_allclose(values[1:], squares[1:] * [400, 400, 100, 1 / 0.09, 4, 1 / 0.81, 1], rtol=1e-5)
+    assert values[0] == 0 == np.abs(slope[0]).max() and np.isfinite(slope).all() and slope[-1].any()
+    np.testing.assert_allclose(whole[2:], squares[2:] / np.asarray(t[2:]) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(eps[2:], squares[2:] * (1 / np.asarray(t[2:]) - 1) ** 2, rtol=1e-5, atol=1e-12)
+    for name in PREDICTS:
+        np.testing.assert_allclose(*own[name], rtol=1e-6)
+        np.testing.assert_allclose(other[name][0][2:], other[name][1][2:], rtol=2e-3)
+    with pytest.raises(UserError, match="floor of 0 or more and below 1"):
+        losses.error_in(data, processes.velocity, 1.0)
 
 
 @pytest.mark.slow
