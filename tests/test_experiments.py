@@ -2,9 +2,13 @@
 
 import json
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
+
+from mmdiff import config as configs
 
 
 @pytest.fixture
@@ -66,3 +70,25 @@ def test_solvers_sample_with_the_same_weights_and_noise(experiments, loaded_laun
     # Heun of 12 steps is nearly the reference of 13: the noise and the labels are the same.
     assert metrics["error heun/23"] < 0.1 and metrics["frechet heun/23"] == pytest.approx(metrics["frechet 2m/23"], rel=0.2)
     assert metrics["error unipc/23"] < 0.1
+
+
+def test_guidance_is_compared_at_the_same_frechet_ratio(loaded_launch):
+    guidance = loaded_launch("guidance_experiments")
+    found = {("one way", 1.0): [(0.90, 1.0)], ("one way", 2.0): [(0.92, 2.0), (0.96, 2.2)]}
+    found |= {("each", 2.0): [(0.95, 1.55)], ("each", 3.0): [(1.0, 9.0)]}
+    _, _, one, two, each, beyond = guidance.table(found)
+    assert one == "| one way | 1 | 0.9000 ± nan | 1.000 ± nan | - |"
+    assert two == "| one way | 2 | 0.9400 ± 0.0200 | 2.100 ± 0.100 | - |"
+    assert each.endswith("| 1.550 ± nan | +0.0300 |") and beyond.endswith("| 9.000 ± nan | - |")
+
+
+@pytest.mark.slow
+def test_guidance_is_measured_of_one_run_s_weights(loaded_launch, monkeypatch):
+    guidance = loaded_launch("guidance_experiments")
+    monkeypatch.setattr(guidance, "WEIGHTS", (1.0, 1.5))
+    small = [("model.width", "16"), ("model.depth", "1"), ("model.heads", "2"), ("sample.steps", "2")]
+    config, module = configs.load(str(guidance.CONFIG), small)
+    experiment = module.build(config)
+    params = jax.jit(experiment.init)(jax.random.key(0))
+    found = guidance.measure(types.SimpleNamespace(experiment=experiment, config=config, params=params), seeds=1)
+    assert len(found) == 4 and all(len(values) == 1 and np.isfinite(values).all() for values in found.values())
