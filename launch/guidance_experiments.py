@@ -12,6 +12,7 @@ column compares with guidance one way at the same ratio, between the weights tha
 import argparse
 import dataclasses
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -36,17 +37,17 @@ def measure(run, seeds, batch=250):
     experiment, steps = run.experiment, int(run.config.sample.steps)
     train, validation = load_all(experiment.train_data()), load_all(experiment.validation_data())
     classifier = classifiers.svm(train["image"], train["label"])
-    found = {}
-    for way, options in WAYS.items():
-        own = dataclasses.replace(experiment, sample=None, sampler={**experiment.sampler, **options})
-        for w in WEIGHTS:
-            if w == 1 and way != ONE_WAY:  # guides nothing
-                continue
-            for seed in range(seeds):
-                pairs = sample_batched(own, run.params, jax.random.key(seed), {}, len(train["image"]), batch=batch, steps=steps, guidance=w)
-                images = experiment.modalities["image"].quantize(pairs["image"])
-                agreement = np.mean(classifiers.predict(classifier, images) == pairs["label"])
-                found.setdefault((way, w), []).append((agreement, frechet_ratio(images, validation["image"], train["image"])))
+    ways = {way: dataclasses.replace(experiment, sample=None, sampler={**experiment.sampler, **own}) for way, own in WAYS.items()}
+    settings = [(way, w) for way in WAYS for w in WEIGHTS if w != 1 or way == ONE_WAY]  # 1 guides nothing
+    found = {setting: [] for setting in settings}
+    for seed in range(seeds):
+        for way, w in settings:
+            options = {"batch": batch, "steps": steps, "guidance": w}
+            pairs = sample_batched(ways[way], run.params, jax.random.key(seed), {}, len(train["image"]), **options)
+            images = experiment.modalities["image"].quantize(pairs["image"])
+            agreement = np.mean(classifiers.predict(classifier, images) == pairs["label"])
+            found[way, w].append((agreement, frechet_ratio(images, validation["image"], train["image"])))
+            print(f"seed {seed}, {way}, weight {w:g}: agreement {agreement:.4f}, ratio {found[way, w][-1][1]:.3f}", file=sys.stderr)
     return found
 
 

@@ -38,6 +38,7 @@ from mmdiff.terms import (
     InBatchTerm,
     Term,
     adaptive,
+    aligned,
     auxiliary,
     error_in,
     masked_ce,
@@ -56,8 +57,8 @@ from mmdiff.terms import (
 from mmdiff.times import Adaptive, Times, example_keys
 
 __all__ = [
-    "InBatchTerm", "Loss", "Term", "adaptive", "auxiliary", "averaged", "combine", "diffusion", "error_in", "flips", "masked_ce",
-    "masked_elbo", "min_snr", "mse", "of_parts", "on", "prepared", "sigma_vlb", "sigmoid", "snr", "vlb", "weighted", "x0_ce",
+    "InBatchTerm", "Loss", "Term", "adaptive", "aligned", "auxiliary", "averaged", "combine", "diffusion", "error_in", "flips",
+    "masked_ce", "masked_elbo", "min_snr", "mse", "of_parts", "on", "prepared", "sigma_vlb", "sigmoid", "snr", "vlb", "weighted", "x0_ce",
 ]
 
 Loss = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]

@@ -276,6 +276,35 @@ def masked_elbo(cap: float = math.inf) -> Callable:
     return weight
 
 
+def aligned(features: str, of: str, center: float | None = None) -> Term:
+    """REPA: `mean_n 1 - cos(out_n, y_n)` of a network's tap (`nets.Tap`) and frozen features y of the clean data, from 0 to 2.
+
+    Zero for examples in which what is tapped is absent. The features are in the batch, from a cache: no encoder runs in the step.
+
+    Args:
+      features: the name of both, the output [B, N, D] and the entry of the batch, [B, N, D] or [B, rows, columns, D].
+      of: the modality that is tapped.
+      center: iREPA's g, `y <- (y - g mean_n y) / (std_n y + 1e-6)`, in training 0.6 (Singh et al. 2025); y as it is by default.
+
+    Source: Yu et al. 2025, with 1 - cos for -cos.
+    """
+
+    def term(out, noised):
+        if features not in (noised.batch or {}):
+            raise UserError(f"aligned: the batch has no {features!r}: the data need the features of {of!r}, from a cache for instance.")
+        predicted = out[features].astype(jnp.float32)
+        y = noised.batch[features].reshape(predicted.shape[0], -1, predicted.shape[-1]).astype(jnp.float32)
+        if y.shape != predicted.shape:
+            raise UserError(f"aligned: {features!r} has {y.shape[1]} tokens in the batch and {predicted.shape[1]} in the network's tap.")
+        if center is not None:
+            y = (y - center * y.mean(1, keepdims=True)) / (y.std(1, keepdims=True, ddof=1) + 1e-6)
+        unit = (x / jnp.sqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-24)) for x in (predicted, y))  # a gradient also at 0
+        cosine = math.prod(unit).sum(-1)
+        return jnp.where(noised.t[of] < 1, per_example_mean(1.0 - cosine), 0.0)
+
+    return term
+
+
 def auxiliary(process, steps: int, falling: bool = True) -> Term:
     """VQ-Diffusion's auxiliary loss, `a(t) x0_ce` with a = 2 - i / T, or a = 1 + i / T if not `falling`, at t = (i + 1) / T.
 

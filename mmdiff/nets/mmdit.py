@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
-from mmdiff.nets.embed import TimeEmbed
-from mmdiff.nets.layers import normal
+from mmdiff.nets.embed import Dense, Patches, TimeEmbed, patchify, xavier
+from mmdiff.nets.layers import normal, zeros
+from mmdiff.nets.taps import Tap
 from mmdiff.nets.transformer import DiffusionTransformer
 from mmdiff.spans import end_of
 
@@ -29,6 +30,9 @@ class MMDiT(DiffusionTransformer):
         The modulation is always a function of the stream's own condition.
       spans: modalities whose condition also embeds how long their step is. Slopes in time grow with `time_scale`: their networks need one
         of the order of 1 (published: 1), not the 1000 of others.
+      fused: modality -> the one that it shares tokens with, both `Patches` of equal grids: their embeddings are added, and so are their
+        conditions, so that features of an image cost no tokens (ReDi, Kouzelis et al. 2025).
+      taps: name of an output -> `Tap`, projected tokens between two blocks.
       depth, width, heads, ...: see `Transformer` and `DiffusionTransformer`.
 
     >>> import jax
@@ -43,6 +47,20 @@ class MMDiT(DiffusionTransformer):
     modalities: Mapping[str, Any]
     shared: bool = False
     spans: tuple[str, ...] = ()
+    fused: Mapping[str, str] | None = None
+    taps: Mapping[str, Tap] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, host in (self.fused or {}).items():
+            pair = [self.modalities.get(each) for each in (name, host)]
+            if not all(isinstance(each, Patches) for each in pair) or len({each.length for each in pair}) > 1 or host in self.fused:
+                raise UserError(f"MMDiT: {name!r} cannot share the tokens of {host!r}: both must be Patches with as many of them.")
+        for name, tap in (self.taps or {}).items():
+            if name in self.modalities or tap.of not in self.modalities or not tap.depth < self.depth:
+                raise UserError(
+                    f"MMDiT: the tap {name!r} of {tap.of!r} behind block {tap.depth} needs a name of its own, one of the modalities "
+                    f"{sorted(self.modalities)} and fewer than the {self.depth} blocks.")
 
     @nn.compact
     def __call__(self, x, t):
@@ -62,11 +80,27 @@ class MMDiT(DiffusionTransformer):
         for i, name in enumerate(names):
             stream = self.modalities[name]
             value = x[name].astype(self.dtype) if jnp.issubdtype(x[name].dtype, jnp.floating) else x[name]
-            streams[name] = stream.encode(value, self.width, self.dtype, name)
+            if name in (self.fused or {}):  # its host's tokens have the positions
+                value = patchify(value, stream.patch)
+                streams[name] = Dense(self.width, kernel_init=xavier, dtype=self.dtype, name=f"{name}_in")(value)
+            else:
+                streams[name] = stream.encode(value, self.width, self.dtype, name)
             conditions[name] = time(t[name]) + kinds[i].astype(self.dtype)
             if name in self.spans:
                 conditions[name] += span(t[name] - t.get(end_of(name), t[name]))
-        weights = dict.fromkeys(names, "") if self.shared else None
-        streams, _ = self.blocks(rope=self.modalities, merged=True, weights=weights)(streams, conditions)
-        out = {name: self.output(self.modalities[name], streams[name], conditions[name], name, x[name]) for name in names}
+        home = {name: (self.fused or {}).get(name, name) for name in names}  # whose tokens a modality has
+        for name, host in (self.fused or {}).items():
+            change = Dense(self.width, kernel_init=zeros, dtype=self.dtype, name=f"{name}_condition")(nn.silu(conditions.pop(name)))
+            streams[host], conditions[host] = streams[host] + streams.pop(name), conditions[host] + change
+        options = {"rope": self.modalities, "merged": True, "weights": dict.fromkeys(names, "") if self.shared else None}
+        out, done = {}, 0
+        for depth, tapped in [*sorted((tap.depth, name) for name, tap in (self.taps or {}).items()), (self.depth, None)]:
+            if depth > done:
+                part = self.blocks(f"from_{done}" if done else "", depth - done, **options)
+                (streams, _), done = part(streams, conditions), depth
+            if tapped:
+                tap = self.taps[tapped]
+                out[tapped] = tap.project(streams[home[tap.of]], self.modalities[tap.of], self.dtype, tapped)
+        for name in names:
+            out[name] = self.output(self.modalities[name], streams[home[name]], conditions[home[name]], name, x[name])
         return jax.tree.map(lambda value: value.astype(jnp.float32), out)
