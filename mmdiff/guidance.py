@@ -18,6 +18,7 @@ from mmdiff.errors import UserError
 from mmdiff.processes.aggregate import Aggregate
 from mmdiff.processes.base import Joint, bcast, concrete, per_example_sum
 from mmdiff.processes.gaussian import Gaussian
+from mmdiff.spans import end_of
 
 Weight = float | Callable[[Mapping[str, jax.Array]], jax.Array]
 """A number, or a function of the network's times."""
@@ -100,7 +101,8 @@ def guided(
         batches, bound = [(dict(x), dict(t))], process.bind(params)
         for names in branches:
             null_x = {**x, **{name: absent(name, x[name], t[name]) for name in names}}
-            null_t = {**t, **{name: jnp.ones_like(t[name]) for name in names}}
+            gone = [key for name in names for key in (name, end_of(name)) if key in t]  # what is absent takes no step
+            null_t = {**t, **{key: jnp.ones_like(t[key]) for key in gone}}
             batches.append(bound.unconditional_inputs(x, t, null_x, null_t))
         out = apply(params, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches))
 

@@ -97,6 +97,10 @@ def test_what_is_absent_already_does_not_guide():
 
     guided = sampling.guided(network, 4.0, process=PROCESS, each=("label",), prior=prior)
     np.testing.assert_array_equal(jax.jit(guided)(None, x, t)["label"], network(None, x, t)["label"])
+    seen = []  # a network that is told where a step ends hears of no step of what is absent
+    sampling.guided(lambda *args: seen.append(args[2]) or network(*args), 4.0, process=PROCESS, each=("label",), prior=prior)(
+        None, x, {**t, "image/end": np.full(12, 0.5, np.float32)})
+    np.testing.assert_array_equal(seen[0]["image/end"], [*[0.5] * 12, *[1.0] * 12])
     x, t, _ = noisy(label=1.0)
     guided = sampling.guided(Toy(), 4.0, process=PROCESS, each=("image",))
     guided, plain = jax.jit(lambda: (guided(None, x, t)["image"], Toy()(None, x, t)["image"]))()
