@@ -31,6 +31,8 @@ OPTIONAL = {  # what a config file need not state, nor an earlier run have store
     "train.max_skipped": 100,
     "train.other_data": False,
     "train.start_strict": False,
+    "train.ema_widths": (),
+    "train.ema_every": 0,
     "train.sample_every": 0,
     "train.metrics_every": 0,
     "train.evaluation_share": 0.05,

@@ -162,6 +162,16 @@ class Run:
     def step(self) -> int:
         return self._weights[1]
 
+    def ema(self, width: float, at: int | None = None) -> Run:
+        """This run with an average of another width (see `training.power_ema`), at step `at` of its snapshots, by default the last."""
+        from mmdiff.training import post_hoc_ema
+
+        weights = post_hoc_ema.restore(self.experiment, self.config, self.workdir, width, at, self._mesh)
+        config = ml_collections.ConfigDict({**self.config.to_dict(), "train": {**self.config.train.to_dict(), "ema": f"width {width:g}"}})
+        run = dataclasses.replace(self, config=config)  # whose reports say so
+        run.__dict__["_weights"] = weights
+        return run
+
     def sample(
         self, number: int | None = None, *, given: Mapping[str, Any] | None = None, absent: Sequence[str] = (),
         steps: int | None = None, guidance: float | None = None, seed: int | None = None,
@@ -349,7 +359,7 @@ class Run:
             run_metadata.check_classes(self.workdir, dataclasses.replace(experiment, modalities=self._modalities))
         params, step = self._weights
         json_path, html_path = self.report_paths(split)
-        if not distributed.from_first(lambda: reuse and self._is_report_of(json_path, step) and html_path.exists()):
+        if not distributed.from_first(lambda: reuse and report.is_of(json_path, step, self.config) and html_path.exists()):
             key = key_of_use(self.config.seed, "eval")
             with self._compiling():
                 results = [evaluate(experiment, params, self.config, key, step) for evaluate in experiment.evaluators]
@@ -379,17 +389,6 @@ class Run:
                 f"{self.name} trains no tokenizer and no towers, so there is nothing to cache: see the config cdcd/scenes_tokenizer.")
         made_by = {"config": json.loads(configs.to_json(self.config)), "step": self.step}
         return self.experiment.cache.write(folder, self.params, made_by, splits)
-
-    def _is_report_of(self, path: pathlib.Path, step: int) -> bool:
-        try:
-            report = files.read_json(path)
-        except UserError:
-            return False
-        if not isinstance(report, Mapping) or report.get("step") != step or not isinstance(report.get("config"), Mapping):
-            return False
-        here = json.loads(configs.to_json(self.config))
-        differs = configs.difference(former_names.keys(configs.flatten(report["config"]), configs.flatten(here)), here)
-        return all(key in configs.OPTIONAL and old is None for key, (old, _) in differs.items())
 
 
 def check_measured(name: str, experiment: Experiment) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from mmdiff import config as configs
-from mmdiff import files
+from mmdiff import files, former_names
 from mmdiff.errors import UserError
 from mmdiff.evals import plots
 from mmdiff.evals.evaluator import EvalResult
@@ -32,6 +32,19 @@ def paths(workdir, split: str = "test") -> tuple[pathlib.Path, pathlib.Path]:
     """The two files of a report: report.json and report.html, of the validation data report-validation.json and .html."""
     name = "report" if split == "test" else f"report-{split}"
     return pathlib.Path(workdir, f"{name}.json"), pathlib.Path(workdir, f"{name}.html")
+
+
+def is_of(path: pathlib.Path, step: int, config: Any) -> bool:
+    """Whether report.json is there, of the weights of a step, and of this config."""
+    try:
+        report = files.read_json(path)
+    except UserError:
+        return False
+    if not isinstance(report, Mapping) or report.get("step") != step or not isinstance(report.get("config"), Mapping):
+        return False
+    here = json.loads(configs.to_json(config))
+    differs = configs.difference(former_names.keys(configs.flatten(report["config"]), configs.flatten(here)), here)
+    return all(key in configs.OPTIONAL and old is None for key, (old, _) in differs.items())
 
 
 def write(

@@ -173,7 +173,8 @@ def compile_step(
     mesh = mesh_of(config, devices, slices)
     sharding.check_batch(train.global_batch, mesh, train.microbatches)
     step = step_of(experiment, train)
-    state = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
+    widths = tuple(train.get("ema_widths", ()))
+    state = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss, widths)
     example = {**RandomSource(experiment.modalities).take([0]), "index": np.zeros(1, np.uint32)}
     batch = {name: jax.ShapeDtypeStruct((train.global_batch, *array.shape[1:]), array.dtype) for name, array in example.items()}
     flops = perf.model_flops(experiment.loss, state.params, batch, state.key), perf.flops(step, state, batch)

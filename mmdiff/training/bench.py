@@ -77,7 +77,8 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     rows = {name: array[: len(array) // train.microbatches] for name, array in next(batches).items()}
     rows = sharding.shard_batch(rows, mesh)
 
-    abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
+    widths = tuple(train.get("ema_widths", ()))
+    abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss, widths)
     sharding.check_memory(abstract, batch, mesh)
     began = time.perf_counter()
     lowered = sharding.lower_step(step_of(experiment, train), abstract, batch, mesh)
@@ -87,7 +88,7 @@ def measure(experiment: Experiment, config: Any, *, steps: int = 5, rounds: int 
     program = sharding.compile_lowered(lowered, mesh)
     compile_seconds = time.perf_counter() - began
     key = key_of(config.seed)
-    state = sharding.init_sharded_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
+    state = sharding.init_sharded_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss, widths)
     waited = 0.0
 
     def stepping():

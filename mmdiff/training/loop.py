@@ -24,6 +24,7 @@ from mmdiff.keys import check_seed, key_of
 from mmdiff.training import checkpoints, distributed, finetune, lock, run_metadata, sharding, weights_and_biases
 from mmdiff.training.in_loop import InLoop
 from mmdiff.training.metrics_logger import MetricsLogger, device
+from mmdiff.training.post_hoc_ema import Snapshots
 from mmdiff.training.profiling import Profile
 from mmdiff.training.signals import Signals, make_any_process_signalled
 from mmdiff.training.skipped import SkippedSteps
@@ -48,7 +49,8 @@ def train(
     It reads config.seed and, of config.train: steps, global_batch, microbatches, log_every, eval_every (0: never), checkpoint_every, keep
     (the last k checkpoints), best (a metric such as "val/loss" whose lowest checkpoint is kept too, or ""), ema, mesh, prefetch (batches
     prepared ahead) and tensorboard; if there, max_skipped (steps in a row that end the run, 100), noise_scale and norm_groups (metrics,
-    see `make_step`), sample_every, metrics_every and evaluation_share (what is sampled and measured while it trains, 0: never, and its
+    see `make_step`), ema_widths and ema_every (averages that make others after training, and how often they are kept, 0: as checkpoints;
+    see `power_ema`), sample_every, metrics_every and evaluation_share (what is sampled and measured while it trains, 0: never, and its
     share of the time, see `in_loop`), wandb (a project there), start (the workdir of a run whose averaged weights this one begins with,
     where they fit), start_strict (they must all fit) and other_data (a run may continue with other data than before).
 
@@ -78,7 +80,8 @@ def train(
 
         # Everything the step needs to be compiled is known from shapes: no array exists yet.
         step_fn = step_of(experiment, options)
-        abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss)
+        widths = tuple(options.get("ema_widths", ()))
+        abstract = sharding.abstract_state(experiment.init, experiment.optimizer, mesh, experiment.rules, experiment.loss, widths)
         data = experiment.train_data()
         here = run_metadata.describe_data(experiment, data)
         evaluate = Validation(experiment, config, mesh) if options.eval_every else None
@@ -109,7 +112,8 @@ def train(
             noted = run_metadata.check_data(workdir, meta.get("data"), here, moved=moved, other=options.get("other_data", False))
         else:
             key = key_of(config.seed)
-            state = sharding.init_sharded_state(experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss)
+            state = sharding.init_sharded_state(
+                experiment.init, experiment.optimizer, key, mesh, experiment.rules, experiment.loss, widths)
             noted = []
             if options.get("start"):  # fine-tuning
                 strict = options.get("start_strict", False)
@@ -131,6 +135,7 @@ def train(
             run_metadata.write_dependencies(workdir, experiment)
             run_metadata.write_data(workdir, here)
             run_metadata.write_source(workdir, options.get("start"))
+        snapshots = stack.enter_context(Snapshots(workdir, config, start))
         meta["data"] = here
         in_loop.restore(meta.get("in_loop", {}))
         logger = stack.enter_context(MetricsLogger(workdir, options, start, meta["train_seconds"]))
@@ -194,7 +199,7 @@ def train(
             evaluating = options.eval_every and (step % options.eval_every == 0 or last)
             sampling = in_loop.due(step)
             saving = step % options.checkpoint_every == 0 or last
-            stopping = finish(0 if evaluating or sampling or saving or tracing.at_edge(step) else IN_FLIGHT)
+            stopping = finish(0 if evaluating or sampling or saving or snapshots.due(step) or tracing.at_edge(step) else IN_FLIGHT)
             # Processes must stop after the same step: they go by the flags that all of them have seen. One process just stops.
             stopping |= jax.process_count() == 1 and stop.signal is not None
             if stopping:
@@ -215,6 +220,9 @@ def train(
                     meta |= {"position": step * options.global_batch + ahead, "train_seconds": logger.seconds(), "metrics": values}
                     meta |= {"in_loop": in_loop.state()}
                     saved.save(state, averages, meta)
+            if snapshots.due(step):
+                with logger.pause():
+                    snapshots.save(state)
             if step % options.log_every == 0:
                 saved.check()
             if stopping and not last:

@@ -132,7 +132,9 @@ def shardings(tree: Any, rules: Rules | None, mesh: Mesh, *, min_size: int = FSD
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, rules, mesh, min_size=min_size))
 
 
-def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules | None, loss: Callable | None = None) -> State:
+def abstract_state(
+    init: Callable, optimizer: Any, mesh: Mesh, rules: Rules | None, loss: Callable | None = None, widths: Sequence[float] = ()
+) -> State:
     """The training state as `jax.ShapeDtypeStruct`s with shardings, for compilation and restoring. Arguments as of `init_state`."""
     rules = TRANSFORMER_RULES if rules is None else rules
     named = {axis for _, rule in rules if isinstance(rule, (PartitionSpec, Mapping)) for axis in jax.tree.leaves(tuple(rule))}
@@ -141,7 +143,7 @@ def abstract_state(init: Callable, optimizer: Any, mesh: Mesh, rules: Rules | No
             f"the mesh has tensor={mesh.shape['tensor']}, but no sharding rule of this experiment names the tensor axis, so its devices "
             "would all compute the same: set config.train.mesh.tensor=1, or add rules."
         )
-    state = jax.eval_shape(lambda: init_state(init, optimizer, jax.random.key(0), loss))
+    state = jax.eval_shape(lambda: init_state(init, optimizer, jax.random.key(0), loss, widths))
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, rules, mesh)
     )
@@ -168,19 +170,21 @@ def check_memory(state: State, batch: Mapping[str, jax.ShapeDtypeStruct], mesh: 
 
 
 def init_sharded_state(
-    init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules | None, loss: Callable | None = None
+    init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules | None, loss: Callable | None = None,
+    widths: Sequence[float] = (),
 ) -> State:
     """`init_state` on the mesh: each device initialises its own shard; no host holds the whole state."""
-    return lower_init(init, optimizer, key, mesh, rules, loss).compile()(key)
+    return lower_init(init, optimizer, key, mesh, rules, loss, widths).compile()(key)
 
 
 def lower_init(
-    init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules | None, loss: Callable | None = None
+    init: Callable, optimizer: Any, key: jax.Array, mesh: Mesh, rules: Rules | None, loss: Callable | None = None,
+    widths: Sequence[float] = (),
 ) -> jax.stages.Lowered:
     """`init_state` lowered for the mesh; `.compile()` returns the program `key -> state`."""
-    target = jax.tree.map(lambda x: x.sharding, abstract_state(init, optimizer, mesh, rules, loss))
+    target = jax.tree.map(lambda x: x.sharding, abstract_state(init, optimizer, mesh, rules, loss, widths))
     with compiling_for_mesh(mesh):
-        return jax.jit(lambda key: init_state(init, optimizer, key, loss), out_shardings=target).lower(key)
+        return jax.jit(lambda key: init_state(init, optimizer, key, loss, widths), out_shardings=target).lower(key)
 
 
 def lower_step(step: Step, state: State, batch: Mapping[str, Any], mesh: Mesh) -> jax.stages.Lowered:

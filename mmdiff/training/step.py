@@ -13,6 +13,7 @@ import optax
 
 from mmdiff.errors import UserError
 from mmdiff.microbatches import BatchLoss
+from mmdiff.training import power_ema
 from mmdiff.training.accumulation import float32, make_gradient
 
 Metrics = Mapping[str, jax.Array]
@@ -33,8 +34,8 @@ class State:
       opt: the optimizer's state.
       ema: the running average of `params`, float32.
       key: a typed key that never changes: step i uses fold_in(key, i).
-      stats: {"skipped": int32 []}, the steps that were skipped because a number was not finite, and under "loss" the loss's own state, if
-        it has one (`BatchLoss.init`).
+      stats: {"skipped": int32 []}, the steps that were skipped because a number was not finite, under "loss" the loss's own state, if it
+        has one (`BatchLoss.init`), and under "averages" those of `power_ema`, if it tracks some: {width: as ema}.
     """
 
     step: jax.Array
@@ -46,7 +47,8 @@ class State:
 
 
 def init_state(
-    init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation, key: jax.Array, loss: Callable | None = None
+    init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation, key: jax.Array, loss: Callable | None = None,
+    widths: Sequence[float] = (),
 ) -> State:
     """The state before the first step; pure, so that it can be jitted onto a mesh.
 
@@ -55,6 +57,7 @@ def init_state(
       optimizer: the gradient transformation whose state is initialised.
       key: a typed key; one half initialises the weights, the other drives the steps.
       loss: the loss of the steps to come, whose own state this one holds.
+      widths: of the averages that the steps also track, for others to be made of them after training (see `power_ema`).
     """
     init_key, step_key = jax.random.split(key)
     params = init(init_key)
@@ -71,7 +74,8 @@ def init_state(
         opt=optimizer.init(params),
         ema=float32(params),
         key=step_key,
-        stats={"skipped": jnp.zeros((), jnp.int32)} | ({} if learned is None else {"loss": learned}),
+        stats={"skipped": jnp.zeros((), jnp.int32)} | ({} if learned is None else {"loss": learned})
+        | ({"averages": power_ema.init(params, widths)} if widths else {}),
     )
 
 
@@ -129,25 +133,27 @@ def make_step(
         grad_norm = optax.tree.norm(grads)
         if noise_scale:
             metrics = _noise_moments(metrics, grad_norm**2, len(jax.tree.leaves(batch)[0]), microbatches)
-        old = state.params, state.opt, state.ema, learned
+        old = state.params, state.opt, state.ema, learned, state.stats.get("averages", {})
 
-        def update(params, opt, average, learned):
+        def update(params, opt, average, learned, averages):
             updates, opt = takes_value.update(grads, opt, params, value=value)
             params = optax.apply_updates(params, updates)
             decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), average, params)
-            return params, opt, average, loss.update(learned, seen)
+            taken = state.step + 1 - state.stats["skipped"]
+            return params, opt, average, loss.update(learned, seen), power_ema.update(averages, params, taken)
 
         new = update(*old)
         param_norm = _guarded_norm(new, old)  # a norm is finite only if every number is
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-        params, opt, average, learned = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        params, opt, average, learned, averages = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
         state = state.replace(
             step=state.step + 1,
             params=params,
             opt=opt,
             ema=average,
-            stats={"skipped": state.stats["skipped"] + ~finite} | ({} if learned is None else {"loss": learned}),
+            stats={"skipped": state.stats["skipped"] + ~finite} | ({} if learned is None else {"loss": learned})
+            | ({"averages": averages} if averages else {}),
         )
         return state, {
             **metrics,
@@ -202,7 +208,7 @@ def _guarded_norm(new: Any, old: Any) -> jax.Array:
     which would cost a pass over them: they are sums of what the gradient's norm has tested, and one that is not finite makes the next
     update so, which is skipped.
     """
-    (params, opt, _, learned), (_, opt_before, _, learned_before) = new, old  # an average of finite numbers is finite
+    (params, opt, _, learned, _), (_, opt_before, _, learned_before, _) = new, old  # an average of finite numbers is finite
     total, moments = jnp.zeros(()), set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         total += jnp.sum(jnp.abs(leaf.astype(jnp.float32)) ** 2)
