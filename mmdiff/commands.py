@@ -266,16 +266,18 @@ def convert(args: argparse.Namespace) -> None:
     if args.to is None:
         _writable("--workdir", args.workdir)
         from mmdiff import conversion
+        from mmdiff.training import remote_runs
 
-        said = conversion.import_weights(args.config, args.workdir, args.source, args.kind, args.overrides, args.within)
+        with remote_runs.trained_at(args.workdir) as workdir:
+            said = conversion.import_weights(args.config, workdir, args.source, args.kind, args.overrides, args.within)
+        said.append(f"{args.workdir} is a run")
     else:
         run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
         _writable("--out", args.out)
         from mmdiff import publishing
 
         said = publishing.export_weights(run, args.to, args.out, args.vae)
-    for line in said:
-        console.out(line)
+    console.out("\n".join(said))
 
 
 def show_configs(args: argparse.Namespace) -> None:

@@ -83,7 +83,7 @@ def import_weights(
         meta = {"position": 0, "order": ORDER_VERSION, "train_seconds": 0.0, "compile_seconds": 0.0, "metrics": {}}
         saved.save_averages(params, meta)
     types = ", ".join(sorted({str(tensor.dtype) for tensor in weights.values()}))
-    return [f"{len(weights)} tensors, {count:,} numbers ({types}): {noted['about']}", f"licence: {licence}", f"{workdir} is a run"]
+    return [f"{len(weights)} tensors, {count:,} numbers ({types}): {noted['about']}", f"licence: {licence}"]
 
 
 def _check_empty(workdir: str | os.PathLike) -> None:

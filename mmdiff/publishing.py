@@ -27,7 +27,7 @@ from mmdiff.data import drafts
 from mmdiff.data.modalities import Labels
 from mmdiff.errors import UserError
 from mmdiff.processes import Gaussian, Joint
-from mmdiff.training import run_metadata
+from mmdiff.training import remote_runs, run_metadata
 from mmdiff.training.run_metadata import SOURCE
 
 
@@ -38,16 +38,15 @@ def export_weights(run: Any, to: str, out: str | os.PathLike, vae: str | os.Path
       run: an open run.
       to: "published" (the layout of the original code), "diffusers" (its folder: of DiT the whole pipeline), or "mmdiff" (parameters by
         path with the config, from which `conversion.import_weights` makes the same run).
-      out: a folder that does not exist, or is empty.
+      out: a folder that does not exist, or is empty, or the address of one.
       vae: for a DiT in "diffusers", the folder of the autoencoder, in diffusers' layout, that the pipeline gets a copy of; that of the
         config (config.encoder.path) by default.
 
     Raises:
       UserError: the network's function is not the published one, or there is something in `out`; nothing is written then.
     """
-    out = readers.on_disk(out)
     try:
-        with drafts.draft(out, time.time_ns()) as draft:  # nothing is continued
+        with remote_runs.filled_at(out) as folder, drafts.draft(folder, time.time_ns()) as draft:  # nothing is continued
             said = {OWN: _write_own, "published": _write_published, "diffusers": _write_diffusers}[to](run, draft, vae)
             if noted := run_metadata.read_source(run.workdir):
                 readers.write_json(draft / SOURCE, noted)

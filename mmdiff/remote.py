@@ -29,9 +29,14 @@ from mmdiff.errors import UserError, import_extra
 log = logging.getLogger(__name__)
 THREADS = 8  # that copy files
 LARGE = 2**28  # bytes, whose copying takes so long that it is said
+TRIES = 3  # to copy a folder that is written meanwhile, as that of a run is
 VERSION = (  # what file systems say of a file that changes with its content: the first of them that one says
     "generation", "etag", "ETag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 OBJECT_STORES = ("gs", "gcs", "s3", "s3a", "az", "abfs", "memory")  # which have no folders that must be made
+
+
+class Changed(OSError):
+    """What was listed has been removed or replaced before it was copied."""
 
 
 def is_remote(path: Any) -> bool:
@@ -67,7 +72,7 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
         raise _reported(error, url) from error
     try:
         yield file_system, path
-    except (UserError, FileNotFoundError):
+    except (UserError, FileNotFoundError, Changed):
         raise
     except Exception as error:
         raise _reported(error, url) from error
@@ -90,7 +95,13 @@ def local_copy(url: str, kind: str = "remote", without: str = "") -> pathlib.Pat
     Raises:
       FileNotFoundError: nothing is there. UserError, OSError: as `_file_system`; a copy that is cut short, a full disk.
     """
-    url = url.rstrip("/")
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(Changed):
+            return _updated(url.rstrip("/"), kind, without)
+    return _updated(url.rstrip("/"), kind, without)
+
+
+def _updated(url: str, kind: str, without: str) -> pathlib.Path:
     with _file_system(url) as (file_system, root):
         info = file_system.info(root)
         copy, wanted = place_of(url, kind), {}
@@ -163,10 +174,12 @@ def _copy(file_system: Any, path: pathlib.Path, info: Mapping[str, Any]) -> None
     try:
         file_system.get_file(info["name"], str(draft))
         if (size := draft.stat().st_size) != (info.get("size") or size):
-            raise OSError(errno.EIO, f"{size} of {info['size']} bytes have arrived", info["name"])
+            raise Changed(errno.EIO, f"{size} of {info['size']} bytes have arrived", info["name"])
         if stamp is not None:
             os.utime(draft, ns=(stamp, stamp))
         os.replace(draft, path)
+    except FileNotFoundError as error:
+        raise Changed(errno.EIO, "a file is gone that was listed", info["name"]) from error
     finally:
         draft.unlink(missing_ok=True)
 

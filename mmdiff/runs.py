@@ -375,20 +375,20 @@ class Run:
         return report.paths(self.workdir, split)
 
     def cache(self, folder: str | os.PathLike, splits: Sequence[str] = ()) -> bool:
-        """Encodes the data of a tokenizer's run, or keeps the weights of towers, in a folder; false if all of it is there already.
+        """Encodes the data of a tokenizer's run, or keeps the weights of towers, in a folder or at its address; false if all is there.
 
         Raises:
           UserError: the run is of no tokenizer, an unknown split, or a folder that holds something else or cannot be written.
         """
         from mmdiff.data.network_cache import CacheWriter
+        from mmdiff.training import remote_runs
 
-        if self.experiment.cache is not None and not isinstance(self.experiment.cache, CacheWriter):
+        if (writer := self.experiment.cache) is None:
+            raise UserError(f"{self.name} trains no tokenizer and no towers, so there is nothing to cache: see cdcd/scenes_tokenizer.")
+        if not isinstance(writer, CacheWriter):
             raise UserError(f"the data of {self.name} are encoded by published networks, and not by those of a run: leave --workdir out.")
-        if self.experiment.cache is None:
-            raise UserError(
-                f"{self.name} trains no tokenizer and no towers, so there is nothing to cache: see the config cdcd/scenes_tokenizer.")
-        made_by = {"config": json.loads(configs.to_json(self.config)), "step": self.step}
-        return self.experiment.cache.write(folder, self.params, made_by, splits)
+        with remote_runs.filled_at(folder, writer.kind.meta) as here:
+            return writer.write(here, self.params, {"config": json.loads(configs.to_json(self.config)), "step": self.step}, splits)
 
 
 def check_measured(name: str, experiment: Experiment) -> None:

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from mmdiff import remote
 from mmdiff.__main__ import main
 from mmdiff.data.sources import load_all
 from mmdiff.data.token_cache import decoder, read_meta, token_source
@@ -58,6 +59,20 @@ def test_the_same_command_does_nothing(run, cache, capsys):
     assert main(["cache", *run, "--out", str(cache), "--split", "test"]) == 0
     assert f"nothing to do: {cache} holds the tokens of step 4 (test 2,000, held_out 2,000)" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
+
+
+def test_a_cache_at_an_address_has_the_bytes_of_one_in_a_folder(run, cache, bucket, capsys):
+    out = bucket / "scenes"
+    for said in (f"{out} holds", f"nothing to do: {out} holds"):
+        assert main(["cache", *run, "--out", str(out), "--split", "held_out"]) == 0
+        assert capsys.readouterr().out.startswith(f"{said} the tokens of step 4 (held_out 2,000)")
+    names = {f"held_out/{path.name}" for path in (cache / "held_out").iterdir()}
+    assert set(remote.listed(str(out))) == {*names, "cache.json", "weights.npz"}
+    for name in names:
+        assert (out / name).read_bytes() == (cache / name).read_bytes()
+    assert load_all(token_source(str(out), "held_out"))["tokens"].shape == (2000, 64)
+    assert main(["cache", *run, "--out", str(out), "--split", "test"]) == 2
+    assert f"{out} was written without the split 'test'" in capsys.readouterr().err
 
 
 def test_mistakes(run, cache, capsys, tmp_path):

@@ -100,6 +100,21 @@ def test_the_library_s_own_layout_holds_the_whole_run(tmp_path):
     assert one["weight_norm"] == other["weight_norm"] and one["train_seconds"] and other["train_seconds"] is None
 
 
+def test_weights_go_to_an_address_and_become_a_run_at_one(bucket, tmp_path, capsys):
+    tiny, run = ("--config", str(pathlib.Path(__file__).parent / "tiny.py")), tmp_path / "run"
+    assert call("train", *tiny, "--workdir", run) == 0
+    assert call("convert", *tiny, "--workdir", run, "--to", "mmdiff", "--out", bucket / "own") == 0
+    assert (bucket / "own").names() == {"config.json", "model.safetensors"}
+    assert call("convert", *tiny, "--workdir", bucket / "again", "--from", bucket / "own", "--as", "mmdiff") == 0
+    assert "memory://bucket/again is a run" in capsys.readouterr().out
+    first, second = (open_run(tiny[1], folder) for folder in (run, str(bucket / "again")))
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    for command in (("--to", "mmdiff", "--out", bucket / "own"), ("--from", bucket / "own", "--as", "mmdiff")):
+        assert call("convert", *tiny, "--workdir", bucket / "again", *command) == 2
+    said = capsys.readouterr().err
+    assert "memory://bucket/own is there already" in said and "memory://bucket/again holds a run already" in said
+
+
 def test_a_run_with_another_function_is_not_written_as_published(tmp_path):
     def run(**fields):
         net = nets.DiT(nets.Patches(8, 8, 4, 2, 8), 10, depth=1, width=32, heads=4, **fields)

@@ -43,6 +43,24 @@ def test_arrays_and_sets_of_images_are_read_at_an_address(bucket):
         image_sets.open_images(f"{bucket}/none.npz")
 
 
+def test_a_folder_that_is_written_meanwhile_is_copied_as_it_is_at_last(bucket, monkeypatch):
+    """As that of a run which is trained: a checkpoint is removed, and lines are added, between the list of files and the copies."""
+    memory, changes = type(pytest.importorskip("fsspec").filesystem("memory")), {"old", "lines"}
+    for name in ("old", "lines"):
+        (bucket / "run" / name).write_bytes(b"1")
+    get = memory.get_file
+
+    def get_file(self, there, here):
+        if (name := there.rpartition("/")[2]) in changes:
+            changes.remove(name)
+            self.rm_file(there) if name == "old" else self.pipe_file(there, b"12")
+        return get(self, there, here)
+
+    monkeypatch.setattr(memory, "get_file", get_file)
+    folder = files.expand(f"{bucket}/run")
+    assert not changes and {path.name: path.read_bytes() for path in folder.iterdir()} == {"lines": b"12"}
+
+
 def test_what_is_cut_short_on_its_way_is_never_whole(bucket, monkeypatch, tmp_path):
     memory, name = type(pytest.importorskip("fsspec").filesystem("memory")), bucket / "a.bin"
     name.write_bytes(b"x" * 100)

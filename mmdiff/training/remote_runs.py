@@ -1,4 +1,5 @@
-"""A run whose workdir is an address, gs://bucket/run: it is trained in a copy on this machine, which is sent there while it trains.
+"""Folders at an address, gs://bucket/run, that are made on this machine: a run, whose copy is sent there while it trains, and a folder
+that is sent when it is whole.
 
 The address is what counts: when a trainer starts, its copy is made what is there, and what was not sent in time is gone. Of what is sent
 config.json and metrics.jsonl come first, and the manifest.json of a checkpoint after all its other files: without it a checkpoint is known
@@ -8,16 +9,20 @@ to be cut short, and the one before it is opened. One process writes, and holds 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mmdiff import files, remote
+from mmdiff.data import drafts
 from mmdiff.errors import UserError
 from mmdiff.remote import RemotePath
 from mmdiff.training import lock, run_metadata
@@ -39,25 +44,70 @@ def trained_at(workdir: str | os.PathLike) -> Iterator[str | os.PathLike]:
         yield target if remote.is_remote(workdir) else workdir  # file:///FOLDER
         return
     with contextlib.ExitStack() as stack:
-        with _reported(target, "run the same command again"):
+        with _reported(f"the workdir {target}", "run the same command again"):
             run = _Copy(target, stack.enter_context(lock.held_at(target)))
         ended, sender = threading.Event(), threading.Thread(target=lambda: run.keep_sending(ended), daemon=True)
         sender.start()
         try:
-            yield run.folder
+            with _named(run.folder, target):
+                yield run.folder
         finally:
             ended.set()
             sender.join()
-            with _reported(target, f"the run is whole in {run.folder}, copy it there"):
+            with _reported(f"the workdir {target}", f"the run is whole in {run.folder}, copy it there"):
                 run.send()
 
 
 @contextlib.contextmanager
-def _reported(target: RemotePath, remedy: str) -> Iterator[None]:
+def filled_at(folder: str | os.PathLike, last: str = "") -> Iterator[pathlib.Path]:
+    """A folder to write: a path itself, or one of this machine whose files are sent to an address when the context ends.
+
+    Args:
+      last: the file that says what the folder holds. It is sent last, and put in the folder where the address has it: then nothing is sent.
+
+    Raises:
+      UserError: another process writes there, something else is there, or it cannot be written.
+    """
+    target = files.target(folder)
+    if isinstance(target, pathlib.Path):
+        yield target
+        return
+    here, mark = remote.place_of(str(target), "folders"), target / drafts.IDENTITY  # which lies there until all has been sent
+    with _reported(str(target), "run the same command again"), lock.held_at(target):
+        there = target.names() - {lock.WRITER}
+        whole = last in there and mark.name not in there
+        if there and not whole and mark.name not in there:
+            raise UserError(f"{target} is there already (it holds {min(there)}): choose another folder, or remove it.")
+        shutil.rmtree(here, ignore_errors=True)
+        if whole:
+            here.mkdir(parents=True)
+            (here / last).write_bytes((target / last).read_bytes())
+        with _named(here, target):
+            yield here
+        if not whole:
+            files.write_json(mark, "a part")
+            paths = {path.relative_to(here).as_posix(): path for path in here.rglob("*") if path.is_file()}
+            for name in sorted(paths, key=lambda name: (name == last, name.endswith(".json"), name)):
+                (target / name).send(paths[name])
+            mark.unlink()
+        shutil.rmtree(here)
+
+
+@contextlib.contextmanager
+def _reported(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"the workdir {target} cannot be used ({error.strerror or error}): {remedy}.") from error
+        raise UserError(f"{what} cannot be used ({error.strerror or error}): {remedy}.") from error
+
+
+@contextlib.contextmanager
+def _named(folder: pathlib.Path, target: RemotePath) -> Iterator[None]:
+    """What is said of a copy is said of its address."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(str(folder), str(target))) from error
 
 
 class _Copy:
@@ -85,30 +135,36 @@ class _Copy:
                 log.warning("%s is not up to date (%s): trying again.", self._target, error)
 
     def send(self) -> None:
-        """Makes the address what the copy is, but for what others have put there."""
+        """Makes the address what the copy is, but for what others have put there: the newest checkpoint first, which stays the longest."""
         self._held.check()
         there = remote.listed(str(self._target))
         here = {name: path for path in self.folder.rglob("*") if _is_kept(name := path.relative_to(self.folder).as_posix(), path)}
-        for name in sorted(here, key=lambda name: (name.startswith("checkpoints/"), name.endswith(f"/{MANIFEST}"), name)):
-            try:
-                if not remote.is_copy(here[name], there.get(name)):
-                    self._send(name, here[name])
-            except FileNotFoundError:
-                if here[name].exists():  # else a checkpoint has just been removed
-                    raise
+        changed = sorted((name for name in here if not remote.is_copy(here[name], there.get(name))), key=_turn)
+        with ThreadPoolExecutor(remote.THREADS, "remote") as threads:
+            for _, names in itertools.groupby(changed, _turn):
+                list(threads.map(lambda name: self._send(name, here[name]), names))
         gone = [name for name in there if name.startswith("checkpoints/") and name not in here]
         for name in sorted(gone, key=lambda name: not name.endswith(f"/{MANIFEST}")):
             (self._target / name).unlink(missing_ok=True)
 
     def _send(self, name: str, path: pathlib.Path) -> None:
-        if name.startswith("checkpoints/"):
-            (self._target / name).send(path)
-            return
-        with path.open("rb") as stream, tempfile.NamedTemporaryFile() as copy:  # lines may be added, or another file take its place
-            shutil.copyfileobj(stream, copy)
-            copy.flush()
-            (self._target / name).send(pathlib.Path(copy.name))
-            os.utime(stream.fileno(), ns=(os.stat(copy.name).st_mtime_ns,) * 2)
+        try:
+            if name.startswith("checkpoints/"):
+                return (self._target / name).send(path)
+            with path.open("rb") as stream, tempfile.NamedTemporaryFile() as copy:  # lines may be added, or another file take its place
+                shutil.copyfileobj(stream, copy)
+                copy.flush()
+                (self._target / name).send(pathlib.Path(copy.name))
+                os.utime(stream.fileno(), ns=(os.stat(copy.name).st_mtime_ns,) * 2)
+        except FileNotFoundError:
+            if path.exists():  # else a checkpoint has just been removed
+                raise
+
+
+def _turn(name: str) -> tuple[int, bool]:
+    """When a file is sent: first what is of no checkpoint, then one checkpoint after another."""
+    first, step = f"{name}/".split("/")[:2]
+    return (-int(step), name.endswith(f"/{MANIFEST}")) if first == "checkpoints" else (-sys.maxsize, False)
 
 
 def _is_kept(name: str, path: pathlib.Path) -> bool:

@@ -42,6 +42,48 @@ def test_a_run_at_an_address_continues_from_what_is_whole_and_is_used_there(conf
     assert remote.listed(str(run)) == before
 
 
+def test_the_newest_checkpoint_is_sent_first_and_each_manifest_after_its_checkpoint(config, bucket, monkeypatch):
+    sent, send = [], RemotePath.send
+    monkeypatch.setattr(remote_runs, "LOOK_SECONDS", 1000)  # all at the end
+    monkeypatch.setattr(RemotePath, "send", lambda self, file: (send(self, file), sent.append(self.url.removeprefix(f"{bucket}/run/"))))
+    assert main(["train", *config, "--workdir", f"{bucket}/run"]) == 0
+    steps = [name.split("/")[1] for name in sent if name.startswith("checkpoints/")]
+    assert steps == sorted(steps, reverse=True) and set(steps) == {"2", "4"} and sent.index("metrics.jsonl") < 4
+    assert [name.split("/")[1] for name in sent if name.endswith("/manifest.json")] == ["4", "2"]
+    assert sent[3 + steps.count("4")] == "checkpoints/4/manifest.json" and sent[-1] == "checkpoints/2/manifest.json"
+
+
+def test_a_folder_that_is_sent_is_whole_with_its_last_file(bucket, monkeypatch):
+    out, send = f"{bucket}/out", RemotePath.send
+
+    def fill(seen=()):
+        with remote_runs.filled_at(out, "meta.json") as folder:
+            assert {path.name for path in folder.rglob("*")} == set(seen)
+            for name in ("meta.json", "a.json", "part/b.npy") if not seen else ():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(name)
+
+    def killed(self, file):
+        if self.name == "meta.json":
+            raise KeyboardInterrupt
+        send(self, file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RemotePath, "send", killed)
+        fill()
+    assert set(remote.listed(out)) == {"made_of.json", "a.json", "part/b.npy"}
+    fill()
+    before = remote.listed(out)
+    assert set(before) == {"meta.json", "a.json", "part/b.npy"} and (bucket / "out" / "part" / "b.npy").read_bytes() == b"part/b.npy"
+    fill(seen=["meta.json"])
+    assert remote.listed(out) == before
+    (bucket / "out" / "meta.json").unlink()
+    with pytest.raises(UserError, match=r"memory://bucket/out is there already \(it holds a.json\): choose another folder, or remove it"):
+        fill()
+    with lock.held_at(bucket / "other"), pytest.raises(UserError, match="bucket/other is being written by process"):
+        remote_runs.filled_at(f"{bucket}/other").__enter__()
+
+
 def test_a_run_that_cannot_be_sent_is_named(config, bucket, monkeypatch, capsys):
     def full(self, file):
         raise OSError(28, "No space left", self.url)
