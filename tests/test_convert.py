@@ -23,6 +23,7 @@ SMALL = ["--config.model.size=XS", "--config.model.image=8", "--config.model.dty
 TOKENS = ["--config.model.width=32", "--config.model.depth=1", "--config.model.heads=4"]
 CASES = {  # name -> the kind of its weights, config and options
     "dit": ("dit", "imagenet256/dit_xl2", SMALL), "sit": ("sit", "imagenet256/sit_xl2", SMALL),
+    "lightningdit": ("lightningdit", "imagenet256/lightning_xl1", SMALL),
     "class": ("vq-diffusion", "cdcd/imagenet256_class", TOKENS),
     "text": ("vq-diffusion", "cdcd/coco_text", [*TOKENS, "--config.model.conv=false", "--config.model.mlp_ratio=4"]),
 }  # fmt: skip

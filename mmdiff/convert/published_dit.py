@@ -1,11 +1,13 @@
-"""The published layout of DiT (Peebles & Xie 2023) and SiT (Ma et al. 2024), from and to `nets.DiT`.
+"""The published layouts of DiT (Peebles & Xie 2023), SiT (Ma et al. 2024) and LightningDiT (Yao et al. 2025), from and to `nets.DiT`.
 
     x_embedder.proj [W, C, p, p]        image_in/kernel [p p C, W]: rows in the order row, column, channel
     blocks.#.attn.qkv [3 W, W]          rows q, k, v of all heads; ours has q, k, v of each head, so that tensors split by heads
     pos_embed [1, N, W]                 computed here, not stored; a file with other positions is refused
+    mlp.w12 [2 H, W]                    LightningDiT's rows gate, value of all hidden units; ours has both of each unit
+    feat_rope.freqs_cos, _sin [N, D]    as pos_embed; LightningDiT turns neighbouring features of a head, ours are D/2 apart
 
 All else is transposed and stacked. Our times run from data to noise; `NEEDS` are the fields with which a network is fed the published time.
-SiT's velocity is data - noise, that of `processes.velocity` noise - data: its last layer changes its sign.
+The velocity of SiT and LightningDiT is data - noise, that of `processes.velocity` noise - data: their last layer changes its sign.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from mmdiff.convert.layouts import Layout, each, regrouped
 from mmdiff.convert.tensors import Tensor
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import sincos_2d
+from mmdiff.nets.rotary import angles
 
 NAMES = {
     "image_in": "x_embedder.proj",
@@ -29,19 +32,32 @@ NAMES = {
     "blocks/adaln": "blocks.#.adaLN_modulation.1",
     "adaln": "final_layer.adaLN_modulation.1", "image_out": "final_layer.linear",
 }  # fmt: skip
+LIGHTNING_NAMES = NAMES | {
+    "blocks/mlp/in": "blocks.#.mlp.w12", "blocks/mlp/out": "blocks.#.mlp.w3", "norm": "final_layer.norm_final",
+    "blocks/attention_norm": "blocks.#.norm1", "blocks/mlp_norm": "blocks.#.norm2",
+}  # fmt: skip
 QKV = r"blocks\.\d+\.attn\.qkv\.(weight|bias)"
 PATCHES = "x_embedder.proj.weight"
 LAST = r"final_layer\.linear\.(weight|bias)"
+W12 = r"blocks\.\d+\.mlp\.w12\.(weight|bias)"
+COMMON = {"qk_norm": False, "shift": True, "shared_adaln": False, "freq_shift": 0.0, "norm_eps": 1e-6, "mlp_norm_eps": 1e-6}
+PLAIN, RECIPE = {"norm": "layer", "mlp": "gelu", "rope": False}, {"norm": "rms", "mlp": "swiglu", "rope": True}
 NEEDS = {
-    "dit": {"qk_norm": False, "time_scale": 1000.0, "time_offset": -1.0, "freq_shift": 0.0, "norm_eps": 1e-6, "mlp_norm_eps": 1e-6},
-    "sit": {"qk_norm": False, "time_scale": -1.0, "time_offset": 1.0, "freq_shift": 0.0, "norm_eps": 1e-6, "mlp_norm_eps": 1e-6},
+    "dit": COMMON | PLAIN | {"time_scale": 1000.0, "time_offset": -1.0},
+    "sit": COMMON | PLAIN | {"time_scale": -1.0, "time_offset": 1.0},
+    "lightningdit": COMMON | RECIPE | {"time_scale": -1.0, "time_offset": 1.0},
 }
 
 
 def sincos_positions(net: Any) -> np.ndarray:
     """The published buffer `pos_embed` [1, N, W]."""
-    patches = net.patches
-    return sincos_2d(net.width, patches.height // patches.patch, patches.width // patches.patch)[None]
+    return sincos_2d(net.width, *net.patches.grid, net.patches.spacing)[None]
+
+
+def rotary_tables(net: Any) -> dict[str, np.ndarray]:
+    """The published buffers `feat_rope.freqs_cos` and `feat_rope.freqs_sin` [N, D]."""
+    turns = np.repeat(angles(net.patches.positions(), net.width // net.heads), 2, axis=-1)
+    return {f"feat_rope.freqs_{name}": np.float32(getattr(np, name)(turns)) for name in ("cos", "sin")}
 
 
 def read(weights: Any, net: Any, sign: int = 1) -> dict[str, Tensor]:
@@ -77,5 +93,37 @@ def _signed(sign: int, tensor: Tensor) -> Tensor:
     return tensor if sign > 0 else tensor.map(np.negative)
 
 
+def _halves(net: Any, back: bool, fused: Tensor) -> Tensor:
+    """Rows q, k, v of all heads with each head's pairs of features side by side, as LightningDiT has them, or half a head apart."""
+    if fused.shape[0] != 3 * net.width:
+        return fused
+
+    def function(array):
+        rows = array.reshape(3, net.heads, *((2, -1) if back else (-1, 2)), *array.shape[1:])
+        turned = rows[:2].swapaxes(2, 3).reshape(2, -1, *array.shape[1:])
+        return np.concatenate([turned.reshape(-1, *array.shape[1:]), rows[2].reshape(-1, *array.shape[1:])])
+
+    return fused.map(function)
+
+
+def read_lightning(weights: Any, net: Any) -> dict[str, Tensor]:
+    """See `Layout.read`."""
+    weights = dict(weights)
+    for name, expected in rotary_tables(net).items():
+        stored = weights.pop(name, None)
+        if stored is not None and (stored.shape != expected.shape or not np.allclose(stored.read(), expected, atol=1e-3)):
+            raise UserError(f"{name} {list(stored.shape)} is not the table of rotary positions {list(expected.shape)} of the network.")
+    ordered = each(weights, {QKV: partial(_halves, net, False), W12: lambda rows: regrouped(rows, 2, rows.shape[0] // 2)})
+    return read(ordered, net, sign=-1)
+
+
+def write_lightning(weights: Any, net: Any) -> dict[str, Tensor]:
+    """See `Layout.write`."""
+    found = write(weights, net, sign=-1)
+    found = each(found, {QKV: partial(_halves, net, True), W12: lambda rows: regrouped(rows, rows.shape[0] // 2, 2)})
+    return {name: Tensor.of(table) for name, table in rotary_tables(net).items()} | found
+
+
 DIT = Layout(NAMES, read, write)
+LIGHTNING = Layout(LIGHTNING_NAMES, read_lightning, write_lightning)
 SIT = Layout(NAMES, partial(read, sign=-1), partial(write, sign=-1))

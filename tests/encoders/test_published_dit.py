@@ -1,4 +1,4 @@
-"""DiT and SiT in their published layouts: the published functions, to 1e-10, and round trips bit for bit."""
+"""DiT, SiT and LightningDiT in their published layouts: the published functions, to 1e-10, and round trips bit for bit."""
 
 import functools
 
@@ -18,6 +18,7 @@ STEPS, TIMES, LABELS = np.array([0, 250, 999]), np.array([0.0, 0.3, 1.0]), np.ar
 GOLDEN = published.golden("dit")
 SIZES = dict(depth=2, width=32, heads=4)
 FIELDS = {"dit": {"time_offset": -1.0}, "sit": {"time_scale": -1.0, "time_offset": 1.0}}
+LIGHTNING = published.golden("lightningdit")
 
 
 def net_of(kind, **fields):
@@ -68,6 +69,23 @@ def test_the_published_function_and_its_weights_back(kind, scan):
         published.assert_close(ours(kind, params, net, jnp.float64), GOLDEN[kind], 1e-10)
     if scan:
         published.assert_close(ours(kind, params, net, jnp.float32), GOLDEN[kind])
+
+
+def test_lightningdit_s_function_and_its_weights_back():
+    """Its rotary tables are float32."""
+    fields = dict(norm="rms", mlp="swiglu", rope=True)
+    net = nets.DiT(nets.Patches(8, 8, 4, 2), 10, **SIZES, **FIELDS["sit"], **fields)
+    shapes = {key: tuple(map(int, shape.split())) for key, shape in zip(LIGHTNING["keys"].tolist(), LIGHTNING["shapes"].tolist())}
+    arrays = {key: published.weight(key, shape) for key, shape in shapes.items()}
+    arrays |= published_dit.rotary_tables(net) | {"pos_embed": published_dit.sincos_positions(net)}
+    params = loaded("lightningdit", net, arrays)
+    assert_same(layouts.state_dict(KINDS["lightningdit"].layout, net, params), arrays)
+    with jax.enable_x64(True):
+        published.assert_close(ours("sit", params, net, jnp.float64), LIGHTNING["lightningdit"], 1e-6)
+    assert kind_of(net) == "lightningdit" and kind_of(net.copy(rope=False)) is None and kind_of(net_of("sit", rope=True)) is None
+    wrong = arrays | {"feat_rope.freqs_cos": arrays["feat_rope.freqs_sin"]}
+    with pytest.raises(UserError, match=r"feat_rope.freqs_cos \[16, 8\] is not the table of rotary positions"):
+        loaded("lightningdit", net, wrong)
 
 
 def test_diffusers_layout_has_the_same_weights():

@@ -1,4 +1,4 @@
-"""DiT and SiT as they are published, in PyTorch: the names of the modules, what they compute, and nothing of training."""
+"""DiT, SiT and LightningDiT as they are published, in PyTorch: the names of the modules, what they compute, and nothing of training."""
 
 import math
 
@@ -103,20 +103,109 @@ class DiT(nn.Module):
         return out.reshape(len(x), -1, rows * self.patch, columns * self.patch)
 
 
-def _small():
-    model = DiT(8, 2, 4, 32, 2, 4, 10)
-    positions = model.pos_embed.clone()
+class _RMS(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.weight
+
+
+class _Rotary(nn.Module):
+    """Pairs of neighbouring features are turned: the first half of a head by the row, the second by the column."""
+
+    def __init__(self, side, size):
+        super().__init__()
+        rates = 10000.0 ** (-torch.arange(0, size // 2, 2).float() / (size // 2))
+        angles = torch.arange(side).float()[:, None] * rates
+        rows, columns = angles[:, None].expand(side, side, -1), angles[None].expand(side, side, -1)
+        angles = torch.cat([rows, columns], -1).reshape(side * side, -1).repeat_interleave(2, -1)
+        self.register_buffer("freqs_cos", angles.cos())
+        self.register_buffer("freqs_sin", angles.sin())
+
+    def forward(self, x):
+        even, odd = x[..., ::2], x[..., 1::2]
+        return x * self.freqs_cos + torch.stack([-odd, even], -1).flatten(-2) * self.freqs_sin
+
+
+class _RotaryAttention(_Attention):
+    def forward(self, x, rotary):
+        batch, count, width = x.shape
+        q, k, v = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(rotary(q), rotary(k), v)
+        return self.proj(out.transpose(1, 2).reshape(batch, count, width))
+
+
+class _SwiGLU(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        hidden = int(2 / 3 * 4 * width)
+        self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, -1)
+        return self.w3(nn.functional.silu(gate) * value)
+
+
+class _LightningBlock(_Block):
+    def __init__(self, width, heads):
+        super().__init__(width, heads)
+        self.attn, self.mlp, self.norm1, self.norm2 = _RotaryAttention(width, heads), _SwiGLU(width), _RMS(width), _RMS(width)
+
+    def forward(self, x, c, rotary):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, -1)
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, rotary)
+        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+
+class LightningDiT(DiT):
+    """LightningDiT with the options of its XL/1: RMSNorm, SwiGLU, rotary positions; a time from noise to data."""
+
+    def __init__(self, input_size=16, patch_size=1, in_channels=32, hidden_size=1152, depth=28, num_heads=16, num_classes=1000):
+        super().__init__(input_size, patch_size, in_channels, hidden_size, 0, num_heads, num_classes)
+        self.feat_rope = _Rotary(input_size // patch_size, hidden_size // num_heads)
+        self.blocks = nn.ModuleList(_LightningBlock(hidden_size, num_heads) for _ in range(depth))
+        self.final_layer = _Last(hidden_size, patch_size**2 * in_channels)
+        self.final_layer.norm_final = _RMS(hidden_size)
+
+    def forward(self, x, t, y):
+        h = self.x_embedder.proj(x)
+        side = h.shape[-1]
+        h, c = h.flatten(2).mT + self.pos_embed, self.t_embedder(t) + self.y_embedder.embedding_table(y)
+        for block in self.blocks:
+            h = block(h, c, self.feat_rope)
+        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, -1)
+        out = self.final_layer.linear(self.final_layer.norm_final(h) * (1 + scale) + shift)
+        out = out.view(len(x), side, side, self.patch, self.patch, -1).permute(0, 5, 1, 3, 2, 4)
+        return out.reshape(len(x), -1, side * self.patch, side * self.patch)
+
+
+def _small(model):
+    computed = {key: tensor.clone() for key, tensor in model.state_dict().items() if "pos_embed" in key or "rope" in key}
     published.torch_model(model)
-    model.pos_embed.data = positions  # as it is built
+    model.load_state_dict(computed, strict=False)  # as it is built
     return model.double()
+
+
+def _named(model):
+    keys = {key: " ".join(map(str, tensor.shape)) for key, tensor in model.state_dict().items()}
+    return {"keys": list(keys), "shapes": list(keys.values())}
+
+
+def lightningdit():
+    """At SiT's times, in double precision, but for the rotary tables."""
+    model, x = _small(LightningDiT(8, 2, 4, 32, 2, 4, 10)), torch.from_numpy(published.normal("z", (3, 4, 8, 8))).double()
+    with torch.no_grad():
+        answer = model(x, torch.tensor(TIMES, dtype=torch.float64), torch.tensor(LABELS))
+    return {**_named(model), "lightningdit": np.asarray(answer)}
 
 
 def dit():
     """Of DiT at its steps, and of SiT, of which the second half of the channels is thrown away, at its times; in double precision."""
-    model, x = _small(), torch.from_numpy(published.normal("z", (3, 4, 8, 8))).double()
+    model, x = _small(DiT(8, 2, 4, 32, 2, 4, 10)), torch.from_numpy(published.normal("z", (3, 4, 8, 8))).double()
     with torch.no_grad():
         times = {"dit": torch.tensor(STEPS).double(), "sit": torch.tensor(TIMES, dtype=torch.float64)}
         answers = {name: model(x, t, torch.tensor(LABELS)) for name, t in times.items()}
-    keys = {key: " ".join(map(str, tensor.shape)) for key, tensor in model.state_dict().items()}
     answers["sit"] = answers["sit"].chunk(2, 1)[0]
-    return {"keys": list(keys), "shapes": list(keys.values())} | {name: np.asarray(answer) for name, answer in answers.items()}
+    return _named(model) | {name: np.asarray(answer) for name, answer in answers.items()}
