@@ -15,7 +15,7 @@ PARAMETERS = {
     "cdcd/digits_class": 1_080_132, "cdcd/imagenet256_class": 517_792_206, "cdcd/markov_class": 254_352,
     "cdcd/music_tokenizer": 552_440, "cdcd/images_tokenizer": 6_893_956, "cdcd/scenes_text": 1_666_720,
     "cdcd/scenes_tokenizer": 131_604, "cdcd/tiktok_music": 433_826_816, "diffdis/digits": 1_976_006, "diffdis/scenes": 3_547_986,
-    "diffdis/scenes_towers": 424_322, "diffdis/sd_scale": 1_254_083_730, "digits_joint": 743_630,
+    "diffdis/scenes_towers": 424_322, "diffdis/sd_scale": 1_254_083_730, "digits_fewstep": 777_614, "digits_joint": 743_630,
     "fashion/joint": 1_347_290, "fashion/vq_class": 2_774_656, "fashion/vq_tokenizer": 209_900, "imagenet256/dit_xl2": 674_834_720,
     "imagenet256/joint_xl2": 678_628_088, "imagenet256/sit_xl2": 674_834_720,
     "imagenet256/lightning_xl1": 674_961_824,

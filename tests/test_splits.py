@@ -12,8 +12,8 @@ from mmdiff.projects.digits import digit_features
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 EMBEDDED = (
-    "digits_joint", "cdcd/digits_class", "cdcd/markov_class", "cdcd/scenes_text", "cdcd/scenes_tokenizer", "cdcd/dance_music",
-    "cdcd/music_tokenizer", "diffdis/digits", "diffdis/scenes", "diffdis/scenes_towers", "mtdiffusion/digits_label",
+    "digits_fewstep", "digits_joint", "cdcd/digits_class", "cdcd/markov_class", "cdcd/scenes_text", "cdcd/scenes_tokenizer",
+    "cdcd/dance_music", "cdcd/music_tokenizer", "diffdis/digits", "diffdis/scenes", "diffdis/scenes_towers", "mtdiffusion/digits_label",
     "mtdiffusion/digits_masked", "mtdiffusion/digits_representation", "mtdiffusion/digits_transition",
 )  # fmt: skip
 SPLITS = ("train", "validation", "test")
