@@ -79,7 +79,7 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
 
 
 def _reported(error: Exception, url: str) -> OSError:
-    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
     return OSError(getattr(error, "errno", None) or errno.EIO, reason, url)
 
 
@@ -291,8 +291,8 @@ class RemotePath:
     def _with_folder(file_system, path, write):
         try:
             write()
-        except FileNotFoundError:
+        except FileNotFoundError as error:
             if file_system.protocol in OBJECT_STORES or set(OBJECT_STORES) & set(file_system.protocol):
-                raise  # no such bucket: none is made
+                raise FileNotFoundError(errno.ENOENT, "no such bucket", path) from error  # and none is made
             file_system.makedirs(file_system._parent(path), exist_ok=True)
             write()

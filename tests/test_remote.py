@@ -102,6 +102,15 @@ def test_a_missing_package_is_named_before_anything_is_done(monkeypatch, tmp_pat
         assert "gcsfs: pip install 'mmdiff[remote]'" in capsys.readouterr().err
 
 
+def test_a_bucket_that_is_not_there_is_named(bucket, monkeypatch, capsys):
+    def pipe_file(self, path, value):
+        raise FileNotFoundError("The specified bucket does not exist")  # as that of s3fs, without a number or strerror
+
+    monkeypatch.setattr(type(pytest.importorskip("fsspec").filesystem("memory")), "pipe_file", pipe_file)
+    assert main(["train", "--config", "digits_joint", "--workdir", f"{bucket}/run"]) == 2
+    assert "cannot write to memory://bucket/run (no such bucket): choose a folder" in capsys.readouterr().err
+
+
 def test_what_must_be_renamed_or_changed_in_place_goes_to_a_disk(bucket, capsys):
     assert main(["configs", "digits_joint", "--to", f"{bucket}/mine.py"]) == 2
     assert f"{bucket}/mine.py is an address, and this is written to a disk" in capsys.readouterr().err
