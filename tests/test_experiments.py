@@ -74,12 +74,12 @@ def test_solvers_sample_with_the_same_weights_and_noise(experiments, loaded_laun
 
 def test_guidance_is_compared_at_the_same_frechet_ratio(loaded_launch):
     guidance = loaded_launch("guidance_experiments")
-    found = {("one way", 1.0): [(0.90, 1.0)], ("one way", 2.0): [(0.92, 2.0), (0.96, 2.2)]}
-    found |= {("each", 2.0): [(0.95, 1.55)], ("each", 3.0): [(1.0, 9.0)]}
-    _, _, one, two, each, beyond = guidance.table(found)
-    assert one == "| one way | 1 | 0.9000 ± nan | 1.000 ± nan | - |"
+    found = {("one way", 1.0): [(0.70, 1.2)], ("one way", 1.5): [(0.90, 1.0)], ("one way", 2.0): [(0.92, 2.0), (0.96, 2.2)]}
+    found |= {("each", 1.5): [(0.91, 1.1)], ("each", 2.0): [(0.95, 1.65)], ("each", 3.0): [(1.0, 9.0)]}
+    _, _, worse, _, two, *each = guidance.table(found)
+    assert worse == "| one way | 1 | 0.7000 ± nan | 1.200 ± nan | - |"
     assert two == "| one way | 2 | 0.9400 ± 0.0200 | 2.100 ± 0.100 | - |"
-    assert each.endswith("| 1.550 ± nan | +0.0300 |") and beyond.endswith("| 9.000 ± nan | - |")
+    assert [line.split(" | ")[-1] for line in each] == ["+0.0100 |", "+0.0300 |", "+0.0600 |"]  # not against the worse one at 1.2
 
 
 @pytest.mark.slow
