@@ -93,6 +93,18 @@ def test_all_keys_of_xl_2():
         assert (len(expected), sum(map(math.prod, expected.values()))) == sizes[model]
 
 
+def test_all_keys_of_lightningdit_xl_1():
+    fields = dict(depth=28, width=1152, heads=16, norm="rms", mlp="swiglu", rope=True, time_scale=-1.0, time_offset=1.0)
+    net = nets.DiT(nets.Patches(16, 16, 32, 1), 1000, **fields)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 16, 16, 32)), jnp.ones(1), jnp.zeros(1, int))["params"]
+    nothing = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    with torch.device("meta"):
+        model = original.LightningDiT()
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in layouts.tensors(published_dit.LIGHTNING, net, nothing).items()} == expected
+    assert len(expected) == 351 and sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 674_961_824
+
+
 def test_diffusers_samples_from_the_pipeline_that_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(SIZES, "XS", (2, 32, 4))
     options = [("model.size", "XS"), ("model.image", "8"), ("model.dtype", "float32"), ("model.freq_shift", "1"),
