@@ -100,7 +100,8 @@ def check_average(process: Process, name: Any) -> None:
     if fits:
         t = np.linspace(0.0, 1.0, 9, dtype=np.float32)[1:]
         with jax.ensure_compile_time_eval():
-            alpha, sigma, p, q = (np.asarray(row) for row in (*part.schedule(t), *part.predict(part.schedule, t)))
+            rows = jax.jit(lambda t: (*part.schedule(t), *part.predict(part.schedule, t)))(t)
+            alpha, sigma, p, q = (np.asarray(row) for row in rows)
         rows = (p, p[-1]), (q, q[-1]), (alpha, 1 + p * t), (sigma, q * t)
         fits = all(np.allclose(row, wanted, atol=1e-5) for row, wanted in rows)
     if not fits or isinstance(process, Aggregate) and process.added and name == process.target:
