@@ -139,14 +139,18 @@ def two_streams(**options):
     return (net := MMDiT(modalities, depth=2, width=32, heads=4, remat="dots", **options)).apply, net
 
 
-def recipe(**options):
+def wide_head(**options):
+    return recipe(head=(1, 32), **options)
+
+
+def recipe(head=None, **options):
     """Kernels for attention alone: norms and modulations are others."""
-    modalities = {"image": Patches(4, 4, 1, 2, head=(1, 32)), "label": Label(5, 4)}
-    fields = dict(mlp_ratio=3.0, norm="rms", mlp="swiglu", rope=True, qk_norm=True, shift=False, shared_adaln=True)
+    modalities = {"image": Patches(4, 4, 1, 2, head=head), "label": Label(5, 4)}
+    fields = dict(mlp_ratio=3.0, shared=True, norm="rms", mlp="swiglu", rope=True, qk_norm=True, shift=False, shared_adaln=True)
     return (net := MMDiT(modalities, depth=2, width=32, heads=4, remat="dots", **fields, **options)).apply, net
 
 
-@pytest.mark.parametrize("made", [one_stream, pytest.param(two_streams, marks=pytest.mark.slow), recipe])
+@pytest.mark.parametrize("made", [one_stream, recipe, *(pytest.param(made, marks=pytest.mark.slow) for made in (two_streams, wide_head))])
 def test_a_sharded_network_has_the_same_gradients(made):
     """Scanned, rematerialised, in two micro-batches on fsdp 2 x tensor 2."""
     x = {"image": normal(0, (8, 4, 4, 1)), "label": jnp.asarray(RNG.integers(0, 5, 8), jnp.int32)}
