@@ -58,7 +58,7 @@ def choose(
     intact, damages = checkpoint_files.intact(folder)
     newest = step is None
     if newest:
-        while intact and (problem := _damage_of_averages(folder / str(intact[-1]))):
+        while intact and (problem := damage_of_averages(folder / str(intact[-1]))):
             damages[intact.pop()] = problem
     for damaged, problem in damages.items():
         log.warning("checkpoint %s is damaged (%s): it is not opened.", folder / str(damaged), problem)
@@ -79,7 +79,7 @@ def choose(
     there = ", ".join(str(other) for other in intact if other != step) or "none"
     if step not in [*intact, *damages]:
         raise UserError(f"there is no checkpoint of step {step} in {workdir}: there are {there}.")
-    if problem := damages.get(step) or (None if newest else _damage_of_averages(folder / str(step))):
+    if problem := damages.get(step) or (None if newest else damage_of_averages(folder / str(step))):
         raise UserError(f"the checkpoint {folder / str(step)} is damaged ({problem}): choose another step (there are {there}).")
     if (folder / str(step) / "meta").exists():  # weights can be used without
         checkpoint_files.check_step(folder / str(step), checkpoint_files.meta_of(folder / str(step)).get("step"))
@@ -120,6 +120,6 @@ def _check_finite(params: Any, workdir: str | os.PathLike, step: int, others: li
             f"the averaged weights of step {step} in {workdir} are not finite in {len(wrong)} arrays, such as {wrong[0]}: {remedy}.")
 
 
-def _damage_of_averages(checkpoint: pathlib.Path) -> str | None:
+def damage_of_averages(checkpoint: pathlib.Path) -> str | None:
     """What is wrong with what inference opens; the same in every process that opens it."""
     return distributed.first_of_all(integrity.damage(checkpoint, lambda name: name.startswith("ema/")))

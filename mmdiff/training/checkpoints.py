@@ -43,9 +43,10 @@ class Checkpoints:
       workdir: the run's folder. Checkpoints in it that are damaged are moved aside, with a warning.
       keep: how many of the latest checkpoints are kept.
       best: the name of a metric; the checkpoint with its smallest value is kept as well ("": none), or with its largest if `mode` is "max".
+      name: tells them from others that the same processes write at the same time.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, keep: int, best: str = "", mode: str = "min"):
+    def __init__(self, workdir: str | os.PathLike, *, keep: int, best: str = "", mode: str = "min", name: str = ""):
         self.folder = run_metadata.checkpoint_folder(workdir)
         self._saving: int | None = None
 
@@ -85,6 +86,7 @@ class Checkpoints:
                 best_fn=value if best else None,
                 best_mode=mode,
                 cleanup_tmp_directories=True,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name or None),
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
         )

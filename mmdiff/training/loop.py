@@ -125,6 +125,9 @@ def train(
                 params, ema = jax.jit(lambda *both: jax.tree.map(jnp.copy, both), out_shardings=where)(cast, weights)
                 state = state.replace(params=params, ema=ema)
             averages, meta = empty, {"position": 0, "order": ORDER_VERSION, "train_seconds": 0.0, "compile_seconds": 0.0}
+        snapshots = stack.enter_context(Snapshots(workdir, config, start))
+        if snapshots.due(start):
+            snapshots.save(state)
         if start >= options.steps:
             if jax.process_index() == 0:
                 console.say(f"nothing to do: {workdir} is trained for {start} of {options.steps} steps")
@@ -135,7 +138,6 @@ def train(
             run_metadata.write_dependencies(workdir, experiment)
             run_metadata.write_data(workdir, here)
             run_metadata.write_source(workdir, options.get("start"))
-        snapshots = stack.enter_context(Snapshots(workdir, config, start))
         meta["data"] = here
         in_loop.restore(meta.get("in_loop", {}))
         logger = stack.enter_context(MetricsLogger(workdir, options, start, meta["train_seconds"]))

@@ -29,6 +29,7 @@ from mmdiff.training import lock, run_metadata
 from mmdiff.training.integrity import MANIFEST
 
 log = logging.getLogger(__name__)
+SNAPSHOTS = f"{run_metadata.SNAPSHOTS}/"
 KIND, LOOK_SECONDS = "runs", 5  # where copies are kept, and the time between looks for a new checkpoint
 
 
@@ -143,13 +144,13 @@ class _Copy:
         with ThreadPoolExecutor(remote.THREADS, "remote") as threads:
             for _, names in itertools.groupby(changed, _turn):
                 list(threads.map(lambda name: self._send(name, here[name]), names))
-        gone = [name for name in there if name.startswith("checkpoints/") and name not in here]
+        gone = [name for name in there if _step(name) and name not in here]
         for name in sorted(gone, key=lambda name: not name.endswith(f"/{MANIFEST}")):
             (self._target / name).unlink(missing_ok=True)
 
     def _send(self, name: str, path: pathlib.Path) -> None:
         try:
-            if name.startswith("checkpoints/"):
+            if _step(name):
                 return (self._target / name).send(path)
             with path.open("rb") as stream, tempfile.NamedTemporaryFile() as copy:  # lines may be added, or another file take its place
                 shutil.copyfileobj(stream, copy)
@@ -161,15 +162,20 @@ class _Copy:
                 raise
 
 
-def _turn(name: str) -> tuple[int, bool]:
-    """When a file is sent: first what is of no checkpoint, then one checkpoint after another."""
-    first, step = f"{name}/".split("/")[:2]
-    return (-int(step), name.endswith(f"/{MANIFEST}")) if first == "checkpoints" else (-sys.maxsize, False)
+def _step(name: str) -> str:
+    """The folder's name of the checkpoint, or of the snapshot of averages, that a file is of; "" of other files."""
+    first, step = f"{name.removeprefix(SNAPSHOTS)}/".split("/")[:2]
+    return step if first == "checkpoints" else ""
+
+
+def _turn(name: str) -> tuple[bool, int, bool]:
+    """When a file is sent: first what is of no checkpoint, then one checkpoint after another, and snapshots after all of them."""
+    step = _step(name)
+    return (name.startswith(SNAPSHOTS), -int(step), name.endswith(f"/{MANIFEST}")) if step else (False, -sys.maxsize, False)
 
 
 def _is_kept(name: str, path: pathlib.Path) -> bool:
     """Whether a path is a file of the run, and neither a draft nor a lock."""
-    first, second = f"{name}/".split("/")[:2]
-    if first in ("damaged", "trainer.json", lock.WRITER) or first == "checkpoints" and not second.isdecimal():
+    if name.removeprefix(SNAPSHOTS).split("/")[0] in ("damaged", "trainer.json", lock.WRITER) or not (_step(name) or "0").isdecimal():
         return False
     return path.is_file() and not path.name.startswith(".")

@@ -4,6 +4,7 @@
     WORKDIR/dependencies.json   fingerprints of the frozen networks that it is trained with, if there are any
     WORKDIR/data.json           the fingerprint of its training data and the names of the classes (each checkpoint has them as well)
     WORKDIR/source.json         of converted weights, and of runs that start from them: what they are, whose, and their licence
+    WORKDIR/snapshots           see `post_hoc_ema`
     WORKDIR/checkpoints/STEP    a run that has none may start again with any config
 """
 
@@ -26,7 +27,7 @@ from mmdiff.data.modalities import Labels
 from mmdiff.data.sources import fingerprint
 from mmdiff.errors import UserError
 
-CONFIG, SOURCE = "config.json", "source.json"
+CONFIG, SOURCE, SNAPSHOTS = "config.json", "source.json", "snapshots"
 LISTED = 6  # keys of another config that an error names
 
 # What may change when a run continues: how it learns, how long, where and how often, but not what its weights mean. A section stands for
@@ -72,8 +73,9 @@ def check_config(
         raise UserError(f"{workdir} holds checkpoints without their config.json, so nobody knows what they are of: restore it.")
     may_differ = MAY_DIFFER_IN_USE if in_use else MAY_DIFFER
     here = json.loads(configs.to_json(config))
-    differs = configs.difference(former_names.keys(configs.flatten(stored), configs.flatten(here)), here)
-    differs = {key: (old, new) for key, (old, new) in differs.items() if not (key in configs.OPTIONAL and old is None)}
+    values = configs.flatten(here)
+    there = {key: value for key, value in configs.OPTIONAL.items() if key in values} | former_names.keys(configs.flatten(stored), values)
+    differs = configs.difference(there, here)
 
     def longest(key, names):
         return max((len(name) for name in names if key == name or key.startswith(f"{name}.")), default=0)

@@ -11,7 +11,7 @@ import toy
 
 from mmdiff import open_run
 from mmdiff.errors import UserError
-from mmdiff.training import loop, power_ema, sharding
+from mmdiff.training import integrity, loop, power_ema, sharding
 from mmdiff.training.step import init_state, make_step
 
 TRACKED = (0.05, 0.1)
@@ -112,7 +112,13 @@ def test_a_run_keeps_snapshots_and_gives_any_width(config, tmp_path, monkeypatch
     jax.tree.map(np.testing.assert_array_equal, (first.params, first.stats, first.ema), (again.params, again.stats, again.ema))
     assert sorted(int(path.name) for path in folder.iterdir()) == [4, 8, 12]
 
+    shutil.rmtree(folder / "12")  # it was stopped between its last checkpoint and this
+    loop.train(toy.build(config), config, tmp_path)
+    shutil.copytree(folder / "12", folder / "13")  # as after a step that was skipped: as many were taken
+
     run = open_run(toy.__file__, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, run.ema(0.07).params, run.ema(0.07, at=12).params)
+    shutil.rmtree(folder / "13")
     wide, short = run.ema(0.1), run.ema(0.05, at=8)
     assert (wide.step, short.step, run.step) == (12, 8, 12) and wide.config.train.ema == "width 0.1"
     close = lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)  # noqa: E731
@@ -121,3 +127,8 @@ def test_a_run_keeps_snapshots_and_gives_any_width(config, tmp_path, monkeypatch
     for asked, said in (((0.1, 7), "no snapshot of step 7: the last are of 4, 8, 12"), ((0.4,), "from 0.001 to 0.288")):
         with pytest.raises(UserError, match=said):
             run.ema(*asked)
+    monkeypatch.setattr(integrity, "SMALL", 0)  # files whose content is only read where it matters
+    large = max((folder / "8" / "ema").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    large.write_bytes(bytes([large.read_bytes()[0] ^ 1]) + large.read_bytes()[1:])
+    with pytest.raises(UserError, match="snapshots/checkpoints/8 is damaged .*checksum differs"):
+        run.ema(0.1)

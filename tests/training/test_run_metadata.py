@@ -180,11 +180,15 @@ def test_what_a_config_need_not_state_is_no_difference(tmp_path):
     config = toy.get_config()
     write_config(tmp_path, config)
     (tmp_path / "checkpoints/1").mkdir(parents=True)
-    config.train.update(other_data=True, start_strict=False)
+    config.train.update(other_data=False, start_strict=False, ema_widths=())
     assert check_config(tmp_path, config) == {}
-    config.train.learning_rate = 1.0
-    assert check_config(tmp_path, config) == {"train.learning_rate": (0.01, 1.0)}
+    config.train.update(learning_rate=1.0, other_data=True)
+    assert check_config(tmp_path, config) == {"train.learning_rate": (0.01, 1.0), "train.other_data": (False, True)}
+    config.train.ema_widths = (0.05, 0.1)  # which no run of before can have tracked
+    with pytest.raises(UserError, match=r"of another config: train.ema_widths \(there \(\), here \[0.05, 0.1\]\)"):
+        check_config(tmp_path, config)
+    config.train.ema_widths = ()
     config.seed += 1  # another run if it is trained on, the same weights if they are used
     with pytest.raises(UserError, match="holds a run of another config: seed "):
         check_config(tmp_path, config)
-    assert set(check_config(tmp_path, config, in_use=True)) == {"seed", "train.learning_rate"}
+    assert set(check_config(tmp_path, config, in_use=True)) == {"seed", "train.learning_rate", "train.other_data"}
