@@ -11,11 +11,12 @@ import pytest
 
 from mmdiff import __main__ as cli
 from mmdiff import config as configs
-from mmdiff import former_names, nets
+from mmdiff import former_names, nets, schedules
 from mmdiff.data.latents import write_latents
 from mmdiff.data.modalities import Labels, Latents
 from mmdiff.errors import UserError
 from mmdiff.nets.dit import SIZES
+from mmdiff.processes import Gaussian, Noised, velocity
 
 DIT, JOINT, SIT = (f"configs/imagenet256/{name}_xl2.py" for name in ("dit", "joint", "sit"))
 MODALITIES = {"image": Latents(32, 32, 4), "label": Labels(1000)}
@@ -63,6 +64,21 @@ def test_wrong_sizes_and_rules():
             build(path, model__size="XXL")
         with pytest.raises(UserError, match="config.train.scale_rule must be one of none, linear, sqrt, not 'cube'"):
             build(path, train__scale_rule="cube")
+
+
+def test_the_direction_of_the_velocity():
+    """1 - cosine, by hand; from an output of 0, with which training begins, there is a finite way on."""
+    module, rng = configs.load("imagenet256/lightning_xl1")[1], np.random.default_rng(0)
+    process, (out, x0, noise) = Gaussian(schedules.flow(), velocity), rng.normal(size=(3, 2, 4, 4, 5)).astype(np.float32)
+    noised = Noised(x0, None, np.float32([0.2, 0.7]), noise)
+    term = module.direction(process)
+    value, (slope, zero) = jax.jit(lambda out: (
+        term(out, noised), [jax.grad(lambda out: term(out, noised).sum())(at) for at in (out, jnp.zeros_like(out))]))(out)
+    true = noise - x0
+    cosine = (out * true).sum(-1) / np.linalg.norm(out, axis=-1) / np.linalg.norm(true, axis=-1)
+    np.testing.assert_allclose(value, 1 - cosine.mean((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose((slope * out).sum(-1), 0, atol=1e-6)  # its length does not matter
+    assert np.isfinite(zero).all() and (np.sign(zero) == -np.sign(true)).all()
 
 
 @pytest.mark.slow

@@ -58,9 +58,9 @@ def test_snapshots_of_averages_are_sent_behind_checkpoints_and_their_drafts_are_
     monkeypatch.setattr(remote_runs, "LOOK_SECONDS", 1000)
     monkeypatch.setattr(RemotePath, "send", lambda self, file: (send(self, file), sent.append(self.url.removeprefix(f"{bucket}/run/"))))
     folder = remote.place_of(f"{bucket}/run", remote_runs.KIND) / "snapshots" / "checkpoints"
-    stale = ("9/manifest.json", "2.orbax-checkpoint-tmp/a")  # of a past that is not this one's, and of a save that was cut short
+    snapshot, stale = "snapshots/checkpoints/4", ("9/manifest.json", "2.orbax-checkpoint-tmp/a")  # of another past, and cut short
     with remote_runs.trained_at(f"{bucket}/run"):
-        for name in ("snapshots/checkpoints/4/manifest.json", "snapshots/checkpoints/4/ema/d", "checkpoints/2/manifest.json", "config.json"):
+        for name in (f"{snapshot}/manifest.json", f"{snapshot}/ema/d", "checkpoints/2/manifest.json", "config.json"):
             (folder.parents[1] / name).parent.mkdir(parents=True, exist_ok=True)
             (folder.parents[1] / name).write_text("{}")
         for name in stale:
@@ -69,7 +69,7 @@ def test_snapshots_of_averages_are_sent_behind_checkpoints_and_their_drafts_are_
         (folder / "5.orbax-checkpoint-tmp" / "a").write_text("half")
         (folder.parent / "damaged" / "3").mkdir(parents=True)
         (folder.parent / "damaged" / "3" / "a").write_text("half")
-    assert sent == ["config.json", "checkpoints/2/manifest.json", "snapshots/checkpoints/4/ema/d", "snapshots/checkpoints/4/manifest.json"]
+    assert sent == ["config.json", "checkpoints/2/manifest.json", f"{snapshot}/ema/d", f"{snapshot}/manifest.json"]
     assert set(remote.listed(f"{bucket}/run")) - {lock.WRITER} == set(sent)
 
 
