@@ -204,3 +204,11 @@ def cut(x: jax.Array, lengths: Any) -> list[jax.Array]:
 
 def join(parts: Any) -> jax.Array:
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def spread(vectors: Any, lengths: Any) -> jax.Array:
+    """Vectors [B, W] of so many tokens each -> [B, N, W], for products without a copy of each part: what TPUs are faster with."""
+    found, token = vectors[0][:, None], jnp.arange(sum(lengths))[:, None]
+    for vector, start in zip(vectors[1:], np.cumsum(lengths)):
+        found = jnp.where(token >= start, vector[:, None], found)
+    return found

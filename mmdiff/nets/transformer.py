@@ -16,7 +16,7 @@ from mmdiff.errors import UserError
 from mmdiff.nets import fused_norm
 from mmdiff.nets.embed import Dense, TimeEmbed, xavier
 from mmdiff.nets.fields import Network, check_width
-from mmdiff.nets.layers import MLP, Attention, CrossAttention, Layers, Vector, cut, join, layer_norm, modulate, per_token, zeros
+from mmdiff.nets.layers import MLP, Attention, CrossAttention, Layers, Vector, cut, join, layer_norm, modulate, per_token, spread, zeros
 from mmdiff.nets.target import axis_size, constrain, differentiable, platform, single_cpu
 
 REMAT = {
@@ -290,6 +290,11 @@ class Block(nn.Module):
             each, step = list(zip(*each)), 3 if self.shift else 2
             modulations[stream] = {which: each[step * i : step * i + step] for i, which in enumerate(("attention", "mlp", "cross"))}
 
+        def in_kernels(name, vectors):
+            backend = differentiable(self.backend)
+            known = backend == "pallas" or (backend is None and fused_norm.applies(streams[name]))
+            return known and all(each.ndim == 2 for each in vectors)
+
         def before(name, which):
             eps = self.mlp_norm_eps if which == "mlp" and self.mlp_norm_eps is not None else self.norm_eps
             if name not in modulations or self.norm == "rms":
@@ -298,10 +303,8 @@ class Block(nn.Module):
                 if name not in modulations:
                     return normed
             *shift, scale, _ = modulations[name][which]
-            known = self.norm == "layer" and self.shift and len(lengths) < 2 and scale[0].ndim == 2  # to the kernel for TPUs
-            backend = differentiable(self.backend)
-            if known and (backend == "pallas" or (backend is None and fused_norm.applies(streams[name]))):
-                out, streams[name] = fused_norm.norm_and_modulation(streams[name], shift[0][0], scale[0], eps)
+            if self.norm == "layer" and self.shift and in_kernels(name, scale):
+                out, streams[name] = fused_norm.norm_and_modulation(streams[name], shift[0], scale, eps, lengths)
                 return out
             if self.norm == "layer":
                 normed = layer_norm(streams[name], eps)
@@ -311,7 +314,10 @@ class Block(nn.Module):
         def after(name, which, update):
             if name not in modulations:
                 return streams[name] + update
-            gated = zip(cut(checkpoint_name(update, "update"), lengths), modulations[name][which][-1])
+            update, gates = checkpoint_name(update, "update"), modulations[name][which][-1]
+            if len(gates) > 1 and in_kernels(name, gates):
+                return streams[name] + spread(gates, lengths) * update
+            gated = zip(cut(update, lengths), gates)
             return streams[name] + join([per_token(gate) * piece for piece, gate in gated])
 
         def flat(module):

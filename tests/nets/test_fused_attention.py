@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mmdiff.nets import DiT, Label, MMDiT, Patches, as_joint, fused_attention, fused_norm, long_attention
 from mmdiff.nets.attention import attention, self_attention
-from mmdiff.nets.layers import layer_norm, modulate
+from mmdiff.nets.layers import cut, join, layer_norm, modulate
 from mmdiff.nets.target import compiling_for
 from mmdiff.nets.transformer import REMAT
 from mmdiff.training import aot, hlo, sharding
@@ -90,18 +90,20 @@ def test_of_many_tokens_on_a_mesh():
     assert [long_attention._block(length) for length in (100, 1024, 1281, 4096)] == [128, 1024, 768, 1024]
 
 
-@pytest.mark.parametrize("n, half", [(5, False), (2 * fused_norm.ROWS, False), (9, True)])
-def test_norm_and_modulation(n, half):
-    arrays = [1 + normal(0, (2, n, 24)), normal(1, (2, 24)), normal(2, (2, 24))]
+@pytest.mark.parametrize("lengths, half", [((5,), False), ((300, fused_norm.ROWS, 2 * fused_norm.ROWS - 300), False), ((8, 1), True)])
+def test_norm_and_modulation(lengths, half):
+    """Of one part and of several, which begin within what is in work at a time."""
+    arrays = [1 + normal(0, (2, sum(lengths), 24)), normal(1, (2, len(lengths), 24)), normal(2, (2, len(lengths), 24))]
 
     def both(x, shift, scale, backend):
+        shifts, scales = ([each[:, i] for i in range(len(lengths))] for each in (shift, scale))
         if backend == "pallas":
-            out, passed = fused_norm.norm_and_modulation(x, shift, scale, 1e-6)
+            out, passed = fused_norm.norm_and_modulation(x, shifts, scales, 1e-6, lengths)
         else:
-            out, passed = modulate(layer_norm(x, 1e-6), shift, scale), x
+            out, passed = join(list(map(modulate, cut(layer_norm(x, 1e-6), lengths), shifts, scales))), x
         return out + passed  # both take part in the gradient
 
-    compared(both, arrays, normal(3, (2, n, 24)), half)
+    compared(both, arrays, normal(3, arrays[0].shape), half)
 
 
 def test_it_takes_masks_of_keys_alone():
