@@ -174,10 +174,10 @@ def emoji_pairs(bases=10, names=40):
 
     def add(shape, name, category, tones=()):
         pixels = np.zeros((64, 64, 4), np.uint8)
-        pixels[8 + shape % 7 : 56, 8:56] = (240, 200, 30, 255)
+        pixels[8 + shape % 7 : 56, 8:56] = (240, 200, 30, 255) if shape < bases else (30, 5 * shape, 250 - 4 * shape, 255)
         for place, tone in enumerate(tones):
             pixels[20:50, 12 + 20 * place : (52 if len(tones) == 1 else 30 + 20 * place)] = (*SKIN[tone], 255)
-        pixels[10:14, 4 + shape : 9 + shape] = (30, 60, 200, 255)
+        pixels[50:54, 4 + shape : 9 + shape] = (30, 60, 200, 255)
         stream = io.BytesIO()
         Image.fromarray(pixels).save(stream, "PNG")
         said = {"name": name, "short_names": [name], "category": category, "subcategory": ""}
@@ -188,7 +188,7 @@ def emoji_pairs(bases=10, names=40):
         for tones in ((), *((tone,) for tone in SKIN), *([("light", "dark")] if i == 0 else [])):
             add(i, f"hand {'abcdefghij'[i]}", "People & Body", tones)
     for i in range(names):
-        add(i % 10 + 20, f"flag {i}", ("Flags", "Objects")[i % 2])
+        add(bases + i, f"flag {i}", ("Flags", "Objects")[i % 2])
     return tuple(found)
 
 

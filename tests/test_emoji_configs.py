@@ -51,7 +51,7 @@ def test_the_commands(file, tmp_path):
     run("train", f"--config.data.dir={file}", *SMALL)
     assert any("val/read_tone" in line for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     run("eval", "--step", "best", "--split", "validation")
-    report = json.loads((tmp_path / "run/report.json").read_text())
+    report = json.loads((tmp_path / "run/report-validation.json").read_text())
     assert {"sampled_category", "read_category", "cycle_name", "text_to_image_r1"} <= set(report) and report["absent_text_difference"] == 0
     run("sample", "--given", "text=dark skin, hand b", "--number", 2, "--out", tmp_path / "hands")
     assert np.load(tmp_path / "hands/samples.npz")["image"].shape == (2, 32, 32, 3)

@@ -4,6 +4,19 @@
     python -m mmdiff eval   --config configs/joint/emoji_tokens.py --workdir runs/emoji
     python -m mmdiff sample --config configs/joint/emoji_tokens.py --workdir runs/emoji --given text="dark skin, man getting massage"
     python -m mmdiff sample --config configs/joint/emoji_tokens.py --workdir runs/emoji --given image=FILE
+
+emoji64.tar is made of an npm package by one command (configs/joint/README.md). A picture has 32x32 pixels over white; its caption is the
+name, in front of it the tones of the skin, in 16 ids of a tokenizer that is learnt from the training captions. Pairs of a name and its
+tones are held out, and some names (mmdiff/projects/emoji/emoji.py).
+
+Image: flow matching, velocity. Text: absorbing diffusion; the cross-entropy of masked ids has the bound's weight 1/t, at most
+config.cap, and padding is predicted at a tenth of the weight.
+
+Measured after 3,500 of these 19,000 steps, one seed, 44 minutes of one shared core, on test data: tones of held-out pairs read in 0.88,
+their names in 0.90, names of training pictures in 0.56; pictures of held-out pairs have the tone asked for in 0.68 (real ones 0.96; chance
+0.2); retrieval among 100 training pairs 0.12 of texts and 0.69 of images (chance 0.01). Sampled pictures are outlines without details, of
+which the name is not read (0.02). Guidance was chosen on validation data. Cost: 1.62M parameters; the 19,000 steps, which have not been
+trained, take an estimated 90 minutes on two quiet cores.
 """
 
 from functools import partial
@@ -32,9 +45,9 @@ def get_config():
             "text_alone": 0.05},
         "text_weight": 0.5, "padding_weight": 0.1, "cap": 5.0,  # of the text's 1/t
         "train": training_config(
-            steps=9000, global_batch=64, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=500,
-            checkpoint_every=250),
-        "sample": {"steps": 16, "guidance": 2.0, "temperature": 0.5},
+            steps=19_000, global_batch=64, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=1000,
+            checkpoint_every=500),
+        "sample": {"steps": 8, "guidance": 6.0, "temperature": 0.5},
         "eval": {
             "most": 200, "candidates": 100, "draws": 4, "batch": 50, "reader_steps": 600,
             "in_loop": {"most": 60, "candidates": 0, "reader_steps": 0}},

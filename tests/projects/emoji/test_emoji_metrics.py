@@ -1,4 +1,4 @@
-"""What is measured of a model of emoji that knows all pictures and captions by heart, but mistakes one tone for another."""
+"""What is measured of a model of emoji that knows all pictures and captions by heart."""
 
 import types
 
@@ -24,7 +24,6 @@ def experiment(file, split):
     found = [load_all(emoji_source(each, file)) for each in SPLITS]
     images, texts = (jnp.concatenate([each[name] for each in found]) for name in ("image", "text"))
     tokenizer = emoji_tokenizer(file)
-    # Held-out names are not to be read as training ones: their pictures are the texts' of another category's.
     flat = images.reshape(len(images), -1)
 
     def image_of(text):
