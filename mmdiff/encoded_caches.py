@@ -173,8 +173,10 @@ class _Split:
         made_of, there = self.folder / drafts.IDENTITY, self.folder.names()
         if shards.META in there:
             raise files.FileError(self.folder / shards.META, "cannot be read", "remove the folder, or write elsewhere")
+        if foreign := made_of.name not in there and there - {lock.WRITER}:  # which nothing says that a call of this command has left
+            raise UserError(f"{self.folder} is there already (it holds {min(foreign)}): choose another folder, or remove it.")
         if made_of.name not in there or files.read_json(made_of) != self.identity:
-            for name in there - {lock.WRITER}:
+            for name in there - {lock.WRITER, made_of.name}:
                 (self.folder / name).remove()
             files.write_json(made_of, self.identity)
         return str(self.folder)

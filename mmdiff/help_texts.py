@@ -60,9 +60,9 @@ layout of the original code), diffusers (its folder) or mmdiff (with the config;
 --as mmdiff makes the same run of it). It is refused where the run's network is
 not the published one.
 
-Kinds: dit, sit, vq-diffusion (CDCD's, too): the files of their authors, or
-diffusers' of the same; diffusers-dit: weights that were trained with diffusers,
-whose DiT is another function; mmdiff."""
+Kinds: dit, sit, lightningdit, vq-diffusion (CDCD's, too): the files of their
+authors, or of dit and vq-diffusion diffusers' of the same; diffusers-dit: weights
+that were trained with diffusers, whose DiT is another function; mmdiff."""
 
 AOT = """\
 Compiles the training step for TPUs that are not here, and prints what it needs

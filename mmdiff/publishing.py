@@ -77,8 +77,8 @@ def _write_published(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
 def _write_diffusers(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
     name, kind = _exported(run)
     net = run.experiment.net
-    if name == "sit":
-        raise UserError("diffusers has no pipeline for SiT: write it with --to published.")
+    if name in ("sit", "lightningdit"):
+        raise UserError(f"diffusers has no pipeline for {kind.about}: write it with --to published.")
     if name == "vq-diffusion":
         tensors = layouts.tensors(vq_diffusion.VQ_DIFFUSION_DIFFUSERS, net, run.params["params"])
         write_weights(out, tensors, vq_diffusion.diffusers_config(net, tensors))

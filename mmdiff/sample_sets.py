@@ -177,8 +177,11 @@ def _claim(out: pathlib.Path | RemotePath, held: contextlib.ExitStack, settings:
     try:
         stored = files.read_json(out / SETTINGS)
     except files.Missing:
-        if there := [name for name in MADE if (out / name).exists()]:
-            files.remove_folder(out / SHARDS)
+        inside = sorted(files.names(out / SHARDS) - {"lock"})
+        if there := [*(name for name in MADE if (out / name).exists()), *(f"{SHARDS}/{name}" for name in inside)]:
+            (out / SHARDS / "lock").unlink(missing_ok=True)
+            if not inside:
+                files.remove_folder(out / SHARDS)
             raise UserError(f"{out} holds {there[0]} of another call: name another folder by --out, or remove it.") from None
         files.write_json(out / SETTINGS, {"whole": False, "settings": settings})
         return False

@@ -201,6 +201,11 @@ for values, *words in (
     ("model.width=65536", "GB", "choose a smaller network", "config.train.mesh.fsdp"),
 ):  # fmt: skip
     row(f"train --config {CONFIGS}/digits_joint.py --workdir x --config.{values}", *words)
+for value, words in (  # of what is measured in training, too; 0 leaves some of it out
+    ("in_loop.most=-5", "config.eval.in_loop.most must be 1 or more"), ("candidates=0", "config.data.dir is empty"),
+    ("in_loop.candidates=-1", "config.eval.in_loop.candidates must be 0 or more"),
+):  # fmt: skip
+    row(f"train --config {CONFIGS}/joint/emoji_tokens.py --workdir x --config.eval.{value}", words, name=f"{len(ROWS)}: emoji, {value}")
 
 # ---- Config files ----
 

@@ -1,7 +1,9 @@
 """The command line: what each command writes and prints, and what it says to every mistake."""
 
+import collections
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mmdiff.__main__ import main
+from mmdiff.convert.kinds import KINDS
 
 TINY = str(pathlib.Path(__file__).parent / "tiny.py")
 
@@ -421,3 +424,10 @@ def test_help_shows_how_to_use_it(capsys, command):
     }
     for word in words[command[0]] if command else ["train", "sample", "eval", "--config.train.steps=100"]:
         assert word in text
+
+
+def test_the_help_of_convert_names_every_kind_of_weights(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    words = collections.Counter(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert all(words[kind] >= 2 for kind in [*KINDS, "mmdiff"]), words

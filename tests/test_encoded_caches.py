@@ -235,7 +235,6 @@ def test_a_cache_at_an_address_has_the_bytes_of_one_in_a_folder(autoencoder, ima
     out, whole, written = bucket / "cache", shards.write, []
     (out / "train").mkdir()
     (out / "train" / "image-00099.npy").write_bytes(b"of other images")
-    (out / "train/made_of.json").write_bytes(b'"other images"')
 
     def killed(folder, number, arrays):
         if written:
@@ -247,6 +246,10 @@ def test_a_cache_at_an_address_has_the_bytes_of_one_in_a_folder(autoencoder, ima
     def write():
         return encoded_caches.write(cache(autoencoder, images), str(out), ["train"], shard=10)
 
+    with pytest.raises(UserError, match=r"cache/train is there already \(it holds image-00099.npy\): choose another folder"):
+        write()
+    assert (out / "train").names() == {"image-00099.npy"}
+    (out / "train/made_of.json").write_bytes(b'"other images"')
     monkeypatch.setattr(shards, "write", killed)
     for number in range(2):
         written.clear()

@@ -269,6 +269,12 @@ def test_other_settings_are_refused_and_nothing_is_lost(run, workdir, alone, tmp
     with pytest.raises(UserError, match="holds samples.npz of another call"):
         write(run, tmp_path, 3)
     assert contents(tmp_path) == before
+    tars = tmp_path / "mine" / "shards"
+    tars.mkdir(parents=True)
+    (tars / "0.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="holds shards/0.tar of another call"):
+        write(run, tars.parent, 3)
+    assert [path.name for path in tars.parent.rglob("*")] == ["shards", "0.tar"]
 
 
 @pytest.mark.parametrize("damage", [

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -244,9 +245,17 @@ def text(found: Mapping[str, Any]) -> str:
     lines = [f"{found['slices']} x {found['topology']}" if found["slices"] > 1 else found["topology"], *_lines(found)]
     if not found["fits"]:
         remedy = found["remedy"]
-        flags = [f"--config.{key}={value}" for key, value in remedy["overrides"].items()] if remedy else []
-        lines += ["", f"this fits: {' '.join(flags)}", *_lines(remedy)] if remedy else ["", "nothing that was tried fits"]
+        lines += ["", f"this fits: {flags(remedy['overrides'])}", *_lines(remedy)] if remedy else ["", "nothing that was tried fits"]
     return "\n".join(lines)
+
+
+def flags(overrides: Mapping[str, Any]) -> str:
+    """Values of a config as a shell takes them.
+
+    >>> print(flags({"train.steps": 9, "train.ema_widths": "(0.05, 0.1)"}))
+    --config.train.steps=9 '--config.train.ema_widths=(0.05, 0.1)'
+    """
+    return shlex.join(f"--config.{key}={value}" for key, value in overrides.items())
 
 
 def _lines(found: Mapping[str, Any]) -> list[str]:

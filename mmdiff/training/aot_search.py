@@ -6,6 +6,7 @@ promise more images a second and chip. Steps are compiled whole: with scanned la
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -127,7 +128,7 @@ def text(found: Mapping[str, Any], config: str, given: Sequence[tuple[str, str]]
     lines.append(f"{'images/s/chip':>13}  {'step':>9}  {'bound':>9}  {'by':<8}{'memory':>8}  {'links':>9}  with")
     for one in found["tried"]:
         report = one["report"]
-        memory, flags = f"{report['memory']['total'] / 1e9:.3g} GB", _flags(one["overrides"]) or "the config as it is"
+        memory, flags = f"{report['memory']['total'] / 1e9:.3g} GB", aot.flags(one["overrides"]) or "the config as it is"
         if not one["seconds"]:
             lines.append(f"{'does not fit':>13}  {'':>9}  {'':>9}  {'':<8}{memory:>8}  {'':>9}  {flags}")
             continue
@@ -141,8 +142,4 @@ def text(found: Mapping[str, Any], config: str, given: Sequence[tuple[str, str]]
     overrides = {**dict(given), **best["overrides"]}
     lines += ["", "By the compiler's cycles and the chip's datasheet, kernels of Pallas excepted; nothing was run. To train so:"]
     slices = {"train.mesh.slices": str(found["slices"])} if found["slices"] > 1 else {}
-    return "\n".join([*lines, f"  mmdiff train --config {config} --workdir DIR {_flags(slices | overrides)}".rstrip()])
-
-
-def _flags(overrides: Mapping[str, str]) -> str:
-    return " ".join(f"--config.{key}={value}" for key, value in overrides.items())
+    return "\n".join([*lines, f"  mmdiff train --config {shlex.quote(config)} --workdir DIR {aot.flags(slices | overrides)}".rstrip()])

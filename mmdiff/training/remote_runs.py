@@ -90,6 +90,8 @@ def filled_at(folder: str | os.PathLike, last: str = "") -> Iterator[pathlib.Pat
             paths = {path.relative_to(here).as_posix(): path for path in here.rglob("*") if path.is_file()}
             for name in sorted(paths, key=lambda name: (name == last, name.endswith(".json"), name)):
                 (target / name).send(paths[name])
+            for name in remote.listed(str(target)).keys() - paths - {mark.name, lock.WRITER}:  # of a call that was killed
+                (target / name).unlink(missing_ok=True)
             mark.unlink()
         shutil.rmtree(here)
 

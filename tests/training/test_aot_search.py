@@ -70,11 +70,12 @@ def test_the_command_trains_with_the_best(compiled, capsys):
     given = ["--config.train.mesh.data=8", "--config.train.global_batch=4096"]  # does not fit
     assert main(["aot", "--config", "imagenet256/dit_xl2", "--topology", "v5e:2x4", "--search", "3", *given[:1]]) == 0
     assert "nothing that was tried fits" in capsys.readouterr().out and len(compiled) <= 3
-    given[0] = "--config.train.mesh.fsdp=8"
+    given[:1] = ["--config.train.mesh.fsdp=8", "--config.train.ema_widths=(0.05, 0.1)"]
     assert main(["aot", "--config", "imagenet256/dit_xl2", "--topology", "v5e:2x4", "--search", *given]) == 0
     out = capsys.readouterr().out
     [command] = [line for line in out.splitlines() if line.startswith("  mmdiff train")]
     assert command.startswith("  mmdiff train --config imagenet256/dit_xl2 --workdir DIR --config.train.mesh.fsdp=8")
+    assert "'--config.train.ema_widths=(0.05, 0.1)'" in command
     assert "--config.train.global_batch=4096" in command and "does not fit" in out and "the config as it is" in out
     assert "--config.model.remat=full" in command or "--config.train.microbatches=" in command
     assert main(["aot", "--config", "imagenet256/dit_xl2", "--topology", "v5e:2x4", "--search", "--of", "sample"]) == 2

@@ -92,6 +92,7 @@ def test_a_folder_that_is_sent_is_whole_with_its_last_file(bucket, monkeypatch):
         patch.setattr(RemotePath, "send", killed)
         fill()
     assert set(remote.listed(out)) == {"made_of.json", "a.json", "part/b.npy"}
+    (bucket / "out" / "part" / "c.npy").write_bytes(b"of another call that was killed")
     fill()
     before = remote.listed(out)
     assert set(before) == {"meta.json", "a.json", "part/b.npy"} and (bucket / "out" / "part" / "b.npy").read_bytes() == b"part/b.npy"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import pathlib
+import posixpath
 import tarfile
 from collections.abc import Sequence
 from typing import Any
@@ -143,8 +144,8 @@ def _splits(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
     for row, each in enumerate(records):
         part[row] = held.get(each["name"], part[row])
     found = {split: [each for row, each in enumerate(records) if part[row] == split] for split in SPLITS}
-    if empty := [split for split, rows in found.items() if not rows]:
-        raise UserError(f"{path} has {len(records)} pictures, too few for {empty[0]} data: it is not the file of emoji ({MADE_BY}).")
+    if few := [split for split, rows in found.items() if {0, 1} - {len(each["tones"]) for each in rows}]:  # without a tone, of one
+        raise UserError(f"{path} has {len(records)} pictures, too few for {few[0]} data: it is not the file of emoji ({MADE_BY}).")
     return found
 
 
@@ -154,9 +155,14 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
         with files.open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                key, _, kind = member.name.rpartition(".")
-                if kind in ("png", "json"):
-                    {"png": images, "json": texts}[kind][key] = tar.extractfile(member).read()
+                key, _, kind = posixpath.normpath(member.name).rpartition(".")
+                if kind not in ("png", "json") or any(map(files.hidden, key.split("/"))):
+                    continue
+                found = {"png": images, "json": texts}[kind]
+                if key in found or not member.isreg():
+                    what = "is there twice" if key in found else "is no regular file"
+                    raise FileError(f"{member.name} in {path}", what, f"make the file again ({MADE_BY})")
+                found[key] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{path} cannot be read as a tar file ({error}): {MADE_BY}.") from error
     if not images or set(images) != set(texts):
@@ -170,8 +176,8 @@ def _record(image: bytes, text: bytes, name: str) -> dict[str, Any]:
     found = files.parse_json(text, f"the .json of {name}")
     try:
         tones = tuple(TONES.index(each.removesuffix(" skin tone")) for each in found["tones"])
-        record = {"name": str(found["name"]), "tones": tones, "category": CATEGORIES.index(found["category"])}
-        if not record["name"] or len(tones) > 2:
+        record = {"name": found["name"], "tones": tones, "category": CATEGORIES.index(found["category"])}
+        if not isinstance(found["name"], str) or not found["name"] or len(tones) > 2:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = "has a .json without a name, one of ten categories and at most two of five skin tones"

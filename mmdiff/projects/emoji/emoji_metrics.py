@@ -84,7 +84,8 @@ class EmojiMetrics:
         say("sampled_tone_real", accuracy(tone_of(asked["image"]), tones), "the same of the real pictures of these captions")
         figures["Text to image, held-out pairs"] = _figure(experiment, made, show(asked["text"]), of_made != tones)
 
-        evenly = np.concatenate([self._some(np.flatnonzero(train.categories == c), self.most // 10) for c in range(len(CATEGORIES))])
+        each = max(1, self.most // len(CATEGORIES))
+        evenly = np.concatenate([self._some(np.flatnonzero(train.categories == c), each) for c in range(len(CATEGORIES))])
         captioned = train.take(evenly)
         again = np.clip(sample(next(keys), {"text": captioned["text"]}, len(evenly))["image"], -1, 1)
         if self.reader_steps:
@@ -152,7 +153,7 @@ class EmojiMetrics:
             f"share of {len(seen)} training pictures whose captions say their names")
 
         plain = self._some(np.array([row for row, tones in enumerate(held.tones) if not tones]))
-        known = dict(zip(train.names, train.categories.tolist()))
+        known = dict(zip(_names(show, train.take(np.arange(len(train)))["text"]), train.categories.tolist()))
         found = np.array([known.get(parsed(text)[1], -1) for text in show(read(held.take(plain)["image"]))])
         say("read_category", accuracy(found, held.categories[plain]), f"share of {len(plain)} pictures of held-out names whose captions "
             f"are training names, of their category (the largest category: {_largest(held.categories[plain].tolist()):.3f})")

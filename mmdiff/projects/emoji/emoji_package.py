@@ -45,22 +45,25 @@ def convert(package: str, target: str) -> int:
     """Writes the tar file, and returns the number of pictures.
 
     Raises:
-      UserError: a package that is missing, damaged or another one.
+      UserError: a package that is missing, damaged or another one; a target that cannot be written.
     """
     source = files.expand(package)
     try:
         with files.open_regular(source) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
-            content = {member.name: tar.extractfile(member).read() for member in tar if member.name.startswith(IMAGES)
-                       or member.name == "package/emoji.json"}
+            content = {member.name: tar.extractfile(member).read() for member in tar if member.isreg() and (
+                member.name.startswith(IMAGES) or member.name == "package/emoji.json")}
         pairs = [(image, content[IMAGES + image], found) for image, found in members(json.loads(content["package/emoji.json"]))]
-    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (tarfile.TarError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{source} {NO_PACKAGE} ({type(error).__name__}: {error}): npm pack emoji-datasource-google@16.0.0") from error
-    with files.whole(files.expand(target)) as draft, tarfile.open(draft, "w") as tar:
-        for image, picture, found in pairs:
-            for name, each in ((image, picture), (f"{image.removesuffix('.png')}.json", json.dumps(found).encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(each)
-                tar.addfile(member, io.BytesIO(each))
+    try:
+        with files.whole(files.target(target)) as draft, tarfile.open(draft, "w") as tar:
+            for image, picture, found in pairs:
+                for name, each in ((image, picture), (f"{image.removesuffix('.png')}.json", json.dumps(found).encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(each)
+                    tar.addfile(member, io.BytesIO(each))
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error}): name a file in a folder that is there.") from error
     return len(pairs)
 
 

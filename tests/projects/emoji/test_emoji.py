@@ -72,20 +72,31 @@ def test_the_package_becomes_the_file(file, tmp_path):
     assert convert(str(tmp_path / "package.tgz"), str(tmp_path / "made.tar")) == len(emoji_pairs())
     assert fingerprint(emoji_source("train", str(tmp_path / "made.tar"))) == fingerprint(emoji_source("train", file))
     write_tar(tmp_path / "other.tgz", {"package/package.json": b"{}"}, "w:gz")
-    with pytest.raises(UserError, match="other.tgz is not the npm package"):
-        convert(str(tmp_path / "other.tgz"), str(tmp_path / "other.tar"))
+    nameless = json.dumps([{**found, "name": None, "short_names": []}]).encode()
+    write_tar(tmp_path / "null.tgz", {**content, "package/emoji.json": nameless}, "w:gz")
+    for name in ("other", "null"):
+        with pytest.raises(UserError, match=f"{name}.tgz is not the npm package"):
+            convert(str(tmp_path / f"{name}.tgz"), str(tmp_path / "other.tar"))
+    with pytest.raises(UserError, match="none/made.tar cannot be written"):
+        convert(str(tmp_path / "package.tgz"), str(tmp_path / "none/made.tar"))
     assert not (tmp_path / "other.tar").exists()
 
 
 def test_what_is_said_of_another_file(tmp_path):
     _, picture, found = emoji_pairs()[0]
+    whole = {"a.png": picture, "a.json": json.dumps(found).encode()}
     files = {
         "no.tar": (None, "config.data.dir is empty"), "lone.tar": ({"a.png": picture}, "a lacks its .png or .json"),
         "e.tar": ({}, "it holds none"),
         "b.tar": ({"a.png": b"no", "a.json": json.dumps(found).encode()}, "cannot be read as an image"),
         "c.tar": ({"a.png": picture, "a.json": b"{"}, "is not valid JSON"),
         "d.tar": ({"a.png": picture, "a.json": json.dumps({**found, "category": "Letters"}).encode()}, "one of ten categories"),
-        "few.tar": ({"a.png": picture, "a.json": json.dumps(found).encode()}, "1 pictures, too few for validation data")}
+        "null.tar": ({"a.png": picture, "a.json": json.dumps({**found, "name": None}).encode()}, "has a .json without a name"),
+        "twice.tar": ({"a.png": picture, "./a.png": picture}, "./a.png in .*twice.tar is there twice"),
+        "few.tar": (whole | {"._a.png": b"", "._a.json": b""}, "1 pictures, too few for train data"),
+        "plain.tar": (
+            {f"{key}.{kind}": each for key, image, found in emoji_pairs() if not found["tones"]
+             for kind, each in (("png", image), ("json", json.dumps(found).encode()))}, "too few for train data")}
     for name, (content, words) in files.items():
         if content is not None:
             write_tar(tmp_path / name, content)
