@@ -160,8 +160,8 @@ def sample(
         return {name: of(name) for name in shape} if joint else of()
 
     def belief(xt, t, s):
-        told = {**t, **{end_of(name): s[name] for name in jumps}} if jumps else t
-        return process.clean(apply(params, *process.inputs(xt, told)), xt, t)
+        fed = {**t, **{end_of(name): s[name] for name in jumps}} if jumps else t
+        return process.clean(apply(params, *process.inputs(xt, fed)), xt, t)
 
     def refined(state):
         for transform in transforms:
@@ -277,7 +277,7 @@ def make_sampler(
       order: modalities that move one after the other, on a `staircase`, in place of paths and a grid. Those that are given or absent take
         no steps.
       hitting: a modality of an absorbing chain, sampled by `first_hitting` on its `hitting_grid` unless it is given or absent: `steps` must
-        then be the number of its tokens.
+        then be the number of its tokens. Not with `order`.
       options: go to `sample` (transforms, heun, jumps).
     """
     transforms, drop = tuple(options.pop("transforms", ())), dropped(drop, process)
@@ -304,6 +304,8 @@ def make_sampler(
     if order and {*order} != learnt or hitting is not None and not isinstance(process.parts.get(hitting), Discrete):
         raise UserError(
             f"make_sampler: order has all of {sorted(learnt)}, and hitting is a discrete one, not {tuple(order)} and {hitting!r}.")
+    if order and hitting is not None:
+        raise UserError(f"make_sampler: first hitting moves {hitting!r} beside the others, at its own times: leave order or hitting out.")
     unmasking = () if hitting is None else (only(hitting, first_hitting(process.parts[hitting])),)
 
     def sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmdiff.errors import UserError
 
 _forward: contextvars.ContextVar[bool] = contextvars.ContextVar("forward_mode", default=False)
 
@@ -16,6 +19,12 @@ def end_of(name: str) -> str:
     'image/end'
     """
     return f"{name}/end"
+
+
+def check_no_ends(who: str, t: Mapping[str, Any]) -> None:
+    """Raises UserError if times say where steps end, for a network that would not hear of it."""
+    if ends := [name for name in t if name.endswith(end_of(""))]:
+        raise UserError(f"{who} takes no ends of steps, {', '.join(ends)}: average velocities need an MMDiT with spans.")
 
 
 @contextlib.contextmanager

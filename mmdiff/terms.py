@@ -297,6 +297,8 @@ def aligned(features: str, of: str, center: float | None = None) -> Term:
         if y.shape != predicted.shape:
             raise UserError(f"aligned: {features!r} has {y.shape[1]} tokens in the batch and {predicted.shape[1]} in the network's tap.")
         if center is not None:
+            if y.shape[1] < 2:
+                raise UserError(f"aligned: center takes the mean and deviation over tokens, and {features!r} has one: leave it out.")
             y = (y - center * y.mean(1, keepdims=True)) / (y.std(1, keepdims=True, ddof=1) + 1e-6)
         unit = (x / jnp.sqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-24)) for x in (predicted, y))  # a gradient also at 0
         cosine = math.prod(unit).sum(-1)

@@ -13,6 +13,7 @@ from mmdiff.errors import UserError
 from mmdiff.nets.embed import Patches
 from mmdiff.nets.layers import normal
 from mmdiff.nets.transformer import DiffusionTransformer
+from mmdiff.spans import check_no_ends
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 
@@ -88,6 +89,7 @@ def as_joint(net: nn.Module, image: str = "image", label: str = "label"):
     """A DiT as the network of a `Joint`: `apply(params, {image, label}, times) -> {image: out}`. The label's time is in its null row."""
 
     def apply(params, x, t):
+        check_no_ends("DiT", t)
         return {image: net.apply(params, x[image], t[image], x[label])}
 
     return apply

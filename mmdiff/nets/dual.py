@@ -30,6 +30,7 @@ from mmdiff.nets.fields import check_width
 from mmdiff.nets.layers import layer_norm
 from mmdiff.nets.towers import learned_logits, logit_outputs
 from mmdiff.nets.transformer import DiffusionTransformer
+from mmdiff.spans import check_no_ends
 
 
 class DualStream(DiffusionTransformer):
@@ -171,6 +172,7 @@ class DualStream(DiffusionTransformer):
         return jax.tree.map(lambda value: value.astype(jnp.float32), out)
 
     def _check(self, x, t, tasks, cache):
+        check_no_ends("DualStream", t)
         unknown = [task for task in tasks if task not in ("generate", "align", "cache")]
         if unknown:
             raise UserError(f"DualStream: there is no task {unknown[0]!r}; choose generate, align or cache.")

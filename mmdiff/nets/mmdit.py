@@ -54,8 +54,11 @@ class MMDiT(DiffusionTransformer):
         super().__post_init__()
         for name, host in (self.fused or {}).items():
             pair = [self.modalities.get(each) for each in (name, host)]
-            if not all(isinstance(each, Patches) for each in pair) or len({each.length for each in pair}) > 1 or host in self.fused:
-                raise UserError(f"MMDiT: {name!r} cannot share the tokens of {host!r}: both must be Patches with as many of them.")
+            fits = all(isinstance(each, Patches) for each in pair) and pair[0].grid == pair[1].grid and host not in self.fused
+            if not fits or pair[0].stem or pair[0].bottleneck:
+                raise UserError(
+                    f"MMDiT: {name!r} cannot share the tokens of {host!r}: both must be Patches with as many rows and columns of them, "
+                    f"{name!r} without a stem or a bottleneck.")
         for name, tap in (self.taps or {}).items():
             if name in self.modalities or tap.of not in self.modalities or not tap.depth < self.depth:
                 raise UserError(
@@ -69,9 +72,9 @@ class MMDiT(DiffusionTransformer):
         if missing:
             raise KeyError(f"MMDiT: no input or time for {missing}; it was built for {sorted(names)}.")
         unknown = [name for name in self.spans if name not in names]
-        untold = [name for name in names if end_of(name) in t and name not in self.spans]
-        if unknown or untold:
-            what = f"there is no modality {unknown} to have spans" if unknown else f"the times say where steps of {untold} end"
+        extra = [name for name in names if end_of(name) in t and name not in self.spans]
+        if unknown or extra:
+            what = f"there is no modality {unknown} to have spans" if unknown else f"the times say where steps of {extra} end"
             raise UserError(f"MMDiT: {what}: set spans to those of {names} that take steps of average velocities.")
         time = self.time_embed(self.width, "time")
         span = TimeEmbed(self.width, self.dtype, self.time_scale, name="span") if self.spans else None

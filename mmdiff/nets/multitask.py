@@ -14,6 +14,7 @@ from mmdiff.nets.embed import Dense, Patches, patchify, xavier
 from mmdiff.nets.fields import check_fields
 from mmdiff.nets.layers import layer_norm, normal, zeros
 from mmdiff.nets.transformer import DiffusionTransformer
+from mmdiff.spans import check_no_ends
 
 
 class Features(NamedTuple):
@@ -56,6 +57,7 @@ class MultiTaskDiT(DiffusionTransformer):
 
     @nn.compact
     def __call__(self, x, t):
+        check_no_ends("MultiTaskDiT", t)
         names = sorted(self.aux_modalities)  # the order in which jax flattens a dict
         missing = [name for name in (self.target, *names) if name not in x or name not in t]
         if missing:

@@ -257,6 +257,8 @@ def test_what_has_no_average_velocity_is_refused_in_one_sentence():
         (lambda: times.spans("image", 1.5, RULE), "lies in"), (lambda: losses.adaptive(None, c=0.0), "c above 0"),
         (lambda: sampling.staircase(1, ("label", "image")), "at least 2 steps"),
         (lambda: sampling.make_sampler(TOY, toy, SHAPE, order=("image",)), "order has all of"),
+        (lambda: sampling.sample(  # a network that would not hear of it
+            TOY, nets.as_joint(None), None, k, grid, SHAPE, jumps=("image",)), "DiT takes no ends of steps, image/end"),
         (lambda: NET.copy(spans=()).init(jax.random.key(0), INPUTS[0], {**INPUTS[1], "image/end": np.ones(2)}), "say where steps of"),
         (lambda: NET.copy(spans=("sound",)).init(jax.random.key(0), {"image": 0, "label": 0}, {"image": 0, "label": 0}), "no modality")]:
         with pytest.raises(UserError, match=words):

@@ -119,6 +119,8 @@ def test_examples_of_a_joint_have_times_of_their_own():
         run(None, k, {}, steps=3, guidance=1.0)
     with pytest.raises(UserError, match="hitting is a discrete one"):
         sampling.make_sampler(process, network, shape, hitting="image")
+    with pytest.raises(UserError, match="leave order or hitting out"):
+        sampling.make_sampler(process, network, shape, hitting="text", order=tuple(shape))
     for wrong, words in ((grid["text"][:, :2], "does not fit 3 keys"), (grid["text"][::-1], "from 1 down to 0")):
         with pytest.raises(UserError, match=words):
             sampling.sample(process, network, None, k, {**grid, "text": wrong}, shape, start=start)

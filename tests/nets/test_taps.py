@@ -86,6 +86,8 @@ def test_alignment():
     np.testing.assert_allclose(centred, [1, 1, 1, 0, 1], atol=1e-6)
     gradient = jax.jit(jax.grad(lambda x: sum(value.sum() for value in values(x))))(predicted)
     assert np.isfinite(gradient).all() and not gradient[3].any()
+    with pytest.raises(UserError, match="'dino' has one: leave it out"):
+        losses.aligned("dino", "image", 0.6)({"dino": jnp.asarray(predicted[:, :1])}, noised.replace(batch={"dino": y[:, :1]}))
     for batch, match in (({}, "from a cache"), ({"dino": y[:, :3]}, "3 tokens in the batch and 6")):
         with pytest.raises(UserError, match=match):
             losses.aligned("dino", "image")({"dino": jnp.asarray(predicted)}, noised.replace(batch=batch))
@@ -101,5 +103,8 @@ def test_what_cannot_be_fused_or_tapped_is_refused():
     ):
         with pytest.raises(UserError, match=match):
             net_of(*STREAMS, **options)
+    for other in (Patches(1, 4, 3, 1), Patches(2, 2, 3, 1, bottleneck=2)):  # as many tokens elsewhere; a layer left out
+        with pytest.raises(UserError, match="must be Patches with as many rows and columns of them, 'features' without a stem"):
+            MMDiT({**STREAMS, "features": other}, depth=1, width=16, heads=2, fused={"features": "image"})
     with pytest.raises(UserError, match="needs the patches of an image"):
         jax.eval_shape(net_of(*STREAMS, taps={"dino": Tap("label", 1, SIZE, conv=True)}).init, jax.random.key(0), X, T)

@@ -13,7 +13,7 @@ from test_resume import LIVELY, assert_same_leaves, lines
 
 from mmdiff.__main__ import main
 from mmdiff.data import order
-from mmdiff.training import distributed, lock
+from mmdiff.training import checkpoint_files, distributed, lock
 
 # The kernels are large enough to be split over fsdp.
 RUN = {"model.width": 4096, "train.steps": 18, "train.checkpoint_every": 6, "train.eval_every": 6}
@@ -78,6 +78,16 @@ def test_two_processes_are_one_and_one_takes_over_from_them(axis, alone, server,
     [answer] = server.run({"workdir": str(tmp_path / "run"), "overrides": RUN, "leaves": str(tmp_path / "leaves.npz")})
     assert answer["status"] == 0, answer
     assert_same_run(alone, tmp_path / "run", tmp_path / "leaves.npz")
+
+
+@pytest.mark.slow
+def test_two_processes_keep_snapshots_beside_their_checkpoints(server, tmp_path):
+    """At every step both are on their way to the disk at once."""
+    averages = {"train.ema_widths": (0.05, 0.1), "train.checkpoint_every": 1, "train.steps": 12, "train.eval_every": 0}
+    answers = server.run(*pair(tmp_path / "run", overrides={**RUN, **averages}))
+    assert statuses(answers) == [0, 0], answers
+    folder = tmp_path / "run" / "snapshots" / "checkpoints"
+    assert checkpoint_files.intact(folder) == ([*range(1, 13)], {})
 
 
 @pytest.mark.slow
