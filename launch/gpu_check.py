@@ -50,6 +50,9 @@ def main():
         (args.out / "check.txt").write_text(table(found) + "\n")
         print(f"{' '.join(part)}: {time.monotonic() - end + args.seconds:.0f} s", flush=True)
     print(table(found))
+    rows = [row for each in found if each["part"][0] == "parity" for row in each.get("found", ())]
+    if wrong := sum("errors" in row and not row["agrees"] for row in rows):
+        sys.exit(f"{wrong} of {len(rows)} comparisons differ from the reference by more than {BOUND:g}.")
 
 
 def ask(part, arguments, seconds):

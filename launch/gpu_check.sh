@@ -3,7 +3,8 @@
 #
 #   bash launch/gpu_check.sh [--out DIR] [--batch 64] [--config.KEY=VALUE ...]
 #
-# DIR (default: gpu_check) gets check.json and check.txt, written again after each part. Without a GPU it says so, and that is all.
+# DIR (default: gpu_check) gets check.json and check.txt, written again after each part. The status is 1 where a backend differs. Without a
+# GPU it says so, and that is all.
 # PYTHON=... is used as it is where it has jax for GPUs and flax, optax and ml_collections; else .venv is made (options: launch/environment.sh).
 set -euo pipefail
 if ! nvidia-smi -L >/dev/null 2>&1; then

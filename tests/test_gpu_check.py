@@ -56,6 +56,10 @@ def test_a_part_that_fails_leaves_the_others_their_turn(check, tmp_path, monkeyp
     text = (tmp_path / "check.txt").read_text()
     assert "bench cudnn: CUDNN_STATUS_EXECUTION_FAILED" in text and capsys.readouterr().out.endswith(text)
     assert json.loads((tmp_path / "check.json").read_text())[-1]["part"][0] == "bench"
+    row = {"shape": [1], "masked": False, "errors": [math.nan], "agrees": False, "milliseconds": 1.0}
+    monkeypatch.setattr(check, "ask", lambda part, *_: {"found": [row]} if part == ("parity", "cudnn") else {"error": "none"})
+    with pytest.raises(SystemExit, match="1 of 1 comparisons differ"):
+        check.main()
 
 
 @pytest.mark.slow
