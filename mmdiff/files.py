@@ -29,6 +29,7 @@ from mmdiff.errors import UserError
 from mmdiff.remote import RemotePath
 
 log = logging.getLogger(__name__)
+ASIDE = ("samples", "snapshots")  # folders of a run that are not needed to use its weights
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 ARRAY_SUFFIXES = (".npy", ".npz")
 UNREAD_SUFFIXES = (  # that are not read: among others they would be left out without a word
@@ -60,9 +61,9 @@ class Missing(FileError):
 # ---------------------------------------------------------------------------------------------------------------- bytes and text
 
 
-def expand(path: str | os.PathLike | RemotePath, without: str = "") -> pathlib.Path:
+def expand(path: str | os.PathLike | RemotePath, without: Sequence[str] = ()) -> pathlib.Path:
     """A path that is read: with ~ in it resolved; of an unknown user it stays. Of an address, gs://bucket/file, a copy on this machine,
-    of a folder there `without` that one in it.
+    of a folder there `without` those in it.
 
     Raises:
       Missing: nothing is at an address. FileError: it cannot be read. UserError: what opens such addresses is not installed.

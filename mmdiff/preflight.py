@@ -71,7 +71,7 @@ def _sample(args: argparse.Namespace, config: Any, module: Any, experiment: Any)
         run = runs.open_run(args.config, args.workdir, args.overrides, step=args.step)
     else:
         workdir, overrides = pathlib.Path(args.workdir), tuple(args.overrides)
-        run = runs.Run(args.config, config, experiment, workdir, module, overrides, args.step, experiment.modalities)
+        run = runs.Run(args.config, config, experiment, workdir, module, overrides, args.step, experiment.modalities, workdir)
     run.settings(args.steps, args.guidance, args.seed)
     given = dict(text.partition("=")[::2] for text in args.given)
     known = {name: value for name, value in given.items() if _is_here(f"--given {name}=", value)}

@@ -20,7 +20,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -86,11 +86,11 @@ def _reported(error: Exception, url: str) -> OSError:
 # ------------------------------------------------------------------------------------------------------------------------ reading
 
 
-def local_copy(url: str, kind: str = "remote", without: str = "") -> pathlib.Path:
+def local_copy(url: str, kind: str = "remote", without: Sequence[str] = ()) -> pathlib.Path:
     """A file or folder on this machine that holds what is at an address now.
 
     Args:
-      kind: copies of another kind are other ones. without: a folder in it that is left out.
+      kind: copies of another kind are other ones. without: folders in it that are left out.
 
     Raises:
       FileNotFoundError: nothing is there. UserError, OSError: as `_file_system`; a copy that is cut short, a full disk.
@@ -101,12 +101,12 @@ def local_copy(url: str, kind: str = "remote", without: str = "") -> pathlib.Pat
     return _updated(url.rstrip("/"), kind, without)
 
 
-def _updated(url: str, kind: str, without: str) -> pathlib.Path:
+def _updated(url: str, kind: str, without: Sequence[str]) -> pathlib.Path:
     with _file_system(url) as (file_system, root):
         info = file_system.info(root)
         copy, wanted = place_of(url, kind), {}
         for name, each in ({"": info} if info["type"] == "file" else _listed(file_system, root)).items():
-            if not (without and name.startswith(f"{without}/")):
+            if name.partition("/")[0] not in without:
                 wanted[copy.joinpath(*_parts(name, url)) if name else copy] = each
         locks = cache_folder("remote") / ".locks"
         locks.mkdir(parents=True, exist_ok=True)

@@ -64,8 +64,9 @@ def open_run(
     items = overrides.items() if isinstance(overrides, Mapping) else overrides
     overrides = [(key, value if isinstance(value, str) else str(value)) for key, value in items]
     values, module = configs.load(os.fspath(config), overrides)
+    source = workdir
     if remote.is_remote(workdir) and "config.json" in files.names(files.target(workdir)):  # nothing else is copied
-        workdir = files.expand(workdir, without="samples")
+        workdir = files.expand(workdir, without=files.ASIDE)
     if not os.path.isdir(workdir):
         command = f"mmdiff train --config {config} --workdir {workdir}"
         raise UserError(f"there is no run in {workdir}: train it first, with {command}.")
@@ -76,7 +77,7 @@ def open_run(
     with configs.blaming(values, module, overrides):
         built = configs.build(values, module)
         experiment = run_metadata.with_class_names(built, workdir)
-    return Run(os.fspath(config), values, experiment, pathlib.Path(workdir), module, tuple(overrides), step, built.modalities)
+    return Run(os.fspath(config), values, experiment, pathlib.Path(workdir), module, tuple(overrides), step, built.modalities, source)
 
 
 def _take_stored(config: ml_collections.ConfigDict, overrides: Sequence[tuple[str, str]], workdir: str | os.PathLike) -> None:
@@ -120,6 +121,7 @@ class Run:
     _overrides: tuple[tuple[str, str], ...]
     _asked: int | str | None
     _modalities: Mapping[str, Any]  # as the config builds them
+    _source: str | os.PathLike  # the folder, or its address
 
     @functools.cached_property
     def _weights(self) -> tuple[Any, int]:
@@ -166,6 +168,9 @@ class Run:
         """This run with an average of another width (see `training.power_ema`), at step `at` of its snapshots, by default the last."""
         from mmdiff.training import post_hoc_ema
 
+        if remote.is_remote(self._source):
+            with contextlib.suppress(files.Missing):
+                files.expand(f"{str(self._source).rstrip('/')}/snapshots")
         weights = post_hoc_ema.restore(self.experiment, self.config, self.workdir, width, at, self._mesh)
         config = ml_collections.ConfigDict({**self.config.to_dict(), "train": {**self.config.train.to_dict(), "ema": f"width {width:g}"}})
         run = dataclasses.replace(self, config=config)  # whose reports say so

@@ -117,7 +117,7 @@ def train(
             noted = []
             if options.get("start"):  # fine-tuning
                 strict = options.get("start_strict", False)
-                folder = files.expand(options.start, without="samples")
+                folder = files.expand(options.start, without=files.ASIDE)
                 weights, noted = finetune.start_from(folder, experiment, here, state.ema, mesh, strict)
                 noted = [f"starting from the averaged weights of {options.start}", *noted]
                 where = jax.tree.map(lambda x: x.sharding, (state.params, state.ema))

@@ -121,7 +121,7 @@ class _Copy:
         if other and run_metadata.CONFIG not in other:  # perhaps a whole bucket, which would be copied
             raise UserError(f"{target} holds {min(other)} and no run: choose another workdir.")
         try:
-            remote.local_copy(str(target), KIND, without="samples")
+            remote.local_copy(str(target), KIND, without=("samples",))
         except FileNotFoundError:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,7 @@ def write_dependencies(workdir: str | os.PathLike, experiment: Any) -> None:
 
 def write_source(workdir: str | os.PathLike, start: str | os.PathLike) -> None:
     """Writes WORKDIR/source.json, if the run that this one starts from has one: the licence of its weights goes on."""
-    if start and (found := read_source(files.expand(start, without="samples"))):
+    if start and (found := read_source(files.expand(start, without=files.ASIDE))):
         with writing(workdir):
             files.write_json(pathlib.Path(workdir) / SOURCE, found)
 

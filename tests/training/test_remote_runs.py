@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from mmdiff import remote
+from mmdiff import open_run, remote
 from mmdiff.__main__ import main
 from mmdiff.errors import UserError
 from mmdiff.remote import RemotePath
@@ -71,6 +71,13 @@ def test_snapshots_of_averages_are_sent_behind_checkpoints_and_their_drafts_are_
         (folder.parent / "damaged" / "3" / "a").write_text("half")
     assert sent == ["config.json", "checkpoints/2/manifest.json", f"{snapshot}/ema/d", f"{snapshot}/manifest.json"]
     assert set(remote.listed(f"{bucket}/run")) - {lock.WRITER} == set(sent)
+
+
+def test_only_an_average_of_another_width_needs_the_snapshots(config, bucket):
+    assert main(["train", *config, "--workdir", f"{bucket}/run", "--config.train.ema_widths=(0.05, 0.1)"]) == 0
+    run, copy = open_run(config[1], f"{bucket}/run/"), remote.place_of(f"{bucket}/run")
+    assert run.step == 4 and not (copy / "snapshots").exists()
+    assert run.ema(0.1, at=2).step == 2 and (copy / "snapshots" / "checkpoints" / "4").is_dir()
 
 
 def test_a_folder_that_is_sent_is_whole_with_its_last_file(bucket, monkeypatch):
