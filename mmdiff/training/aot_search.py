@@ -38,7 +38,8 @@ def search(load: aot.Load, topology: str, slices: int, fixed: Collection[str], m
       most: so many steps are compiled.
 
     Returns plain values: "tried", best first, each with its "overrides", its "seconds" a step and "images_per_second_per_chip" (None and 0
-    where it does not fit) and its "report"; "ended": whether nothing was left to try.
+    where it does not fit, or the compiler cannot write the text that its traffic is read from) and its "report"; "ended": whether nothing
+    was left to try.
 
     Raises:
       UserError: as `aot.report`.
@@ -54,11 +55,12 @@ def search(load: aot.Load, topology: str, slices: int, fixed: Collection[str], m
         overrides = _overrides(point, start, shares)
         made = aot.compile_step(load, chip, devices, slices, overrides)
         report = made.report()
-        seconds = max(report["roofline"]["step"], (report["estimate"] or {}).get("step", 0.0)) if made.fits else None
+        known = made.fits and report["traffic"] is not None  # else the roofline is of compute alone
+        seconds = max(report["roofline"]["step"], (report["estimate"] or {}).get("step", 0.0)) if known else None
         rate = report["images_per_chip"] / seconds if seconds else 0.0
         found = {"overrides": overrides, "images_per_second_per_chip": rate, "seconds": seconds, "state": made.state, "report": report}
         tried[point] = found
-        console.say(f"  {rate:.4g} images/s/chip" if seconds else f"  {report['memory']['total'] / 1e9:.3g} GB a chip do not fit")
+        console.say(f"  {rate:.4g} images/s/chip" if seconds else f"  {_memory(found)} a chip: {_why(found)}")
         return found
 
     best, ended = start, False
@@ -97,7 +99,7 @@ def _hopeless(point: Point, tried: Mapping[Point, Mapping[str, Any]], memory: fl
         if found["state"] * other.fsdp / point.fsdp > memory:
             return True
         same = other.fsdp == point.fsdp and point.remat in (other.remat, "none")  # than which all need less
-        if same and not found["seconds"] and point.batch / point.microbatches >= other.batch / other.microbatches:
+        if same and not found["report"]["fits"] and point.batch / point.microbatches >= other.batch / other.microbatches:
             return True
     return False
 
@@ -128,9 +130,9 @@ def text(found: Mapping[str, Any], config: str, given: Sequence[tuple[str, str]]
     lines.append(f"{'images/s/chip':>13}  {'step':>9}  {'bound':>9}  {'by':<8}{'memory':>8}  {'links':>9}  with")
     for one in found["tried"]:
         report = one["report"]
-        memory, flags = f"{report['memory']['total'] / 1e9:.3g} GB", aot.flags(one["overrides"]) or "the config as it is"
+        memory, flags = _memory(one), aot.flags(one["overrides"]) or "the config as it is"
         if not one["seconds"]:
-            lines.append(f"{'does not fit':>13}  {'':>9}  {'':>9}  {'':<8}{memory:>8}  {'':>9}  {flags}")
+            lines.append(f"{_why(one):>13}  {'':>9}  {'':>9}  {'':<8}{memory:>8}  {'':>9}  {flags}")
             continue
         line = report["roofline"]
         seconds = [f"{1e3 * each:.4g} ms" for each in (one["seconds"], line["step"], line.get("links", 0.0))]
@@ -138,8 +140,17 @@ def text(found: Mapping[str, Any], config: str, given: Sequence[tuple[str, str]]
         lines.append(f"{rate:>13.4g}  {step:>9}  {bound:>9}  {line['limit']:<8}{memory:>8}  {links:>9}  {flags}")
     best = found["tried"][0]
     if not best["seconds"]:
-        return "\n".join([*lines, "", "nothing that was tried fits"])
+        return "\n".join([*lines, "", "nothing that was tried fits and has a known time"])
     overrides = {**dict(given), **best["overrides"]}
     lines += ["", "By the compiler's cycles and the chip's datasheet, kernels of Pallas excepted; nothing was run. To train so:"]
     slices = {"train.mesh.slices": str(found["slices"])} if found["slices"] > 1 else {}
     return "\n".join([*lines, f"  mmdiff train --config {shlex.quote(config)} --workdir DIR {aot.flags(slices | overrides)}".rstrip()])
+
+
+def _memory(one: Mapping[str, Any]) -> str:
+    return f"{one['report']['memory']['total'] / 1e9:.3g} GB"
+
+
+def _why(one: Mapping[str, Any]) -> str:
+    """Why there are no seconds."""
+    return "time unknown" if one["report"]["fits"] else "does not fit"

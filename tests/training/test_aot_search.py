@@ -35,8 +35,9 @@ def compiled(monkeypatch):
         made.append(point)
         memory, state, seconds = model(*point)
         roofline = {"step": seconds / 2, "limit": "memory", "links": 0.0}
-        report = {"images_per_chip": images, "memory": {"total": memory}, "roofline": roofline, "estimate": {"step": seconds}}
-        return types.SimpleNamespace(fits=memory <= chip.memory, state=state, report=lambda: report)
+        report = {"images_per_chip": images, "memory": {"total": memory}, "fits": memory <= chip.memory}
+        report |= {"roofline": roofline, "estimate": {"step": seconds}, "traffic": 1.0}
+        return types.SimpleNamespace(fits=report["fits"], state=state, report=lambda: report)
 
     monkeypatch.setattr(aot, "describe", lambda topology, slices: (CHIP, jax.devices()[:CHIPS]))
     monkeypatch.setattr(aot, "compile_step", compile_step)
@@ -66,10 +67,25 @@ def test_what_is_given_stays(compiled):
     assert found["tried"][0]["overrides"] == {}  # none does not fit
 
 
+def test_what_the_compiler_writes_no_text_of_is_not_taken_for_the_fastest(compiled, monkeypatch):
+    step = aot.compile_step
+
+    def without_text(load, chip, devices, slices, overrides):
+        made = step(load, chip, devices, slices, overrides)
+        unknown = {"traffic": None, "estimate": None} if overrides.get("model.remat") == "full" else {}
+        return types.SimpleNamespace(**{**vars(made), "report": lambda: made.report() | unknown})
+
+    monkeypatch.setattr(aot, "compile_step", without_text)
+    found = aot_search.search(load, "v5e:2x4", 1, fixed=(), most=40)
+    assert found["tried"][0]["seconds"] and found["tried"][0]["overrides"].get("model.remat") != "full"
+    text = aot_search.text(found, "dit_xl2", ())
+    assert "time unknown" in text and "--config.model.remat=full" not in text.splitlines()[-1]
+
+
 def test_the_command_trains_with_the_best(compiled, capsys):
     given = ["--config.train.mesh.data=8", "--config.train.global_batch=4096"]  # does not fit
     assert main(["aot", "--config", "imagenet256/dit_xl2", "--topology", "v5e:2x4", "--search", "3", *given[:1]]) == 0
-    assert "nothing that was tried fits" in capsys.readouterr().out and len(compiled) <= 3
+    assert "nothing that was tried fits and has a known time" in capsys.readouterr().out and len(compiled) <= 3
     given[:1] = ["--config.train.mesh.fsdp=8", "--config.train.ema_widths=(0.05, 0.1)"]
     assert main(["aot", "--config", "imagenet256/dit_xl2", "--topology", "v5e:2x4", "--search", *given]) == 0
     out = capsys.readouterr().out
