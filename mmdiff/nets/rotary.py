@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmdiff.errors import UserError
+
 
 def angles(positions: np.ndarray, size: int, theta: float = 10000.0) -> np.ndarray:
     """The angles [N, size / 2] of tokens at positions [N, A], for heads that are `size` wide (A divides size / 2).
@@ -21,7 +23,10 @@ def angles(positions: np.ndarray, size: int, theta: float = 10000.0) -> np.ndarr
     >>> angles(np.array([[0], [2]]), 4).tolist()
     [[0.0, 0.0], [2.0, 0.02]]
     """
-    count = size // 2 // positions.shape[1]
+    axes = positions.shape[1]
+    if size % (2 * axes):
+        raise UserError(f"rotary positions with {axes} axes need heads whose width {2 * axes} divides, not {size}: change width or heads.")
+    count = size // 2 // axes
     rates = theta ** -(np.arange(count) / count)
     return (positions[:, :, None] * rates).reshape(len(positions), -1)
 

@@ -95,13 +95,10 @@ class DiffusionTransformer(Transformer, kw_only=True):
         for name, choices in ("norm", ("layer", "rms")), ("mlp", ("gelu", "swiglu")):
             if getattr(self, name) not in choices:
                 raise UserError(f"{type(self).__name__}: {name} is {' or '.join(choices)}, not {short(getattr(self, name))}.")
-        self._check_rotary(self.width, type(self).__name__)
-
-    def _check_rotary(self, width, who):
-        if self.rope and width // self.heads % 4:
+        if self.rope and self.width // self.heads % 4:
             raise UserError(
-                f"{who}: rotary positions of rows and columns need heads whose width 4 divides: width {width} / heads {self.heads} is "
-                f"{width // self.heads}.")
+                f"{type(self).__name__}: rotary positions of rows and columns need heads whose width 4 divides: width {self.width} / heads "
+                f"{self.heads} is {self.width // self.heads}.")
 
     def of_blocks(self):
         names = ("qk_norm", "norm", "mlp", "shift", "shared_adaln")
@@ -131,7 +128,6 @@ class DiffusionTransformer(Transformer, kw_only=True):
                 raise UserError(f"{type(self).__name__}: the output of {name!r} is a layer on other tokens and has no wide head.")
             depth, width = head
             check_width(width, self.heads, f"the head of {name!r}")
-            self._check_rotary(width, f"the head of {name!r}")
             c = nn.silu(h + c[:, None])
             c = Dense(width, kernel_init=xavier, dtype=self.dtype, name=f"{prefix}head_condition")(c)
             h = stream.encode(x.astype(self.dtype), width, self.dtype, f"{prefix}head")

@@ -60,7 +60,7 @@ def train(
 
     It writes WORKDIR/config.json, dependencies.json, checkpoints/, metrics.jsonl (one line per log step: means over the steps since the one
     before, without skipped steps and values that are not finite, and `skipped`, their number so far; one line per evaluation:
-    "val/..."), grids/STEP.png, run.json and TensorBoard events.
+    "val/..."), grids/STEP.png, run.json, TensorBoard events and, with ema_widths, snapshots/.
 
     Raises:
       UserError: the config, the mesh or the workdir does not fit, a checkpoint or metrics.jsonl cannot be written, or max_skipped steps

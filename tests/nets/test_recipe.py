@@ -133,7 +133,7 @@ def test_what_cannot_be():
             MMDiT(image, **{"depth": 1, "width": 16, "heads": 2, **fields})
     with pytest.raises(UserError, match=r"head must be several numbers, \(depth, width\)"):
         Patches(4, 4, 1, 2, head=(2,))
-    with pytest.raises(UserError, match="the head of 'image': rotary positions of rows and columns need heads whose width 4 divides"):
+    with pytest.raises(UserError, match="rotary positions with 2 axes need heads whose width 4 divides, not 6"):
         net = MMDiT({"image": Patches(4, 4, 1, 2, head=(1, 12))}, depth=1, width=16, heads=2, rope=True)
         jax.eval_shape(net.init, jax.random.key(0), {"image": jnp.zeros((1, 4, 4, 1))}, {"image": jnp.zeros(1)})
     with pytest.raises(UserError, match="the head of 'image': width 18 does not fit 4 heads"):
