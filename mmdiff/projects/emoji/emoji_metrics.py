@@ -20,7 +20,6 @@ from mmdiff.evals.retrieval import mean_per_class, recall
 from mmdiff.projects.emoji.emoji import CATEGORIES, LENGTH, TONES, Emoji, emoji_source, parsed
 from mmdiff.projects.emoji.emoji_readers import ToneReader, category_reader
 
-CHANCE = 1 / len(TONES)
 SHOWN = 40
 
 
@@ -38,7 +37,7 @@ class EmojiMetrics:
     * `image_to_text_r1`, `text_to_image_r1`: Recall@1 among training pairs, by the loss of the image given every text, and of the text.
     * `absent_text_difference`: the most by which a permuted text changes the image's output while it is absent.
 
-    A caption is read off a picture in 16 calls, the most certain token first; it counts as the tokenizer writes it, cut after 16 ids.
+    A caption is predicted from a picture in 16 calls, the most certain token first; it counts as the tokenizer writes it, cut after 16 ids.
 
     Attributes:
       file: of `emoji_source`.
@@ -80,7 +79,7 @@ class EmojiMetrics:
         of_made = tone_of(made)
         say("sampled_tone", accuracy(of_made, tones),
             f"share of {len(single)} pictures sampled for captions of held-out pairs of a name and a tone that have this tone, the nearest "
-            f"of the five mean skin colours (chance {CHANCE:g})")
+            f"of the five mean skin colours (the most frequent tone: {_largest(tones.tolist()):.3f})")
         say("sampled_tone_real", accuracy(tone_of(asked["image"]), tones), "the same of the real pictures of these captions")
         figures["Text to image, held-out pairs"] = _figure(experiment, made, show(asked["text"]), of_made != tones)
 
@@ -110,9 +109,11 @@ class EmojiMetrics:
         one = np.array([row for row, tones in enumerate(said) if tones is not None and len(tones) == 1], int)
         images = np.clip(pairs["image"], -1, 1)
         if len(one):
-            say("pair_tone", accuracy(tone_of(images[one]), np.array([said[row][0] for row in one])),
+            read_tones, said_tones = tone_of(images[one]), np.array([said[row][0] for row in one])
+            chance = sum(np.mean(read_tones == tone) * np.mean(said_tones == tone) for tone in range(len(TONES)))
+            say("pair_tone", accuracy(read_tones, said_tones),
                 f"share of {len(one)} pairs sampled together, those of {self.most} whose captions say one tone, whose pictures have it "
-                f"(chance {CHANCE:g})")
+                f"(if the same tones met by chance: {chance:.3f})")
         figures["Pairs"] = _figure(experiment, images, show(pairs["text"]))
 
         clock.start("absent", "permuting an absent text")

@@ -6,6 +6,7 @@ import collections
 
 import numpy as np
 
+from mmdiff.evals.evaluator import best
 from mmdiff.projects.emoji.emoji import CATEGORIES, TONES, Emoji
 from mmdiff.projects.fashion import clothes_classifier
 
@@ -14,7 +15,7 @@ NEAR = 15.0  # levels
 
 
 class ToneReader:
-    """Images float32 [n, H, W, 3] in [-1, 1] -> the number of the tone whose mean colour most pixels are near to: int [n].
+    """Images float32 [n, H, W, 3] in [-1, 1] -> the number of the tone whose mean colour most pixels are near to: int [n], -1 of none.
 
     A pixel at the distance d of a colour counts exp(-(d / 15)^2) for it. The colours are the means over real pictures of the pixels that
     get darker from every tone of a name to its next.
@@ -35,7 +36,7 @@ class ToneReader:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         near = [np.exp(-((_levels(images) - colour) ** 2).sum(-1) / NEAR**2).sum((1, 2)) for colour in self.colours]
-        return np.stack(near, 1).argmax(1)
+        return best("nearness to the tones", np.stack(near, 1))
 
 
 def category_reader(train: Emoji, steps: int) -> clothes_classifier.Classifier:

@@ -12,6 +12,7 @@ import optax
 
 from mmdiff.data.network_cache import map_batched
 from mmdiff.data.stored_images import values
+from mmdiff.evals.evaluator import best
 
 Classifier = Callable[[np.ndarray], np.ndarray]
 BATCH, STEPS, RATE, DROPOUT = 128, 2000, 2e-3, 0.4
@@ -36,7 +37,7 @@ class Network(nn.Module):
 
 
 def trained(images: np.ndarray, labels: np.ndarray, classes: int = 10, steps: int = STEPS) -> Classifier:
-    """A classifier `images uint8 [m, H, W, 1] -> labels [m]`, trained on images uint8 [n, H, W, 1] and their labels [n]."""
+    """A classifier `images uint8 [m, H, W, 1] -> labels [m]`, -1 where several are equally likely, trained on images and labels [n]."""
     net, optimizer = Network(classes), optax.adam(optax.cosine_decay_schedule(RATE, steps))
 
     @jax.jit
@@ -50,7 +51,7 @@ def trained(images: np.ndarray, labels: np.ndarray, classes: int = 10, steps: in
 
     @jax.jit
     def predict(params, images):
-        return net.apply(params, images).argmax(-1)
+        return net.apply(params, images)
 
     params = net.init(jax.random.key(0), jnp.zeros((1, *images.shape[1:])))
     state, keys = optimizer.init(params), jax.random.split(jax.random.key(1), steps)
@@ -58,4 +59,7 @@ def trained(images: np.ndarray, labels: np.ndarray, classes: int = 10, steps: in
     for number in range(steps):
         rows = order.integers(0, len(images), BATCH)
         params, state = step(params, state, values(images[rows]), labels[rows], keys[number])
-    return lambda images: map_batched(lambda part: predict(params, part), values(images), min(500, len(images)))
+    def classify(images):
+        return best("logits", map_batched(lambda part: predict(params, part), values(images), min(500, len(images))))
+
+    return classify

@@ -53,6 +53,8 @@ def test_the_reader_of_tones_knows_real_pictures(sources):
         rows = [row for row, tones in enumerate(source.tones) if len(tones) == 1]
         read = ToneReader(sources["train"])(source.take(rows)["image"])
         assert np.mean(read == [source.tones[row][0] for row in rows]) >= 0.95, split
+    blue = np.tile(np.float32([-1, -1, 1]), (1, 32, 32, 1))
+    assert ToneReader(sources["train"])(blue) == [-1]  # which no tone has
 
 
 def test_the_package_becomes_the_file(file, tmp_path):
