@@ -17,7 +17,7 @@ if ! "$python" -c 'import flax, jax, ml_collections, optax; jax.devices("gpu")' 
     cd "$root"
     source launch/environment.sh
     environment "${EXTRAS:-cuda}"
-    python=$root/$python
+    [[ $python == /* ]] || python=$root/$python
     cd "$OLDPWD"
 fi
 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" "$root/launch/gpu_check.py" "$@"

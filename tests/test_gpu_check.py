@@ -29,6 +29,19 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert done.returncode == 0 and "there is no NVIDIA GPU here" in done.stdout and not (tmp_path / "here").exists()
 
 
+def test_the_environment_is_where_venv_says(tmp_path):
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    for tool, words in ((tmp_path / "nvidia-smi", "exit 0"), (python, 'echo "$@"')):
+        tool.write_text(f"#!/bin/sh\n{words}\n")
+        tool.chmod(0o755)
+    (tmp_path / "venv/mmdiff.stamp").write_text(f"extras: cuda\n{(ROOT / 'setup.py').read_text()}")
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "VENV": str(tmp_path / "venv"), "PYTHON": "false"}
+    command = ["bash", str(ROOT / "launch/gpu_check.sh"), "--out", "here"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{ROOT / 'launch/gpu_check.py'} --out here\n", done
+
+
 def test_backends_are_compared_with_the_reference(check):
     shapes = [(2, 5, 7, 2, 8, True)]
     [same], [other] = check.parity("xla", shapes), check.parity("cudnn", shapes)
