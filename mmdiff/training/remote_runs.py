@@ -79,6 +79,7 @@ def filled_at(folder: str | os.PathLike, last: str = "") -> Iterator[pathlib.Pat
         whole = last in there and mark.name not in there
         if there and not whole and mark.name not in there:
             raise UserError(f"{target} is there already (it holds {min(there)}): choose another folder, or remove it.")
+        left = remote.listed(str(target)).keys() - {mark.name, lock.WRITER} if mark.name in there else set()  # by a call that was killed
         shutil.rmtree(here, ignore_errors=True)
         if whole:
             here.mkdir(parents=True)
@@ -90,7 +91,7 @@ def filled_at(folder: str | os.PathLike, last: str = "") -> Iterator[pathlib.Pat
             paths = {path.relative_to(here).as_posix(): path for path in here.rglob("*") if path.is_file()}
             for name in sorted(paths, key=lambda name: (name == last, name.endswith(".json"), name)):
                 (target / name).send(paths[name])
-            for name in remote.listed(str(target)).keys() - paths - {mark.name, lock.WRITER}:  # of a call that was killed
+            for name in left - paths.keys():
                 (target / name).unlink(missing_ok=True)
             mark.unlink()
         shutil.rmtree(here)
