@@ -292,10 +292,11 @@ def aligned(features: str, of: str, center: float | None = None) -> Term:
     def term(out, noised):
         if features not in (noised.batch or {}):
             raise UserError(f"aligned: the batch has no {features!r}: the data need the features of {of!r}, from a cache for instance.")
-        predicted = out[features].astype(jnp.float32)
-        y = noised.batch[features].reshape(predicted.shape[0], -1, predicted.shape[-1]).astype(jnp.float32)
+        predicted, y = (x.astype(jnp.float32) for x in (out[features], noised.batch[features]))
+        y = y.reshape(len(y), -1, y.shape[-1])
         if y.shape != predicted.shape:
-            raise UserError(f"aligned: {features!r} has {y.shape[1]} tokens in the batch and {predicted.shape[1]} in the network's tap.")
+            here, tap = ("{1} tokens of {2} numbers".format(*x.shape) for x in (y, predicted))
+            raise UserError(f"aligned: {features!r} has {here} in the batch, and {tap} in the network's tap.")
         if center is not None:
             if y.shape[1] < 2:
                 raise UserError(f"aligned: center takes the mean and deviation over tokens, and {features!r} has one: leave it out.")

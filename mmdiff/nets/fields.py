@@ -43,7 +43,8 @@ def check_fields(owner: Any) -> None:
             _check_dtype(who, value)
         several = kind.startswith(("tuple[", "Sequence["))
         if several and not isinstance(value, (tuple, list)):
-            raise UserError(f"{who}: {field.name} must be several numbers, as (8, 8), not {short(value)}.")
+            what = "names, as ('image',)" if "[str" in kind else "numbers, as (8, 8)"
+            raise UserError(f"{who}: {field.name} must be several {what}, not {short(value)}.")
         for item in value if several else (value,):
             if kind.split("[")[-1].startswith("int"):
                 low = 0 if field.default == 0 or field.name in OR_NONE else 1

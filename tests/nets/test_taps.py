@@ -88,7 +88,8 @@ def test_alignment():
     assert np.isfinite(gradient).all() and not gradient[3].any()
     with pytest.raises(UserError, match="'dino' has one: leave it out"):
         losses.aligned("dino", "image", 0.6)({"dino": jnp.asarray(predicted[:, :1])}, noised.replace(batch={"dino": y[:, :1]}))
-    for batch, match in (({}, "from a cache"), ({"dino": y[:, :3]}, "3 tokens in the batch and 6")):
+    for batch, match in (({}, "from a cache"), ({"dino": y[:, :3]}, "3 tokens of 3 numbers in the batch, and 6 tokens of 3"), (
+        {"dino": y.reshape(5, 9, 2)}, "9 tokens of 2 numbers in the batch")):
         with pytest.raises(UserError, match=match):
             losses.aligned("dino", "image")({"dino": jnp.asarray(predicted)}, noised.replace(batch=batch))
 
@@ -103,6 +104,8 @@ def test_what_cannot_be_fused_or_tapped_is_refused():
     ):
         with pytest.raises(UserError, match=match):
             net_of(*STREAMS, **options)
+    with pytest.raises(UserError, match=r"MMDiT: spans must be several names, as \('image',\), not 'image'"):
+        net_of(*STREAMS, spans="image")
     for other in (Patches(1, 4, 3, 1), Patches(2, 2, 3, 1, bottleneck=2)):  # as many tokens elsewhere; a layer left out
         with pytest.raises(UserError, match="must be Patches with as many rows and columns of them, 'features' without a stem"):
             MMDiT({**STREAMS, "features": other}, depth=1, width=16, heads=2, fused={"features": "image"})
