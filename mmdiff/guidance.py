@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.errors import UserError
+from mmdiff.lazy_logits import as_arrays
 from mmdiff.processes.aggregate import Aggregate
 from mmdiff.processes.base import Joint, bcast, concrete, per_example_sum
 from mmdiff.processes.gaussian import Gaussian
@@ -104,7 +105,7 @@ def guided(
             gone = [key for name in names for key in (name, end_of(name)) if key in t]  # what is absent takes no step
             null_t = {**t, **{key: jnp.ones_like(t[key]) for key in gone}}
             batches.append(bound.unconditional_inputs(x, t, null_x, null_t))
-        out = apply(params, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches))
+        out = as_arrays(apply(params, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)))
 
         def mix(name, o):
             c, *others = jnp.split(o, len(batches))
@@ -241,7 +242,7 @@ def autoguided(apply: Callable, w: Weight, weak: Any, weak_apply: Callable | Non
         def mix(good, bad):
             return bad + (bcast(scale, good) if callable(w) and scale.ndim else scale) * (good - bad)
 
-        return jax.tree.map(mix, apply(params, x, t), (weak_apply or apply)(weak, x, t))
+        return jax.tree.map(mix, as_arrays(apply(params, x, t)), as_arrays((weak_apply or apply)(weak, x, t)))
 
     return apply_guided
 

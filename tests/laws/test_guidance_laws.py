@@ -10,6 +10,7 @@ from exact import PREDICTS, Mixture, keys
 
 from mmdiff import processes, sampling, schedules
 from mmdiff.errors import UserError
+from mmdiff.lazy_logits import LazyLogits, as_arrays
 from mmdiff.processes import Gaussian, Given, Joint
 
 PROCESS = Joint(image=Gaussian(schedules.flow(), processes.velocity), label=processes.absorbing(3))
@@ -230,3 +231,22 @@ def test_autoguidance_by_another_network():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, scale * b, rtol=1e-6), other, plain)
     assert weak.sizes == [12]
     assert sampling.autoguided(good, 1.0, 0.5, weak) is good and weak.sizes == [12]
+
+
+def test_logits_that_are_not_whole_are_guided_as_whole_ones():
+    """They are a product, whose factors guidance would mix one by one."""
+    x, t, prior = noisy()
+
+    def network(params, x, t):
+        hidden = params * jnp.stack([x["label"] + 0.5 * x["image"][:, 0], t["image"]], -1)
+        return {"label": LazyLogits(hidden, params * jnp.arange(6.0).reshape(2, 3), jnp.arange(3.0), chunks=1, dtype=jnp.float32)}
+
+    def whole(*args):
+        return as_arrays(network(*args))
+
+    def guided(apply):
+        each = sampling.guided(apply, 2.5, process=PROCESS, each=("label",), prior=prior)
+        return sampling.autoguided(apply, 3.0, 0.5)(1.0, x, t), each(1.0, x, t)
+
+    found, wanted = jax.jit(lambda: (guided(network), guided(whole)))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
