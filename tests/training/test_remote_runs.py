@@ -46,11 +46,17 @@ def test_the_newest_checkpoint_is_sent_first_and_each_manifest_after_its_checkpo
     sent, send = [], RemotePath.send
     monkeypatch.setattr(remote_runs, "LOOK_SECONDS", 1000)  # all at the end
     monkeypatch.setattr(RemotePath, "send", lambda self, file: (send(self, file), sent.append(self.url.removeprefix(f"{bucket}/run/"))))
-    assert main(["train", *config, "--workdir", f"{bucket}/run"]) == 0
+    assert main(["train", *config, "--workdir", f"{bucket}/run", "--config.train.ema_widths=(0.05, 0.1)"]) == 0
+    behind = [name for name in sent if name.startswith("snapshots/")]
+    sent, snapshots = sent[: -len(behind)], sent[-len(behind) :]
+    assert snapshots == behind
     steps = [name.split("/")[1] for name in sent if name.startswith("checkpoints/")]
     assert steps == sorted(steps, reverse=True) and set(steps) == {"2", "4"} and sent.index("metrics.jsonl") < 4
     assert [name.split("/")[1] for name in sent if name.endswith("/manifest.json")] == ["4", "2"]
     assert sent[3 + steps.count("4")] == "checkpoints/4/manifest.json" and sent[-1] == "checkpoints/2/manifest.json"
+    run, copy = open_run(config[1], f"{bucket}/run/"), remote.place_of(f"{bucket}/run")
+    assert run.step == 4 and not (copy / "snapshots").exists()  # which an average of another width needs alone
+    assert run.ema(0.1, at=2).step == 2 and (copy / "snapshots" / "checkpoints" / "4").is_dir()
 
 
 def test_snapshots_of_averages_are_sent_behind_checkpoints_and_their_drafts_are_not(bucket, monkeypatch):
@@ -71,13 +77,6 @@ def test_snapshots_of_averages_are_sent_behind_checkpoints_and_their_drafts_are_
         (folder.parent / "damaged" / "3" / "a").write_text("half")
     assert sent == ["config.json", "checkpoints/2/manifest.json", f"{snapshot}/ema/d", f"{snapshot}/manifest.json"]
     assert set(remote.listed(f"{bucket}/run")) - {lock.WRITER} == set(sent)
-
-
-def test_only_an_average_of_another_width_needs_the_snapshots(config, bucket):
-    assert main(["train", *config, "--workdir", f"{bucket}/run", "--config.train.ema_widths=(0.05, 0.1)"]) == 0
-    run, copy = open_run(config[1], f"{bucket}/run/"), remote.place_of(f"{bucket}/run")
-    assert run.step == 4 and not (copy / "snapshots").exists()
-    assert run.ema(0.1, at=2).step == 2 and (copy / "snapshots" / "checkpoints" / "4").is_dir()
 
 
 def test_a_folder_that_is_sent_is_whole_with_its_last_file(bucket, monkeypatch):
