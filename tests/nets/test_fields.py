@@ -22,7 +22,7 @@ VALID = [
     nets.TokenTransformer(classes=5, grid=(4, 4), positions=(4, 4), labels=3, times=10, patch=2, **SIZES),
     nets.TextEncoder(6, 3, **SIZES), MotionEncoder(**SIZES), DanceEncoder(MotionEncoder(**SIZES), genres=3),
     nets.TwoTowers(IMAGE, 7, 6, 8, text_depth=1, text_width=8, **SIZES), tokenizers.VQAutoencoder(8, 8, multipliers=(1,)),
-    audio.AudioAutoencoder(1024),
+    audio.AudioAutoencoder(1024), nets.Tap("image", 1, 8),
 ]  # fmt: skip
 
 
