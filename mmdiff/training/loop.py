@@ -21,7 +21,7 @@ from mmdiff.data.order import ORDER_VERSION
 from mmdiff.errors import UserError
 from mmdiff.experiment import Experiment, best_metric, watched
 from mmdiff.keys import check_seed, key_of
-from mmdiff.training import checkpoints, distributed, finetune, lock, run_metadata, sharding, weights_and_biases
+from mmdiff.training import checkpoints, distributed, finetune, lock, power_ema, run_metadata, sharding, weights_and_biases
 from mmdiff.training.in_loop import InLoop
 from mmdiff.training.metrics_logger import MetricsLogger, device
 from mmdiff.training.post_hoc_ema import Snapshots
@@ -264,6 +264,8 @@ def check(experiment: Experiment, config: ml_collections.ConfigDict) -> None:
         raise UserError(f"the config lacks {', '.join(f'config.train.{name}' for name in missing)}: add them to its file.")
     checks.check({f"train.{name}": options[name] for name in OPTIONS if name != "mesh"})  # make_mesh checks that
     weights_and_biases.check(options.get("wandb", ""))
+    for width in options.get("ema_widths", ()):
+        power_ema.exponent(width)
     every, saved = options.get("metrics_every", 0), options.checkpoint_every
     if best in metrics and (not every or every % saved):
         raise UserError(

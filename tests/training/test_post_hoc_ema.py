@@ -125,6 +125,9 @@ def test_a_run_keeps_snapshots_and_gives_any_width(config, tmp_path, monkeypatch
     for asked, said in (((0.1, 7), "no snapshot of step 7: the last are of 4, 8, 12, 13"), ((0.4,), "from 0.001 to 0.288")):
         with pytest.raises(UserError, match=said):
             run.ema(*asked)
+    config.train.ema_widths = ("wide",)
+    with pytest.raises(UserError, match="ema_widths"):
+        loop.check(toy.build(config), config)
     monkeypatch.setattr(integrity, "SMALL", 0)  # files whose content is only read where it matters
     large = max((folder / "8" / "ema").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     large.write_bytes(bytes([large.read_bytes()[0] ^ 1]) + large.read_bytes()[1:])
