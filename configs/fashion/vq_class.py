@@ -8,7 +8,12 @@
     python -m mmdiff sample --config configs/fashion/vq_class.py --workdir runs/fashion_class --given label=sandal
 
 FOLDER, of which the evaluation takes the real images, is that of configs/fashion/joint.py; the chain is configs/cdcd/digits_class.py's.
-It has not been trained yet. 2.77M parameters; `eval` measures what configs/fashion/README.md says, but the label.
+`eval` measures what configs/fashion/README.md says, but the label.
+
+Measured (seed 0, 10,000 test images and as many samples, EMA weights, 40 steps, guidance 1.5 chosen on validation images, one CPU core):
+conditional agreement 0.934 (the classifier: 0.909 on real images), classification accuracy score 0.827, lite0-FD 540 (32.7 of as many
+training images), precision 0.410 (0.830), recall 0.103 (0.827). Cost: 2.77M parameters; 3,000 steps of 1.1 s on one core of an AMD EPYC,
+which took 93 minutes beside much other work.
 """
 
 from functools import partial
@@ -36,9 +41,9 @@ def get_config():
         "loss": {"auxiliary": 5e-4, "step_intra": 5e-5, "step_inter": 0.0, "sample_intra": 0.0, "sample_inter": 0.0, "count": 10},
         "form": "linear", "temperature": 1.0,  # or weighted or infonce, of all contrasts
         "train": training_config(
-            steps=8000, global_batch=128, ema=0.999, learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, clip=1.0,
+            steps=3000, global_batch=128, ema=0.999, learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, clip=1.0,
             eval_every=1000, checkpoint_every=500),
-        "sample": {"steps": 40, "guidance": 1.0, "top_p": 1.0},
+        "sample": {"steps": 40, "guidance": 1.5, "top_p": 1.0},
         "eval": {"samples": 10_000, "batch": 250, "classifier_steps": 2000, "in_loop": {"samples": 500, "classifier_steps": 300}},
     })
 
