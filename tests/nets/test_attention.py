@@ -1,5 +1,7 @@
 """Attention: every backend computes the same thing."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,18 +46,21 @@ def test_tokens_that_are_split_over_devices_do_not_go_to_the_fused_kernel(monkey
     assert chosen == ["cudnn"]
 
 
-def available(backend):
-    return backend != "cudnn" or jax.default_backend() == "gpu"
+def missing(backend):
+    """What a backend needs and is not there; None if it can run."""
+    if backend == "tokamax" and not importlib.util.find_spec("tokamax"):
+        return "needs the extra tokamax."
+    return "cuDNN needs an NVIDIA GPU." if backend == "cudnn" and jax.default_backend() != "gpu" else None
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("backend", [*BACKENDS, None])
 def test_backends_agree(backend, mask):
-    if not available(backend):
-        pytest.skip("cuDNN needs an NVIDIA GPU.")
+    if missing(backend):
+        pytest.skip(missing(backend))
     dtype, tolerance = (jnp.bfloat16, 3e-2) if backend == "cudnn" else (jnp.float32, 2e-6)
     q, k, v = inputs(dtype)
-    if (backend, mask) == ("pallas", "full"):
+    if backend in ("pallas", "splash") and mask == "full":
         pytest.skip("it takes masks of keys.")
     mask = MASKS[mask]
     out = attention(q, k, v, None if mask is None else jnp.asarray(mask), backend=backend)
@@ -100,5 +105,5 @@ def test_a_row_without_keys_stays_finite():
 
 
 def test_unknown_backends_are_refused():
-    with pytest.raises(ValueError, match="no backend 'flash'; choose one of reference, xla, cudnn, pallas"):
+    with pytest.raises(ValueError, match="no backend 'flash'; choose one of reference, xla, cudnn, tokamax, pallas, splash"):
         attention(*inputs(), backend="flash")

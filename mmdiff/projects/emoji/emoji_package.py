@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mmdiff import files
+from mmdiff import console, files
 from mmdiff.errors import UserError
 from mmdiff.projects.emoji.emoji import TONES
 
@@ -71,7 +71,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m mmdiff.projects.emoji.emoji_package PACKAGE.tgz emoji64.tar")
     try:
-        print(f"{sys.argv[2]}: {convert(*sys.argv[1:])} pictures")
+        console.out(f"{sys.argv[2]}: {convert(*sys.argv[1:])} pictures")
     except UserError as error:
-        print(f"mmdiff: {error}", file=sys.stderr)
+        console.say(f"mmdiff: error: {error}")
         sys.exit(2)
