@@ -109,8 +109,7 @@ class Run:
       config: all its values.
       experiment: what the config builds; its classes have the names that the run's data gave them.
       workdir: its folder.
-      params: the averaged (EMA) weights of the checkpoint.
-      step: the step of the checkpoint.
+      params, step: the averaged (EMA) weights of the checkpoint, and its step.
     """
 
     name: str
@@ -168,13 +167,10 @@ class Run:
         """This run with an average of another width (see `training.power_ema`), at step `at` of its snapshots, by default the last."""
         from mmdiff.training import post_hoc_ema
 
-        if remote.is_remote(self._source):
-            with contextlib.suppress(files.Missing):
-                files.expand(f"{str(self._source).rstrip('/')}/snapshots")
-        weights = post_hoc_ema.restore(self.experiment, self.config, self.workdir, width, at, self._mesh)
+        post_hoc_ema.fetch(self._source)
         config = ml_collections.ConfigDict({**self.config.to_dict(), "train": {**self.config.train.to_dict(), "ema": f"width {width:g}"}})
         run = dataclasses.replace(self, config=config)  # whose reports say so
-        run.__dict__["_weights"] = weights
+        run.__dict__["_weights"] = post_hoc_ema.restore(self.experiment, self.config, self.workdir, width, at, self._mesh)
         return run
 
     def sample(

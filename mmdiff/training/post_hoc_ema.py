@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from mmdiff import files, remote
 from mmdiff.checks import short
 from mmdiff.errors import UserError
 from mmdiff.training import averaged_weights, checkpoint_files, distributed, power_ema, run_metadata
@@ -64,6 +65,13 @@ class Snapshots:
         self._kept.wait()
         taken = int(state.step) - int(state.stats["skipped"])
         self._kept.save_averages(state.stats["averages"], {"metrics": {}, "taken": taken}, int(state.step))
+
+
+def fetch(source: str | os.PathLike) -> None:
+    """Brings the snapshots of a run at an address up to date in its copy, which is opened without them; nothing of one on this machine."""
+    if remote.is_remote(source):
+        with contextlib.suppress(files.Missing):
+            files.expand(f"{str(source).rstrip('/')}/{run_metadata.SNAPSHOTS}")
 
 
 def restore(
