@@ -15,7 +15,7 @@ NAME = "configs/joint/emoji_tokens.py"
 SMALL = [f"--config.{value}" for value in (
     "train.steps=2", "train.global_batch=8", "train.eval_every=2", "train.log_every=1", "train.tensorboard=false", "train.metrics_every=2",
     "train.checkpoint_every=2", "train.best=val/read_tone", "model.width=16", "model.depth=1", "sample.steps=2", "eval.most=10",
-    "eval.candidates=3", "eval.draws=1", "eval.reader_steps=3", "eval.batch=10", "eval.in_loop.most=6")]  # fmt: skip
+    "eval.candidates=3", "eval.draws=1", "eval.category_classifier_steps=3", "eval.batch=10", "eval.in_loop.most=6")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -49,8 +49,8 @@ def get_config():
             checkpoint_every=500),
         "sample": {"steps": 8, "guidance": 6.0, "temperature": 0.5},
         "eval": {
-            "most": 200, "candidates": 100, "draws": 4, "batch": 50, "reader_steps": 600,
-            "in_loop": {"most": 60, "candidates": 0, "reader_steps": 0}},
+            "most": 200, "candidates": 100, "draws": 4, "batch": 50, "category_classifier_steps": 600,
+            "in_loop": {"most": 60, "candidates": 0, "category_classifier_steps": 0}},
     })
 
 

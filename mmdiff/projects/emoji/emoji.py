@@ -27,8 +27,7 @@ import numpy as np
 from mmdiff import files
 from mmdiff.data import bpe, media
 from mmdiff.data.image_folders import split_rows
-from mmdiff.data.sources import ArraySource
-from mmdiff.data.stored_images import square, values
+from mmdiff.data.stored_images import ByteImages, square
 from mmdiff.errors import UserError
 from mmdiff.files import FileError
 
@@ -44,7 +43,7 @@ LENGTH, VOCABULARY = 16, 1024  # ids of a caption, start and end included; ids a
 MADE_BY = "python -m mmdiff.projects.emoji.emoji_package PACKAGE.tgz emoji64.tar makes it"
 
 
-class Emoji:
+class Emoji(ByteImages):
     """A `Source` of pictures with captions: image float32 [n, 32, 32, 3] in [-1, 1], text int32 [n, 16].
 
     Attributes:
@@ -55,17 +54,7 @@ class Emoji:
         self.names, self.tones = [each["name"] for each in records], [each["tones"] for each in records]
         self.categories = np.array([each["category"] for each in records], np.int32)
         text = tokenizer.encode([caption(each["name"], each["tones"]) for each in records])
-        self._stored = ArraySource({"image": np.stack([each["image"] for each in records]), "text": text})
-
-    def __len__(self):
-        return len(self._stored)
-
-    def take(self, indices):
-        found = self._stored.take(indices)
-        return found | {"image": values(found["image"])}
-
-    def fingerprint(self):
-        return self._stored.fingerprint()
+        super().__init__({"image": np.stack([each["image"] for each in records]), "text": text})
 
 
 def emoji_source(split: str, file: str) -> Emoji:

@@ -1,4 +1,4 @@
-"""What is measured of a joint model of emoji and their captions: both ways, together, there and back, by readers that are no model's."""
+"""What is measured of a joint model of emoji and their captions: both ways, together, there and back, by independent classifiers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmdiff.evals.accuracy import accuracy, denoising_losses
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, example_keys, in_batches, sample_batched
 from mmdiff.evals.retrieval import mean_per_class, recall
 from mmdiff.projects.emoji.emoji import CATEGORIES, LENGTH, TONES, Emoji, emoji_source, parsed
-from mmdiff.projects.emoji.emoji_readers import ToneReader, category_reader
+from mmdiff.projects.emoji.emoji_classifiers import ToneClassifier, category_classifier
 
 SHOWN = 40
 
@@ -43,7 +43,7 @@ class EmojiMetrics:
       file: of `emoji_source`.
       most: examples of every metric.
       candidates: of retrieval; 0 leaves it out. draws: noisy copies of each.
-      reader_steps: of the network that reads categories; 0 leaves it out.
+      category_classifier_steps: of its training; 0 leaves it out.
       batch: examples in a call of the network or the sampler.
     """
 
@@ -51,7 +51,7 @@ class EmojiMetrics:
     most: int = 200
     candidates: int = 100
     draws: int = 4
-    reader_steps: int = 600
+    category_classifier_steps: int = 600
     batch: int = 50
 
     better = MappingProxyType({name: "max" for name in ("sampled_tone", "read_tone", "read_name", "read_name_train", "pair_tone")})
@@ -59,15 +59,15 @@ class EmojiMetrics:
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         train, held = emoji_source("train", self.file), emoji_source(experiment.split, self.file)
-        show, clock, tone_of = experiment.modalities["text"].show, Clock(), ToneReader(train)
+        show, clock, tone_of = experiment.modalities["text"].show, Clock(), ToneClassifier(train)
         keys = iter(jax.random.split(key, 12))
         sample = functools.partial(sample_batched, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
-        reader = _reader(experiment.process, experiment.apply, tuple(sorted(experiment.shape.items())))
+        captioner = _captioner(experiment.process, experiment.apply, tuple(sorted(experiment.shape.items())))
         metrics, texts, figures = {}, {}, {}
 
         def read(images):
             images = np.asarray(images, np.float32)
-            return in_batches(reader, params, example_keys(next(keys), len(images)), images, self.batch)
+            return in_batches(captioner, params, example_keys(next(keys), len(images)), images, self.batch)
 
         def say(name, value, text):
             metrics[name], texts[name] = float(value), text
@@ -87,9 +87,9 @@ class EmojiMetrics:
         evenly = np.concatenate([self._some(np.flatnonzero(train.categories == c), each) for c in range(len(CATEGORIES))])
         captioned = train.take(evenly)
         again = np.clip(sample(next(keys), {"text": captioned["text"]}, len(evenly))["image"], -1, 1)
-        if self.reader_steps:
-            clock.start("category_reader", "training the network that reads categories")
-            category_of, image = category_reader(train, self.reader_steps), experiment.modalities["image"]
+        if self.category_classifier_steps:
+            clock.start("category_classifier", "training the classifier of categories")
+            category_of, image = category_classifier(train, self.category_classifier_steps), experiment.modalities["image"]
             plain = np.array([row for row, tones in enumerate(held.tones) if not tones])
             say("sampled_category", mean_per_class(category_of(image.show(again)), train.categories[evenly]),
                 f"mean over the categories of the share of {len(evenly)} pictures sampled for training captions that have their category, "
@@ -125,7 +125,7 @@ class EmojiMetrics:
         clock.stop()
         settings = {
             "sample_steps": steps, "guidance": guidance, "examples": self.most, "retrieval_draws": self.draws,
-            "category_reader_steps": self.reader_steps, "evaluation_seconds": clock.seconds}
+            "category_classifier_steps": self.category_classifier_steps, "evaluation_seconds": clock.seconds}
         return EvalResult(metrics, texts, figures, settings)
 
     def _some(self, rows: np.ndarray, most: int = 0) -> np.ndarray:
@@ -198,7 +198,7 @@ def evaluators_of(file: str, options: Mapping[str, Any]) -> dict[str, tuple[Emoj
 
 
 @functools.lru_cache(maxsize=4)
-def _reader(process: Any, apply: Callable, shapes: tuple) -> Callable:
+def _captioner(process: Any, apply: Callable, shapes: tuple) -> Callable:
     """`(params, keys, images) -> ids`: captions of pictures, the most likely token of the place that is most certain first."""
     transforms = [sampling.only("text", sampling.confidence(process.parts["text"])), sampling.only("text", sampling.temperature(0))]
     shape, grid = dict(shapes), sampling.uniform_grid(LENGTH)

@@ -14,11 +14,10 @@ from mmdiff import hosts
 from mmdiff.data.modalities import Images
 from mmdiff.data.sources import load_all
 from mmdiff.encoders.published_networks import Encoder
-from mmdiff.evals import plots
+from mmdiff.evals import image_classifier, plots
 from mmdiff.evals.accuracy import accuracy, confusion
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, predict_batched, sample_batched
 from mmdiff.evals.sample_metrics import DEFAULT, NETWORKS, collect, compare, convention, open_network
-from mmdiff.projects.fashion import clothes_classifier
 from mmdiff.projects.fashion.fashion import NAMES, SIZE, central, fashion_source
 
 CLASSES = len(NAMES)
@@ -49,7 +48,7 @@ class FashionMetrics:
     label: str = "label"
     samples: int = 10_000
     batch: int = 250
-    classifier_steps: int = clothes_classifier.STEPS
+    classifier_steps: int = image_classifier.STEPS
 
     better = MappingProxyType({"lite0-FD": "min", "conditional_agreement": "max"})  # what train.best may name
 
@@ -76,13 +75,13 @@ class FashionMetrics:
         made = _grey(experiment.modalities[self.target].show(sampled))
 
         clock.start("classifiers", "training the independent classifier, and another one on the samples")
-        independent = clothes_classifier.trained(train_images, train, CLASSES, self.classifier_steps)
+        independent = image_classifier.trained(train_images, train, CLASSES, self.classifier_steps)
         seen = independent(made)
         metrics |= {
             "conditional_agreement": accuracy(seen, asked),
             "classifier_real_accuracy": accuracy(independent(held_images), held),
             "classification_accuracy_score": accuracy(
-                clothes_classifier.trained(made, asked, CLASSES, self.classifier_steps)(held_images), held)}
+                image_classifier.trained(made, asked, CLASSES, self.classifier_steps)(held_images), held)}
         texts |= {
             "conditional_agreement": f"share of {self.samples} samples, as many of every class, to which the independent classifier gives "
             "the label that they were sampled for",
@@ -109,7 +108,7 @@ class FashionMetrics:
         figures["Label to image, as the classifier sees it"] = Figure(table, f"{self.samples} samples.")
         settings = {
             "sample_steps": steps, "guidance": guidance, "label_conditioned_samples": self.samples,
-            "classifier": clothes_classifier.DESCRIPTION, "classifier_steps": self.classifier_steps,
+            "classifier": image_classifier.DESCRIPTION, "classifier_steps": self.classifier_steps,
             "images": "28 x 28 pixels of 256 levels", NETWORKS[DEFAULT].distance: {**convention(encoder), **counts},
             "evaluation_seconds": clock.seconds}
         return EvalResult({**metrics, **found}, {**texts, **definitions}, figures, settings)

@@ -9,8 +9,8 @@ import pytest
 from mmdiff.data.sources import fingerprint, load_all
 from mmdiff.errors import UserError
 from mmdiff.projects.emoji.emoji import SPLITS, TONES, caption, emoji_source, emoji_tokenizer, parsed
+from mmdiff.projects.emoji.emoji_classifiers import ToneClassifier
 from mmdiff.projects.emoji.emoji_package import convert
-from mmdiff.projects.emoji.emoji_readers import ToneReader
 from tests.small_sets import emoji, emoji_pairs, write_tar
 
 
@@ -48,13 +48,13 @@ def test_examples_are_over_white_and_captions_are_of_the_training_words(sources,
     assert [parsed(text) for text in texts] == list(zip(sources["train"].tones, sources["train"].names))
 
 
-def test_the_reader_of_tones_knows_real_pictures(sources):
+def test_the_classifier_of_tones_knows_real_pictures(sources):
     for split, source in sources.items():
         rows = [row for row, tones in enumerate(source.tones) if len(tones) == 1]
-        read = ToneReader(sources["train"])(source.take(rows)["image"])
+        read = ToneClassifier(sources["train"])(source.take(rows)["image"])
         assert np.mean(read == [source.tones[row][0] for row in rows]) >= 0.95, split
     blue = np.tile(np.float32([-1, -1, 1]), (1, 32, 32, 1))
-    assert ToneReader(sources["train"])(blue) == [-1]  # which no tone has
+    assert ToneClassifier(sources["train"])(blue) == [-1]  # which no tone has
 
 
 def test_the_package_becomes_the_file(file, tmp_path):

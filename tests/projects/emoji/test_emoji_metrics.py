@@ -47,7 +47,7 @@ def experiment(file, split):
 @pytest.mark.slow
 def test_what_is_measured_of_a_model_that_knows_everything(tmp_path):
     file = str(emoji(tmp_path / "emoji64.tar"))
-    metrics = EmojiMetrics(file, most=40, candidates=8, draws=2, reader_steps=20, batch=16)
+    metrics = EmojiMetrics(file, most=40, candidates=8, draws=2, category_classifier_steps=20, batch=16)
     result = metrics(experiment(file, "test"), {}, CONFIG, jax.random.key(0), 0)
     found = dict(result.metrics)
     ones = ("sampled_tone", "sampled_tone_real", "read_tone", "read_name", "read_name_train", "pair_tone", "cycle_name", "image_to_text_r1",

@@ -9,8 +9,8 @@ import pytest
 from mmdiff import schedules
 from mmdiff.data.modalities import Images, Labels
 from mmdiff.errors import UserError
+from mmdiff.evals import image_classifier
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
-from mmdiff.projects.fashion import clothes_classifier
 from mmdiff.projects.fashion.fashion import fashion_source
 from mmdiff.projects.fashion.fashion_metrics import FashionMetrics
 from tests.small_sets import clothes, fashion_mnist
@@ -56,8 +56,8 @@ def test_what_is_measured_of_a_model(tmp_path):
 
 def test_a_classifier_is_a_function_of_its_examples(monkeypatch):
     images, labels = clothes(60)
-    one, other = (clothes_classifier.trained(images[..., None], labels, steps=3) for _ in range(2))
+    one, other = (image_classifier.trained(images[..., None], labels, steps=3) for _ in range(2))
     np.testing.assert_array_equal(one(images[..., None]), other(images[..., None]))
-    monkeypatch.setattr(clothes_classifier, "RATE", np.nan)
+    monkeypatch.setattr(image_classifier, "RATE", np.nan)
     with pytest.raises(UserError, match="logits: 60 of 60 examples, the first of them 0, hold values that are not finite"):
-        clothes_classifier.trained(images[..., None], labels, steps=1)(images[..., None])
+        image_classifier.trained(images[..., None], labels, steps=1)(images[..., None])

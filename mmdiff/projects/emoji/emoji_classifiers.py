@@ -1,4 +1,4 @@
-"""What reads pictures of emoji independently of any model: the tone of the skin by its colour, the category by a small network."""
+"""Classifiers of pictures of emoji that are no part of a model: the tone of the skin by its colour, the category by a small network."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import collections
 
 import numpy as np
 
+from mmdiff.evals import image_classifier
 from mmdiff.evals.evaluator import best
 from mmdiff.projects.emoji.emoji import CATEGORIES, TONES, Emoji
-from mmdiff.projects.fashion import clothes_classifier
 
 DARKER = 8.0  # levels of 256 by which skin gets darker from one tone to the next, and hair and clothes do not
 NEAR = 15.0  # levels
 
 
-class ToneReader:
+class ToneClassifier:
     """Images float32 [n, H, W, 3] in [-1, 1] -> the number of the tone whose mean colour most pixels are near to: int [n], -1 of none.
 
     A pixel at the distance d of a colour counts exp(-(d / 15)^2) for it. The colours are the means over real pictures of the pixels that
@@ -39,13 +39,13 @@ class ToneReader:
         return best("nearness to the tones", np.stack(near, 1))
 
 
-def category_reader(train: Emoji, steps: int) -> clothes_classifier.Classifier:
+def category_classifier(train: Emoji, steps: int) -> image_classifier.Classifier:
     """The classifier `images uint8 [n, 32, 32, 3] -> numbers in CATEGORIES [n]`, trained on real pictures, as many of every category."""
     rows = [np.flatnonzero(train.categories == category) for category in range(len(CATEGORIES))]
     most = max(map(len, rows))
     chosen = np.concatenate([np.resize(own, most) for own in rows if len(own)])
     images = np.rint(_levels(train.take(chosen)["image"])).astype(np.uint8)
-    return clothes_classifier.trained(images, train.categories[chosen], len(CATEGORIES), steps)
+    return image_classifier.trained(images, train.categories[chosen], len(CATEGORIES), steps)
 
 
 def _levels(images: np.ndarray) -> np.ndarray:

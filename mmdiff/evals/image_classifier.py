@@ -1,4 +1,4 @@
-"""The independent classifier of clothes: a small convolutional network, which never sees the diffusion model."""
+"""An independent classifier of small images: a convolutional network, which never sees the diffusion model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DESCRIPTION = (
 
 
 class Network(nn.Module):
-    """Images [B, H, W, 1] in [-1, 1] -> logits [B, classes]; with a `key`, hidden units are dropped as in training."""
+    """Images [B, H, W, C] in [-1, 1] -> logits [B, classes]; with a `key`, hidden units are dropped as in training."""
 
     classes: int
 
@@ -37,7 +37,7 @@ class Network(nn.Module):
 
 
 def trained(images: np.ndarray, labels: np.ndarray, classes: int = 10, steps: int = STEPS) -> Classifier:
-    """A classifier `images uint8 [m, H, W, 1] -> labels [m]`, -1 where several are equally likely, trained on images and labels [n]."""
+    """A classifier `images uint8 [m, H, W, C] -> labels [m]`, -1 where several are equally likely, trained on images and labels [n]."""
     net, optimizer = Network(classes), optax.adam(optax.cosine_decay_schedule(RATE, steps))
 
     @jax.jit
@@ -59,6 +59,7 @@ def trained(images: np.ndarray, labels: np.ndarray, classes: int = 10, steps: in
     for number in range(steps):
         rows = order.integers(0, len(images), BATCH)
         params, state = step(params, state, values(images[rows]), labels[rows], keys[number])
+
     def classify(images):
         return best("logits", map_batched(lambda part: predict(params, part), values(images), min(500, len(images))))
 
