@@ -39,7 +39,7 @@ def get_config():
         "data": {"dir": ""},
         "model": {"width": 128, "depth": 4, "heads": 4, "patch": 4, "stem": 32},
         # Shares of the training times: both noisy; image given text; text given a clean image, and given one at t up to 0.5, which keeps
-        # the reader from learning the pictures by heart; each alone.
+        # the network from memorising the pictures; each alone.
         "times": {
             "joint": 0.15, "image_given_text": 0.35, "text_given_image": 0.3, "text_given_noisy": 0.1, "image_alone": 0.05,
             "text_alone": 0.05},
