@@ -199,12 +199,14 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
 
 
 def _zeroshot(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """What --zeroshot and --zeroshot-dir set in the config."""
-    given = {name: value for name in ("zeroshot", "zeroshot_dir") if (value := getattr(args, name)) is not None}
+    """What --zeroshot, --zeroshot-dir and --prompts set in the config."""
+    options = {"zeroshot": args.zeroshot, "zeroshot_dir": args.zeroshot_dir, "zeroshot_prompts": args.prompts}
+    given = {name: value for name, value in options.items() if value is not None}
     if not given:
         return []
     if not given.get("zeroshot", "").strip():
-        raise UserError("--zeroshot-dir is where --zeroshot looks: say which data sets, --zeroshot all or --zeroshot cifar10,food101.")
+        flag = "--zeroshot-dir is where --zeroshot looks" if args.prompts is None else "--prompts are what --zeroshot classifies by"
+        raise UserError(f"{flag}: say which data sets, --zeroshot all, --zeroshot cifar10,food101 or --zeroshot DIR.")
     if args.split != "test":
         raise UserError("--zeroshot measures published test sets, on which nothing is to be chosen: leave --split validation out.")
     if "zeroshot" not in configs.load(args.config, args.overrides)[0].get("eval", {}):

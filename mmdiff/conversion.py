@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
+import jax
 
 from mmdiff import config as configs
 from mmdiff import files as readers
@@ -21,6 +22,7 @@ from mmdiff.convert import kinds, layouts, state_dicts
 from mmdiff.convert.weight_files import open_weights
 from mmdiff.data.order import ORDER_VERSION
 from mmdiff.errors import UserError
+from mmdiff.keys import key_of
 from mmdiff.training import averaged_weights, checkpoints, lock, run_metadata, sharding
 
 OWN = "mmdiff"  # the kind and layout of the library's own parameters, by path
@@ -65,9 +67,10 @@ def import_weights(
         return tensor.put(leaf.sharding)
 
     if own:
-        params = _own_params(abstract, weights, str(path))
+        params, fresh = _own_params(abstract, weights, str(path)), []
     else:
         params = {"params": layouts.load(source.layout, experiment.net, abstract["params"], weights, str(path), place)}
+        params, fresh = _completed(params, experiment, values.seed, abstract)
     count = sum(tensor.size for tensor in weights.values())
     licence = own.get("source", {}).get("licence", "that of whoever trained them") if own else source.licence
     noted = own.get("source") or {"kind": kind, "about": source.about if source else "weights of this library", "licence": licence}
@@ -83,7 +86,18 @@ def import_weights(
         meta = {"position": 0, "order": ORDER_VERSION, "train_seconds": 0.0, "compile_seconds": 0.0, "metrics": {}}
         saved.save_averages(params, meta)
     types = ", ".join(sorted({str(tensor.dtype) for tensor in weights.values()}))
-    return [f"{len(weights)} tensors, {count:,} numbers ({types}): {noted['about']}", f"licence: {licence}"]
+    said = [f"{len(weights)} tensors, {count:,} numbers ({types}): {noted['about']}", f"licence: {licence}"]
+    return [*said, f"without published weights, they begin afresh: {', '.join(fresh)}"] if fresh else said
+
+
+def _completed(params: Any, experiment: Any, seed: int, abstract: Any) -> tuple[Any, list[str]]:
+    """-> (parameters, the modules that are new): what published weights lack is that of a run that begins with the seed."""
+    found, wanted = flax.traverse_util.flatten_dict(params), flax.traverse_util.flatten_dict(abstract)
+    if not (fresh := [path for path in wanted if path not in found]):
+        return params, []
+    init = jax.jit(experiment.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    found = flax.traverse_util.flatten_dict(init(jax.random.split(key_of(seed))[0])) | found
+    return flax.traverse_util.unflatten_dict(found), list(dict.fromkeys("/".join(path[1:-1]) or path[-1] for path in fresh))
 
 
 def _check_empty(workdir: str | os.PathLike) -> None:

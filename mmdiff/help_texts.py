@@ -18,6 +18,10 @@ Whatever you choose by its metrics, choose with --split validation, which writes
 report-validation.json and .html and leaves the test data alone: what is
 reported of the test data then was not chosen on them.
 
+--zeroshot classifies images by prompts as well, of a config that has vectors of
+both (diffdis/scenes): all of the twelve published sets that are on disk, some of
+them, or a folder with a folder of images for each class.
+
 With --samples it measures the samples of any model instead, without a config or
 a run, by the features of a published network: against --reference the Fréchet
 distance (FID of inception, FD-DINOv2 of dinov2, lite0-FD of efficientnet_lite0,
@@ -62,7 +66,8 @@ not the published one.
 
 Kinds: dit, sit, lightningdit, vq-diffusion (CDCD's, too): the files of their
 authors, or of dit and vq-diffusion diffusers' of the same; diffusers-dit: weights
-that were trained with diffusers, whose DiT is another function; mmdiff."""
+that were trained with diffusers, whose DiT is another function; mmdiff. With dit
+the generator of diffdis/sd_scale begins, too; the rest of it is fresh."""
 
 AOT = """\
 Compiles the training step for TPUs that are not here, and prints what it needs
@@ -131,6 +136,7 @@ EXAMPLES = {
     ],
     "eval": [
         f"eval {USE}", f"eval {USE} --split validation --config.sample.guidance=1.3",
+        "eval --config diffdis/scenes --workdir runs/diffdis_scenes --zeroshot all --zeroshot-dir sets",
         "eval --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --network inception --weights pt_inception-2015-12-05.pth",
         "eval --samples train --size 64 --write-statistics statistics.npz",
     ],

@@ -4,15 +4,20 @@ import io
 import json
 import tarfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_sets
 import tiny_encoders
 
+from mmdiff import nets
 from mmdiff.__main__ import main
+from mmdiff.convert import layouts, published_dit, write_weights
 from mmdiff.encoders.clip import CLIPVision
 from mmdiff.encoders.vq_model import VQModel
 from mmdiff.nets.dit import SIZES
+from mmdiff.runs import open_run
 
 TRAIN = [
     "--config.train.steps=3", "--config.train.global_batch=4", "--config.train.log_every=1", "--config.train.eval_every=0",
@@ -153,3 +158,39 @@ def test_a_config_goes_the_whole_way(name, tmp_path, capsys):
     if name in REPORTED:
         assert main(["eval", *config, *workdir]) == 0
         assert REPORTED[name] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_diffdis_begins_as_published_weights_and_classifies_by_prompts(tmp_path, capsys):
+    """DiT's weights, the autoencoder and the text tower: convert, cache, train both stages, sample, and zero-shot sets on disk."""
+    images, _ = shards(tmp_path / "set")
+    use = [*vae(tmp_path), tower(tmp_path, 768), f"--config.data.dir={tmp_path / 'cache'}", "--config.data.size=4"]
+    flags = [f"--config.{flag}" for flag in ROADS["diffdis/sd_scale"][3]]
+    config, workdir = ["--config", "diffdis/sd_scale"], {name: str(tmp_path / name) for name in ("dit", "generator", "run")}
+    dit = nets.DiT(nets.Patches(4, 4, 4, 2, 8), 10, depth=2, width=32, heads=2, time_offset=-1.0)
+    weights = jax.jit(dit.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 4)), jnp.ones(1), jnp.zeros(1, int))
+    weights = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), weights)
+    write_weights(tmp_path / "dit.safetensors", layouts.state_dict(published_dit.DIT, dit, weights["params"]))
+    assert main(["cache", *config, *use, "--out", str(tmp_path / "cache"), f"--config.data.images={images}"]) == 0
+    take = ["--from", str(tmp_path / "dit.safetensors"), "--as", "dit"]
+    assert main(["convert", *config, "--workdir", workdir["dit"], *use, *flags, *TRAIN[-2:], *take]) == 0
+    said = capsys.readouterr().out
+    assert "they begin afresh: decoder/block_0/cross_kv" in said and "CC BY-NC" in said
+    run = open_run("diffdis/sd_scale", workdir["dit"])
+    x, t = jax.random.normal(jax.random.key(1), (2, 4, 4, 4)), jnp.array([0.001, 0.7])
+    given = {"image": x, "text": jnp.ones((2, 77, 768))}
+    out = jax.jit(run.experiment.apply)(run.params, given, {"image": t, "text": jnp.zeros(2)})["image"]
+    np.testing.assert_allclose(out, jax.jit(dit.apply)(weights, x, t, jnp.full(2, 10))[..., :4], atol=2e-5)
+    for name, start, tasks in (("generator", "dit", "generate"), ("run", "generator", "both")):
+        begun = [f"--config.train.start={workdir[start]}", f"--config.tasks={tasks}", *use, *TRAIN, *flags]
+        assert main(["train", *config, "--workdir", workdir[name], *begun]) == 0
+    assert "CC BY-NC" in (tmp_path / "run/source.json").read_text()
+    made = ["--number", "2", "--steps", "2", "--out", str(tmp_path / "samples"), "--given", "text=a red square"]
+    assert main(["sample", *config, "--workdir", workdir["run"], *made]) == 0
+    own = folders(tmp_path / "sets/food101")[0]
+    (own / "classes.txt").write_text("soup\npie\n")
+    ask = ["--zeroshot", "all", "--zeroshot-dir", str(tmp_path / "sets"), "--config.eval.batch=2", "--config.eval.count=4"]
+    assert main(["eval", *config, "--workdir", workdir["run"], *ask]) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["zero_shot"] in (0, 0.25, 0.5, 0.75, 1) and report["settings"]["zero_shot_images"] == {"food101": 4}
+    assert len(report["settings"]["zero_shot_not_run"]) == 11 and "image_to_text_r1" in report

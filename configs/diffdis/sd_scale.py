@@ -3,8 +3,9 @@
     ENCODERS="--config.encoder.path=weights/sd-vae-ft-ema --config.text_encoder.path=weights/clip-vit-large-patch14"
     DATA="--config.data.dir=latents/cc3m"
     python -m mmdiff cache --config configs/diffdis/sd_scale.py --out latents/cc3m $ENCODERS --config.data.images=cc3m
+    python -m mmdiff convert --config configs/diffdis/sd_scale.py --workdir runs/dit --from weights/DiT-XL-2-256x256.pt --as dit
     python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/generator $ENCODERS $DATA \\
-        --config.tasks=generate --config.train.steps=500000 --config.train.learning_rate=1e-4
+        --config.train.start=runs/dit --config.tasks=generate --config.train.steps=500000 --config.train.learning_rate=1e-4
     python -m mmdiff train --config configs/diffdis/sd_scale.py --workdir runs/diffdis $ENCODERS $DATA \\
         --config.train.start=runs/generator
     python -m mmdiff eval  --config configs/diffdis/sd_scale.py --workdir runs/diffdis
@@ -18,6 +19,11 @@ as img2dataset writes them (mmdiff/data/image_folders.py). weights/sd-vae-ft-ema
 encoder of Stable Diffusion's autoencoder, with another decoder; weights/clip-vit-large-patch14 that of "openai/clip-vit-large-patch14"
 (MIT, with a statement of use in its card), Stable Diffusion's text tower and its projection. config.data.source=random makes all three up.
 Both encoders classify images of the twelve data sets by prompts, too (mmdiff/evals/zeroshot.py).
+
+The generator begins as DiT-XL/2 (facebook's file of 256 pixels, CC BY-NC 4.0), which works on the latents of the same encoder: Stable
+Diffusion's U-Net fits no transformer. At first it generates what DiT does without a class, whatever the caption, for cross-attention has
+gates of 0; the query's MLPs are copies of the image's; text, query and head are new. Hence its times and betas; from scratch (leave convert
+and its start out) config.noise=scaled_linear has Stable Diffusion's.
 
 Of the paper: the two losses on every batch, both with weight 1; the query rides in the image's self-attention with the image's weights,
 enters again at every block and has an MLP of its own (fusion="shared", two-way); a head of M = 6 blocks of width 768 with 12 heads; x_0 of
@@ -48,6 +54,7 @@ from mmdiff.training import optim
 
 STEPS, TOKENS, VECTOR = 1000, 77, 768  # of the chain; of CLIP's text tower
 NEW = r"query|head|logit"  # the weights that a generator does not bring
+NOISE = {"linear": schedules.linear_beta, "scaled_linear": schedules.scaled_linear_beta}
 
 
 def get_config():
@@ -58,7 +65,8 @@ def get_config():
         "data": {"source": "latents", "dir": "", "set": "captioned", "images": "", "max_skipped": 0, "size": 32},  # or random; 32 of 256
         "model": {
             "size": "XL", "patch": 2, "shared": 14, "head_depth": 6, "head_width": 768, "head_heads": 12, "fusion": "shared",
-            "two_way": True, "reinject": True, "dtype": "bfloat16", "remat": "auto", "scan": True},
+            "two_way": True, "reinject": True, "dtype": "bfloat16", "remat": "auto", "scan": True, "time_offset": -1.0},  # DiT's times
+        "noise": "linear",  # DiT's betas; or scaled_linear, Stable Diffusion's
         "query": {"gamma": 0.5, "loss": "infonce", "weight": 1.0},
         "dropout": 0.1,
         "tasks": "both",  # or generate or align: a single one
@@ -66,7 +74,7 @@ def get_config():
             steps=19_500, global_batch=1024, ema=0.9999, eval_every=5_000, checkpoint_every=1_000, log_every=100,
             learning_rate=1e-5, new_learning_rate=1e-4, warmup_steps=1000, weight_decay=1e-4),
         "sample": {"steps": 50, "guidance": 4.0},
-        "eval": {"batch": 100, "count": 1000, "zeroshot": "", "zeroshot_dir": ""},
+        "eval": {"batch": 100, "count": 1000, "zeroshot": "", "zeroshot_dir": "", "zeroshot_prompts": ""},
     })
 
 
@@ -83,7 +91,9 @@ def build(config):
         nets.Patches(*shape["image"], config.model.patch), nets.Vectors(VECTOR, TOKENS), VECTOR,
         logits=matching.init_logits(config.query.loss), **nets.options(config.model, without="patch"))
     generate, align = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
-    noise = schedules.scaled_linear_beta(STEPS)
+    if config.noise not in NOISE:
+        raise UserError(f"config.noise is {config.noise!r}: choose {' or '.join(NOISE)}.")
+    noise = NOISE[config.noise](STEPS)
     image, query = Gaussian(noise, eps), Gaussian(schedules.scaled(noise, config.query.gamma), x0, norm=1.0)
     generation, alignment = Joint(image=image, text=Given(0.0)), Joint(image=Given(0.0), query=query)
     noisy, dropped = times.on_grid(STEPS), times.mixture((1 - config.dropout, 0.0), (config.dropout, 1.0))
@@ -96,7 +106,7 @@ def build(config):
     aligner = Aligner(net, query, VECTOR, shape["image"])
     encode_image = aligner.function(10, cached=not config.model.two_way)
     return Experiment(
-        process=generation, modalities=modalities,
+        process=generation, net=net, modalities=modalities,
         init=initialiser(net, Joint(image=image, text=Given(0.0), query=query), shape),
         apply=generate,
         loss=losses.combine(**(tasks if config.tasks == "both" else {config.tasks: tasks[config.tasks]})),

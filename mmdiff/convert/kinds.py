@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from mmdiff import nets
-from mmdiff.convert import diffusers_dit, published_dit, vq_diffusion
+from mmdiff.convert import diffusers_dit, dual_dit, published_dit, vq_diffusion
 from mmdiff.convert.layouts import Layout
 from mmdiff.errors import UserError
 
@@ -54,6 +54,8 @@ KINDS = {
         "VQ-Diffusion (Gu et al. 2022) and CDCD (Zhu et al. 2023), their own files or diffusers'", "MIT for Microsoft's code and weights",
         nets.TokenTransformer, vq_diffusion.NEEDS, vq_diffusion.VQ_DIFFUSION, "cdcd/imagenet256_class", vq_diffusion.stated),
 }  # fmt: skip
+STARTS = {  # networks that begin as the published one and have more; the rest is fresh
+    "dit": Kind(KINDS["dit"].about, DIT_LICENCE, nets.DualStream, dual_dit.NEEDS, dual_dit.DUAL, "diffdis/sd_scale", dual_dit.stated)}
 
 
 def differences(kind: Kind, net: Any) -> dict[str, tuple[Any, Any]] | None:
@@ -70,7 +72,7 @@ def check_network(name: str, net: Any, config: str) -> Kind:
     """The kind of a name. Raises UserError unless the network of a config computes its function."""
     if name not in KINDS:
         raise UserError(f"there are no weights of the kind {name!r}: choose one of {', '.join(KINDS)} or mmdiff.")
-    kind = KINDS[name]
+    kind = STARTS[name] if name in STARTS and isinstance(net, STARTS[name].network) else KINDS[name]
     wrong = differences(kind, net)
     if wrong is None:
         raise UserError(

@@ -22,6 +22,7 @@ from mmdiff.errors import UserError
 
 Weights = Mapping[str, Tensor]
 Path = tuple[str, ...]
+BLOCK = r"block_\d+"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Layout:
     Attributes:
       names: our modules, "blocks/attention/qkv", and the published ones, "blocks.#.attn.qkv"; `#` counts the blocks.
       read: `(weights, net) -> weights` under the published keys, with our order of rows and columns; it drops what is recomputed.
-      write: its inverse.
+      write: its inverse, None for a part.
+      part: the network begins as the published one and has more: what has no name is left out.
     """
 
     names: Mapping[str, str]
     read: Callable[[Weights, Any], dict[str, Tensor]]
-    write: Callable[[Weights, Any], dict[str, Tensor]]
+    write: Callable[[Weights, Any], dict[str, Tensor]] | None
+    part: bool = False
 
 
 def load(
@@ -45,13 +48,17 @@ def load(
     """Parameters of `net` from published weights, leaf by leaf.
 
     Args:
-      abstract: the parameters' shapes, as `jax.eval_shape` of `net.init` gives them (without the collection's name).
+      abstract: the parameters' shapes, as `jax.eval_shape` of `net.init` gives them (without the collection's name); of a layout of
+        a `part` the others have no value.
       weights: of the file; `name` says which, in errors.
       place: (our path, tensor, abstract leaf) -> array, as in `state_dicts.load_params`.
 
     Raises:
       UserError: missing or unexpected keys, other shapes, or what `layout.read` refuses.
     """
+    if layout.part:
+        flat = flax.traverse_util.flatten_dict(abstract)
+        abstract = flax.traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if _module(path) in layout.names})
     ours = {_published(layout, path): path for path in flax.traverse_util.flatten_dict(abstract)}
     found = state_dicts.load_params(
         _renamed(layout, abstract), layout.read(weights, net), name,
@@ -80,11 +87,15 @@ def _renamed(layout: Layout, tree: Any) -> Any:
 
 def _published(layout: Layout, path: Path) -> Path:
     """Our path -> (the published module, the leaf): of scanned blocks with `#`, of single ones (block_3) with their number."""
-    block = re.fullmatch(r"block_(\d+)", path[0])
-    module = "/".join(("blocks" if block else path[0], *path[1:-1]))
+    module = _module(path)
     if module not in layout.names:
         raise UserError(f"the published layout has no place for the parameters {'/'.join(path)}, which the network of the config has.")
-    return layout.names[module].replace("#", block[1] if block else "#"), path[-1]
+    number = next((part.removeprefix("block_") for part in path if re.fullmatch(BLOCK, part)), "#")
+    return layout.names[module].replace("#", number), path[-1]
+
+
+def _module(path: Path) -> str:
+    return "/".join("blocks" if re.fullmatch(BLOCK, part) else part for part in path[:-1])
 
 
 # ---- What layouts are made of ----

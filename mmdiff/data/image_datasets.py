@@ -12,13 +12,14 @@
     cifar10, cifar100, caltech101, dtd, eurosat, oxford_flowers102, food101, oxford_iiit_pet, cars196, sun397
                      TFDS, the same: label; "eurosat/rgb", and of SUN397 "standard-part1-120k", the first of the published partitions
     folder           one's own, in folders of classes or in tar files: label, the classes in the order of names or by number
+    classes          one's own, to measure on alone: all images in folders of classes, of its test or val where it is split
     captioned        one's own, or what img2dataset writes of CC3M: captions, in tar files, in a list or next to the images
 
 `data.image_folders` says what one's own folder may hold: train and val, or the images themselves, of which a tenth is then "val".
 `mmdiff.files` says how files are found and read, `data.media` which kinds of images, and how one of any kind becomes values.
 
 The splits are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 images; TFDS calls its parts val,
-restval and test), of CUB-200 the test classes, of EuroSAT all (it is published without splits, and has no "train"), else the test set.
+restval and test), of CUB-200 the test classes, of EuroSAT all (it is published without splits), else the test set.
 
 A damaged image ends the run with a sentence that names it. Where config.data.damaged is above 0, that share of the images may be: each
 is named in the log, and the next sound one stands in its place.
@@ -55,6 +56,7 @@ SPLITS = {
     "coco_captions": {"train": "train", "val": "val+restval+test"},
     "cub200": {"train": "trainvalclasses.txt", "val": "testclasses.txt"},
     "folder": {"train": "train", "val": "val"},
+    "classes": {"val": ""},
     "captioned": {"train": "train", "val": "val"},
     "eurosat": {"val": "train"},
     "fgvc_aircraft": {"train": "trainval", "val": "test"},
@@ -165,6 +167,8 @@ def records_of(name: str, split: str, data_dir: str | os.PathLike) -> Records:
         raise UserError(f"the set {name} has no split {split!r}: choose one of {', '.join(SPLITS[name])}.")
     if not data_dir:
         raise UserError(f"config.data.dir is empty: name the folder of the set {name} (mmdiff/data/image_datasets.py says what is in it).")
+    if name == "classes":
+        return image_folders.read_classes(data_dir)
     if name in OWN:
         return image_folders.read_set(data_dir, OWN[name], split)
     folder, part = files.expand(data_dir), SPLITS[name][split]

@@ -110,6 +110,20 @@ def read_set(data_dir: str | os.PathLike, kind: str, split: str) -> Records:
     return _read(folder, named, split, kind)
 
 
+def read_classes(data_dir: str | os.PathLike) -> Files:
+    """Images to measure on, in folders of their classes: those of FOLDER/test or val if it is split, else all of it.
+
+    Raises:
+      UserError: no such folder, none of a class in it, or an image that is in none.
+    """
+    folder = files.expand(data_dir)
+    if not files.is_folder(folder):
+        raise UserError(f"there is no folder {folder} of images in folders of their classes, {folder}/CLASS/NAME.png.")
+    present, parts = files.folders(folder), [name for part in ("test", "val", "train") for name in PARTS[part]]
+    own = folder / next(name for name in parts if name in present) if present and set(present) <= set(parts) else folder
+    return _classes(folder, own, own)
+
+
 def split_rows(keys: Sequence[str], labels: Sequence[int], shares: Mapping[str, float]) -> dict[str, np.ndarray]:
     """The rows of each part, ascending: {"train": int64 [n], ...}. Of every label the same shares, at least one of three or more.
 

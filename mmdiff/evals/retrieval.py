@@ -113,7 +113,7 @@ def class_vectors(encode: Callable, names: Sequence[str], templates: Sequence[st
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
         raise UserError(f"prompt templates hold the class' name as {{}}, 'a photo of a {{}}.', and there is at least one, not {wrong}.")
-    texts = [template.format(name) for name in names for template in templates]
+    texts = [template.replace("{}", name) for name in names for template in templates]
     return ensemble(np.asarray(encode(texts)).reshape(len(names), len(templates), -1), names)
 
 

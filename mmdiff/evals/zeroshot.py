@@ -8,17 +8,23 @@
     eurosat/rgb (all)         27,000     top-1                     sun397/standard-part1-120k      19,850     top-1
     (fgvc_aircraft)            3,333     mean per class            imagenet2012 (validation)       50,000     top-1
 
-of the test sets where nothing else is said. FGVC-Aircraft is not in TFDS, so its official archive is read;
-mmdiff/data/image_datasets.py says what lies where.
+of the test sets where nothing else is said. DIR/SET, with DIR the folder where TFDS keeps data sets, has a set as TFDS prepares it, or in
+folders of its classes: DIR/SET/CLASS/NAME.png, or these in DIR/SET/test. FGVC-Aircraft is not in TFDS: its official archive is read
+(mmdiff/data/image_datasets.py says what lies where). One's own images lie in folders of their classes, FOLDER/CLASS/NAME.png.
 
 The prompts are our own, fewer than CLIP's (18 for the CIFARs, 34 for Caltech101, 80 for ImageNet, ...), and so are the classes' names,
-those of TFDS in plain words: metrics are comparable with each other, less so with published ones. A file DATA_DIR/SET/classes.txt,
-a name on every line by label, takes the place of the names. ImageNet needs it, for TFDS stores WordNet's ids.
+those of TFDS or of the folders in plain words: metrics are comparable with each other, less so with published ones. In their place stand
+
+    DIR/SET/classes.txt, FOLDER/classes.txt      a name on every line, by label: in the order of the folders' names
+    DIR/SET/prompts.txt, FOLDER/prompts.txt      a prompt on every line, with the name as {}: "a photo of a {}."
+
+ImageNet needs names, for TFDS stores WordNet's ids. A class' vector is the mean of its prompts' unit vectors, normalised, as CLIP's.
 
     python -m mmdiff eval --config ... --workdir ... --zeroshot all                         or --zeroshot cifar10,food101
     python -m mmdiff eval --config ... --workdir ... --zeroshot all --zeroshot-dir DIR      where TFDS keeps data sets elsewhere
+    python -m mmdiff eval --config ... --workdir ... --zeroshot ./pets --prompts FILE       one's own images, and prompts
 
-set config.eval.zeroshot and config.eval.zeroshot_dir, which a config hands to `asked`.
+set config.eval.zeroshot, zeroshot_dir and zeroshot_prompts, which a config hands to `asked`.
 """
 
 from __future__ import annotations
@@ -43,7 +49,7 @@ from mmdiff.evals.accuracy import accuracy
 from mmdiff.evals.evaluator import Clock, EvalResult, best, example_keys, say
 from mmdiff.evals.retrieval import class_vectors, mean_per_class, scores
 
-CLASSES = "classes.txt"
+CLASSES, PROMPTS = "classes.txt", "prompts.txt"
 TEXTS = 2000  # prompts that are encoded at once
 
 PHOTO = ("a photo of a {}.",)
@@ -80,6 +86,7 @@ TASKS: Mapping[str, Task] = {
     "sun397": Task((*PHOTO, "a photo of the place: {}.")),
     "imagenet2012": Task((*DEPICTED, "a blurred photo of a {}.", "a {} in its usual place.", "many of them: {}.", "a part of a {}.")),
 }
+OWN = Task(PHOTO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +98,11 @@ class ZeroShot:
     Attributes:
       encode_image: `(params, keys [n], {"image": float32 [n, size, size, 3] in [-1, 1]}) -> vectors [n, D]`, jitted.
       encode_text: `(params, texts) -> vectors [n, D]`.
-      data_dir: where TFDS keeps data sets. size: the side of an image, of which the central square is seen.
+      data_dir: where the data sets are. size: the side of an image, of which the central square is seen.
       count: images of each set, evenly spread over it; by default all.
       batch: images of a call of `encode_image`, always that many.
-      names: of the data sets.
+      names: of the data sets, or one's own folders.
+      prompts: in the place of the sets' own.
 
     Raises:
       UserError: no set that is on disk with names of its classes, one that cannot be read, or names that are not as many as its classes.
@@ -107,44 +115,61 @@ class ZeroShot:
     count: int | None = None
     batch: int = 250
     names: Sequence[str] = tuple(TASKS)
+    prompts: Sequence[str] = ()
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
         if getattr(experiment, "split", "test") != "test":
             return EvalResult({}, settings={"zero_shot_not_run": "these are test sets: nothing is chosen on them"})
-        clock, metrics, definitions, not_run, sources = Clock(), {}, {}, {}, {}
+        sets, not_run, chosen = {}, {}, []
         for name in self.names:
-            try:
-                source = ImageDataset(name, "val", self.data_dir, self.size)
-            except Absent:
+            folder = files.expand(self.data_dir) / name if name in TASKS else files.expand(name)
+            if (source := self._source(name, folder)) is None:
                 not_run[name] = "not on disk"
-                continue
-            if names := class_names(name, source.names, self.data_dir):
-                sources[name] = (Subset(source, self.count) if self.count else source), names
+            elif names := class_names(source.names, folder):
+                called = name if name in TASKS else re.sub(r"\W+", "_", folder.absolute().name)
+                if called in sets:
+                    raise UserError(f"two of the data sets {', '.join(self.names)} are called {called}: rename one folder.")
+                own = read_prompts(folder / PROMPTS) if os.path.lexists(folder / PROMPTS) else ()
+                templates = self.prompts or own or TASKS.get(name, OWN).templates
+                if name in TASKS:
+                    chosen.append(f"{name}_{'mean_per_class' if TASKS[name].per_class else 'top1'}")
+                sets[called] = (Subset(source, self.count) if self.count else source), names, templates
             else:
-                not_run[name] = f"names of classes are missing: write them into {pathlib.Path(self.data_dir) / name / CLASSES}"
-        if not sources:
+                not_run[name] = f"names of classes are missing: write them into {folder / CLASSES}"
+        if not sets:
             raise UserError(
                 f"none of the data sets {', '.join(self.names)} can be classified: in {self.data_dir} they are missing or have no names of "
                 "their classes (mmdiff/data/image_datasets.py and mmdiff/evals/zeroshot.py say what lies where).")
         if not_run:
             say(f"not run for want of data or names (data/image_datasets.py, evals/zeroshot.py say what lies where): {', '.join(not_run)}")
-        for name, (source, names) in sources.items():
+        clock, metrics, definitions = Clock(), {}, {}
+        for name, (source, names, templates) in sets.items():
             clock.start(name, f"classifying {len(source):,} images of {name}, {len(names)} classes")
-            predicted, true = self._classify(params, key, source, self._classes(params, names, TASKS[name].templates))
+            predicted, true = self._classify(params, key, source, self._classes(params, names, templates))
             share = f"share of {len(source):,} images of {name} whose class is predicted, among {len(names)} by the vectors of prompts"
             metrics |= {f"{name}_top1": accuracy(predicted, true), f"{name}_mean_per_class": mean_per_class(predicted, true)}
             definitions |= {f"{name}_top1": share, f"{name}_mean_per_class": "the mean over the classes of that share"}
         clock.stop()
-        chosen = {name: f"{name}_{'mean_per_class' if TASKS[name].per_class else 'top1'}" for name in sources}
-        metrics["zero_shot"] = float(np.mean([metrics[each] for each in chosen.values()]))
-        definitions["zero_shot"] = f"the mean over {len(chosen)} of {len(TASKS)} data sets: {', '.join(chosen.values())}"
+        if chosen:
+            metrics["zero_shot"] = float(np.mean([metrics[each] for each in chosen]))
+            definitions["zero_shot"] = f"the mean over {len(chosen)} of {len(TASKS)} data sets: {', '.join(chosen)}"
         settings = {
-            "zero_shot_images": {name: len(source) for name, (source, _) in sources.items()},
-            "zero_shot_prompts": {name: len(TASKS[name].templates) for name in sources},
+            "zero_shot_images": {name: len(source) for name, (source, _, _) in sets.items()},
+            "zero_shot_prompts": {name: len(templates) for name, (_, _, templates) in sets.items()},
             "zero_shot_not_run": not_run,
             "zero_shot_seconds": clock.seconds,
         }
         return EvalResult(metrics, definitions, {}, settings)
+
+    def _source(self, name: str, folder: pathlib.Path) -> ImageDataset | None:
+        """The images of a set, None if it is not on disk."""
+        if name not in TASKS:
+            return ImageDataset("classes", "val", folder, self.size)
+        try:
+            return ImageDataset(name, "val", self.data_dir, self.size)
+        except Absent:
+            there = files.is_folder(folder) and files.folders(folder)
+            return ImageDataset("classes", "val", folder, self.size) if there else None
 
     def _classes(self, params: Any, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """The classes' unit vectors [classes, D]."""
@@ -165,38 +190,57 @@ class ZeroShot:
 
 
 def asked(options: Any, encode_image: Callable, encode_text: Callable, size: int) -> tuple[ZeroShot, ...]:
-    """The evaluators that a config's `eval` section asks for: one for zeroshot = "all" or "cifar10,food101", none for "".
+    """The evaluators that a config's `eval` section asks for: one for zeroshot = "all", "cifar10,food101" or a folder, none for "".
 
     Args:
-      options: the section: zeroshot, zeroshot_dir ("" is where TFDS keeps data sets) and batch.
+      options: the section: zeroshot, zeroshot_dir ("" is where TFDS keeps data sets), zeroshot_prompts (a file, "" for the sets' own) and
+        batch.
       encode_image, encode_text, size: as in `ZeroShot`.
 
     Raises:
-      UserError: unknown names, or a folder that does not exist.
+      UserError: unknown names, a folder or file that does not exist, or one without prompts.
     """
     if not options.zeroshot:
         return ()
     names = tuple(TASKS) if options.zeroshot == "all" else tuple(dict.fromkeys(name.strip() for name in options.zeroshot.split(",")))
     for name in names:
-        if name not in TASKS:
+        if name not in TASKS and not files.is_folder(files.expand(name)):
             near = difflib.get_close_matches(name, TASKS, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise UserError(f"there is no zero-shot data set {name!r}{hint}: config.eval.zeroshot is all, or some of {', '.join(TASKS)}.")
+            raise UserError(
+                f"there is no zero-shot data set or folder {name!r}{hint}: config.eval.zeroshot is all, some of {', '.join(TASKS)}, or "
+                "a folder with a folder of images for each class.")
     folder = options.zeroshot_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    if not pathlib.Path(folder).expanduser().is_dir():
+    if not TASKS.keys().isdisjoint(names) and not pathlib.Path(folder).expanduser().is_dir():
         raise UserError(
             f"there is no folder {folder}: name the one with the zero-shot data sets, --zeroshot-dir DIR (config.eval.zeroshot_dir; "
             "mmdiff/data/image_datasets.py says what is in it).")
-    return (ZeroShot(encode_image, encode_text, folder, size, batch=options.batch, names=names),)
+    prompts = getattr(options, "zeroshot_prompts", "")  # config files of before have none
+    prompts = read_prompts(prompts) if prompts else ()
+    return (ZeroShot(encode_image, encode_text, folder, size, batch=options.batch, names=names, prompts=prompts),)
 
 
-def class_names(name: str, stored: Sequence[str], data_dir: str | os.PathLike) -> list[str]:
+def read_prompts(path: str | os.PathLike) -> tuple[str, ...]:
+    """The prompts of a file, one on every line that is not empty.
+
+    Raises:
+      UserError: a file that cannot be read, has none, or one without the place of the class' name.
+    """
+    found = tuple(files.read_names(path))
+    for line in found or [""]:
+        if "{}" not in line:
+            what = f"has the prompt {line[:80]!r} without the place of the class" if found else "has no prompts"
+            raise UserError(f"{path} {what}: write one on every line, with the class as {{}}, 'a photo of a {{}}.'.")
+    return found
+
+
+def class_names(stored: Sequence[str], folder: pathlib.Path) -> list[str]:
     """The names of a set's classes by label: those of its classes.txt, else what is stored in plain words; none if these are ids.
 
     Raises:
       UserError: a classes.txt with more or fewer names than classes.
     """
-    path = files.expand(data_dir) / name / CLASSES
+    path = folder / CLASSES
     if os.path.lexists(path):
         names = [line.strip() for line in files.read_lines(path) if line.strip()]
         if len(names) != len(stored):

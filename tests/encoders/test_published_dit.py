@@ -2,6 +2,7 @@
 
 import functools
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from mmdiff import nets
 from mmdiff.convert import diffusers_dit, layouts, published_dit
-from mmdiff.convert.kinds import KINDS, check_network, differences, kind_of
+from mmdiff.convert.kinds import KINDS, STARTS, check_network, differences, kind_of
 from mmdiff.convert.tensors import Tensor
 from mmdiff.errors import UserError
 
@@ -135,3 +136,27 @@ def test_a_network_of_another_function_is_refused():
         check_network("sit", None, "mine.py")
     with pytest.raises(UserError, match="no weights of the kind 'dti': choose one of dit, "):
         check_network("dti", None, "mine.py")
+
+
+def test_a_dual_stream_begins_as_dit_without_a_class():
+    """Whatever the caption; the query's MLP is the image's. The last golden output is of the null class."""
+    net = nets.DualStream(
+        nets.Patches(8, 8, 4, 2), nets.Vectors(6, 3), 6, shared=1, head_depth=1, fusion="shared", scan=True, **SIZES, **FIELDS["dit"])
+    assert check_network("dit", net, "it") is STARTS["dit"]
+    x = {"image": jnp.asarray(published.normal("z", (3, 4, 8, 8))[[2, 2]].transpose(0, 2, 3, 1), jnp.float32),
+         "text": jnp.ones((2, 3, 6)), "query": jnp.ones((2, 6))}
+    t = {"image": jnp.full(2, 1.0), "text": jnp.array([0.0, 1.0]), "query": jnp.ones(2)}
+    abstract = jax.eval_shape(net.init, jax.random.key(0), x, t)["params"]
+    found = flax.traverse_util.flatten_dict(layouts.load(STARTS["dit"].layout, net, abstract, tensors(weights()), "it.pt"))
+    rest = flax.traverse_util.flatten_dict(abstract)
+    params = {path: found.get(path, np.full(leaf.shape, 0.1, np.float32)) for path, leaf in rest.items()}  # what is new is no zero
+    copied, image = (params["trunk", "blocks", f"{name}_mlp", "in", "kernel"] for name in ("query", "image"))
+    np.testing.assert_array_equal(copied, image)
+    assert 0 < len(found) < len(params) and not any(path[0] in ("head", "text_in", "query_out") for path in found)
+    out = jax.jit(functools.partial(net.apply, tasks=("generate",)))({"params": flax.traverse_util.unflatten_dict(params)}, x, t)["image"]
+    published.assert_close(out.transpose(0, 3, 1, 2), GOLDEN["dit"][[2, 2], :4])
+    with pytest.raises(UserError, match="fusion=shared .here mmdit"):
+        check_network("dit", net.copy(fusion="mmdit"), "it")
+    without = {key: array for key, array in weights().items() if "y_embedder" not in key}
+    with pytest.raises(UserError, match="they are not DiT's"):
+        layouts.load(STARTS["dit"].layout, net, abstract, tensors(without), "it.pt")

@@ -140,6 +140,53 @@ def test_names_of_ones_own(folder):
         found(folder)
 
 
+def in_folders(folder, names=WORDS):
+    """The test images in folders of their classes; -> the labels' order there is that of the names."""
+    for i, (level, label) in enumerate(zip(SHOWN, TRUE)):
+        (folder / names[label].strip("/").replace("/", " ")).mkdir(parents=True, exist_ok=True)
+        (folder / names[label].strip("/").replace("/", " ") / f"{i}.png").write_bytes(grey(level).getvalue())
+    return folder
+
+
+def test_sets_and_ones_own_images_in_folders_of_classes(tmp_path):
+    in_folders(tmp_path / "food101/test", NAMES)
+    in_folders(tmp_path / "imagenet2012", ["n00000000", "n00000001", "n00000002"])
+    (tmp_path / "imagenet2012/classes.txt").write_text("\n".join(NAMES))
+    own = in_folders(tmp_path / "my own", NAMES)
+    result = found(tmp_path, names=("food101", "imagenet2012", str(own)))
+    expected = {"top1": 7 / 9, "mean_per_class": (5 / 6 + 0 + 1) / 3}
+    each = {f"{name}_{kind}": value for name in ("food101", "imagenet2012", "my_own") for kind, value in expected.items()}
+    assert result.metrics == pytest.approx(each | {"zero_shot": 7 / 9})  # of the published ones
+    assert result.definitions["zero_shot"] == "the mean over 2 of 12 data sets: food101_top1, imagenet2012_top1"
+    assert set(found(tmp_path, names=(str(own),)).metrics) == {"my_own_top1", "my_own_mean_per_class"}
+    in_folders(tmp_path / "other/my own", NAMES)
+    with pytest.raises(UserError, match="are called my_own: rename one folder"):
+        found(tmp_path, names=(str(own), str(tmp_path / "other/my own")))
+    (own / "loose.png").write_bytes(grey(0).getvalue())
+    with pytest.raises(UserError, match="loose.png is in no folder of a class"):
+        found(tmp_path, names=(str(own),))
+
+
+def test_prompts_of_ones_own(folder, tmp_path):
+    asked = []
+
+    def encode(params, texts):
+        asked.extend(texts)
+        return encode_text(params, texts)
+
+    own = in_folders(tmp_path / "own", NAMES)
+    (folder / "cifar10/prompts.txt").write_text("{}!\n\nlook, a {} {0}\n")
+    result = found(folder, encode_text=encode, names=("cifar10", "eurosat", str(own)))
+    assert result.settings["zero_shot_prompts"] == {"cifar10": 2, "eurosat": 3, "own": 1}
+    assert {"an apple!", "look, a an apple {0}", "{} seen from above.".format("an apple"), "a photo of a an apple."} <= set(asked)
+    asked.clear()
+    found(folder, encode_text=encode, names=("cifar10", str(own)), prompts=("one {}",))
+    assert set(asked) == {f"one {name}" for name in NAMES}
+    (folder / "cifar10/prompts.txt").write_text("a photo\n")
+    with pytest.raises(UserError, match="prompts.txt has the prompt 'a photo' without the place of the class"):
+        found(folder)
+
+
 def test_some_pictures_of_each(folder):
     result = found(folder, count=3)  # 0, 3 and 6 of nine
     assert result.settings["zero_shot_images"]["cifar10"] == 3
@@ -197,8 +244,8 @@ def test_names_in_plain_words(tmp_path):
         "AM General Hummer SUV 2000": "AM General Hummer SUV 2000", "F-16A/B": "F-16A/B", "hard-leaved pocket orchid":
         "hard-leaved pocket orchid"}  # fmt: skip
     assert {name: plain(name) for name in names} == names
-    assert class_names("cifar10", ["a_b", "n00000001"], tmp_path) == ["a b", "n00000001"]
-    assert class_names("imagenet2012", ["n00000000", "n00000001"], tmp_path) == []
+    assert class_names(["a_b", "n00000001"], tmp_path) == ["a b", "n00000001"]
+    assert class_names(["n00000000", "n00000001"], tmp_path) == []
 
 
 # -------------------------------------------------------------------------------------------------------------- the command
@@ -213,7 +260,7 @@ from mmdiff.evals import zeroshot
 
 def get_config():
     config = tiny.get_config()
-    config.eval = {"batch": 4, "zeroshot": "", "zeroshot_dir": ""}
+    config.eval = {"batch": 4, "zeroshot": "", "zeroshot_dir": "", "zeroshot_prompts": ""}
     return config
 
 
@@ -244,13 +291,25 @@ def test_the_command_classifies_what_is_on_disk_and_reports_it(run, folder, caps
     assert report["eurosat_top1"] == 1 and "oxford_iiit_pet_mean_per_class" in report
 
 
+def test_the_command_classifies_ones_own_images_by_ones_own_prompts(run, tmp_path, capsys):
+    (tmp_path / "prompts").write_text("this is a {}\n")
+    own = in_folders(tmp_path / "pets", NAMES)
+    assert cli.main(["eval", *run, "--zeroshot", str(own), "--prompts", str(tmp_path / "prompts")]) == 0
+    report = json.loads(open(f"{run[-1]}/report.json").read())
+    assert report["pets_top1"] == pytest.approx(7 / 9) and report["settings"]["zero_shot_prompts"] == {"pets": 1}
+    assert "pets_mean_per_class" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["--zeroshot", "cifar01"], "no zero-shot data set 'cifar01' \\(did you mean cifar10\\?\\): .* some of cifar10, cifar100, "),
+        (["--zeroshot", "cifar01"], "data set or folder 'cifar01' \\(did you mean cifar10\\?\\): .* some of cifar10, cifar100, "),
         (["--zeroshot", "cifar10", "--zeroshot-dir", "/nowhere"], "no folder /nowhere: name the one with the zero-shot data sets"),
         (["--zeroshot-dir", "/tmp"], "say which data sets, --zeroshot all"),
         (["--zeroshot", ""], "say which data sets, --zeroshot all"),
+        (["--prompts", "p"], "--prompts are what --zeroshot classifies by: say which data sets, --zeroshot all"),
+        (["--zeroshot", "all", "--zeroshot-dir", ".", "--prompts", "none"], "none does not exist"),
+        (["--zeroshot", ".", "--prompts", "/dev/null"], "/dev/null"),
         (["--zeroshot", "all", "--split", "validation"], "leave --split validation out"),
         (["--zeroshot", "food101", "--zeroshot-dir", "."], "none of the data sets food101 can be classified: in . they are missing"),
     ],
