@@ -216,7 +216,10 @@ def asked(options: Any, encode_image: Callable, encode_text: Callable, size: int
             f"there is no folder {folder}: name the one with the zero-shot data sets, --zeroshot-dir DIR (config.eval.zeroshot_dir; "
             "mmdiff/data/image_datasets.py says what is in it).")
     prompts = getattr(options, "zeroshot_prompts", "")  # config files of before have none
-    prompts = read_prompts(prompts) if prompts else ()
+    try:
+        prompts = read_prompts(prompts) if prompts else ()
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')} (config.eval.zeroshot_prompts).") from error
     return (ZeroShot(encode_image, encode_text, folder, size, batch=options.batch, names=names, prompts=prompts),)
 
 

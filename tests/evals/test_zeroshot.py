@@ -308,14 +308,15 @@ def test_the_command_classifies_ones_own_images_by_ones_own_prompts(run, tmp_pat
         (["--zeroshot-dir", "/tmp"], "say which data sets, --zeroshot all"),
         (["--zeroshot", ""], "say which data sets, --zeroshot all"),
         (["--prompts", "p"], "--prompts are what --zeroshot classifies by: say which data sets, --zeroshot all"),
-        (["--zeroshot", "all", "--zeroshot-dir", ".", "--prompts", "none"], "none does not exist"),
-        (["--zeroshot", ".", "--prompts", "/dev/null"], "/dev/null"),
+        (["--zeroshot", "all", "--zeroshot-dir", ".", "--prompts", "none"], r"no such file: none \(config.eval.zeroshot_prompts\)\.$"),
+        (["--zeroshot", ".", "--prompts", "p"], r"p has the prompt 'a thing' without .* \(config.eval.zeroshot_prompts\)\.$"),
         (["--zeroshot", "all", "--split", "validation"], "leave --split validation out"),
         (["--zeroshot", "food101", "--zeroshot-dir", "."], "none of the data sets food101 can be classified: in . they are missing"),
     ],
 )
 def test_what_the_command_cannot_do_is_one_sentence(run, given, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").write_text("a thing\n")
     assert cli.main(["eval", *run, *given]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmdiff: error")]
     assert len(lines) == 1 and re.search(message, lines[0]), lines
