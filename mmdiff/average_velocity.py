@@ -31,13 +31,14 @@ from mmdiff.guidance import dropped
 from mmdiff.processes.aggregate import Aggregate
 from mmdiff.processes.base import Joint, Process, bcast
 from mmdiff.processes.gaussian import Gaussian, LearnedSigma
-from mmdiff.spans import end_of, forward_mode
+from mmdiff.spans import end_of, forward_mode, velocity_of
 
 
 def averaged(apply: Callable, name: str, process: Joint, w: float | Callable = 1.0, drop: Sequence[str] = ()) -> Callable:
     r"""The network to train average velocities of a modality with: its output for it is `u + (t - s) sg[du/dt]`, the others are u's.
 
-    The tangent of du/dt is the network's own velocity u(z, t, t). Costs a forward pass and the tangents of another one more than `apply`:
+    The tangent of du/dt is the network's own velocity: u(z, t, t), or the output "NAME/velocity" of a network that has one (`nets.MiT`),
+    which guidance shifts, too, and which needs a term of its own. Costs a forward pass and the tangents of another one more than `apply`:
     about 5/3 of a training step. Where s = t the output is that of `apply`.
 
     Args:
@@ -66,16 +67,19 @@ def averaged(apply: Callable, name: str, process: Joint, w: float | Callable = 1
     if not callable(w) and not (1 <= w < np.inf and (drop or w == 1)):
         raise UserError(f"averaged: guidance in training has a weight of 1 (none) or more and modalities to drop, not {w} and {drop}.")
 
+    def field(out):
+        return out.get(velocity_of(name), out[name])
+
     def apply_averaged(params, x, t):
         end = end_of(name)
         if end not in t:
             raise UserError(f"averaged: the times do not say where a step of {name!r} ends: use times.spans({name!r}, ...).")
         frozen, instant, shift = jax.lax.stop_gradient(params), {**t, end: t[name]}, 0.0
-        v = apply(frozen, x, instant)[name]
+        v = field(apply(frozen, x, instant))
         if guided:
             null_x, null_t = ({condition: null(condition) for condition in drop} for null in (
                 lambda condition: process.null_like(condition, x[condition]), lambda condition: jnp.ones_like(t[condition])))
-            unconditional = apply(frozen, {**x, **null_x}, {**instant, **null_t})[name]
+            unconditional = field(apply(frozen, {**x, **null_x}, {**instant, **null_t}))
             known = jnp.stack([t[condition] == 0 for condition in drop]).all(0)
             scale = jnp.where(known, 1.0 - 1.0 / (w(t) if callable(w) else w), 0.0)
             shift = bcast(scale, v) * (v - unconditional)
@@ -86,7 +90,8 @@ def averaged(apply: Callable, name: str, process: Joint, w: float | Callable = 1
 
         with forward_mode():
             u, slope, out = jax.jvp(average, (x[name], t[name]), (v.astype(x[name].dtype), jnp.ones_like(t[name])), has_aux=True)
-        return {**out, name: u + jax.lax.stop_gradient(bcast(t[name] - t[end], slope) * slope - shift)}
+        more = {key: value - jax.lax.stop_gradient(shift) for key, value in out.items() if key == velocity_of(name)}
+        return {**out, **more, name: u + jax.lax.stop_gradient(bcast(t[name] - t[end], slope) * slope - shift)}
 
     return apply_averaged
 

@@ -34,6 +34,7 @@ from mmdiff.average_velocity import averaged
 from mmdiff.errors import UserError
 from mmdiff.microbatches import BatchLoss, Pieces, without_state
 from mmdiff.processes.base import Process, concrete, fold
+from mmdiff.routing import kept_tokens, routed
 from mmdiff.terms import (
     InBatchTerm,
     Term,
@@ -58,7 +59,8 @@ from mmdiff.times import Adaptive, Times, example_keys
 
 __all__ = [
     "InBatchTerm", "Loss", "Term", "adaptive", "aligned", "auxiliary", "averaged", "combine", "diffusion", "error_in", "flips",
-    "masked_ce", "masked_elbo", "min_snr", "mse", "of_parts", "on", "prepared", "sigma_vlb", "sigmoid", "snr", "vlb", "weighted", "x0_ce",
+    "masked_ce", "masked_elbo", "min_snr", "mse", "of_parts", "on", "prepared", "routed", "sigma_vlb", "sigmoid", "snr", "vlb",
+    "weighted", "x0_ce",
 ]
 
 Loss = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -130,7 +132,10 @@ def diffusion(
         else:
             t = times(times_key, index)
         noised = bound.corrupt(fold(keys, "corrupt"), bound.select(batch), t).replace(batch=batch, key=key, micro=micro)
-        out = apply(params, *bound.inputs(noised.xt, noised.t))
+        net_x, net_t = bound.inputs(noised.xt, noised.t)
+        if keep := kept_tokens(batch):
+            net_x = {**net_x, **keep}
+        out = apply(params, net_x, net_t)
         own, embeddings = {}, {}
         for name, (weight, term) in terms_of(bound).items():
             if isinstance(term, InBatchTerm):

@@ -21,6 +21,15 @@ def end_of(name: str) -> str:
     return f"{name}/end"
 
 
+def velocity_of(name: str) -> str:
+    """The output, among those by modality, of a network that predicts velocities beside their averages.
+
+    >>> velocity_of("image")
+    'image/velocity'
+    """
+    return f"{name}/velocity"
+
+
 def check_no_ends(who: str, t: Mapping[str, Any]) -> None:
     """Raises UserError if times say where steps end, for a network that would not hear of it."""
     if ends := [name for name in t if name.endswith(end_of(""))]:

@@ -296,10 +296,11 @@ def multitask(
     return mixture(*((shares[name], rules[name]) for name in order))
 
 
-def spans(name: str, equal: float, rule: Times) -> Times:
+def spans(name: str, equal: float, rule: Times, other: Times | None = None) -> Times:
     """The times of `rule`, and where a step of the modality `name` ends: s = t for a share `equal` of the examples, else s ~ U[0, t).
 
-    For average velocities, see `averaged`; s is `t["NAME/end"]`. The share is each example's own chance, whatever its place in a batch.
+    With `other`, a rule of one time, a step goes from the later of the rule's time and that one to the earlier (MeanFlow). For average
+    velocities, see `averaged`; s is `t["NAME/end"]`. The share is each example's own chance, whatever its place in a batch.
 
     >>> t = spans("image", 0.5, joint(image=uniform(), label=0.0))(jax.random.key(0), jnp.arange(1000))
     >>> f'{(t["image/end"] == t["image"]).mean():.1f}', bool((t["image/end"] <= t["image"]).all())
@@ -307,14 +308,22 @@ def spans(name: str, equal: float, rule: Times) -> Times:
     """
     if not 0 <= equal <= 1:
         raise UserError(f"spans: the share of examples with s = t lies in [0, 1], not {equal}.")
+    if other is not None and isinstance(rule, Adaptive):
+        raise UserError("spans: importance-sampled times are those of the rule alone: leave the other time out.")
 
     def sample(key, index, stats):
         found = _sampled(rule, key, index, stats)
         if not isinstance(found.t, Mapping) or name not in found.t:
             raise UserError(f"spans: the rule gives no time of a modality {name!r}: let it be joint({name}=...) or a mixture of such.")
-        u = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(example_keys(_named(key, end_of(name)), index))
-        end = found.t[name] * jnp.where(u[:, 0] < equal, 1.0, u[:, 1])
-        return found._replace(t={**found.t, end_of(name): end})
+        own = _named(key, end_of(name))
+        u = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(example_keys(own, index))
+        t = found.t[name]
+        if other is None:
+            end = t * jnp.where(u[:, 0] < equal, 1.0, u[:, 1])
+        else:
+            second = other(_named(own, "other"), index)
+            t, end = jnp.maximum(t, second), jnp.where(u[:, 0] < equal, jnp.maximum(t, second), jnp.minimum(t, second))
+        return found._replace(t={**found.t, name: t, end_of(name): end})
 
     return _combined(sample, [rule])
 

@@ -106,10 +106,13 @@ def classes(folder):
     return ["--classes", "balanced"]
 
 
+MIT = ["model.width=32", "model.depth=2", "model.heads=2", "model.head_depth=1", "model.patch=16"]
 PIXELS = ["data.name=folder", "data.size=16", "model.size=XXS", "model.patch=8"]
 ROADS = {  # config: (the set's layout, the encoders' flags, its name in the config, flags of training, what samples are given)
     "imagenet256/dit_xl2": (folders, vae, "", DIT, classes),
     "imagenet256/sit_xl2": (folders, vae, "", DIT, classes),
+    "imagenet256/meanflow_xl2": (folders, vae, "", MIT, classes),
+    "imagenet256/jit_b16": (folders, None, "", [*PIXELS, "model.in_context=(2,1)", "model.bottleneck=4"], classes),
     "imagenet256/joint_xl2": (folders, vae, "", [*DIT, "eval.most=4"], classes),
     "mtdiffusion/imagenet64_label": (folders, None, "", PIXELS, classes),
     "mtdiffusion/imagenet64_masked": (folders, None, "", [*PIXELS, "patches.size=4"], masks),

@@ -149,7 +149,7 @@ def test_no_name_of_a_package_shadows_one_of_its_modules():
 # What a part of the package may import of it, inside functions too; a part is a module at the top, or a folder.
 BASE = {  # only each other
     "exports", "former_names", "errors", "remote", "files", "checks", "keys", "suggest", "console", "microbatches", "hosts", "lazy_logits",
-    "spans"}
+    "routing", "spans"}
 OBJECTIVES = {"defaults", "times", "terms", "losses", "contrastive", "matching", "sampling", "transforms", "grids", "guidance",
     "average_velocity"}
 CORE_PARTS = BASE | OBJECTIVES | {"schedules", "processes", "nets"}

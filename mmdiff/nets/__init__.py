@@ -3,6 +3,7 @@
 from mmdiff.nets.dit import DiT, as_joint, options, sizes
 from mmdiff.nets.dual import DualStream, image_kv_cache, with_image_cache
 from mmdiff.nets.embed import Label, Patches, Tokens, Vectors
+from mmdiff.nets.mit import MiT
 from mmdiff.nets.mmdit import MMDiT
 from mmdiff.nets.multitask import Classes, ClassGrid, Grid, MultiTaskDiT, Vector
 from mmdiff.nets.taps import Tap
@@ -11,7 +12,7 @@ from mmdiff.nets.tokens import TokenTransformer, cdcd
 from mmdiff.nets.towers import TwoTowers
 
 __all__ = [
-    "ClassGrid", "Classes", "DiT", "DualStream", "Grid", "Label", "MMDiT", "MultiTaskDiT", "Patches", "Tap",
+    "ClassGrid", "Classes", "DiT", "DualStream", "Grid", "Label", "MMDiT", "MiT", "MultiTaskDiT", "Patches", "Tap",
     "TextEncoder", "TokenTransformer", "Tokens", "TwoTowers", "Vector", "Vectors", "as_joint", "cdcd", "image_kv_cache",
     "options", "sizes", "with_image_cache",
 ]  # fmt: skip

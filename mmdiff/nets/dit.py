@@ -10,16 +10,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
-from mmdiff.nets.embed import Patches
+from mmdiff.nets.embed import Patches, Prefixed
 from mmdiff.nets.layers import normal
+from mmdiff.nets.routes import check_kept, check_route, put, take
 from mmdiff.nets.transformer import DiffusionTransformer
+from mmdiff.routing import kept_of
 from mmdiff.spans import check_no_ends
 
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "H": (32, 1280, 16)}  # depth, width, heads
 
 
 def sizes(size: str) -> tuple[int, int, int]:
-    """(depth, width, heads) of the published sizes: "S", "B", "L" or "XL"."""
+    """(depth, width, heads) of the published sizes: "S", "B", "L", "XL", or JiT's "H"."""
     if size not in SIZES:
         raise UserError(f"no DiT of size {size!r}; choose one of {', '.join(SIZES)}.")
     return SIZES[size]
@@ -50,14 +52,28 @@ class DiT(DiffusionTransformer):
     Attributes:
       patches: the image's shape and patch size.
       classes: of the labels.
+      in_context: (tokens, first) puts so many tokens before the image's behind the first blocks, all of them the label's embedding plus a
+        learned vector each; they see and are seen, and the last layer leaves them out (JiT: 32 behind the fourth block of B).
+      route: as in `MMDiT`; with in_context tokens not across the place where these come in.
       freq_shift, mlp_norm_eps: see `frequencies` and `Block`. 1 and 1e-5 in diffusers, whose DiT is another function of the same weights.
       depth, width, heads, ...: see `Transformer` and `DiffusionTransformer`; `DiT.preset("XL", 2)` builds the published sizes.
     """
 
     patches: Patches
     classes: int
+    in_context: tuple[int, int] | None = dataclasses.field(default=None, kw_only=True)
+    route: tuple[int, int] | None = dataclasses.field(default=None, kw_only=True)
     freq_shift: float = dataclasses.field(default=0.0, kw_only=True)
     mlp_norm_eps: float | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_route("DiT", self.route, self.depth)
+        if self.in_context is not None:
+            if len(self.in_context) != 2 or not self.in_context[1] < self.depth:
+                raise UserError(f"DiT: in_context is (tokens, blocks before them), fewer than {self.depth}, not {self.in_context}.")
+            if self.route and self.route[0] < self.in_context[1] < self.route[1]:
+                raise UserError(f"DiT: the in-context tokens come in behind block {self.in_context[1]}, where tokens skip: {self.route}.")
 
     @classmethod
     def preset(
@@ -76,12 +92,28 @@ class DiT(DiffusionTransformer):
         return cls(patches, classes, depth=depth, width=width, heads=heads, **options)
 
     @nn.compact
-    def __call__(self, x, t, label):
+    def __call__(self, x, t, label, keep=None):
+        """`keep`: int [B, M], the patches that do not skip the blocks of `route`."""
         h = self.patches.encode(x.astype(self.dtype), self.width, self.dtype, "image")
         c = self.time_embed(self.width, "time", freq_shift=self.freq_shift)(t)
-        c = c + nn.Embed(self.classes + 1, self.width, embedding_init=normal, dtype=self.dtype, name="label")(label)
-        h, _ = self.blocks(rope={"": self.patches}, mlp_norm_eps=self.mlp_norm_eps, nested=True)({"": h}, {"": c})
-        out = self.output(self.patches, h[""], c, "image", x, prefix="")
+        y = nn.Embed(self.classes + 1, self.width, embedding_init=normal, dtype=self.dtype, name="label")(label)
+        c = c + y
+        stream, before, whole = self.patches, 0, None
+        (count, start), (first, last) = self.in_context or (0, 0), self.route or (0, 0)
+        check_kept("DiT", {} if keep is None else {"image": keep}, self.route)
+        for section, begin, end in self.sections(start, first, last):
+            if count and begin == start:
+                places = nn.Embed(count, self.width, embedding_init=normal, dtype=self.dtype, name="in_context")(jnp.arange(count))
+                h, stream, before = jnp.concatenate([y[:, None] + places, h], axis=1), Prefixed(count, self.patches), count
+            if keep is not None and begin == first:
+                keep = jnp.concatenate([jnp.broadcast_to(jnp.arange(before), (len(keep), before)), before + keep], axis=1)
+                whole, h = h, take(h, keep)
+            kept = {"": keep} if keep is not None and first <= begin < last else {}
+            blocks = self.blocks(section, end - begin, rope={"": stream}, mlp_norm_eps=self.mlp_norm_eps, nested=True)
+            h = blocks({"": h}, {"": c}, kept=kept)[0][""]
+            if kept and end == last:
+                h = put(whole, keep, h)
+        out = self.output(self.patches, h[:, before:] if before else h, c, "image", x, prefix="")
         return out.astype(jnp.promote_types(out.dtype, jnp.float32))
 
 
@@ -90,6 +122,6 @@ def as_joint(net: nn.Module, image: str = "image", label: str = "label"):
 
     def apply(params, x, t):
         check_no_ends("DiT", t)
-        return {image: net.apply(params, x[image], t[image], x[label])}
+        return {image: net.apply(params, x[image], t[image], x[label], **({"keep": x[kept_of(image)]} if kept_of(image) in x else {}))}
 
     return apply

@@ -200,6 +200,11 @@ class Patches(Stream):
         return grid_positions(*self.grid, self.spacing)
 
     def encode(self, x, width, dtype, name):
+        tokens = self.embed(x, width, dtype, name)
+        return tokens + sincos_2d(width, *self.grid, self.spacing).astype(tokens.dtype)
+
+    def embed(self, x, width, dtype, name):
+        """`encode` without the positions."""
         rows = patchify(x, self.patch)
         if self.bottleneck:
             rows = Dense(self.bottleneck, use_bias=False, kernel_init=xavier, dtype=dtype, name=f"{name}_bottleneck")(rows)
@@ -210,7 +215,7 @@ class Patches(Stream):
             x = nn.Conv(features, (3, 3), (2, 2), padding=1, dtype=dtype, name=f"{name}_stem_{i}")(x if i == 0 else nn.gelu(x))
         if halvings:
             tokens = tokens + x.reshape(tokens.shape)
-        return tokens + sincos_2d(width, *self.grid, self.spacing).astype(tokens.dtype)
+        return tokens
 
     def decode(self, h, dtype, name):
         size = self.patch**2 * (self.out_channels or self.channels)
@@ -284,3 +289,19 @@ class Vectors(Stream):
     def decode(self, h, dtype, name):
         h = Dense(self.size, kernel_init=nn.initializers.zeros, dtype=dtype, name=f"{name}_out")(h)
         return h if self.count else h[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefixed(Stream):
+    """The positions of a stream behind `count` tokens of a network's own, which are at position 0."""
+
+    count: int
+    stream: Stream
+
+    @property
+    def length(self) -> int:
+        return self.count + self.stream.length
+
+    def positions(self):
+        own = self.stream.positions()
+        return np.concatenate([np.zeros((self.count, own.shape[1])), own])

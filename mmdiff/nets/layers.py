@@ -45,18 +45,19 @@ class MLP(nn.Module):
 
     ratio: float = 4.0
     kind: str = "gelu"
+    bias: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        options = dict(kernel_init=xavier, dtype=self.dtype, name="in")
+        options = dict(kernel_init=xavier, use_bias=self.bias, dtype=self.dtype, name="in")
         if self.kind == "swiglu":
             hidden = checkpoint_name(Pairs(2 * int(x.shape[-1] * self.ratio * 2 / 3), **options)(x), "mlp_in")
             hidden = nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
         else:
             hidden = checkpoint_name(Dense(int(x.shape[-1] * self.ratio), **options)(x), "mlp_in")
             hidden = nn.gelu(hidden, approximate=True)
-        return Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="out")(hidden)
+        return Dense(x.shape[-1], kernel_init=xavier, use_bias=self.bias, dtype=self.dtype, name="out")(hidden)
 
 
 class Pairs(nn.Dense):
@@ -65,11 +66,12 @@ class Pairs(nn.Dense):
     @nn.compact
     def __call__(self, inputs):
         kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
-        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else jnp.zeros(self.features)
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         # The weights are put in order, not the many more features.
         kernel, bias = (leaf.reshape(*leaf.shape[:-1], -1, 2).swapaxes(-1, -2) for leaf in (kernel, bias))
-        return product(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ()))) + bias
+        out = product(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())))
+        return out + bias if self.use_bias else out
 
 
 class Vector(nn.Module):
@@ -94,7 +96,7 @@ class Attention(nn.Module):
         one product over all tokens.
       qk_norm: normalise queries and keys per head (RMS, learned scale; shared by all streams).
       rope: stream -> the `embed.Stream`s whose tokens it consists of, for rotary positions of these; others are not turned.
-      kernel_init: their initialiser.
+      bias: of the products. kernel_init: their initialiser.
     """
 
     heads: int
@@ -103,26 +105,29 @@ class Attention(nn.Module):
     parts: tuple[tuple[str, int], ...] = ()
     qk_norm: bool = False
     rope: Mapping[str, tuple[Any, ...]] | None = None
+    bias: bool = True
     kernel_init: Callable = xavier
     backend: str | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, streams, visible={}, cache={}):
+    def __call__(self, streams, visible={}, cache={}, kept={}):
         """-> the streams' updates, and their keys and values {name: (k, v)}, [B, N, H, D] each.
 
         Args:
           streams: tokens by name.
           visible: name -> bool [B, N], False for masked tokens; a stream that is left out is not masked.
           cache: keys and values of streams that are not there, from an earlier call.
+          kept: name -> int [B, N], which of the stream's positions its tokens have, where some are left out.
         """
         made = Layers(self.weights, self.parts, self.dtype)
         queries, keys, updates, outputs = {}, dict(cache), {}, {}
         alone = len(streams) == 1 and not cache and not visible and not self.qk_norm and not self.rope
-        alone = alone and not any(prefix for prefix, _ in self.parts)
+        alone = alone and self.bias and not any(prefix for prefix, _ in self.parts)
+        options = dict(kernel_init=self.kernel_init, use_bias=self.bias)
         for name, x in streams.items():
             kind = ProductAndBias if alone else Dense
-            qkv = made(kind, name, "qkv", features=3 * x.shape[-1], kernel_init=self.kernel_init)(x)
+            qkv = made(kind, name, "qkv", features=3 * x.shape[-1], **options)(x)
             if alone:
                 outputs[name], qkv = self_attention(*qkv, self.heads, self.backend), qkv[0] + qkv[1].reshape(1, 1, -1)
             q, k, v = split_heads(qkv, self.heads)
@@ -130,7 +135,7 @@ class Attention(nn.Module):
                 q, k = made.layer(nn.RMSNorm, "", "q_norm")(q), made.layer(nn.RMSNorm, "", "k_norm")(k)
             if name in (self.rope or {}):
                 turns = np.concatenate([angles(part.positions(), q.shape[-1]) for part in self.rope[name]])
-                q, k = rotate(q, turns), rotate(k, turns)
+                q, k = (rotate(each, turns, kept.get(name)) for each in (q, k))
             queries[name], keys[name] = q, (k, v)
         for name, q in queries.items():
             read = [other for other in (self.attends or {}).get(name, streams) if other in keys]
@@ -140,7 +145,7 @@ class Attention(nn.Module):
                 masks = [visible[other] if other in visible else jnp.ones(keys[other][0].shape[:2], bool) for other in read]
                 mask = jnp.concatenate(masks, axis=1)[:, None, None]
             out = outputs[name] if alone else attention(q, k, v, mask, self.backend).reshape(*q.shape[:2], -1)
-            updates[name] = made(Dense, name, "out", features=out.shape[-1], kernel_init=self.kernel_init)(out)
+            updates[name] = made(Dense, name, "out", features=out.shape[-1], **options)(out)
         return updates, {name: keys[name] for name in streams}
 
 

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Dense, Patches, TimeEmbed, patchify, xavier
 from mmdiff.nets.layers import normal, zeros
+from mmdiff.nets.routes import check_kept, check_route, put, take
 from mmdiff.nets.taps import Tap
 from mmdiff.nets.transformer import DiffusionTransformer
+from mmdiff.routing import kept_of
 from mmdiff.spans import end_of
 
 
@@ -33,6 +35,7 @@ class MMDiT(DiffusionTransformer):
       fused: modality -> the one that it shares tokens with, both `Patches` of equal grids: their embeddings are added, and so are their
         conditions, so that features of an image cost no tokens (ReDi, Kouzelis et al. 2025).
       taps: name of an output -> `Tap`, projected tokens between two blocks.
+      route: (first, last), the blocks behind the first up to the last that tokens may skip in training, see `mmdiff.routing`.
       depth, width, heads, ...: see `Transformer` and `DiffusionTransformer`.
 
     >>> import jax
@@ -49,6 +52,7 @@ class MMDiT(DiffusionTransformer):
     spans: tuple[str, ...] = ()
     fused: Mapping[str, str] | None = None
     taps: Mapping[str, Tap] | None = None
+    route: tuple[int, int] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,6 +68,9 @@ class MMDiT(DiffusionTransformer):
                 raise UserError(
                     f"MMDiT: the tap {name!r} of {tap.of!r} behind block {tap.depth} needs a name of its own, one of the modalities "
                     f"{sorted(self.modalities)} and fewer than the {self.depth} blocks.")
+            if self.route and self.route[0] < tap.depth < self.route[1]:
+                raise UserError(f"MMDiT: the tap {name!r} behind block {tap.depth} lies where tokens skip blocks, {self.route}.")
+        check_route("MMDiT", self.route, self.depth)
 
     @nn.compact
     def __call__(self, x, t):
@@ -96,14 +103,19 @@ class MMDiT(DiffusionTransformer):
             change = Dense(self.width, kernel_init=zeros, dtype=self.dtype, name=f"{name}_condition")(nn.silu(conditions.pop(name)))
             streams[host], conditions[host] = streams[host] + streams.pop(name), conditions[host] + change
         options = {"rope": self.modalities, "merged": True, "weights": dict.fromkeys(names, "") if self.shared else None}
-        out, done = {}, 0
-        for depth, tapped in [*sorted((tap.depth, name) for name, tap in (self.taps or {}).items()), (self.depth, None)]:
-            if depth > done:
-                part = self.blocks(f"from_{done}" if done else "", depth - done, **options)
-                (streams, _), done = part(streams, conditions), depth
-            if tapped:
-                tap = self.taps[tapped]
-                out[tapped] = tap.project(streams[home[tap.of]], self.modalities[tap.of], self.dtype, tapped)
+        keep = {home[name]: x[kept_of(name)] for name in names if kept_of(name) in x}
+        check_kept("MMDiT", keep, self.route)
+        out, taps, whole, (first, last) = {}, self.taps or {}, None, self.route or (0, 0)
+        for section, begin, end in self.sections(first, last, *(tap.depth for tap in taps.values())):
+            if keep and begin == first:
+                whole, streams = streams, {name: take(h, keep[name]) if name in keep else h for name, h in streams.items()}
+            kept = keep if first <= begin < last else {}
+            streams, _ = self.blocks(section, end - begin, **options)(streams, conditions, kept=kept)
+            if kept and end == last:
+                streams = {name: put(whole[name], keep[name], h) if name in keep else h for name, h in streams.items()}
+            for name, tap in sorted(taps.items()):
+                if tap.depth == end:
+                    out[name] = tap.project(streams[home[tap.of]], self.modalities[tap.of], self.dtype, name)
         for name in names:
             out[name] = self.output(self.modalities[name], streams[home[name]], conditions[home[name]], name, x[name])
         return jax.tree.map(lambda value: value.astype(jnp.float32), out)

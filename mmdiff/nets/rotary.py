@@ -31,8 +31,12 @@ def angles(positions: np.ndarray, size: int, theta: float = 10000.0) -> np.ndarr
     return (positions[:, :, None] * rates).reshape(len(positions), -1)
 
 
-def rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
-    """Queries or keys [B, N, H, D] turned by angles [N, D/2], in float32 or wider; features i and i + D/2 are a pair."""
+def rotate(x: jax.Array, angles: np.ndarray, kept: jax.Array | None = None) -> jax.Array:
+    """Queries or keys [B, N, H, D] turned by angles [N, D/2], in float32 or wider; features i and i + D/2 are a pair.
+
+    Of tokens that are `kept` [B, N] out of more, angles are of all.
+    """
     first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
-    cos, sin = (np.float32(function(angles))[:, None] for function in (np.cos, np.sin))
+    cos, sin = (np.float32(function(angles)) for function in (np.cos, np.sin))
+    cos, sin = (table[..., None, :] if kept is None else jnp.asarray(table)[kept][..., None, :] for table in (cos, sin))
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -17,6 +17,7 @@ from mmdiff.nets import fused_norm
 from mmdiff.nets.embed import Dense, TimeEmbed, xavier
 from mmdiff.nets.fields import Network, check_width
 from mmdiff.nets.layers import MLP, Attention, CrossAttention, Layers, Vector, cut, join, layer_norm, modulate, per_token, spread, zeros
+from mmdiff.nets.routes import places
 from mmdiff.nets.target import axis_size, constrain, differentiable, platform, single_cpu
 
 REMAT = {
@@ -103,6 +104,11 @@ class DiffusionTransformer(Transformer, kw_only=True):
     def of_blocks(self):
         names = ("qk_norm", "norm", "mlp", "shift", "shared_adaln")
         return super().of_blocks() | {name: getattr(self, name) for name in names}
+
+    def sections(self, *marks: int) -> list[tuple[str, int, int]]:
+        """(name, first, last) of a stack that is divided behind `marks` blocks: those behind the first N are "from_N/..." (`blocks`)."""
+        edges = [0, *sorted({*marks} - {0, self.depth}), self.depth]
+        return [(f"from_{first}" if first else "", first, last) for first, last in zip(edges, edges[1:])]
 
     def blocks(
         self, name: str = "", depth: int | None = None, heads: int = 0, rope: Mapping[str, Any] | None = None, **fields: Any
@@ -197,7 +203,7 @@ class Stack(nn.Module):
     options: Mapping[str, Any]
 
     @nn.compact
-    def __call__(self, streams, conditions={}, visible={}, context=None, added={}, cache=None, keep=False):
+    def __call__(self, streams, conditions={}, visible={}, context=None, added={}, cache=None, keep=False, kept={}):
         if not self.depth:
             return streams, {}
         block = partial(Block, **self.options, keep=keep)
@@ -207,7 +213,7 @@ class Stack(nn.Module):
                 size = vectors(name, self.options["shift"], self.options.get("cross_stream")) * streams[name].shape[-1]
                 modulations[name] = made(Dense, name, "blocks_adaln", features=size, kernel_init=zeros)(nn.silu(c))
             conditions = modulations
-        return stack(block, self.depth, self.scan, self.remat)(streams, conditions, visible, context, added, each=cache)
+        return stack(block, self.depth, self.scan, self.remat)(streams, conditions, visible, context, added, kept, each=cache)
 
 
 def vectors(stream: str, shift: bool, cross_stream: str | None) -> int:
@@ -228,6 +234,8 @@ class Block(nn.Module):
       attends, qk_norm: see `Attention`.
       rope: stream -> the `embed.Stream` whose positions turn its queries and keys.
       norm, mlp, shift: as in `DiffusionTransformer`.
+      bias: of the products of attention and MLP.
+      gates: the updates of streams without a condition are multiplied by learned vectors, 0 at first.
       shared_adaln: the conditions are the modulations, to which a vector of this block is added.
       weights, attention_weights: stream -> the prefix of its layers (see `Attention`); those of attention by default as the others.
       nested: the layers of attention lie in "attention/", as in DiT, not in the block itself.
@@ -252,6 +260,8 @@ class Block(nn.Module):
     mlp: str = "gelu"
     rope: Mapping[str, Any] | None = None
     shift: bool = True
+    bias: bool = True
+    gates: bool = False
     shared_adaln: bool = False
     norm_eps: float = 1e-6
     mlp_norm_eps: float | None = None
@@ -259,7 +269,7 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, streams, conditions={}, visible={}, context=None, added={}, cache={}):
+    def __call__(self, streams, conditions={}, visible={}, context=None, added={}, kept={}, cache={}):
         """-> (streams, {name: (keys, values)}, empty without `keep`).
 
         Args:
@@ -268,6 +278,7 @@ class Block(nn.Module):
           visible, cache: as in `Attention`.
           context: (tokens [B, M, C], bool [B, M]) for `cross_stream`; False masks one.
           added: name -> [B, N, D], which is added to the stream by a product of this block.
+          kept: name -> int [B, N], the places of the stream's tokens among all of its own, where some skip this block.
         """
         names, streams, weights, parts = sorted(streams), dict(streams), self.weights or {}, ()
         members = {name: [name] for name in streams}  # stream -> whose tokens it consists of
@@ -313,7 +324,8 @@ class Block(nn.Module):
 
         def after(name, which, update):
             if name not in modulations:
-                return streams[name] + update
+                gate = made.layer(Vector, weights.get(name, name), f"{which}_gate", features=update.shape[-1])() if self.gates else 1
+                return streams[name] + (gate * update if self.gates else update)
             update, gates = checkpoint_name(update, "update"), modulations[name][which][-1]
             if len(gates) > 1 and in_kernels(name, gates):
                 return streams[name] + spread(gates, lengths) * update
@@ -331,15 +343,16 @@ class Block(nn.Module):
         turned = {name: (stream,) for name, stream in (self.rope or {}).items() if name in streams}
         if self.merged and self.rope:
             turned = {"": tuple(self.rope[name] for name in names)}
+            kept = {"": places(kept, names, [self.rope[name].length for name in names])} if kept else {}
         attend = Attention(
-            self.heads, self.attends, weights, parts, self.qk_norm, turned, xavier, self.backend, self.dtype, name="attention")
-        updates, keys = (attend if self.nested else flat(attend))({n: before(n, "attention") for n in streams}, visible, cache)
+            self.heads, self.attends, weights, parts, self.qk_norm, turned, self.bias, xavier, self.backend, self.dtype, name="attention")
+        updates, keys = (attend if self.nested else flat(attend))({n: before(n, "attention") for n in streams}, visible, cache, kept)
         streams |= {name: after(name, "attention", update) for name, update in updates.items()}
         if self.cross_stream in streams and context is not None:
             cross = flat(CrossAttention(self.heads, "cross_", xavier, self.backend, self.dtype, name="cross"))
             streams[self.cross_stream] = after(self.cross_stream, "cross", cross(before(self.cross_stream, "cross"), *context))
         for name in streams:
-            update = made(MLP, name, "mlp", ratio=self.mlp_ratio, kind=self.mlp)(before(name, "mlp"))
+            update = made(MLP, name, "mlp", ratio=self.mlp_ratio, kind=self.mlp, bias=self.bias)(before(name, "mlp"))
             streams[name] = after(name, "mlp", update)
         if self.merged:
             streams = dict(zip(names, cut(streams[""], lengths)))

@@ -1,0 +1,110 @@
+"""Token routing: what skips blocks returns unchanged, trains none of them, and costs nothing there; and tokens of the label in context."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import normal
+from filled import filled
+
+from mmdiff import losses, schedules, times
+from mmdiff.errors import UserError
+from mmdiff.nets import DiT, Label, MMDiT, Patches, Tap, as_joint
+from mmdiff.nets.rotary import rotate
+from mmdiff.nets.target import compiling_for
+from mmdiff.processes import Gaussian, Given, Joint
+from mmdiff.training import perf
+
+B, N, KEPT = 2, 4, np.array([[0, 3], [1, 2]])
+PATCHES, SIZES = Patches(4, 4, 1, 2), dict(width=16, heads=2, scan=False)
+X, T, LABELS = normal(0, (B, 4, 4, 1)), np.float32([0.3, 0.8]), np.array([0, 3])
+
+
+def patches(x):
+    return np.asarray(x).reshape(B, 2, 2, 2, 2).swapaxes(2, 3).reshape(B, N, 4)
+
+
+def test_what_skips_blocks():
+    """In-context tokens from the second block on; half of the patches skip the third and the fourth, the last ones."""
+    options = dict(depth=4, rope=True, qk_norm=True, in_context=(3, 1))
+    routed, plain = DiT(PATCHES, 3, route=(2, 4), **SIZES, **options), DiT(PATCHES, 3, **SIZES, **options)
+    shallow = plain.copy(depth=2)
+    params = filled(routed, X, T, LABELS)
+    own = params["params"]
+    whole = {"params": {key: leaf for key, leaf in own.items() if key != "from_2"}}
+    first = {"params": {**whole["params"]}}
+    both = own["from_1"] | {f"block_{i + 1}": own["from_2"][f"block_{i}"] for i in range(2)}
+    whole["params"]["from_1"] = both
+    skipped = np.ones((B, N), bool)
+    np.put_along_axis(skipped, KEPT, False, axis=1)
+
+    @jax.jit
+    def found(params):
+        def of(params, keep=None):
+            return routed.apply(params, X, T, LABELS, keep)
+
+        def of_skipped(params):
+            parts = of(params, KEPT).reshape(B, 2, 2, 2, 2).swapaxes(2, 3).reshape(B, N, 4)
+            return jnp.where(skipped[..., None], parts, 0).sum()
+
+        everything = jnp.broadcast_to(jnp.arange(N), (B, N))
+        outputs = of(params), of(params, everything), of(params, KEPT), plain.apply(whole, X, T, LABELS)
+        return outputs, shallow.apply(first, X, T, LABELS), jax.grad(of_skipped)(params)["params"]
+
+    (without, everything, half, undivided), before, gradient = jax.tree.map(np.asarray, found(params))
+    np.testing.assert_allclose(without, undivided, atol=1e-6)
+    np.testing.assert_allclose(everything, without, atol=1e-6)
+    np.testing.assert_allclose(patches(half)[skipped], patches(before)[skipped], atol=1e-6)  # as they were behind the second block
+    assert np.abs(patches(half)[~skipped] - patches(before)[~skipped]).min() > 1e-4
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient["from_2"]))  # what skips trains no block
+    assert any(leaf.any() for leaf in jax.tree.leaves(gradient["from_1"])) and gradient["in_context"]["embedding"].any()
+
+
+def test_kept_tokens_have_their_own_positions():
+    x, angles = normal(0, (B, N, 2, 4)), np.arange(2.0 * N).reshape(N, 2)
+    at = jax.jit(lambda: (rotate(x, angles), rotate(jnp.take_along_axis(x, KEPT[..., None, None], 1), angles, KEPT)))
+    whole, kept = at()
+    np.testing.assert_array_equal(np.take_along_axis(np.asarray(whole), KEPT[..., None, None], 1), kept)
+
+
+def test_a_joint_model_trains_with_routed_tokens():
+    """By the loss: with share 0 bit for bit as without, with a half another one; each example's own tokens; a third less work."""
+    net = MMDiT({"image": PATCHES, "label": Label(5, 4)}, depth=4, route=(1, 4), rope=True, **SIZES)
+    process = Joint(image=Gaussian(schedules.flow()), label=Given(4))
+    loss = losses.diffusion(process, net.apply, times.joint(image=times.uniform(), label=0.0))
+    batch = {"image": X, "label": LABELS, "index": np.arange(B, dtype=np.uint32)}
+    params = filled(net, {"image": X, "label": LABELS}, {"image": T, "label": T})
+    shares = {share: losses.prepared(loss, losses.routed("image", N, share)) for share in (0.0, 0.5)}
+    key = jax.random.key(0)
+    plain, none, half = jax.jit(lambda params: [
+        jax.value_and_grad(each, has_aux=True)(params, batch, key) for each in (loss, *shares.values())])(params)
+    jax.tree.map(np.testing.assert_array_equal, plain, none)
+    assert half[0][0] != plain[0][0] and np.isfinite(half[0][0])
+    work = [perf.flops(lambda params, each=each: each(params, batch, key)[0], params) for each in shares.values()]
+    tokens = 1 - 0.75 * (2 / (N + 1))  # of the products of all blocks but attention's, whose share is smaller
+    assert work[1] < work[0] and work[1] / work[0] > tokens - 0.05
+
+    keys = jax.random.split(jax.random.key(1), 50)
+    keep = np.asarray(losses.routed("image", 6, 0.5)({}, keys)["image/keep"])
+    assert keep.shape == (50, 3) and (np.diff(keep) > 0).all() and set(keep.ravel()) == set(range(6)) and len(np.unique(keep, axis=0)) > 10
+    np.testing.assert_array_equal(losses.routed("image", 6, 0.5)({}, keys[::-1])["image/keep"], keep[::-1])
+
+
+def test_what_cannot_be_routed_is_refused():
+    streams = {"image": PATCHES}
+    for said, make in (
+        ("MMDiT: route counts the blocks before", lambda: MMDiT(streams, depth=4, route=(2, 5), **SIZES)),
+        ("DiT: route counts the blocks before", lambda: DiT(PATCHES, 3, depth=4, route=(3, 3), **SIZES)),
+        ("lies where tokens skip blocks", lambda: MMDiT(streams, depth=4, route=(1, 3), taps={"a": Tap("image", 2, 3)}, **SIZES)),
+        ("where tokens skip", lambda: DiT(PATCHES, 3, depth=4, route=(1, 3), in_context=(2, 2), **SIZES)),
+        ("in_context is", lambda: DiT(PATCHES, 3, depth=4, in_context=(2, 4), **SIZES)),
+        ("leaves one of 4, not 1", lambda: losses.routed("image", N, 1.0)),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            make()
+    joint, inputs = as_joint(DiT(PATCHES, 3, depth=4, **SIZES)), ({"image": X, "label": LABELS, "image/keep": KEPT}, {"image": T})
+    with pytest.raises(UserError, match="it has no route"):
+        jax.eval_shape(lambda: joint({}, *inputs))
+    net = DiT(PATCHES, 3, depth=4, route=(1, 3), **SIZES)
+    with compiling_for("cpu", 2, axes={"seq": 2}), pytest.raises(UserError, match="set config.train.mesh.seq=1"):
+        jax.eval_shape(lambda: net.init(jax.random.key(0), X, T, LABELS, KEPT))
