@@ -20,10 +20,15 @@ from mmdiff.errors import UserError
 from mmdiff.nets.dit import SIZES
 
 SMALL = ["--config.model.size=XS", "--config.model.image=8", "--config.model.dtype=float32", "--config.model.scan=false"]
+TINY = ["--config.model.width=32", "--config.model.heads=4", "--config.model.image=8", "--config.model.dtype=float32"]
 TOKENS = ["--config.model.width=32", "--config.model.depth=1", "--config.model.heads=4"]
 CASES = {  # name -> the kind of its weights, config and options
     "dit": ("dit", "imagenet256/dit_xl2", SMALL), "sit": ("sit", "imagenet256/sit_xl2", SMALL),
     "lightningdit": ("lightningdit", "imagenet256/lightning_xl1", SMALL),
+    "imf": ("imf", "imagenet256/meanflow_xl2", ["--config.model.depth=2", "--config.model.head_depth=1", *TINY]),
+    "jit": ("jit", "imagenet256/jit_b16", [
+        "--config.model.size=TWO", "--config.model.in_context=2,1", "--config.model.patch=8", "--config.data.size=16",
+        "--config.model.dtype=float32", "--config.data.name=random"]),
     "class": ("vq-diffusion", "cdcd/imagenet256_class", TOKENS),
     "text": ("vq-diffusion", "cdcd/coco_text", [*TOKENS, "--config.model.conv=false", "--config.model.mlp_ratio=4"]),
 }  # fmt: skip
@@ -32,6 +37,7 @@ CASES = {  # name -> the kind of its weights, config and options
 @pytest.fixture(autouse=True)
 def small_size(monkeypatch):
     monkeypatch.setitem(SIZES, "XS", (1, 32, 4))
+    monkeypatch.setitem(SIZES, "TWO", (2, 32, 4))
 
 
 def call(*args):
@@ -40,13 +46,17 @@ def call(*args):
 
 def of(workdir, case="dit"):
     _, config, options = CASES[case]
-    return "--config", config, "--workdir", workdir, *options, "--config.data.source=random"
+    return "--config", config, "--workdir", workdir, *made_up(options)
+
+
+def made_up(options):
+    return [*options, *([] if "--config.data.name=random" in options else ["--config.data.source=random"])]
 
 
 def random_weights(case):
     """A state dict in the published layout, of random numbers."""
     kind, config, options = CASES[case]
-    values, module = configs.load(config, [arg.removeprefix("--config.").split("=") for arg in (*options, "--config.data.source=random")])
+    values, module = configs.load(config, [arg.removeprefix("--config.").split("=") for arg in made_up(options)])
     net = (experiment := configs.build(values, module)).net
     shapes = jax.eval_shape(experiment.init, jax.random.key(0))["params"]
     rng = np.random.default_rng(0)

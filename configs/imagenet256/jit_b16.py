@@ -3,6 +3,7 @@
     SET="--config.data.name=folder --config.data.dir=imagenet"
     python -m mmdiff train   --config configs/imagenet256/jit_b16.py --workdir runs/jit $SET
     python -m mmdiff sample  --config configs/imagenet256/jit_b16.py --workdir runs/jit --given label=207
+    python -m mmdiff convert --config configs/imagenet256/jit_b16.py --workdir runs/jit_b16 --from weights/checkpoint-last.pth --as jit
     python -m mmdiff aot     --config configs/imagenet256/jit_b16.py --topology v5e:4x4 --config.data.name=random
 
 config.data.name is imagenet2012 (TFDS), folder (one's own copy of it) or random, which makes images up and needs nothing;

@@ -4,6 +4,8 @@
     python -m mmdiff train   --config configs/imagenet256/meanflow_xl2.py --workdir runs/imf $VAE --config.data.dir=latents/imagenet256
     python -m mmdiff sample  --config configs/imagenet256/meanflow_xl2.py --workdir runs/imf --given label=207
     python -m mmdiff sample  --config configs/imagenet256/meanflow_xl2.py --workdir runs/imf --given label=207 --steps 2
+    python -m mmdiff convert --config configs/imagenet256/meanflow_xl2.py --workdir runs/imf_xl2 $VAE --config.model.velocity=false \\
+        --from weights/MiT_XL_2.pth --as imf
 
 Data and autoencoder are those of configs/imagenet256/dit_xl2.py, whose head has the command that writes the cache; the authors encode by
 sd-vae-ft-mse. config.data.source=random makes up latents and needs nothing.

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from mmdiff import nets
-from mmdiff.convert import diffusers_dit, dual_dit, published_dit, vq_diffusion
+from mmdiff.convert import diffusers_dit, dual_dit, published_dit, published_mit, vq_diffusion
 from mmdiff.convert.layouts import Layout
 from mmdiff.errors import UserError
 
@@ -50,6 +50,12 @@ KINDS = {
     "lightningdit": Kind(
         "LightningDiT (Yao et al. 2025)", "MIT for the code; of the weights, see their page", nets.DiT,
         published_dit.NEEDS["lightningdit"], published_dit.LIGHTNING, "imagenet256/lightning_xl1"),
+    "jit": Kind(
+        "JiT (Li & He 2025)", "as the authors state on their page", nets.DiT, published_dit.NEEDS["jit"], published_dit.JIT,
+        "imagenet256/jit_b16"),
+    "imf": Kind(
+        "improved MeanFlow (Geng et al. 2025), the weights of its PyTorch branch", "MIT for the code; of the weights, see their page",
+        nets.MiT, published_mit.NEEDS, published_mit.IMF, "imagenet256/meanflow_xl2"),
     "vq-diffusion": Kind(
         "VQ-Diffusion (Gu et al. 2022) and CDCD (Zhu et al. 2023), their own files or diffusers'", "MIT for Microsoft's code and weights",
         nets.TokenTransformer, vq_diffusion.NEEDS, vq_diffusion.VQ_DIFFUSION, "cdcd/imagenet256_class", vq_diffusion.stated),

@@ -86,16 +86,21 @@ def _renamed(layout: Layout, tree: Any) -> Any:
 
 
 def _published(layout: Layout, path: Path) -> Path:
-    """Our path -> (the published module, the leaf): of scanned blocks with `#`, of single ones (block_3) with their number."""
-    module = _module(path)
+    """Our path -> (the published module, the leaf): of scanned blocks with `#`, of single ones (block_3) with their number.
+
+    The blocks of a divided stack, "from_4/blocks", are the published ones from the fifth on.
+    """
+    module, section = _module(path), re.fullmatch(r"from_(\d+)", path[0])
     if module not in layout.names:
         raise UserError(f"the published layout has no place for the parameters {'/'.join(path)}, which the network of the config has.")
-    number = next((part.removeprefix("block_") for part in path if re.fullmatch(BLOCK, part)), "#")
-    return layout.names[module].replace("#", number), path[-1]
+    first = int(section[1]) if section else 0
+    block = next((part.removeprefix("block_") for part in path if re.fullmatch(BLOCK, part)), None)
+    return layout.names[module].replace("#", f"#{first or ''}" if block is None else str(first + int(block))), path[-1]
 
 
 def _module(path: Path) -> str:
-    return "/".join("blocks" if re.fullmatch(BLOCK, part) else part for part in path[:-1])
+    names = path[1:-1] if re.fullmatch(r"from_\d+", path[0]) else path[:-1]
+    return "/".join("blocks" if re.fullmatch(BLOCK, name) else name for name in names)
 
 
 # ---- What layouts are made of ----

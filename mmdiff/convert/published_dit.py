@@ -1,10 +1,13 @@
-"""The published layouts of DiT (Peebles & Xie 2023), SiT (Ma et al. 2024) and LightningDiT (Yao et al. 2025), from and to `nets.DiT`.
+"""The published layouts of DiT (Peebles & Xie 2023), SiT (Ma et al. 2024), LightningDiT (Yao et al. 2025) and JiT (Li & He 2025), from and
+to `nets.DiT`.
 
     x_embedder.proj [W, C, p, p]        image_in/kernel [p p C, W]: rows in the order row, column, channel
     blocks.#.attn.qkv [3 W, W]          rows q, k, v of all heads; ours has q, k, v of each head, so that tensors split by heads
     pos_embed [1, N, W]                 computed here, not stored; a file with other positions is refused
     mlp.w12 [2 H, W]                    LightningDiT's rows gate, value of all hidden units; ours has both of each unit
-    feat_rope.freqs_cos, _sin [N, D]    as pos_embed; LightningDiT turns neighbouring features of a head, ours are D/2 apart
+    feat_rope.freqs_cos, _sin [N, D]    as pos_embed; LightningDiT and JiT turn neighbouring features of a head, ours are D/2 apart
+    x_embedder.proj1, proj2             JiT's patches to a bottleneck, and that to W
+    in_context_posemb [1, T, W]         in_context/embedding; JiT's keys begin with "net."
 
 All else is transposed and stacked. Our times run from data to noise; `NEEDS` are the fields with which a network is fed the published time.
 The velocity of SiT and LightningDiT is data - noise, that of `processes.velocity` noise - data: their last layer changes its sign.
@@ -36,8 +39,13 @@ LIGHTNING_NAMES = NAMES | {
     "blocks/mlp/in": "blocks.#.mlp.w12", "blocks/mlp/out": "blocks.#.mlp.w3", "norm": "final_layer.norm_final",
     "blocks/attention_norm": "blocks.#.norm1", "blocks/mlp_norm": "blocks.#.norm2",
 }  # fmt: skip
+JIT_NAMES = LIGHTNING_NAMES | {
+    "image_bottleneck": "x_embedder.proj1", "image_in": "x_embedder.proj2", "in_context": "in_context_posemb",
+    "blocks/attention/q_norm": "blocks.#.attn.q_norm", "blocks/attention/k_norm": "blocks.#.attn.k_norm",
+}  # fmt: skip
 QKV = r"blocks\.\d+\.attn\.qkv\.(weight|bias)"
-PATCHES = "x_embedder.proj.weight"
+PATCHES, BOTTLENECK = r"x_embedder\.proj1?\.weight", "x_embedder.proj2.weight"
+QK_NORM = r"blocks\.\d+\.attn\.[qk]_norm\.weight"
 LAST = r"final_layer\.linear\.(weight|bias)"
 W12 = r"blocks\.\d+\.mlp\.w12\.(weight|bias)"
 COMMON = {"qk_norm": False, "shift": True, "shared_adaln": False, "freq_shift": 0.0, "norm_eps": 1e-6, "mlp_norm_eps": 1e-6}
@@ -47,6 +55,7 @@ NEEDS = {
     "sit": COMMON | PLAIN | {"time_scale": -1.0, "time_offset": 1.0},
     "lightningdit": COMMON | RECIPE | {"time_scale": -1.0, "time_offset": 1.0},
 }
+NEEDS["jit"] = NEEDS["lightningdit"] | {"qk_norm": True}
 
 
 def sincos_positions(net: Any) -> np.ndarray:
@@ -75,17 +84,17 @@ def read(weights: Any, net: Any, sign: int = 1) -> dict[str, Tensor]:
     def by_head(fused):
         return fused if fused.shape[0] != 3 * net.width else regrouped(fused, 3, net.heads)
 
-    return each(weights, {PATCHES: rows, QKV: by_head, LAST: partial(_signed, sign)})
+    return each(weights, {PATCHES: rows, BOTTLENECK: rows, QKV: by_head, LAST: partial(_signed, sign)})
 
 
 def write(weights: Any, net: Any, sign: int = 1) -> dict[str, Tensor]:
     """See `Layout.write`."""
-    patches = net.patches
+    def kernel(side, rows):
+        return rows.reshape(rows.shape[0], side, side, rows.shape[1] // side**2).transpose(0, 3, 1, 2)
 
-    def kernel(rows):
-        return rows.reshape(rows.shape[0], patches.patch, patches.patch, patches.channels).transpose(0, 3, 1, 2)
-
-    found = each(weights, {PATCHES: kernel, QKV: lambda fused: regrouped(fused, net.heads, 3), LAST: partial(_signed, sign)})
+    found = each(weights, {
+        PATCHES: partial(kernel, net.patches.patch), BOTTLENECK: partial(kernel, 1), QKV: lambda fused: regrouped(fused, net.heads, 3),
+        LAST: partial(_signed, sign)})
     return {"pos_embed": Tensor.of(sincos_positions(net)), **found}
 
 
@@ -93,7 +102,7 @@ def _signed(sign: int, tensor: Tensor) -> Tensor:
     return tensor if sign > 0 else tensor.map(np.negative)
 
 
-def _halves(net: Any, back: bool, fused: Tensor) -> Tensor:
+def halves(net: Any, back: bool, fused: Tensor) -> Tensor:
     """Rows q, k, v of all heads with each head's pairs of features side by side, as LightningDiT has them, or half a head apart."""
     if fused.shape[0] != 3 * net.width:
         return fused
@@ -106,24 +115,51 @@ def _halves(net: Any, back: bool, fused: Tensor) -> Tensor:
     return fused.map(function)
 
 
-def read_lightning(weights: Any, net: Any) -> dict[str, Tensor]:
+def halves_of_norm(back: bool, scale: Tensor) -> Tensor:
+    """The same order of the features of one head, [D]."""
+    return scale.map(lambda array: array.reshape((2, -1) if back else (-1, 2)).T.reshape(array.shape))
+
+
+def read_lightning(weights: Any, net: Any, sign: int = -1) -> dict[str, Tensor]:
     """See `Layout.read`."""
     weights = dict(weights)
     for name, expected in rotary_tables(net).items():
         stored = weights.pop(name, None)
         if stored is not None and (stored.shape != expected.shape or not np.allclose(stored.read(), expected, atol=1e-3)):
             raise UserError(f"{name} {list(stored.shape)} is not the table of rotary positions {list(expected.shape)} of the network.")
-    ordered = each(weights, {QKV: partial(_halves, net, False), W12: lambda rows: regrouped(rows, 2, rows.shape[0] // 2)})
-    return read(ordered, net, sign=-1)
+    ordered = each(weights, {
+        QKV: partial(halves, net, False), QK_NORM: partial(halves_of_norm, False),
+        W12: lambda rows: regrouped(rows, 2, rows.shape[0] // 2)})
+    return read(ordered, net, sign)
 
 
 def write_lightning(weights: Any, net: Any) -> dict[str, Tensor]:
     """See `Layout.write`."""
-    found = write(weights, net, sign=-1)
-    found = each(found, {QKV: partial(_halves, net, True), W12: lambda rows: regrouped(rows, rows.shape[0] // 2, 2)})
-    return {name: Tensor.of(table) for name, table in rotary_tables(net).items()} | found
+    return {name: Tensor.of(table) for name, table in rotary_tables(net).items()} | _written(weights, net, -1)
+
+
+def _written(weights, net, sign):
+    return each(write(weights, net, sign), {
+        QKV: partial(halves, net, True), W12: lambda rows: regrouped(rows, rows.shape[0] // 2, 2), QK_NORM: partial(halves_of_norm, True)})
+
+
+def read_jit(weights: Any, net: Any) -> dict[str, Tensor]:
+    """See `Layout.read`."""
+    weights = {key.removeprefix("net."): tensor for key, tensor in weights.items()}
+    if (learned := weights.pop("in_context_posemb", None)) is not None:
+        weights["in_context_posemb.weight"] = learned.reshape(*learned.shape[-2:])
+    return read_lightning(weights, net, sign=1)
+
+
+def write_jit(weights: Any, net: Any) -> dict[str, Tensor]:
+    """See `Layout.write`."""
+    found = _written(weights, net, 1)
+    if (learned := found.pop("in_context_posemb.weight", None)) is not None:
+        found["in_context_posemb"] = learned.reshape(1, *learned.shape)
+    return {f"net.{key}": tensor for key, tensor in found.items()}
 
 
 DIT = Layout(NAMES, read, write)
 LIGHTNING = Layout(LIGHTNING_NAMES, read_lightning, write_lightning)
+JIT = Layout(JIT_NAMES, read_jit, write_jit)
 SIT = Layout(NAMES, partial(read, sign=-1), partial(write, sign=-1))

@@ -7,12 +7,14 @@ A frozen published network is written with its published names: linen's path, jo
     .../scale, .../embedding      <-> ....weight
     anything else (bias, class_embedding, running_mean, ...) <-> the same name and layout
 
-A module whose name has `#` for the number of a layer is a scan over layers: its parameters lie on the first axis, its keys count 0, 1, ...
+A module whose name has `#` for the number of a layer is a scan over layers: its parameters lie on the first axis, its keys count 0, 1, ...;
+with `#4` they count 4, 5, ...
 Other published layouts are renamed to this one before (see each network's `canonical`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -31,6 +33,15 @@ def key_of(path: tuple[str, ...]) -> str:
     return ".".join((*path[:-1], "weight" if path[-1] in WEIGHTS else path[-1]))
 
 
+def numbered(key: str, layer: int) -> str:
+    """The key of a layer of a scan, counted from 0 there.
+
+    >>> numbered("blocks.#.proj", 1), numbered("blocks.#4.proj", 1)
+    ('blocks.1.proj', 'blocks.5.proj')
+    """
+    return re.sub(r"#(\d*)", lambda first: str(layer + int(first[1] or 0)), key)
+
+
 def expected(params: Any) -> dict[str, tuple[int, ...]]:
     """Published keys and shapes of parameters (arrays or `jax.ShapeDtypeStruct`)."""
     found = {}
@@ -39,7 +50,7 @@ def expected(params: Any) -> dict[str, tuple[int, ...]]:
         layers, shape = (range(shape[0]), shape[1:]) if "#" in key else ((0,), shape)
         if path[-1] == "kernel":
             shape = tuple(shape[axis] for axis in KERNELS[len(shape)])
-        found |= {key.replace("#", str(layer)): shape for layer in layers}
+        found |= {numbered(key, layer): shape for layer in layers}
     return found
 
 
@@ -104,7 +115,7 @@ def tensors(params: Any) -> dict[str, Tensor]:
     for path, leaf in flax.traverse_util.flatten_dict(params).items():
         key = key_of(path)
         for layer in range(leaf.shape[0]) if "#" in key else (None,):
-            found[key.replace("#", str(layer))] = _published(path, leaf, layer)
+            found[key if layer is None else numbered(key, layer)] = _published(path, leaf, layer)
     return found
 
 
@@ -116,7 +127,7 @@ def _published(path, leaf, layer):
 
 def _to_linen(path, leaf, weights):
     key = key_of(path)
-    tensors = [weights[key.replace("#", str(layer))].astype(leaf.dtype) for layer in (range(leaf.shape[0]) if "#" in key else (0,))]
+    tensors = [weights[numbered(key, layer)].astype(leaf.dtype) for layer in (range(leaf.shape[0]) if "#" in key else (0,))]
     if path[-1] == "kernel":
         tensors = [tensor.transpose(*np.argsort(KERNELS[tensor.ndim])) for tensor in tensors]
     return stack(tensors) if "#" in key else tensors[0]

@@ -20,7 +20,7 @@ from mmdiff.convert.unpickle import Damaged, Known, Unknown, unpickle
 from mmdiff.files import FileError
 
 # Where a checkpoint of a training run has its weights, the wanted ones first.
-SUBDICTIONARIES = ("ema", "model_ema", "state_dict_ema", "params_ema", "state_dict", "model", "params", "module", "net")
+SUBDICTIONARIES = ("ema", "model_ema", "model_ema1", "state_dict_ema", "params_ema", "state_dict", "model", "params", "module", "net")
 PICKLE = 2**26  # bytes of all that is not a tensor's values
 MAGIC = 0x1950A86A20F9469CFC6C  # of the older form
 SAFER = "copy it again, or convert it to safetensors where it comes from"

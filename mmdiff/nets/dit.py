@@ -94,13 +94,13 @@ class DiT(DiffusionTransformer):
     @nn.compact
     def __call__(self, x, t, label, keep=None):
         """`keep`: int [B, M], the patches that do not skip the blocks of `route`."""
+        check_kept("DiT", {} if keep is None else {"image": keep}, self.route)
         h = self.patches.encode(x.astype(self.dtype), self.width, self.dtype, "image")
         c = self.time_embed(self.width, "time", freq_shift=self.freq_shift)(t)
         y = nn.Embed(self.classes + 1, self.width, embedding_init=normal, dtype=self.dtype, name="label")(label)
         c = c + y
         stream, before, whole = self.patches, 0, None
         (count, start), (first, last) = self.in_context or (0, 0), self.route or (0, 0)
-        check_kept("DiT", {} if keep is None else {"image": keep}, self.route)
         for section, begin, end in self.sections(start, first, last):
             if count and begin == start:
                 places = nn.Embed(count, self.width, embedding_init=normal, dtype=self.dtype, name="in_context")(jnp.arange(count))

@@ -1,4 +1,4 @@
-"""DiT, SiT and LightningDiT in their published layouts: the published functions, to 1e-10, and round trips bit for bit."""
+"""DiT, SiT, LightningDiT, JiT and iMF in their published layouts: the published functions, to 1e-10, and round trips bit for bit."""
 
 import functools
 
@@ -10,7 +10,7 @@ import published
 import pytest
 
 from mmdiff import nets
-from mmdiff.convert import diffusers_dit, layouts, published_dit
+from mmdiff.convert import diffusers_dit, layouts, published_dit, published_mit
 from mmdiff.convert.kinds import KINDS, STARTS, check_network, differences, kind_of
 from mmdiff.convert.tensors import Tensor
 from mmdiff.errors import UserError
@@ -19,7 +19,7 @@ STEPS, TIMES, LABELS = np.array([0, 250, 999]), np.array([0.0, 0.3, 1.0]), np.ar
 GOLDEN = published.golden("dit")
 SIZES = dict(depth=2, width=32, heads=4)
 FIELDS = {"dit": {"time_offset": -1.0}, "sit": {"time_scale": -1.0, "time_offset": 1.0}}
-LIGHTNING = published.golden("lightningdit")
+LIGHTNING, JIT, IMF = (published.golden(name) for name in ("lightningdit", "jit", "imf"))
 
 
 def net_of(kind, **fields):
@@ -30,12 +30,15 @@ def shapes_of(net):
     return jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.ones(1), jnp.zeros(1, int))["params"]
 
 
+def stored(golden):
+    """A golden file's state dict, key -> array."""
+    shapes = {key: tuple(map(int, shape.split())) for key, shape in zip(golden["keys"].tolist(), golden["shapes"].tolist())}
+    return {key: published.weight(key, shape) for key, shape in shapes.items()}
+
+
 @functools.cache
 def weights():
-    """The golden file's state dict, key -> array."""
-    shapes = {key: tuple(map(int, shape.split())) for key, shape in zip(GOLDEN["keys"].tolist(), GOLDEN["shapes"].tolist())}
-    found = {key: published.weight(key, shape) for key, shape in shapes.items()}
-    return found | {"pos_embed": published_dit.sincos_positions(net_of("dit"))}
+    return stored(GOLDEN) | {"pos_embed": published_dit.sincos_positions(net_of("dit"))}
 
 
 def tensors(arrays):
@@ -76,9 +79,7 @@ def test_lightningdit_s_function_and_its_weights_back():
     """Its rotary tables are float32."""
     fields = dict(norm="rms", mlp="swiglu", rope=True)
     net = nets.DiT(nets.Patches(8, 8, 4, 2), 10, **SIZES, **FIELDS["sit"], **fields)
-    shapes = {key: tuple(map(int, shape.split())) for key, shape in zip(LIGHTNING["keys"].tolist(), LIGHTNING["shapes"].tolist())}
-    arrays = {key: published.weight(key, shape) for key, shape in shapes.items()}
-    arrays |= published_dit.rotary_tables(net) | {"pos_embed": published_dit.sincos_positions(net)}
+    arrays = stored(LIGHTNING) | published_dit.rotary_tables(net) | {"pos_embed": published_dit.sincos_positions(net)}
     params = loaded("lightningdit", net, arrays)
     assert_same(layouts.state_dict(KINDS["lightningdit"].layout, net, params), arrays)
     with jax.enable_x64(True):
@@ -87,6 +88,45 @@ def test_lightningdit_s_function_and_its_weights_back():
     wrong = arrays | {"feat_rope.freqs_cos": arrays["feat_rope.freqs_sin"]}
     with pytest.raises(UserError, match=r"feat_rope.freqs_cos \[16, 8\] is not the table of rotary positions"):
         loaded("lightningdit", net, wrong)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_jit_s_function_and_its_weights_back(scan):
+    """Its tokens of the label come in behind the first of three blocks."""
+    fields = dict(norm="rms", mlp="swiglu", rope=True, qk_norm=True, in_context=(3, 1), scan=scan)
+    net = nets.DiT(nets.Patches(8, 8, 3, 2, bottleneck=5), 10, **{**SIZES, **FIELDS["sit"], **fields, "depth": 3})
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.ones(1), jnp.zeros(1, int))["params"]
+    arrays = stored(JIT) | {"net.pos_embed": published_dit.sincos_positions(net)}
+    params = layouts.load(published_dit.JIT, net, shapes, tensors(arrays), "it.pt")
+    assert_same(layouts.state_dict(published_dit.JIT, net, params), arrays)
+    if not scan:
+        return
+    x = published.normal("pixels", (3, 3, 8, 8)).transpose(0, 2, 3, 1)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(np.float64, params)
+        out = jax.jit(net.copy(dtype=jnp.float64).apply)({"params": wide}, np.float64(x), 1 - TIMES, LABELS)
+        published.assert_close(np.asarray(out).transpose(0, 3, 1, 2), JIT["jit"], 1e-6)  # rotary tables are float32
+    assert kind_of(net) == "jit"
+
+
+@pytest.mark.parametrize("velocity", [True, False])
+def test_imf_s_function_and_its_weights_back(velocity):
+    """And what sampling needs, without the head of velocities."""
+    net = nets.MiT(
+        nets.Patches(8, 8, 4, 2), 10, head_depth=1, guidance=7.5, interval=(0.4, 0.65), velocity=velocity, **{**SIZES, "depth": 3})
+    x = {"image": published.normal("z", (3, 4, 8, 8)).transpose(0, 2, 3, 1), "label": LABELS}
+    t = {"image": np.array([1.0, 0.7, 0.4]), "image/end": np.array([0.0, 0.7, 0.1])}
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *jax.tree.map(jnp.asarray, (x, t)))["params"]
+    arrays = {key: array for key, array in stored(IMF).items() if velocity or "v_heads" not in key}
+    params = layouts.load(published_mit.IMF, net, shapes, tensors(arrays), "it.pth")
+    ours = {key: array for key, array in arrays.items() if velocity or "v_final" not in key}
+    assert_same(layouts.state_dict(published_mit.IMF, net, params), ours)
+    with jax.enable_x64(True):
+        wide, inputs = jax.tree.map(np.float64, params), {**x, "image": np.float64(x["image"])}
+        out = jax.jit(net.copy(dtype=jnp.float64).apply)({"params": wide}, inputs, t)
+        for name, answer in {"image": "average", **({"image/velocity": "velocity"} if velocity else {})}.items():
+            published.assert_close(np.asarray(out[name]).transpose(0, 3, 1, 2), IMF[answer], 1e-6)
+    assert len(out) == 1 + velocity and kind_of(net) == "imf"
 
 
 def test_diffusers_layout_has_the_same_weights():

@@ -17,7 +17,7 @@ from mmdiff.training import perf
 
 B, N, KEPT = 2, 4, np.array([[0, 3], [1, 2]])
 PATCHES, SIZES = Patches(4, 4, 1, 2), dict(width=16, heads=2, scan=False)
-X, T, LABELS = normal(0, (B, 4, 4, 1)), np.float32([0.3, 0.8]), np.array([0, 3])
+X, T, LABELS = normal(0, (B, 4, 4, 1)), np.float32([0.3, 0.8]), np.int32([0, 3])
 
 
 def patches(x):

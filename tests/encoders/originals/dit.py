@@ -1,4 +1,4 @@
-"""DiT, SiT and LightningDiT as they are published, in PyTorch: the names of the modules, what they compute, and nothing of training."""
+"""DiT, SiT, LightningDiT and JiT as they are published, in PyTorch: the names of modules, what they compute, and nothing of training."""
 
 import math
 
@@ -181,6 +181,64 @@ class LightningDiT(DiT):
         return out.reshape(len(x), -1, side * self.patch, side * self.patch)
 
 
+class _NormedAttention(_Attention):
+    def __init__(self, width, heads):
+        super().__init__(width, heads)
+        self.q_norm, self.k_norm = _RMS(width // heads), _RMS(width // heads)
+
+    def forward(self, x, rotary):
+        batch, count, width = x.shape
+        q, k, v = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(rotary(self.q_norm(q)), rotary(self.k_norm(k)), v)
+        return self.proj(out.transpose(1, 2).reshape(batch, count, width))
+
+
+class _Behind(nn.Module):
+    """Rotary tables of an image's tokens, which come last: those before them are not turned. JiT's state dict has no tables."""
+
+    def __init__(self, tables):
+        super().__init__()
+        self.tables = [tables]
+
+    def forward(self, x):
+        front, image = x.split([x.shape[2] - len(self.tables[0].freqs_cos), len(self.tables[0].freqs_cos)], 2)
+        return torch.cat([front, self.tables[0](image)], 2)
+
+
+class JiT(nn.Module):
+    """JiT: pixels through a bottleneck, tokens of the label from a block on; a time from noise to data."""
+
+    def __init__(self, side=256, patch=16, width=768, depth=12, heads=12, classes=1000, bottleneck=128, tokens=32, start=4):
+        super().__init__()
+        self.patch, self.start, self.x_embedder = patch, start, nn.Module()
+        self.x_embedder.proj1 = nn.Conv2d(3, bottleneck, patch, patch, bias=False)
+        self.x_embedder.proj2 = nn.Conv2d(bottleneck, width, 1)
+        self.t_embedder, self.y_embedder = _Times(width), _Labels(classes + 1, width)
+        grid = side // patch
+        self.pos_embed = nn.Parameter(torch.from_numpy(sincos_2d(width, grid, grid)[None]), requires_grad=False)
+        self.in_context_posemb = nn.Parameter(torch.zeros(1, tokens, width))
+        self.blocks = nn.ModuleList(_LightningBlock(width, heads) for _ in range(depth))
+        for block in self.blocks:
+            block.attn = _NormedAttention(width, heads)
+        self.final_layer = _Last(width, patch**2 * 3)
+        self.final_layer.norm_final = _RMS(width)
+        self.rotary = _Behind(_Rotary(grid, width // heads))
+
+    def forward(self, x, t, y):
+        h = self.x_embedder.proj2(self.x_embedder.proj1(x))
+        side, y = h.shape[-1], self.y_embedder.embedding_table(y)
+        h, c = h.flatten(2).mT + self.pos_embed, self.t_embedder(t) + y
+        for i, block in enumerate(self.blocks):
+            if i == self.start:
+                h = torch.cat([y[:, None] + self.in_context_posemb, h], 1)
+            h = block(h, c, self.rotary)
+        h = h[:, self.in_context_posemb.shape[1] :]
+        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, -1)
+        out = self.final_layer.linear(self.final_layer.norm_final(h) * (1 + scale) + shift)
+        out = out.view(len(x), side, side, self.patch, self.patch, -1).permute(0, 5, 1, 3, 2, 4)
+        return out.reshape(len(x), -1, side * self.patch, side * self.patch)
+
+
 def _small(model):
     computed = {key: tensor.clone() for key, tensor in model.state_dict().items() if "pos_embed" in key or "rope" in key}
     published.torch_model(model)
@@ -191,6 +249,16 @@ def _small(model):
 def _named(model):
     keys = {key: " ".join(map(str, tensor.shape)) for key, tensor in model.state_dict().items()}
     return {"keys": list(keys), "shapes": list(keys.values())}
+
+
+def jit():
+    """At times from noise to data, in double precision, but for the rotary tables."""
+    whole = nn.Module()
+    whole.net = JiT(8, 2, 32, 3, 4, 10, 5, 3, 1)
+    model, x = _small(whole).net, torch.from_numpy(published.normal("pixels", (3, 3, 8, 8))).double()
+    with torch.no_grad():
+        answer = model(x, torch.tensor(TIMES, dtype=torch.float64), torch.tensor(LABELS))
+    return {**_named(whole), "jit": np.asarray(answer)}
 
 
 def lightningdit():
