@@ -159,6 +159,17 @@ def test_guidance_is_taken_from_the_output_of_examples_whose_condition_is_given(
     assert found == [[2.0, 2.0, 1.0, 3.0], [2.0, 3.0, 1.0, 3.0]]
 
 
+def test_a_network_s_own_velocity_is_the_tangent_and_is_guided():
+    """u = 2 z, and a velocity of 3 with the label and 1 without: u + (t - s) 2 3 - (1 - 1/2) 2, and the velocity is less by that, too."""
+    def apply(params, x, t):
+        return {"image": 2 * x["image"], "image/velocity": jnp.where(x["label"] == 2, 1.0, 3.0)}
+
+    x, t = {"image": jnp.asarray([1.0, -1.0]), "label": jnp.asarray([0, 2])}, {"label": jnp.asarray([0.0, 1.0])}
+    t |= {"image": jnp.asarray([0.75, 0.5]), "image/end": jnp.asarray([0.25, 0.5])}
+    found = jax.jit(losses.averaged(apply, "image", TOY, 2.0, ("label",)))(None, x, t)
+    assert found["image"].tolist() == [2 + 0.5 * 2 * 3 - 1, -2] and found["image/velocity"].tolist() == [3 - 1, 1]
+
+
 @pytest.mark.slow
 def test_slopes_of_a_network_are_those_of_two_calls_and_guidance_folds_in(params):
     """Against a central difference along (v, 1); and the output of guided examples is less by (1 - 1/w)(c - u)."""
@@ -224,6 +235,16 @@ def test_the_share_of_spans_is_each_examples_own_and_the_rule_keeps_its_times():
     np.testing.assert_array_equal(found["image/end"][200:], later["image/end"])
     share = found["image/end"] / found["image"]
     assert 0.4 < np.mean(share == 1) < 0.6 and 0.4 < np.mean(share[share < 1]) < 0.6
+
+
+def test_a_step_goes_between_two_draws_of_a_rule():
+    """The maximum and the minimum of two uniform ones have the means 2/3 and 1/3; a share has its end at its time."""
+    found = jax.jit(lambda key: times.spans("image", 0.25, times.joint(image=times.uniform()), times.uniform())(key, jnp.arange(4000)))(
+        jax.random.key(0))
+    t, end = np.asarray(found["image"]), np.asarray(found["image/end"])
+    assert abs(t.mean() - 2 / 3) < 0.02 and abs(np.mean(end == t) - 0.25) < 0.03 and abs(end[end < t].mean() - 1 / 3) < 0.02
+    with pytest.raises(UserError, match="importance-sampled times are those of the rule alone"):
+        times.spans("image", 0.5, times.joint(image=times.importance(10, "image")), times.uniform())
 
 
 def test_a_sampler_moves_one_modality_after_the_other_and_takes_no_step_for_what_is_given():
