@@ -7,7 +7,8 @@ less, and the tokens that skip return where they were. What is kept is sampled a
     net = nets.MMDiT(..., route=(2, 8))
     loss = losses.prepared(losses.diffusion(process, net.apply, when), losses.routed("image", tokens=256, share=0.5))
 
-Source: Krause et al. 2025, whose DiTs skip 0.5 of the tokens; published for ImageNet at 256 pixels: 14 times fewer steps to 400,000's FID.
+Source: Krause et al. 2025, whose DiTs skip half of the tokens; published for ImageNet at 256 pixels: convergence 14 times faster at 400,000
+steps, FID 2.09.
 """
 
 from __future__ import annotations
