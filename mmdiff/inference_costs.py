@@ -112,8 +112,8 @@ def _compiled(program: Program, chip: perf.Chip, device: jax.Device) -> dict[str
     flops, passes = perf.flops_and_passes(function, *args)
     began = time.perf_counter()
     with compiling_for("tpu"):
-        compiled = jax.jit(function).lower(*args).compile()
-    counted = estimates.report(estimates.program(compiled), chip, 1, flops)
+        compiled, read = estimates.compile_readable(jax.jit(function).lower(*args).compile)
+    counted = estimates.report(read, chip, 1, flops)
     line = perf.roofline(chip, 1, flops, passes, counted["traffic"])
     seconds = {"compute": line.seconds["compute"], "memory": line.seconds.get("memory")}
     return {

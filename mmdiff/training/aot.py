@@ -186,8 +186,9 @@ def compile_step(
     console.say(f"compiling for {len(devices)} x {chip.name}: {shown}")
     began = time.perf_counter()
     try:
-        compiled = sharding.compile_lowered(sharding.lower_step(step, state, batch, mesh), mesh)
-        memory, program = perf.compiled_memory(compiled), estimates.program(compiled)
+        lowered = sharding.lower_step(step, state, batch, mesh)
+        compiled, program = estimates.compile_readable(lambda options: sharding.compile_lowered(lowered, mesh, options))
+        memory = perf.compiled_memory(compiled)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:

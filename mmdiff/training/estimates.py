@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,12 +25,19 @@ _KINDS = {
 }
 
 
-def program(compiled: jax.stages.Compiled) -> hlo.Program | None:
-    """A compiled program, or None where the compiler fails to write its text (libtpu 0.0.52 on some asynchronous copies)."""
+def compile_readable(compile: Callable[[Mapping[str, Any]], jax.stages.Compiled]) -> tuple[jax.stages.Compiled, hlo.Program | None]:
+    """(what `compile(options)` returns, its program), compiled for a TPU; None where the compiler does not write the program's text.
+
+    The text is the file that the compiler writes itself: `as_text()` reads the program back and refuses some (libtpu 0.0.52, INTERNAL:
+    async-update instruction should have 1 operands but sees 3). It is the way where there is no file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        texts = [file.read_text() for file in Path(folder).glob("*.after_codegen.txt")]
     try:
-        return hlo.Program(compiled.as_text())
+        return compiled, hlo.Program(max(texts, key=len) if texts else compiled.as_text())
     except jax.errors.JaxRuntimeError:
-        return None
+        return compiled, None
 
 
 def report(
@@ -39,7 +48,7 @@ def report(
         seconds = cycles / clock,    step = seconds + those of collectives that overlap with nothing
 
     Args:
-      program: `program(compiled)`.
+      program: of `compile_readable`.
       chips, model_flops: how many share how much, for the MFU.
       sent: the program's collectives.
 

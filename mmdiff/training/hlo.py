@@ -56,7 +56,8 @@ class Work:
       opcode: see `Instruction`.
       times: how often it runs.
       bytes: read from and written to main memory each time.
-      cycles: of the chip's clock each time, as the TPU compiler estimates it; None where it does not (copies, collectives, kernels).
+      cycles: of the chip's clock each time, as the TPU compiler estimates it; None where it does not (copies, collectives, kernels,
+        gathers by a chip's sparse cores).
       source: "OP_NAME FILE:FUNCTION" of what it was compiled from, as far as the text says.
     """
 
@@ -88,6 +89,9 @@ class Program:
         self._repeats = {i.name for _, i in every if _mark(i) in marks and i.name not in names}
         wrapped = {name for _, i in every if i.opcode == "async-start" for name in i.called("calls")}
         self._asynchronous = names | {i.name for name in wrapped for i in self._computations[name].values()}
+        self._fused = {name for _, i in every if i.opcode == "fusion" for name in i.called("calls")}
+        parts = [(self._computations[name], i) for name in self._fused for i in self._computations[name].values()]
+        self._scattered = {i.name for c, i in parts if i.opcode == "all-reduce" and _sliced(c, i)}
         self._places = places(text)
         self.unknown_loops: list[str] = []
         self._runs = self._count_runs(next(reversed(self._computations)))
@@ -104,6 +108,7 @@ class Program:
             elif kind in COLLECTIVES and instruction.name not in self._repeats:
                 sent = sum(size(computation[name].shape) for name in instruction.operands)
                 synchronous = kind == instruction.opcode and instruction.name not in self._asynchronous
+                kind = "reduce-scatter" if instruction.name in self._scattered else kind
                 found.append(Collective(kind, sent, groups(instruction.attributes, self._devices), times, synchronous=synchronous))
         return found
 
@@ -117,10 +122,9 @@ class Program:
 
     def work(self) -> Iterator[Work]:
         """What runs, a fusion as one."""
-        fused = {name for c in self._computations.values() for i in c.values() if i.opcode == "fusion" for name in i.called("calls")}
-        runs = {name: times for name, times in self._runs.items() if name not in fused}
+        runs = {name: times for name, times in self._runs.items() if name not in self._fused}
         for times, computation, instruction in self._executed(runs):
-            cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+            cycles = re.search(r'"estimated_cycles":"(\d{1,18})"', instruction.attributes)  # 2^63 - 1 is none
             moved = self._moved(computation, instruction)
             yield Work(instruction.opcode, times, moved, cycles and int(cycles[1]), self._source(computation, instruction))
 
@@ -230,6 +234,12 @@ class Program:
             [inner] = (self._computations[name] for name in result.called("calls"))
             return self._written(inner, inner.root)
         return memory(result.shape)
+
+
+def _sliced(computation: Computation, sum_: Instruction) -> bool:
+    """Whether of a sum only slices are used: in a fusion this is how the TPU compiler writes a reduce-scatter."""
+    users = computation.users[sum_.name]
+    return bool(users) and all(i.opcode == "dynamic-slice" or i.opcode == "get-tuple-element" and _sliced(computation, i) for i in users)
 
 
 def _channel(instruction: Instruction) -> str | None:

@@ -173,7 +173,7 @@ def test_a_program_whose_text_the_compiler_cannot_write_keeps_its_memory_and_flo
 
     sizes = {f"{kind}_size_in_bytes": 2**20 for kind in ("argument", "output", "alias", "temp", "generated_code")}
     compiled = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**sizes), as_text=as_text)
-    monkeypatch.setattr(sharding, "lower_step", lambda *args: types.SimpleNamespace(compile=lambda: compiled))
+    monkeypatch.setattr(sharding, "lower_step", lambda *args: types.SimpleNamespace(compile=lambda options: compiled))
     assert main(["aot", "--config", path, "--topology", "v6e:1x1"]) == 0
     out = capsys.readouterr().out
     for text in ("arguments 0.00105 GB", "total               0.00315 GB of 33.5 GB: fits", "1.208e+09 of the model", "bound by compute"):

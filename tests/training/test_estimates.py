@@ -1,7 +1,9 @@
 """The compiler's estimates, read from its text."""
 
+import pathlib
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -73,7 +75,8 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {
   %fetch = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%last), metadata={op_name="batch['a']"}
   %near = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%fetch)
   %nll = f32[8,128]{1,0:T(8,128)S(1)} negate(%near), metadata={op_name="jit(f)/jvp()/neg" stack_frame_id=5}, backend_config={"window_config":{"estimated_cycles":"40"}}
-  ROOT %new = f32[8,128]{1,0:T(8,128)} add(%nll, %nll), metadata={op_name="jit(f)/add" stack_frame_id=1}, backend_config={"window_config":{"estimated_cycles":"30"}}
+  %gathered = f32[8,128]{1,0:T(8,128)S(1)} negate(%nll), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
+  ROOT %new = f32[8,128]{1,0:T(8,128)} add(%nll, %gathered), metadata={op_name="jit(f)/add" stack_frame_id=1}, backend_config={"window_config":{"estimated_cycles":"30"}}
 }
 """  # noqa: E501
 TILE = 8 * 128 * 4
@@ -95,6 +98,45 @@ def test_cycles_kinds_and_kernels_are_counted_as_often_as_they_run():
     rows = dict(estimates.rows({**found, "unknown_loops": 1}))
     assert "(0.00182 M cycles at 1.75 GHz) and 2e+03 ms of links not overlapped: MFU 100.0%" in rows["compiler's estimate"]
     assert "7 calls of kernels are not in the estimate" in [value for _, value in estimates.rows(found)]
+
+
+def test_the_text_is_read_that_the_compiler_writes_itself():
+    class Compiled:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands but sees 3")
+
+    def compile(options):
+        for file in files:
+            (pathlib.Path(options["xla_dump_to"]) / f"module_0000.jit_f.cl_1.{file}.txt").write_text(TEXT)
+        return Compiled()
+
+    files = ["after_optimizations", "after_codegen"]
+    assert estimates.compile_readable(compile)[1].traffic() == hlo.Program(TEXT).traffic()
+    files.pop()
+    assert estimates.compile_readable(compile)[1] is None
+
+
+def test_a_sum_of_which_a_fusion_keeps_a_slice_is_a_reduce_scatter():
+    program = """HloModule m, num_partitions=4
+
+%all-reduce-scatter (input: f32[32,128]) -> f32[8,128] {
+  %input = f32[32,128]{1,0:T(8,128)} parameter(0)
+  %sum = f32[32,128]{1,0:T(8,128)} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %device = u32[]{:T(128)} partition-id()
+  ROOT %part = f32[8,128]{1,0:T(8,128)} dynamic-slice(%sum, %device, %device), dynamic_slice_sizes={8,128}
+}
+
+ENTRY %main (a: f32[32,128], b: f32[32,128]) -> f32[8,128] {
+  %a = f32[32,128]{1,0:T(8,128)} parameter(0)
+  %b = f32[32,128]{1,0:T(8,128)} parameter(1)
+  %scattered = f32[8,128]{1,0:T(8,128)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+  %whole = f32[32,128]{1,0:T(8,128)} all-reduce(%b), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  %place = u32[]{:T(128)} partition-id()
+  ROOT %cut = f32[8,128]{1,0:T(8,128)} dynamic-slice(%whole, %place, %place), dynamic_slice_sizes={8,128}
+}
+"""
+    found = hlo.Program(program).collectives()
+    assert sorted((c.kind, c.bytes, c.synchronous) for c in found) == [("all-reduce", 4 * TILE, True), ("reduce-scatter", 4 * TILE, True)]
 
 
 def test_a_collective_overlaps_if_it_has_a_start_and_an_end():
