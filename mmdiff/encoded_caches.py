@@ -47,7 +47,7 @@ SKIPPED = "skipped.jsonl"
 
 
 def write(cache: EncodedCache, folder: str | os.PathLike, splits: Sequence[str] = (), shard: int | None = None) -> bool:
-    """Writes the splits that are not there yet, by default "train" and "val"; false if there is nothing to do.
+    """Writes the splits that are not there yet, by default all that the set has; false if there is nothing to do.
 
     All processes of a run call it together, with a `folder` that they all see.
 
@@ -58,7 +58,7 @@ def write(cache: EncodedCache, folder: str | os.PathLike, splits: Sequence[str] 
       UserError: no encoder or no images are named, an unknown split, a split that is there of other images or encoders, images without
         the classes that the config needs, too many damaged ones, or a folder that cannot be written.
     """
-    folder, splits = files.target(folder), list(dict.fromkeys(splits or shards.SPLITS))
+    folder, splits = files.target(folder), list(dict.fromkeys(splits or cache.splits))
     for encoder in cache.encoders:
         encoder.opened  # noqa: B018 - a path that is not there is said first
     if not cache.data.images:
@@ -264,7 +264,7 @@ class _Split:
             draft, modalities, [note["rows"] for note in notes], {file: sha for note in notes for file, sha in note["sha256"].items()},
             moments=self.moments, encoders={name: made[name].described() for name in modalities if name in made},
             made_of=self.identity, images=self.source.images, names=list(self.source.names), statistics=statistics,
-            skipped=len(skipped))  # fmt: skip
+            skipped=len(skipped), of_image=self.source.of_image)  # fmt: skip
         for number in range(count):
             _shard(draft, number).unlink()
         if isinstance(draft, RemotePath):

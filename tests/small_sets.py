@@ -106,6 +106,24 @@ def coco(folder, counts=(("train", 3), ("val", 2))):
     return folder
 
 
+def karpathy(folder, counts=(("train", 3), ("restval", 1), ("val", 2), ("test", 3)), name="coco"):
+    """Karpathy's list of COCO or "flickr30k" with the images it names, which have five captions, or as many more as they are many."""
+    folder, listed, i = pathlib.Path(folder), {"dataset": name, "images": []}, 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in counts:
+        for i in range(i, i + count):
+            part = f"{'train' if split == 'train' else 'val'}2014"
+            file = {"filepath": part, "filename": f"COCO_{part}_{i:012d}.jpg"} if name == "coco" else {"filename": f"{i}.jpg"}
+            path = folder / file.get("filepath", "flickr30k-images") / file["filename"]
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(picture(i))
+            said = [{"raw": f"{text} \n", "tokens": text.lower().split(), "imgid": i} for text in captions(i, 5 + i % 2)]
+            listed["images"].append({**file, "split": split, "imgid": i, "sentences": said})
+        i += 1
+    (folder / f"dataset_{name}.json").write_text(json.dumps(listed))
+    return folder
+
+
 def cub200(folder):
     """Four classes, one of them for testing, with two images each and ten captions (an image of the first class has two)."""
     folder = pathlib.Path(folder)

@@ -81,6 +81,29 @@ def tokenizer(folder, codes, **options):
     return [f"--config.encoder.path={tiny_encoders.publish(folder / 'vq', net)[0]}"]
 
 
+def karpathy(folder):
+    small_sets.karpathy(folder, (("train", 4), ("val", 2), ("test", 3)))
+    return folder, folder / "val2014"
+
+
+def vectors(folder):
+    """The three encoders of images and texts, and the layer that makes 8 numbers of the 16 of a text's state."""
+    net = CLIPVision.from_config(tiny_encoders.VISION)
+    write_weights(folder / "decoder", {
+        "encode_prefix.weight": np.eye(8, 16, dtype=np.float32), "encode_prefix.bias": np.ones(8, np.float32)})
+    return [
+        *vae(folder), f"--config.vision_encoder.path={tiny_encoders.publish(folder / 'vision', net)[0]}", tower(folder, 16),
+        f"--config.text_encoder.reduce={folder / 'decoder'}", "--config.data.size=4",
+        "--config.data.vector=12", "--config.text.size=8"]
+
+
+def byte_tokens(folder):
+    path = tiny_encoders.clip_text(folder / "clip", 16)[0]
+    return [
+        *vae(folder), f"--config.tokenizer.path={path}", "--config.tokenizer.size=514", "--config.tokenizer.length=32",
+        "--config.data.size=4"]
+
+
 def vision(folder):
     net = CLIPVision.from_config(tiny_encoders.VISION)
     return [*vae(folder), f"--config.vector_encoder.path={tiny_encoders.publish(folder / 'vision', net)[0]}", "--config.data.vector=12"]
@@ -107,6 +130,7 @@ def classes(folder):
 
 
 MIT = ["model.width=32", "model.depth=2", "model.heads=2", "model.head_depth=1", "model.patch=16"]
+COCO = ["model.size=XXS", "eval.most=3", "eval.likelihood.most=2", "eval.likelihood.draws=1"]
 PIXELS = ["data.name=folder", "data.size=16", "model.size=XXS", "model.patch=8"]
 ROADS = {  # config: (the set's layout, the encoders' flags, its name in the config, flags of training, what samples are given)
     "imagenet256/dit_xl2": (folders, vae, "", DIT, classes),
@@ -125,8 +149,12 @@ ROADS = {  # config: (the set's layout, the encoders' flags, its name in the con
     "diffdis/sd_scale": (
         shards, lambda folder: [*vae(folder), tower(folder, 768), "--config.data.size=4"], "",
         ["model.size=XXS", "model.shared=1", "model.head_width=16", "model.head_heads=2", "model.head_depth=1", "eval.count=4"], prompts),
+    "joint/coco_vectors": (karpathy, vectors, "", COCO, prompts),
+    "joint/coco_tokens": (karpathy, byte_tokens, "", [*COCO, "model.logit_chunks=2"], prompts),
 }  # fmt: skip
-REPORTED = {"imagenet256/joint_xl2": "label_accuracy", "diffdis/sd_scale": "image_to_text_r1"}
+REPORTED = {
+    "imagenet256/joint_xl2": "label_accuracy", "diffdis/sd_scale": "image_to_text_r1", "joint/coco_vectors": "text_to_image_r1",
+    "joint/coco_tokens": "CIDEr-D"}
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ __all__, __getattr__, __dir__ = lazily(
     loader="batches prefetch",
     named_autoencoders="Autoencoder ImageTokens",
     named_encoders="ImageVectors TextStates",
+    named_tokenizers="CaptionIds NamedTokenizer",
     modalities="Features Images Labels Latents",
     network_cache="CacheWriter network_fingerprint",
     own="OwnData open_arrays open_images",

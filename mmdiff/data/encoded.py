@@ -205,6 +205,11 @@ class EncodedCache:
         counts = [f"{split} {sum(meta['lengths']):,}" for split in shards.SPLITS if (meta := shards.read_meta(folder, split))]
         return f"{', '.join(self.modalities)} ({', '.join(counts)})"
 
+    @property
+    def splits(self) -> list[str]:
+        """Those of the set that are cached."""
+        return [split for split in shards.SPLITS if split in image_datasets.SPLITS.get(self.data.set, shards.SPLITS)]
+
     def source(self, split: str) -> Encoded:
         """The examples of a split. Raises UserError for images or classes that are not there."""
         records = image_datasets.records_of(self.data.set, split, self.data.images)

@@ -4,6 +4,12 @@
     coco_captions    5 captions each (the few that have more lose the rest); of TFDS, "coco_captions/2014", or a folder
                          annotations/captions_train2014.json, captions_val2014.json    the official archives of 2014,
                          train2014/NAME.jpg, val2014/NAME.jpg                          or of 2017, whose val has 5,000 images
+    coco_karpathy    the same images as Karpathy & Fei-Fei (2015) split them, 5 captions each, for captions and retrieval: a folder
+                         dataset_coco.json                             theirs (caption_datasets.zip); "restval" counts as "train"
+                         train2014/NAME.jpg, val2014/NAME.jpg          the official archives of 2014
+    flickr30k        31,014 images, 5 captions each: a folder
+                         dataset_flickr30k.json                        Karpathy's
+                         flickr30k-images/NAME.jpg                     the archive of shannon.cs.illinois.edu/DenotationGraph
     cub200           a folder: 10 captions each, and the label; the classes of the two splits differ (Reed et al. 2016)
                          CUB_200_2011/images/CLASS/NAME.jpg            the official archive
                          text_c10/CLASS/NAME.txt                       a caption on every line
@@ -18,8 +24,9 @@
 `data.image_folders` says what one's own folder may hold: train and val, or the images themselves, of which a tenth is then "val".
 `mmdiff.files` says how files are found and read, `data.media` which kinds of images, and how one of any kind becomes values.
 
-The splits are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 images; TFDS calls its parts val,
-restval and test), of CUB-200 the test classes, of EuroSAT all (it is published without splits), else the test set.
+Karpathy's splits are "train", "val" and "test", 5,000 images each of COCO in the last two, and 1,014 and 1,000 of Flickr30k. The others'
+are "train" and "val": of ImageNet the validation set, of COCO all of val2014 (40,504 images; TFDS calls its parts val, restval and test),
+of CUB-200 the test classes, of EuroSAT all (it is published without splits), else the test set.
 
 A damaged image ends the run with a sentence that names it. Where config.data.damaged is above 0, that share of the images may be: each
 is named in the log, and the next sound one stands in its place.
@@ -49,11 +56,14 @@ from mmdiff.errors import UserError
 from mmdiff.files import FileError
 
 log = logging.getLogger(__name__)
-CAPTIONS = {"coco_captions": 5, "cub200": 10, "captioned": None}  # of an image; None is as many as the one with the most has
+# Captions of an image; None is as many as the one with the most has.
+CAPTIONS = {"coco_captions": 5, "coco_karpathy": 5, "flickr30k": 5, "cub200": 10, "captioned": None}
 OWN = {"folder": "label", "captioned": "caption"}  # what `image_folders` reads
 SPLITS = {
     "imagenet2012": {"train": "train", "val": "validation"},
     "coco_captions": {"train": "train", "val": "val+restval+test"},
+    "coco_karpathy": {"train": "train", "val": "val", "test": "test"},
+    "flickr30k": {"train": "train", "val": "val", "test": "test"},
     "cub200": {"train": "trainvalclasses.txt", "val": "testclasses.txt"},
     "folder": {"train": "train", "val": "val"},
     "classes": {"val": ""},
@@ -174,8 +184,13 @@ def records_of(name: str, split: str, data_dir: str | os.PathLike) -> Records:
     folder, part = files.expand(data_dir), SPLITS[name][split]
     if name == "coco_captions" and os.path.lexists(folder / "annotations"):
         return _coco(folder, split)
-    readers = {"cub200": _cub200, "fgvc_aircraft": _aircraft}
+    readers = {"cub200": _cub200, "fgvc_aircraft": _aircraft, "coco_karpathy": _karpathy, "flickr30k": _karpathy}
     return readers[name](folder, part) if name in readers else Tfds(name, part, folder)
+
+
+def test_split(name: str) -> str:
+    """The split of a set that is reported: "test", or "val" of one that has no other."""
+    return "test" if "test" in SPLITS.get(name, ()) else "val"
 
 
 class Tfds:
@@ -252,6 +267,26 @@ def _coco(folder: pathlib.Path, split: str) -> Files:
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{listed} is not COCO's list of captions ({type(error).__name__}: {error}): unpack it again.") from error
     return nonempty(records, folder, f"captions in {listed}")
+
+
+def _karpathy(folder: pathlib.Path, split: str) -> Files:
+    listed = next((path for name in ("dataset_coco.json", "dataset_flickr30k.json") if os.path.lexists(path := folder / name)), None)
+    if listed is None:
+        raise Absent(
+            f"{folder} has no dataset_coco.json or dataset_flickr30k.json: unpack Karpathy's caption_datasets.zip into it, next to the "
+            "folders of the images.")
+    parts = ("train", "restval") if split == "train" else (split,)
+    try:
+        records = [
+            {"image": folder / each.get("filepath", "flickr30k-images") / each["filename"],
+             "captions": [caption for said in each["sentences"] if (caption := said["raw"].strip())][: CAPTIONS["coco_karpathy"]]}
+            for each in files.read_json(listed)["images"] if each["split"] in parts]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{listed} is not Karpathy's list of captions ({type(error).__name__}: {error}): unpack it again.") from error
+    for images in sorted({record["image"].parent for record in records}):
+        if not os.path.lexists(images):
+            raise Absent(f"{images} does not exist: unpack the set's images there, next to {listed.name}.")
+    return nonempty([record for record in records if record["captions"]], folder, f"captions of the split {split} in {listed}")
 
 
 def _cub200(folder: pathlib.Path, classes: str) -> Files:

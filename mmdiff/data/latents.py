@@ -88,6 +88,9 @@ class LatentSource:
       folder, split: as in `write_latents`.
       modalities: what the config expects: name -> `Latents`, `Labels`.
 
+    Attributes:
+      names: of the classes. of_image: how many examples in a row are of one image, with its captions.
+
     Raises:
       UserError: a missing or unfinished cache, one of other modalities, shapes or scale, a shard that is missing or cut short, a
         label out of range; from `take`, latents that are not finite.
@@ -111,6 +114,7 @@ class LatentSource:
         self._path = files.expand(self._path)
         encoded, self._moments = "encoders" in self._meta, self._meta.get("moments", [])
         self.names = tuple(self._meta.get("names", ()))  # of the classes
+        self.of_image = max(1, self._meta.get("of_image", 1))
         for name, expected in shards.stamp(modalities).items():
             scale = {"scale": found[name]["scale"]} if encoded and "scale" in expected and name in found else {}  # the encoder's
             if found.get(name) != expected | scale:

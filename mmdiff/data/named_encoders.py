@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from mmdiff import files
+from mmdiff.convert.weight_files import open_weights
 from mmdiff.data.spreading import Spread
 from mmdiff.data.stored_images import decode
 from mmdiff.encoders.published_networks import open_encoder
@@ -133,11 +134,13 @@ class ImageVectors(NamedEncoder):
 class TextStates(NamedEncoder):
     """Captions -> what a text encoder makes of them: the tokens' states [n, length, width], and where asked for a unit vector [n, size].
 
-    The section may have "tokenizer", too, its file or folder; by default it lies where the weights do.
+    The section may have "tokenizer", too, its file or folder; by default it lies where the weights do. And "reduce", the file or folder of
+    UniDiffuser's text decoder, whose linear layer `encode_prefix` then makes fewer numbers of each state (64 of 768).
 
     Args:
-      modality: the states'. vector: the vector's modality, "" for none: CLIP's and SigLIP's projected one, or without a projection the
-        pooled state; MiniLM's of the sentence. T5 has none.
+      modality: the states', "" to leave them out. vector: the vector's modality, "" for none: CLIP's and SigLIP's projected one, or without
+        a projection the pooled state; MiniLM's of the sentence. T5 has none.
+      scaled: the vector's length is sqrt(size), as of `ImageVectors`, not 1.
       normalize: divide each state by its length, as CDCD does.
       masked: zeros after a text's end.
       padding: of CLIP, the id after it, where it is not the one that the tokenizer's files state.
@@ -148,14 +151,31 @@ class TextStates(NamedEncoder):
 
     def __init__(
         self, section: Mapping[str, Any], key: str = "text_encoder", modality: str = "text", vector: str = "", *,
-        normalize: bool = False, masked: bool = False, padding: int | None = None, length: int = 77,
+        scaled: bool = False, normalize: bool = False, masked: bool = False, padding: int | None = None, length: int = 77,
     ):
         super().__init__(section, key)
         if vector and self.kind == "t5":
             raise UserError(f"config.{key}.kind is 't5', which has no vector of a text, but the config needs one: choose another kind.")
-        self.modalities = (modality, vector) if vector else (modality,)
+        if section.get("reduce") and self.kind != "clip_text":
+            raise UserError(f"config.{key}.reduce is of CLIP's states, and config.{key}.kind is {self.kind!r}: leave it out.")
+        self._names = (modality, vector)
+        self.modalities = tuple(filter(None, self._names))
         self._files, self._normalize, self._masked, self._padding = section.get("tokenizer", ""), normalize, masked, padding
-        self._length = length
+        self._length, self._scaled, self._reduce = length, scaled, section.get("reduce", "")
+
+    @functools.cached_property
+    def _reduction(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Matrix and offset of the layer that makes fewer numbers of a state. Raises UserError where the file has no such layer."""
+        if not self._reduce:
+            return None
+        found = open_weights(self._reduce)
+        names, width = [f"encode_prefix.{part}" for part in ("weight", "bias")], self.opened.net.hidden_size
+        if not all(name in found for name in names) or found[names[0]].shape[1:] != (width,):
+            raise UserError(
+                f"{self._reduce} has no layer encode_prefix for states of {width} numbers: name UniDiffuser's text decoder by "
+                f"--config.{self.key}.reduce.")
+        weight, bias = (found[name].read().astype(np.float32) for name in names)
+        return weight.T, bias
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -183,7 +203,10 @@ class TextStates(NamedEncoder):
 
     def fingerprint(self):
         network = super().fingerprint()
-        return network and hashlib.sha256(f"{network} {self.tokenizer.rules} {self.tokenizer.padding}".encode()).hexdigest()
+        if not network:
+            return None
+        reduced = b"".join(array.tobytes() for array in self._reduction or ())
+        return hashlib.sha256(f"{network} {self.tokenizer.rules} {self.tokenizer.padding}".encode() + reduced).hexdigest()
 
     def encode(self, batch):
         ids = self.tokenizer.encode(list(batch))
@@ -195,7 +218,10 @@ class TextStates(NamedEncoder):
         states, *vectors = self.call(STATES[self.kind], np.stack([ids, mask], 1), PART)
         states = unit(states) if self._normalize else states
         states = states * mask[..., None] if self._masked else states
-        return {name: array.astype(np.float32) for name, array in zip(self.modalities, (states, *map(unit, vectors)))}
+        if self._reduction:
+            states = states @ self._reduction[0] + self._reduction[1]
+        vectors = [unit(each) * (each.shape[-1] ** 0.5 if self._scaled else 1) for each in vectors]
+        return {name: array.astype(np.float32) for name, array in zip(self._names, (states, *vectors)) if name}
 
 
 def prepared(file: Any, encoders: Sequence[NamedEncoder]) -> list[np.ndarray]:

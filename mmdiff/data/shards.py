@@ -9,7 +9,8 @@
 Entries of meta.json that only some caches have: "moments", the modalities that are stored as mean and deviation, [n, height, width,
 2 channels]; "encoders", what published networks have made the examples (`mmdiff.encoded_caches`); "images", the fingerprint of the
 images; "names", of the classes; "statistics", of each stored channel of floats the mean and the standard deviation over all examples,
-{name: {"count", "mean", "std"}}; "skipped", how many damaged images were left out, which skipped.jsonl lists.
+{name: {"count", "mean", "std"}}; "skipped", how many damaged images were left out, which skipped.jsonl lists; "of_image", how many
+examples in a row are of one image, with its captions.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from mmdiff import files
 from mmdiff.errors import UserError
 from mmdiff.remote import RemotePath
 
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "test")  # the last of sets that are published with one
 META, LENGTH = "meta.json", 2**15  # LENGTH examples in a shard, which is held in memory
 ENTRIES = {  # of meta.json
-    "lengths": list, "modalities": dict, "sha256": dict, "moments": list, "encoders": dict, "names": list, "statistics": dict}
+    "lengths": list, "modalities": dict, "sha256": dict, "moments": list, "encoders": dict, "names": list, "statistics": dict,
+    "of_image": int}
 UNSTAMPED = ("name", "names", "norm", "decode", "encoder", "sentences", "tokenizer")  # what says how a modality is seen, and not what it is
 
 

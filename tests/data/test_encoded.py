@@ -20,6 +20,7 @@ from mmdiff.data.encoded_modalities import EncodedTexts
 from mmdiff.data.latents import LatentSource
 from mmdiff.data.loader import batches
 from mmdiff.data.named_encoders import ImageVectors, TextStates
+from mmdiff.data.named_tokenizers import CaptionIds
 from mmdiff.data.order import indices, positions
 from mmdiff.data.shards import sample_moments
 from mmdiff.data.sources import load_all
@@ -315,6 +316,36 @@ def captioned(tmp_path_factory):
     return folder
 
 
+def _reduced_and_scaled(folder, decoder):
+    """UniDiffuser's layer makes fewer numbers of each state; a vector has the length of its dimensions' root."""
+    section, rng = {"kind": "clip_text", "path": str(folder)}, np.random.default_rng(0)
+    weight, bias = rng.normal(size=(3, 16)).astype(np.float32), np.float32([1, 2, 3])
+    write_weights(decoder, {"module.encode_prefix.weight": weight, "module.encode_prefix.bias": bias})
+    plain, reduced = TextStates(section, vector="one"), TextStates(section | {"reduce": str(decoder)}, vector="one", scaled=True)
+    found, other = (encoder.encode(["a cat", "dogs"]) for encoder in (plain, reduced))
+    np.testing.assert_allclose(other["text"], found["text"] @ weight.T + bias, atol=1e-5)
+    np.testing.assert_allclose(other["one"], 4 * found["one"], atol=1e-5)
+    assert {*TextStates(section, modality="", vector="one").encode(["a cat"])} == {"one"}
+    assert len({plain.fingerprint(), reduced.fingerprint()}) == 2
+    with pytest.raises(UserError, match="has no layer encode_prefix for states of 16 numbers: name UniDiffuser's text decoder"):
+        TextStates(section | {"reduce": str(folder)}).encode(["a cat"])
+    with pytest.raises(UserError, match="config.text_encoder.reduce is of CLIP's states, and config.text_encoder.kind is 't5'"):
+        TextStates({"kind": "t5", "path": "", "reduce": "a"})
+
+
+def _ids(folder):
+    """Ids are those of the published tokenizer, of the length and with the padding of the model; nothing is opened before it is needed."""
+    section = {"kind": "clip_text", "path": str(folder), "size": 514, "length": 9}
+    ids, absent = CaptionIds(section), CaptionIds(section | {"path": ""})
+    found = ids.encode(["a cat", "many more letters"])["text"]
+    assert found[0].tolist() == [512, 320, 66, 64, 339, 513, 0, 0, 0] and found[1, -1] == ids.opened.end == 513
+    assert ids.tokenizer.decode(found) == ["a cat", "many mor"]
+    assert ids.fingerprint() != CaptionIds(section | {"length": 10}).fingerprint() and absent.fingerprint() is None
+    for wrong, why in ((absent, "config.tokenizer.path is empty"), (CaptionIds(section | {"size": 9}), "has 514 ids: set --config.token")):
+        with pytest.raises(UserError, match=why):
+            wrong.encode(["a cat"])
+
+
 def test_sentences_are_encoded_when_they_are_taken(tmp_path, monkeypatch):
     folder, *_ = tiny_encoders.clip_text(tmp_path / "clip", 16)
     (tmp_path / "prompts.txt").write_text("a red cat\n\ntwo dogs\nthree\n")
@@ -323,6 +354,8 @@ def test_sentences_are_encoded_when_they_are_taken(tmp_path, monkeypatch):
     assert len(lazy) == 3 and text.lazily("three").shape == (1, 77, 16)
     whole = text.parse(str(tmp_path / "prompts.txt"))
     np.testing.assert_array_equal(lazy[np.array([2, 0])], whole[[2, 0]])
+    _reduced_and_scaled(folder, tmp_path / "decoder")
+    _ids(folder)
     monkeypatch.setattr(TextStates, "encode", lambda self, lines: {"text": np.full((len(lines), 77, 16), len(lines[0]), np.float32)})
     echo = streaming.stream(lambda params, keys, given: given, None, jax.random.key(0), {"text": lazy}, 3, 2)
     assert [found["text"][:, 0, 0].tolist() for _, found in echo] == [[9, 9], [5]]  # a batch at a time: its first sentence's length

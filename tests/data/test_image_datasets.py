@@ -17,6 +17,7 @@ from PIL import Image
 
 from mmdiff.data import image_datasets
 from mmdiff.data.image_datasets import ImageDataset, open_image_dataset
+from mmdiff.data.prompts import main, prompts
 from mmdiff.data.sources import ArraySource, Subset, load_all
 from mmdiff.data.token_cache import Captioned
 from mmdiff.errors import UserError
@@ -90,6 +91,30 @@ def test_coco_as_its_archives_have_it(tmp_path):
     assert "captions_val2014.json is not COCO's list of captions (KeyError: 'annotations')" in refused("coco_captions", "val", folder)
     (folder / "annotations/captions_val2014.json").unlink()
     assert "unpack annotations_trainval2014.zip" in refused("coco_captions", "val", folder)
+
+
+@pytest.mark.parametrize("name", ["coco", "flickr30k"])
+def test_sets_as_karpathy_splits_them(tmp_path, name):
+    folder, set_name = small_sets.karpathy(tmp_path / name, name=name), {"coco": "coco_karpathy"}.get(name, name)
+    parts = {split: image_datasets.records_of(set_name, split, folder) for split in ("train", "val", "test")}
+    assert [len(part) for part in parts.values()] == [4, 2, 3] and parts["test"].captions == 5  # restval is train
+    for i, record in enumerate(record for part in parts.values() for record in part.get(range(len(part)))):
+        assert record["captions"] == small_sets.captions(i) and record["image"].is_file()
+    assert image_datasets.test_split(set_name) == "test" and image_datasets.test_split("captioned") == "val"
+    asked = prompts(set_name, folder, 2, "train")
+    assert asked == prompts(set_name, folder, 4, "train")[:2] and len({*prompts(set_name, folder, 4, "train")}) == 4
+    assert main(set_name, str(folder), str(tmp_path / "prompts.txt")) == 2
+    assert (tmp_path / "prompts.txt").read_text().splitlines() == prompts(set_name, folder)
+    for number, why in (("5", "has 2 images, and 5 prompts are asked for"), ("-1", "write a whole number")):
+        with pytest.raises(UserError, match=why):
+            main(set_name, str(folder), str(tmp_path / "prompts.txt"), number)
+    images = parts["test"].get([0])[0]["image"].parent
+    images.rename(images.with_name("elsewhere"))
+    assert f"{images} does not exist: unpack the set's images there" in refused(set_name, "test", folder)
+    (folder / f"dataset_{name}.json").write_text('{"images": [{"split": "test"}]}')
+    assert "is not Karpathy's list of captions (KeyError" in refused(set_name, "test", folder)
+    (folder / f"dataset_{name}.json").unlink()
+    assert "has no dataset_coco.json or dataset_flickr30k.json" in refused(set_name, "test", folder)
 
 
 def test_no_tensorflow_is_needed(tfds_dir):

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmdiff import sampling
 from mmdiff.evals import plots
 from mmdiff.evals.accuracy import accuracy, denoising_losses
+from mmdiff.evals.captioned_images import captioner
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, example_keys, in_batches, sample_batched
 from mmdiff.evals.retrieval import mean_per_class, recall
 from mmdiff.projects.emoji.emoji import CATEGORIES, LENGTH, TONES, Emoji, emoji_source, parsed
@@ -62,12 +62,12 @@ class EmojiMetrics:
         show, clock, tone_of = experiment.modalities["text"].show, Clock(), ToneClassifier(train)
         keys = iter(jax.random.split(key, 12))
         sample = functools.partial(sample_batched, experiment, params, batch=self.batch, steps=steps, guidance=guidance)
-        captioner = _captioner(experiment.process, experiment.apply, tuple(sorted(experiment.shape.items())))
+        caption = captioner(experiment.process, experiment.apply, tuple(sorted(experiment.shape.items())), LENGTH)
         metrics, texts, figures = {}, {}, {}
 
         def read(images):
             images = np.asarray(images, np.float32)
-            return in_batches(captioner, params, example_keys(next(keys), len(images)), images, self.batch)
+            return in_batches(caption, params, example_keys(next(keys), len(images)), images, self.batch)
 
         def say(name, value, text):
             metrics[name], texts[name] = float(value), text
@@ -195,18 +195,6 @@ def evaluators_of(file: str, options: Mapping[str, Any]) -> dict[str, tuple[Emoj
     other there."""
     of_both = {"file": file, **{name: value for name, value in options.items() if name != "in_loop"}}
     return {"evaluators": (EmojiMetrics(**of_both),), "in_loop": (EmojiMetrics(**{**of_both, **options.get("in_loop", {})}),)}
-
-
-@functools.lru_cache(maxsize=4)
-def _captioner(process: Any, apply: Callable, shapes: tuple) -> Callable:
-    """`(params, keys, images) -> ids`: captions of pictures, the most likely token of the place that is most certain first."""
-    transforms = [sampling.only("text", sampling.confidence(process.parts["text"])), sampling.only("text", sampling.temperature(0))]
-    shape, grid = dict(shapes), sampling.uniform_grid(LENGTH)
-
-    def read(params, keys, images):
-        return sampling.sample(process, apply, params, keys, grid, shape, given={"image": images}, transforms=transforms)["text"]
-
-    return read
 
 
 def _names(show: Callable, text: np.ndarray) -> list[str]:
