@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.evals import retrieval
+from mmdiff.evals.captioned_images import CaptionedImages
 from mmdiff.evals.evaluator import Clock, EvalResult, example_keys, in_batches
 from mmdiff.nets.dual import DualStream, image_kv_cache, with_image_cache
 from mmdiff.processes import Gaussian, Given, Joint
@@ -71,10 +72,10 @@ STEPS_AND_SEEDS = {"1": (1, 1), "2": (2, 1), "5": (5, 1), "10": (10, 1), "50": (
 
 @dataclasses.dataclass(frozen=True)
 class PairRetrieval:
-    """Recall@K both ways of images and their texts' vectors, "image" and "query" of the evaluation data.
+    """Recall@K both ways of images and their texts' vectors, "image" and "query" of the evaluation data; of captioned images all captions.
 
     Attributes:
-      aligner: the alignment task. count: pairs, each compared with all. batch: examples of a network call.
+      aligner: the alignment task. count: images, each compared with all texts. batch: examples of a network call.
     """
 
     aligner: Aligner
@@ -82,14 +83,14 @@ class PairRetrieval:
     batch: int = 250
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
-        source = experiment.test_data()
-        count = min(self.count, len(source))
-        data, clock = source.take(np.arange(count)), Clock()
-        clock.start("alignment", f"denoising the texts' vectors of {count} images")
-        texts = np.asarray(data["query"], np.float64)
+        data, clock = CaptionedImages.of(experiment.test_data(), self.count), Clock()
+        clock.start("alignment", f"denoising the texts' vectors of {data}")
+        texts = np.asarray(data.texts["query"], np.float64)
         texts = texts / np.linalg.norm(texts, axis=-1, keepdims=True)
-        vectors = self.aligner(params, key, data["image"], steps=10, batch=self.batch)
+        vectors = self.aligner(params, key, data.images["image"], steps=10, batch=self.batch)
         clock.stop()
-        metrics = retrieval.recalls(retrieval.scores(vectors, texts), texts @ texts.T > 1 - 1e-6)
-        definitions = {name: f"10 steps from noise; {count} images and their texts; equal texts are right, too" for name in metrics}
-        return EvalResult(metrics, definitions, {}, {"candidates": count, "evaluation_seconds": clock.seconds})
+        own = np.split(texts, len(data))
+        relevant = np.stack([(of_image @ texts.T > 1 - 1e-6).any(0) for of_image in own])  # all that equal one of an image's
+        metrics = retrieval.recalls(retrieval.scores(vectors, texts), relevant)
+        definitions = {name: f"10 steps from noise; {data}; equal texts are right, too" for name in metrics}
+        return EvalResult(metrics, definitions, {}, {"candidates": len(texts), "evaluation_seconds": clock.seconds})

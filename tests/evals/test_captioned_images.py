@@ -14,6 +14,7 @@ from mmdiff.data.modalities import Images
 from mmdiff.data.sources import ArraySource
 from mmdiff.data.token_modalities import Texts
 from mmdiff.errors import UserError
+from mmdiff.evals.alignment import PairRetrieval
 from mmdiff.evals.caption_scores import cider_d
 from mmdiff.evals.captioned_images import BeliefRetrieval, CaptionedImages, CaptionScores, LikelihoodRetrieval
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
@@ -57,6 +58,16 @@ def test_the_first_images_with_all_their_captions():
     assert data.images["image"].tolist() == [0, 2] and data.texts["text"].tolist() == [0, 1, 2, 3]
     assert data.relevant.tolist() == [[True, True, False, False], [False, False, True, True]]
     assert str(CaptionedImages.of(ArraySource({"image": np.arange(3)}), 9)) == "3 images with 1 caption each"
+
+
+def test_five_captions_are_searched_by_diffdis_too():
+    """An image is aligned with one of its captions; two captions equal one of another image's, and are right for both."""
+    queries = np.eye(4)[[0, 1, 2, 3, 3, 0]]
+    source = Captioned({"image": np.repeat(np.arange(3), 2), "query": queries})
+    found = PairRetrieval(lambda params, key, images, **options: np.eye(4)[[0, 2, 0]][images], count=9)(
+        types.SimpleNamespace(test_data=lambda: source), None, None, None, 0)
+    assert found.metrics["image_to_text_r1"] == 1.0 and found.settings["candidates"] == 6
+    assert found.metrics["text_to_image_r1"] == pytest.approx(np.mean([1, 1 / 3, 1, 2 / 3, 2 / 3, 1]))  # equal scores in any order
 
 
 def test_captions_are_compared_with_those_that_people_wrote(tmp_path):
