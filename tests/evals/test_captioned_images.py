@@ -70,6 +70,7 @@ def test_five_captions_are_searched_by_diffdis_too():
     assert found.metrics["text_to_image_r1"] == pytest.approx(np.mean([1, 1 / 3, 1, 2 / 3, 2 / 3, 1]))  # equal scores in any order
 
 
+@pytest.mark.slow
 def test_captions_are_compared_with_those_that_people_wrote(tmp_path):
     """The network reads an image's colour: it says the first caption of the first image of that colour."""
     folder = small_sets.karpathy(tmp_path, (("train", 1), ("test", 4)))
