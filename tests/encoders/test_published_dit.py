@@ -121,12 +121,13 @@ def test_imf_s_function_and_its_weights_back(velocity):
     params = layouts.load(published_mit.IMF, net, shapes, tensors(arrays), "it.pth")
     ours = {key: array for key, array in arrays.items() if velocity or "v_final" not in key}
     assert_same(layouts.state_dict(published_mit.IMF, net, params), ours)
-    with jax.enable_x64(True):
-        wide, inputs = jax.tree.map(np.float64, params), {**x, "image": np.float64(x["image"])}
-        out = jax.jit(net.copy(dtype=jnp.float64).apply)({"params": wide}, inputs, t)
-        for name, answer in {"image": "average", **({"image/velocity": "velocity"} if velocity else {})}.items():
-            published.assert_close(np.asarray(out[name]).transpose(0, 3, 1, 2), IMF[answer], 1e-6)
-    assert len(out) == 1 + velocity and kind_of(net) == "imf"
+    assert kind_of(net) == "imf"
+    if velocity:
+        with jax.enable_x64(True):
+            wide, inputs = jax.tree.map(np.float64, params), {**x, "image": np.float64(x["image"])}
+            out = jax.jit(net.copy(dtype=jnp.float64).apply)({"params": wide}, inputs, t)
+            for name, answer in ("image", "average"), ("image/velocity", "velocity"):
+                published.assert_close(np.asarray(out[name]).transpose(0, 3, 1, 2), IMF[answer], 1e-6)
 
 
 def test_diffusers_layout_has_the_same_weights():
