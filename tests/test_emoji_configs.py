@@ -55,3 +55,27 @@ def test_the_commands(file, tmp_path):
     assert {"sampled_category", "read_category", "cycle_name", "text_to_image_r1"} <= set(report) and report["absent_text_difference"] == 0
     run("sample", "--given", "text=dark skin, hand b", "--number", 2, "--out", tmp_path / "hands")
     assert np.load(tmp_path / "hands/samples.npz")["image"].shape == (2, 32, 32, 3)
+
+
+@pytest.mark.slow
+def test_towers_give_the_vectors_that_diffdis_denoises(file, tmp_path):
+    def run(command, name, *flags):
+        assert main([command, "--config", f"configs/joint/{name}.py", "--workdir", str(tmp_path / name), *map(str, flags)]) == 0
+
+    few = [flag for flag in SMALL if "eval." not in flag and "best" not in flag]
+    measured = [flag for flag in SMALL if "config.eval" in flag]
+    run("train", "emoji_towers", f"--config.data.dir={file}", "--config.model.text_width=16", *few)
+    run("eval", "emoji_towers", "--config.eval.most=10", "--config.eval.candidates=3", "--split", "validation")
+    run("cache", "emoji_towers", "--out", tmp_path / "vectors")
+    run("train", "emoji_diffdis", f"--config.data.dir={file}", f"--config.data.towers={tmp_path / 'vectors'}", "--config.query.size=64",
+        "--config.model.shared=1", *few, *measured)
+    run("eval", "emoji_diffdis", "--split", "validation")
+    report = json.loads((tmp_path / "emoji_diffdis/report-validation.json").read_text())
+    assert {"aligned_tone", "aligned_text_to_image_r1", "read_tone", "text_to_image_r1"} <= set(report)
+    assert report["absent_text_difference"] == 0
+
+
+def test_diffdis_without_vectors_says_what_to_name(file):
+    config, module = configs.load("configs/joint/emoji_diffdis.py", [("data.dir", str(file))])
+    with pytest.raises(UserError, match="config.text_encoder.path is empty"):
+        configs.build(config, module).train_data()

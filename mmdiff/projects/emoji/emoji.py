@@ -99,6 +99,16 @@ def parsed(text: str) -> tuple[tuple[int, ...] | None, str]:
     return (tuple(map(TONES.index, tones)) if set(tones) <= set(TONES) else None), name
 
 
+def evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of some rows, evenly spread over them.
+
+    >>> evenly(np.array([3, 4, 5, 6]), 2)
+    array([3, 5])
+    """
+    count = min(len(rows), most)
+    return rows[np.arange(count) * len(rows) // max(count, 1)]
+
+
 def _path(file: str) -> pathlib.Path:
     if not file:
         raise UserError(f"config.data.dir is empty: name the tar file of the emoji ({MADE_BY}).")

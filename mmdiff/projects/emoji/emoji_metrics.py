@@ -17,7 +17,7 @@ from mmdiff.evals.accuracy import accuracy, denoising_losses
 from mmdiff.evals.captioned_images import captioner
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, example_keys, in_batches, sample_batched
 from mmdiff.evals.retrieval import mean_per_class, recall
-from mmdiff.projects.emoji.emoji import CATEGORIES, LENGTH, TONES, Emoji, emoji_source, parsed
+from mmdiff.projects.emoji.emoji import CATEGORIES, LENGTH, TONES, Emoji, emoji_source, evenly, parsed
 from mmdiff.projects.emoji.emoji_classifiers import ToneClassifier, category_classifier
 
 SHOWN = 40
@@ -73,7 +73,7 @@ class EmojiMetrics:
             metrics[name], texts[name] = float(value), text
 
         clock.start("text_to_image", "sampling pictures of held-out captions")
-        single = self._some(np.array([row for row, tones in enumerate(held.tones) if len(tones) == 1]))
+        single = evenly(np.array([row for row, tones in enumerate(held.tones) if len(tones) == 1]), self.most)
         asked, tones = held.take(single), np.array([held.tones[row][0] for row in single])
         made = np.clip(sample(next(keys), {"text": asked["text"]}, len(single))["image"], -1, 1)
         of_made = tone_of(made)
@@ -84,16 +84,16 @@ class EmojiMetrics:
         figures["Text to image, held-out pairs"] = _figure(experiment, made, show(asked["text"]), of_made != tones)
 
         each = max(1, self.most // len(CATEGORIES))
-        evenly = np.concatenate([self._some(np.flatnonzero(train.categories == c), each) for c in range(len(CATEGORIES))])
-        captioned = train.take(evenly)
-        again = np.clip(sample(next(keys), {"text": captioned["text"]}, len(evenly))["image"], -1, 1)
+        balanced = np.concatenate([evenly(np.flatnonzero(train.categories == c), each) for c in range(len(CATEGORIES))])
+        captioned = train.take(balanced)
+        again = np.clip(sample(next(keys), {"text": captioned["text"]}, len(balanced))["image"], -1, 1)
         if self.category_classifier_steps:
             clock.start("category_classifier", "training the classifier of categories")
             category_of, image = category_classifier(train, self.category_classifier_steps), experiment.modalities["image"]
             plain = np.array([row for row, tones in enumerate(held.tones) if not tones])
-            say("sampled_category", mean_per_class(category_of(image.show(again)), train.categories[evenly]),
-                f"mean over the categories of the share of {len(evenly)} pictures sampled for training captions that have their category, "
-                f"by a network trained on real pictures (chance {1 / len(CATEGORIES):g})")
+            say("sampled_category", mean_per_class(category_of(image.show(again)), train.categories[balanced]),
+                f"mean over the categories of the share of {len(balanced)} pictures sampled for training captions that have their category, by "
+                f"a network trained on real pictures (chance {1 / len(CATEGORIES):g})")
             say("sampled_category_real", mean_per_class(category_of(image.show(held.take(plain)["image"])), held.categories[plain]),
                 f"the same of {len(plain)} real pictures of held-out names")
 
@@ -101,7 +101,7 @@ class EmojiMetrics:
         self._measure_reading(say, figures, read, experiment, train, held)
         found = [parsed(text)[1] for text in show(read(again))]
         say("cycle_name", np.mean([one == other for one, other in zip(found, _names(show, captioned["text"]))]),
-            f"share of the {len(evenly)} pictures sampled for training captions that are read as their names")
+            f"share of the {len(balanced)} pictures sampled for training captions that are read as their names")
 
         clock.start("pairs", "sampling pairs")
         pairs = sample(next(keys), {}, self.most)
@@ -128,14 +128,9 @@ class EmojiMetrics:
             "category_classifier_steps": self.category_classifier_steps, "evaluation_seconds": clock.seconds}
         return EvalResult(metrics, texts, figures, settings)
 
-    def _some(self, rows: np.ndarray, most: int = 0) -> np.ndarray:
-        """At most `most` of some rows, evenly spread over them."""
-        count = min(len(rows), most or self.most)
-        return rows[np.arange(count) * len(rows) // max(count, 1)]
-
     def _measure_reading(self, say, figures, read, experiment, train: Emoji, held: Emoji):
         show = experiment.modalities["text"].show
-        toned = self._some(np.array([row for row, tones in enumerate(held.tones) if tones]))
+        toned = evenly(np.array([row for row, tones in enumerate(held.tones) if tones]), self.most)
         examples = held.take(toned)
         said = [parsed(text) for text in show(read(examples["image"]))]
         right = np.array([tones == held.tones[row] for (tones, _), row in zip(said, toned)])
@@ -147,13 +142,13 @@ class EmojiMetrics:
         words = [f"{' and '.join(TONES[tone] for tone in tones or ())} {name}" for tones, name in said]
         figures["Image to text, held-out pairs"] = _figure(experiment, examples["image"], words, ~(right & named))
 
-        seen = self._some(np.arange(len(train)))
+        seen = evenly(np.arange(len(train)), self.most)
         examples = train.take(seen)
         found = [parsed(text)[1] for text in show(read(examples["image"]))]
         say("read_name_train", np.mean([one == other for one, other in zip(found, _names(show, examples["text"]))]),
             f"share of {len(seen)} training pictures whose captions say their names")
 
-        plain = self._some(np.array([row for row, tones in enumerate(held.tones) if not tones]))
+        plain = evenly(np.array([row for row, tones in enumerate(held.tones) if not tones]), self.most)
         known = dict(zip(_names(show, train.take(np.arange(len(train)))["text"]), train.categories.tolist()))
         found = np.array([known.get(parsed(text)[1], -1) for text in show(read(held.take(plain)["image"]))])
         say("read_category", accuracy(found, held.categories[plain]), f"share of {len(plain)} pictures of held-out names whose captions "
@@ -175,7 +170,7 @@ class EmojiMetrics:
 
     def _retrieve(self, say, experiment, params, key, train: Emoji):
         first = dict(zip(map(bytes, train.take(np.arange(len(train)))["text"]), range(len(train))))  # of equal captions one
-        rows = self._some(np.array(sorted(first.values())), self.candidates)
+        rows = evenly(np.array(sorted(first.values())), self.candidates)
         found = train.take(rows)
         for number, (name, given, target) in enumerate((("image_to_text_r1", "image", "text"), ("text_to_image_r1", "text", "image"))):
 
