@@ -92,8 +92,8 @@ class EmojiMetrics:
             category_of, image = category_classifier(train, self.category_classifier_steps), experiment.modalities["image"]
             plain = np.array([row for row, tones in enumerate(held.tones) if not tones])
             say("sampled_category", mean_per_class(category_of(image.show(again)), train.categories[balanced]),
-                f"mean over the categories of the share of {len(balanced)} pictures sampled for training captions that have their category, by "
-                f"a network trained on real pictures (chance {1 / len(CATEGORIES):g})")
+                f"mean over categories of the share of {len(balanced)} pictures sampled for training captions that have their category, "
+                f"by a network trained on real pictures (chance {1 / len(CATEGORIES):g})")
             say("sampled_category_real", mean_per_class(category_of(image.show(held.take(plain)["image"])), held.categories[plain]),
                 f"the same of {len(plain)} real pictures of held-out names")
 
