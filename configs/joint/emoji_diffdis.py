@@ -7,7 +7,8 @@
 
 Data, captions, times and the loss of generation are those of configs/joint/emoji_tokens.py. The query is the vector of the caption by
 MiniLM, a frozen, published encoder of sentences (configs/joint/README.md says how to get it); or, where config.data.towers names what
-configs/joint/emoji_towers.py writes, by a tower that was trained on these captions. The picture's part in the vector's task is as in configs/diffdis/scenes.py.
+configs/joint/emoji_towers.py writes, by a tower that was trained on these captions. The picture's part in the vector's task is as in
+configs/diffdis/scenes.py.
 """
 
 from functools import partial
