@@ -187,7 +187,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     sub = command("convert", "take published weights in, or write them out", help_texts.CONVERT)
     option = sub.add_argument
     option("--from", type=_path, dest="source", metavar="FILE|FOLDER", help="published weights: .safetensors, .pt, or diffusers' folder")
-    option("--as", dest="kind", metavar="KIND", help="what they are: dit, diffusers-dit, sit, lightningdit, jit, imf, vq-diffusion, mmdiff")
+    option("--as", dest="kind", metavar="KIND", help=(
+        "what they are: dit, diffusers-dit, sit, repa, lightningdit, jit, imf, vq-diffusion, mmdiff"))
     option("--within", metavar="NAME", help="the dictionary of a checkpoint that is meant (default: its average, ema, if it has one)")
     option("--to", choices=("published", "diffusers", "mmdiff"), help="the layout to write")
     option("--out", type=_path, metavar="DIR", help="where it is written: a new folder")

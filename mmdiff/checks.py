@@ -89,6 +89,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     # of networks
     (r"(codes|vocabulary)", Range(2, 2**20)),
     (r"(code_size|query\.size|vector)", Range(1, 16_384)),
+    (r"components", Range(0, 16_384)),
     (r"((\w+_)?(width|size|heads|patch|features|hop|stride)|widths)", SIZE),
     (r"((\w+_)?depth|layers)", Range(1, 1024)),
     (r"\w+_blocks", Range(1, 64)),

@@ -3,6 +3,7 @@
     FOLDER/train, FOLDER/val     as `mmdiff.data.shards` has them
     FOLDER/train/skipped.jsonl   where damaged images were left out: {"index", "image", "reason"} of each
     FOLDER/codes.json            where a tokenizer's codebook is used in part: its entries
+    FOLDER/components.json       where features are cut down to principal components: their mean and projection
 
 A split is written under another name and renamed when it is complete. Until then each shard has a file of its own, shard-00012.json, with
 which it is whole: {"rows", "sha256", "statistics", "skipped"}. Shard s holds the examples s L .. (s + 1) L - 1 without those of damaged
@@ -34,13 +35,12 @@ from mmdiff.data.arrays import read_array
 from mmdiff.data.encoded import Encoded, EncodedCache, Read
 from mmdiff.data.loader import prefetch
 from mmdiff.data.modalities import Labels, Latents
-from mmdiff.data.named_autoencoders import CODES, ImageTokens, read_codes
 from mmdiff.data.sources import digest
 from mmdiff.errors import UserError
 from mmdiff.remote import RemotePath
 from mmdiff.training import distributed, lock
 
-COUNTED = 50_000  # training images, evenly spread, whose codes are counted
+COUNTED = 50_000  # training images, evenly spread, whose codes are counted, and whose features have the components
 AHEAD = 1  # batches that are read before they are encoded, beside the one that is being read
 WAIT_SECONDS = 0.5  # between looks at what other processes have written
 SKIPPED = "skipped.jsonl"
@@ -74,37 +74,37 @@ def write(cache: EncodedCache, folder: str | os.PathLike, splits: Sequence[str] 
                 raise UserError(f"{has}: leave the others out, or copy the config and set their number in it.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _choose_codes(cache, folder, sources)
+        _fit(cache, folder, sources)
         written = [_Split(cache, folder / split, source, shard or cache.shard).write() for split, source in sources.items()]
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another folder.") from error
     return any(written)
 
 
-def _choose_codes(cache: EncodedCache, folder: pathlib.Path | RemotePath, sources: Mapping[str, Encoded]) -> None:
-    """Notes the entries of the codebook that are used, unless they are noted already, of these images or of tokens that are there."""
+def _fit(cache: EncodedCache, folder: pathlib.Path | RemotePath, sources: Mapping[str, Encoded]) -> None:
+    """Notes what encoders fit to the training images, unless it is noted already, of these images or of examples that are there."""
     finished = any(shards.read_meta(folder, split) for split in shards.SPLITS)
     for encoder in cache.encoders:
-        if not isinstance(encoder, ImageTokens):
+        if not encoder.fitted:
             continue
         encoder.folder = folder
-        network, stored = encoder.opened.fingerprint, read_codes(folder)
+        network, stored = encoder.opened.fingerprint, encoder.noted()
         if finished and stored:
             if stored["encoder"] != network:
-                raise UserError(f"{folder} holds the tokens of another network than config.{encoder.key}.path: write elsewhere.")
+                raise UserError(f"{folder} holds what another network than config.{encoder.key}.path has made: write elsewhere.")
             continue
         source = sources.get("train") or cache.source("train")
         made_of = {"format": 1, "encoder": network, "images": source.images}
 
         def noted():
-            stored = read_codes(folder)
+            stored = encoder.noted()  # noqa: B023 (used at once)
             return stored is not None and {name: stored.get(name) for name in made_of} == made_of  # noqa: B023 (used at once)
 
         if not hosts.is_first():
             _wait(noted)
         elif not noted():
-            (folder / CODES).unlink(missing_ok=True)
-            files.write_json(folder / CODES, {**made_of, "codes": encoder.choose(source.batches(COUNTED, encoder))})
+            (folder / encoder.fitted).unlink(missing_ok=True)
+            files.write_json(folder / encoder.fitted, {**made_of, **encoder.fit(source.batches(COUNTED, encoder))})
 
 
 def _wait(done: Callable[[], bool]) -> None:

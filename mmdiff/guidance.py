@@ -48,7 +48,7 @@ def guided(
       drop: the modalities that the unconditional branch is without: it is fed `process.null(name)`. Refused where that is random.
       process: the joint process; from an `Aggregate`'s mean the dropped modalities go, too.
       channels: modality -> how many of its output's first channels are guided; the others are those of the conditional branch. Published
-        DiT guides 3 of 8, `{"image": 3}` (`forward_with_cfg`). All channels by default.
+        DiT guides 3 of 8, `{"image": 3}` (`forward_with_cfg`); ReDi guides the image alone, `{"features": 0}`. All channels by default.
       each: the modalities that are guided, in place of `drop`.
       prior: what is fed for modalities that are absent, where it is no null: a sample of `process.prior`, [B, ...] each.
       combine: of the beliefs of a `Gaussian`, (c, u) -> what takes the place of c - u, see `projected`. Others are guided as ever.
@@ -74,7 +74,7 @@ def guided(
     for one in w.values() if isinstance(w, Mapping) else (w,):
         _check_weight("guided", one)
     for name, count in (channels or {}).items():
-        if name not in process.parts or isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if name not in process.parts or isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise UserError(f"guided: channels={channels} must give a modality of {sorted(process.parts)} its number of guided channels.")
 
     def weight(name):

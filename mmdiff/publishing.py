@@ -77,7 +77,7 @@ def _write_published(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
 def _write_diffusers(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
     name, kind = _exported(run)
     net = run.experiment.net
-    if name in ("sit", "lightningdit"):
+    if name in ("sit", "repa", "lightningdit"):
         raise UserError(f"diffusers has no pipeline for {kind.about}: write it with --to published.")
     if name == "vq-diffusion":
         tensors = layouts.tensors(vq_diffusion.VQ_DIFFUSION_DIFFUSERS, net, run.params["params"])

@@ -15,6 +15,7 @@ from mmdiff import nets
 from mmdiff.__main__ import main
 from mmdiff.convert import layouts, published_dit, write_weights
 from mmdiff.encoders.clip import CLIPVision
+from mmdiff.encoders.dinov2 import DINOv2
 from mmdiff.encoders.vq_model import VQModel
 from mmdiff.nets.dit import SIZES
 from mmdiff.runs import open_run
@@ -104,9 +105,20 @@ def byte_tokens(folder):
         "--config.data.size=4"]
 
 
+def dino(folder):
+    return tiny_encoders.publish(folder / "dino", DINOv2.from_config(tiny_encoders.DINO))[0]
+
+
 def vision(folder):
-    net = CLIPVision.from_config(tiny_encoders.VISION)
-    return [*vae(folder), f"--config.vector_encoder.path={tiny_encoders.publish(folder / 'vision', net)[0]}", "--config.data.vector=12"]
+    vector = f"--config.vector_encoder.path={dino(folder)}"
+    return [*vae(folder), vector, "--config.vector_encoder.kind=dinov2", "--config.data.vector=12"]
+
+
+def patches(*flags):
+    """Features of 2 x 2 patches."""
+    return lambda folder: [
+        *vae(folder), f"--config.feature_encoder.path={dino(folder)}", "--config.feature_encoder.size=12", "--config.model.patch=16",
+        *(f"--config.{flag}" for flag in flags)]
 
 
 def masks(folder):
@@ -138,6 +150,10 @@ ROADS = {  # config: (the set's layout, the encoders' flags, its name in the con
     "imagenet256/meanflow_xl2": (folders, vae, "", MIT, classes),
     "imagenet256/jit_b16": (folders, None, "", [*PIXELS, "model.in_context=(2,1)", "model.bottleneck=4"], classes),
     "imagenet256/joint_xl2": (folders, vae, "", [*DIT, "eval.most=4"], classes),
+    "imagenet256/repa_xl2": (folders, patches(), "", [*DIT, "align.depth=1", "align.hidden_width=16"], classes),
+    "imagenet256/redi_xl2": (
+        folders, patches("feature_encoder.components=4", "data.mirrored=true"), "",
+        [*DIT, "times.together=0.6", "times.independent=0.2", "times.image_alone=0.2", "sample.representation_guidance=true"], classes),
     "mtdiffusion/imagenet64_label": (folders, None, "", PIXELS, classes),
     "mtdiffusion/imagenet64_masked": (folders, None, "", [*PIXELS, "patches.size=4"], masks),
     "mtdiffusion/imagenet_representation": (folders, vision, "", DIT, images_of),

@@ -19,6 +19,7 @@ PARAMETERS = {
     "fashion/joint": 1_347_290, "fashion/vq_class": 2_774_656, "fashion/vq_tokenizer": 209_900, "imagenet256/dit_xl2": 674_834_720,
     "imagenet256/joint_xl2": 678_628_088, "imagenet256/sit_xl2": 674_834_720,
     "imagenet256/jit_b16": 131_123_712, "imagenet256/lightning_xl1": 674_961_824, "imagenet256/meanflow_xl2": 711_113_760,
+    "imagenet256/redi_xl2": 678_894_400, "imagenet256/repa_xl2": 682_966_048,
     "joint/coco_tokens": 790_286_288, "joint/coco_vectors": 680_403_472,
     "mtdiffusion/digits_label": 744_686, "mtdiffusion/digits_masked": 743_336,
     "mtdiffusion/digits_representation": 760_356, "mtdiffusion/digits_transition": 784_256, "mtdiffusion/imagenet64_label": 462_041_112,

@@ -29,6 +29,9 @@ CASES = {  # name -> the kind of its weights, config and options
     "jit": ("jit", "imagenet256/jit_b16", [
         "--config.model.size=TWO", "--config.model.in_context=2,1", "--config.model.patch=8", "--config.data.size=16",
         "--config.model.dtype=float32", "--config.data.name=random"]),
+    "repa": ("repa", "imagenet256/repa_xl2", [
+        *SMALL, "--config.model.size=TWO", "--config.align.depth=1", "--config.model.learn_sigma=false", "--config.model.time_scale=1",
+        "--config.model.time_offset=0"]),
     "class": ("vq-diffusion", "cdcd/imagenet256_class", TOKENS),
     "text": ("vq-diffusion", "cdcd/coco_text", [*TOKENS, "--config.model.conv=false", "--config.model.mlp_ratio=4"]),
 }  # fmt: skip

@@ -313,7 +313,7 @@ def test_guidance_of_the_first_channels():
         for channels in ({"image": 1}, None))  # fmt: skip
     np.testing.assert_allclose(few[:, 0], all_of_them[:, 0], atol=1e-6)
     assert (few[:, 1:] != all_of_them[:, 1:]).any()
-    for channels in ({"sound": 3}, {"image": 0}, {"image": 1.5}):
+    for channels in ({"sound": 3}, {"image": -1}, {"image": 1.5}):
         with pytest.raises(UserError, match="number of guided channels"):
             sampling.guided(network, 2.0, ("label",), PROCESS, channels)
 

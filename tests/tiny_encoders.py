@@ -11,6 +11,7 @@ from mmdiff.encoders.clip_tokenizer import read_clip_tokenizer
 LEVELS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2, "norm_num_groups": 4}
 KL = {"block_out_channels": [4, 4], "latent_channels": 4, "scaling_factor": 0.5, "shift_factor": 0.25, **LEVELS}
 
+DINO = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "mlp_ratio": 1}
 VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
     "projection_dim": 12}

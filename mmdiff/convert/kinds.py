@@ -47,6 +47,9 @@ KINDS = {
     "sit": Kind(
         "SiT (Ma et al. 2024)", "MIT for the code; the authors state none for the weights: ask them before you pass them on", nets.DiT,
         published_dit.NEEDS["sit"], published_dit.SIT, "imagenet256/sit_xl2"),
+    "repa": Kind(
+        "SiT aligned with DINOv2 (REPA, Yu et al. 2025)", "MIT for the code; of the weights, see their page", nets.DiT,
+        published_dit.NEEDS["repa"], published_dit.REPA, "imagenet256/repa_xl2"),
     "lightningdit": Kind(
         "LightningDiT (Yao et al. 2025)", "MIT for the code; of the weights, see their page", nets.DiT,
         published_dit.NEEDS["lightningdit"], published_dit.LIGHTNING, "imagenet256/lightning_xl1"),

@@ -1,5 +1,5 @@
-"""The published layouts of DiT (Peebles & Xie 2023), SiT (Ma et al. 2024), LightningDiT (Yao et al. 2025) and JiT (Li & He 2025), from and
-to `nets.DiT`.
+"""The published layouts of DiT (Peebles & Xie 2023), SiT (Ma et al. 2024), REPA (Yu et al. 2025), LightningDiT (Yao et al. 2025) and JiT
+(Li & He 2025), from and to `nets.DiT`.
 
     x_embedder.proj [W, C, p, p]        image_in/kernel [p p C, W]: rows in the order row, column, channel
     blocks.#.attn.qkv [3 W, W]          rows q, k, v of all heads; ours has q, k, v of each head, so that tensors split by heads
@@ -10,7 +10,8 @@ to `nets.DiT`.
     in_context_posemb [1, T, W]         in_context/embedding; JiT's keys begin with "net."
 
 All else is transposed and stacked. Our times run from data to noise; `NEEDS` are the fields with which a network is fed the published time.
-The velocity of SiT and LightningDiT is data - noise, that of `processes.velocity` noise - data: their last layer changes its sign.
+The velocity of SiT and LightningDiT is data - noise, that of `processes.velocity` and of REPA noise - data: their last layer changes its
+sign.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ NAMES = {
     "blocks/adaln": "blocks.#.adaLN_modulation.1",
     "adaln": "final_layer.adaLN_modulation.1", "image_out": "final_layer.linear",
 }  # fmt: skip
+REPA_NAMES = NAMES | {f"dino_tap_{i}": f"projectors.0.{2 * i}" for i in range(3)}  # between them is SiLU
 LIGHTNING_NAMES = NAMES | {
     "blocks/mlp/in": "blocks.#.mlp.w12", "blocks/mlp/out": "blocks.#.mlp.w3", "norm": "final_layer.norm_final",
     "blocks/attention_norm": "blocks.#.norm1", "blocks/mlp_norm": "blocks.#.norm2",
@@ -53,6 +55,7 @@ PLAIN, RECIPE = {"norm": "layer", "mlp": "gelu", "rope": False}, {"norm": "rms",
 NEEDS = {
     "dit": COMMON | PLAIN | {"time_scale": 1000.0, "time_offset": -1.0},
     "sit": COMMON | PLAIN | {"time_scale": -1.0, "time_offset": 1.0},
+    "repa": COMMON | PLAIN | {"time_scale": 1.0, "time_offset": 0.0},
     "lightningdit": COMMON | RECIPE | {"time_scale": -1.0, "time_offset": 1.0},
 }
 NEEDS["jit"] = NEEDS["lightningdit"] | {"qk_norm": True}
@@ -162,4 +165,5 @@ def write_jit(weights: Any, net: Any) -> dict[str, Tensor]:
 DIT = Layout(NAMES, read, write)
 LIGHTNING = Layout(LIGHTNING_NAMES, read_lightning, write_lightning)
 JIT = Layout(JIT_NAMES, read_jit, write_jit)
+REPA = Layout(REPA_NAMES, read, write)
 SIT = Layout(NAMES, partial(read, sign=-1), partial(write, sign=-1))

@@ -5,11 +5,12 @@ from mmdiff.exports import lazily
 __all__, __getattr__, __dir__ = lazily(
     __name__,
     encoded="Encoded EncodedCache",
-    encoded_modalities="EncodedLatents EncodedTexts EncodedTokens EncodedVectors Sentences",
+    encoded_modalities="EncodedLatents EncodedMaps EncodedTexts EncodedTokens EncodedVectors Sentences",
     latents="LatentSource write_latents",
     loader="batches prefetch",
     named_autoencoders="Autoencoder ImageTokens",
     named_encoders="ImageVectors TextStates",
+    named_features="ImagePatches",
     named_tokenizers="CaptionIds NamedTokenizer",
     modalities="Features Images Labels Latents",
     network_cache="CacheWriter network_fingerprint",

@@ -15,6 +15,7 @@ from mmdiff.data import media
 from mmdiff.data.modalities import Features, Latents
 from mmdiff.data.named_autoencoders import Autoencoder, ImageTokens
 from mmdiff.data.named_encoders import ImageVectors, NamedEncoder, TextStates, prepared
+from mmdiff.data.named_features import ImagePatches
 from mmdiff.data.token_modalities import TokenImages
 from mmdiff.errors import UserError
 
@@ -68,8 +69,31 @@ class EncodedTokens(TokenImages):
         return _write(self, array, folder)
 
 
+class OfImages:
+    """A modality that a network makes of images, which are read, and cannot make images of."""
+
+    def parse(self, text: str) -> np.ndarray:
+        """Arrays in a `.npy` or `.npz` file, or those of an image file or of all images in a folder."""
+        if _holds_arrays(text):
+            return super().parse(text)
+        return self.check(self.encoder.encode(_images(text, self.encoder))[self.encoder.modalities[0]])
+
+
 @dataclasses.dataclass(frozen=True)
-class EncodedVectors(Features):
+class EncodedMaps(OfImages, Latents):
+    """Features of an image's patches whose network a config names; the first three channels are shown as colours.
+
+    Attributes:
+      encoder: an `ImagePatches`.
+    """
+
+    scale: float = 1.0
+    name: str = "features"
+    encoder: ImagePatches = encoder_field()
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedVectors(OfImages, Features):
     """Vectors whose image encoder a config names: those of images are read.
 
     Attributes:
@@ -77,12 +101,6 @@ class EncodedVectors(Features):
     """
 
     encoder: ImageVectors = encoder_field()
-
-    def parse(self, text: str) -> np.ndarray:
-        """Vectors in a `.npy` or `.npz` file, or those of an image file or of all images in a folder."""
-        if _holds_arrays(text):
-            return super().parse(text)
-        return self.check(self.encoder.encode(_images(text, self.encoder))[self.encoder.modalities[0]])
 
 
 @dataclasses.dataclass(frozen=True)

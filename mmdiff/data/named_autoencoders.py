@@ -100,7 +100,7 @@ class ImageTokens(SquareImages):
       folder: of the cache, whose codes.json notes them.
     """
 
-    kinds, what = ("vq_model",), "tokenizer"
+    kinds, what, fitted = ("vq_model",), "tokenizer", CODES
     _cut: tuple[list[int], tuple[Any, Any]] | None = None  # the network of some entries
 
     def __init__(
@@ -168,6 +168,12 @@ class ImageTokens(SquareImages):
                 f"{files.target(self.folder) / CODES} lists {count:,} of {least:,} codes or more, and the config needs {self.codes:,} of "
                 f"the {total:,} of {self.path}: name the cache that was written for it.")
         return stored["codes"] if stored and len(stored["codes"]) < total else None
+
+    def noted(self) -> dict[str, Any] | None:
+        return read_codes(self.folder)
+
+    def fit(self, batches: Iterable[np.ndarray]) -> dict[str, Any]:
+        return {"codes": self.choose(batches)}
 
     def choose(self, batches: Iterable[np.ndarray]) -> list[int]:
         """The `codes` entries of the codebook that prepared images use most, ascending.

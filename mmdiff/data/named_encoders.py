@@ -36,6 +36,7 @@ class NamedEncoder:
       key: the section, "encoder" by default. kind, path: its values; the path is that of a file, or of a folder with a config.json.
       modalities: what `encode` gives.
       of: what it encodes, "image" or "caption".
+      fitted: the file of a cache that has what `fit(batches of training images)` found, which `noted()` reads; "" where nothing is fitted.
 
     Raises:
       UserError: a kind that has no place here.
@@ -44,6 +45,7 @@ class NamedEncoder:
     kinds: tuple[str, ...] = ()
     what = "encoder"
     of = "image"
+    fitted = ""
     modalities: tuple[str, ...] = ()
     _placed: tuple[tuple[jax.Device, ...], list[Any], list[Any]] | None = None
 

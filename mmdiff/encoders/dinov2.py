@@ -156,11 +156,11 @@ def resample(table: jax.Array, size: tuple[int, int], interpolation: str) -> jax
     if interpolation == "antialiased":
         return jax.image.resize(table, (*size, table.shape[-1]), "cubic", antialias=True, precision="highest")
     offset = 0.1 if interpolation == "bicubic_offset" else 0.0
-    rows, columns = (jnp.asarray(_bicubic(n, to, n / (to + offset)), table.dtype) for n, to in zip(table.shape[:2], size))
+    rows, columns = (jnp.asarray(bicubic(n, to, n / (to + offset)), table.dtype) for n, to in zip(table.shape[:2], size))
     return jnp.einsum("oi,pj,ijd->opd", rows, columns, table, precision="highest")
 
 
-def _bicubic(size: int, to: int, step: float, a: float = -0.75) -> np.ndarray:
+def bicubic(size: int, to: int, step: float, a: float = -0.75) -> np.ndarray:
     """PyTorch's bicubic interpolation as a matrix [to, size]: `step` old positions for each new one, edges repeated, not antialiased."""
     at = (np.arange(to) + 0.5) * step - 0.5
     matrix = np.zeros((to, size))

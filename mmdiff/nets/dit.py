@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
-from mmdiff.nets.embed import Patches, Prefixed
-from mmdiff.nets.layers import normal
+from mmdiff.nets.embed import Dense, Patches, Prefixed, patchify
+from mmdiff.nets.layers import normal, zeros
 from mmdiff.nets.routes import check_kept, check_route, put, take
+from mmdiff.nets.taps import Tap, check_fused, check_taps
 from mmdiff.nets.transformer import DiffusionTransformer
 from mmdiff.routing import kept_of
 from mmdiff.spans import check_no_ends
@@ -47,7 +50,8 @@ class DiT(DiffusionTransformer):
 
     `__call__(x, t, label)`: x [B, H, W, C] float, t [B] in [0, 1], label [B] int in 0 .. classes, where `classes` is the null row (a
     `Given(null=classes)` or the mask of `absorbing(classes)`). Returns [B, H, W, C], or 2C channels with `learn_sigma`, in float32 or
-    wider.
+    wider. A network with `fused` takes `others`, {name: (x, t)} of these, too, and with that or `taps` it returns (the image's output,
+    {name: output}).
 
     Attributes:
       patches: the image's shape and patch size.
@@ -55,6 +59,10 @@ class DiT(DiffusionTransformer):
       in_context: (tokens, first) puts so many tokens before the image's behind the first blocks, all of them the label's embedding plus a
         learned vector each; they see and are seen, and the last layer leaves them out (JiT: 32 behind the fourth block of B).
       route: as in `MMDiT`; with in_context tokens not across the place where these come in.
+      fused: name -> `Patches` of features of the image, as many as the image's, which share its tokens: their embedding is added to them,
+        and that of their time to the condition (ReDi, Kouzelis et al. 2025). What they add is 0 at first: weights of an image's network
+        compute what they did.
+      taps: name of an output -> `Tap` of the image, projected tokens between two blocks (REPA, Yu et al. 2025).
       freq_shift, mlp_norm_eps: see `frequencies` and `Block`. 1 and 1e-5 in diffusers, whose DiT is another function of the same weights.
       depth, width, heads, ...: see `Transformer` and `DiffusionTransformer`; `DiT.preset("XL", 2)` builds the published sizes.
     """
@@ -65,9 +73,14 @@ class DiT(DiffusionTransformer):
     route: tuple[int, int] | None = dataclasses.field(default=None, kw_only=True)
     freq_shift: float = dataclasses.field(default=0.0, kw_only=True)
     mlp_norm_eps: float | None = dataclasses.field(default=None, kw_only=True)
+    fused: Mapping[str, Patches] | None = dataclasses.field(default=None, kw_only=True)
+    taps: Mapping[str, Tap] | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
+        for name, stream in (self.fused or {}).items():
+            check_fused("DiT", name, stream, "image", self.patches)
+        check_taps("DiT", self.taps, {**(self.fused or {}), "image": self.patches}, self.depth, self.route)
         check_route("DiT", self.route, self.depth)
         if self.in_context is not None:
             if len(self.in_context) != 2 or not self.in_context[1] < self.depth:
@@ -92,13 +105,19 @@ class DiT(DiffusionTransformer):
         return cls(patches, classes, depth=depth, width=width, heads=heads, **options)
 
     @nn.compact
-    def __call__(self, x, t, label, keep=None):
-        """`keep`: int [B, M], the patches that do not skip the blocks of `route`."""
+    def __call__(self, x, t, label, keep=None, others=None):
+        """`keep`: int [B, M], the patches that do not skip the blocks of `route`; `others`: as above."""
         check_kept("DiT", {} if keep is None else {"image": keep}, self.route)
+        fused, taps, out = self.fused or {}, self.taps or {}, {}
         h = self.patches.encode(x.astype(self.dtype), self.width, self.dtype, "image")
-        c = self.time_embed(self.width, "time", freq_shift=self.freq_shift)(t)
+        time = self.time_embed(self.width, "time", freq_shift=self.freq_shift)
         y = nn.Embed(self.classes + 1, self.width, embedding_init=normal, dtype=self.dtype, name="label")(label)
-        c = c + y
+        c = time(t) + y
+        added = partial(Dense, self.width, kernel_init=zeros, dtype=self.dtype)
+        for name, patches in fused.items():
+            value, at = others[name]
+            h = h + added(name=f"{name}_in")(patchify(value.astype(self.dtype), patches.patch))
+            c = c + added(name=f"{name}_condition")(nn.silu(time(at)))
         stream, before, whole = self.patches, 0, None
         (count, start), (first, last) = self.in_context or (0, 0), self.route or (0, 0)
         for section, begin, end in self.sections(start, first, last):
@@ -110,18 +129,35 @@ class DiT(DiffusionTransformer):
                 whole, h = h, take(h, keep)
             kept = {"": keep} if keep is not None and first <= begin < last else {}
             blocks = self.blocks(section, end - begin, rope={"": stream}, mlp_norm_eps=self.mlp_norm_eps, nested=True)
-            h = blocks({"": h}, {"": c}, kept=kept)[0][""]
-            if kept and end == last:
-                h = put(whole, keep, h)
-        out = self.output(self.patches, h[:, before:] if before else h, c, "image", x, prefix="")
-        return out.astype(jnp.promote_types(out.dtype, jnp.float32))
+            inner = sorted({tap.depth - begin for tap in taps.values() if begin < tap.depth < end})
+            streams, tapped = blocks({"": h}, {"": c}, kept=kept, taps=inner)
+            h = put(whole, keep, streams[""]) if kept and end == last else streams[""]
+            tapped |= {end - begin: {"": h}}
+            for name, tap in taps.items():
+                if begin < tap.depth <= end:
+                    out[name] = tap.project(tapped[tap.depth - begin][""][:, before:], self.patches, self.dtype, name)
+        h = h[:, before:] if before else h
+        out |= {name: self.output(patches, h, c, name, others[name][0]) for name, patches in fused.items()}
+        image, out = jax.tree.map(_wide, (self.output(self.patches, h, c, "image", x, prefix=""), out))
+        return (image, out) if fused or taps else image
+
+
+def _wide(out: jax.Array) -> jax.Array:
+    return out.astype(jnp.promote_types(out.dtype, jnp.float32))
 
 
 def as_joint(net: nn.Module, image: str = "image", label: str = "label"):
-    """A DiT as the network of a `Joint`: `apply(params, {image, label}, times) -> {image: out}`. The label's time is in its null row."""
+    """A DiT as the network of a `Joint`: `apply(params, {image, label}, times) -> {image: out}`. The label's time is in its null row.
+
+    What is fused with the image, and the taps, have their own names.
+    """
+    fused = getattr(net, "fused", None) or {}
 
     def apply(params, x, t):
         check_no_ends("DiT", t)
-        return {image: net.apply(params, x[image], t[image], x[label], **({"keep": x[kept_of(image)]} if kept_of(image) in x else {}))}
+        given = {"others": {name: (x[name], t[name]) for name in fused}} if fused else {}
+        given |= {"keep": x[kept_of(image)]} if kept_of(image) in x else {}
+        out = net.apply(params, x[image], t[image], x[label], **given)
+        return {image: out[0], **out[1]} if isinstance(out, tuple) else {image: out}
 
     return apply

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.errors import UserError
-from mmdiff.nets.embed import Dense, Patches, TimeEmbed, patchify, xavier
+from mmdiff.nets.embed import Dense, TimeEmbed, patchify, xavier
 from mmdiff.nets.layers import normal, zeros
 from mmdiff.nets.routes import check_kept, check_route, put, take
-from mmdiff.nets.taps import Tap
+from mmdiff.nets.taps import Tap, check_fused, check_taps
 from mmdiff.nets.transformer import DiffusionTransformer
 from mmdiff.routing import kept_of
 from mmdiff.spans import end_of
@@ -57,19 +57,8 @@ class MMDiT(DiffusionTransformer):
     def __post_init__(self):
         super().__post_init__()
         for name, host in (self.fused or {}).items():
-            pair = [self.modalities.get(each) for each in (name, host)]
-            fits = all(isinstance(each, Patches) for each in pair) and pair[0].grid == pair[1].grid and host not in self.fused
-            if not fits or pair[0].stem or pair[0].bottleneck:
-                raise UserError(
-                    f"MMDiT: {name!r} cannot share the tokens of {host!r}: both must be Patches with as many rows and columns of them, "
-                    f"{name!r} without a stem or a bottleneck.")
-        for name, tap in (self.taps or {}).items():
-            if name in self.modalities or tap.of not in self.modalities or not tap.depth < self.depth:
-                raise UserError(
-                    f"MMDiT: the tap {name!r} of {tap.of!r} behind block {tap.depth} needs a name of its own, one of the modalities "
-                    f"{sorted(self.modalities)} and fewer than the {self.depth} blocks.")
-            if self.route and self.route[0] < tap.depth < self.route[1]:
-                raise UserError(f"MMDiT: the tap {name!r} behind block {tap.depth} lies where tokens skip blocks, {self.route}.")
+            check_fused("MMDiT", name, self.modalities.get(name), host, None if host in self.fused else self.modalities.get(host))
+        check_taps("MMDiT", self.taps, self.modalities, self.depth, self.route)
         check_route("MMDiT", self.route, self.depth)
 
     @nn.compact
@@ -106,16 +95,19 @@ class MMDiT(DiffusionTransformer):
         keep = {home[name]: x[kept_of(name)] for name in names if kept_of(name) in x}
         check_kept("MMDiT", keep, self.route)
         out, taps, whole, (first, last) = {}, self.taps or {}, None, self.route or (0, 0)
-        for section, begin, end in self.sections(first, last, *(tap.depth for tap in taps.values())):
+        for section, begin, end in self.sections(first, last):
             if keep and begin == first:
                 whole, streams = streams, {name: take(h, keep[name]) if name in keep else h for name, h in streams.items()}
             kept = keep if first <= begin < last else {}
-            streams, _ = self.blocks(section, end - begin, **options)(streams, conditions, kept=kept)
+            inner = sorted({tap.depth - begin for tap in taps.values() if begin < tap.depth < end})
+            streams, tapped = self.blocks(section, end - begin, **options)(streams, conditions, kept=kept, taps=inner)
             if kept and end == last:
                 streams = {name: put(whole[name], keep[name], h) if name in keep else h for name, h in streams.items()}
-            for name, tap in sorted(taps.items()):
-                if tap.depth == end:
-                    out[name] = tap.project(streams[home[tap.of]], self.modalities[tap.of], self.dtype, name)
+            tapped |= {end - begin: streams}
+            for name, tap in taps.items():
+                if begin < tap.depth <= end:
+                    h = tapped[tap.depth - begin][home[tap.of]]
+                    out[name] = tap.project(h, self.modalities[tap.of], self.dtype, name)
         for name in names:
             out[name] = self.output(self.modalities[name], streams[home[name]], conditions[home[name]], name, x[name])
         return jax.tree.map(lambda value: value.astype(jnp.float32), out)

@@ -1,8 +1,9 @@
-"""Taps: tokens that a network returns from between its blocks, for a term that compares them with features of the clean data."""
+"""Features of an image in its network: aligned with a tap, tokens from between the blocks (REPA), or on the image's own tokens (ReDi)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +19,8 @@ class Tap:
     """A modality's tokens behind `depth` blocks, projected to features, [B, N, size]: see `losses.aligned`.
 
     The projection has three layers with `hidden` units between (REPA, Yu et al. 2025), or is one 3 x 3 convolution over the patches
-    (`conv`; iREPA, Singh et al. 2025). It is part of the network: sampling leaves it out. A tap divides the stack of blocks, whose layers
-    behind it are found below "from_DEPTH", so that weights with and without it have different names.
+    (`conv`; iREPA, Singh et al. 2025). It is part of the network: sampling leaves it out. All other parameters are those of the network
+    without it.
 
         MMDiT({"image": Patches(32, 32, 4, 2), ...}, taps={"dino": Tap("image", depth=8, size=768)}, ...)
 
@@ -49,3 +50,25 @@ class Tap:
         for i, size in enumerate((self.hidden, self.hidden, self.size)):
             h = Dense(size, kernel_init=xavier, dtype=dtype, name=f"{name}_tap_{i}")(h if i == 0 else nn.silu(h))
         return h
+
+
+def check_taps(
+    who: str, taps: Mapping[str, Tap] | None, modalities: Mapping[str, Any], depth: int, route: tuple[int, int] | None
+) -> None:
+    """Raises UserError for a tap of no modality, with the name of one, behind all blocks, or between those that tokens skip."""
+    for name, tap in (taps or {}).items():
+        if name in modalities or tap.of not in modalities or not tap.depth < depth:
+            raise UserError(
+                f"{who}: the tap {name!r} of {tap.of!r} behind block {tap.depth} needs a name of its own, one of the modalities "
+                f"{sorted(modalities)} and fewer than the {depth} blocks.")
+        if route and route[0] < tap.depth < route[1]:
+            raise UserError(f"{who}: the tap {name!r} behind block {tap.depth} lies where tokens skip blocks, {route}.")
+
+
+def check_fused(who: str, name: str, stream: Any, host: str, tokens: Any) -> None:
+    """Raises UserError unless the modality `name` can share the tokens of `host`."""
+    fits = isinstance(stream, Patches) and isinstance(tokens, Patches) and stream.grid == tokens.grid
+    if not fits or stream.stem or stream.bottleneck:
+        raise UserError(
+            f"{who}: {name!r} cannot share the tokens of {host!r}: both must be Patches with as many rows and columns of them, "
+            f"{name!r} without a stem or a bottleneck.")

@@ -203,7 +203,8 @@ class Stack(nn.Module):
     options: Mapping[str, Any]
 
     @nn.compact
-    def __call__(self, streams, conditions={}, visible={}, context=None, added={}, cache=None, keep=False, kept={}):
+    def __call__(self, streams, conditions={}, visible={}, context=None, added={}, cache=None, keep=False, kept={}, taps=()):
+        """-> (streams, what blocks keep, [depth, ...]), or for taps, numbers of blocks, (streams, {number: streams behind so many})."""
         if not self.depth:
             return streams, {}
         block = partial(Block, **self.options, keep=keep)
@@ -213,7 +214,11 @@ class Stack(nn.Module):
                 size = vectors(name, self.options["shift"], self.options.get("cross_stream")) * streams[name].shape[-1]
                 modulations[name] = made(Dense, name, "blocks_adaln", features=size, kernel_init=zeros)(nn.silu(c))
             conditions = modulations
-        return stack(block, self.depth, self.scan, self.remat)(streams, conditions, visible, context, added, kept, each=cache)
+        if taps:
+            block, cache = partial(TappedBlock, **self.options), jnp.arange(1, self.depth + 1)
+            streams = streams, {number: jax.tree.map(jnp.zeros_like, streams) for number in taps}
+        found, outputs = stack(block, self.depth, self.scan, self.remat)(streams, conditions, visible, context, added, kept, each=cache)
+        return found if taps else (found, outputs)
 
 
 def vectors(stream: str, shift: bool, cross_stream: str | None) -> int:
@@ -357,3 +362,16 @@ class Block(nn.Module):
         if self.merged:
             streams = dict(zip(names, cut(streams[""], lengths)))
         return streams, keys if self.keep else {}
+
+
+class TappedBlock(Block):
+    """A block of a stack that is tapped: carries (streams, {number: streams behind that block}); its last argument is its own number.
+
+    What is tapped is carried along, not stacked or cut out of the scan: the memory is that of one block's output for each tap, and the
+    parameters have the names that they have without taps.
+    """
+
+    def __call__(self, carry, conditions, visible, context, added, kept, number):
+        streams, _ = super().__call__(carry[0], conditions, visible, context, added, kept)
+        here = {tap: jax.tree.map(partial(jnp.where, number == tap), streams, before) for tap, before in carry[1].items()}
+        return (streams, here), {}

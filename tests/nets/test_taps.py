@@ -9,7 +9,7 @@ from filled import filled
 
 from mmdiff import losses, schedules, times
 from mmdiff.errors import UserError
-from mmdiff.nets import Label, MMDiT, Patches, Tap
+from mmdiff.nets import DiT, Label, MMDiT, Patches, Tap
 from mmdiff.processes import Gaussian, Joint, Noised
 
 B, SIZE = 4, 5
@@ -35,8 +35,7 @@ def test_fused_modalities_share_tokens():
     own = filled(fused, X, T)["params"]
     without = {
         key: jax.tree.map(np.zeros_like, leaf) if key in ("features_in", "features_condition") else leaf for key, leaf in own.items()}
-    part = {key: leaf for key, leaf in own.items() if not key.startswith(("features", "seen", "from"))}
-    part |= {"block_1": own["from_1"]["block_0"], "modality": own["modality"][1:]}
+    part = {key: leaf for key, leaf in own.items() if not key.startswith(("features", "seen"))} | {"modality": own["modality"][1:]}
 
     @jax.jit
     def outputs():
@@ -66,8 +65,38 @@ def test_a_tap_changes_nothing_but_what_its_term_trains():
     jax.tree.map(np.testing.assert_array_equal, (zero[0][0], zero[1]), (without[0][0], without[1]))
     assert 0 < zero[0][1]["loss/dino"] < 2 and zero[0][1]["loss/dino"] == alone[0][1]["loss/dino"]
     gradient = alone[1]["params"]
-    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient["from_1"]))
-    assert np.abs(gradient["dino_tap"]["kernel"]).max() > 0 and any(leaf.any() for leaf in jax.tree.leaves(gradient["blocks"]))
+    assert not any(leaf[1:].any() for leaf in jax.tree.leaves(gradient["blocks"]))
+    assert np.abs(gradient["dino_tap"]["kernel"]).max() > 0 and any(leaf[:1].any() for leaf in jax.tree.leaves(gradient["blocks"]))
+
+
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_weights_of_an_image_s_network_begin_as_they_were_with_features_and_taps(scan):
+    """DiT: the parameters that it had have their names, and give the image that they gave, whatever the features; trained, they matter."""
+    sizes = {"depth": 3, "width": 16, "heads": 2, "scan": scan}
+    plain = DiT(STREAMS["image"], 4, **sizes)
+    more = plain.clone(fused={"features": STREAMS["features"]}, taps={"dino": Tap("image", 2, SIZE, hidden=8)})
+    x, t, label = X["image"], T["image"], X["label"]
+    features = {"features": (X["features"], T["features"])}
+    weights, fresh = filled(plain, x, t, label)["params"], filled(more, x, t, label, None, features)["params"]
+    assert jax.tree.structure({name: fresh[name] for name in weights}) == jax.tree.structure(weights)
+    zero = {name: jax.tree.map(np.zeros_like, fresh[name]) for name in ("features_in", "features_condition")}
+    begun, trained = fresh | weights | zero, fresh | weights
+    of_last = "blocks" if scan else "block_2"
+    cut = begun | {of_last: jax.tree.map(lambda leaf: np.concatenate([leaf[:2], 0 * leaf[2:]]) if scan else 0 * leaf, begun[of_last])}
+
+    @jax.jit
+    def outputs():
+        found = [more.apply({"params": params}, x, t, label, None, features) for params in (begun, cut, trained)]
+        return plain.apply({"params": weights}, x, t, label), *found
+
+    alone, (image, out), (_, tapped), (moved, _) = jax.tree.map(np.asarray, outputs())
+    np.testing.assert_allclose(image, alone, rtol=1e-5, atol=1e-5)
+    assert out["features"].shape == X["features"].shape and out["dino"].shape == (B, 4, SIZE) and np.abs(out["dino"]).max() > 0.01
+    np.testing.assert_allclose(tapped["dino"], out["dino"], rtol=1e-5, atol=1e-5)  # of block 2: nothing of block 3 matters
+    assert np.abs(moved - alone).max() > 0.01
+    if not scan:
+        made = jax.jit(more.init)(jax.random.key(0), x, t, label, None, features)["params"]
+        assert not any(leaf.any() for name in zero for leaf in jax.tree.leaves(made[name]))
 
 
 def test_alignment():
@@ -109,5 +138,9 @@ def test_what_cannot_be_fused_or_tapped_is_refused():
     for other in (Patches(1, 4, 3, 1), Patches(2, 2, 3, 1, bottleneck=2)):  # as many tokens elsewhere; a layer left out
         with pytest.raises(UserError, match="must be Patches with as many rows and columns of them, 'features' without a stem"):
             MMDiT({**STREAMS, "features": other}, depth=1, width=16, heads=2, fused={"features": "image"})
+    with pytest.raises(UserError, match="DiT: 'features' cannot share the tokens of 'image'"):
+        DiT(STREAMS["image"], 4, depth=1, width=16, heads=2, fused={"features": Patches(4, 4, 3, 1)})
+    with pytest.raises(UserError, match="DiT: the tap 'dino' of 'label' behind block 1 needs .* fewer than the 1 blocks"):
+        DiT(STREAMS["image"], 4, depth=1, width=16, heads=2, taps={"dino": Tap("label", 1, SIZE)})
     with pytest.raises(UserError, match="needs the patches of an image"):
         jax.eval_shape(net_of(*STREAMS, taps={"dino": Tap("label", 1, SIZE, conv=True)}).init, jax.random.key(0), X, T)
