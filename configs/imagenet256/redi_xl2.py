@@ -39,14 +39,14 @@ from mmdiff.evals.sampled_images import evaluators_of
 from mmdiff.processes import Gaussian, Given, Joint, velocity
 from mmdiff.training import optim
 
-CLASSES = 1000  # whose number is the null label
+CLASSES, COMPONENTS = 1000, 8  # the null label is CLASSES
 
 
 def get_config():
     return ConfigDict({
         "seed": 0,
         "encoder": {"kind": "autoencoder_kl", "path": ""},
-        "feature_encoder": {"kind": "dinov2", "path": "", "size": 768, "components": 8, "whiten": True},
+        "feature_encoder": {"kind": "dinov2", "path": "", "size": 768, "components": COMPONENTS, "whiten": True},
         # Or source random; cache reads set, images and mirrored.
         "data": {"source": "latents", "dir": "", "set": "folder", "images": "", "max_skipped": 0, "mirrored": False},
         "model": {

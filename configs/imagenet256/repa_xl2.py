@@ -37,14 +37,14 @@ from mmdiff.evals.sampled_images import evaluators_of
 from mmdiff.processes import Gaussian, Given, Joint, velocity
 from mmdiff.training import optim
 
-CLASSES = 1000  # whose number is the null label
+CLASSES, SIZE = 1000, 768  # the null label is CLASSES; numbers in a feature
 
 
 def get_config():
     return ConfigDict({
         "seed": 0,
         "encoder": {"kind": "autoencoder_kl", "path": ""},
-        "feature_encoder": {"kind": "dinov2", "path": "", "size": 768},
+        "feature_encoder": {"kind": "dinov2", "path": "", "size": SIZE},
         # Or source random; cache reads set, images and mirrored.
         "data": {"source": "latents", "dir": "", "set": "folder", "images": "", "max_skipped": 0, "mirrored": False},
         "model": {
