@@ -10,7 +10,7 @@ Joint samples draw the label first, in one call, then the image in those that re
 
 Measured (one run of seed 0, 500 test digits, EMA weights): joint samples in 2 calls have an agreement of 0.963 and a Fréchet ratio of 2.00,
 in 4 calls 0.958 and 1.57, by 25 Heun steps (49 calls) 0.935 and 1.41, and in one call for both 0.160 and 2.08; label accuracy 0.990. Other
-values of `span` were not run, see configs/README.md. Cost: 0.78M parameters, 5/3 of the network passes of digits_joint for as many steps;
+values of `span`: configs/README.md. Cost: 0.78M parameters, 5/3 of the network passes of digits_joint for as many steps;
 7 minutes on two CPU cores beside other work.
 """
 
@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
 from mmdiff.data import Images, Labels
+from mmdiff.evals.joint_calls import JointCalls
 from mmdiff.processes import Gaussian, Joint, absorbing, velocity
+from mmdiff.projects.digits import digit_pairs
 from mmdiff.projects.digits.digits import NAMES, digits_source
-from mmdiff.projects.digits.joint_calls import JointCalls
 from mmdiff.projects.digits.joint_image_label import JointImageLabel
 from mmdiff.training import optim
 
@@ -50,19 +51,16 @@ def build(config):
     parts = losses.of_parts(process, image=config.image_weight, label=config.label_weight)
     weight, image = parts["image"]
     terms = {**parts, "image": (weight, losses.adaptive(image, config.span.power, 0.02)), "image_error": (0.0, image)}
-    modalities = {"image": Images(8, 8, 1, levels=17), "label": Labels(10, synonyms=NAMES)}
-    shape = {name: modality.shape for name, modality in modalities.items()}
     few = {"drop": ("label",), "jumps": ("image",), "order": ("label", "image")}
     heun = {"drop": ("label",), "paths": {"label": sampling.settled_at(0.5)}, "heun": True}  # as in configs/digits_joint.py
     compared = {
         "at_2_calls": (few, 2), "at_4_calls": (few, 4), "by_25_heun_steps": (heun, 25),
         "at_1_call_on_one_grid": ({**few, "order": ()}, 1)}
-    calls = JointCalls({
-        name: (sampling.make_sampler(process, net.apply, shape, **options), steps) for name, (options, steps) in compared.items()})
     return Experiment(
-        process=process, net=net, modalities=modalities,
+        process=process, net=net,
+        modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(10, synonyms=NAMES)},
         loss=losses.diffusion(process, apply, noise_levels, terms),
         optimizer=optim.adamw(config.train), data=digits_source,
         sampler=heun if config.sample.heun else few,
-        evaluators=(JointImageLabel(batch=config.eval.batch), calls),
+        evaluators=(JointImageLabel(batch=config.eval.batch), JointCalls(compared, digit_pairs.judge, config.eval.batch)),
         in_loop=(JointImageLabel(batch=config.eval.batch, per_class=20, joint=200, draws=4),))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmdiff import __main__ as cli
+from mmdiff import config as configs
 
 CONFIG = "configs/digits_fewstep.py"
 SMALL = [f"--config.{value}" for value in (
@@ -36,3 +37,23 @@ def test_it_trains_samples_in_two_calls_and_measures(tmp_path, capsys):
     found = json.loads((tmp_path / "run/report.json").read_text())
     for name in ("at_2_calls", "at_4_calls", "by_25_heun_steps", "at_1_call_on_one_grid"):
         assert 0 <= found[f"joint_agreement_{name}"] <= 1 and found[f"joint_frechet_ratio_{name}"] > 1
+
+
+@pytest.fixture(scope="module")
+def experiments(loaded_launch):
+    return loaded_launch("fewstep_experiments")
+
+
+def test_the_experiments_name_values_that_exist(experiments):
+    every = list(experiments.settings())
+    assert len({(part, name) for part, name, *_ in every}) == len(every)  # a finished run is known by its name
+    found = [configs.load(CONFIG, list(overrides.items()))[0].to_json() for *_, overrides in every]
+    assert len(set(found)) == len(found) and found[-1] == configs.load(CONFIG)[0].to_json()  # `whole` is the config
+
+
+@pytest.mark.slow
+def test_an_experiment_runs(experiments):
+    small = dict(value.removeprefix("--config.").split("=") for value in SMALL)
+    metrics, seconds = experiments.run(1, "both", small)
+    assert {"over_heun_at_2_calls", "over_heun_at_4_calls_test", "label_accuracy", "joint_agreement_at_1_call_on_one_grid"} <= set(metrics)
+    assert np.isfinite(list(metrics.values())).all() and seconds > 0

@@ -48,6 +48,19 @@ def test_joint(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_fewstep(folder, tmp_path):
+    run("train", "joint", tmp_path / "joint", f"--config.data.dir={folder}", *TRAINED, *SMALL)
+    more = [f"--config.{value}" for value in (
+        "pairs.samples=20", f"train.start={tmp_path / 'joint'}", "train.learning_rate=0.02", "train.warmup_steps=1", "train.ema=0.1")]
+    run("train", "fewstep", tmp_path / "run", f"--config.data.dir={folder}", *TRAINED, *SMALL, *more)
+    run("eval", "fewstep", tmp_path / "run")
+    names = ("at_2_calls", "at_4_calls", "by_25_heun_steps", "at_1_call_on_one_grid")
+    found = metrics(tmp_path / "run")
+    assert COMMON | {f"joint_{metric}_{name}" for metric in ("agreement", "lite0-FD") for name in names} <= set(found)
+    assert len({found[f"joint_lite0-FD_{name}"] for name in names}) == 4  # each has its own samples
+
+
+@pytest.mark.slow
 def test_tokens(folder, tmp_path):
     data = f"--config.data.dir={folder}"
     small = ["--config.model.features=8", "--config.model.codes=256"]
@@ -59,7 +72,7 @@ def test_tokens(folder, tmp_path):
     assert COMMON <= set(metrics(tmp_path / "run")) and "label_accuracy" not in metrics(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["joint", "vq_tokenizer"])
+@pytest.mark.parametrize("name", ["joint", "fewstep", "vq_tokenizer"])
 def test_a_config_without_its_data_says_where_they_are(name, tmp_path):
     for value, words in (("", "config.data.dir is empty"), (tmp_path, "put Fashion-MNIST's four files there")):
         experiment = configs.build(*configs.load(f"{CONFIGS}{name}.py", [("data.dir", str(value))]))

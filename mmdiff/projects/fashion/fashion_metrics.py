@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -55,8 +56,8 @@ class FashionMetrics:
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance = int(config.sample.steps), float(config.sample.guidance)
         label_key, sample_key = jax.random.split(key)
-        held_images, held = self._real(experiment.split)
-        train_images, train = self._real("train")
+        held_images, held = real(self.folder, experiment.split)
+        train_images, train = real(self.folder, "train")
         clock, metrics, texts, figures = Clock(), {}, {}, {}
 
         if experiment.process.parts[self.label].learnt:
@@ -75,7 +76,7 @@ class FashionMetrics:
         made = _grey(experiment.modalities[self.target].show(sampled))
 
         clock.start("classifiers", "training the independent classifier, and another one on the samples")
-        independent = image_classifier.trained(train_images, train, CLASSES, self.classifier_steps)
+        independent = independent_classifier(self.folder, self.classifier_steps)
         seen = independent(made)
         metrics |= {
             "conditional_agreement": accuracy(seen, asked),
@@ -113,10 +114,45 @@ class FashionMetrics:
             "evaluation_seconds": clock.seconds}
         return EvalResult({**metrics, **found}, {**texts, **definitions}, figures, settings)
 
-    def _real(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """The real images of a split, uint8 [n, 28, 28, 1], and their labels [n]."""
-        found = load_all(fashion_source(split, self.folder))
-        return _grey(Images(SIZE, SIZE).show(found["image"])), found["label"]
+
+@dataclasses.dataclass(frozen=True)
+class FashionPairs:
+    """The judge of `JointCalls` for pairs of clothes and labels that were sampled together.
+
+    * `joint_agreement`: the share of samples to which the independent classifier gives the label sampled with them;
+    * `joint_lite0-FD`: the distance of `FashionMetrics`, of their images to all held-out ones.
+    """
+
+    folder: str
+    samples: int
+    classifier_steps: int = image_classifier.STEPS
+
+    def __call__(self, experiment):
+        independent, encoder = independent_classifier(self.folder, self.classifier_steps), network()
+        of_held = collect(encoder, _batches(real(self.folder, experiment.split)[0]), keep=False)
+
+        def judged(pairs):
+            images = _grey(experiment.modalities["image"].show(pairs["image"]))
+            found, texts, _ = compare(DEFAULT, collect(encoder, _batches(images), keep=False), of_held)
+            distance = NETWORKS[DEFAULT].distance
+            share = f"share of {self.samples} joint samples with the label that the independent classifier gives their image"
+            return {
+                "joint_agreement": (accuracy(independent(images), pairs["label"]), share),
+                f"joint_{distance}": (found[distance], texts[distance])}
+
+        return self.samples, judged
+
+
+def real(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The real images of a split, uint8 [n, 28, 28, 1], and their labels [n]."""
+    found = load_all(fashion_source(split, folder))
+    return _grey(Images(SIZE, SIZE).show(found["image"])), found["label"]
+
+
+@functools.lru_cache(maxsize=1)
+def independent_classifier(folder: str, steps: int) -> image_classifier.Classifier:
+    """The classifier trained on the training images; evaluators of one process share it."""
+    return image_classifier.trained(*real(folder, "train"), CLASSES, steps)
 
 
 def evaluators_of(folder: str, options: Mapping[str, Any], **more) -> dict[str, tuple[FashionMetrics, ...]]:
