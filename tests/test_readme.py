@@ -102,9 +102,15 @@ def test_every_path_image_and_link_of_a_page_exists(name):
 def head(path):
     """The commands of a docstring, with the variables that it sets."""
     text = re.match(r'"""(.*?)"""', path.read_text(encoding="utf-8"), flags=re.DOTALL)[1].replace("\\\\\n", " ")
-    variables = dict(re.findall(r'^ +([A-Z]+)="(.*)"$', text, flags=re.MULTILINE))
+    variables = {}
+
+    def filled(line):
+        return re.sub(r"\$([A-Z]+)", lambda found: variables[found[1]], line)
+
+    for name, value in re.findall(r'^ +([A-Z]+)="(.*)"$', text, flags=re.MULTILINE):  # in order: one may hold those before it
+        variables[name] = filled(value)
     lines = [line.strip() for line in text.splitlines() if re.match(r" +(python|bash|mmdiff) ", line)]
-    return [shlex.split(re.sub(r"\$([A-Z]+)", lambda found: variables[found[1]], line), comments=True) for line in lines]
+    return [shlex.split(filled(line), comments=True) for line in lines]
 
 
 COMMANDS = {name: shell(text) for name, text in TEXTS.items()}
