@@ -93,7 +93,7 @@ def vectors(folder):
     write_weights(folder / "decoder", {
         "encode_prefix.weight": np.eye(8, 16, dtype=np.float32), "encode_prefix.bias": np.ones(8, np.float32)})
     return [
-        *vae(folder), f"--config.vision_encoder.path={tiny_encoders.publish(folder / 'vision', net)[0]}", tower(folder, 16),
+        *vae(folder), f"--config.vector_encoder.path={tiny_encoders.publish(folder / 'vision', net)[0]}", tower(folder, 16),
         f"--config.text_encoder.reduce={folder / 'decoder'}", "--config.data.size=4",
         "--config.data.vector=12", "--config.text.size=8"]
 
@@ -202,6 +202,8 @@ def test_a_config_goes_the_whole_way(name, tmp_path, capsys):
     measured = ["eval", "--samples", str(out / "samples.npz"), "--reference", str(held_out), "--size", str(side)]
     assert main([*measured, "--json", str(tmp_path / "metrics.json")]) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["metrics"]["lite0-FD"] > 0
+    if "tokenizer.path" in " ".join(use):
+        config.append(f"--config.eval.references={images}")
     if name in REPORTED:
         assert main(["eval", *config, *workdir]) == 0
         assert REPORTED[name] in capsys.readouterr().out

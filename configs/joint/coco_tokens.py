@@ -8,7 +8,7 @@
     python -m mmdiff sample $USE --given image=photo.jpg                                            # texts of an image
     python -m mmdiff sample $USE                                                                    # pairs
     python -m mmdiff eval   $USE --split validation                                                 # to choose guidance and steps
-    python -m mmdiff eval   $USE --config.data.images=coco                                          # captions (CIDEr) and retrieval
+    python -m mmdiff eval   $USE --config.eval.references=coco                                      # captions (CIDEr) and retrieval
     python -m mmdiff.data.prompts coco_captions coco prompts.txt 30000                              # for FID-30k and the CLIP score:
     python -m mmdiff sample $USE --given text=prompts.txt --number 30000 --format npz --out runs/tokens/30k
     python -m mmdiff eval   --samples runs/tokens/30k/samples.npz --reference coco/val2014 --size 256 --network inception \\
@@ -53,8 +53,7 @@ def get_config():
         "seed": 0,
         "encoder": {"kind": "autoencoder_kl", "path": ""},
         "tokenizer": {"kind": "clip_text", "path": "", "size": 49408, "length": 64},
-        "data": {  # source: or random; size of the latents; images: also for eval, to compare with captions as people wrote them
-            "source": "latents", "dir": "", "set": "coco_karpathy", "images": "", "max_skipped": 0, "size": 32},
+        "data": {"source": "latents", "dir": "", "set": "coco_karpathy", "images": "", "max_skipped": 0, "size": 32},  # or random
         "model": {
             "size": "XL", "patch": 2, "qk_norm": True, "logit_chunks": 8, "dtype": "bfloat16", "remat": "auto", "scan": True},
         # Shares of the training times: both noisy; image given text; text given an image, and given one at t up to `reading_noise`; alone.
@@ -67,9 +66,9 @@ def get_config():
             steps=250_000, global_batch=1024, ema=0.9999, eval_every=10_000, checkpoint_every=2_000, log_every=100, sample_every=10_000,
             learning_rate=2e-4, warmup_steps=5_000, weight_decay=0.0, clip=1.0),
         "sample": {"steps": 64, "guidance": 4.0, "temperature": 1.0},
-        "eval": {  # no metrics of samples while kind is ""; likelihood.most=0 leaves it out
-            "encoder": {"kind": "", "path": ""}, "reference": "", "most": 5000, "batch": 64, "likelihood": {"most": 100, "draws": 4},
-            "in_loop": {"most": 5000, "steps": 64}},
+        "eval": {  # references: the set's folder; no metrics of samples while kind is ""; likelihood.most=0 leaves it out
+            "references": "", "encoder": {"kind": "", "path": ""}, "reference": "", "most": 5000, "batch": 64,
+            "likelihood": {"most": 100, "draws": 4}, "in_loop": {"most": 5000, "steps": 64}},
     })
 
 
@@ -93,7 +92,7 @@ def build(config):
         (shares.text_alone, times.joint(image=1.0, text=noisy)))
     masked = losses.masked_ce(text, losses.masked_elbo(config.cap), {words.padding: config.padding_weight})
     sampled = evaluators_of(measures, condition="text")
-    captions = CaptionScores(data.set, data.images, most=measures.most, batch=measures.batch)
+    captions = CaptionScores(data.set, measures.references, most=measures.most, batch=measures.batch)
     rate = optim.warmup(config.train.learning_rate, config.train.warmup_steps)
     return Experiment(
         process=process, net=net, modalities=modalities,

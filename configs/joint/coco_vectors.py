@@ -1,6 +1,6 @@
 """Images and texts as vectors in one diffusion: latents, CLIP's vector of the image, CLIP's states of the text (UniDiffuser), on COCO.
 
-    ENCODERS="--config.encoder.path=weights/sd-vae-ft-ema --config.vision_encoder.path=weights/clip-vit-base-patch32"
+    ENCODERS="--config.encoder.path=weights/sd-vae-ft-ema --config.vector_encoder.path=weights/clip-vit-base-patch32"
     ENCODERS="$ENCODERS --config.text_encoder.path=weights/clip-vit-large-patch14"
     ENCODERS="$ENCODERS --config.text_encoder.reduce=weights/unidiffuser-v1/text_decoder"
     USE="--config configs/joint/coco_vectors.py --workdir runs/vectors $ENCODERS"
@@ -55,7 +55,7 @@ def get_config():
     return ConfigDict({
         "seed": 0,
         "encoder": {"kind": "autoencoder_kl", "path": ""},
-        "vision_encoder": {"kind": "clip_vision", "path": ""},
+        "vector_encoder": {"kind": "clip_vision", "path": ""},
         "text_encoder": {"kind": "clip_text", "path": "", "tokenizer": "", "reduce": ""},  # the tokenizer lies where the weights do
         "data": {  # source: or random; size of the latents; vector: of the image's
             "source": "latents", "dir": "", "set": "coco_karpathy", "images": "", "max_skipped": 0, "size": 32, "vector": 512},
@@ -81,7 +81,7 @@ def build(config):
         raise UserError(f"config.text.kind is {text.kind!r}: choose states or vector.")
     one, count = text.kind == "vector", None if text.kind == "vector" else TOKENS
     autoencoder = Autoencoder(config.encoder, data.size)
-    vision = ImageVectors(config.vision_encoder, data.vector, "vision_encoder", "vision")
+    vision = ImageVectors(config.vector_encoder, data.vector, modality="vision")
     captions = TextStates(config.text_encoder, modality="" if one else "text", vector="text" if one else "", scaled=True)
     modalities = {
         "image": EncodedLatents(data.size, data.size, 4, encoder=autoencoder),

@@ -173,7 +173,7 @@ class CaptionScores:
         if not np.array_equal(tokenizer.encode(written), data.texts[self.text]):
             raise UserError(
                 f"the captions of {self.set} in {self.images} are not those of the cache, or it left damaged images out: name the folder "
-                "that it was made of by --config.data.images=FOLDER, or set that to '' for captions as the tokenizer writes them.")
+                "that it was made of by --config.eval.references=FOLDER, or leave that out for captions as the tokenizer writes them.")
         return written
 
 

@@ -36,7 +36,7 @@ LISTED = 6  # keys of another config that an error names
 FOLDERS = (
     "data.dir", "data.towers", "data.set", "data.images", "encoder.kind", "encoder.path", "encoder.codes", "text_encoder.kind",
     "text_encoder.path", "text_encoder.tokenizer", "vector_encoder.kind", "vector_encoder.path", "feature_encoder.kind",
-    "feature_encoder.path")
+    "feature_encoder.path", "text_encoder.reduce", "tokenizer.kind", "tokenizer.path")
 MAY_DIFFER = ("train", "sample", "eval", *FOLDERS, "data.damaged", "data.max_skipped", "model.remat")
 MUST_AGREE = ("train.ema", "train.ema_widths", "train.start", "train.noise_scale", "train.norm_groups")  # what is averaged, and of what
 MAY_DIFFER_IN_USE = (*MAY_DIFFER, *MUST_AGREE, "seed")  # when the weights are only used
