@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmdiff.errors import UserError
@@ -79,8 +80,9 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     # Auto: the compiler places every intermediate. Networks are written for one device and say nothing of sharding.
     kinds = (AxisType.Auto,) * len(AXES)
     groups = _slices(devices, sizes["slices"])
-    inner = [jax.make_mesh((1, *list(sizes.values())[1:]), AXES, axis_types=kinds, devices=group) for group in groups]
-    return Mesh(np.concatenate([mesh.devices for mesh in inner]), AXES, axis_types=kinds)
+    shape = 1, *list(sizes.values())[1:]  # of a slice; an axis of 16 may lie in an 8x8 machine, which jax.make_mesh refuses for v6e
+    placed = [mesh_utils.create_device_mesh(shape, group, allow_split_physical_axes=True) for group in groups]
+    return Mesh(np.concatenate(placed), AXES, axis_types=kinds)
 
 
 def partition_specs(tree: Any, rules: Rules | None, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE) -> Any:

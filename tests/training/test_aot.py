@@ -130,6 +130,12 @@ def test_a_topology_has_one_device_per_chip(topology, slices, kind, chips):
 
 
 @needs_libtpu
+def test_an_axis_may_be_a_part_of_the_machine_that_is_no_line():
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 16}, aot.describe("v6e:8x8")[1])
+    assert mesh.shape["data"] == 4 and mesh.shape["fsdp"] == 16 and len({device.id for device in mesh.devices.flat}) == 64
+
+
+@needs_libtpu
 def test_slices_talk_over_the_network(path):
     found = aot.report(loader(path), "v5e:2x2", slices=2)
     assert found["mesh"] == {"slices": 2, "data": 1, "fsdp": 4, "seq": 1, "tensor": 1}
