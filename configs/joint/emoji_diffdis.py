@@ -62,7 +62,7 @@ def build(config):
         nets.Patches(*SHAPE, config.model.patch, stem=config.model.stem),
         nets.Tokens(tokenizer.length, states=tokenizer.size + 1, classes=tokenizer.size), size, captions=True,
         logits=matching.init_logits(config.query.loss), **nets.options(config.model, without=("patch", "stem")))
-    generate, align = (partial(net.apply, tasks=(task,)) for task in ("generate", "align"))
+    generate, align = partial(net.apply, tasks=("generate",)), partial(net.apply, tasks=("align",))
     image, text = Gaussian(schedules.flow(), velocity), absorbing(tokenizer.size)
     query = Gaussian(schedules.scaled(schedules.scaled_linear_beta(), config.query.gamma), x0, norm=1.0)
     generation, alignment = Joint(image=image, text=text), Joint(image=image, query=query)
