@@ -97,3 +97,27 @@ def test_a_repa_without_weight_is_sit():
     np.testing.assert_allclose(value, again, rtol=1e-6)
     assert 0 < metrics["loss/dino"] < 2 and not any(np.any(other["params"].pop(f"dino_tap_{i}")["kernel"]) for i in range(3))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, other)
+
+
+@pytest.mark.slow
+def test_redi_guides_the_image_by_the_label_or_by_its_features():
+    """In one step the image that the label guides moves and its features do not; features guide it, too, and may be given or absent."""
+    keys, labels = jax.random.split(jax.random.key(0), 4), {"label": np.arange(4, dtype=np.int32)}
+    by_label = build("redi")
+    by_features = build("redi", sample__representation_guidance="true")
+    params = jax.tree.map(lambda leaf: leaf + 0.05, jax.jit(by_label.init)(jax.random.key(1)))
+
+    def samples(experiment, given, steps=1, **options):
+        return jax.jit(lambda: experiment.sample(params, keys, given, steps=steps, **options))()
+
+    plain, guided = (samples(by_label, labels, guidance=w) for w in (1.0, 2.4))
+    np.testing.assert_allclose(plain["features"], guided["features"], atol=1e-5)
+    assert np.abs(plain["image"] - guided["image"]).max() > 1e-3
+    # Features of time 1 are absent: in the first step they guide nothing yet.
+    unlabelled = [samples(by_features, {}, steps=2, guidance=w)["image"] for w in (1.0, 2.4)]
+    assert np.abs(unlabelled[0] - unlabelled[1]).max() > 1e-3
+    features = by_features.modalities["features"].random(np.random.default_rng(0), 4)
+    found = samples(by_features, {"features": features}, steps=2, guidance=2.4)
+    np.testing.assert_array_equal(found["features"], features)
+    alone = samples(by_label, labels, steps=2, guidance=2.4, absent=("features",))
+    assert all(np.isfinite(each["image"]).all() for each in (found, alone))
