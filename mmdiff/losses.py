@@ -133,8 +133,8 @@ def diffusion(
             t = times(times_key, index)
         noised = bound.corrupt(fold(keys, "corrupt"), bound.select(batch), t).replace(batch=batch, key=key, micro=micro)
         net_x, net_t = bound.inputs(noised.xt, noised.t)
-        if keep := kept_tokens(batch):
-            net_x = {**net_x, **keep}
+        if isinstance(net_x, Mapping):
+            net_x = {**net_x, **kept_tokens(batch)}
         out = apply(params, net_x, net_t)
         own, embeddings = {}, {}
         for name, (weight, term) in terms_of(bound).items():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Dense, Patches, Prefixed, patchify
 from mmdiff.nets.layers import normal, zeros
-from mmdiff.nets.routes import check_kept, check_route, put, take
+from mmdiff.nets.routes import check_route, kept_in, put, take
 from mmdiff.nets.taps import Tap, check_fused, check_taps
 from mmdiff.nets.transformer import DiffusionTransformer
 from mmdiff.routing import kept_of
@@ -107,7 +107,7 @@ class DiT(DiffusionTransformer):
     @nn.compact
     def __call__(self, x, t, label, keep=None, others=None):
         """`keep`: int [B, M], the patches that do not skip the blocks of `route`; `others`: as above."""
-        check_kept("DiT", {} if keep is None else {"image": keep}, self.route)
+        kept_in("DiT", {} if keep is None else {kept_of("image"): keep}, {"image": self.patches.length}, self.route)
         fused, taps, out = self.fused or {}, self.taps or {}, {}
         h = self.patches.encode(x.astype(self.dtype), self.width, self.dtype, "image")
         time = self.time_embed(self.width, "time", freq_shift=self.freq_shift)

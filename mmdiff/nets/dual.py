@@ -28,6 +28,7 @@ from mmdiff.errors import UserError
 from mmdiff.nets.embed import Dense, Patches, xavier
 from mmdiff.nets.fields import check_width
 from mmdiff.nets.layers import layer_norm
+from mmdiff.nets.routes import kept_in
 from mmdiff.nets.towers import learned_logits, logit_outputs
 from mmdiff.nets.transformer import DiffusionTransformer
 from mmdiff.spans import check_no_ends
@@ -173,6 +174,7 @@ class DualStream(DiffusionTransformer):
 
     def _check(self, x, t, tasks, cache):
         check_no_ends("DualStream", t)
+        kept_in("DualStream", x, {}, None)
         unknown = [task for task in tasks if task not in ("generate", "align", "cache")]
         if unknown:
             raise UserError(f"DualStream: there is no task {unknown[0]!r}; choose generate, align or cache.")

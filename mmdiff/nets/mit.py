@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Patches, Vectors
 from mmdiff.nets.layers import normal
+from mmdiff.nets.routes import kept_in
 from mmdiff.nets.transformer import DiffusionTransformer
 from mmdiff.spans import end_of, velocity_of
 
@@ -61,6 +62,7 @@ class MiT(DiffusionTransformer):
 
     @nn.compact
     def __call__(self, x, t):
+        kept_in("MiT", x, {}, None)
         time = t["image"]
         everywhere = jnp.ones_like(time)
         values = {

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Dense, TimeEmbed, patchify, xavier
 from mmdiff.nets.layers import normal, zeros
-from mmdiff.nets.routes import check_kept, check_route, put, take
+from mmdiff.nets.routes import check_route, kept_in, put, take
 from mmdiff.nets.taps import Tap, check_fused, check_taps
 from mmdiff.nets.transformer import DiffusionTransformer
-from mmdiff.routing import kept_of
 from mmdiff.spans import end_of
 
 
@@ -92,8 +91,7 @@ class MMDiT(DiffusionTransformer):
             change = Dense(self.width, kernel_init=zeros, dtype=self.dtype, name=f"{name}_condition")(nn.silu(conditions.pop(name)))
             streams[host], conditions[host] = streams[host] + streams.pop(name), conditions[host] + change
         options = {"rope": self.modalities, "merged": True, "weights": dict.fromkeys(names, "") if self.shared else None}
-        keep = {home[name]: x[kept_of(name)] for name in names if kept_of(name) in x}
-        check_kept("MMDiT", keep, self.route)
+        keep = kept_in("MMDiT", x, {name: h.shape[1] for name, h in streams.items()}, self.route)
         out, taps, whole, (first, last) = {}, self.taps or {}, None, self.route or (0, 0)
         for section, begin, end in self.sections(first, last):
             if keep and begin == first:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mmdiff.nets.embed import Dense, Patches, patchify, xavier
 from mmdiff.nets.fields import check_fields
 from mmdiff.nets.layers import layer_norm, normal, zeros
+from mmdiff.nets.routes import kept_in
 from mmdiff.nets.transformer import DiffusionTransformer
 from mmdiff.spans import check_no_ends
 
@@ -58,6 +59,7 @@ class MultiTaskDiT(DiffusionTransformer):
     @nn.compact
     def __call__(self, x, t):
         check_no_ends("MultiTaskDiT", t)
+        kept_in("MultiTaskDiT", x, {}, None)
         names = sorted(self.aux_modalities)  # the order in which jax flattens a dict
         missing = [name for name in (self.target, *names) if name not in x or name not in t]
         if missing:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mmdiff.errors import UserError
 from mmdiff.nets.target import axis_size
+from mmdiff.routing import kept_of, kept_tokens
 
 
 def check_route(who: str, route: Sequence[int] | None, depth: int) -> None:
@@ -19,11 +20,22 @@ def check_route(who: str, route: Sequence[int] | None, depth: int) -> None:
         raise UserError(f"{who}: route counts the blocks before and up to the last that tokens skip, as (2, 8) of {depth}, not {route}.")
 
 
-def check_kept(who: str, kept: Mapping[str, Any], route: Sequence[int] | None) -> None:
-    """Raises UserError for tokens to be kept in a network without a route, or whose tokens are split over devices."""
-    if kept and (route is None or axis_size("seq") > 1):
-        what = "it has no route: set one, as (2, 8)" if route is None else "tokens are split over devices: set config.train.mesh.seq=1"
-        raise UserError(f"{who}: some tokens of {', '.join(map(repr, kept))} are to skip blocks, but {what}.")
+def kept_in(who: str, x: Mapping[str, Any], lengths: Mapping[str, int], route: Sequence[int] | None) -> dict[str, jax.Array]:
+    """Of the inputs of a network whose streams have these lengths, name -> the tokens that are kept, int [B, M].
+
+    Raises UserError for tokens of something else or too many, in a network without a route, or whose tokens are split over devices.
+    """
+    found = {name.removesuffix(kept_of("")): keep for name, keep in kept_tokens(x).items()}
+    wrong = None
+    if found and route is None:
+        wrong = "it has no route, as DiT and MMDiT can: (2, 8)"
+    elif found and axis_size("seq") > 1:
+        wrong = "tokens are split over devices: set config.train.mesh.seq=1"
+    elif unknown := [name for name, keep in found.items() if keep.shape[1] > lengths.get(name, 0)]:
+        wrong = f"of {unknown[0]!r} it has {lengths.get(unknown[0], 0)} tokens and {found[unknown[0]].shape[1]} would be kept"
+    if wrong:
+        raise UserError(f"{who}: some tokens of {', '.join(map(repr, found))} are to skip blocks, but {wrong}.")
+    return found
 
 
 def take(h: jax.Array, keep: jax.Array) -> jax.Array:

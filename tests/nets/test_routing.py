@@ -89,6 +89,10 @@ def test_what_cannot_be_routed_is_refused():
     joint, inputs = as_joint(DiT(PATCHES, 3, depth=4, **SIZES)), ({"image": X, "label": LABELS, "image/keep": KEPT}, {"image": T})
     with pytest.raises(UserError, match="it has no route"):
         jax.eval_shape(lambda: joint({}, *inputs))
+    for keep in ({"image/keep": np.zeros((B, 5), int)}, {"sound/keep": KEPT}):  # an image has four tokens
+        net = MMDiT(streams, depth=4, route=(1, 3), **SIZES)
+        with pytest.raises(UserError, match="of 'image' it has 4 tokens and 5 would|of 'sound' it has 0 tokens and 2 would"):
+            jax.eval_shape(lambda net=net, keep=keep: net.init(jax.random.key(0), {"image": X, **keep}, {"image": T}))
     net = DiT(PATCHES, 3, depth=4, route=(1, 3), **SIZES)
     with compiling_for("cpu", 2, axes={"seq": 2}), pytest.raises(UserError, match="set config.train.mesh.seq=1"):
         jax.eval_shape(lambda: net.init(jax.random.key(0), X, T, LABELS, KEPT))
