@@ -17,7 +17,8 @@ SIZES = dict(depth=2, width=16, heads=2)
 IMAGE = Patches(8, 8, 3, 2, 6)
 VALID = [
     IMAGE, nets.Tokens(4, 5, 5), nets.Label(5, 4), nets.Vectors(6, 2), nets.Classes(5, 4), nets.Vector(6), nets.Grid(IMAGE),
-    nets.ClassGrid(IMAGE), nets.DiT(IMAGE, 3, **SIZES), nets.MMDiT({"image": IMAGE}, **SIZES), nets.MultiTaskDiT(IMAGE, {}, **SIZES),
+    nets.ClassGrid(IMAGE), nets.DiT(IMAGE, 3, in_context=(2, 1), route=(1, 2), **SIZES),
+    nets.MMDiT({"image": IMAGE}, route=(1, 2), **SIZES), nets.MiT(IMAGE, 3, head_depth=1, **SIZES), nets.MultiTaskDiT(IMAGE, {}, **SIZES),
     nets.DualStream(IMAGE, None, 8, shared=1, head_width=16, head_heads=2, **SIZES),
     nets.TokenTransformer(classes=5, grid=(4, 4), positions=(4, 4), labels=3, times=10, patch=2, **SIZES),
     nets.TextEncoder(6, 3, **SIZES), MotionEncoder(**SIZES), DanceEncoder(MotionEncoder(**SIZES), genres=3),
@@ -59,8 +60,8 @@ def test_sizes(bad):
 
 @pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, math.inf, "4", True], ids=str)
 def test_scales(bad):
-    cases = [(net, field) for net, field in numbers("float") if field.name != "logits"]
-    names = {"mlp_ratio", "norm_eps", "mlp_norm_eps", "time_scale", "time_offset", "freq_shift", "seconds", "spacing"}
+    cases = [(net, field) for net, field in numbers("float") if field.name not in ("logits", "interval")]
+    names = {"mlp_ratio", "norm_eps", "mlp_norm_eps", "time_scale", "time_offset", "freq_shift", "seconds", "spacing", "guidance"}
     assert {field.name for _, field in cases} == names
     fit = {-1.0: fields.SIGNED, 0.0: fields.SIGNED | {"freq_shift", "seconds"}}.get(bad if type(bad) is float else None, ())
     for net, field in cases:

@@ -40,6 +40,8 @@ NETWORKS = {
     "MMDiT, shared": (nets.MMDiT(JOINT, shared=True, **SIZES), X, T),
     "DiT, recipe": (nets.DiT(dataclasses.replace(PATCHES, bottleneck=3, head=(1, 24)), 3, **RECIPE, **SIZES), IMAGE, TIME, LABEL),
     "MMDiT, recipe": (nets.MMDiT(JOINT | {"image": dataclasses.replace(PATCHES, head=(1, 24))}, **RECIPE, **SIZES), X, T),
+    "DiT, in context": (nets.DiT(PATCHES, 3, in_context=(3, 1), **RECIPE, **SIZES), IMAGE, TIME, LABEL),
+    "MiT": (nets.MiT(PATCHES, 3, head_depth=1, **SIZES), X, T),
     "MultiTaskDiT": (nets.MultiTaskDiT(PATCHES, AUX, **SIZES), X, T),
     "DualStream": (nets.DualStream(PATCHES, TEXT, 4, shared=1, head_depth=1, qk_norm=True, captions=True, **SIZES), X, T),
     "DualStream, shared": (
