@@ -40,13 +40,16 @@ REFERENCE, COUNT = 50, 500
 SOLVERS = {"2m": lambda image: sampling.dpmpp_2m(image.schedule), "unipc": sampling.unipc}  # for the image's process
 
 
+def by(experiment, solver):
+    """The experiment, whose sampler takes `solver` in the place of Heun: "ddim", or one of `SOLVERS`."""
+    own = (sampling.only("image", SOLVERS[solver](experiment.process.parts["image"])),) if solver in SOLVERS else ()
+    transforms = (*experiment.sampler.get("transforms", ()), *own)
+    return dataclasses.replace(experiment, sample=None, sampler={**experiment.sampler, "heun": solver == "heun", "transforms": transforms})
+
+
 def build(module, config, solver):
-    """The config's experiment, whose sampler takes `solver` in the place of Heun."""
-    experiment = module.build(config)
-    if solver != "heun":
-        own = sampling.only("image", SOLVERS[solver](experiment.process.parts["image"]))
-        transforms = (*experiment.sampler.get("transforms", ()), own)
-        experiment = dataclasses.replace(experiment, sample=None, sampler={**experiment.sampler, "heun": False, "transforms": transforms})
+    """The config's experiment with `solver`."""
+    experiment = by(module.build(config), solver)
     if "towers" in config.get("data", {}):  # the query's vectors, which come from frozen towers, have no part in sampling images
         train, validation = (Scenes(split, experiment.shape["image"][0]) for split in ("train", "validation"))
         experiment = dataclasses.replace(experiment, train_data=lambda: train, validation_data=lambda: validation)

@@ -224,3 +224,25 @@ def emoji(path):
     pairs = emoji_pairs()
     return write_tar(path, {name: each for key, image, said in pairs for name, each in (
         (f"{key}.png", image), (f"{key}.json", json.dumps(said).encode()))})
+
+
+def python_modules(folder):
+    """Modules with documentation strings; `projects.text.docstrings` keeps "c" for validation, and "f", here a package, for the test."""
+    same = "What is written the same in all modules counts once."
+    long = " ".join(["value"] * 60)
+    letters = "".join(np.random.default_rng(0).choice(list("bcdfgjklmqvwxz"), 200))
+
+    def module(path, *texts):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        functions = "".join(f'def f{i}():\n    """{text}"""\n\n' for i, text in enumerate(texts))
+        path.write_text(f'"""A module, in which {path.stem} is described.\n\n{same}\n"""\n\n{functions}')
+
+    for name in ("a", "b"):
+        things = ("file", "value", "number", "text", "list")
+        module(folder / f"{name}.py", long, *(f"Return the {thing} of the object, or none in {name}." for thing in things))
+    module(folder / "c.py", "Set the value of the object.", "Read the text of a file.\n\n    >>> read()")
+    module(folder / "f/__init__.py", "Set the number of the object.", f"Return {letters} as it is.")
+    module(folder / "f/deeper/g.py", "A text that is nested deep in the package.")
+    module(folder / "a_package/tests/test_x.py", "How pytest calls these functions.")
+    (folder / "d.py").write_text("this is no Python\n")
+    return folder

@@ -92,3 +92,30 @@ def test_guidance_is_measured_of_one_run_s_weights(loaded_launch, monkeypatch):
     params = jax.jit(experiment.init)(jax.random.key(0))
     found = guidance.measure(types.SimpleNamespace(experiment=experiment, config=config, params=params), seeds=1)
     assert len(found) == 4 and all(len(values) == 1 and np.isfinite(values).all() for values in found.values())
+
+
+@pytest.mark.slow
+def test_solvers_are_compared_against_calls_of_one_run_s_weights(experiments, loaded_launch, capsys):
+    calls = loaded_launch("calls_experiments")
+    small = [("model.width", "16"), ("model.depth", "1"), ("model.heads", "2")]
+    config, module = configs.load(str(calls.CONFIG), small)
+    experiment = module.build(config)
+    run = types.SimpleNamespace(experiment=experiment, config=config, params=jax.jit(experiment.init)(jax.random.key(0)))
+    rows = {"2 Heun steps": ("heun", 2), "3 steps of DDIM": ("ddim", 3), "3 steps of UniPC": ("unipc", 3)}
+    found = calls.measure(run, 1, rows, per_class=5)
+    assert [row["metrics"]["calls"] for row in found] == [3, 3, 3]
+    ratios = [row["metrics"]["joint ratio"] for row in found]
+    assert np.isfinite(ratios).all() and len(set(ratios)) == 3  # a solver of its own each
+    experiments.table(found, {"sampler": "2 Heun steps"})
+    assert "| 3 steps of UniPC minus 2 Heun steps, in pairs | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_field_of_the_recipe_is_measured_of_one_training(loaded_launch):
+    recipe = loaded_launch("recipe_experiments")
+    small = {"train.steps": "2", "train.global_batch": "16", "model.width": "16", "model.depth": "1", "sample.steps": "2"}
+    fields = (recipe.FIELDS[name] for name in (recipe.BASE, 'mlp="swiglu"'))
+    (plain, _), (gated, _) = (recipe.run(0, "digits_joint", {"config": small, "model": each}) for each in fields)
+    assert set(plain) == set(gated) and np.isfinite([*plain.values(), *gated.values()]).all()
+    assert plain["parameters"] != gated["parameters"] and plain["loss"] != gated["loss"]
+    assert plain["loss"] == pytest.approx(plain["image"] + 0.4 * plain["label"], rel=1e-5)
