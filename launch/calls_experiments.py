@@ -74,4 +74,5 @@ if __name__ == "__main__":
     parser.add_argument("--config", default=CONFIG, metavar="FILE")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of the samples (default: 3)")
     args = parser.parse_args()
-    experiments.table(measure(open_run(args.config, args.workdir), args.seeds, ROWS), {"sampler": REFERENCE})
+    run = open_run(args.config, args.workdir, {"sample.heun": True})
+    experiments.table(measure(run, args.seeds, ROWS), {"sampler": REFERENCE})

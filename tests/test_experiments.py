@@ -63,7 +63,7 @@ def test_solvers_sample_with_the_same_weights_and_noise(experiments, loaded_laun
     solvers = loaded_launch("solver_experiments")
     monkeypatch.setattr(solvers, "COUNT", 20)
     monkeypatch.setattr(solvers, "REFERENCE", 13)
-    small = {"train.steps": "2", "train.global_batch": "16", "model.width": "16", "model.depth": "1", "sample.steps": "6"}
+    small = {"train.steps": "2", "train.global_batch": "16", "model.width": "16", "model.depth": "1", "sample.steps": "6", "sample.heun": "true"}
     metrics, _ = solvers.run(0, "digits_joint", small)
     names = {f"{what} {solver}/{calls}" for what in ("error", "frechet") for solver in ("heun", "2m", "unipc") for calls in (11, 23)}
     assert set(metrics) == names and all(np.isfinite(value) for value in metrics.values())
@@ -97,7 +97,7 @@ def test_guidance_is_measured_of_one_run_s_weights(loaded_launch, monkeypatch):
 @pytest.mark.slow
 def test_solvers_are_compared_against_calls_of_one_run_s_weights(experiments, loaded_launch, capsys):
     calls = loaded_launch("calls_experiments")
-    small = [("model.width", "16"), ("model.depth", "1"), ("model.heads", "2")]
+    small = [("model.width", "16"), ("model.depth", "1"), ("model.heads", "2"), ("sample.heun", "true")]
     config, module = configs.load(str(calls.CONFIG), small)
     experiment = module.build(config)
     run = types.SimpleNamespace(experiment=experiment, config=config, params=jax.jit(experiment.init)(jax.random.key(0)))
