@@ -10,8 +10,8 @@ conditions. Heun of N steps makes 2N - 1 network calls, and so do 2M and UniPC o
 
 Found (configs/README.md, 13 of the 21 runs): at a config's own number of calls 2M's error is 0.4 to 0.7 of Heun's, but in
 mtdiffusion/digits_transition, where it is twice as large; and yet its Fréchet ratio is higher in every config and seed that was run, by
-0.002 to 0.065. UniPC has not been run here; launch/calls_experiments.py compares it for a network that was trained to the end. Each run took
-four to seven minutes of one quiet core with the two.
+0.002 to 0.065. UniPC has not been run here; launch/calls_experiments.py compares it for a network that was trained to the end. Each run
+took four to seven minutes of one quiet core with the two.
 """
 
 import dataclasses

@@ -63,7 +63,8 @@ def test_solvers_sample_with_the_same_weights_and_noise(experiments, loaded_laun
     solvers = loaded_launch("solver_experiments")
     monkeypatch.setattr(solvers, "COUNT", 20)
     monkeypatch.setattr(solvers, "REFERENCE", 13)
-    small = {"train.steps": "2", "train.global_batch": "16", "model.width": "16", "model.depth": "1", "sample.steps": "6", "sample.heun": "true"}
+    small = {"train.steps": "2", "train.global_batch": "16", "model.width": "16", "model.depth": "1"}
+    small |= {"sample.steps": "6", "sample.heun": "true"}
     metrics, _ = solvers.run(0, "digits_joint", small)
     names = {f"{what} {solver}/{calls}" for what in ("error", "frechet") for solver in ("heun", "2m", "unipc") for calls in (11, 23)}
     assert set(metrics) == names and all(np.isfinite(value) for value in metrics.values())
