@@ -33,7 +33,7 @@ def get_config():
         "train": training_config(
             steps=3200, global_batch=128, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.7, clip=1.0, eval_every=500),
         # A step of UniPC is one network call, one of Heun's method two. The interval of guidance is of the image's times.
-        "sample": {"steps": 6, "heun": False, "guidance": 1.4, "guided_during": (0.2, 0.7)},
+        "sample": {"steps": 10, "heun": False, "guidance": 1.4, "guided_during": (0.2, 0.7)},
         "eval": {"batch": 250},
     })
 

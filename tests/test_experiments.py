@@ -100,8 +100,9 @@ def test_solvers_are_compared_against_calls_of_one_run_s_weights(experiments, lo
     calls = loaded_launch("calls_experiments")
     small = [("model.width", "16"), ("model.depth", "1"), ("model.heads", "2"), ("sample.heun", "true")]
     config, module = configs.load(str(calls.CONFIG), small)
-    experiment = module.build(config)
-    run = types.SimpleNamespace(experiment=experiment, config=config, params=jax.jit(experiment.init)(jax.random.key(0)))
+    experiment, rng = module.build(config), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(x.dtype), jax.eval_shape(experiment.init, jax.random.key(0)))
+    run = types.SimpleNamespace(experiment=experiment, config=config, params=params)
     rows = {"2 Heun steps": ("heun", 2), "3 steps of DDIM": ("ddim", 3), "3 steps of UniPC": ("unipc", 3)}
     found = calls.measure(run, 1, rows, per_class=5)
     assert [row["metrics"]["calls"] for row in found] == [3, 3, 3]
