@@ -103,13 +103,13 @@ def test_solvers_are_compared_against_calls_of_one_run_s_weights(experiments, lo
     experiment, rng = module.build(config), np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(x.dtype), jax.eval_shape(experiment.init, jax.random.key(0)))
     run = types.SimpleNamespace(experiment=experiment, config=config, params=params)
-    rows = {"2 Heun steps": ("heun", 2), "3 steps of DDIM": ("ddim", 3), "3 steps of UniPC": ("unipc", 3)}
+    rows = {"3 Heun steps": ("heun", 3), "5 steps of DDIM": ("ddim", 5), "5 steps of UniPC": ("unipc", 5)}
     found = calls.measure(run, 1, rows, per_class=5)
-    assert [row["metrics"]["calls"] for row in found] == [3, 3, 3]
+    assert [row["metrics"]["calls"] for row in found] == [5, 5, 5]
     ratios = [row["metrics"]["joint ratio"] for row in found]
     assert np.isfinite(ratios).all() and len(set(ratios)) == 3  # a solver of its own each
-    experiments.table(found, {"sampler": "2 Heun steps"})
-    assert "| 3 steps of UniPC minus 2 Heun steps, in pairs | 1 |" in capsys.readouterr().out
+    experiments.table(found, {"sampler": "3 Heun steps"})
+    assert "| 5 steps of UniPC minus 3 Heun steps, in pairs | 1 |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
