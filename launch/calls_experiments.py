@@ -18,13 +18,11 @@ import sys
 
 import experiments
 import jax
-import numpy as np
 import solver_experiments
 
 from mmdiff.data.sources import load_all
 from mmdiff.evals.evaluator import sample_batched
-from mmdiff.evals.frechet import frechet_ratio
-from mmdiff.projects.digits import classifiers, conditional
+from mmdiff.projects.digits import conditional, digit_pairs
 from mmdiff.runs import open_run
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs/digits_joint.py"
@@ -41,7 +39,8 @@ def measure(run, seeds, rows, batch=250, per_class=100):
     real, held_out = ((data["image"], data["label"]) for data in (train, validation))
     classes = run.experiment.modalities["label"].count
     asked = conditional.labels_to_ask(train["label"], classes, per_class)
-    classifier, found = classifiers.svm(*real), []
+    count, judged = digit_pairs.judge(run.experiment.on_validation())
+    found = []
     for seed in range(seeds):
         for name, (solver, steps) in rows.items():
             experiment = solver_experiments.by(run.experiment, solver)
@@ -51,14 +50,12 @@ def measure(run, seeds, rows, batch=250, per_class=100):
                 options = {"batch": batch, "steps": steps, "guidance": guidance}
                 return sample_batched(experiment, run.params, key, given, count, **options)
 
-            pairs = sample(0, {}, len(train["image"]))
-            images = quantize(pairs["image"])
+            pairs = judged(sample(0, {}, count))
             of_labels = quantize(sample(1, {"label": asked}, len(asked))["image"])
             given = conditional.measure(of_labels, asked, real, held_out, classes, per_class)
             metrics = {
                 "calls": 2 * steps - 1 if solver == "heun" else steps,
-                "joint agreement": np.mean(classifiers.predict(classifier, images) == pairs["label"]),
-                "joint ratio": frechet_ratio(images, *(data["image"] for data in (validation, train))),
+                "joint agreement": pairs["joint_agreement"][0], "joint ratio": pairs["joint_frechet_ratio"][0],
                 "agreement": given.metrics["conditional_agreement"],
                 "accuracy score": given.metrics["classification_accuracy_score"],
                 "ratio": given.metrics["frechet_ratio"],

@@ -25,7 +25,8 @@ from mmdiff import config as configs
 from mmdiff.data.sources import load_all
 from mmdiff.evals.accuracy import accuracy
 from mmdiff.evals.evaluator import predict_batched
-from mmdiff.projects.digits.joint_calls import JointCalls
+from mmdiff.evals.joint_calls import JointCalls
+from mmdiff.projects.digits.digit_pairs import judge
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs/digits_joint.py"
 STEPS, DRAWS = 500, 16
@@ -55,7 +56,7 @@ def run(seed, data, overrides):
     terms = [{"loss": value, **metrics} for value, metrics in jax.device_get(draws)]
     key = jax.random.key(1000 + seed)
     predicted = predict_batched(experiment, params, key, {"image": held_out["image"]}, "label", 200)
-    calls = JointCalls({"": (experiment.sample, int(config.sample.steps))}, batch=250)
+    calls = JointCalls({"": (experiment.sampler, int(config.sample.steps))}, judge)
     samples = calls(experiment.on_validation(), params, config, key, config.train.steps).metrics
     names = {"loss": "loss", "image": "loss/image", "label": "loss/label"}
     metrics = {
