@@ -40,10 +40,11 @@ def measure(run, seeds, rows, batch=250, per_class=100):
     classes = run.experiment.modalities["label"].count
     asked = conditional.labels_to_ask(train["label"], classes, per_class)
     count, judged = digit_pairs.judge(run.experiment.on_validation())
+    experiments_by = {solver: solver_experiments.by(run.experiment, solver) for solver, _ in rows.values()}
     found = []
     for seed in range(seeds):
         for name, (solver, steps) in rows.items():
-            experiment = solver_experiments.by(run.experiment, solver)
+            experiment = experiments_by[solver]
 
             def sample(kind, given, count):
                 key = jax.random.fold_in(jax.random.key(seed), kind)
