@@ -91,7 +91,7 @@ def _check_eval(args: argparse.Namespace, parser: _Parser) -> None:
         wrong, of = of_samples, "--samples"
     else:
         of_run |= {"--step": args.step, "--split validation": args.split != "test", "--reuse": args.reuse, "--zeroshot": args.zeroshot}
-        of_run |= {"--zeroshot-dir": args.zeroshot_dir, "--prompts": args.prompts}
+        of_run |= {"--zeroshot-dir": args.zeroshot_dir, "--zeroshot-images": args.zeroshot_images, "--prompts": args.prompts}
         wrong, of = of_run | {f"{OVERRIDE}KEY=VALUE": args.overrides}, "a run, not with --samples"
         if (args.reference is None) == (args.write_statistics is None):
             parser.error("--samples are measured against --reference, or stored by --write-statistics: give one of both")
@@ -162,6 +162,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     sub.add_argument("--reuse", action="store_true", help="print the report of this checkpoint and config if there is one")
     sub.add_argument("--zeroshot", metavar="NAMES|DIR", help="classify images by prompts, too: all, cifar10,food101 or a folder of classes")
     sub.add_argument("--zeroshot-dir", type=_path, metavar="DIR", help="where these data sets are (default: where TFDS keeps them)")
+    sub.add_argument("--zeroshot-images", type=_count, metavar="N", help="images of each set (default: all)")
     sub.add_argument("--prompts", type=_path, metavar="FILE", help="a prompt on every line, 'a photo of a {}.' (default: the sets' own)")
     option = sub.add_argument
     option("--samples", type=_path, metavar="FILE|DIR", help="measure these images: .npz, .npy or a folder; of the rest:")

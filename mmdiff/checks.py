@@ -102,6 +102,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     # of data and evaluators
     (r"seconds", Range(0, 86_400, above=True)),
     (r"eval\.(in_loop\.)?(candidates|category_classifier_steps)", Range(0, COUNT.high)),  # 0 leaves a metric out
+    (r"zeroshot_images", Range(0, COUNT.high)),  # 0 is all
     (r"(eval(\.in_loop)?|patches)\.\w+", COUNT),
 )
 _COMPILED = tuple((re.compile(rf"(?:.*\.)?(?:{pattern})"), rule) for pattern, rule in RANGES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import json
 import os
@@ -149,9 +150,18 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def _evaluate_run(args: argparse.Namespace) -> None:
-    run = runs.open_run(args.config, args.workdir, [*args.overrides, *_zeroshot(args)], step=args.step)
+    zeroshot = _zeroshot(args)
+    by_vectors = not zeroshot or "zeroshot" in configs.load(args.config, args.overrides)[0].get("eval", {})
+    asked = [(f"eval.{name}", value) for name, value in zeroshot.items()] if by_vectors else []
+    run = runs.open_run(args.config, args.workdir, [*args.overrides, *asked], step=args.step)
     _writable("--workdir", args.workdir)
-    written = run.evaluate(args.split, reuse=args.reuse)
+    if not by_vectors:
+        from mmdiff.evals import diffusion_classifier
+
+        classifier = diffusion_classifier.asked(run.experiment, argparse.Namespace(**{"zeroshot_dir": "", **zeroshot}))
+        experiment = dataclasses.replace(run.experiment, evaluators=(classifier, *run.experiment.evaluators))
+        run = dataclasses.replace(run, experiment=experiment)
+    written = run.evaluate(args.split, reuse=args.reuse and by_vectors)
     if not _is_first():
         return
     console.out(console.table({name: value for name, value in written.items() if isinstance(value, (int, float))}))
@@ -198,22 +208,17 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
     _write_json(args.json, {"metrics": metrics, "definitions": definitions, "convention": convention})
 
 
-def _zeroshot(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """What --zeroshot, --zeroshot-dir and --prompts set in the config."""
-    options = {"zeroshot": args.zeroshot, "zeroshot_dir": args.zeroshot_dir, "zeroshot_prompts": args.prompts}
-    given = {name: value for name, value in options.items() if value is not None}
-    if not given:
-        return []
-    if not given.get("zeroshot", "").strip():
-        flag = "--zeroshot-dir is where --zeroshot looks" if args.prompts is None else "--prompts are what --zeroshot classifies by"
-        raise UserError(f"{flag}: say which data sets, --zeroshot all, --zeroshot cifar10,food101 or --zeroshot DIR.")
-    if args.split != "test":
+def _zeroshot(args: argparse.Namespace) -> dict[str, str]:
+    """What --zeroshot and its companions set in the config's section eval."""
+    options = {"zeroshot": args.zeroshot, "zeroshot_dir": args.zeroshot_dir, "zeroshot_prompts": args.prompts,
+               "zeroshot_images": args.zeroshot_images}
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    if given and not given.get("zeroshot", "").strip():
+        flag = next(("--prompts" if name == "zeroshot_prompts" else f"--{name.replace('_', '-')}") for name in given)
+        raise UserError(f"{flag} goes with data sets: say which, --zeroshot all, --zeroshot cifar10,food101 or --zeroshot DIR.")
+    if given and args.split != "test":
         raise UserError("--zeroshot measures published test sets, on which nothing is to be chosen: leave --split validation out.")
-    if "zeroshot" not in configs.load(args.config, args.overrides)[0].get("eval", {}):
-        raise UserError(
-            f"{args.config} has no vectors of images and texts to classify by: --zeroshot is for configs that have "
-            "config.eval.zeroshot, such as diffdis/scenes.")
-    return [(f"eval.{name}", value) for name, value in given.items()]
+    return given
 
 
 def cache(args: argparse.Namespace) -> None:

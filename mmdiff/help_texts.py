@@ -18,9 +18,10 @@ Whatever you choose by its metrics, choose with --split validation, which writes
 report-validation.json and .html and leaves the test data alone: what is
 reported of the test data then was not chosen on them.
 
---zeroshot classifies images by prompts as well, of a config that has vectors of
-both (diffdis/scenes): all of the twelve published sets that are on disk, some of
-them, or a folder with a folder of images for each class.
+--zeroshot classifies images by prompts as well: all of the twelve published sets
+that are on disk, some of them, or a folder with a folder of images for each
+class; by vectors of both where the model has them (diffdis), else by the
+denoising losses of images given each prompt, as of any model of images and texts.
 
 With --samples it measures the samples of any model instead, without a config or
 a run, by the features of a published network: against --reference the Fréchet

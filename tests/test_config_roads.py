@@ -207,6 +207,11 @@ def test_a_config_goes_the_whole_way(name, tmp_path, capsys):
     if name in REPORTED:
         assert main(["eval", *config, *workdir]) == 0
         assert REPORTED[name] in capsys.readouterr().out
+    if given is prompts:  # by vectors, or by the losses of images
+        own, _ = folders(tmp_path / "pets")
+        (own / "classes.txt").write_text("cat\ndog\n")
+        assert main(["eval", *config, *workdir, "--zeroshot", str(own), "--zeroshot-images", "2"]) == 0
+        assert "pets_top1" in capsys.readouterr().out
 
 
 @pytest.mark.slow

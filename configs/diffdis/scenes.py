@@ -61,7 +61,7 @@ def get_config():
             steps=5000, global_batch=128, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.1, clip=1.0,
             eval_every=1000, checkpoint_every=500),
         "sample": {"steps": 25, "guidance": 2.0},
-        "eval": {"batch": 250, "zeroshot": "", "zeroshot_dir": "", "zeroshot_prompts": ""},  # see mmdiff/evals/zeroshot.py
+        "eval": {"batch": 250, "zeroshot": "", "zeroshot_dir": "", "zeroshot_prompts": "", "zeroshot_images": 0},
     })
 
 

@@ -32,7 +32,8 @@ def get_config():
         "loss": "infonce",  # or siglip
         "train": training_config(
             steps=1200, global_batch=256, ema=0.998, learning_rate=2e-3, warmup_steps=100, weight_decay=0.2, clip=1.0, eval_every=500),
-        "sample": {"steps": 1, "guidance": 1.0}, "eval": {"batch": 250, "zeroshot": "", "zeroshot_dir": "", "zeroshot_prompts": ""},
+        "sample": {"steps": 1, "guidance": 1.0},
+        "eval": {"batch": 250, "zeroshot": "", "zeroshot_dir": "", "zeroshot_prompts": "", "zeroshot_images": 0},
     })
 
 

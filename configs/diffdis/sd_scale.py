@@ -76,7 +76,7 @@ def get_config():
             steps=19_500, global_batch=1024, ema=0.9999, eval_every=5_000, checkpoint_every=1_000, log_every=100,
             learning_rate=1e-5, new_learning_rate=1e-4, warmup_steps=1000, weight_decay=1e-4),
         "sample": {"steps": 50, "guidance": 4.0},
-        "eval": {"batch": 100, "count": 1000, "zeroshot": "", "zeroshot_dir": "", "zeroshot_prompts": ""},
+        "eval": {"batch": 100, "count": 1000, "zeroshot": "", "zeroshot_dir": "", "zeroshot_prompts": "", "zeroshot_images": 0},
     })
 
 

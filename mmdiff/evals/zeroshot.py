@@ -24,7 +24,8 @@ ImageNet needs names, for TFDS stores WordNet's ids. A class' vector is the mean
     python -m mmdiff eval --config ... --workdir ... --zeroshot all --zeroshot-dir DIR      where TFDS keeps data sets elsewhere
     python -m mmdiff eval --config ... --workdir ... --zeroshot ./pets --prompts FILE       one's own images, and prompts
 
-set config.eval.zeroshot, zeroshot_dir and zeroshot_prompts, which a config hands to `asked`.
+set config.eval.zeroshot, zeroshot_dir and zeroshot_prompts, which a config hands to `asked`. A joint model of images and texts without
+vectors is classified by as in `diffusion_classifier`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -116,6 +117,8 @@ class ZeroShot:
     batch: int = 250
     names: Sequence[str] = tuple(TASKS)
     prompts: Sequence[str] = ()
+    by: ClassVar[str] = "the vectors of prompts"
+    most_prompts: ClassVar[int | None] = None
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
         if getattr(experiment, "split", "test") != "test":
@@ -130,7 +133,7 @@ class ZeroShot:
                 if called in sets:
                     raise UserError(f"two of the data sets {', '.join(self.names)} are called {called}: rename one folder.")
                 own = read_prompts(folder / PROMPTS) if os.path.lexists(folder / PROMPTS) else ()
-                templates = self.prompts or own or TASKS.get(name, OWN).templates
+                templates = (self.prompts or own or TASKS.get(name, OWN).templates)[: self.most_prompts]
                 if name in TASKS:
                     chosen.append(f"{name}_{'mean_per_class' if TASKS[name].per_class else 'top1'}")
                 sets[called] = (Subset(source, self.count) if self.count else source), names, templates
@@ -146,7 +149,7 @@ class ZeroShot:
         for name, (source, names, templates) in sets.items():
             clock.start(name, f"classifying {len(source):,} images of {name}, {len(names)} classes")
             predicted, true = self._classify(params, key, source, self._classes(params, names, templates))
-            share = f"share of {len(source):,} images of {name} whose class is predicted, among {len(names)} by the vectors of prompts"
+            share = f"share of {len(source):,} images of {name} whose class is predicted, among {len(names)} by {self.by}"
             metrics |= {f"{name}_top1": accuracy(predicted, true), f"{name}_mean_per_class": mean_per_class(predicted, true)}
             definitions |= {f"{name}_top1": share, f"{name}_mean_per_class": "the mean over the classes of that share"}
         clock.stop()
@@ -182,19 +185,24 @@ class ZeroShot:
         count, predicted, true = len(source), [], []
         keys = example_keys(key, count)
         for start in range(0, count, self.batch):
-            rows = np.minimum(np.arange(start, start + self.batch), count - 1)  # what the last batch lacks repeats the last image
+            rows = np.arange(start, min(start + self.batch, count))
             found = source.take(rows)
-            predicted.append(best("scores", scores(self.encode_image(params, keys[rows], {"image": found["image"]}), candidates)))
+            predicted.append(best("scores", self._scores(params, keys[rows], found["image"], candidates)))
             true.append(found["label"])
-        return np.concatenate(predicted)[:count], np.concatenate(true)[:count]
+        return np.concatenate(predicted), np.concatenate(true)
+
+    def _scores(self, params: Any, keys: jax.Array, images: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """Of images the score of each class [n, classes]."""
+        rows = np.minimum(np.arange(self.batch), len(images) - 1)  # what the last batch lacks repeats the last image
+        return scores(self.encode_image(params, keys[rows], {"image": images[rows]}), candidates)[: len(images)]
 
 
 def asked(options: Any, encode_image: Callable, encode_text: Callable, size: int) -> tuple[ZeroShot, ...]:
     """The evaluators that a config's `eval` section asks for: one for zeroshot = "all", "cifar10,food101" or a folder, none for "".
 
     Args:
-      options: the section: zeroshot, zeroshot_dir ("" is where TFDS keeps data sets), zeroshot_prompts (a file, "" for the sets' own) and
-        batch.
+      options: the section: zeroshot, zeroshot_dir ("" is where TFDS keeps data sets), zeroshot_prompts (a file, "" for the sets' own),
+        zeroshot_images (of each set, 0 for all) and batch.
       encode_image, encode_text, size: as in `ZeroShot`.
 
     Raises:
@@ -202,6 +210,11 @@ def asked(options: Any, encode_image: Callable, encode_text: Callable, size: int
     """
     if not options.zeroshot:
         return ()
+    return (ZeroShot(encode_image, encode_text, size=size, batch=options.batch, **selected(options)),)
+
+
+def selected(options: Any) -> dict[str, Any]:
+    """The fields data_dir, names, prompts and count of a `ZeroShot` that options ask for, as in `asked`."""
     names = tuple(TASKS) if options.zeroshot == "all" else tuple(dict.fromkeys(name.strip() for name in options.zeroshot.split(",")))
     for name in names:
         if name not in TASKS and not files.is_folder(files.expand(name)):
@@ -215,12 +228,12 @@ def asked(options: Any, encode_image: Callable, encode_text: Callable, size: int
         raise UserError(
             f"there is no folder {folder}: name the one with the zero-shot data sets, --zeroshot-dir DIR (config.eval.zeroshot_dir; "
             "mmdiff/data/image_datasets.py says what is in it).")
-    prompts = getattr(options, "zeroshot_prompts", "")  # config files of before have none
+    prompts = getattr(options, "zeroshot_prompts", "")  # config files of before have neither this nor zeroshot_images
     try:
         prompts = read_prompts(prompts) if prompts else ()
     except UserError as error:
-        raise UserError(f"{str(error).rstrip('.')} (config.eval.zeroshot_prompts).") from error
-    return (ZeroShot(encode_image, encode_text, folder, size, batch=options.batch, names=names, prompts=prompts),)
+        raise UserError(f"{str(error).rstrip('.')} (--prompts, config.eval.zeroshot_prompts).") from error
+    return {"data_dir": folder, "names": names, "prompts": prompts, "count": int(getattr(options, "zeroshot_images", 0)) or None}
 
 
 def read_prompts(path: str | os.PathLike) -> tuple[str, ...]:

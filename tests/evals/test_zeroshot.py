@@ -260,7 +260,7 @@ from mmdiff.evals import zeroshot
 
 def get_config():
     config = tiny.get_config()
-    config.eval = {"batch": 4, "zeroshot": "", "zeroshot_dir": "", "zeroshot_prompts": ""}
+    config.eval = {"batch": 4, "zeroshot": "", "zeroshot_dir": "", "zeroshot_prompts": "", "zeroshot_images": 0}
     return config
 
 
@@ -305,11 +305,11 @@ def test_the_command_classifies_ones_own_images_by_ones_own_prompts(run, tmp_pat
     [
         (["--zeroshot", "cifar01"], "data set or folder 'cifar01' \\(did you mean cifar10\\?\\): .* some of cifar10, cifar100, "),
         (["--zeroshot", "cifar10", "--zeroshot-dir", "/nowhere"], "no folder /nowhere: name the one with the zero-shot data sets"),
-        (["--zeroshot-dir", "/tmp"], "say which data sets, --zeroshot all"),
-        (["--zeroshot", ""], "say which data sets, --zeroshot all"),
-        (["--prompts", "p"], "--prompts are what --zeroshot classifies by: say which data sets, --zeroshot all"),
-        (["--zeroshot", "all", "--zeroshot-dir", ".", "--prompts", "none"], r"no such file: none \(config.eval.zeroshot_prompts\)\.$"),
-        (["--zeroshot", ".", "--prompts", "p"], r"p has the prompt 'a thing' without .* \(config.eval.zeroshot_prompts\)\.$"),
+        (["--zeroshot-dir", "/tmp"], "--zeroshot-dir goes with data sets: say which, --zeroshot all"),
+        (["--zeroshot", ""], "say which, --zeroshot all"),
+        (["--prompts", "p"], "--prompts goes with data sets: say which, --zeroshot all"),
+        (["--zeroshot", "all", "--zeroshot-dir", ".", "--prompts", "none"], r"no such file: none \(--prompts, config.eval.zeroshot"),
+        (["--zeroshot", ".", "--prompts", "p"], r"p has the prompt 'a thing' without .* \(--prompts, config"),
         (["--zeroshot", "all", "--split", "validation"], "leave --split validation out"),
         (["--zeroshot", "food101", "--zeroshot-dir", "."], "none of the data sets food101 can be classified: in . they are missing"),
     ],
@@ -322,11 +322,58 @@ def test_what_the_command_cannot_do_is_one_sentence(run, given, message, capsys,
     assert len(lines) == 1 and re.search(message, lines[0]), lines
 
 
-def test_a_config_without_vectors_is_named(capsys, tmp_path):
-    file = tmp_path / "plain.py"
-    file.write_text("from tiny import build, get_config\n")
-    assert cli.main(["eval", "--config", str(file), "--workdir", str(tmp_path), "--zeroshot", "all"]) == 2
-    assert "has no vectors of images and texts to classify by" in capsys.readouterr().err
+GENERATOR = """
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+import test_zeroshot
+from mmdiff import Experiment, schedules, training_config
+from mmdiff.data import Images, Texts, bpe
+from mmdiff.data.sources import RandomSource
+from mmdiff.processes import Gaussian, Given, Joint, x0
+
+TOKENIZER = bpe.train([f"a photo of a {name}." for name in test_zeroshot.NAMES], 40, 300)
+TEXTS = TOKENIZER.encode([f"a photo of a {name}." for name in test_zeroshot.NAMES])
+
+
+def get_config():
+    train = training_config(steps=1, global_batch=8, ema=0.5, learning_rate=1.0, tensorboard=False, eval_every=1)
+    return ConfigDict({"seed": 0, "train": train, "sample": {"steps": 1, "guidance": 1.0}, "eval": {"texts": True}})
+
+
+def apply(params, x, t):  # the image of the class that the text names
+    which = (x["text"][:, None] == TEXTS).all(-1).argmax(-1)
+    return {"image": jnp.broadcast_to((30 * which + 10)[:, None, None, None] / 127.5 - 1, x["image"].shape)}
+
+
+def build(config):
+    modalities = {"image": Images(8, 8, 3), "text": Texts(TOKENIZER)}
+    process = Joint(image=Gaussian(schedules.flow(), x0), text=Given(0))
+    if not config.eval.texts:
+        modalities, process = {"image": modalities["image"]}, Joint(image=process.parts["image"])
+    return Experiment(
+        process=process, modalities=modalities, init=lambda key: {"w": jnp.zeros(1)}, apply=apply, optimizer=optax.sgd(0.0),
+        loss=lambda params, batch, key: (params["w"].sum(), {}), data=lambda split: RandomSource(modalities))
+"""
+
+
+def test_a_generator_classifies_by_its_losses(tmp_path, capsys):
+    (tmp_path / "generator.py").write_text(GENERATOR)
+    run = ["--config", str(tmp_path / "generator.py"), "--workdir", str(tmp_path / "run")]
+    assert cli.main(["train", *run]) == 0
+    own = in_folders(tmp_path / "pets", NAMES)
+    assert cli.main(["eval", *run, "--zeroshot", str(own)]) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["pets_top1"] == pytest.approx(7 / 9) and report["pets_mean_per_class"] == pytest.approx((5 / 6 + 0 + 1) / 3)
+    assert "by the denoising losses given a prompt" in (tmp_path / "run/report.html").read_text()
+    assert report["settings"]["zero_shot_prompts"] == {"pets": 1}
+    capsys.readouterr()
+    (tmp_path / "prompts").write_text("an XYZ {}\n")
+    for wrong, said in ((["--prompts", str(tmp_path / "prompts")], "none of the training texts has "),
+                        (["--config.eval.texts=false"], "this model has no vectors of images and texts to classify by")):
+        assert cli.main(["eval", *run, "--zeroshot", str(own), *wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_nothing_is_asked_for_by_default_and_nothing_is_chosen_on_test_sets(folder):
