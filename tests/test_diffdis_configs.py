@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmdiff import __main__ as cli
 from mmdiff import config as configs
+from mmdiff import former_names
 from mmdiff.data.loader import batches
 from mmdiff.data.sources import RandomSource
 from mmdiff.data.tower_cache import Towers
@@ -204,6 +205,10 @@ def test_the_settings_of_the_paper():
     assert (train.learning_rate, train.new_learning_rate, train.warmup_steps) == (1e-5, 1e-4, 1000)
     assert (train.weight_decay, train.ema) == (1e-4, 0.9999)
     assert (config.query.weight, config.dropout) == (1.0, 0.1)
+    before = former_names.keys({}, configs.flatten(config))
+    assert (before["noise"], before["model.time_offset"]) == ("scaled_linear", 0.0)  # of runs that do not begin as DiT
+    with pytest.raises(UserError, match="config.noise is 'pink': choose linear or scaled_linear"):
+        load("sd_scale", data__source="random", noise="pink")
 
 
 

@@ -171,7 +171,7 @@ class ZeroShot:
         try:
             return ImageDataset(name, "val", self.data_dir, self.size)
         except Absent:
-            there = files.is_folder(folder) and files.folders(folder)
+            there = files.is_folder(folder) and files.images(folder)  # not a TFDS set that is half prepared
             return ImageDataset("classes", "val", folder, self.size) if there else None
 
     def _classes(self, params: Any, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
