@@ -37,10 +37,11 @@ For orientation, from a paper: VQ-Diffusion-S, a network of this size without th
 has FID 30.17 by 30,000 samples (Gu et al. 2022). This has not been trained here; its cost is unknown. FID is measured of a set of samples,
 as in configs/imagenet256/README.md.
 
-With a text encoder of its own, on 16 chips of v5e by the ahead-of-time report: 99.0M parameters, 63.2M of them the text encoder, 6.8 GB a
-chip of 16.9 and a step of 53 ms at least (compiled in two to three minutes). With CLIP's states the 35.8M others are all. With the TPU
-kernels of attention, compiled later, 4 captions on one v6e chip take 1.3 GB of 33.5: a batch of 32 leaves 8 chips nearly empty. 64 chips
-want config.train.global_batch=64, or config.train.mesh.tensor=2, which splits the heads.
+By the ahead-of-time report, 35.8M parameters: 4 captions a chip of v6e, the batch of 32 on a 2x4, take 1.3 GB of 33.5 and a step of 3.9 ms
+at least (6.3 GB of main memory, 25 % of the peak at most; 14 ms by the compiler's own time and links, kernels of attention excepted); one a
+chip of 64 v5e (config.train.global_batch=64; or mesh.tensor=2, which splits the heads) 0.8 GB of 16.9 and 3.4 ms (34 %; 16 ms). Before
+attention had kernels for TPUs two captions on one v5e moved 42.9 GB, 52 ms at least. With a text encoder of its own, 99.0M parameters, and
+without the kernels: 6.8 GB a chip of 16 v5e, 53 ms at least.
 """
 
 from ml_collections import ConfigDict
