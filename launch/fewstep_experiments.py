@@ -8,11 +8,12 @@
               the share of examples with s = t, the guidance that is trained in; on validation data
     whole     the config as it is: on validation and, as `_test`, on test data
 
-Both measure the agreement and the Fréchet ratio of joint samples, as the config's `eval` does but of two sets of samples, the ratios of two
-and four calls over that of 25 Heun steps of the same weights (`over_heun`), and the label accuracy. A training of `settings` takes 4
-minutes of one core, of `whole` 10. The results are in configs/README.md.
+Both measure the agreement and the Fréchet ratio of joint samples, as the config's `eval` does but of two sets of samples (`whole`: four),
+the ratios of two and four calls over that of 25 Heun steps of the same weights (`over_heun`), and the label accuracy. A training of
+`settings` takes 4 minutes of one core, of `whole` 10. The results are in configs/README.md.
 """
 
+import dataclasses
 import pathlib
 
 import experiments
@@ -24,11 +25,12 @@ from mmdiff.data.sources import load_all
 from mmdiff.evals.accuracy import accuracy
 from mmdiff.evals.evaluator import best, predict_batched
 from mmdiff.evals.joint_calls import JointCalls
+from mmdiff.projects.digits import digit_pairs
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs/digits_fewstep.py"
 SHORT = {"train.steps": "1200"}
 ADAPTIVE = {"span.power": "0.5", "image_weight": "0.5"}
-SETS = 2  # of samples, each as many as there are training images
+MOST = 4  # sets of samples of one training, each as many as there are training images
 SETTINGS = {
     "power 0.5": ADAPTIVE,
     "power 0": {"span.power": "0.0", "image_weight": "1.0"},
@@ -46,18 +48,27 @@ def settings():
     yield "whole", "the config", "both", {}
 
 
-def measure(experiment, config, params):
-    """The metrics of joint samples, by the samplers that the config compares, and of the labels of the images in `test_data`."""
+def judge(experiment):
+    """The judge of the config's joint samples, by validation and, as `_test`, by test data."""
+    (count, chosen), (_, reported) = (digit_pairs.judge(each) for each in (experiment.on_validation(), experiment))
+    return count, lambda pairs: {**chosen(pairs), **{f"{name}_test": found for name, found in reported(pairs).items()}}
+
+
+def measure(experiment, config, params, seed, sets):
+    """The metrics of joint samples, by the samplers that the config compares, means of several sets, and the label accuracy."""
     calls = next(each for each in experiment.evaluators if isinstance(each, JointCalls))
-    sets = [calls(experiment, params, config, jax.random.key(seed), config.train.steps).metrics for seed in range(SETS)]
-    found = {name: np.mean([each[name] for each in sets]) for name in sets[0]}
-    for steps in (2, 4):
-        ratio = found[f"joint_frechet_ratio_at_{steps}_calls"]
-        found[f"over_heun_at_{steps}_calls"] = ratio / found["joint_frechet_ratio_by_25_heun_steps"]
-    held = load_all(experiment.test_data())
-    options = {"image": held["image"]}, "label", config.eval.batch
-    read = best("p(label | image)", predict_batched(experiment, params, jax.random.key(0), *options))
-    return {**found, "label_accuracy": accuracy(read, held["label"])}
+    calls = dataclasses.replace(calls, judge=judge)
+    keys = [jax.random.key(MOST * seed + number) for number in range(sets)]
+    found = [calls(experiment, params, config, key, config.train.steps).metrics for key in keys]
+    metrics = {name: np.mean([each[name] for each in found]) for name in found[0]}
+    for split, held in (("", experiment.validation_data()), ("_test", experiment.test_data())):
+        heun = metrics[f"joint_frechet_ratio{split}_by_25_heun_steps"]
+        metrics |= {f"over_heun{split}_at_{n}_calls": metrics[f"joint_frechet_ratio{split}_at_{n}_calls"] / heun for n in (2, 4)}
+        held = load_all(held)
+        options = {"image": held["image"]}, "label", config.eval.batch
+        read = best("p(label | image)", predict_batched(experiment, params, jax.random.key(seed), *options))
+        metrics[f"label_accuracy{split}"] = accuracy(read, held["label"])
+    return metrics
 
 
 def run(seed, data, overrides):
@@ -65,10 +76,8 @@ def run(seed, data, overrides):
     config, module = configs.load(str(CONFIG), [*overrides.items(), ("seed", str(seed))])
     experiment = module.build(config)
     params, seconds = experiments.train(experiment, config)
-    metrics = measure(experiment.on_validation(), config, params)
-    if data == "both":
-        metrics |= {f"{name}_test": value for name, value in measure(experiment, config, params).items()}
-    return metrics, seconds
+    metrics = measure(experiment, config, params, seed, 2 if data == "validation" else MOST)
+    return {name: value for name, value in metrics.items() if data == "both" or "_test" not in name}, seconds
 
 
 if __name__ == "__main__":

@@ -55,5 +55,6 @@ def test_the_experiments_name_values_that_exist(experiments):
 def test_an_experiment_runs(experiments):
     small = dict(value.removeprefix("--config.").split("=") for value in SMALL)
     metrics, seconds = experiments.run(1, "both", small)
-    assert {"over_heun_at_2_calls", "over_heun_at_4_calls_test", "label_accuracy", "joint_agreement_at_1_call_on_one_grid"} <= set(metrics)
+    assert {
+        "over_heun_at_2_calls", "over_heun_test_at_4_calls", "label_accuracy_test", "joint_agreement_at_1_call_on_one_grid"} <= set(metrics)
     assert np.isfinite(list(metrics.values())).all() and seconds > 0

@@ -36,8 +36,8 @@ def get_config():
         "span": {"equal": 0.5, "guidance": 1.5},
         "label_weight": 0.4,
         "train": training_config(
-            steps=600, global_batch=128, ema=0.995, learning_rate=1.5e-3, warmup_steps=50, weight_decay=0.1, clip=1.0,
-            eval_every=200, checkpoint_every=100),
+            steps=500, global_batch=128, ema=0.995, learning_rate=1.5e-3, warmup_steps=50, weight_decay=0.1, clip=1.0,
+            eval_every=250, checkpoint_every=250),
         "sample": {"steps": 4, "guidance": 1.0, "heun": False},
         "eval": {"samples": 10_000, "batch": 250, "classifier_steps": 2000, "in_loop": {"samples": 500, "classifier_steps": 300}},
         "pairs": {"samples": 5000},
