@@ -80,7 +80,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     (r"times\.\w+", SHARE),
     (r"((\w+_)?dropout|dropout\.\w+|complete|damaged|flips)", SHARE),
     (r"(count|crop|windows)", COUNT),
-    (r"((\w+_)?weight|kappa|gamma|power|loss\.\w+)", Range(0, 1e6)),
+    (r"((\w+_)?weight|weights\.\w+|kappa|gamma|power|loss\.\w+)", Range(0, 1e6)),
     (r"temperature", Range(0, 1e6, above=True)),
     # of sampling
     (r"guidance", GUIDANCE),
@@ -103,6 +103,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     (r"seconds", Range(0, 86_400, above=True)),
     (r"eval\.(in_loop\.)?(candidates|category_classifier_steps)", Range(0, COUNT.high)),  # 0 leaves a metric out
     (r"zeroshot_images", Range(0, COUNT.high)),  # 0 is all
+    (r"likelihood\.most", Range(0, COUNT.high)),  # 0 leaves it out
     (r"(eval(\.in_loop)?|patches)\.\w+", COUNT),
 )
 _COMPILED = tuple((re.compile(rf"(?:.*\.)?(?:{pattern})"), rule) for pattern, rule in RANGES)

@@ -94,7 +94,7 @@ def _fit(cache: EncodedCache, folder: pathlib.Path | RemotePath, sources: Mappin
                 raise UserError(f"{folder} holds what another network than config.{encoder.key}.path has made: write elsewhere.")
             continue
         source = sources.get("train") or cache.source("train")
-        made_of = {"format": 1, "encoder": network, "images": source.images}
+        made_of = {"format": 1, "encoder": network, "images": source.images, **encoder.fitted_for}
 
         def noted():
             stored = encoder.noted()  # noqa: B023 (used at once)

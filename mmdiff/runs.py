@@ -36,7 +36,8 @@ LARGEST_BATCH = 256  # samples of one call of the network
 LARGEST_GRID = 400  # images
 IN_USE = (  # the keys and sections of a config that may be set when a run is opened
     "sample", "eval", "seed", "data.dir", "data.towers", "encoder.path", "encoder.codes", "text_encoder.path",
-    "text_encoder.tokenizer", "text_encoder.reduce", "tokenizer.path", "vector_encoder.path", "train.mesh")
+    "text_encoder.tokenizer", "text_encoder.reduce", "tokenizer.path", "vector_encoder.path",
+    "feature_encoder.path", "train.mesh")
 
 
 def open_run(

@@ -288,6 +288,8 @@ def aligned(features: str, of: str, center: float | None = None) -> Term:
 
     Source: Yu et al. 2025, with 1 - cos for -cos.
     """
+    if center is not None and not (isinstance(center, int | float) and 0 <= center <= 1):
+        raise UserError(f"aligned: center is the share of the mean that is taken away, from 0 to 1, or None, not {center!r}.")
 
     def term(out, noised):
         if features not in (noised.batch or {}):

@@ -245,4 +245,5 @@ def python_modules(folder):
     module(folder / "f/deeper/g.py", "A text that is nested deep in the package.")
     module(folder / "a_package/tests/test_x.py", "How pytest calls these functions.")
     (folder / "d.py").write_text("this is no Python\n")
+    (folder / "e.py").write_text(f"x = {'-' * 100_000}1\n")  # and this too deep for Python
     return folder

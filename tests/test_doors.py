@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdiff import contrastive, losses, nets, processes, sampling, schedules, times
+from mmdiff import checks, contrastive, losses, nets, processes, sampling, schedules, times
 from mmdiff.errors import UserError
 from mmdiff.evals import accuracy, likelihood
 from mmdiff.processes import Gaussian, Given, Joint, absorbing, uniform, velocity
@@ -137,3 +137,9 @@ def test_what_is_no_number_or_no_whole_one_is_refused_at_construction(make):
     """A comparison with NaN is false, so a refusal must be written as what is demanded."""
     with pytest.raises(ValueError, match=" "):
         make()
+
+
+@pytest.mark.parametrize("key, value", [("weights.image", -1.0), ("eval.likelihood.most", -1)])
+def test_values_of_sections_within_sections_have_ranges(key, value):
+    with pytest.raises(UserError, match=f"config.{key} must be 0 or more, not"):
+        checks.check({key: value})

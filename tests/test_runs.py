@@ -9,7 +9,8 @@ import pytest
 
 from mmdiff.__main__ import main
 from mmdiff.errors import UserError
-from mmdiff.runs import open_run
+from mmdiff.runs import IN_USE, open_run
+from mmdiff.training.run_metadata import FOLDERS
 
 FOLDER = """
 
@@ -133,3 +134,9 @@ def test_the_run_of_another_config_is_refused_before_that_one_is_built(workdir):
 def test_there_must_be_a_run(tmp_path):
     with pytest.raises(UserError, match="there is no run in .*: train it first"):
         open_run(TINY, tmp_path / "none")
+
+
+def test_the_files_that_a_run_needs_may_lie_elsewhere_when_it_is_opened():
+    """What training lets lie elsewhere can be named when a run is opened, too; only `mmdiff cache` reads data.images and data.set."""
+    needed = {key for key in FOLDERS if not key.endswith(".kind") and key not in ("data.images", "data.set")}
+    assert needed <= {*IN_USE} and "feature_encoder.path" in needed

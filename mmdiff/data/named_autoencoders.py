@@ -111,6 +111,7 @@ class ImageTokens(SquareImages):
         self._list = section.get("codes", "")
 
     functions = property(lambda self: (_encode, _decode))
+    fitted_for = property(lambda self: {"number": self.codes})
 
     @functools.cached_property
     def classes(self) -> np.ndarray | None:

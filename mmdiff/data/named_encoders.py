@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ class NamedEncoder:
       modalities: what `encode` gives.
       of: what it encodes, "image" or "caption".
       fitted: the file of a cache that has what `fit(batches of training images)` found, which `noted()` reads; "" where nothing is fitted.
+      fitted_for: what else than network and images decides what is found; it is stored with it.
 
     Raises:
       UserError: a kind that has no place here.
@@ -46,13 +48,14 @@ class NamedEncoder:
     what = "encoder"
     of = "image"
     fitted = ""
+    fitted_for: Mapping[str, Any] = MappingProxyType({})
     modalities: tuple[str, ...] = ()
     _placed: tuple[tuple[jax.Device, ...], list[Any], list[Any]] | None = None
 
     def __init__(self, section: Mapping[str, Any], key: str = "encoder"):
         self.key, self.kind, self.path = key, section["kind"], section["path"]
         if self.kind not in self.kinds:
-            raise UserError(f"config.{key}.kind is {self.kind!r}: an {self.what} is one of {', '.join(self.kinds)}.")
+            raise UserError(f"config.{key}.kind is {self.kind!r}: the {self.what} is one of {', '.join(self.kinds)}.")
 
     @property
     def opened(self) -> Any:

@@ -68,6 +68,10 @@ class ImagePatches(NamedEncoder):
     def fitted(self) -> str:
         return COMPONENTS if self.components else ""
 
+    @property
+    def fitted_for(self) -> dict[str, Any]:
+        return {"components": self.components, "whiten": self.whiten, "grid": self.grid}
+
     @functools.cached_property
     def function(self) -> Any:
         """(network, its variables, cropped images) -> features of patches, at the size that the network takes."""
@@ -124,7 +128,7 @@ class ImagePatches(NamedEncoder):
         largest = vectors[np.abs(vectors).argmax(0), np.arange(self.components)]
         matrix = vectors * np.sign(largest) / deviation[:, None] / (np.sqrt(values) if self.whiten else 1.0)
         found = {"mean": mean, "matrix": matrix, "explained": values / np.isfinite(deviation).sum()}
-        return {"whiten": self.whiten, **{name: array.tolist() for name, array in found.items()}}
+        return {**self.fitted_for, **{name: array.tolist() for name, array in found.items()}}
 
     def noted(self) -> dict[str, Any] | None:
         return read_components(self.folder)
@@ -135,11 +139,12 @@ class ImagePatches(NamedEncoder):
         if stored is None:
             raise UserError(f"{COMPONENTS} of a cache has the components of {self.path}: name the cache's folder by config.data.dir.")
         mean, matrix = np.array(stored["mean"]), np.array(stored["matrix"])
-        if matrix.shape != (self.size, self.components) or stored["whiten"] != self.whiten:
-            has = f"{matrix.shape[1]} components of {len(matrix)} numbers, {'' if stored['whiten'] else 'not '}whitened"
+        grid = stored.get("grid", self.grid)
+        if matrix.shape != (self.size, self.components) or (stored["whiten"], grid) != (self.whiten, self.grid):
+            has = f"{matrix.shape[1]} components of {len(matrix)} numbers, {'' if stored['whiten'] else 'not '}whitened, of {grid} x {grid}"
             raise UserError(
-                f"{files.target(self.folder) / COMPONENTS} has {has}, and config.{self.key} asks for {self.components} of {self.size}, "
-                f"{'' if self.whiten else 'not '}whitened: name the cache that was written for it.")
+                f"{files.target(self.folder) / COMPONENTS} has {has} patches, and config.{self.key} asks for {self.components} of "
+                f"{self.size}, {'' if self.whiten else 'not '}whitened, of {self.grid} x {self.grid}: name the cache written for it.")
         return mean, matrix
 
     def fingerprint(self):

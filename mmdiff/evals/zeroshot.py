@@ -217,7 +217,7 @@ def selected(options: Any) -> dict[str, Any]:
     """The fields data_dir, names, prompts and count of a `ZeroShot` that options ask for, as in `asked`."""
     names = tuple(TASKS) if options.zeroshot == "all" else tuple(dict.fromkeys(name.strip() for name in options.zeroshot.split(",")))
     for name in names:
-        if name not in TASKS and not files.is_folder(files.expand(name)):
+        if name not in TASKS and not (name and files.is_folder(files.expand(name))):
             near = difflib.get_close_matches(name, TASKS, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(

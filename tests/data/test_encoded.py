@@ -169,7 +169,7 @@ def test_what_is_not_there_is_said(images, tmp_path, capsys):
     status, said = run(capsys, "cache", "--config", "digits_joint", *out)
     assert status == 2 and "names no published encoders: give --workdir DIR" in said[0]
     status, said = run(capsys, "cache", "--config", DIT, *out, "--config.encoder.kind=inception")
-    assert status == 2 and "config.encoder.kind is 'inception': an autoencoder is one of autoencoder_kl, autoencoder_tiny" in said[0]
+    assert status == 2 and "config.encoder.kind is 'inception': the autoencoder is one of autoencoder_kl, autoencoder_tiny" in said[0]
     assert not (tmp_path / "out").exists()
 
 

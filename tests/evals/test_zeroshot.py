@@ -305,6 +305,7 @@ def test_the_command_classifies_ones_own_images_by_ones_own_prompts(run, tmp_pat
     [
         (["--zeroshot", "cifar01"], "data set or folder 'cifar01' \\(did you mean cifar10\\?\\): .* some of cifar10, cifar100, "),
         (["--zeroshot", "cifar10", "--zeroshot-dir", "/nowhere"], "no folder /nowhere: name the one with the zero-shot data sets"),
+        (["--zeroshot", ",", "--prompts", "p"], "no zero-shot data set or folder ''"),  # and not the folder that one is in
         (["--zeroshot-dir", "/tmp"], "--zeroshot-dir goes with data sets: say which, --zeroshot all"),
         (["--zeroshot", ""], "say which, --zeroshot all"),
         (["--prompts", "p"], "--prompts goes with data sets: say which, --zeroshot all"),

@@ -115,6 +115,9 @@ def test_alignment():
     np.testing.assert_allclose(centred, [1, 1, 1, 0, 1], atol=1e-6)
     gradient = jax.jit(jax.grad(lambda x: sum(value.sum() for value in values(x))))(predicted)
     assert np.isfinite(gradient).all() and not gradient[3].any()
+    for center in ("nan", float("nan"), 2.0, -0.1):
+        with pytest.raises(UserError, match="aligned: center is the share of the mean"):
+            losses.aligned("dino", "image", center)
     with pytest.raises(UserError, match="'dino' has one: leave it out"):
         losses.aligned("dino", "image", 0.6)({"dino": jnp.asarray(predicted[:, :1])}, noised.replace(batch={"dino": y[:, :1]}))
     for batch, match in (({}, "from a cache"), ({"dino": y[:, :3]}, "3 tokens of 3 numbers in the batch, and 6 tokens of 3"), (

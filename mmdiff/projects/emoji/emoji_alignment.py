@@ -66,7 +66,7 @@ class EmojiAlignment:
     Attributes:
       file: of `emoji_source`.
       image_vectors: `(params, key, images) -> [n, size]`. text_vectors: `(params, texts) -> [n, size]`.
-      most: pictures of each metric. candidates: of retrieval.
+      most: pictures of each metric. candidates: of retrieval, 0 for none.
     """
 
     file: str
@@ -105,10 +105,11 @@ class EmojiAlignment:
             f"share of {len(rows)} pictures of held-out names whose vector is nearest to that of a training name of their category (the "
             f"largest category: {np.bincount(held.categories[rows]).max() / len(rows):.3f})")
 
-        texts = [caption(name, tones) for name, tones in zip(train.names, train.tones)]
-        rows = evenly(np.unique(texts, return_index=True)[1], self.candidates)
-        found = scores(train, rows, [texts[row] for row in rows])
-        for name, value in retrieval.recalls(found, np.eye(len(rows), dtype=bool), (1,)).items():
-            say(f"aligned_{name}", value, f"{len(rows)} training pairs, each compared with all (chance {1 / len(rows):g})")
+        if self.candidates:
+            texts = [caption(name, tones) for name, tones in zip(train.names, train.tones)]
+            rows = evenly(np.unique(texts, return_index=True)[1], self.candidates)
+            found = scores(train, rows, [texts[row] for row in rows])
+            for name, value in retrieval.recalls(found, np.eye(len(rows), dtype=bool), (1,)).items():
+                say(f"aligned_{name}", value, f"{len(rows)} training pairs, each compared with all (chance {1 / len(rows):g})")
         clock.stop()
         return EvalResult(metrics, definitions, {}, {"evaluation_seconds": clock.seconds})

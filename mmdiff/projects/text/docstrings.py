@@ -102,7 +102,7 @@ def _paragraphs(root: pathlib.Path) -> dict[str, list[str]]:
             continue
         try:
             texts = list(paragraphs(path.read_text("utf-8")))
-        except (SyntaxError, ValueError, OSError):  # of another version, or unreadable: not a text
+        except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):  # of another version, or unreadable: not a text
             continue
         rows = found[split_of(parts[0].removesuffix(".py"))]
         rows.update(dict.fromkeys(text for text in texts if text not in seen))

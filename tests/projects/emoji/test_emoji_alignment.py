@@ -43,6 +43,8 @@ def test_vectors_that_know_everything_are_right_in_all_and_permuted_ones_by_chan
     assert dict(found.metrics) == dict.fromkeys(
         ("aligned_tone", "aligned_name", "aligned_category", "aligned_image_to_text_r1", "aligned_text_to_image_r1"), 1.0)
     assert set(found.definitions) == set(found.metrics)
+    without = EmojiAlignment(file, knowing, texts, 200, 0)(experiment, {}, None, jax.random.key(0), 0).metrics
+    assert without.items() < found.metrics.items() and len(without) == 3  # as config.eval.candidates=0 leaves retrieval out
     other = EmojiAlignment(file, lambda *given: np.roll(knowing(*given), 1, 0), texts, 200, 20)
     assert max(other(experiment, {}, None, jax.random.key(0), 0).metrics.values()) < 0.8
 
