@@ -126,7 +126,10 @@ def regrouped(tensor: Tensor, first: int, second: int) -> Tensor:
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
-    """Equal parts along the first axis as one: the inverse of `split`."""
+    """Equal parts along the first axis as one: the inverse of `split`. Raises UserError for parts that are not equal."""
+    if len(shapes := dict.fromkeys(tensor.shape for tensor in tensors)) > 1:
+        listed = " and ".join(str(list(shape)) for shape in shapes)
+        raise UserError(f"weights that are one product or table here have the shapes {listed}: they are of another network or size.")
     return stack(tensors).reshape(len(tensors) * tensors[0].shape[0], *tensors[0].shape[1:])
 
 

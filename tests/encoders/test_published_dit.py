@@ -130,6 +130,14 @@ def test_imf_s_function_and_its_weights_back(velocity):
                 published.assert_close(np.asarray(out[name]).transpose(0, 3, 1, 2), IMF[answer], 1e-6)
 
 
+@pytest.mark.parametrize("name, times", [("t_min_tokens", 2), ("omega_tokens", 2), ("attn.k_proj", 2), ("mlp.w3", 3)])
+def test_parts_of_imf_that_are_of_another_size_are_refused(name, times):
+    """And are not cut to what fits."""
+    arrays = {key: np.concatenate([array] * times) if name in key else array for key, array in stored(IMF).items()}
+    with pytest.raises(UserError, match=r"one product or table here have the shapes \[.*\] and \[.*\]: they are of another network"):
+        published_mit.read(tensors(arrays), nets.MiT(nets.Patches(8, 8, 4, 2), 10, head_depth=1, **SIZES))
+
+
 def test_diffusers_layout_has_the_same_weights():
     net = net_of("dit")
     params = loaded("dit", net)
