@@ -119,8 +119,9 @@ def read_classes(data_dir: str | os.PathLike) -> Files:
     folder = files.expand(data_dir)
     if not files.is_folder(folder):
         raise UserError(f"there is no folder {folder} of images in folders of their classes, {folder}/CLASS/NAME.png.")
-    present, parts = files.folders(folder), [name for part in ("test", "val", "train") for name in PARTS[part]]
-    own = folder / next(name for name in parts if name in present) if present and set(present) <= set(parts) else folder
+    present = files.folders(folder)
+    parts = [name for part in ("test", "val", "train") for name in PARTS[part] if name in present]
+    own = folder / parts[0] if len(parts) > 1 or parts and parts == present else folder  # a class may be called train
     return _classes(folder, own, own)
 
 

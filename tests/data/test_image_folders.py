@@ -190,3 +190,11 @@ def test_mistakes_are_named(tmp_path):
     assert "is no object of captions by file" in refusal(tmp_path / "lists", "caption")
     write(tmp_path / "lists", {"captions.json": '{"0.png": 3}'})
     assert "has a number for a caption" in refusal(tmp_path / "lists", "caption")
+
+
+def test_classes_to_measure_on_are_those_of_the_test_folder_of_a_split_whatever_lies_beside_it(tmp_path):
+    """A class may be called test, too."""
+    names = "train/a/0.png", "test/b/0.png", "test/c/0.png", "previews/0.png", "classes/test/0.png", "classes/rain/0.png"
+    write(tmp_path, dict.fromkeys(names, png()))
+    assert tuple(image_folders.read_classes(tmp_path).names) == ("b", "c")
+    assert tuple(image_folders.read_classes(tmp_path / "classes").names) == ("rain", "test")
