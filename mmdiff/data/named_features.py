@@ -134,21 +134,26 @@ class ImagePatches(NamedEncoder):
         return read_components(self.folder)
 
     def _projection(self) -> tuple[np.ndarray, np.ndarray]:
-        """(mean [size], matrix [size, components]) of the cache. Raises UserError where there are no such ones."""
-        stored = self.noted()
+        """(mean [size], matrix [size, components]) of the cache. Raises UserError where there are none."""
+        stored = self._fitting()
         if stored is None:
             raise UserError(f"{COMPONENTS} of a cache has the components of {self.path}: name the cache's folder by config.data.dir.")
-        mean, matrix = np.array(stored["mean"]), np.array(stored["matrix"])
-        grid = stored.get("grid", self.grid)
+        return np.array(stored["mean"]), np.array(stored["matrix"])
+
+    def _fitting(self) -> dict[str, Any] | None:
+        """What is noted, if anything is. Raises UserError unless it is what the config asks for."""
+        if (stored := self.noted() if self.components else None) is None:
+            return None
+        matrix, grid = np.array(stored["matrix"]), stored.get("grid", self.grid)
         if matrix.shape != (self.size, self.components) or (stored["whiten"], grid) != (self.whiten, self.grid):
             has = f"{matrix.shape[1]} components of {len(matrix)} numbers, {'' if stored['whiten'] else 'not '}whitened, of {grid} x {grid}"
             raise UserError(
                 f"{files.target(self.folder) / COMPONENTS} has {has} patches, and config.{self.key} asks for {self.components} of "
                 f"{self.size}, {'' if self.whiten else 'not '}whitened, of {self.grid} x {self.grid}: name the cache written for it.")
-        return mean, matrix
+        return stored
 
     def fingerprint(self):
-        network, stored = super().fingerprint(), self.noted() if self.components else None
+        network, stored = super().fingerprint(), self._fitting()
         return hashlib.sha256(f"{network} {stored['mean']} {stored['matrix']}".encode()).hexdigest() if network and stored else network
 
 

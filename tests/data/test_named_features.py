@@ -103,11 +103,15 @@ def test_components_are_those_of_the_training_images_and_lie_with_the_cache(dino
     with monkeypatch.context() as patch:
         patch.setattr(ImagePatches, "fit", lambda *_: pytest.fail("they are there"))
         assert encoded_caches.write(written, out, ["val"]) and (out / "components.json").read_bytes() == before
-    noted = dataclasses.replace(written, data=ConfigDict({**written.data, "dir": str(out)})).for_experiment["frozen_deps"]
+    noting = dataclasses.replace(written, data=ConfigDict({**written.data, "dir": str(out)}))
+    noted = noting.for_experiment["frozen_deps"]
     assert noted["feature encoder"]() == patches.fingerprint() != encoder(dino, autoencoder).fingerprint()
     for other in ({"components": 3, "whiten": True}, {"components": 2, "whiten": False}):
         with pytest.raises(UserError, match="has 2 components of 6 numbers, whitened, of 3 x 3 patches, and config.feature_encoder asks"):
             encoder(dino, autoencoder, out, **other).encode(np.zeros((1, 16, 16, 3), np.float32))
+        unnamed = encoder(("",), autoencoder, out, **other)  # a run that reads the cache, and names no encoder
+        with pytest.raises(UserError, match="whitened, of 3 x 3 patches, and config.feature_encoder asks"):
+            dataclasses.replace(noting, encoders=[unnamed]).for_experiment["frozen_deps"]["feature encoder"]()
     other = encoder(dino, autoencoder, out, side=2 * GRID, components=2, whiten=True)
     other.grid = 2 * GRID
     with pytest.raises(UserError, match=f"of {GRID} x {GRID} patches, and .* of {2 * GRID} x {2 * GRID}: name the cache"):
@@ -117,8 +121,9 @@ def test_components_are_those_of_the_training_images_and_lie_with_the_cache(dino
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "components.json").write_text(json.dumps(stored))
-    again = cache(encoder(dino, autoencoder, unfinished, side=2 * GRID, components=3), images, mirrored=False)
-    assert encoded_caches.write(again, unfinished, ["train"])
+    three = encoder(dino, autoencoder, unfinished, side=2 * GRID, components=3)
+    three.function = patches.function  # compiled once
+    assert encoded_caches.write(cache(three, images, mirrored=False), unfinished, ["train"])
     assert np.shape(json.loads((unfinished / "components.json").read_text())["matrix"]) == (SIZE, 3)
     (out / "components.json").write_text('{"encoder": "x", "mean": [1], "matrix": [[1, 2], [3, 4]]}')
     with pytest.raises(UserError, match="is not what mmdiff cache writes"):
