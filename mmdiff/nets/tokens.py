@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Dense, frequencies, patchify, readout, unpatchify
 from mmdiff.nets.layers import Attention, CrossAttention, layer_norm, modulate, normal
+from mmdiff.nets.routes import kept_in
 from mmdiff.nets.target import constrain
 from mmdiff.nets.transformer import Transformer
 
@@ -142,6 +143,7 @@ class TokenTransformer(Transformer):
 
     @nn.compact
     def __call__(self, x, t):
+        kept_in("TokenTransformer", x, {}, None)
         patch = (1 if self.grid[0] == 1 else self.patch, self.patch)
         cells = (self.grid[0] // patch[0], self.grid[1] // patch[1])
         count = cells[0] * cells[1]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mmdiff.errors import UserError
 from mmdiff.nets.embed import Dense, Patches, xavier
 from mmdiff.nets.fields import check_width
+from mmdiff.nets.routes import kept_in
 from mmdiff.nets.text import TextEncoder
 from mmdiff.nets.tokens import Block
 from mmdiff.nets.transformer import Transformer
@@ -78,6 +79,7 @@ class TwoTowers(Transformer):
         return states.astype(jnp.float32), self.text_out(mean).astype(jnp.float32)
 
     def __call__(self, x, t):
+        kept_in("TwoTowers", x, {}, None)
         vectors = {"image_vector": self.encode_image(x["image"]), "text_vector": self.encode_text(x["text"])[1]}
         return {**vectors, **logit_outputs(*self.learned, len(x["image"]))}
 

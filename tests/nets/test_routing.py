@@ -9,7 +9,7 @@ from filled import filled
 
 from mmdiff import losses, schedules, times
 from mmdiff.errors import UserError
-from mmdiff.nets import DiT, Label, MMDiT, Patches, Tap, as_joint
+from mmdiff.nets import DiT, Label, MiT, MMDiT, Patches, Tap, TokenTransformer, TwoTowers, as_joint
 from mmdiff.nets.rotary import rotate
 from mmdiff.nets.routes import places, put, take
 from mmdiff.nets.target import compiling_for
@@ -89,6 +89,11 @@ def test_what_cannot_be_routed_is_refused():
     joint, inputs = as_joint(DiT(PATCHES, 3, depth=4, **SIZES)), ({"image": X, "label": LABELS, "image/keep": KEPT}, {"image": T})
     with pytest.raises(UserError, match="it has no route"):
         jax.eval_shape(lambda: joint({}, *inputs))
+    without = MiT(PATCHES, 3, depth=2, head_depth=1, **SIZES), TokenTransformer(3, (2, 2), depth=1, **SIZES), TwoTowers(
+        PATCHES, 3, 4, 4, text_depth=1, text_width=16, depth=1, **SIZES)
+    for net in without:
+        with pytest.raises(UserError, match=f"{type(net).__name__}: some tokens of 'image' are to skip blocks, but it has no route"):
+            jax.eval_shape(lambda net=net: net.init(jax.random.key(0), *inputs))
     for keep in ({"image/keep": np.zeros((B, 5), int)}, {"sound/keep": KEPT}):  # an image has four tokens
         net = MMDiT(streams, depth=4, route=(1, 3), **SIZES)
         with pytest.raises(UserError, match="of 'image' it has 4 tokens and 5 would|of 'sound' it has 0 tokens and 2 would"):
