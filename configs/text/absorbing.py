@@ -7,6 +7,10 @@
 The texts are the paragraphs of the documentation strings of Python's standard library, held out by module, in rows of 40 ids of a tokenizer
 that is learnt from the training modules; `--config.data.dir=FOLDER` reads those of other modules. The loss is the bound on the likelihood
 itself, the cross-entropy of masked ids with the weight 1/t, and `eval` reports it in bits per character.
+
+Measured (seed 0, 1,434 test rows, EMA weights): the bound is 2.08 bits per character; single characters need 4.44, 5-grams 2.00, xz 1.78.
+So it is far from trained to the end, and samples are turns of phrase with many words that are none. Cost: 1.54M parameters, 17 minutes of
+one core shared with other work.
 """
 
 from functools import partial
@@ -28,7 +32,7 @@ def get_config():
         "data": {"dir": ""},
         "model": {"width": 128, "depth": 4, "heads": 4, "norm": "rms", "mlp": "swiglu", "rope": True, "qk_norm": True},
         "train": training_config(
-            steps=2500, global_batch=64, ema=0.998, learning_rate=4e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=250),
+            steps=1200, global_batch=64, ema=0.998, learning_rate=4e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=250),
         # First hitting takes a step for each of the 40 ids; without it any number of steps of the chain take several ids at once.
         "sample": {"steps": 40, "guidance": 1.0, "first_hitting": True},
         "eval": {"draws": 32, "samples": 500, "batch": 100},
