@@ -48,7 +48,8 @@ def main(name: str, folder: str, target: str, number: str = "0") -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (4, 5):
-        sys.exit("usage: python -m mmdiff.data.prompts SET FOLDER FILE.txt [NUMBER]")
+        console.say("usage: python -m mmdiff.data.prompts SET FOLDER FILE.txt [NUMBER]")
+        sys.exit(2)
     try:
         console.out(f"{sys.argv[3]}: {main(*sys.argv[1:]):,} prompts")
     except UserError as error:

@@ -30,6 +30,7 @@ vectors is classified by as in `diffusion_classifier`.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -254,15 +255,18 @@ def class_names(stored: Sequence[str], folder: pathlib.Path) -> list[str]:
     """The names of a set's classes by label: those of its classes.txt, else what is stored in plain words; none if these are ids.
 
     Raises:
-      UserError: a classes.txt with more or fewer names than classes.
+      UserError: a classes.txt with more or fewer names than classes; two classes of one name, which no prompt tells apart.
     """
     path = folder / CLASSES
     if os.path.lexists(path):
         names = [line.strip() for line in files.read_lines(path) if line.strip()]
         if len(names) != len(stored):
             raise UserError(f"{path} has {len(names)} names for {len(stored)} classes: it has one on every line, by label.")
-        return names
-    return [] if all(re.fullmatch(r"n\d{8}", each) for each in stored) else [plain(each) for each in stored]
+    else:
+        names = [] if all(re.fullmatch(r"n\d{8}", each) for each in stored) else [plain(each) for each in stored]
+    if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+        raise UserError(f"several classes are called {', '.join(map(repr, twice))}: write names that differ into {path}.")
+    return names
 
 
 def plain(name: str) -> str:

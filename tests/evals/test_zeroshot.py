@@ -246,6 +246,8 @@ def test_names_in_plain_words(tmp_path):
     assert {name: plain(name) for name in names} == names
     assert class_names(["a_b", "n00000001"], tmp_path) == ["a b", "n00000001"]
     assert class_names(["n00000000", "n00000001"], tmp_path) == []
+    with pytest.raises(UserError, match="several classes are called 'a b': write names that differ into .*classes.txt"):
+        class_names(["a_b", "c", "a b"], tmp_path)  # each would be right about no image
 
 
 # -------------------------------------------------------------------------------------------------------------- the command
