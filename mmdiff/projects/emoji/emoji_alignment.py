@@ -40,14 +40,15 @@ class SentenceVectors:
 
     def texts(self, ids: np.ndarray) -> tuple[None, np.ndarray]:
         """Ids int [n, length] -> (no states, vectors [n, size])."""
-        return None, self.encode(self.tokenizer.decode(ids))
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts -> vectors [n, size]."""
+        texts = self.tokenizer.decode(ids)
         new = sorted(set(texts) - set(self._known))
         if new:
             self._known.update(zip(new, self.encoder.encode(new)[VECTOR]))
-        return np.stack([self._known[text] for text in texts])
+        return None, np.stack([self._known[text] for text in texts])
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts -> vectors [n, size], of what of them is trained on: long ones are cut."""
+        return self.texts(self.tokenizer.encode(list(texts)))[1]
 
     def fingerprint(self) -> str | None:
         """Of the network and its own tokenizer; None where none is named."""
@@ -101,7 +102,8 @@ class EmojiAlignment:
         rows = evenly(np.array([row for row, tones in enumerate(held.tones) if not tones]), self.most)
         known = dict(zip(train.names, train.categories.tolist()))
         nearest = best("names", scores(held, rows, list(known)))
-        say("aligned_category", accuracy(np.array(list(known.values()))[nearest], held.categories[rows]),
+        of_nearest = np.array([*known.values(), -1])[nearest]  # where several are as near, none is
+        say("aligned_category", accuracy(of_nearest, held.categories[rows]),
             f"share of {len(rows)} pictures of held-out names whose vector is nearest to that of a training name of their category (the "
             f"largest category: {np.bincount(held.categories[rows]).max() / len(rows):.3f})")
 

@@ -45,6 +45,8 @@ def test_vectors_that_know_everything_are_right_in_all_and_permuted_ones_by_chan
     assert set(found.definitions) == set(found.metrics)
     without = EmojiAlignment(file, knowing, texts, 200, 0)(experiment, {}, None, jax.random.key(0), 0).metrics
     assert without.items() < found.metrics.items() and len(without) == 3  # as config.eval.candidates=0 leaves retrieval out
+    alike = EmojiAlignment(file, knowing, lambda params, asked: np.ones((len(asked), 64)), 200, 0)
+    assert set(alike(experiment, {}, None, jax.random.key(0), 0).metrics.values()) == {0.0}  # vectors that say nothing are right of none
     other = EmojiAlignment(file, lambda *given: np.roll(knowing(*given), 1, 0), texts, 200, 20)
     assert max(other(experiment, {}, None, jax.random.key(0), 0).metrics.values()) < 0.8
 
@@ -60,6 +62,9 @@ def test_the_vectors_of_an_encoder_of_sentences_are_made_once_and_have_the_size_
     found = vectors.texts(tokenizer.encode(["hand b", "dark skin, hand c", "hand b"]))[1]
     np.testing.assert_array_equal(found, [vector("hand b"), vector("dark skin, hand c"), vector("hand b")])
     np.testing.assert_array_equal(vectors.encode(["hand b"]), [vector("hand b")])
+    cut = tokenizer.encode(["hand b hand c " * 9])
+    np.testing.assert_array_equal(vectors.encode(["hand b hand c " * 9]), vectors.texts(cut)[1])
+    assert asked.pop() == tokenizer.decode(cut)[0]
     assert sorted(asked) == ["dark skin, hand c", "hand b"] and vectors.fingerprint() == "f"
     with pytest.raises(UserError, match="64 numbers"):
         vectors.check(384)
