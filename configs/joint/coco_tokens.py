@@ -16,7 +16,8 @@
 
 Data: `coco` holds dataset_coco.json (Karpathy's splits), train2014, val2014 and, for the prompts, annotations (the official archives); the
 cache has an example for each of 566,435 training captions, 16 KiB each. --config.data.set=flickr30k or captioned (tar shards, CC3M) is
-another set. config.data.source=random makes all up and needs nothing.
+another set. For FID-30k cache and train with --config.data.set=coco_captions: Karpathy's training split has 30,504 images of val2014, of
+which the prompts are. config.data.source=random makes all up and needs nothing.
 
 Tokens are the 49,408 of CLIP (any folder or file of its tokenizer), 64 of a caption. T5's, as D-DiT has them: --config.tokenizer.kind=t5
 --config.tokenizer.size=32128, with the folder of a T5. Padding is predicted like every id, and weighs a tenth. The cross-entropy of masked

@@ -17,7 +17,8 @@
 
 Data: `coco` holds dataset_coco.json (Karpathy's splits), train2014, val2014 and, for the prompts, annotations (the official archives); the
 cache has an example for each of 566,435 training captions, 27 KiB each. --config.data.set=flickr30k or captioned (tar shards, CC3M) is
-another set. config.data.source=random makes all up and needs nothing.
+another set. For FID-30k cache and train with --config.data.set=coco_captions: Karpathy's training split has 30,504 images of val2014, of
+which the prompts are. config.data.source=random makes all up and needs nothing.
 
 UniDiffuser's forms of data (Bao et al. 2023): latents of Stable Diffusion's autoencoder, the vector of OpenAI's CLIP ViT-B/32 of the image,
 and the 77 states of CLIP ViT-L/14 of the text, of which the linear layer of UniDiffuser's published text decoder makes 64 numbers each (the

@@ -3,7 +3,8 @@
     python -m mmdiff.data.prompts coco_captions coco prompts.txt 30000
 
 Images and captions are chosen by fixed random numbers, so that every model is given the same; by default all images are. The split is
-"val", of COCO the 40,504 images of val2014, of which FID-30k takes 30,000.
+the one that is reported: "test" of Karpathy's sets, else "val", of COCO the 40,504 images of val2014, of which FID-30k takes 30,000. That
+is for models of coco_captions: of the images of val2014 coco_karpathy has 30,504 in its training split.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import sys
 import numpy as np
 
 from mmdiff import console, files
-from mmdiff.data.image_datasets import records_of
+from mmdiff.data.image_datasets import records_of, test_split
 from mmdiff.errors import UserError
 
 
-def prompts(name: str, folder: str | os.PathLike, number: int = 0, split: str = "val") -> list[str]:
-    """One caption each of `number` images of a split, all by default, in the order of a random permutation.
+def prompts(name: str, folder: str | os.PathLike, number: int = 0, split: str = "") -> list[str]:
+    """One caption each of `number` images of a split, all of the reported one by default, in the order of a random permutation.
 
     Raises:
       UserError: no such set, fewer images, images without captions.
     """
+    split = split or test_split(name)
     records = records_of(name, split, folder)
     if not 0 <= number <= len(records) or not records.captions:
         has = f"{len(records):,} images" if records.captions else "no captions"

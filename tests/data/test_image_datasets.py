@@ -103,9 +103,9 @@ def test_sets_as_karpathy_splits_them(tmp_path, name):
     assert image_datasets.test_split(set_name) == "test" and image_datasets.test_split("captioned") == "val"
     asked = prompts(set_name, folder, 2, "train")
     assert asked == prompts(set_name, folder, 4, "train")[:2] and len({*prompts(set_name, folder, 4, "train")}) == 4
-    assert main(set_name, str(folder), str(tmp_path / "prompts.txt")) == 2
-    assert (tmp_path / "prompts.txt").read_text().splitlines() == prompts(set_name, folder)
-    for number, why in (("5", "has 2 images, and 5 prompts are asked for"), ("-1", "write a whole number")):
+    assert main(set_name, str(folder), str(tmp_path / "prompts.txt")) == 3
+    assert (tmp_path / "prompts.txt").read_text().splitlines() == prompts(set_name, folder, split="test")  # on which nothing was chosen
+    for number, why in (("5", "has 3 images, and 5 prompts are asked for"), ("-1", "write a whole number")):
         with pytest.raises(UserError, match=why):
             main(set_name, str(folder), str(tmp_path / "prompts.txt"), number)
     images = parts["test"].get([0])[0]["image"].parent
