@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import pathlib
 import pickle
 import socket
 import struct
@@ -76,7 +77,7 @@ READERS = {
     "an image of a class": (lambda path: ImageDataset("folder", "train", path.partition("/train/")[0], 8), "train/cat/x.jpg"),
     "variants": (
         lambda path: ImageDataset("fgvc_aircraft", "train", path.partition("/fgvc")[0], 8), "fgvc-aircraft-2013b/data/variants.txt"),
-    "names of classes": (lambda path: class_names("cars", ["a"], path.partition("/cars/")[0]), "cars/classes.txt"),
+    "names of classes": (lambda path: class_names(["a"], pathlib.Path(path).parent), "cars/classes.txt"),
     "a latent cache": (lambda path: LatentSource(path.partition("/train/")[0], "train", {"label": Labels(3)}), "train/meta.json"),
     "a token cache": (lambda path: read_meta(os.path.dirname(path)), "cache.json"),
     "towers": (lambda path: read_tokenizer(os.path.dirname(path), TOWERS), "towers.json"),

@@ -100,7 +100,7 @@ class Ngrams:
     h' the context without its first character, kinds(h) how many different characters follow it; below the shortest all are as likely.
 
     >>> round(Ngrams(["abab", "abab"], 3).bits(["abab"]), 3)
-    0.39
+    0.47
     """
 
     def __init__(self, texts: Sequence[str], order: int):
