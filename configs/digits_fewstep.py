@@ -8,10 +8,10 @@ The model of configs/digits_joint.py, trained with average velocities (`losses.a
 Joint samples draw the label first, in one call, then the image in those that remain; of a given label all calls are the image's.
 `--config.sample.heun=true --steps 25` samples the same weights as digits_joint does, and `eval` compares both.
 
-Measured (two seeds, mean ± standard error, 500 test digits, EMA weights; four sets of samples of each): joint samples in 2 calls have an
-agreement of 0.960 ± 0.005 and a Fréchet ratio of 2.02 ± 0.09, in 4 calls 0.957 ± 0.004 and 1.64 ± 0.08, by 25 Heun steps
-(49 calls) 0.924 ± 0.008 and 1.45 ± 0.08: 1.40 ± 0.02 and 1.14 ± 0.01 times the latter's ratio, where 1.3 and 1.1
-were aimed at. In one call for both the agreement is 0.169 ± 0.012; label accuracy 0.981 ± 0.003. What was compared:
+Measured (three seeds, mean ± standard error, 500 test digits, EMA weights; four sets of samples of each): joint samples in 2 calls have an
+agreement of 0.959 ± 0.003 and a Fréchet ratio of 2.02 ± 0.05, in 4 calls 0.955 ± 0.002 and 1.64 ± 0.05, by 25 Heun steps
+(49 calls) 0.925 ± 0.005 and 1.48 ± 0.06: 1.37 ± 0.03 and 1.11 ± 0.03 times the latter's ratio, where 1.3 and 1.1
+were aimed at. In one call for both the agreement is 0.161 ± 0.010; label accuracy 0.981 ± 0.002. What was compared:
 configs/README.md. Cost: 0.78M parameters, 5/3 of the network passes of digits_joint for as many steps; 7 minutes on two CPU cores beside
 other work.
 """
