@@ -16,8 +16,8 @@ velocity what counts, 1 / max(t, 0.05)^2 of that in x_0. Patches enter through 1
 Samples take 50 Heun steps, guidance 2.9 while t < 0.9. Other than there, the last steps of a trajectory, t < 0.05, go to the predicted
 image by the flow itself, and not by a velocity of which 1 / t is capped.
 
-Other published sizes: --config.model.size=L with in_context=(32,8), H with in_context=(32,10) and bottleneck=256 (guidance 2.2; they
-also drop out 0.2 of the features in the middle blocks of H, which is not here).
+Other published sizes: --config.model.size=L --config.model.in_context="(32,8)"; H, in_context "(32,10)" and bottleneck 256 (guidance 2.2;
+they also drop out 0.2 of the features in the middle blocks of H, which is not here).
 
 Expected, from the paper (50,000 samples, 600 epochs; not measured here): FID 3.66 for B/16, 2.36 for L/16, 1.86 for H/16. Cost: 131M
 parameters, 288 tokens an image, 0.15 TFLOP an image and step, counted; not trained here.

@@ -18,7 +18,7 @@ warm-up, b2 0.95, batch 1,024, EMA 0.9999, 800 epochs.
 
 Ours: one weight and interval of guidance, those that the authors sample XL/2 with in one call (for two: --config.guidance.weight=4.0 and
 --config.guidance.interval="(0.36,0.64)"), which the network is told; they train with all of them, weights from 1 to 8. Kernels begin by
-Xavier's law.
+Xavier's initialisation.
 
 Expected, from the authors' page (50,000 samples, not measured here): FID 1.70 in one call, 1.53 in two. Cost: 711M parameters, of them
 101M of the head of velocities; 2.28 TFLOP an image and step, 2.2 times what plain flow matching of the network without that head takes,

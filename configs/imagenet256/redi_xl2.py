@@ -17,7 +17,7 @@ in all. config.data.source=random makes up both and needs nothing.
 
 The recipe beside SiT's (configs/imagenet256/sit_xl2.py): a second modality at the same time, with its own noise; its patches of 2 x 2 are
 embedded and added to the image's tokens, and both are predicted from them, errors with the weights 1 and 1; guidance is of the image
-alone. What differs: components have the deviation 1 (feature_encoder.whiten=false leaves each its own, as the authors' code does), and the
+alone. What differs: components have standard deviation 1 (feature_encoder.whiten=false: each its own, as the authors' code does), and the
 features have a last modulation of their own. The network's other weights have the names and shapes of sit_xl2's, and what is new begins
 at 0: train.start takes a run of it, converted from SiT's published weights for instance, whose image is that of step 0 here.
 
