@@ -9,6 +9,9 @@
 FOLDER is that of joint.py. The network has an embedding more, of how long a step is, and reads times at a scale of 6 in place of 1,000, to
 which the first steps adapt: average velocities need slopes in time. Without `train.start` give it as many steps as joint.
 Joint samples draw the label first, in one call, then the image in those that remain; of a given label all calls are the image's.
+
+Trained; its samples are not measured yet (configs/fashion/README.md). Cost: 1.40M parameters, 500 steps, 13 minutes of one core beside
+other work.
 """
 
 from functools import partial

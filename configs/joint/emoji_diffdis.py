@@ -9,6 +9,8 @@ Data, captions, times and the loss of generation are those of configs/joint/emoj
 MiniLM, a frozen, published encoder of sentences (configs/joint/README.md says how to get it); or, where config.data.towers names what
 configs/joint/emoji_towers.py writes, by a tower that was trained on these captions. The picture's part in the vector's task is as in
 configs/diffdis/scenes.py.
+
+Cost: 4.11M parameters, 12,000 steps of 64 pairs. Tested in small; not trained here.
 """
 
 from functools import partial

@@ -4,7 +4,8 @@
     python -m mmdiff eval  --config configs/joint/emoji_towers.py --workdir runs/emoji_towers
     python -m mmdiff cache --config configs/joint/emoji_towers.py --workdir runs/emoji_towers --out runs/emoji_vectors
 
-configs/joint/emoji_diffdis.py reads the captions' vectors from runs/emoji_vectors, where no published encoder of sentences is named.
+configs/joint/emoji_diffdis.py reads the captions' vectors from runs/emoji_vectors, where config.data.towers names that folder.
+Cost: 0.52M parameters, 1,500 steps of 256 pairs. Tested in small; not trained here.
 """
 
 from functools import partial
