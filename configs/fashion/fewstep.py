@@ -10,8 +10,9 @@ FOLDER is that of joint.py. The network has an embedding more, of how long a ste
 which the first steps adapt: average velocities need slopes in time. Without `train.start` give it as many steps as joint.
 Joint samples draw the label first, in one call, then the image in those that remain; of a given label all calls are the image's.
 
-Trained; its samples are not measured yet (configs/fashion/README.md). Cost: 1.40M parameters, 500 steps, 13 minutes of one core beside
-other work.
+Measured (one seed, 2,000 pairs, test data): in 2 calls agreement 0.845 and lite0-FD 1,221, in 4 calls 0.836 and 742, by 25 Heun steps
+0.689 and 862, label accuracy 0.909; joint.py's model is better (configs/fashion/README.md): 500 steps are few. Cost: 1.40M parameters, 13
+minutes of one core beside other work.
 """
 
 from functools import partial
