@@ -106,7 +106,7 @@ class LikelihoodRetrieval:
     batch: int = 64
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
-        data, clock, found, score = CaptionedImages.of(experiment.test_data(), self.most), Clock(), {}, None
+        data, clock, found = CaptionedImages.of(experiment.test_data(), self.most), Clock(), {}
         images, texts = data.images[self.image], data.texts[self.text]
         rows, columns = np.divmod(np.arange(len(images) * len(texts)), len(texts))  # of every pair
         ways = {"image_to_text": (self.image, self.text, rows), "text_to_image": (self.text, self.image, columns)}
