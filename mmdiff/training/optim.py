@@ -14,6 +14,7 @@ all its layers in one array [depth, ...]: `muon_dimensions` and `trust_ratio` ma
 from __future__ import annotations
 
 import math
+import operator
 import re
 from typing import Any, NamedTuple
 
@@ -67,10 +68,19 @@ def adamw(train: Any, mask: Any = None) -> optax.GradientTransformation:
 
     Args:
       train: the section of a config: steps, learning_rate, warmup_steps, weight_decay, clip.
-      mask: which weights decay, see `all_but`; all by default.
+      mask: which weights may decay, see `all_but`; all by default. The scales of norms never do: from 1 they would shrink what they scale.
     """
-    decayed = optax.adamw(cosine(train), b2=0.99, weight_decay=train.weight_decay, mask=mask)
-    return optax.chain(optax.clip_by_global_norm(train.clip), decayed)
+    def decayed(params):
+        allowed = all_but("/scale$")(params)
+        return allowed if mask is None else jax.tree.map(operator.and_, allowed, mask(params))
+
+    def decay(updates, params):
+        return jax.tree.map(lambda may, u, w: u + train.weight_decay * w if may else u, decayed(params), updates, params)
+
+    # Without `mask` no state of a masked transformation: runs from before norms were left out have none.
+    decaying = optax.stateless(decay) if mask is None else optax.add_decayed_weights(train.weight_decay, decayed)
+    adam = optax.chain(optax.scale_by_adam(b2=0.99), decaying, optax.scale_by_learning_rate(cosine(train)))
+    return optax.chain(optax.clip_by_global_norm(train.clip), adam)
 
 
 def muon(train: Any) -> optax.GradientTransformation:

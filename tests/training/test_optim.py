@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -197,3 +198,15 @@ def test_training_is_the_same_on_eight_devices(name):
             assert moment.sharding.spec == owner.sharding.spec and moment.shape == owner.shape, path
             axes |= {axis for axis in moment.sharding.spec if axis}
     assert axes == {"fsdp", "tensor"}
+
+
+@pytest.mark.parametrize("mask", [None, optim.all_but("logit_")])
+def test_scales_of_norms_do_not_decay(mask):
+    """Without gradients kernels and biases shrink, a norm's scale does not, whatever else is left out of the decay."""
+    one = jnp.ones(2)
+    params = {"params": {"norm": {"scale": one, "bias": one}, "out": {"kernel": jnp.ones((2, 2))}, "logit_scale": one}}
+    train = ml_collections.ConfigDict({"steps": 10, "learning_rate": 0.1, "warmup_steps": 0, "weight_decay": 0.5, "clip": 1.0})
+    optimizer = optim.adamw(train, mask)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    shrunk = jax.tree.map(lambda u: bool((u < 0).all()), updates)["params"]
+    assert shrunk == {"norm": {"scale": False, "bias": True}, "out": {"kernel": True}, "logit_scale": mask is None}
