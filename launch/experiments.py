@@ -5,6 +5,7 @@ as many run side by side as there are cores (--workers).
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -95,26 +96,42 @@ def table(rows: Sequence[Mapping], bases: Mapping[str, str]) -> None:
                 print(f"| {name} minus {bases[part]}, in pairs | {len(pairs)} | {cells(pairs)} |")
 
 
-def main(description: str, settings: Sequence[Setting], run: Callable, bases: Mapping[str, str]) -> None:
+def main(
+    description: str, settings: Sequence[Setting], run: Callable, bases: Mapping[str, str],
+    real: Sequence[str] = (), seeds: Mapping[str, Sequence[int]] = {},
+) -> None:
     """The command.
 
     Args:
       description: of the command.
       settings: everything that is to be run, with each of `SEEDS`.
-      run: `(seed, data, overrides) -> (metrics, seconds of training)`, a function of a module.
+      run: `(seed, data, overrides) -> (metrics, seconds of training)`, a function of a module; with `real`, it also takes `folder=`.
       bases: part -> the name of the setting that its others are compared with in pairs.
+      real: the parts that need real data, whose folder or file the option --data names; without it the others are run.
+      seeds: part -> its seeds, where they are not `SEEDS`: one is enough to choose by.
     """
     parts = tuple(dict.fromkeys(part for part, *_ in settings))
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
-    parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="which parts (default: all)")
+    parser.add_argument("--parts", nargs="+", choices=parts, help="which parts (default: all whose data are there)")
+    if real:
+        parser.add_argument("--data", default="", metavar="PATH", help=f"the real data, for {', '.join(real)}")
     parser.add_argument("--workers", type=int, default=len(cores()), metavar="N", help="trainings at a time (default: one a core)")
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
     args = parser.parse_args()
+    missing = real if real and not (args.data or args.table) else ()
+    chosen = args.parts or [part for part in parts if part not in missing] or parts
+    for part in chosen:
+        if part in missing:
+            parser.error(f"{part} needs real data: name their folder or file by --data.")
+    run = functools.partial(run, folder=args.data) if real else run
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "runs.jsonl"
     rows = [_read(line) for line in log.read_text().splitlines()] if log.exists() else []
-    every = [(seed, *each) for seed in SEEDS for part in args.parts for each in settings if each[0] == part]  # a seed of all first
+    order = dict.fromkeys(seed for part in chosen for seed in seeds.get(part, SEEDS))
+    every = [
+        (seed, *each) for seed in order for part in chosen if seed in seeds.get(part, SEEDS)  # a seed of all first
+        for each in settings if each[0] == part]
     wanted = {(seed, part, setting): overrides for seed, part, setting, _, overrides in every}
     rows = [row for row in rows if wanted.get((row["seed"], row["part"], row["setting"])) == row["overrides"]]  # not of other values
     done = {(row["seed"], row["part"], row["setting"]) for row in rows}

@@ -53,6 +53,23 @@ def test_rows_of_earlier_versions_count(experiments, tmp_path, monkeypatch, caps
     assert "| x | 3 | 2.0000 ± 0.0000 |" in capsys.readouterr().out
 
 
+def test_parts_of_real_data_are_run_where_these_are_named_with_seeds_of_their_own(experiments, tmp_path, monkeypatch, capsys):
+    rows = [row("x", seed, part="made up", metric=2.0) for seed in experiments.SEEDS] + [row("y", 7, part="clothes", metric=3.0)]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))  # all that is to be run
+
+    def printed(*options):
+        monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), *options])
+        settings = [("made up", "x", "data", {}), ("clothes", "y", "data", {})]
+        experiments.main("", settings, print, {}, real=("clothes",), seeds={"clothes": (7,)})
+        return capsys.readouterr().out
+
+    assert "| x | 3 |" in printed() and "| y | 1 |" not in printed()
+    assert all("| x | 3 |" in text and "| y | 1 |" in text for text in (printed("--data", "folder"), printed("--table")))
+    with pytest.raises(SystemExit):
+        printed("--parts", "clothes")
+    assert "clothes needs real data" in capsys.readouterr().err
+
+
 def test_the_error_is_that_of_the_mean(experiments):
     values = np.random.default_rng(0).normal(3.0, 2.0, (10_000, 1))
     assert experiments.cells(values).split(" ± ")[1] == "0.0200"
