@@ -6,6 +6,7 @@ promise more images a second and chip. Steps are compiled whole: with scanned la
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -85,7 +86,8 @@ def _neighbours(point: Point, shares: int, slices: int, fixed: Collection[str]) 
 
     double, half = ([{"batch": batch}] if free("train.global_batch") else [] for batch in (2 * point.batch, point.batch // 2))
     others = [{"remat": policy} for policy in ("full", "auto", "none") if point.remat is not None and free("model.remat")]
-    others += [{"fsdp": fsdp} for fsdp in (shares, GROUP, 1) if shares % fsdp == 0 and free("train.mesh")]
+    line = math.isqrt(shares)  # of a square slice: there gradients are reduce-scattered
+    others += [{"fsdp": fsdp} for fsdp in dict.fromkeys((shares, GROUP, line, 1)) if shares % fsdp == 0 and free("train.mesh")]
     others += [{"microbatches": 2 * point.microbatches}, {"microbatches": point.microbatches // 2}] * free("train.microbatches")
     changes = [*double, *(change | batch for change in others for batch in ({}, *double)), *half]
     for other in (point._replace(**change) for change in changes):

@@ -95,3 +95,10 @@ def test_the_command_trains_with_the_best(compiled, capsys):
     assert "--config.train.global_batch=4096" in command and "does not fit" in out and "the config as it is" in out
     assert "--config.model.remat=full" in command or "--config.train.microbatches=" in command
     assert main(["aot", "--config", "imagenet256/dit_xl2", "--topology", "v5e:2x4", "--search", "--of", "sample"]) == 2
+
+
+def test_the_lines_of_a_square_slice_are_tried():
+    point = aot_search.Point(2048, 64, None, 1)
+    tried = {other.fsdp for other in aot_search._neighbours(point, 64, 1, ())}
+    assert tried == {1, 8, 16, 64}
+    assert {other.fsdp for other in aot_search._neighbours(point, 32, 1, ())} == {1, 16, 32, 64}  # none in a 4x8
