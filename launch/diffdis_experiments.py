@@ -78,9 +78,8 @@ def retrieval_metrics(vectors, towers, data):
     return metrics
 
 
-def without_noise(experiment, config):
+def without_noise(experiment, config, aligner):
     """The experiment of alignment by a query of zeros: the vector is predicted from the image in one call, and no noise goes in."""
-    aligner = experiment.evaluators[0].aligner
     process = Joint(image=experiment.process.parts["image"], query=Given(0.0))
     shares = config.times
     align_times = times.joint(query=1.0, image=times.mixture(
@@ -127,7 +126,7 @@ def run(seed, data, overrides):
     towers, aligner = experiment.evaluators[0].towers, experiment.evaluators[0].aligner
     scenes_of = {split: load_all(scenes.Scenes(split, 16, COUNT)) for split in SPLITS}
     if data == "without noise":
-        experiment, vectors_of = without_noise(experiment, config)
+        experiment, vectors_of = without_noise(experiment, config, aligner)
     params, seconds = experiments.train(experiment, config)
     metrics = {}
     if data == "without noise":

@@ -9,6 +9,7 @@ import pytest
 from mmdiff import config as configs
 from mmdiff.__main__ import main
 from mmdiff.errors import UserError
+from mmdiff.projects.emoji.emoji import emoji_tokenizer
 from tests.small_sets import emoji
 
 NAME = "configs/joint/emoji_tokens.py"
@@ -79,3 +80,46 @@ def test_diffdis_without_vectors_says_what_to_name(file):
     config, module = configs.load("configs/joint/emoji_diffdis.py", [("data.dir", str(file))])
     with pytest.raises(UserError, match="config.text_encoder.path is empty"):
         configs.build(config, module).train_data()
+
+
+@pytest.fixture(scope="module")
+def experiments(loaded_launch):
+    return loaded_launch("emoji_experiments")
+
+
+def test_the_experiments_name_values_that_exist(experiments):
+    """All arms have equal steps and batches, and what is measured on test data is what was chosen on validation data."""
+    every = list(experiments.settings())
+    chosen = {name: overrides for part, name, kind, overrides in every if kind == "choose"}
+    assert chosen[f"both at {experiments.WEIGHT}"] == dict(experiments.TASKS)["both"][1] and experiments.GUIDED in experiments.GUIDANCE
+    for _, _, kind, overrides in every:
+        config, _ = configs.load(f"configs/joint/emoji_{'towers' if kind == 'towers' else 'diffdis'}.py", list(overrides.items()))
+        assert all(config.train[key.removeprefix("train.")] == float(value) for key, value in experiments.TRAIN.items() if "train." in key)
+
+
+class Counted:
+    """Vectors of captions by their letters."""
+
+    def check(self, size):
+        assert size == 384
+
+    def texts(self, ids):
+        found = np.random.default_rng(0).normal(size=(2000, 384)).astype(np.float32)[np.asarray(ids)].mean(1)
+        return None, found / np.linalg.norm(found, axis=1, keepdims=True)
+
+    def fingerprint(self):
+        return "counted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["choose", "towers", "generate", "without noise"])
+def test_an_experiment_runs(experiments, file, monkeypatch, kind):
+    vectors = Counted()
+    vectors.encode = lambda texts: vectors.texts(emoji_tokenizer(str(file)).encode(list(texts)))[1]
+    monkeypatch.setattr(experiments, "text_vectors", lambda folder: vectors)
+    overrides = next(overrides for _, _, each, overrides in experiments.settings() if each == kind)
+    few = {"train.steps": "1", "train.global_batch": "8", "model.width": "16"}
+    metrics, seconds = experiments.run(1, kind, {**overrides, **few}, str(file.parent))
+    wanted = {"image_loss", "sampled_tone"} if kind == "generate" else {"aligned_tone", "aligned_name", "aligned_image_to_text_r1"}
+    assert wanted <= set(metrics) and all(np.isfinite(value) for value in metrics.values()) and seconds > 0
+    assert ("sampled_tone_at_2" in metrics) == (kind == "choose")

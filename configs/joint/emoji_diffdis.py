@@ -87,7 +87,7 @@ def build(config):
         raise UserError(f"config.tasks is {config.tasks!r}: choose both, generate or align.")
     aligner = Aligner(net, query, size, SHAPE)
     aligned = EmojiAlignment(
-        config.data.dir, lambda params, key, images: aligner(params, key, images, steps=10), lambda params, texts: vectors.encode(texts),
+        config.data.dir, partial(aligner, steps=10), lambda params, texts: vectors.encode(texts),
         config.eval.most, config.eval.candidates)
     measured = evaluators_of(config.data.dir, config.eval)
     return Experiment(
