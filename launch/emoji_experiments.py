@@ -36,7 +36,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs/joint"
 COUNT = 100  # pictures that are sampled
 DRAWS = 4  # of the noise in the held-out loss
 TRAIN = {
-    "train.steps": "600", "train.global_batch": "32", "train.learning_rate": "1e-2", "train.warmup_steps": "50", "train.ema": "0.99",
+    "train.steps": "500", "train.global_batch": "32", "train.learning_rate": "1e-2", "train.warmup_steps": "50", "train.ema": "0.99",
     "train.weight_decay": "0.1", "model.width": "64", "model.depth": "2"}
 SMALL = {
     **TRAIN, "model.stem": "0", "model.shared": "1", "text_weight": "0.0", "times.joint": "0.0", "times.image_given_text": "0.9",
