@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from mmdiff.data.loader import batches
+from mmdiff.errors import UserError
 from mmdiff.keys import key_of
 from mmdiff.training.sharding import abstract_state, lower_step, make_mesh
 from mmdiff.training.step import init_state, step_of
@@ -57,7 +58,10 @@ def _settle(free, workers, out):
 
 
 def _run(run, seed, part, setting, data, overrides):
-    metrics, seconds = run(seed, data, overrides)
+    try:
+        metrics, seconds = run(seed, data, overrides)
+    except UserError as error:
+        raise UserError(str(error)) from None  # not every kind of it can be sent from one process to another
     metrics = {name: round(float(value), 5) for name, value in metrics.items()}
     return {"part": part, "setting": setting, "seed": seed, "overrides": overrides, "metrics": metrics, "train_seconds": round(seconds, 1)}
 
@@ -149,6 +153,8 @@ def main(
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{number}/{len(todo)} {row['part']}: {row['setting']}, seed {row['seed']}: {row['metrics']}", flush=True)
+    except UserError as error:
+        parser.error(str(error))
     finally:
         pool.shutdown(cancel_futures=True)
     order = list(wanted)

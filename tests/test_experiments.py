@@ -1,6 +1,7 @@
 """What the programs of experiments share: tables of means and differences, rows that are not repeated."""
 
 import json
+import pickle
 import sys
 import types
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from mmdiff import config as configs
+from mmdiff import files
+from mmdiff.errors import UserError
 
 
 @pytest.fixture
@@ -68,6 +71,15 @@ def test_parts_of_real_data_are_run_where_these_are_named_with_seeds_of_their_ow
     with pytest.raises(SystemExit):
         printed("--parts", "clothes")
     assert "clothes needs real data" in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_run_is_a_sentence_that_reaches_the_command(experiments, tmp_path):
+    def run(seed, data, overrides):
+        raise files.Missing(tmp_path / "emoji64.tar")
+
+    with pytest.raises(UserError, match="no such file: .*emoji64.tar") as found:
+        experiments._run(run, 0, "p", "x", "data", {})
+    assert str(pickle.loads(pickle.dumps(found.value))) == str(found.value)
 
 
 def test_the_error_is_that_of_the_mean(experiments):
