@@ -27,11 +27,10 @@ from mmdiff import config as configs
 from mmdiff import losses, sampling, times
 from mmdiff.data.sources import load_all
 from mmdiff.evals.accuracy import accuracy, denoising_losses
-from mmdiff.evals.evaluator import example_keys, in_batches, sample_batched
+from mmdiff.evals.evaluator import example_keys, in_batches, predict_batched, sample_batched
 from mmdiff.evals.frechet import frechet_ratio
 from mmdiff.processes import Joint, absorbing
 from mmdiff.projects.digits import classifiers, conditional
-from mmdiff.projects.digits.joint_image_label import read_labels
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs/mtdiffusion"
 SMALL = {
@@ -93,15 +92,19 @@ def settings():
             yield part, name, part, {**SMALL, **SIZES[part], **overrides}
 
 
+def independent(other, shares):
+    """The times of a `Joint`, in the place of `times.multitask`: where that is hidden, the other modality has a time of its own."""
+    noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
+    return times.mixture(
+        (shares.hidden, times.joint(image=noisy, **{other: noisy})),
+        (shares.known, times.joint(image=noisy, **{other: known})),
+        (shares.absent, times.joint(image=noisy, **{other: absent})),
+        (shares.clean, times.joint(image=known, **{other: absent})))
+
+
 def as_joint(experiment, config):
     """The experiment with a `Joint` in the place of the `Aggregate`: the label has a time of its own, or a few are pinned."""
-    process = Joint(image=experiment.process.chain, label=absorbing(10))
-    noisy, known, absent = times.uniform(), times.constant(0.0), times.constant(1.0)
-    noise_levels = times.mixture(
-        (config.times.hidden, times.joint(image=noisy, label=noisy)),
-        (config.times.known, times.joint(image=noisy, label=known)),
-        (config.times.absent, times.joint(image=noisy, label=absent)),
-        (config.times.clean, times.joint(image=known, label=absent)))
+    process, noise_levels = Joint(image=experiment.process.chain, label=absorbing(10)), independent("label", config.times)
     return dataclasses.replace(
         experiment, process=process,
         loss=losses.diffusion(process, experiment.apply, noise_levels, losses.weighted(process, label=config.label_weight)),
@@ -129,7 +132,7 @@ def labels(experiment, params, config, key, data):
 
         errors = in_batches(scores, params, example_keys(keys[2], len(test["image"])), {"image": test["image"]}, 50)
         return {**metrics, "label_accuracy": accuracy(errors.argmin(-1), test["label"])}
-    read = read_labels(experiment, params, keys[2], {"image": test["image"]}, "label", 250).argmax(-1)
+    read = predict_batched(experiment, params, keys[2], {"image": test["image"]}, "label", 250).argmax(-1)
     metrics["label_accuracy"] = accuracy(read, test["label"])
     for name, own in {"": experiment, **(estimates(experiment) if data == "estimates" else {})}.items():
         joint = sample_batched(own, params, keys[3], {}, count, batch=250, steps=config.sample.steps, guidance=1.0)

@@ -124,3 +124,29 @@ def test_the_other_pictures_enter_as_large_as_the_images():
         encoded = experiment.process.added[pair].encode(jax.nn.one_hot(images[pair], 11) if pair == "segmentation" else images[pair])
         ratio = np.sqrt((encoded**2).mean() / (images["image"] ** 2).mean())
         assert encoded.shape == images["image"].shape and 0.97 < ratio < 1.03
+
+
+@pytest.mark.parametrize("name", ["mtdiffusion_experiments", "mtdiffusion_real_experiments"])
+def test_the_experiments_name_values_that_exist(name, loaded_launch):
+    program = loaded_launch(name)
+    every = list(program.settings())
+    assert len({(part, setting) for part, setting, *_ in every}) == len(every)
+    for _, _, data, overrides in every:
+        config = data if data in ("masked", "transition") else "label" if "sample.settle" in overrides else "representation"
+        config, _ = configs.load(str(FOLDER / f"digits_{config}.py"), list(overrides.items()))
+        assert config.model.width == 64 and config.train.steps == int(overrides["train.steps"])
+
+
+@pytest.mark.slow
+def test_an_experiment_on_real_pairs_runs(loaded_launch, tmp_path, monkeypatch):
+    from tests.small_sets import fashion_mnist
+
+    program, folder = loaded_launch("mtdiffusion_real_experiments"), str(fashion_mnist(tmp_path))
+    for name, value in {"SAMPLES": 20, "CLASSIFIER_STEPS": 2, "COMPONENTS": 4}.items():
+        monkeypatch.setattr(program, name, value)
+    small = {name: str(SMALL[name]) for name in ("model.width", "model.depth", "train.steps", "train.global_batch", "sample.steps")}
+    kinds = {data.split()[0]: (data, {**overrides, **small, "train.warmup_steps": "1"}) for _, _, data, overrides in program.settings()}
+    found = {kind: program.run(1, data, overrides, folder)[0] for kind, (data, overrides) in kinds.items()}
+    assert all(np.isfinite([*metrics.values()]).all() for metrics in found.values())
+    assert set(found["label"]) == set(found["joint"]) > set(found["given"]) and set(found["features"]) == set(found["vectors"])
+    assert set(found["alone"]) == {"lite0-FD, absent"} and found["label"] != found["joint"] and found["features"] != found["vectors"]

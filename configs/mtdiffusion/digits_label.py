@@ -29,13 +29,14 @@ from ml_collections import ConfigDict
 
 from mmdiff import Experiment, losses, nets, sampling, schedules, times, training_config
 from mmdiff.data import Images, Labels
+from mmdiff.data.sources import load_all
 from mmdiff.errors import UserError
 from mmdiff.processes import Aggregate, Gaussian, MeanShift, absorbing, by_network, moving_target, template, velocity
 from mmdiff.projects.digits.digits import NAMES, digits_source
 from mmdiff.projects.digits.joint_image_label import JointImageLabel
 from mmdiff.training import optim
 
-CLASSES, SHAPE = 10, (8, 8, 1)
+CLASSES, IMAGES = 10, Images(8, 8, 1, levels=17)
 TASKS = {  # shares of the training times, as config.times
     "generate": {"hidden": 0.0, "known": 0.85, "absent": 0.15, "clean": 0.0},
     "classify": {"hidden": 0.0, "known": 0.0, "absent": 0.6, "clean": 0.4}}
@@ -58,24 +59,25 @@ def get_config():
     })
 
 
-def encoder(config, net, image):
+def encoder(config, net, image, shape, data):
     """E of the label, and whether it is the network itself."""
     if config.encoder in ("belief", "network"):
-        return by_network(net.apply, image if config.encoder == "belief" else None, SHAPE, "label", CLASSES), True
+        return by_network(net.apply, image if config.encoder == "belief" else None, shape, "label", CLASSES), True
     if config.encoder == "mean":
-        data = digits_source("train").arrays
+        data = load_all(data("train"))
         return template(jnp.stack([data["image"][data["label"] == c].mean(0) for c in range(CLASSES)])), False
     raise UserError(f"config.encoder is {config.encoder!r}: choose belief or mean.")
 
 
-def build(config):
+def build(config, images=IMAGES, names=NAMES, data=digits_source):
+    """Other images of ten classes are measured by launch/mtdiffusion_real_experiments.py."""
     if config.task not in ("both", *TASKS):
         raise UserError(f"config.task is {config.task!r}: choose one of both, {', '.join(TASKS)}.")
     net = nets.MultiTaskDiT(
-        nets.Patches(*SHAPE, config.model.patch), {"label": nets.Classes(CLASSES + 1, CLASSES, config.model.head)},
+        nets.Patches(*images.shape, config.model.patch), {"label": nets.Classes(CLASSES + 1, CLASSES, config.model.head)},
         **nets.options(config.model, without=("patch", "head")))
     image = Gaussian(schedules.flow(), velocity)
-    encode, shared = encoder(config, net, image)
+    encode, shared = encoder(config, net, image, images.shape, data)
     added = {"label": MeanShift(encode, moving_target(config.kappa, lambda t: t**config.power), shared)}
     process = Aggregate("image", added, image=image, label=absorbing(CLASSES, schedules.at_once()))
     shares = TASKS.get(config.task, config.times)
@@ -84,8 +86,8 @@ def build(config):
         process, image=0.0 if config.task == "classify" else 1.0, label=0.0 if config.task == "generate" else config.label_weight)
     return Experiment(
         process=process, net=net,
-        modalities={"image": Images(8, 8, 1, levels=17), "label": Labels(CLASSES, synonyms=NAMES)},
+        modalities={"image": images, "label": Labels(CLASSES, synonyms=names)},
         loss=losses.diffusion(process, net.apply, noise_levels, terms),
-        optimizer=optim.adamw(config.train), data=digits_source,
+        optimizer=optim.adamw(config.train), data=data,
         sampler={"drop": ("label",), "paths": {"label": sampling.settled_at(config.sample.settle)}, "heun": True},
         evaluators=(JointImageLabel(batch=config.eval.batch),))

@@ -21,7 +21,7 @@ from mmdiff.projects.digits.digits import digits_source
 from mmdiff.projects.digits.representation import ImageRepresentation
 from mmdiff.training import optim
 
-SHAPE = (8, 8, 1)
+IMAGES, RMS = Images(8, 8, 1, levels=17), 0.85  # of the digits
 
 
 def get_config():
@@ -37,19 +37,24 @@ def get_config():
     })
 
 
-def build(config):
+def represented(split):
+    return digit_features.represented(digits_source(split))
+
+
+def build(config, images=IMAGES, rms=RMS, size=digit_features.SIZE, data=represented):
+    """Other images, with other features, are measured by launch/mtdiffusion_real_experiments.py."""
     net = nets.MultiTaskDiT(
-        nets.Patches(*SHAPE, config.model.patch), {"representation": nets.Vector(digit_features.SIZE)},
+        nets.Patches(*images.shape, config.model.patch), {"representation": nets.Vector(size)},
         **nets.options(config.model, without="patch"))
-    encode = digit_features.projection(digit_features.SIZE, SHAPE, 0.85)  # as large as the digits
+    encode = digit_features.projection(size, images.shape, rms)  # as large as the images
     process = Aggregate(
         "image", {"representation": MeanShift(encode, moving_target(config.kappa))},
         image=Gaussian(schedules.flow(), velocity), representation=Hidden(0.0))
     noise_levels = times.multitask("image", "representation", times.uniform(), config.times)
     return Experiment(
         process=process, net=net,
-        modalities={"image": Images(*SHAPE, levels=17), "representation": Features(digit_features.SIZE)},
+        modalities={"image": images, "representation": Features(size)},
         loss=losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, image=1.0, representation=config.head_weight)),
-        optimizer=optim.adamw(config.train), data=lambda split: digit_features.represented(digits_source(split)),
+        optimizer=optim.adamw(config.train), data=data,
         sampler={"drop": ("representation",), "heun": True},
         evaluators=(ImageRepresentation(digit_features.digit_features(), batch=config.eval.batch),))
