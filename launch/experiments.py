@@ -102,7 +102,7 @@ def table(rows: Sequence[Mapping], bases: Mapping[str, str]) -> None:
 
 def main(
     description: str, settings: Sequence[Setting], run: Callable, bases: Mapping[str, str],
-    real: Sequence[str] = (), seeds: Mapping[str, Sequence[int]] = {},
+    real: Sequence[str] = (), seeds: Mapping[str, Sequence[int]] = {}, follow: Callable | None = None,
 ) -> None:
     """The command.
 
@@ -113,6 +113,7 @@ def main(
       bases: part -> the name of the setting that its others are compared with in pairs.
       real: the parts that need real data, whose folder or file the option --data names; without it the others are run.
       seeds: part -> its seeds, where they are not `SEEDS`: one is enough to choose by.
+      follow: `rows of the settings -> settings` of more parts, which are then run with `SEEDS`: those that were chosen.
     """
     parts = tuple(dict.fromkeys(part for part, *_ in settings))
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,13 +130,23 @@ def main(
         if part in missing:
             parser.error(f"{part} needs real data: name their folder or file by --data.")
     run = functools.partial(run, folder=args.data) if real else run
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / "runs.jsonl"
-    rows = [_read(line) for line in log.read_text().splitlines()] if log.exists() else []
     order = dict.fromkeys(seed for part in chosen for seed in seeds.get(part, SEEDS))
     every = [
         (seed, *each) for seed in order for part in chosen if seed in seeds.get(part, SEEDS)  # a seed of all first
         for each in settings if each[0] == part]
+    try:
+        rows = complete(args, every, run)
+        rows += complete(args, [(seed, *each) for seed in SEEDS for each in follow(rows)], run) if follow else []
+    except UserError as error:
+        parser.error(str(error))
+    table(rows, bases)
+
+
+def complete(args: argparse.Namespace, every: Sequence[tuple], run: Callable) -> list[dict[str, Any]]:
+    """The rows of `every` seed and setting, in their order; those that OUT/runs.jsonl lacks are run first, unless only tables are asked."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / "runs.jsonl"
+    rows = [_read(line) for line in log.read_text().splitlines()] if log.exists() else []
     wanted = {(seed, part, setting): overrides for seed, part, setting, _, overrides in every}
     rows = [row for row in rows if wanted.get((row["seed"], row["part"], row["setting"])) == row["overrides"]]  # not of other values
     done = {(row["seed"], row["part"], row["setting"]) for row in rows}
@@ -153,9 +164,7 @@ def main(
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{number}/{len(todo)} {row['part']}: {row['setting']}, seed {row['seed']}: {row['metrics']}", flush=True)
-    except UserError as error:
-        parser.error(str(error))
     finally:
         pool.shutdown(cancel_futures=True)
     order = list(wanted)
-    table(sorted(rows, key=lambda row: order.index((row["seed"], row["part"], row["setting"]))), bases)
+    return sorted(rows, key=lambda row: order.index((row["seed"], row["part"], row["setting"])))

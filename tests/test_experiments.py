@@ -82,6 +82,17 @@ def test_a_mistake_in_a_run_is_a_sentence_that_reaches_the_command(experiments, 
     assert str(pickle.loads(pickle.dumps(found.value))) == str(found.value)
 
 
+def test_what_is_chosen_by_some_rows_follows_with_all_seeds(experiments, tmp_path, monkeypatch, capsys):
+    rows = [row(x, 0, part="weights", metric=float(x)) for x in "123"] + [row("2", seed, part="p", metric=9.0) for seed in experiments.SEEDS]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--table"])
+    settings = [("weights", x, "data", {}) for x in "123"]
+    experiments.main(
+        "", settings, None, {}, seeds={"weights": (0,)}, follow=lambda rows: [("p", rows[1]["setting"], "data", {})] * (len(rows) == 3))
+    text = capsys.readouterr().out
+    assert "| 3 | 1 | 3.0000" in text and "| 2 | 3 | 9.0000 ± 0.0000 |" in text
+
+
 def test_the_error_is_that_of_the_mean(experiments):
     values = np.random.default_rng(0).normal(3.0, 2.0, (10_000, 1))
     assert experiments.cells(values).split(" ± ")[1] == "0.0200"

@@ -60,8 +60,24 @@ def test_fewstep(folder, tmp_path):
     assert len({found[f"joint_lite0-FD_{name}"] for name in names}) == 4  # each has its own samples
 
 
+@pytest.fixture
+def experiments(loaded_launch):
+    return loaded_launch("cdcd_tokens_experiments")
+
+
+def test_the_contrasts_with_the_best_samples_are_reported(experiments):
+    every, best = list(experiments.weights()), ("step-intra x30", "sample-inter x1")
+    rows = [{"setting": name, "metrics": {"lite0-FD_at_40_calls": 8.0 if name in best else 9.0}} for _, name, *_ in every]
+    found = list(experiments.reported(rows))
+    assert [name for _, name, *_ in found] == ["vanilla", *best, " and ".join(best)]
+    for _, name, _, overrides in (*every, *found):
+        config, _ = configs.load(str(experiments.CONFIG), list(overrides.items()))
+        assert ("step-intra x30" in name) == (config.loss.step_intra == 1.5e-3)
+    assert not list(experiments.reported(rows[1:]))
+
+
 @pytest.mark.slow
-def test_tokens(folder, tmp_path):
+def test_tokens(folder, tmp_path, experiments, monkeypatch):
     data = f"--config.data.dir={folder}"
     small = ["--config.model.features=8", "--config.model.codes=256"]
     run("train", "vq_tokenizer", tmp_path / "tokenizer", data, *TRAINED, *small)
@@ -70,6 +86,13 @@ def test_tokens(folder, tmp_path):
     run("train", "vq_class", tmp_path / "run", data, f"--config.data.tokens={tmp_path / 'tokens'}", *TRAINED, *SMALL)
     run("eval", "vq_class", tmp_path / "run")
     assert COMMON <= set(metrics(tmp_path / "run")) and "label_accuracy" not in metrics(tmp_path / "run")
+    for name, value in (("SAMPLES", 20), ("HELD_OUT", 10), ("CLASSIFIER_STEPS", 5), ("BATCH", 10)):
+        monkeypatch.setattr(experiments, name, value)
+    *_, overrides = experiments.setting("fashion", "validation", **{"step-intra": 1, "sample-inter": 1})
+    small = {**overrides, "data.tokens": str(tmp_path / "tokens"), "model.width": "16", "train.steps": "2", "train.global_batch": "8"}
+    found, seconds = experiments.run(1, "validation", small, str(folder))
+    of_samples = {f"{name}_at_{calls}_calls" for name in ("agreement", "lite0-FD") for calls in experiments.CALLS}
+    assert set(found) == {*of_samples, "nats_per_token"} and np.isfinite(list(found.values())).all() and seconds > 0
 
 
 @pytest.mark.parametrize("name", ["joint", "fewstep", "vq_tokenizer"])

@@ -18,7 +18,7 @@ from mmdiff.encoders.published_networks import Encoder
 from mmdiff.evals import image_classifier, plots
 from mmdiff.evals.accuracy import accuracy, confusion
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, best, predict_batched, sample_batched
-from mmdiff.evals.sample_metrics import DEFAULT, NETWORKS, collect, compare, convention, open_network
+from mmdiff.evals.sample_metrics import DEFAULT, NETWORKS, Collected, collect, compare, convention, open_network
 from mmdiff.projects.fashion.fashion import NAMES, SIZE, central, fashion_source
 
 CLASSES = len(NAMES)
@@ -126,13 +126,14 @@ class FashionPairs:
     folder: str
     samples: int
     classifier_steps: int = image_classifier.STEPS
+    target: str = "image"  # or "tokens", whatever shows the image
 
     def __call__(self, experiment):
         independent, encoder = independent_classifier(self.folder, self.classifier_steps), network()
-        of_held = collect(encoder, _batches(real(self.folder, experiment.split)[0]), keep=False)
+        of_held = features_of_real(self.folder, experiment.split)
 
         def judged(pairs):
-            images = _grey(experiment.modalities["image"].show(pairs["image"]))
+            images = _grey(experiment.modalities[self.target].show(pairs[self.target]))
             found, texts, _ = compare(DEFAULT, collect(encoder, _batches(images), keep=False), of_held)
             distance = NETWORKS[DEFAULT].distance
             share = f"share of {self.samples} joint samples with the label that the independent classifier gives their image"
@@ -147,6 +148,12 @@ def real(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """The real images of a split, uint8 [n, 28, 28, 1], and their labels [n]."""
     found = load_all(fashion_source(split, folder))
     return _grey(Images(SIZE, SIZE).show(found["image"])), found["label"]
+
+
+@functools.lru_cache(maxsize=2)
+def features_of_real(folder: str, split: str) -> Collected:
+    """The moments of the features of all real images of a split; evaluators of one process share them."""
+    return collect(network(), _batches(real(folder, split)[0]), keep=False)
 
 
 @functools.lru_cache(maxsize=1)
