@@ -83,7 +83,8 @@ def test_a_mistake_in_a_run_is_a_sentence_that_reaches_the_command(experiments, 
 
 
 def test_what_is_chosen_by_some_rows_follows_with_all_seeds(experiments, tmp_path, monkeypatch, capsys):
-    rows = [row(x, 0, part="weights", metric=float(x)) for x in "123"] + [row("2", seed, part="p", metric=9.0) for seed in experiments.SEEDS]
+    rows = [row(x, 0, part="weights", metric=float(x)) for x in "123"]
+    rows += [row("2", seed, part="p", metric=9.0) for seed in experiments.SEEDS]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--table"])
     settings = [("weights", x, "data", {}) for x in "123"]
