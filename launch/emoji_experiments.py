@@ -43,7 +43,7 @@ SMALL = {
     "times.text_given_image": "0.0", "times.text_given_noisy": "0.0", "times.image_alone": "0.1", "times.text_alone": "0.0",
     "sample.steps": "6"}
 WEIGHTS, GUIDANCE = ("0.02", "0.2", "1.0"), (2.0, 4.0, 6.0)
-WEIGHT, GUIDED = "0.2", 4.0  # chosen on validation data
+WEIGHT, GUIDED = "0.2", 6.0  # chosen on validation data
 TASKS = {
     "two towers": ("towers", TRAIN), "generation alone": ("generate", {**SMALL, "tasks": "generate"}),
     "alignment alone": ("align", {**SMALL, "tasks": "align"}), "both": ("both", {**SMALL, "query.weight": WEIGHT})}
