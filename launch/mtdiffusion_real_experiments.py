@@ -70,8 +70,8 @@ def settings():
     yield "label", "aggregation and head", "label test", {**LABEL, "kappa": "1.0"}
     yield "label", "joint with independent times", "joint test", {**LABEL, "kappa": "0.0", "label_weight": "0.1"}
     yield "features", "image alone", "alone test", {**SMALL, **ALONE}
-    yield "features", "aggregation and head", "features test", {**SMALL, "kappa": "1.0"}
-    yield "features", "joint with independent times", "vectors test", {**SMALL, "head_weight": "1.0"}
+    yield "features", "aggregation and head", "features test", {**SMALL, "kappa": "0.25"}
+    yield "features", "joint with independent times", "vectors test", {**SMALL, "head_weight": "0.1"}
 
 
 def grey(images):
