@@ -13,7 +13,7 @@ FOLDER holds Fashion-MNIST's four files (mmdiff/projects/fashion/fashion.py). Fe
 
 What is chosen has the least sum of ranks in the two metrics of samples of both together, lite0-FD and agreement (or cosine). Features are
 64 principal components of EfficientNet-Lite0's, in the place of CLIP's vectors. All networks have one width and depth, and all trainings
-equally many images; all are small and briefly trained: compare them with each other. Some 25 minutes of one core. The results are in
+equally many images; all are small and briefly trained: compare them with each other. Half an hour of one core. The results are in
 configs/mtdiffusion/README.md.
 """
 
