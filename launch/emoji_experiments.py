@@ -7,6 +7,7 @@ The folder that --data names holds emoji64.tar and minilm/ (configs/joint/README
 
     weight   on validation data, one seed: both, with three weights of the alignment loss, and three weights of guidance
     tasks    on test data: two towers (CLIP), generation alone, alignment alone, and both with what was chosen by `weight`
+    rate     on test data: generation alone, alignment alone and both at half the learning rate
     noise    on test data: alignment alone without noise (a query of zeros: no diffusion)
 
 The arms of configs/diffdis/README.md's comparison on digit scenes, here with real pictures and MiniLM's vectors of their captions; only
@@ -43,6 +44,7 @@ SMALL = {
     "times.text_given_image": "0.0", "times.text_given_noisy": "0.0", "times.image_alone": "0.1", "times.text_alone": "0.0",
     "sample.steps": "6"}
 WEIGHTS, GUIDANCE = ("0.02", "0.2", "1.0"), (2.0, 4.0, 6.0)
+RATE = "5e-3"  # half of that of all others
 WEIGHT, GUIDED = "0.2", 6.0  # chosen on validation data
 TASKS = {
     "two towers": ("towers", TRAIN), "generation alone": ("generate", {**SMALL, "tasks": "generate"}),
@@ -55,6 +57,8 @@ def settings():
         yield "weight", f"both at {weight}", "choose", {**SMALL, "query.weight": weight}
     for name, (kind, overrides) in TASKS.items():
         yield "tasks", name, kind, overrides
+        if kind != "towers":
+            yield "rate", f"{name} at {RATE}", kind, {**overrides, "train.learning_rate": RATE}
     yield "noise", "alignment alone, without noise", "without noise", {**SMALL, "tasks": "align"}
 
 
@@ -113,4 +117,5 @@ def run(seed, data, overrides, folder):
 
 if __name__ == "__main__":
     every = list(settings())
-    experiments.main(__doc__, every, run, {"tasks": "both"}, real=sorted({part for part, *_ in every}), seeds={"weight": (0,)})
+    bases = {"tasks": "both", "rate": f"both at {RATE}"}
+    experiments.main(__doc__, every, run, bases, real=sorted({part for part, *_ in every}), seeds={"weight": (0,)})

@@ -88,13 +88,14 @@ def experiments(loaded_launch):
 
 
 def test_the_experiments_name_values_that_exist(experiments):
-    """All arms have equal steps and batches, and what is measured on test data is what was chosen on validation data."""
+    """All arms of a part have equal steps, batches and rates, and what is measured on test data is what was chosen on validation data."""
     every = list(experiments.settings())
     chosen = {name: overrides for part, name, kind, overrides in every if kind == "choose"}
     assert chosen[f"both at {experiments.WEIGHT}"] == dict(experiments.TASKS)["both"][1] and experiments.GUIDED in experiments.GUIDANCE
-    for _, _, kind, overrides in every:
+    for part, _, kind, overrides in every:
         config, _ = configs.load(f"configs/joint/emoji_{'towers' if kind == 'towers' else 'diffdis'}.py", list(overrides.items()))
-        assert all(config.train[key.removeprefix("train.")] == float(value) for key, value in experiments.TRAIN.items() if "train." in key)
+        common = experiments.TRAIN | ({"train.learning_rate": experiments.RATE} if part == "rate" else {})
+        assert all(config.train[key.removeprefix("train.")] == float(value) for key, value in common.items() if "train." in key)
 
 
 class Counted:
