@@ -7,7 +7,7 @@ The folder that --data names holds emoji64.tar and minilm/ (configs/joint/README
 
     weight   on validation data, one seed: both, with three weights of the alignment loss, and three weights of guidance
     tasks    on test data: two towers (CLIP), generation alone, alignment alone, and both with what was chosen by `weight`
-    rate     on test data: generation alone, alignment alone and both at half the learning rate
+    rate     on test data: alignment alone and both at half the learning rate
     noise    on test data: alignment alone without noise (a query of zeros: no diffusion)
 
 The arms of configs/diffdis/README.md's comparison on digit scenes, here with real pictures and MiniLM's vectors of their captions; only
@@ -57,7 +57,7 @@ def settings():
         yield "weight", f"both at {weight}", "choose", {**SMALL, "query.weight": weight}
     for name, (kind, overrides) in TASKS.items():
         yield "tasks", name, kind, overrides
-        if kind != "towers":
+        if kind in ("align", "both"):
             yield "rate", f"{name} at {RATE}", kind, {**overrides, "train.learning_rate": RATE}
     yield "noise", "alignment alone, without noise", "without noise", {**SMALL, "tasks": "align"}
 
