@@ -39,7 +39,7 @@ def get_config():
     return ConfigDict({
         "seed": 0,
         "data": {"name": "imagenet2012", "dir": "", "size": 64, "damaged": 0.0},
-        "model": {"size": "L", "patch": 4, "dtype": "bfloat16", "remat": "dots", "scan": True},
+        "model": {"size": "L", "patch": 4, "dtype": "bfloat16", "remat": "auto", "scan": True},
         "kappa": 1.0, "head_weight": 0.1,
         # Up to so many patches of so many pixels are hidden, and everything in some images.
         "patches": {"size": 16, "most": 10, "complete": 0.1},
