@@ -36,8 +36,9 @@ others who ran its code found about 20). This has not been trained here; its cos
 configs/imagenet256/README.md.
 
 On 16 chips of v5e, by the ahead-of-time report: 517.8M parameters, 13.1 GB a chip of 16.9, 44.8 GB of main memory, of it 73 % the
-optimizer's, and a step of 55 ms at least (MFU 83 % at most; 153 ms by the compiler's own time, and 20 ms of links exposed); before attention
-and norms were kernels 15.9 GB and 60 ms. config.train.mesh.data=1 with mesh.fsdp=16 splits the state, 8.3 GB of these.
+optimizer's, and a step of 55 ms at least (MFU 83 % at most; 153 ms by the compiler's own time, and 20 ms of links exposed); before
+attention and norms were kernels 15.9 GB and 60 ms. config.train.mesh.data=1 with mesh.fsdp=16 splits the state: 1.6 GB a chip, 5.0 GB of
+main memory, 45 ms at least, bound by compute (80 ms, and 19 ms of links).
 """
 
 from ml_collections import ConfigDict
