@@ -294,16 +294,17 @@ class Block(nn.Module):
 
         modulations = {}  # stream -> ((shift,) scale, gate) of its attention, MLP and cross-attention, each for all members
         for stream, members_of in members.items() if conditions else ():
-            count = vectors(stream, self.shift, self.cross_stream)
-            size, step, found = count * streams[stream].shape[-1], 3 if self.shift else 2, {}
-            for prefix in dict.fromkeys(weights.get(name, name) for name in members_of):  # one product for all that share a layer
-                alike = [name for name in members_of if weights.get(name, name) == prefix]
-                c = conditions[alike[0]] if len(alike) == 1 else jnp.stack([conditions[name] for name in alike])
+            count, alike, found = vectors(stream, self.shift, self.cross_stream), {}, {}
+            size, step = count * streams[stream].shape[-1], 3 if self.shift else 2
+            for name in members_of:
+                alike.setdefault((weights.get(name, name), conditions[name].shape), []).append(name)
+            for (prefix, _), those in alike.items():  # one product for all that share a layer, so one sum of its gradient over devices
+                c = conditions[those[0]] if len(those) == 1 else jnp.stack([conditions[name] for name in those])
                 if self.shared_adaln:
-                    made_of = c + made.layer(Vector, prefix, "adaln", features=size)()
+                    whole = c + made.layer(Vector, prefix, "adaln", features=size)()
                 else:
-                    made_of = checkpoint_name(made.layer(Dense, prefix, "adaln", features=size, kernel_init=zeros)(nn.silu(c)), "adaln")
-                found |= dict(zip(alike, made_of if len(alike) > 1 else [made_of]))
+                    whole = checkpoint_name(made.layer(Dense, prefix, "adaln", features=size, kernel_init=zeros)(nn.silu(c)), "adaln")
+                found |= dict(zip(those, whole if len(those) > 1 else [whole]))
             each = list(zip(*(jnp.split(found[name], count, axis=-1) for name in members_of)))
             modulations[stream] = {which: each[step * i : step * i + step] for i, which in enumerate(("attention", "mlp", "cross"))}
 

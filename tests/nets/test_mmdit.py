@@ -10,6 +10,7 @@ from arrays import normal
 from filled import filled
 
 from mmdiff.nets import Label, MMDiT, Patches, Tokens, Vectors
+from mmdiff.nets.transformer import Block
 
 KEY = jax.random.key(1, impl="rbg")  # its numbers take less time to compile
 STREAMS = {
@@ -156,3 +157,19 @@ def test_a_missing_modality_is_named():
         net_of().apply(weights(), x, {"label": t["label"]})
     with pytest.raises(ValueError, match="no remat policy"):
         net_of(remat="all").init(jax.random.key(0), x, t)
+
+
+def test_conditions_of_streams_that_share_weights_may_be_of_each_token():
+    """One product makes the modulations of conditions of one shape; a condition of a whole stream is that of all its tokens."""
+    block = Block(heads=2, weights={"a": "", "b": ""}, merged=True)
+    keys = jax.random.split(jax.random.key(0), 4)
+    streams = {name: jax.random.normal(key, (2, n, 8)) for name, n, key in zip("ab", (3, 5), keys)}
+    whole = {name: jax.random.normal(key, (2, 8)) for name, key in zip("ab", keys[2:])}
+    of_tokens = {name: jnp.repeat(c[:, None], streams[name].shape[1], axis=1) for name, c in whole.items()}
+    params = jax.tree.map(lambda x: x + 0.1, block.init(keys[0], streams, whole))
+    run = jax.jit(block.apply)
+    expected, _ = run(params, streams, whole)
+    for conditions in (of_tokens, {**whole, "b": of_tokens["b"]}):
+        found, _ = run(params, streams, conditions)
+        for name in streams:
+            np.testing.assert_allclose(found[name], expected[name], atol=2e-6)
