@@ -12,7 +12,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -155,16 +155,24 @@ def complete(args: argparse.Namespace, every: Sequence[tuple], run: Callable) ->
     free = context.Queue()
     for number in range(args.workers):
         free.put(number)
-    pool = ProcessPoolExecutor(args.workers, context, _settle, (free, args.workers, str(args.out)))
+    pool, mistakes = ProcessPoolExecutor(args.workers, context, _settle, (free, args.workers, str(args.out))), []
     try:
         jobs = [pool.submit(_run, run, *each) for each in todo]
         for number, job in enumerate(as_completed(jobs), 1):
-            row = job.result()
+            try:
+                row = job.result()
+            except (UserError, CancelledError) as error:  # what is running ends and is kept
+                mistakes.append(error)
+                for other in jobs:
+                    other.cancel()
+                continue
             rows.append(row)
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{number}/{len(todo)} {row['part']}: {row['setting']}, seed {row['seed']}: {row['metrics']}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
+    if mistakes:
+        raise mistakes[0]
     order = list(wanted)
     return sorted(rows, key=lambda row: order.index((row["seed"], row["part"], row["setting"])))

@@ -3,7 +3,9 @@
 import json
 import pickle
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -80,6 +82,23 @@ def test_a_mistake_in_a_run_is_a_sentence_that_reaches_the_command(experiments, 
     with pytest.raises(UserError, match="no such file: .*emoji64.tar") as found:
         experiments._run(run, 0, "p", "x", "data", {})
     assert str(pickle.loads(pickle.dumps(found.value))) == str(found.value)
+
+
+def test_a_mistake_keeps_what_was_running(experiments, tmp_path, monkeypatch):
+    failed = threading.Event()
+
+    def run(seed, data, overrides):
+        if seed == 1:
+            failed.set()
+            raise UserError("no such file")
+        assert failed.wait(30)
+        return {"metric": float(seed)}, 1.0
+
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    args = types.SimpleNamespace(out=tmp_path, table=False, workers=2)
+    with pytest.raises(UserError, match="no such file"):
+        experiments.complete(args, [(seed, "p", "x", "data", {}) for seed in (0, 1, *range(2, 9))], run)
+    assert json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[0])["seed"] == 0
 
 
 def test_what_is_chosen_by_some_rows_follows_with_all_seeds(experiments, tmp_path, monkeypatch, capsys):

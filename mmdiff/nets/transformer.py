@@ -298,7 +298,7 @@ class Block(nn.Module):
             size, step = count * streams[stream].shape[-1], 3 if self.shift else 2
             for name in members_of:
                 alike.setdefault((weights.get(name, name), conditions[name].shape), []).append(name)
-            for (prefix, _), those in alike.items():  # one product for all that share a layer, so one sum of its gradient over devices
+            for (prefix, _), those in alike.items():  # one product, thus one sum of its gradient over devices
                 c = conditions[those[0]] if len(those) == 1 else jnp.stack([conditions[name] for name in those])
                 if self.shared_adaln:
                     whole = c + made.layer(Vector, prefix, "adaln", features=size)()

@@ -87,7 +87,8 @@ def _neighbours(point: Point, shares: int, slices: int, fixed: Collection[str]) 
     double, half = ([{"batch": batch}] if free("train.global_batch") else [] for batch in (2 * point.batch, point.batch // 2))
     others = [{"remat": policy} for policy in ("full", "auto", "none") if point.remat is not None and free("model.remat")]
     line = math.isqrt(shares)  # of a square slice: there gradients are reduce-scattered
-    others += [{"fsdp": fsdp} for fsdp in dict.fromkeys((shares, GROUP, line, 1)) if shares % fsdp == 0 and free("train.mesh")]
+    sizes = dict.fromkeys((shares, GROUP, line if line**2 == shares else 1, 1))
+    others += [{"fsdp": fsdp} for fsdp in sizes if shares % fsdp == 0 and free("train.mesh")]
     others += [{"microbatches": 2 * point.microbatches}, {"microbatches": point.microbatches // 2}] * free("train.microbatches")
     changes = [*double, *(change | batch for change in others for batch in ({}, *double)), *half]
     for other in (point._replace(**change) for change in changes):
