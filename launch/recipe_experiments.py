@@ -15,7 +15,7 @@ Measured of the averaged weights, on validation data:
     agreement, ratio       1,097 joint samples by the config's sampler: does an SVM see the label; Fréchet ratio
     parameters, seconds    of the network, and of the training
 
-Found (`small`): configs/README.md; a run takes 20 seconds of a shared core. `whole` has not been run.
+Found: configs/README.md; a run takes 20 seconds of a shared core, one of `whole` 45.
 """
 
 import pathlib
