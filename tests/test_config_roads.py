@@ -13,9 +13,11 @@ import tiny_encoders
 
 from mmdiff import nets
 from mmdiff.__main__ import main
-from mmdiff.convert import layouts, published_dit, write_weights
-from mmdiff.encoders.clip import CLIPVision
+from mmdiff.convert import layouts, published_dit, state_dicts, write_weights
+from mmdiff.data.prompts import main as write_prompts
+from mmdiff.encoders.clip import CLIP, CLIPVision
 from mmdiff.encoders.dinov2 import DINOv2
+from mmdiff.encoders.inception import Inception
 from mmdiff.encoders.vq_model import VQModel
 from mmdiff.nets.dit import SIZES
 from mmdiff.runs import open_run
@@ -212,6 +214,36 @@ def test_a_config_goes_the_whole_way(name, tmp_path, capsys):
         (own / "classes.txt").write_text("cat\ndog\n")
         assert main(["eval", *config, *workdir, "--zeroshot", str(own), "--zeroshot-images", "2"]) == 0
         assert "pets_top1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_prompts_of_coco_end_in_fid_and_clip_scores(tmp_path):
+    """FID-30k and the CLIP score as the configs' heads command them: COCO's archives, prompts of val2014, samples, Inception, CLIP."""
+    name = "joint/coco_tokens"
+    _, encoders, _, flags, _ = ROADS[name]
+    images, real = coco(tmp_path / "set")
+    config, workdir = ["--config", f"configs/{name}.py"], ["--workdir", str(tmp_path / "run")]
+    use = [*encoders(tmp_path), "--config.data.set=coco_captions"]
+    assert main(["cache", *config, *use, "--out", str(tmp_path / "cache"), f"--config.data.images={images}"]) == 0
+    use = [*use, f"--config.data.dir={tmp_path / 'cache'}", *TRAIN, *(f"--config.{flag}" for flag in flags)]
+    assert main(["train", *config, *workdir, *use]) == 0
+    count = write_prompts("coco_captions", str(images), str(tmp_path / "prompts.txt"))
+    said = (tmp_path / "prompts.txt").read_text().splitlines()
+    assert count == len(said) == 4 and all("square" in prompt for prompt in said)
+    made = ["--number", str(count), "--steps", "2", "--batch", "2", "--format", "npz", "--out", str(tmp_path / "30k")]
+    assert main(["sample", *config, *workdir, "--given", f"text={tmp_path / 'prompts.txt'}", *made]) == 0
+    inception, _, _ = tiny_encoders.publish(tmp_path / "inception", Inception())
+    _, text, of_text, tokenizer = tiny_encoders.clip_text(tmp_path / "text", 12)
+    _, vision, of_vision = tiny_encoders.publish(tmp_path / "images", CLIPVision.from_config(tiny_encoders.VISION))
+    write_weights(tmp_path / "both", state_dicts.state_dict(of_text) | state_dicts.state_dict(of_vision), CLIP(text, vision).config())
+    (tmp_path / "both/tokenizer.json").write_text(tokenizer.rules)
+    measured = ["eval", "--samples", str(tmp_path / "30k/samples.npz"), "--reference", str(real), "--size", "8"]
+    by = ["--network", "inception", "--weights", str(inception), "--captions", str(tmp_path / "prompts.txt")]
+    assert main([*measured, *by, "--clip", str(tmp_path / "both"), "--json", str(tmp_path / "metrics.json")]) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"FID", "sFID", "KID", "CLIPScore", "CLIP_cosine"} <= set(found["metrics"])
+    assert np.isfinite(list(found["metrics"].values())).all() and found["metrics"]["FID"] > 0
+    assert found["convention"]["samples"] == count and found["convention"]["reference_images"] == 4
 
 
 @pytest.mark.slow

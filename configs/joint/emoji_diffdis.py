@@ -49,7 +49,7 @@ def get_config():
         "train": training_config(
             steps=12_000, global_batch=64, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=1000,
             checkpoint_every=500),
-        "sample": {"steps": 8, "guidance": 6.0, "temperature": 0.5},
+        "sample": {"steps": 16, "guidance": 6.0, "temperature": 0.5},
         "eval": {
             "most": 200, "candidates": 100, "draws": 4, "batch": 50, "category_classifier_steps": 600,
             "in_loop": {"most": 60, "candidates": 0, "category_classifier_steps": 0}},
@@ -98,7 +98,8 @@ def build(config):
         optimizer=optim.muon(config.train),
         data=lambda split: WithTextEmbedding(emoji_source(split, config.data.dir), vectors, size),
         sampler={
-            "drop": ("text",), "heun": True, "transforms": [sampling.only("text", sampling.temperature(config.sample.temperature))]},
+            "drop": ("text",), "heun": True, "paths": {"text": sampling.settled_at(0.7)},
+            "transforms": [sampling.only("text", sampling.temperature(config.sample.temperature))]},
         frozen_deps={"captions' tokenizer": lambda: digest(tokenizer.size, tokenizer.rules), "captions' vectors": vectors.fingerprint},
         evaluators=(aligned, *measured["evaluators"]), in_loop=(aligned, *measured["in_loop"]))
 
