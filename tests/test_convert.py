@@ -13,6 +13,7 @@ from mmdiff import config as configs
 from mmdiff import conversion, nets, open_run, publishing
 from mmdiff.convert import layouts
 from mmdiff.convert.kinds import KINDS
+from mmdiff.convert.tensors import Tensor
 from mmdiff.convert.weight_files import open_weights
 from mmdiff.convert.weight_writer import write_weights
 from mmdiff.data import drafts
@@ -96,6 +97,23 @@ def test_published_weights_become_a_run_and_published_weights_again(case, tmp_pa
         assert call("convert", *of(tmp_path / "again", case), "--from", tmp_path / "diffusers", "--as", kind) == 0
         assert call("convert", *of(tmp_path / "again", case), "--to", "published", "--out", tmp_path / "twice") == 0
         assert_same(tmp_path / "twice", arrays)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_arrays_with_other_axes_are_refused(case):
+    """Every array of a file, flat, a single number, empty, or with an axis more: one sentence, whatever a layout does with it."""
+    kind, config, options = CASES[case]
+    values, module = configs.load(config, [arg.removeprefix("--config.").split("=") for arg in made_up(options)])
+    net = (experiment := configs.build(values, module)).net
+    shapes = jax.eval_shape(experiment.init, jax.random.key(0))["params"]
+    arrays = layouts.state_dict(KINDS[kind].layout, net, jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes))
+    for key, array in arrays.items():
+        for other in (array.reshape(-1), np.float32(1), np.zeros((0, *array.shape[1:]), np.float32), array[None], array[..., None]):
+            if other.shape != array.shape:
+                damaged = {name: Tensor.of(each) for name, each in (arrays | {key: other}).items()}
+                with pytest.raises(UserError, match="it.pt|shapes|is not the table"):
+                    layouts.load(KINDS[kind].layout, net, shapes, damaged, "it.pt")
+                    pytest.fail(f"{key} {list(other.shape)} for {list(array.shape)}")
 
 
 def test_the_library_s_own_layout_holds_the_whole_run(tmp_path):

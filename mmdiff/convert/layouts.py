@@ -60,8 +60,14 @@ def load(
         flat = flax.traverse_util.flatten_dict(abstract)
         abstract = flax.traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if _module(path) in layout.names})
     ours = {_published(layout, path): path for path in flax.traverse_util.flatten_dict(abstract)}
+    try:
+        read = layout.read(weights, net)
+    except UserError:
+        raise
+    except (IndexError, ValueError, ZeroDivisionError) as error:  # an axis that is not there, or is empty
+        raise UserError(f"{name} has an array with other axes than such weights have: it is damaged, or of another network.") from error
     found = state_dicts.load_params(
-        _renamed(layout, abstract), layout.read(weights, net), name,
+        _renamed(layout, abstract), read, name,
         place=None if place is None else lambda path, tensor, leaf: place(ours[path], tensor, leaf))
     return flax.traverse_util.unflatten_dict({ours[path]: leaf for path, leaf in flax.traverse_util.flatten_dict(found).items()})
 

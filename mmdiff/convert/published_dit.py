@@ -150,7 +150,7 @@ def read_jit(weights: Any, net: Any) -> dict[str, Tensor]:
     """See `Layout.read`."""
     weights = {key.removeprefix("net."): tensor for key, tensor in weights.items()}
     if (learned := weights.pop("in_context_posemb", None)) is not None:
-        weights["in_context_posemb.weight"] = learned.reshape(*learned.shape[-2:])
+        weights["in_context_posemb.weight"] = learned.reshape(*learned.shape[1:])
     return read_lightning(weights, net, sign=1)
 
 

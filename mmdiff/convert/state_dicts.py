@@ -85,7 +85,12 @@ def load_params(
     placed = {}
     for path, leaf in flax.traverse_util.flatten_dict(abstract).items():
         tensor = finite(_to_linen(path, leaf, weights), f"{name} has values that are not finite, of {key_of(path)}")
-        placed[path] = place(path, tensor, leaf)
+        try:
+            placed[path] = place(path, tensor, leaf)
+        except UserError:
+            raise
+        except ValueError as error:  # what a layout has turned or regrouped has other axes in the file
+            raise UserError(f"{name} has other axes than such weights, of {key_of(path)}: it is damaged, or of another network.") from error
     return flax.traverse_util.unflatten_dict(placed)
 
 
