@@ -80,6 +80,7 @@ RANGES: tuple[tuple[str, Range | Choice], ...] = (
     (r"times\.\w+", SHARE),
     (r"((\w+_)?dropout|dropout\.\w+|complete|damaged|flips)", SHARE),
     (r"(count|crop|windows)", COUNT),
+    (r"guidance\.weight", Range(1, GUIDANCE.high)),  # that a network is told: 1 is none
     (r"((\w+_)?weight|weights\.\w+|kappa|gamma|power|loss\.\w+)", Range(0, 1e6)),
     (r"temperature", Range(0, 1e6, above=True)),
     # of sampling

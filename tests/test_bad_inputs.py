@@ -207,6 +207,9 @@ for value, words in (  # of what is measured in training, too; 0 leaves some of 
 ):  # fmt: skip
     row(f"train --config {CONFIGS}/joint/emoji_tokens.py --workdir x --config.eval.{value}", words, name=f"{len(ROWS)}: emoji, {value}")
 
+MEANFLOW = f"train --config {CONFIGS}/imagenet256/meanflow_xl2.py --workdir x"
+row(f"{MEANFLOW} --config.guidance.weight=0.5", "config.guidance.weight must be 1 or more")
+
 # ---- Config files ----
 
 GOOD = pathlib.Path(TINY).read_text()

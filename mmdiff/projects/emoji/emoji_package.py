@@ -69,7 +69,8 @@ def convert(package: str, target: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m mmdiff.projects.emoji.emoji_package PACKAGE.tgz emoji64.tar")
+        console.say("usage: python -m mmdiff.projects.emoji.emoji_package PACKAGE.tgz emoji64.tar")
+        sys.exit(2)
     try:
         console.out(f"{sys.argv[2]}: {convert(*sys.argv[1:])} pictures")
     except UserError as error:
