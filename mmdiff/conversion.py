@@ -58,7 +58,8 @@ def import_weights(
         experiment = configs.build(values, module)
         source = None if own else kinds.check_network(kind, experiment.net, config)
         abstract = averaged_weights.averages_of(experiment, sharding.make_mesh({"fsdp": -1}))
-    path = path / "transformer" if (path / "model_index.json").is_file() else path
+    if (path / "model_index.json").is_file():  # a pipeline
+        path = path / next((part for part in ("transformer", "unet") if (path / part).is_dir()), "transformer")
     if source is not None and (path / "config.json").is_file():
         kinds.check_config(source, readers.read_json(path / "config.json"), experiment.net, str(path))
     weights = open_weights(path, within)

@@ -20,7 +20,7 @@ from mmdiff import __version__, schedules
 from mmdiff import config as configs
 from mmdiff import files as readers
 from mmdiff.conversion import OWN
-from mmdiff.convert import diffusers_dit, kinds, layouts, vq_diffusion
+from mmdiff.convert import diffusers_dit, kinds, layouts
 from mmdiff.convert.weight_files import weight_files
 from mmdiff.convert.weight_writer import write_weights
 from mmdiff.data import drafts
@@ -77,12 +77,14 @@ def _write_published(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
 def _write_diffusers(run: Any, out: pathlib.Path, vae: Any) -> list[str]:
     name, kind = _exported(run)
     net = run.experiment.net
-    if name in ("sit", "repa", "lightningdit"):
+    if not kind.classes:
         raise UserError(f"diffusers has no pipeline for {kind.about}: write it with --to published.")
-    if name == "vq-diffusion":
-        tensors = layouts.tensors(vq_diffusion.VQ_DIFFUSION_DIFFUSERS, net, run.params["params"])
-        write_weights(out, tensors, vq_diffusion.diffusers_config(net, tensors))
-        return [f"{len(tensors)} tensors of diffusers' Transformer2DModel: the rest of the pipeline, CLIP among it, is not written"]
+    if kind.alone:
+        layout, config_of = kind.alone
+        tensors = layouts.tensors(layout, net, run.params["params"])
+        config = config_of(net, tensors)
+        write_weights(out, tensors, config)
+        return [f"{len(tensors)} tensors of diffusers' {config['_class_name']}: the rest of the pipeline, CLIP among it, is not written"]
     vae = vae or run.config.get("encoder", {}).get("path")
     if not vae:
         raise UserError("diffusers' pipeline decodes latents: name the folder of the autoencoder, in diffusers' layout, with --vae.")

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from mmdiff import nets
-from mmdiff.convert import diffusers_dit, dual_dit, published_dit, published_mit, vq_diffusion
+from mmdiff.convert import diffusers_dit, dual_dit, published_dit, published_mit, unidiffuser, vq_diffusion
 from mmdiff.convert.layouts import Layout
 from mmdiff.errors import UserError
 
@@ -24,6 +24,8 @@ class Kind:
       layout: of the files.
       config: a shipped config that builds such a network.
       stated: `net -> {key: value}`, what a config.json beside the weights must agree with where it says so.
+      classes: what diffusers may call them there.
+      alone: diffusers' layout and `(net, tensors) -> config.json` of a network that is written without the rest of its pipeline.
     """
 
     about: str
@@ -33,17 +35,20 @@ class Kind:
     layout: Layout
     config: str
     stated: Callable[[Any], Mapping[str, Any]] = lambda net: {}
+    classes: tuple[str, ...] = ()
+    alone: tuple[Layout, Callable[[Any, Any], Mapping[str, Any]]] | None = None
 
 
 DIT_LICENCE = "CC BY-NC 4.0 for Meta's weights: not for commercial use; other weights as their authors state"
-DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter of VQ-Diffusion, and of DiT by earlier versions
+DIT_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter by earlier versions
 KINDS = {
     "dit": Kind(
         "DiT (Peebles & Xie 2023), its own files or diffusers' of the same weights", DIT_LICENCE, nets.DiT, published_dit.NEEDS["dit"],
-        dataclasses.replace(published_dit.DIT, read=diffusers_dit.DIFFUSERS.read), "imagenet256/dit_xl2", diffusers_dit.stated),
+        dataclasses.replace(published_dit.DIT, read=diffusers_dit.DIFFUSERS.read), "imagenet256/dit_xl2", diffusers_dit.stated,
+        DIT_CLASSES),
     "diffusers-dit": Kind(
         "DiT as diffusers computes it: other frequencies and epsilons, for weights that were trained there", DIT_LICENCE, nets.DiT,
-        diffusers_dit.NEEDS, diffusers_dit.DIFFUSERS, "imagenet256/dit_xl2", partial(diffusers_dit.stated, epsilon=True)),
+        diffusers_dit.NEEDS, diffusers_dit.DIFFUSERS, "imagenet256/dit_xl2", partial(diffusers_dit.stated, epsilon=True), DIT_CLASSES),
     "sit": Kind(
         "SiT (Ma et al. 2024)", "MIT for the code; the authors state none for the weights: ask them before you pass them on", nets.DiT,
         published_dit.NEEDS["sit"], published_dit.SIT, "imagenet256/sit_xl2"),
@@ -61,10 +66,16 @@ KINDS = {
         nets.MiT, published_mit.NEEDS, published_mit.IMF, "imagenet256/meanflow_xl2"),
     "vq-diffusion": Kind(
         "VQ-Diffusion (Gu et al. 2022) and CDCD (Zhu et al. 2023), their own files or diffusers'", "MIT for Microsoft's code and weights",
-        nets.TokenTransformer, vq_diffusion.NEEDS, vq_diffusion.VQ_DIFFUSION, "cdcd/imagenet256_class", vq_diffusion.stated),
+        nets.TokenTransformer, vq_diffusion.NEEDS, vq_diffusion.VQ_DIFFUSION, "cdcd/imagenet256_class", vq_diffusion.stated,
+        ("Transformer2DModel",), (vq_diffusion.VQ_DIFFUSION_DIFFUSERS, vq_diffusion.diffusers_config)),
+    "unidiffuser": Kind(
+        "UniDiffuser's U-ViT (Bao et al. 2023), v0 or v1, its own file or diffusers'",
+        "AGPL-3.0 for the authors' code; of the weights, see their page", nets.UViT, unidiffuser.NEEDS, unidiffuser.UNIDIFFUSER, "joint/unidiffuser", unidiffuser.stated, ("UniDiffuserModel",),
+        (unidiffuser.UNIDIFFUSER_DIFFUSERS, unidiffuser.diffusers_config)),
 }  # fmt: skip
 STARTS = {  # networks that begin as the published one and have more; the rest is fresh
-    "dit": Kind(KINDS["dit"].about, DIT_LICENCE, nets.DualStream, dual_dit.NEEDS, dual_dit.DUAL, "diffdis/sd_scale", dual_dit.stated)}
+    "dit": Kind(KINDS["dit"].about, DIT_LICENCE, nets.DualStream, dual_dit.NEEDS, dual_dit.DUAL, "diffdis/sd_scale", dual_dit.stated,
+                DIT_CLASSES)}
 
 
 def differences(kind: Kind, net: Any) -> dict[str, tuple[Any, Any]] | None:
@@ -99,7 +110,7 @@ def check_config(kind: Kind, config: Any, net: Any, name: str) -> None:
     """Raises UserError if the config.json beside the weights `name` is of another network than `net`."""
     stated = kind.stated(net)
     called = (config.get("_class_name") or config.get("model_type")) if isinstance(config, Mapping) else None
-    if stated and called not in (None, *DIFFUSERS_CLASSES):
+    if stated and called not in (None, *kind.classes):
         raise UserError(f"{name} is of {str(called)[:60]} by its config.json, not {kind.about}: name other weights, or another kind.")
     for key, value in stated.items():
         if isinstance(config, Mapping) and config.get(key, value) != value:

@@ -10,9 +10,10 @@ from mmdiff.nets.taps import Tap
 from mmdiff.nets.text import TextEncoder
 from mmdiff.nets.tokens import TokenTransformer, cdcd
 from mmdiff.nets.towers import TwoTowers
+from mmdiff.nets.uvit import UViT
 
 __all__ = [
     "ClassGrid", "Classes", "DiT", "DualStream", "Grid", "Label", "MMDiT", "MiT", "MultiTaskDiT", "Patches", "Tap",
-    "TextEncoder", "TokenTransformer", "Tokens", "TwoTowers", "Vector", "Vectors", "as_joint", "cdcd", "image_kv_cache",
+    "TextEncoder", "TokenTransformer", "Tokens", "TwoTowers", "UViT", "Vector", "Vectors", "as_joint", "cdcd", "image_kv_cache",
     "options", "sizes", "with_image_cache",
 ]  # fmt: skip

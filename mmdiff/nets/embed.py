@@ -282,9 +282,12 @@ class Vectors(Stream):
         return self.count or 1
 
     def encode(self, x, width, dtype, name):
-        tokens = Dense(width, kernel_init=xavier, dtype=dtype, name=f"{name}_in")(x if self.count else x[:, None])
-        init = nn.initializers.normal(0.02)
+        tokens, init = self.embed(x, width, dtype, name), nn.initializers.normal(0.02)
         return tokens + nn.Embed(self.length, width, embedding_init=init, dtype=dtype, name=f"{name}_positions")(jnp.arange(self.length))
+
+    def embed(self, x, width, dtype, name):
+        """`encode` without the positions."""
+        return Dense(width, kernel_init=xavier, dtype=dtype, name=f"{name}_in")(x if self.count else x[:, None])
 
     def decode(self, h, dtype, name):
         h = Dense(self.size, kernel_init=nn.initializers.zeros, dtype=dtype, name=f"{name}_out")(h)

@@ -38,7 +38,7 @@ def layer_norm(x, eps: float = 1e-6):
 
 
 class MLP(nn.Module):
-    """Dense, tanh-GELU, Dense; or "swiglu", Dense(silu(a) b) with a and b of one product (Shazeer 2020).
+    """Dense, tanh-GELU, Dense ("erf_gelu": GELU itself); or "swiglu", Dense(silu(a) b) with a and b of one product (Shazeer 2020).
 
     That has 2/3 of the hidden units, so that its three matrices have the size of the other's two.
     """
@@ -56,7 +56,7 @@ class MLP(nn.Module):
             hidden = nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
         else:
             hidden = checkpoint_name(Dense(int(x.shape[-1] * self.ratio), **options)(x), "mlp_in")
-            hidden = nn.gelu(hidden, approximate=True)
+            hidden = nn.gelu(hidden, approximate=self.kind != "erf_gelu")
         return Dense(x.shape[-1], kernel_init=xavier, use_bias=self.bias, dtype=self.dtype, name="out")(hidden)
 
 
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         one product over all tokens.
       qk_norm: normalise queries and keys per head (RMS, learned scale; shared by all streams).
       rope: stream -> the `embed.Stream`s whose tokens it consists of, for rotary positions of these; others are not turned.
-      bias: of the products. kernel_init: their initialiser.
+      bias: of the products. qkv_bias: without, that of queries, keys and values has none. kernel_init: their initialiser.
     """
 
     heads: int
@@ -109,6 +109,7 @@ class Attention(nn.Module):
     kernel_init: Callable = xavier
     backend: str | None = None
     dtype: Any = jnp.float32
+    qkv_bias: bool = True
 
     @nn.compact
     def __call__(self, streams, visible={}, cache={}, kept={}):
@@ -123,11 +124,11 @@ class Attention(nn.Module):
         made = Layers(self.weights, self.parts, self.dtype)
         queries, keys, updates, outputs = {}, dict(cache), {}, {}
         alone = len(streams) == 1 and not cache and not visible and not self.qk_norm and not self.rope
-        alone = alone and self.bias and not any(prefix for prefix, _ in self.parts)
-        options = dict(kernel_init=self.kernel_init, use_bias=self.bias)
+        qkv_bias = self.bias and self.qkv_bias
+        alone = alone and qkv_bias and not any(prefix for prefix, _ in self.parts)
         for name, x in streams.items():
             kind = ProductAndBias if alone else Dense
-            qkv = made(kind, name, "qkv", features=3 * x.shape[-1], **options)(x)
+            qkv = made(kind, name, "qkv", features=3 * x.shape[-1], kernel_init=self.kernel_init, use_bias=qkv_bias)(x)
             if alone:
                 outputs[name], qkv = self_attention(*qkv, self.heads, self.backend), qkv[0] + qkv[1].reshape(1, 1, -1)
             q, k, v = split_heads(qkv, self.heads)
@@ -145,7 +146,8 @@ class Attention(nn.Module):
                 masks = [visible[other] if other in visible else jnp.ones(keys[other][0].shape[:2], bool) for other in read]
                 mask = jnp.concatenate(masks, axis=1)[:, None, None]
             out = outputs[name] if alone else attention(q, k, v, mask, self.backend).reshape(*q.shape[:2], -1)
-            updates[name] = made(Dense, name, "out", features=out.shape[-1], **options)(out)
+            layer = made(Dense, name, "out", features=out.shape[-1], kernel_init=self.kernel_init, use_bias=self.bias)
+            updates[name] = layer(out)
         return updates, {name: keys[name] for name in streams}
 
 
