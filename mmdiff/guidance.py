@@ -35,6 +35,7 @@ def guided(
     each: Sequence[str] = (),
     prior: Mapping[str, jax.Array] | None = None,
     combine: Callable | None = None,
+    shared: Sequence[Sequence[str]] = (),
 ) -> Callable:
     """Classifier-free guidance on raw outputs: `out = u + w (c - u)`; w = 1 is plain conditional, 0 unconditional.
 
@@ -52,6 +53,7 @@ def guided(
       each: the modalities that are guided, in place of `drop`.
       prior: what is fed for modalities that are absent, where it is no null: a sample of `process.prior`, [B, ...] each.
       combine: of the beliefs of a `Gaussian`, (c, u) -> what takes the place of c - u, see `projected`. Others are guided as ever.
+      shared: several modalities that have one time, ("image", "vision"), each: with `each` they are guided by all but these.
 
     Raises UserError for a modality without a null, a weight that is not finite, or `channels` of no modality.
 
@@ -84,7 +86,7 @@ def guided(
         """The modalities that are absent from what this output is guided away from; () if it is not guided."""
         if _is_one(weight(name)) or name in drop or (each and name not in each):
             return ()
-        return tuple(other for other in process.parts if other != name) if each else drop
+        return tuple(other for other in process.parts if other not in at_one_time(name, shared)) if each else drop
 
     branches = [*dict.fromkeys(filter(None, map(without, process.parts)))]
     for name in {*itertools.chain(*branches)} - {*prior}:
@@ -178,6 +180,15 @@ def guided_each(each: Sequence[str], process: Joint) -> tuple[str, ...]:
     if each and getattr(process, "added", ()):
         raise UserError("guidance of each modality needs a state of its own for each; of an Aggregate use drop, what guides its target.")
     return tuple(each)
+
+
+def at_one_time(name: str, shared: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The modalities that have the time of the modality `name`, itself among them.
+
+    >>> at_one_time("vision", [("image", "vision")]), at_one_time("text", [("image", "vision")])
+    (('image', 'vision'), ('text',))
+    """
+    return next((tuple(names) for names in shared if name in names), (name,))
 
 
 def _is_one(w: Any) -> bool:

@@ -31,7 +31,7 @@ import numpy as np
 from mmdiff.average_velocity import check_average
 from mmdiff.errors import UserError
 from mmdiff.grids import hitting_grid, karras_grid, settled_at, spaced_grid, staircase, uniform_grid
-from mmdiff.guidance import autoguided, dropped, guided, guided_each, head_guided, interval, projected, ramp
+from mmdiff.guidance import at_one_time, autoguided, dropped, guided, guided_each, head_guided, interval, projected, ramp
 from mmdiff.processes.base import Process, concrete, fold
 from mmdiff.processes.discrete import Discrete
 from mmdiff.spans import end_of
@@ -259,6 +259,7 @@ def make_sampler(
     combine: Callable | None = None,
     order: Sequence[str] = (),
     hitting: str | None = None,
+    shared: Sequence[Sequence[str]] = (),
     **options: Any,
 ) -> Callable:
     """The sampler of an `Experiment`: `sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None)`.
@@ -278,6 +279,8 @@ def make_sampler(
         no steps.
       hitting: a modality of an absorbing chain, sampled by `first_hitting` on its `hitting_grid` unless it is given or absent: `steps` must
         then be the number of its tokens. Not with `order`.
+      shared: several modalities that have one time, ("image", "vision"), each: they are given, absent or sampled together, and do not guide
+        each other.
       options: go to `sample` (transforms, heun, jumps).
     """
     transforms, drop = tuple(options.pop("transforms", ())), dropped(drop, process)
@@ -296,9 +299,10 @@ def make_sampler(
             return apply
         if not own:
             return guided(apply, weight(guidance), [name for name in drop if name not in absent], process, channels, combine=combine)
-        weights = {name: weight(of(guidance)) for name, of in own.items() if name not in {*given, *absent} and {*shape} - {name, *absent}}
+        guiding = {name: {*shape} - {*at_one_time(name, shared), *absent} for name in own}
+        weights = {name: weight(of(guidance)) for name, of in own.items() if name not in {*given, *absent} and guiding[name]}
         prior = process.prior(fold(keys, "absent"), shape)
-        return guided(apply, weights, (), process, channels, each=tuple(weights), prior=prior, combine=combine)
+        return guided(apply, weights, (), process, channels, each=tuple(weights), prior=prior, combine=combine, shared=shared)
 
     learnt = {name for name in shape if process.parts[name].learnt}
     if order and {*order} != learnt or hitting is not None and not isinstance(process.parts.get(hitting), Discrete):
@@ -308,7 +312,12 @@ def make_sampler(
         raise UserError(f"make_sampler: first hitting moves {hitting!r} beside the others, at its own times: leave order or hitting out.")
     unmasking = () if hitting is None else (only(hitting, first_hitting(process.parts[hitting])),)
 
+    if unknown := [names for names in shared if isinstance(names, str) or not {*names} <= {*shape}]:
+        raise UserError(f"make_sampler: shared is of several of {sorted(shape)} each, as (('image', 'vision'),), not {unknown[0]!r}.")
+
     def sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None):
+        for what, pinned in ("given", given or {}), ("absent", absent):
+            _check_shared(shared, what, pinned)
         moving = [name for name in order if name not in (given or {}) and name not in absent]
         times, strides = (staircase(steps, moving), ()) if moving else grid(steps)
         times = {name: times.get(name, uniform_grid(steps)) if moving else path(times) for name, path in paths.items()}
@@ -319,6 +328,15 @@ def make_sampler(
         return sample(process, network(keys, given or {}, absent, guidance), params, keys, times, shape, given=given, absent=absent, **rest)
 
     return sampler
+
+
+def _check_shared(shared, what, pinned):
+    """Raises UserError if of modalities that have one time some are pinned and others not."""
+    for names in shared:
+        some = [name for name in names if name in pinned]
+        if 0 < len(some) < len(names):
+            raise UserError(
+                f"{' and '.join(names)} have one time, and {', '.join(some)} alone cannot be {what}: give, leave out or sample them all.")
 
 
 def _hitting(part, name, keys, shape, steps, start):

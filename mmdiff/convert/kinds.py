@@ -70,7 +70,8 @@ KINDS = {
         ("Transformer2DModel",), (vq_diffusion.VQ_DIFFUSION_DIFFUSERS, vq_diffusion.diffusers_config)),
     "unidiffuser": Kind(
         "UniDiffuser's U-ViT (Bao et al. 2023), v0 or v1, its own file or diffusers'",
-        "AGPL-3.0 for the authors' code; of the weights, see their page", nets.UViT, unidiffuser.NEEDS, unidiffuser.UNIDIFFUSER, "joint/unidiffuser", unidiffuser.stated, ("UniDiffuserModel",),
+        "AGPL-3.0 for the authors' code; of the weights, see their page", nets.UViT, unidiffuser.NEEDS,
+        unidiffuser.UNIDIFFUSER, "joint/unidiffuser", unidiffuser.stated, ("UniDiffuserModel",),
         (unidiffuser.UNIDIFFUSER_DIFFUSERS, unidiffuser.diffusers_config)),
 }  # fmt: skip
 STARTS = {  # networks that begin as the published one and have more; the rest is fresh

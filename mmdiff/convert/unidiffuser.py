@@ -2,7 +2,6 @@
 
     patch_embed.proj [W, C, p, p]               image_in/kernel [p p C, W], as in `published_dit`
     pos_embed [1, N, W], pos_embed_token        positions/embedding, in the order of the tokens: the latter stands behind two of the former
-    in_blocks.#, mid_block                      in/blocks, that in the middle the last of them
     attn.qkv [3 W, W]                           q, k, v of each head
 
 diffusers has queries, keys and values as three products, and a copy of the patches' layer that nothing reads.
@@ -27,6 +26,7 @@ NAMES = {
     "image_in": "patch_embed.proj", "vision_in": "clip_img_embed", "text_in": "text_embed",
     "data_type_in": "token_embedding", "positions": "pos_embed",
     **{f"in/blocks/{ours}": f"in_blocks.#.{theirs}" for ours, theirs in BLOCK.items()},
+    **{f"mid/blocks/{ours}": f"mid_block.{theirs}" for ours, theirs in BLOCK.items()},
     **{f"out/blocks/{ours}": f"out_blocks.#.{theirs}" for ours, theirs in (BLOCK | SKIP).items()},
     "norm": "norm", "image_out": "decoder_pred", "vision_out": "clip_img_out", "text_out": "text_out",
 }  # fmt: skip
@@ -44,7 +44,7 @@ DIFFUSERS_NAMES = {
 }  # fmt: skip
 UNREAD = {"transformer.pos_embed.proj": "patch_embed.proj"}  # the copy in diffusers
 NEEDS = {"norm_eps": 1e-5}
-PATCHES, QKV = r"patch_embed\.proj\.weight", r"(in|out)_blocks\.\d+\.attn\.qkv\.weight"
+PATCHES, QKV = r"patch_embed\.proj\.weight", r".*\.attn\.qkv\.weight"
 
 
 def read(weights: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ def read(weights: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
             parts = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
             if all(part in weights for part in parts):
                 weights[key.replace(".attn.q.", ".attn.qkv.")] = joined([weights.pop(part) for part in parts])
-    found = renamed(weights, {"mid_block": f"in_blocks.{net.depth // 2}"})
+    found = dict(weights)
     if (positions := found.pop("pos_embed", None)) is not None:
         _check_positions("pos_embed", positions, net)
         kind = found.pop("pos_embed_token", None) if net.data_types else None
@@ -84,7 +84,7 @@ def write(weights: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
         found["pos_embed_token"] = positions.part(TIMES, TIMES + 1).reshape(1, 1, net.width)
         positions = positions.map(lambda array: np.delete(array, TIMES, 0), (positions.shape[0] - 1, net.width))
     found["pos_embed"] = positions.reshape(1, *positions.shape)
-    return renamed(found, {f"in_blocks.{net.depth // 2}": "mid_block"})
+    return found
 
 
 def write_diffusers(weights: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:

@@ -120,20 +120,27 @@ class NamedEncoder:
 class ImageVectors(NamedEncoder):
     """Images, prepared as the network's publication says, -> vectors float32 [n, size] of the length sqrt(size).
 
-    Of CLIP and SigLIP the projected vector, of DINOv2 the class token.
+    Of CLIP and SigLIP the projected vector, of DINOv2 the class token. Without `normalized` they are as long as the network makes them.
     """
 
     kinds, what = ("clip_vision", "siglip_vision", "dinov2"), "image encoder"
 
-    def __init__(self, section: Mapping[str, Any], size: int, key: str = "vector_encoder", modality: str = "representation"):
+    def __init__(
+        self, section: Mapping[str, Any], size: int, key: str = "vector_encoder", modality: str = "representation", *,
+        normalized: bool = True,
+    ):
         super().__init__(section, key)
-        self.size, self.modalities = size, (modality,)
+        self.size, self.modalities, self._normalized = size, (modality,), normalized
+
+    def fingerprint(self):
+        network = super().fingerprint()
+        return network if self._normalized or not network else hashlib.sha256(f"{network} of any length".encode()).hexdigest()
 
     def encode(self, batch):
         vectors = self.call(_vector, batch, PART)
         if vectors.shape[1] != self.size:
             raise UserError(f"the {self.what} {self.path} has vectors of {vectors.shape[1]} numbers, but the config needs {self.size}.")
-        return {self.modalities[0]: np.float32(self.size**0.5) * unit(vectors)}
+        return {self.modalities[0]: np.float32(self.size**0.5) * unit(vectors) if self._normalized else np.float32(vectors)}
 
 
 class TextStates(NamedEncoder):

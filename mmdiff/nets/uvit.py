@@ -27,8 +27,8 @@ class UViT(Transformer):
     """A network of an image, a vector of that image, and a text, all of them continuous.
 
     `__call__(x, t)`: dicts as a `Joint` feeds them, x["image"] [B, H, W, C] (latents), x["vision"] [B, D] and x["text"] [B, L, E]; t[name]
-    [B] in [0, 1]. Returns a dict of the same shapes, in float32 or wider. The image and its vector have one time, t["image"]: a UserError
-    for another t["vision"], where the values are known (not while tracing).
+    [B] in [0, 1]. Returns a dict of the same shapes, in float32 or wider. The image and its vector have one time: where they have two, that
+    is a UserError if the values are known, and while tracing the outputs are NaN.
 
     Tokens, each plus a learned position: the sinusoidal features of the image's time and of the text's (`frequencies`, thousandths), which
     data the network is asked for, the text's, the vector, the patches. The blocks are `PostNormBlock`s. Behind half of them and one in the
@@ -82,13 +82,15 @@ class UViT(Transformer):
         lengths = [part.shape[1] for part in parts]
         count = sum(lengths)
         positions = nn.Embed(count, self.width, embedding_init=normal, dtype=self.dtype, name="positions")(jnp.arange(count))
-        blocks = partial(Blocks, scan=self.scan, remat=self.remat, options=self.of_blocks())
-        half = self.depth // 2
-        h, behind = blocks(half + 1, name="in")(jnp.concatenate(parts, axis=1) + positions)
-        h, _ = blocks(half, name="out")(h, behind[:half][::-1])
+        blocks, half = partial(Blocks, remat=self.remat, options=self.of_blocks()), self.depth // 2
+        h, behind = blocks(half, self.scan, name="in")(jnp.concatenate(parts, axis=1) + positions)
+        h, _ = blocks(1, scan=False, name="mid")(h)
+        h, _ = blocks(half, self.scan, name="out")(h, behind[::-1])
         h = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(h)
         out = {name: streams[name].decode(part, self.dtype, name) for name, part in zip(streams, cut(h, lengths)[-len(streams) :])}
-        return {name: value.astype(jnp.promote_types(value.dtype, jnp.float32)) for name, value in out.items()}
+        out = {name: value.astype(jnp.promote_types(value.dtype, jnp.float32)) for name, value in out.items()}
+        alike = t["image"] == t["vision"]
+        return {name: jnp.where(alike.reshape(-1, *(1,) * (value.ndim - 1)), value, jnp.nan) for name, value in out.items()}
 
 
 def check_one_time(t: Mapping[str, jax.Array]) -> None:
@@ -116,7 +118,8 @@ class Blocks(nn.Module):
 class PostNormBlock(nn.Module):
     """A block whose norms come last, `x <- LN(x + f(x))` for f attention, then the MLP.
 
-    With a skip it begins with `x <- LN(Dense([x, skip]))`. LN is LayerNorm with a scale and a bias. Queries, keys and values have no bias; the MLP has GELU itself.
+    With a skip it begins with `x <- LN(Dense([x, skip]))`. LN is LayerNorm with a scale and a bias. Queries, keys and values have no bias;
+    the MLP has GELU itself, not its approximation.
 
     Attributes:
       heads, mlp_ratio, norm_eps, backend, dtype: as in `Transformer`.
