@@ -22,6 +22,7 @@ PARAMETERS = {
     "imagenet256/jit_b16": 131_123_712, "imagenet256/lightning_xl1": 674_961_824, "imagenet256/meanflow_xl2": 711_113_760,
     "imagenet256/redi_xl2": 678_894_400, "imagenet256/repa_xl2": 682_966_048,
     "joint/coco_tokens": 790_286_288, "joint/coco_vectors": 680_403_472,
+    "joint/unidiffuser": 952_509_520,
     "mtdiffusion/digits_label": 744_686, "mtdiffusion/digits_masked": 743_336,
     "mtdiffusion/digits_representation": 760_356, "mtdiffusion/digits_transition": 784_256, "mtdiffusion/imagenet64_label": 462_041_112,
     "mtdiffusion/imagenet64_masked": 459_086_944, "mtdiffusion/imagenet_representation": 680_307_472,

@@ -33,6 +33,9 @@ CASES = {  # name -> the kind of its weights, config and options
     "repa": ("repa", "imagenet256/repa_xl2", [
         *SMALL, "--config.model.size=TWO", "--config.align.depth=1", "--config.model.learn_sigma=false", "--config.model.time_scale=1",
         "--config.model.time_offset=0"]),
+    "unidiffuser": ("unidiffuser", "joint/unidiffuser", [
+        *TINY[:2], "--config.model.depth=2", "--config.model.dtype=float32", "--config.data.size=8", "--config.data.vector=6",
+        "--config.text.size=5"]),
     "class": ("vq-diffusion", "cdcd/imagenet256_class", TOKENS),
     "text": ("vq-diffusion", "cdcd/coco_text", [*TOKENS, "--config.model.conv=false", "--config.model.mlp_ratio=4"]),
 }  # fmt: skip
@@ -92,7 +95,7 @@ def test_published_weights_become_a_run_and_published_weights_again(case, tmp_pa
     assert call("convert", *of(run, case), "--to", "published", "--out", tmp_path / "published") == 0
     assert_same(tmp_path / "published", arrays)
     assert (tmp_path / "published" / "source.json").exists()
-    if case == "text":
+    if case in ("text", "unidiffuser"):
         assert call("convert", *of(run, case), "--to", "diffusers", "--out", tmp_path / "diffusers") == 0
         assert call("convert", *of(tmp_path / "again", case), "--from", tmp_path / "diffusers", "--as", kind) == 0
         assert call("convert", *of(tmp_path / "again", case), "--to", "published", "--out", tmp_path / "twice") == 0

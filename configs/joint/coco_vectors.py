@@ -77,22 +77,9 @@ def get_config():
 
 
 def build(config):
-    data, text, noisy = config.data, config.text, times.uniform()
-    if text.kind not in ("states", "vector"):
-        raise UserError(f"config.text.kind is {text.kind!r}: choose states or vector.")
-    one, count = text.kind == "vector", None if text.kind == "vector" else TOKENS
-    autoencoder = Autoencoder(config.encoder, data.size)
-    vision = ImageVectors(config.vector_encoder, data.vector, modality="vision")
-    captions = TextStates(config.text_encoder, modality="" if one else "text", vector="text" if one else "", scaled=True)
-    modalities = {
-        "image": EncodedLatents(data.size, data.size, 4, encoder=autoencoder),
-        "vision": EncodedVectors(data.vector, "vision", encoder=vision),
-        "text": EncodedTexts(text.size, "text", count, encoder=captions)}
-    flow = schedules.flow()
-    process = Joint(**{name: Gaussian(flow, velocity) for name in modalities})
-    streams = {
-        "image": nets.Patches(data.size, data.size, 4, config.model.patch), "vision": nets.Vectors(data.vector),
-        "text": nets.Vectors(text.size, count)}
+    noisy, flow = times.uniform(), schedules.flow()
+    streams, parts = encoded(config)
+    process = Joint(**{name: Gaussian(flow, velocity) for name in streams})
     net = nets.MMDiT(streams, shared=True, **nets.options(config.model, without="patch"))
     rules = {
         "joint": {"image": noisy, "vision": noisy, "text": noisy},
@@ -102,15 +89,38 @@ def build(config):
         "vision_alone": {"image": 1.0, "vision": noisy, "text": 1.0},
         "text_alone": {"image": 1.0, "vision": 1.0, "text": noisy}}
     noise_levels = times.mixture(*((config.times[name], times.joint(**rule)) for name, rule in rules.items()))
+    parts["evaluators"] += retrievals(config.eval)
+    return Experiment(
+        process=process, net=net, loss=losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, **config.weights)),
+        sampler={"each": tuple(streams), "transforms": [sampling.only(name, sampling.dpmpp_2m(flow)) for name in streams]}, **parts)
+
+
+def encoded(config, normalized=True):
+    """-> (the streams of a network of the three modalities, what else of the experiment follows from their encoders).
+
+    `normalized`: the image's vector has the length sqrt(size), else the encoder's own.
+    """
+    data, text = config.data, config.text
+    if text.kind not in ("states", "vector"):
+        raise UserError(f"config.text.kind is {text.kind!r}: choose states or vector.")
+    one, count = text.kind == "vector", None if text.kind == "vector" else TOKENS
+    autoencoder = Autoencoder(config.encoder, data.size)
+    vision = ImageVectors(config.vector_encoder, data.vector, modality="vision", normalized=normalized)
+    captions = TextStates(config.text_encoder, modality="" if one else "text", vector="text" if one else "", scaled=True)
+    modalities = {
+        "image": EncodedLatents(data.size, data.size, 4, encoder=autoencoder),
+        "vision": EncodedVectors(data.vector, "vision", encoder=vision),
+        "text": EncodedTexts(text.size, "text", count, encoder=captions)}
+    streams = {
+        "image": nets.Patches(data.size, data.size, 4, config.model.patch), "vision": nets.Vectors(data.vector),
+        "text": nets.Vectors(text.size, count)}
     measured = evaluators_of(config.eval, condition="text")
     beliefs = BeliefRetrieval(target="vision", given=("image", "vision"), most=config.eval.most, batch=config.eval.batch)
     rate = optim.warmup(config.train.learning_rate, config.train.warmup_steps)
-    return Experiment(
-        process=process, net=net, modalities=modalities,
-        loss=losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, **config.weights)),
-        optimizer=optax.chain(
+    return streams, {
+        "modalities": modalities,
+        "optimizer": optax.chain(
             optax.clip_by_global_norm(config.train.clip), optax.adamw(rate, b2=0.95, weight_decay=config.train.weight_decay)),
-        data=published(lambda split: open_source(data, split, modalities), test=test_split(data.set)),
-        sampler={"each": tuple(modalities), "transforms": [sampling.only(name, sampling.dpmpp_2m(flow)) for name in modalities]},
-        evaluators=(beliefs, *retrievals(config.eval), *measured["evaluators"]), in_loop=measured["in_loop"],
-        **EncodedCache(data, modalities, [autoencoder, vision, captions], mirrored=False).for_experiment)  # captions say left and right
+        "data": published(lambda split: open_source(data, split, modalities), test=test_split(data.set)),
+        "evaluators": (beliefs, *measured["evaluators"]), "in_loop": measured["in_loop"],
+        **EncodedCache(data, modalities, [autoencoder, vision, captions], mirrored=False).for_experiment}  # captions say left and right

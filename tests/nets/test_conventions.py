@@ -97,6 +97,9 @@ NETWORKS = {
     "towers": (
         nets.TwoTowers(Patches(4, 4, 1, 2), vocabulary=6, length=L, size=4, text_depth=1, text_width=8, **SIZES),
         ({"image": IMAGE, "text": IDS[:2]}, {}), 1e-5),
+    "uvit": (
+        nets.UViT(Patches(4, 4, 1, 2), nets.Vectors(4), nets.Vectors(3, L), depth=2, width=8, heads=2),
+        ({"image": IMAGE, "vision": VECTOR, "text": jnp.ones((2, L, 3))}, {"image": TIME, "vision": TIME, "text": TIME}), 1e-5),
     "motion": (MotionEncoder(depth=1, width=8, heads=2), (jnp.ones((2, 8, 3, 3)).at[:, ::2].set(0.5),), 1e-6),
 }  # fmt: skip
 

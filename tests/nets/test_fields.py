@@ -24,6 +24,7 @@ VALID = [
     nets.TextEncoder(6, 3, **SIZES), MotionEncoder(**SIZES), DanceEncoder(MotionEncoder(**SIZES), genres=3),
     nets.TwoTowers(IMAGE, 7, 6, 8, text_depth=1, text_width=8, **SIZES), tokenizers.VQAutoencoder(8, 8, multipliers=(1,)),
     audio.AudioAutoencoder(1024), nets.Tap("image", 1, 8),
+    nets.UViT(IMAGE, nets.Vectors(4), nets.Vectors(6, 2), data_types=2, data_type=1, **SIZES),
 ]  # fmt: skip
 
 

@@ -32,7 +32,7 @@ X = {
     "image": IMAGE, "label": LABEL, "other": LABEL, "text": IDS, "tokens": IDS, "vector": VECTOR, "query": VECTOR, "grid": IMAGE,
     "map": jnp.zeros((2, 4, 4), int), "context": CONTEXT,
 }  # fmt: skip
-T = dict.fromkeys(X, TIME)
+T = dict.fromkeys([*X, "vision"], TIME)
 NETWORKS = {
     "DiT": (nets.DiT(PATCHES, 3, **SIZES), IMAGE, TIME, LABEL),
     "DiT, qk_norm, no scan": (nets.DiT(PATCHES, 3, qk_norm=True, scan=False, **SIZES), IMAGE, TIME, LABEL),
@@ -54,6 +54,7 @@ NETWORKS = {
             6, (1, 5), pooled=True, aligned=4, context=("text",), encoder=nets.TextEncoder(6, 5, depth=1, width=8, heads=2), **SIZES),
         X, T),
     "TwoTowers": (nets.TwoTowers(PATCHES, 6, 5, 4, text_depth=1, text_width=8, **SIZES), X, T),
+    "UViT": (nets.UViT(PATCHES, nets.Vectors(4), nets.Vectors(12, 7), data_types=2, **SIZES), X | {"vision": VECTOR, "text": CONTEXT}, T),
     "DanceEncoder": (DanceEncoder(DANCE, genres=4, video=True), MOTION, LABEL, VECTOR),
     "VQAutoencoder": (VQAutoencoder(8, 8, 3, features=8, codes=16), jnp.zeros((2, 8, 8, 3))),
     "AudioAutoencoder": (AudioAutoencoder(256, hop=32, codes=16, widths=(4, 4, 4)), jnp.zeros((2, 256))),

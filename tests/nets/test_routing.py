@@ -9,7 +9,7 @@ from filled import filled
 
 from mmdiff import losses, schedules, times
 from mmdiff.errors import UserError
-from mmdiff.nets import DiT, Label, MiT, MMDiT, Patches, Tap, TokenTransformer, TwoTowers, as_joint
+from mmdiff.nets import DiT, Label, MiT, MMDiT, Patches, Tap, TokenTransformer, TwoTowers, UViT, Vectors, as_joint
 from mmdiff.nets.rotary import rotate
 from mmdiff.nets.routes import places, put, take
 from mmdiff.nets.target import compiling_for
@@ -90,7 +90,7 @@ def test_what_cannot_be_routed_is_refused():
     with pytest.raises(UserError, match="it has no route"):
         jax.eval_shape(lambda: joint({}, *inputs))
     without = MiT(PATCHES, 3, depth=2, head_depth=1, **SIZES), TokenTransformer(3, (2, 2), depth=1, **SIZES), TwoTowers(
-        PATCHES, 3, 4, 4, text_depth=1, text_width=16, depth=1, **SIZES)
+        PATCHES, 3, 4, 4, text_depth=1, text_width=16, depth=1, **SIZES), UViT(PATCHES, Vectors(4), Vectors(4, 2), depth=2, **SIZES)
     for net in without:
         with pytest.raises(UserError, match=f"{type(net).__name__}: some tokens of 'image' are to skip blocks, but it has no route"):
             jax.eval_shape(lambda net=net: net.init(jax.random.key(0), *inputs))
