@@ -9,6 +9,7 @@ diffusers has queries, keys and values as three products, and a copy of the patc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,9 +69,14 @@ def read(weights: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
             return np.concatenate(parts)
 
         found["pos_embed.weight"] = positions.map(rows, (positions.shape[1] + extra, positions.shape[2]))
-    return each(found, {
-        PATCHES: lambda kernel: kernel.transpose(0, 2, 3, 1).reshape(kernel.shape[0], kernel.size // kernel.shape[0]),
-        QKV: lambda fused: fused if fused.shape[0] != 3 * net.width else regrouped(fused, 3, net.heads)})
+
+    def patches(kernel):
+        return kernel if kernel.ndim != 4 else kernel.transpose(0, 2, 3, 1).reshape(kernel.shape[0], math.prod(kernel.shape[1:]))
+
+    def by_head(fused):
+        return fused if fused.shape[:1] != (3 * net.width,) else regrouped(fused, 3, net.heads)
+
+    return each(found, {PATCHES: patches, QKV: by_head})
 
 
 def write(weights: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
