@@ -10,7 +10,8 @@
     python -m mmdiff cache   --config configs/joint/unidiffuser.py --out latents/unidiffuser $ENCODERS --config.data.images=coco
     python -m mmdiff train   $USE --workdir runs/tuned --config.train.start=runs/u --config.data.dir=latents/unidiffuser
     python -m mmdiff eval    $USE --workdir runs/tuned                                                  # retrieval, both ways
-    python -m mmdiff aot     --config configs/joint/unidiffuser.py --topology v5e:4x4 --config.data.source=random
+    python -m mmdiff aot     --config configs/joint/unidiffuser.py --topology v5e:4x4 --config.data.source=random \\
+        --config.train.mesh.fsdp=16 --config.model.remat=full
 
 weights/unidiffuser-v1: the folder of "thu-ml/unidiffuser-v1" as diffusers reads it, of which `convert` takes unet. Or name the authors'
 uvit_v1.pth (AGPL-3.0 for their code; of the weights, see their page). Of v0: --config.model.data_types=0 --config.model.data_type=0.

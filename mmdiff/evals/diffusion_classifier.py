@@ -22,6 +22,7 @@ from mmdiff.errors import UserError
 from mmdiff.evals.accuracy import denoising_losses
 from mmdiff.evals.evaluator import in_batches
 from mmdiff.evals.zeroshot import ZeroShot, selected
+from mmdiff.guidance import at_one_time
 
 CANDIDATES = 32  # examples of a network call
 
@@ -61,7 +62,7 @@ def asked(experiment: Any, options: Any, draws: int = 16) -> DiffusionClassifier
       draws: noisy copies of an image, the same for all classes.
 
     Raises:
-      UserError: no image of which pixels are encoded, or no text; what `zeroshot.asked` refuses.
+      UserError: no image of which pixels are encoded, or one that shares its time, or no text; what `zeroshot.asked` refuses.
     """
     there = {name: experiment.modalities[name] for name in experiment.shape if name in experiment.modalities}
     images = {name: _pixels(each) for name, each in there.items() if isinstance(each, (Images, EncodedLatents, EncodedTokens))}
@@ -71,6 +72,10 @@ def asked(experiment: Any, options: Any, draws: int = 16) -> DiffusionClassifier
             "this model has no vectors of images and texts to classify by (config.eval.zeroshot, as of diffdis/scenes), nor an image and a "
             f"text: it has {', '.join(there)}; classify with another one.")
     (image, (size, encode_image)), (text, encode_text) = *images.items(), next(iter(texts.items()))
+    if names := [name for name in at_one_time(image, experiment.sampler.get("shared", ())) if name != image]:
+        raise UserError(
+            f"this model's {image} has one time with {', '.join(names)}, thus its loss given a prompt needs both, and the sets have the "
+            "images alone: classify with another one.")
 
     def losses(params, keys, given):
         params, candidates = params

@@ -291,6 +291,9 @@ def test_vectors_of_other_image_encoders(kind, images, tmp_path):
     found = net.apply({"params": params}, view[None])
     by_hand = np.asarray(found["cls"] if kind == "dinov2" else found.pooled)
     np.testing.assert_allclose(vectors.encode(view[None])["representation"], by_hand * (12**0.5 / np.linalg.norm(by_hand)), atol=1e-4)
+    plain = ImageVectors({"kind": kind, "path": str(folder)}, 12, normalized=False)
+    np.testing.assert_allclose(plain.encode(view[None])["representation"], by_hand, atol=1e-4)
+    assert plain.fingerprint() != vectors.fingerprint()  # a cache is of one or the other
     with pytest.raises(UserError, match="has vectors of 12 numbers, but the config needs 16"):
         ImageVectors({"kind": kind, "path": str(folder)}, 16).encode(view[None])
 
