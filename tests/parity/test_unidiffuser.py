@@ -77,7 +77,7 @@ def test_all_keys_of_the_published_size():
     assert (len(authors), sum(map(math.prod, authors.values()))) == (17 + 31 * 11 + 15 * 4, 952_509_520)
 
 
-def test_a_folder_of_diffusers_becomes_a_run_and_a_folder_again(tmp_path):
+def test_a_folder_of_diffusers_and_the_authors_file_become_runs_and_a_folder_again(tmp_path):
     net = net_of(length=77)
     model = original._model(net)
     model.save_pretrained(tmp_path / "pipeline/unet")
@@ -89,3 +89,7 @@ def test_a_folder_of_diffusers_becomes_a_run_and_a_folder_again(tmp_path):
     again = diffusers.UniDiffuserModel.from_pretrained(tmp_path / "again")
     for name, answer in original._answers(model, net).items():
         np.testing.assert_array_equal(original._answers(again, net)[name], answer)
+    authors = layouts.state_dict(unidiffuser.UNIDIFFUSER, run.experiment.net, run.params["params"])
+    torch.save({key: torch.from_numpy(array) for key, array in authors.items()}, tmp_path / "uvit_v1.pth")
+    import_weights("joint/unidiffuser", tmp_path / "other", tmp_path / "uvit_v1.pth", "unidiffuser", TINY)
+    jax.tree.map(np.testing.assert_array_equal, open_run("joint/unidiffuser", tmp_path / "other").params, run.params)
