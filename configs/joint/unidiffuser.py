@@ -6,7 +6,7 @@
     USE="--config configs/joint/unidiffuser.py $ENCODERS"
     python -m mmdiff convert $USE --workdir runs/u --from weights/unidiffuser-v1 --as unidiffuser       # or --from uvit_v1.pth
     python -m mmdiff sample  $USE --workdir runs/u --given text="an elephant under the sea"             # images of a text
-    python -m mmdiff sample  $USE --workdir runs/u --absent text                                        # images alone; else of pairs
+    python -m mmdiff sample  $USE --workdir runs/u --absent text                                        # images alone; without it, pairs
     python -m mmdiff cache   --config configs/joint/unidiffuser.py --out latents/unidiffuser $ENCODERS --config.data.images=coco
     python -m mmdiff train   $USE --workdir runs/tuned --config.train.start=runs/u --config.data.dir=latents/unidiffuser
     python -m mmdiff eval    $USE --workdir runs/tuned                                                  # retrieval, both ways
@@ -18,14 +18,14 @@ uvit_v1.pth (AGPL-3.0 for their code; of the weights, see their page). Of v0: --
 Encoders and data are those of coco_vectors.py, whose head says what lies in `coco`; here images have 512 pixels, CLIP's vector of an image
 keeps its length, and an example takes 75 KiB.
 
-As published (Bao et al. 2023, and the authors' sampler): the network, Stable Diffusion's table of 1,000 betas, eps, one time for the
-latents and the vector and another for the text, both uniform on 1/1000, ..., 1, the squared error of all three noises as one vector, priors
-N(0, 1). Guidance is of latents and vector by the text and of the text by these, w = 8: theirs, (1 + 7) c - 7 u. `data_type` 1 is the
-authors' own pairs, 0 the web's.
+As published (the authors' sampler): the network, Stable Diffusion's table of 1,000 betas, eps, priors N(0, 1), one time for the latents and
+the vector and another for the text. Guidance is of latents and vector by the text and of the text by these, w = 8: theirs, (1 + 7) c - 7 u.
+`data_type` 1 is the authors' own pairs, 0 the web's. Recalled from the paper (Bao et al. 2023), for its training is not published: both
+times uniform on 1/1000, ..., 1, and the squared error of all three noises as one vector.
 
 Not theirs: 50 calls of DPM-Solver++(2M) down to t = 0 for DPM-Solver++-fast of third order down to 1/1000; the noise in the place of what
-is absent from the unguided branch is drawn once a sample, not at every call; fine-tuning, which they do not publish (all values of
-`train` are ours); the text decoder, which is not part of mmdiff: a text is found among others (retrieval), not written.
+is absent from the unguided branch is drawn once a sample, not at every call; fine-tuning (all values of `train` are
+ours); the text decoder, which is not part of mmdiff: a text is found among others (retrieval), not written.
 
 This has not been sampled or trained here: no weights came along. tests/parity compares the network with diffusers'.
 Cost: see configs/joint/README.md.
