@@ -103,8 +103,8 @@ def table(rows: Sequence[Mapping], bases: Mapping[str, str]) -> None:
 def main(
     description: str, settings: Sequence[Setting], run: Callable, bases: Mapping[str, str],
     real: Sequence[str] = (), seeds: Mapping[str, Sequence[int]] = {}, follow: Callable | None = None,
-) -> None:
-    """The command.
+) -> list[dict[str, Any]]:
+    """The command; returns its rows.
 
     Args:
       description: of the command.
@@ -140,6 +140,7 @@ def main(
     except UserError as error:
         parser.error(str(error))
     table(rows, bases)
+    return rows
 
 
 def complete(args: argparse.Namespace, every: Sequence[tuple], run: Callable) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 
 from mmdiff import config as configs
 from mmdiff.__main__ import main
+from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
 from mmdiff.projects.emoji.emoji import emoji_tokenizer
 from tests.small_sets import emoji
@@ -38,10 +39,30 @@ def test_an_absent_text_changes_no_bit_and_padding_weighs_less(file):
     assert measured.absent_text_difference(experiment, params, jax.random.key(2), experiment.train_data()) == 0
 
 
-def test_without_its_data_it_says_where_they_are(tmp_path):
+@pytest.mark.parametrize("name", [NAME, "configs/cdcd/emoji_tokenizer.py", "configs/cdcd/emoji_text.py"])
+def test_without_its_data_it_says_where_they_are(name, tmp_path):
     for value, words in (("", "config.data.dir is empty"), (tmp_path / "no.tar", "no.tar")):
         with pytest.raises(UserError, match=words):
-            configs.build(*configs.load(NAME, [("data.dir", str(value))]))
+            configs.build(*configs.load(name, [("data.dir", str(value))])).train_data()
+
+
+def test_tokens_given_captions_have_all_terms_of_cdcd(file):
+    small = {"model.width": "16", "model.depth": "1", "model.heads": "2", "text.width": "16", "text.heads": "2"}
+    weights = {"loss.sample_inter": "5e-6", "loss.count": "2"}
+    config, module = configs.load("configs/cdcd/emoji_text.py", [*small.items(), *weights.items(), ("data.dir", str(file))])
+    experiment = module.build(config)
+    assert experiment.shape == {"tokens": (64,), "text": (16,)}
+    batch = {**RandomSource(experiment.modalities).take(np.arange(4)), "index": np.arange(4, dtype=np.uint32)}
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), jax.eval_shape(experiment.init, jax.random.key(0)))
+    value, metrics = jax.jit(experiment.loss)(params, batch, jax.random.key(1))
+    assert np.isfinite(value) and {"loss/vlb", "loss/auxiliary", "loss/step_intra", "loss/sample_inter"} <= set(metrics)
+
+
+def test_the_tokenizer_and_the_model_of_its_tokens_have_one_grid_and_codebook(file):
+    experiment = configs.build(*configs.load("configs/cdcd/emoji_tokenizer.py", [("data.dir", str(file))]))
+    _, module = configs.load("configs/cdcd/emoji_text.py")
+    net = experiment.cache.net
+    assert (net.grid, net.codes) == (module.GRID, module.CODES) and net.shape == experiment.shape["image"] == (32, 32, 3)
 
 
 @pytest.mark.slow
@@ -56,6 +77,41 @@ def test_the_commands(file, tmp_path):
     assert {"sampled_category", "read_category", "cycle_name", "text_to_image_r1"} <= set(report) and report["absent_text_difference"] == 0
     run("sample", "--given", "text=dark skin, hand b", "--number", 2, "--out", tmp_path / "hands")
     assert np.load(tmp_path / "hands/samples.npz")["image"].shape == (2, 32, 32, 3)
+
+
+@pytest.mark.slow
+def test_tokens_given_captions_by_the_commands(file, tmp_path, loaded_launch, monkeypatch):
+    def run(command, name, *flags):
+        assert main([command, "--config", f"configs/cdcd/{name}.py", "--workdir", str(tmp_path / name), *map(str, flags)]) == 0
+
+    data, tokens = f"--config.data.dir={file}", tmp_path / "tokens"
+    few = [f"--config.{value}" for value in (
+        "train.steps=2", "train.global_batch=8", "train.eval_every=2", "train.log_every=1", "train.tensorboard=false", "eval.most=10",
+        "eval.category_classifier_steps=3")]  # fmt: skip
+    run("train", "emoji_tokenizer", data, "--config.model.features=8", *few)
+    run("eval", "emoji_tokenizer")
+    report = json.loads((tmp_path / "emoji_tokenizer/report.json").read_text())
+    assert {"reconstruction_psnr", "codebook_usage", "reconstructed_tone", "reconstructed_category_real"} <= set(report)
+    run("cache", "emoji_tokenizer", "--out", tokens)
+    small = {"model.width": "16", "model.depth": "1", "text.width": "16", "text.heads": "2", "data.tokens": str(tokens)}
+    run("train", "emoji_text", data, *few, *(f"--config.{name}={value}" for name, value in small.items()), "--config.sample.steps=2")
+    run("eval", "emoji_text", "--split", "validation")
+    report = json.loads((tmp_path / "emoji_text/report-validation.json").read_text())
+    assert {f"sampled_{name}{kind}" for name in ("tone", "category") for kind in ("", "_real", "_reconstructed")} <= set(report)
+    run("sample", "emoji_text", "--given", "text=dark skin, hand b", "--number", 2, "--out", tmp_path / "hands")
+    assert np.load(tmp_path / "hands/samples.npz")["tokens"].shape == (2, 64) and (tmp_path / "hands/samples.png").exists()
+
+    experiments = loaded_launch("cdcd_tokens_experiments")
+    for name, value in (
+            ("SAMPLERS", ((1, 1.0), (2, 1.0), (2, 1.5))), ("SAMPLES", 20), ("HELD_OUT", 10), ("CLASSIFIER_STEPS", 3), ("BATCH", 10)):
+        monkeypatch.setattr(experiments, name, value)
+    _, _, split, overrides = experiments.setting("emoji", "emoji", "test", **{"step-intra": 1, "sample-inter": 1})
+    found, seconds = experiments.run(
+        1, split, {**overrides, **small, "train.steps": "2", "train.global_batch": "8"}, str(file.parent))
+    kinds = ("1_calls", "2_calls", "2_calls_guidance_1.5")
+    names = {f"{name}_at_{kind}" for name in ("sampled_tone", "sampled_category", "lite0-FD") for kind in kinds}
+    assert names | {"nats_per_token", "lite0-FD_reconstructed", "sampled_tone_real"} <= set(found)
+    assert np.isfinite(list(found.values())).all() and seconds > 0
 
 
 @pytest.mark.slow

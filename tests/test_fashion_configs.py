@@ -66,14 +66,33 @@ def experiments(loaded_launch):
 
 
 def test_the_contrasts_with_the_best_samples_are_reported(experiments):
-    every, best = list(experiments.weights()), ("step-intra x1000", "sample-inter x1")
-    rows = [{"setting": name, "metrics": {"lite0-FD_at_40_calls": 8.0 if name in best else 9.0}} for _, name, *_ in every]
+    every = list(experiments.weights())
+    best = {"emoji": ("step-intra x300", "sample-inter x3000"), "fashion": ("step-intra x1", "sample-inter x1")}
+    rows = [
+        {"part": part, "setting": name, "metrics": {experiments.CHOSEN_BY: 8.0 if name in best[data] else 9.0}}
+        for part, name, (data, _), _ in every]
     found = list(experiments.reported(rows))
-    assert [name for _, name, *_ in found] == ["vanilla", *best]
-    for _, name, _, overrides in (*every, *found):
-        config, _ = configs.load(str(experiments.CONFIG), list(overrides.items()))
-        assert ("step-intra x1000" in name) == (config.loss.step_intra == 0.05)
-    assert not list(experiments.reported(rows[1:]))
+    for data, (one, other) in best.items():
+        assert [name for part, name, *_ in found if part == data] == ["vanilla", one, other, f"{one} and {other}"]
+    for _, name, (data, split), overrides in (*every, *found):
+        config, _ = configs.load(str(experiments.CONFIGS / experiments.DATA[data].config), list(overrides.items()))
+        scales = dict(each.split(" x") for each in name.split(" and ") if each != "vanilla")
+        for contrast, (key, weight) in experiments.RELEASED.items():
+            assert config.loss[key.removeprefix("loss.")] == pytest.approx(weight * float(scales.get(contrast, 0)))
+        assert max(calls for calls, _ in experiments.SAMPLERS) <= config.chain.steps
+    assert {part for part, *_ in experiments.reported(rows[1:])} == {"fashion"}  # emoji lack vanilla
+
+
+def test_contrasts_without_guidance_are_compared_with_vanilla_that_has_it(experiments):
+    metrics = {"agreement_at_10_calls": 0.2, "agreement_at_40_calls": 0.5, "agreement_at_40_calls_guidance_1.5": 0.7, "nats_per_token": 4.0}
+    metrics |= {"agreement_at_40_calls_guidance_2": 0.8}
+    rows = [{"part": "fashion", "setting": "vanilla", "seed": 0, "metrics": metrics}]
+    rows.append({**rows[0], "setting": "both", "metrics": {name: value + 0.1 for name, value in metrics.items()}})
+    found, bases = experiments.against_guidance(rows)
+    for (part, base), difference in zip(bases.items(), (0.6 - 0.7, 0.6 - 0.8), strict=True):
+        own = [row for row in found if row["part"] == part]
+        np.testing.assert_allclose(experiments.experiments.differences(own, "both", base, ["agreement"]), [[difference]])
+    assert all(set(row["metrics"]) == {"agreement"} for row in found)
 
 
 @pytest.mark.slow
@@ -86,13 +105,16 @@ def test_tokens(folder, tmp_path, experiments, monkeypatch):
     run("train", "vq_class", tmp_path / "run", data, f"--config.data.tokens={tmp_path / 'tokens'}", *TRAINED, *SMALL)
     run("eval", "vq_class", tmp_path / "run")
     assert COMMON <= set(metrics(tmp_path / "run")) and "label_accuracy" not in metrics(tmp_path / "run")
-    for name, value in (("SAMPLES", 20), ("HELD_OUT", 10), ("CLASSIFIER_STEPS", 5), ("BATCH", 10)):
+    for name, value in (
+            ("SAMPLERS", ((1, 1.0), (2, 1.0), (2, 1.5))), ("SAMPLES", 20), ("HELD_OUT", 10), ("CLASSIFIER_STEPS", 5), ("BATCH", 10)):
         monkeypatch.setattr(experiments, name, value)
-    *_, overrides = experiments.setting("fashion", "validation", **{"step-intra": 1, "sample-inter": 1})
+    _, _, data, overrides = experiments.setting("fashion", "fashion", "validation", **{"step-intra": 1, "sample-inter": 1})
     small = {**overrides, "data.tokens": str(tmp_path / "tokens"), "model.width": "16", "train.steps": "2", "train.global_batch": "8"}
-    found, seconds = experiments.run(1, "validation", small, str(folder))
-    of_samples = {f"{name}_at_{calls}_calls" for name in ("agreement", "lite0-FD") for calls in experiments.CALLS}
-    assert set(found) == {*of_samples, "nats_per_token"} and np.isfinite(list(found.values())).all() and seconds > 0
+    (tmp_path / "fashion-mnist").symlink_to(folder)
+    found, seconds = experiments.run(1, data, small, str(tmp_path))
+    kinds = ("_reconstructed", "_at_1_calls", "_at_2_calls", "_at_2_calls_guidance_1.5")
+    assert set(found) == {"nats_per_token", *(f"{name}{kind}" for name in ("agreement", "lite0-FD") for kind in kinds)}
+    assert np.isfinite(list(found.values())).all() and seconds > 0
 
 
 @pytest.mark.parametrize("name", ["joint", "fewstep", "vq_tokenizer"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import functools
 
 import numpy as np
 
 from mmdiff.evals import image_classifier
 from mmdiff.evals.evaluator import best
-from mmdiff.projects.emoji.emoji import CATEGORIES, TONES, Emoji
+from mmdiff.projects.emoji.emoji import CATEGORIES, TONES, Emoji, emoji_source
 
 DARKER = 8.0  # levels of 256 by which skin gets darker from one tone to the next, and hair and clothes do not
 NEAR = 15.0  # levels
@@ -46,6 +47,13 @@ def category_classifier(train: Emoji, steps: int) -> image_classifier.Classifier
     chosen = np.concatenate([np.resize(own, most) for own in rows if len(own)])
     images = np.rint(_levels(train.take(chosen)["image"])).astype(np.uint8)
     return image_classifier.trained(images, train.categories[chosen], len(CATEGORIES), steps)
+
+
+@functools.lru_cache(maxsize=2)
+def independent_classifiers(file: str, steps: int) -> tuple[ToneClassifier, image_classifier.Classifier | None]:
+    """Both of the training pictures in a file, that of categories after `steps` (None after 0); evaluators of one process share them."""
+    train = emoji_source("train", file)
+    return ToneClassifier(train), category_classifier(train, steps) if steps else None
 
 
 def _levels(images: np.ndarray) -> np.ndarray:

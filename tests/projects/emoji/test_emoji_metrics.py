@@ -55,4 +55,4 @@ def test_what_is_measured_of_a_model_that_knows_everything(tmp_path):
     assert {name: found.pop(name) for name in ones} == dict.fromkeys(ones, 1.0)
     assert found.pop("absent_text_difference") == 0 and found.pop("read_category") == found.pop("read_known") == 0
     assert set(found) == {"sampled_category", "sampled_category_real"} and set(result.definitions) == set(result.metrics)
-    assert len(result.figures) == 3 and np.isfinite(list(found.values())).all()
+    assert len(result.figures) == 4 and np.isfinite(list(found.values())).all()
