@@ -12,7 +12,7 @@ from mmdiff import config as configs
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 PARAMETERS = {
     "cdcd/aist_music": 434_800_384, "cdcd/coco_text": 35_798_407, "cdcd/cub200_text": 35_798_407, "cdcd/dance_music": 2_498_272,
-    "cdcd/digits_class": 1_080_132, "cdcd/imagenet256_class": 517_792_206, "cdcd/markov_class": 254_352,
+    "cdcd/digits_class": 1_080_132, "cdcd/emoji_tokenizer": 212_468, "cdcd/imagenet256_class": 517_792_206, "cdcd/markov_class": 254_352,
     "cdcd/music_tokenizer": 552_440, "cdcd/images_tokenizer": 6_893_956, "cdcd/scenes_text": 1_666_720,
     "cdcd/scenes_tokenizer": 131_604, "cdcd/tiktok_music": 433_826_816, "diffdis/digits": 1_976_006, "diffdis/scenes": 3_547_986,
     "diffdis/scenes_towers": 424_322, "diffdis/sd_scale": 1_254_083_730, "digits_fewstep": 777_614, "digits_joint": 743_630,

@@ -67,7 +67,7 @@ def experiments(loaded_launch):
 
 def test_the_contrasts_with_the_best_samples_are_reported(experiments):
     every = list(experiments.weights())
-    best = {"emoji": ("step-intra x300", "sample-inter x3000"), "fashion": ("step-intra x1", "sample-inter x1")}
+    best = {"emoji": ("step-intra x1000", "sample-inter x3000"), "fashion": ("step-intra x3000", "sample-inter x1000")}
     rows = [
         {"part": part, "setting": name, "metrics": {experiments.CHOSEN_BY: 8.0 if name in best[data] else 9.0}}
         for part, name, (data, _), _ in every]
@@ -84,8 +84,8 @@ def test_the_contrasts_with_the_best_samples_are_reported(experiments):
 
 
 def test_contrasts_without_guidance_are_compared_with_vanilla_that_has_it(experiments):
-    metrics = {"agreement_at_10_calls": 0.2, "agreement_at_40_calls": 0.5, "agreement_at_40_calls_guidance_1.5": 0.7, "nats_per_token": 4.0}
-    metrics |= {"agreement_at_40_calls_guidance_2": 0.8}
+    metrics = {"agreement_at_40_calls": 0.2, "agreement_at_10_calls": 0.5, "agreement_at_10_calls_guidance_1.5": 0.7, "nats_per_token": 4.0}
+    metrics |= {"agreement_at_10_calls_guidance_2": 0.8}
     rows = [{"part": "fashion", "setting": "vanilla", "seed": 0, "metrics": metrics}]
     rows.append({**rows[0], "setting": "both", "metrics": {name: value + 0.1 for name, value in metrics.items()}})
     found, bases = experiments.against_guidance(rows)

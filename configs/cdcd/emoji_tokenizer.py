@@ -32,7 +32,7 @@ def get_config():
             "codes": 512, "code_size": 8, "halvings": 2, "features": 32, "multipliers": (1, 2), "encoder_blocks": 1, "decoder_blocks": 1},
         "loss": {"commitment": 0.25, "revive": 1.0},
         "train": training_config(
-            steps=3000, global_batch=64, ema=0.995, learning_rate=2e-3, warmup_steps=50, weight_decay=1e-4, clip=1.0, eval_every=500),
+            steps=1500, global_batch=64, ema=0.995, learning_rate=2e-3, warmup_steps=50, weight_decay=1e-4, clip=1.0, eval_every=500),
         "sample": {"steps": 1, "guidance": 1.0},
         "eval": {"most": 200, "category_classifier_steps": 600},
     })
