@@ -13,6 +13,9 @@ configs/cdcd/scenes_text.py.
 
 `eval` measures whether pictures sampled for captions of held-out pairs have their tone, and those for training captions their category,
 beside what the tokenizer makes of the real pictures.
+
+State: tested in small, and compared in small with other weights of the contrast (configs/cdcd/README.md); not trained whole. 4.18M
+parameters.
 """
 
 from functools import partial
