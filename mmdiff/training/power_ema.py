@@ -52,8 +52,8 @@ def update(averages: Mapping[str, Any], params: Any, taken: jax.Array) -> dict[s
 def combination(steps: Sequence[float], widths: Sequence[float], width: float, at: float) -> np.ndarray:
     """The weights, of sum 1, with which averages of `widths` at `steps` make that of another width at step `at`, in least squares.
 
-    >>> combination([500, 1000, 1000], [0.1, 0.1, 0.05], 0.05, 1000).round(6).tolist()
-    [0.0, 0.0, 1.0]
+    >>> bool(np.allclose(combination([500, 1000, 1000], [0.1, 0.1, 0.05], 0.05, 1000), [0, 0, 1]))
+    True
     """
     t, g = np.asarray(steps, np.float64), np.asarray([exponent(each) for each in widths])
     x = np.linalg.solve(_gram(t[:, None], g[:, None], t, g), _gram(t, g, float(at), exponent(width)))
