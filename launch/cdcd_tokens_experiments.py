@@ -41,7 +41,7 @@ SMALL = {
     "model.width": "64", "model.depth": "2", "train.global_batch": "16", "train.learning_rate": "6e-3", "train.warmup_steps": "50",
     "train.ema": "0.98", "train.weight_decay": "0.05", "loss.count": "2", "sample.top_p": "1.0"}  # fmt: skip
 RELEASED = {"step-intra": ("loss.step_intra", 5e-5), "sample-inter": ("loss.sample_inter", 5e-6)}
-SCALES = (1, 300, 1000, 3000)  # of the released weights
+SCALES = (1, 300, 1000)  # of the released weights
 SAMPLERS = ((40, 1.0), (10, 1.0), (10, 1.5), (10, 2.0))  # calls, guidance
 DISTANCE = NETWORKS[DEFAULT].distance
 CHOSEN_BY = f"{DISTANCE}_at_40_calls"

@@ -10,7 +10,12 @@ MiniLM, a frozen, published encoder of sentences (configs/joint/README.md says h
 configs/joint/emoji_towers.py writes, by a tower that was trained on these captions. The picture's part in the vector's task is as in
 configs/diffdis/scenes.py.
 
-Cost: 4.11M parameters, 12,000 steps of 64 pairs. Tested in small; not trained here.
+Measured (one seed, EMA weights, 80 to 200 examples of each metric, test data; the sampler's settings are those of emoji_tokens.py): by
+vectors tones of held-out pairs are told in 0.961, their names among 322 in 0.812, the category of held-out names in 0.588, Recall@1 among
+100 training pairs is 0.98 of texts and 0.99 of images, by denoising losses 0.52 and 1.00; pictures of held-out pairs have the tone asked
+for in 0.805, pairs sampled together agree in tone in 0.744, tones and names of held-out pairs are read in 0.905 and 0.911. What was aimed
+at, and emoji_tokens.py beside it: configs/joint/README.md. Cost: 4.11M parameters; 3,500 steps of 64 pairs, 55 minutes of one core of an
+AMD EPYC.
 """
 
 from functools import partial
@@ -47,7 +52,7 @@ def get_config():
         "text_weight": 0.5, "padding_weight": 0.1, "cap": 5.0,  # of the text's 1/t
         "tasks": "both",  # or generate or align: a single one
         "train": training_config(
-            steps=12_000, global_batch=64, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=1000,
+            steps=3500, global_batch=64, ema=0.998, learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.1, clip=1.0, eval_every=1000,
             checkpoint_every=500),
         "sample": {"steps": 16, "guidance": 6.0, "temperature": 0.5},
         "eval": {
