@@ -284,7 +284,7 @@ def make_sampler(
       options: go to `sample` (transforms, heun, jumps).
     """
     transforms, drop = tuple(options.pop("transforms", ())), dropped(drop, process)
-    paths = {name: (paths or {}).get(name, lambda t: t) for name in shape}
+    paths = dict.fromkeys(shape, lambda t: t) | {name: path for name, path in (paths or {}).items() if name in shape}
     during = _interval_of(guided_during, shape)
     own = dict(each) if isinstance(each, Mapping) else {name: lambda w: w for name in guided_each(each, process)}
     guided_each(tuple(own), process)
@@ -312,8 +312,13 @@ def make_sampler(
         raise UserError(f"make_sampler: first hitting moves {hitting!r} beside the others, at its own times: leave order or hitting out.")
     unmasking = () if hitting is None else (only(hitting, first_hitting(process.parts[hitting])),)
 
-    if unknown := [names for names in shared if isinstance(names, str) or not {*names} <= {*shape}]:
-        raise UserError(f"make_sampler: shared is of several of {sorted(shape)} each, as (('image', 'vision'),), not {unknown[0]!r}.")
+    for names in shared:
+        others = [other for other in shared if {*other} & {*names}]
+        if isinstance(names, str) or not {*names} <= {*shape} or len({*names}) < 2 or len(others) > 1:
+            raise UserError(f"make_sampler: shared is of several of {sorted(shape)} each, as (('image', 'vision'),), not {names!r}.")
+        if order or hitting in names or len({paths[name] for name in names}) > 1:
+            raise UserError(
+                f"make_sampler: {' and '.join(names)} have one time: they need one path, the same function, and neither order nor hitting.")
 
     def sampler(params, keys, given, *, steps, guidance, absent=(), history=False, start=None):
         for what, pinned in ("given", given or {}), ("absent", absent):

@@ -17,7 +17,7 @@ from mmdiff.data.stored_images import values
 from mmdiff.errors import UserError
 from mmdiff.evals import plots
 from mmdiff.evals.accuracy import accuracy
-from mmdiff.evals.evaluator import Clock, EvalResult, Figure, sample_batched
+from mmdiff.evals.evaluator import Clock, EvalResult, Figure, finite, sample_batched
 from mmdiff.evals.retrieval import mean_per_class
 from mmdiff.projects.emoji.emoji import CATEGORIES, Emoji, emoji_source, evenly
 from mmdiff.projects.emoji.emoji_classifiers import independent_classifiers
@@ -177,13 +177,14 @@ class ReconstructedEmoji:
         metrics, texts = {}, {}
 
         def made(images):
-            return media.to_uint8(map_batched(reconstruct, values(images), 50))
+            return media.to_uint8(finite("reconstructions", map_batched(reconstruct, values(images), 50)))
 
         for kind, of, shown in (("", "reconstructions", made), ("_real", "pictures", np.asarray)):
             metrics[f"reconstructed_tone{kind}"] = accuracy(tone_of(values(shown(toned.real))), toned.tones)
             texts[f"reconstructed_tone{kind}"] = (
                 f"share of {len(toned.rows)} {of} of held-out pairs of a name and a tone that have this tone, by the colour of the skin")
-            metrics[f"reconstructed_category{kind}"] = mean_per_class(category_of(shown(plain.real)), plain.categories)
+            if category_of:
+                metrics[f"reconstructed_category{kind}"] = mean_per_class(category_of(shown(plain.real)), plain.categories)
             texts[f"reconstructed_category{kind}"] = (
                 f"mean over categories of the share of {len(plain.rows)} {of} of held-out names whose category a network sees that was "
                 f"trained on real pictures (chance {1 / len(CATEGORIES):g})")

@@ -54,6 +54,14 @@ def test_what_is_seen_of_samples_and_of_reconstructions(file):
     lossless = ReconstructedEmoji(file, most=40, category_classifier_steps=2)(experiment(file), {}, CONFIG, jax.random.key(0), 0).metrics
     assert lossless["reconstructed_tone"] == lossless["reconstructed_tone_real"] == 1
     assert lossless["reconstructed_category"] == lossless["reconstructed_category_real"] == found.metrics["sampled_category_real"]
+    plain = ReconstructedEmoji(file, most=40, category_classifier_steps=0)
+    assert set(plain(experiment(file), {}, CONFIG, jax.random.key(0), 0).metrics) == {"reconstructed_tone", "reconstructed_tone_real"}
+
+
+def test_reconstructions_that_are_not_finite_are_refused(file):
+    diverged = types.SimpleNamespace(**{**vars(experiment(file)), "apply": lambda params, x, t: {"reconstruction": x["image"] * np.nan}})
+    with pytest.raises(UserError, match="reconstructions: .* hold values that are not finite"):
+        ReconstructedEmoji(file, most=40, category_classifier_steps=0)(diverged, {}, CONFIG, jax.random.key(0), 0)
 
 
 def test_tokens_of_other_pictures_are_refused(file):
