@@ -53,9 +53,9 @@ def guided(
       each: the modalities that are guided, in place of `drop`.
       prior: what is fed for modalities that are absent, where it is no null: a sample of `process.prior`, [B, ...] each.
       combine: of the beliefs of a `Gaussian`, (c, u) -> what takes the place of c - u, see `projected`. Others are guided as ever.
-      shared: several modalities that have one time, ("image", "vision"), each: with `each` they are guided by all but these.
+      shared: groups of modalities that have one time, [("image", "vision")]: with `each`, none of a group guides another of it.
 
-    Raises UserError for a modality without a null, a weight that is not finite, or `channels` of no modality.
+    Raises UserError for a modality without a null, a weight that is not finite, or `channels` or a group of no modality.
 
     >>> from mmdiff import schedules
     >>> from mmdiff.processes import Gaussian, Given, Joint
@@ -72,7 +72,7 @@ def guided(
         raise UserError("guided: it needs the Joint process, and either drop, what guides, or each, what is guided.")
     if combine and getattr(process, "added", ()):
         raise UserError("guided: combine is of beliefs about x_0, and an Aggregate's target is not its own: leave combine out.")
-    prior, drop, each = dict(prior or {}), dropped(drop, process), guided_each(each, process)
+    prior, drop, each, shared = dict(prior or {}), dropped(drop, process), guided_each(each, process), sharing(shared, process)
     for one in w.values() if isinstance(w, Mapping) else (w,):
         _check_weight("guided", one)
     for name, count in (channels or {}).items():
@@ -180,6 +180,15 @@ def guided_each(each: Sequence[str], process: Joint) -> tuple[str, ...]:
     if each and getattr(process, "added", ()):
         raise UserError("guidance of each modality needs a state of its own for each; of an Aggregate use drop, what guides its target.")
     return tuple(each)
+
+
+def sharing(shared: Sequence[Sequence[str]], process: Joint) -> tuple[tuple[str, ...], ...]:
+    """The groups in `shared`, each of several modalities of the process that have one time, and none in two of them."""
+    for names in [shared] if isinstance(shared, str) else shared:
+        joined = isinstance(names, str) or sum(not {*names}.isdisjoint(other) for other in shared) > 1
+        if joined or len({*names}) < 2 or not {*names} <= {*process.parts}:
+            raise UserError(f"shared is groups of {sorted(process.parts)}, as [('image', 'vision')], of two or more, not {names!r}.")
+    return tuple(map(tuple, shared))
 
 
 def at_one_time(name: str, shared: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ import numpy as np
 from mmdiff.average_velocity import check_average
 from mmdiff.errors import UserError
 from mmdiff.grids import hitting_grid, karras_grid, settled_at, spaced_grid, staircase, uniform_grid
-from mmdiff.guidance import at_one_time, autoguided, dropped, guided, guided_each, head_guided, interval, projected, ramp
+from mmdiff.guidance import at_one_time, autoguided, dropped, guided, guided_each, head_guided, interval, projected, ramp, sharing
 from mmdiff.processes.base import Process, concrete, fold
 from mmdiff.processes.discrete import Discrete
 from mmdiff.spans import end_of
@@ -279,8 +279,8 @@ def make_sampler(
         no steps.
       hitting: a modality of an absorbing chain, sampled by `first_hitting` on its `hitting_grid` unless it is given or absent: `steps` must
         then be the number of its tokens. Not with `order`.
-      shared: several modalities that have one time, ("image", "vision"), each: they are given, absent or sampled together, and do not guide
-        each other.
+      shared: groups of modalities that have one time, [("image", "vision")]: those of a group are given, absent or sampled together, on one
+        path, and do not guide each other.
       options: go to `sample` (transforms, heun, jumps).
     """
     transforms, drop = tuple(options.pop("transforms", ())), dropped(drop, process)
@@ -312,10 +312,8 @@ def make_sampler(
         raise UserError(f"make_sampler: first hitting moves {hitting!r} beside the others, at its own times: leave order or hitting out.")
     unmasking = () if hitting is None else (only(hitting, first_hitting(process.parts[hitting])),)
 
+    shared = sharing(shared, process)
     for names in shared:
-        others = [other for other in shared if {*other} & {*names}]
-        if isinstance(names, str) or not {*names} <= {*shape} or len({*names}) < 2 or len(others) > 1:
-            raise UserError(f"make_sampler: shared is of several of {sorted(shape)} each, as (('image', 'vision'),), not {names!r}.")
         if order or hitting in names or len({paths[name] for name in names}) > 1:
             raise UserError(
                 f"make_sampler: {' and '.join(names)} have one time: they need one path, the same function, and neither order nor hitting.")

@@ -126,9 +126,11 @@ def test_the_sampler_takes_the_image_and_its_vector_together(experiment, params)
         experiment.sample(params, keys, {"vision": x["vision"]}, steps=2, guidance=8.0)
     with pytest.raises(UserError, match="image and vision have one time, and image alone cannot be absent"):
         experiment.sample(params, keys, {}, steps=2, guidance=1.0, absent=("image",))
-    for shared in ("image",), [("image",)], [("image", "depth")], [("image", "vision"), ("text", "vision")]:
-        with pytest.raises(UserError, match="shared is of several of "):
+    for shared in ("image", "vision"), [("image",)], [("image", "depth")], [("image", "vision"), ("text", "vision")]:
+        with pytest.raises(UserError, match="shared is groups of "):
             sampling.make_sampler(experiment.process, experiment.apply, SHAPES, shared=shared)
+        with pytest.raises(UserError, match="shared is groups of "):
+            sampling.guided(experiment.apply, 2.0, (), experiment.process, each=("text",), prior=x, shared=shared)
     for options in {"order": tuple(SHAPES)}, {"paths": {"vision": lambda t: t**2}}:
         with pytest.raises(UserError, match="image and vision have one time: they need one path"):
             sampling.make_sampler(experiment.process, experiment.apply, SHAPES, shared=[("image", "vision")], **options)

@@ -31,8 +31,8 @@ class UViT(Transformer):
     is a UserError if the values are known, and while tracing the outputs are NaN.
 
     Tokens, each plus a learned position: the sinusoidal features of the image's time and of the text's (`frequencies`, thousandths), which
-    data the network is asked for, the text's, the vector, the patches. The blocks are `PostNormBlock`s. Behind half of them and one in the
-    middle, each of the other half takes in the tokens behind its mirror image in the first. A last norm, and a layer for each output.
+    data the network is asked for, the text's, the vector, the patches. The blocks are `PostNormBlock`s: half of `depth`, one in the middle,
+    and the other half, in which the first has a skip from the last of the first half, and so on. A last norm, and a layer for each output.
 
     Attributes:
       image, vision, text: the shapes.
