@@ -59,7 +59,10 @@ def import_weights(
         source = None if own else kinds.check_network(kind, experiment.net, config)
         abstract = averaged_weights.averages_of(experiment, sharding.make_mesh({"fsdp": -1}))
     if (path / "model_index.json").is_file():  # a pipeline
-        path = path / next((part for part in ("transformer", "unet") if (path / part).is_dir()), "transformer")
+        parts = [path / part for part in ("transformer", "unet") if (path / part).is_dir()]
+        if not parts:
+            raise UserError(f"{path} is a pipeline without a folder transformer or unet: name the folder or file of the network's weights.")
+        path = parts[0]
     if source is not None and (path / "config.json").is_file():
         kinds.check_config(source, readers.read_json(path / "config.json"), experiment.net, str(path))
     weights = open_weights(path, within)

@@ -72,6 +72,10 @@ def test_published_weights_start_a_training_from_a_cache_with_equal_outputs(expe
         tmp_path / "pipeline/unet", layouts.state_dict(unidiffuser.UNIDIFFUSER_DIFFUSERS, net, params["params"]),
         unidiffuser.diffusers_config(net, {}))
     (tmp_path / "pipeline/model_index.json").write_text("{}")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/model_index.json").write_text("{}")
+    assert call("convert", *of(tmp_path / "u"), "--from", tmp_path / "none", "--as", "unidiffuser") == 2
+    assert "is a pipeline without a folder transformer or unet" in capsys.readouterr().err
     assert call("convert", *of(tmp_path / "u"), "--from", tmp_path / "pipeline", "--as", "unidiffuser") == 0
     assert "AGPL-3.0 for the authors' code" in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, open_run(CONFIG, tmp_path / "u").params, params)
@@ -83,6 +87,16 @@ def test_published_weights_start_a_training_from_a_cache_with_equal_outputs(expe
     assert json.loads((tmp_path / "tuned/source.json").read_text())["kind"] == "unidiffuser"
     tuned = open_run(CONFIG, tmp_path / "tuned").params
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-7), tuned, params)
+
+
+def test_the_loss_is_of_all_noises_as_one_vector(experiment, params):
+    """Terms that are means over their numbers, weighted by how many these are, make the mean over all, up to the image's share."""
+    batch = {**normal(3), "index": np.arange(2)}
+    value, metrics = jax.jit(experiment.loss)(params, batch, jax.random.key(4))
+    counts = {name: np.prod(shape) for name, shape in SHAPES.items()}
+    summed = sum(metrics[f"loss/{name}"] * count for name, count in counts.items())
+    assert len({*counts.values()}) > 1
+    np.testing.assert_allclose(value, summed / counts["image"], rtol=1e-6)
 
 
 GUIDING = {"image": ("text",), "vision": ("text",), "text": ("image", "vision")}  # what each is guided by

@@ -31,6 +31,8 @@ This has not been sampled or trained here: no weights came along. tests/parity c
 Cost: see configs/joint/README.md.
 """
 
+from math import prod
+
 from coco_vectors import encoded
 from coco_vectors import get_config as coco_vectors
 from ml_collections import ConfigDict
@@ -47,7 +49,7 @@ def get_config():
     config.model = ConfigDict({
         "depth": 30, "width": 1536, "heads": 24, "patch": 2, "data_types": 2, "data_type": 1, "dtype": "bfloat16", "remat": "auto",
         "scan": True})
-    config.weights.update(image=1.0, vision=512 / 16384, text=4928 / 16384)  # of means over so many dimensions
+    config.weights.update(image=1.0, vision=1.0, text=1.0)  # of sums of squared errors
     config.train.update(steps=20_000, global_batch=256, learning_rate=2e-5, warmup_steps=1_000)
     config.sample.guidance = 8.0
     del config.times, config.eval.likelihood  # of the image alone, without its vector
@@ -59,8 +61,10 @@ def build(config):
     streams, parts = encoded(config, normalized=False)
     process = Joint(**{name: Gaussian(schedule, eps, prior_std=1.0) for name in streams})
     net = nets.UViT(**streams, **nets.options(config.model, without="patch"))
+    sizes = {name: prod(parts["modalities"][name].shape) for name in streams}  # a term is a mean over so many numbers
+    weights = {name: config.weights[name] * size / sizes["image"] for name, size in sizes.items()}
     noise_levels = times.shared(*AT_ONE_TIME, times=noisy, text=noisy)
     solver = [sampling.only(name, sampling.dpmpp_2m(schedule)) for name in streams]
     return Experiment(
-        process=process, net=net, loss=losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, **config.weights)),
+        process=process, net=net, loss=losses.diffusion(process, net.apply, noise_levels, losses.of_parts(process, **weights)),
         sampler={"each": tuple(streams), "shared": (AT_ONE_TIME,), "transforms": solver}, **parts)

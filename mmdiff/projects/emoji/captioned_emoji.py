@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -77,8 +76,6 @@ class CaptionedEmoji:
     most: int = 200
     category_classifier_steps: int = 600
     batch: int = 50
-
-    better = MappingProxyType({"sampled_tone": "max", "sampled_category": "max"})  # what train.best may name
 
     def __call__(self, experiment, params, config, key, step) -> EvalResult:
         steps, guidance, clock = int(config.sample.steps), float(config.sample.guidance), Clock()
