@@ -189,7 +189,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     option = sub.add_argument
     option("--from", type=_path, dest="source", metavar="FILE|FOLDER", help="published weights: .safetensors, .pt, or diffusers' folder")
     option("--as", dest="kind", metavar="KIND", help=(
-        "what they are: dit, diffusers-dit, sit, repa, lightningdit, jit, imf, vq-diffusion, mmdiff"))
+        "what they are: dit, diffusers-dit, sit, repa, lightningdit, jit, imf, vq-diffusion, unidiffuser, mmdiff"))
     option("--within", metavar="NAME", help="the dictionary of a checkpoint that is meant (default: its average, ema, if it has one)")
     option("--to", choices=("published", "diffusers", "mmdiff"), help="the layout to write")
     option("--out", type=_path, metavar="DIR", help="where it is written: a new folder")

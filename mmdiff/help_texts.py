@@ -65,11 +65,11 @@ layout of the original code), diffusers (its folder) or mmdiff (with the config;
 --as mmdiff makes the same run of it). It is refused where the run's network is
 not the published one.
 
-Kinds: dit, sit, repa, lightningdit, jit, imf, vq-diffusion (CDCD's, too): the
-files of their authors, or of dit and vq-diffusion diffusers' of the same;
-diffusers-dit: weights that were trained with diffusers, whose DiT is another
-function; mmdiff. With dit the generator of diffdis/sd_scale begins, too; the rest
-of it is fresh."""
+Kinds: dit, sit, repa, lightningdit, jit, imf, unidiffuser, vq-diffusion
+(CDCD's, too): the files of their authors, or of dit, unidiffuser and
+vq-diffusion diffusers' of the same; diffusers-dit: weights that were trained with
+diffusers, whose DiT is another function; mmdiff. With dit the generator of
+diffdis/sd_scale begins, too; the rest of it is fresh."""
 
 AOT = """\
 Compiles the training step for TPUs that are not here, and prints what it needs
