@@ -78,7 +78,10 @@ def assert_same(path, arrays):
         np.testing.assert_array_equal(found[key].view(np.uint32), array.view(np.uint32), err_msg=key)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in ("imf", "jit", "repa"))) for case in CASES])
+SLOW = "imf", "jit", "repa", "unidiffuser"
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_published_weights_become_a_run_and_published_weights_again(case, tmp_path, capsys):
     file, run, kind = tmp_path / "it.safetensors", tmp_path / "run", CASES[case][0]
     arrays = random_weights(case)

@@ -14,8 +14,8 @@ configs/cdcd/scenes_text.py.
 `eval` measures whether pictures sampled for captions of held-out pairs have their tone, and those for training captions their category,
 beside what the tokenizer makes of the real pictures.
 
-State: tested in small, and compared in small with other weights of the contrast (configs/cdcd/README.md); not trained whole. 4.18M
-parameters.
+Not trained whole. In small trainings, three seeds, Sample-Inter at 300 times its released weight makes better samples, with Step-Intra at
+a thousand times more so (configs/cdcd/README.md). 4.18M parameters.
 """
 
 from functools import partial
