@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tiers import some
 
 from mmdiff import processes, schedules
 from mmdiff.processes import gaussian
@@ -92,6 +93,7 @@ DISCRETE = {
     "banded": processes.Markov(banded()),
     "markov": processes.Markov(_random_rows(STEPS, 5, 5), classes=CLASSES),
 }
+SOME_DISCRETE = some(DISCRETE, "absorbing", "mixed", "vqd_released", "markov")
 COSINE = ("absorbing_cosine", "rank_one")
 REMEMBER = ("markov", "vqd_released")  # their end still knows a little of the beginning: it is not their prior
 RANK_ONE = ("absorbing", "absorbing_cosine", "uniform", "mixed", "rank_one")

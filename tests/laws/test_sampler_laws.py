@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact import PREDICTS, SCHEDULES, SCHEDULES64, Mixture, keys
+from tiers import some
 
 from mmdiff import processes, sampling
 from mmdiff.errors import UserError
@@ -36,7 +37,7 @@ def exact_flow(process, toy, count):
     return np.asarray(toy.means[0] + toy.std * (start - alpha * toy.means[0]) / jnp.sqrt((alpha * toy.std) ** 2 + sigma**2))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", some(SCHEDULES, "cosine", "edm"))
 def test_deterministic_samplers_follow_the_exact_flow(schedule):
     process = Gaussian(SCHEDULES[schedule], processes.x0)
     exact = exact_flow(process, NORMAL, 64)
@@ -45,16 +46,16 @@ def test_deterministic_samplers_follow_the_exact_flow(schedule):
     assert errors["heun"] < errors["ddim"] and errors["2m"] < errors["ddim"]
 
 
-@pytest.mark.parametrize("schedule, predict", [(s, p) for s, p in [
+@pytest.mark.parametrize("schedule, predict", some([
     ("flow", "x0"), ("flow", "v"), ("flow", "velocity"), ("flow", "edm"), ("cosine", "v"), ("cosine", "velocity"), ("cosine", "edm"),
     ("linear_beta", "eps"), ("linear_beta", "v"), ("edm", "eps"), ("edm", "edm"), ("edm", "velocity"), ("shifted", "velocity"),
-]])
+], ("flow", "velocity"), ("cosine", "v"), ("linear_beta", "eps"), ("edm", "edm"), ("shifted", "velocity")))
 def test_every_parameterisation_samples_alike(schedule, predict):
     ours, plain = (draw(Gaussian(SCHEDULES[schedule], p), NORMAL, 64, 16) for p in (PREDICTS[predict], processes.x0))
     np.testing.assert_allclose(ours, plain, atol=2e-3)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", some(SCHEDULES, "flow", "linear_beta"))
 def test_ancestral_sampling_has_the_law_of_the_data(schedule):
     process = Gaussian(SCHEDULES[schedule], processes.x0, eta=1.0)
     count = 8000
@@ -72,7 +73,7 @@ def test_ancestral_sampling_has_the_law_of_the_data(schedule):
 TIME_OF_LOG_SNR = {"flow": lambda half: 1 / (1 + np.exp(half)), "cosine": lambda half: 2 / np.pi * np.arctan(np.exp(-half))}
 
 
-@pytest.mark.parametrize("schedule", TIME_OF_LOG_SNR)
+@pytest.mark.parametrize("schedule", some(TIME_OF_LOG_SNR, "flow"))
 @pytest.mark.parametrize("method, order", [("ddim", 1), ("2m", 2), ("heun", 2), ("unipc", 3)])
 def test_order_of_convergence(schedule, method, order):
     """The slope of log error against log steps, by regression over 8 to 64 steps even in log-SNR, on a mixture.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from arrays import normal
 from filled import filled
+from tiers import some
 
 from mmdiff.errors import UserError
 from mmdiff.nets import DiT, Patches, as_joint
@@ -98,7 +99,8 @@ def plain(params):
     return value_and_grad(params)
 
 
-@pytest.mark.parametrize("scan, remat", [(True, "some"), (True, "full"), (False, "none"), (False, "dots")])
+@pytest.mark.parametrize("scan, remat", some(
+    [(True, "some"), (True, "full"), (False, "none"), (False, "dots")], (True, "some"), (False, "dots")))
 def test_scan_and_remat_change_neither_value_nor_gradient(params, plain, scan, remat):
     value, gradient = value_and_grad(params if scan else unstacked(params), scan=scan, remat=remat)
     np.testing.assert_allclose(value, plain[0], rtol=1e-5)
