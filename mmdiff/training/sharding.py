@@ -39,11 +39,11 @@ FSDP_MIN_SIZE = 2**14  # smaller arrays are replicated: gathering them costs mor
 Rules = Sequence[tuple[str, PartitionSpec | str | Mapping[str, int | None]]]
 
 # The transformers of `mmdiff.nets`: each device of the tensor axis computes some heads and some hidden units of the MLP, so a block has
-# two all-reduces over the axis (Megatron-LM, Shoeybi et al. 2019). Modulations are split along their inputs.
+# two all-reduces over the axis (Megatron-LM, Shoeybi et al. 2019). Modulations, and the layers of long skips, are split along their inputs.
 TRANSFORMER_RULES: Rules = (
     (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(q|kv|qkv|mlp/in)/kernel$", {"tensor": -1}),
     (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(q|kv|qkv|mlp/in)/bias$", {"tensor": -1, "fsdp": None}),
-    (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(out|mlp/out|adaln)/kernel$", {"tensor": -2}),
+    (r"blocks?(_\d+)?/(\w+/)?(\w+_)?(out|mlp/out|adaln|skip)/kernel$", {"tensor": -2}),
     (".*", "fsdp"),
 )
 

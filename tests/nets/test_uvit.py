@@ -1,5 +1,7 @@
 """UniDiffuser's U-ViT: by hand in float64, with a time for each of the two modalities and none besides."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from scipy.special import erf
 
 from mmdiff.errors import UserError
 from mmdiff.nets import Patches, UViT, Vectors
+from mmdiff.training import sharding
 
 B, W, HEADS = 3, 8, 2
 NET = UViT(Patches(4, 4, 2, 2), Vectors(6), Vectors(5, 7), data_types=3, data_type=2, depth=4, width=W, heads=HEADS)
@@ -66,6 +69,21 @@ def test_the_network_by_hand():
     out = jax.jit(NET.apply)(PARAMS, X, T)
     for name, answer in by_hand(PARAMS).items():
         np.testing.assert_allclose(out[name], answer, atol=3e-5)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_its_layers_and_long_skips_are_split_over_the_tensor_axis(scan):
+    net, mesh = NET.clone(scan=scan), sharding.make_mesh({"tensor": 2}, jax.devices()[:2])
+    params = PARAMS if scan else filled(net, X, T)
+    placed = jax.device_put(params, sharding.shardings(params, None, mesh))
+    split = {"skip": (W, W), "attention/qkv": (W, 3 * W // 2), "attention/out": (W // 2, W), "mlp/in": (W, 2 * W), "mlp/out": (2 * W, W)}
+    layers = placed["params"]["out"]["blocks" if scan else "block_1"]
+    for name, shape in split.items():
+        kernel = functools.reduce(lambda found, part: found[part], name.split("/"), layers)["kernel"]
+        assert kernel.addressable_shards[1].data.shape[-2:] == shape, name
+    with sharding.compiling_for_mesh(mesh):
+        found = jax.jit(net.apply)(placed, X, T)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, net.apply(params, X, T))
 
 
 def test_an_image_and_its_vector_have_one_time():
