@@ -1,16 +1,18 @@
 """Which training of average velocities makes the best joint digits in two and four network calls? And how good are three seeds of it?
 
     python launch/fewstep_experiments.py --out runs/fewstep_experiments --parts settings  # to choose, on validation data
+    python launch/fewstep_experiments.py --out runs/fewstep_experiments --parts trained   # the same, trained to the end
     python launch/fewstep_experiments.py --out runs/fewstep_experiments --parts whole     # to report
     python launch/fewstep_experiments.py --out runs/fewstep_experiments --table           # the tables of what is done so far
 
     settings  1,200 steps of configs/digits_fewstep.py with an adaptive weight of power 0.5, and the same with one value changed: the power,
               the share of examples with s = t, the guidance that is trained in; on validation data
+    trained   the config as it is, and with one value changed: rotary positions, twice the steps, guidance; seed 0, on validation data
     whole     the config as it is: on validation and, as `_test`, on test data
 
 Both measure the agreement and the Fréchet ratio of joint samples, as the config's `eval` does but of two sets of samples (`whole`: four),
 the ratios of two and four calls over that of 25 Heun steps of the same weights (`over_heun`), and the label accuracy. A training of
-`settings` takes 4 minutes of one core, of `whole` 10. The results are in configs/README.md.
+`settings` takes 4 minutes of one core, of `trained` 10 to 20, of `whole` 10. The results are in configs/README.md.
 """
 
 import dataclasses
@@ -39,12 +41,20 @@ SETTINGS = {
     "guidance 1.15": {**ADAPTIVE, "span.guidance": "1.15"},
     "guidance 1.5": {**ADAPTIVE, "span.guidance": "1.5"},
 }
+TRAINED = {
+    "the config": {},
+    "rope": {"model.rope": "true"},
+    "6,400 steps": {"train.steps": "6400"},
+    "guidance 1.15": {"span.guidance": "1.15"},
+}
 
 
 def settings():
     """-> (part, name of the setting, what is measured, overrides), each to be run with every seed."""
     for name, overrides in SETTINGS.items():
         yield "settings", name, "validation", {**SHORT, **overrides}
+    for name, overrides in TRAINED.items():
+        yield "trained", name, "validation", overrides
     yield "whole", "the config", "both", {}
 
 
@@ -81,4 +91,4 @@ def run(seed, data, overrides):
 
 
 if __name__ == "__main__":
-    experiments.main(__doc__, list(settings()), run, {"settings": "power 0.5"})
+    experiments.main(__doc__, list(settings()), run, {"settings": "power 0.5", "trained": "the config"}, seeds={"trained": (0,)})

@@ -19,6 +19,7 @@ if xla_flags.DEVICES not in os.environ.get("XLA_FLAGS", ""):  # else a worker of
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"mmdiff-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("NUMBA_OPT", "0")  # what librosa compiles when it is imported is used for milliseconds
 # One process each: two that fill librosa's cache at the same time can crash each other.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(CACHE / "numba" / os.environ.get("PYTEST_XDIST_WORKER", "main")))
 

@@ -25,6 +25,7 @@ KL4 = AutoencoderKL.from_config(F8)
 TILED = AutoencoderKL.from_config({**autoencoder_layouts.levels([8, 16]), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16})
 TILED = TILED.clone(tiling=True)
 NO_CONVS = {"use_quant_conv": False, "use_post_quant_conv": False}
+KL16 = AutoencoderKL.from_config({**F8, **NO_CONVS, "latent_channels": 16})
 VQ = VQModel.from_config({**F8, "num_vq_embeddings": 64, "latent_channels": 4})
 TAMING = VQModel.from_config({**F16, "num_vq_embeddings": 64, "latent_channels": 32})
 LLAMAGEN = VQModel.from_config({**F16, "num_vq_embeddings": 64, "latent_channels": 32, "vq_embed_dim": 4})
@@ -60,8 +61,8 @@ def run(net, params, x, first, then, second):
 @pytest.mark.parametrize(
     ("name", "net", "layout", "shape"),
     [
-        ("kl4", KL4, dict, (2, 3, 40, 24)),
-        ("kl16", AutoencoderKL.from_config({**F8, **NO_CONVS, "latent_channels": 16}), dict, (1, 3, 44, 27)),
+        pytest.param("kl4", KL4, dict, (2, 3, 40, 24), marks=pytest.mark.slow),
+        pytest.param("kl16", KL16, dict, (1, 3, 44, 27), marks=pytest.mark.slow),
         ("kl4tiled", TILED, dict, (1, 3, 44, 30)),
         ("vavae", AutoencoderKL.from_config(F16), autoencoder_layouts.to_ldm, (1, 3, 48, 32)),
     ],
@@ -78,7 +79,7 @@ def test_moments_and_images_are_the_original_s(name, net, layout, shape):
 @pytest.mark.parametrize(
     ("name", "net", "layout", "shape"),
     [
-        ("vq", VQ, dict, (2, 3, 40, 24)),
+        pytest.param("vq", VQ, dict, (2, 3, 40, 24), marks=pytest.mark.slow),
         ("taming", TAMING, autoencoder_layouts.to_ldm, (2, 3, 32, 48)),
         ("llamagen", LLAMAGEN, autoencoder_layouts.to_llamagen, (1, 3, 48, 32)),
     ],

@@ -13,6 +13,7 @@ import numpy as np
 import published
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiers import some
 
 from mmdiff.convert import Tensor, state_dicts, write_weights
 from mmdiff.encoders import KINDS, autoencoder_layouts, open_encoder, preprocessing, published_networks, split_over
@@ -64,7 +65,7 @@ def test_every_kind_has_a_small_network_here():
     assert set(SMALL) == set(KINDS)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "inception" else kind for kind in SMALL])
+@pytest.mark.parametrize("kind", some(SMALL, "autoencoder_kl", "vq_model", "clip", "siglip_text", "dinov2", "efficientnet_lite0"))
 def test_every_kind_opens_from_a_folder_and_from_a_file_with_its_configuration(tmp_path, kind):
     weights = written(tmp_path / "out", kind)
     encoder = open_encoder(kind, tmp_path / "out")

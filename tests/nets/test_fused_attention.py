@@ -10,6 +10,7 @@ import pytest
 from arrays import normal
 from filled import filled
 from jax.sharding import SingleDeviceSharding
+from tiers import some
 
 from mmdiff.nets import DiT, Label, MMDiT, Patches, as_joint, fused_attention, fused_norm, long_attention
 from mmdiff.nets.attention import attention, self_attention
@@ -152,7 +153,7 @@ def recipe(head=None, **options):
     return (net := MMDiT(modalities, depth=2, width=32, heads=4, remat="dots", **fields, **options)).apply, net
 
 
-@pytest.mark.parametrize("made", [one_stream, recipe, *(pytest.param(made, marks=pytest.mark.slow) for made in (two_streams, wide_head))])
+@pytest.mark.parametrize("made", some([one_stream, recipe, two_streams, wide_head], recipe))
 def test_a_sharded_network_has_the_same_gradients(made):
     """Scanned, rematerialised, in two micro-batches on fsdp 2 x tensor 2."""
     x = {"image": normal(0, (8, 4, 4, 1)), "label": jnp.asarray(RNG.integers(0, 5, 8), jnp.int32)}
