@@ -78,7 +78,7 @@ def assert_same(path, arrays):
         np.testing.assert_array_equal(found[key].view(np.uint32), array.view(np.uint32), err_msg=key)
 
 
-SLOW = "class", "imf", "jit", "repa", "unidiffuser"
+SLOW = "class", "dit", "imf", "jit", "repa", "unidiffuser"
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])

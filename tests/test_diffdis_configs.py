@@ -181,7 +181,8 @@ def test_scenes_say_what_they_lack(tmp_path):
         load("scenes", tasks="paint")
 
 
-@pytest.mark.parametrize("loss", ["infonce", *(pytest.param(name, marks=pytest.mark.slow) for name in ("siglip", "mse"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["infonce", "siglip", "mse"])
 def test_the_losses_of_a_query(loss):
     """A new network's query: InfoNCE near log B whatever the scale, and every loss has a gradient on the shared trunk."""
     experiment, _ = load("digits", **{key.replace(".", "__"): value for key, value in NET.items()}, query__loss=loss)
@@ -275,6 +276,7 @@ def test_diffdis_classifies_images_of_published_sets(aircraft, towers, tmp_path,
     assert classified(*load("sd_scale", **small, **asked, **paths)) in (0, 0.5, 1)
 
 
+@pytest.mark.slow
 def test_towers_of_other_sizes_are_refused(towers):
     Towers(str(towers / "towers")).check(8)
     experiment, _ = load("scenes", data__towers=towers / "towers", model__width=16)

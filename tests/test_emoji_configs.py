@@ -46,6 +46,7 @@ def test_without_its_data_it_says_where_they_are(name, tmp_path):
             configs.build(*configs.load(name, [("data.dir", str(value))])).train_data()
 
 
+@pytest.mark.slow
 def test_tokens_given_captions_have_all_terms_of_cdcd(file):
     small = {"model.width": "16", "model.depth": "1", "model.heads": "2", "text.width": "16", "text.heads": "2"}
     weights = {"loss.sample_inter": "5e-6", "loss.count": "2"}

@@ -65,6 +65,7 @@ def cache(folder, modalities):
     return folder
 
 
+@pytest.mark.slow
 def test_published_weights_start_a_training_from_a_cache_with_equal_outputs(experiment, params, tmp_path, capsys):
     """A pipeline of diffusers becomes a run; three steps that start from it, of a vanishing rate, leave its weights: averages round."""
     net = experiment.net

@@ -173,6 +173,7 @@ def test_what_is_not_there_is_said(images, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(latents, images, captioned, autoencoder, tmp_path, capsys):
     out, command = latents
     use = ["cache", "--config", DIT, f"--config.encoder.path={autoencoder[0]}"]
@@ -269,6 +270,7 @@ def vectors(autoencoder, images, tmp_path_factory):
     return out, [*use, f"--config.data.dir={out}"], net, params
 
 
+@pytest.mark.slow
 def test_vectors_of_images_beside_their_latents(vectors, images):
     out, _, net, params = vectors
     stored = np.load(out / "train/representation-00000.npy").astype(np.float32)

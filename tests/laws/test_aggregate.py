@@ -560,9 +560,9 @@ def by_its_head(process):
     return sampling.head_guided(process, blind(process))
 
 
-@pytest.mark.parametrize("weight, estimate", some([
-    ("moving", "soft"), ("card", "argmax"), ("moving", "sampled"), ("moving", "argmax"), ("constant", "soft"), ("card", "soft"),
-], ("moving", "soft")))
+@pytest.mark.slow
+@pytest.mark.parametrize("weight, estimate", [
+    ("moving", "soft"), ("card", "argmax"), ("moving", "sampled"), ("moving", "argmax"), ("constant", "soft"), ("card", "soft")])
 def test_joint_sampling_has_the_law_of_the_pairs(weight, estimate):
     """P = .700, modes at +-1.50 with deviation .30, labels that agree. The mean of E and draws are right, the best class is biased."""
     image, label = draws(weight, seeing, estimate)

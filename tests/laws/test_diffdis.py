@@ -428,6 +428,7 @@ def test_denoising_losses_of_gaussians():
     assert (losses_found.argmin(1) == distance[..., 0].argmin(1)).all()
 
 
+@pytest.mark.slow
 def test_errors_weighted_by_the_change_of_snr_are_the_likelihood_ratio():
     process = Gaussian(lambda t: schedules.cosine()(0.999 * t), eps)
     n = 4000

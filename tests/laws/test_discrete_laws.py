@@ -436,6 +436,7 @@ def test_a_thousandth_of_a_chain_over_50257_classes():
     assert 0 < unmasked < 12.3 + 4 * 12.3**0.5
 
 
+@pytest.mark.slow
 def test_rare_classes_are_sampled_as_often_as_they_should():
     """40 among a million, 1e-9 each (a number of 23 bits finds none below 1e-8), and one that is left with 4e-5."""
     rare = jnp.full(40_000, 1e-9).at[17].set(1.0)
