@@ -112,9 +112,12 @@ def _sample(args: argparse.Namespace, given: Mapping[str, str], out: pathlib.Pat
             raise UserError(f"{out} holds a set of samples: name another folder by --out, or remove it.")
         samples = run.sample(number, given=given, absent=args.absent, **settings)
         console.out(said.format(run.step))
-        for name, value in run.show(samples).items():
-            if not hasattr(value, "shape"):
-                console.out(f"{name}: {' '.join(map(str, value))}")
+        shown = run.show(samples)
+        for name, array in samples.items():
+            if name not in shown:
+                console.out(f"{name}: vectors {list(array.shape)}, no images and no words: they are in samples.npz alone")
+            elif not hasattr(shown[name], "shape"):
+                console.out(f"{name}: {' '.join(map(str, shown[name]))}")
         paths = run.write(samples, out)
     for path in paths:
         console.out(path)

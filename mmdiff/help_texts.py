@@ -110,7 +110,7 @@ the path of a file."""
 
 SAMPLE = """\
 Samples with the averaged (EMA) weights of the last checkpoint, and writes
-samples.png and samples.npz, and of sounds a wav file each.
+samples.npz, a grid of the images, samples.png, and of sounds a wav file each.
 
 Each modality is sampled, unless it is given (--given NAME=VALUE holds its value)
 or absent (--absent NAME: it says nothing about the others). So one model

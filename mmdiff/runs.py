@@ -303,8 +303,9 @@ class Run:
         return {name: getattr(self.experiment.modalities[name], "quantize", np.asarray)(array) for name, array in samples.items()}
 
     def show(self, samples: Mapping[str, Any]) -> dict[str, Any]:
-        """Samples as a person sees them: {name: images [n, H, W, C] or texts}."""
-        return {name: self.experiment.modalities[name].show(array) for name, array in samples.items()}
+        """Samples as a person sees them: {name: images [n, H, W, C] or texts}, without vectors, which are neither."""
+        shown = {name: self.experiment.modalities[name].show(array) for name, array in samples.items()}
+        return {name: value for name, value in shown.items() if value is not None}
 
     def write(self, samples: Mapping[str, np.ndarray], folder: str | os.PathLike) -> list[pathlib.Path]:
         """Writes samples.npz, a grid of the images (the first LARGEST_GRID), captioned with what is text, and sounds; -> the files.

@@ -80,6 +80,11 @@ def test_published_weights_start_a_training_from_a_cache_with_equal_outputs(expe
     assert call("convert", *of(tmp_path / "u"), "--from", tmp_path / "pipeline", "--as", "unidiffuser") == 0
     assert "AGPL-3.0 for the authors' code" in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, open_run(CONFIG, tmp_path / "u").params, params)
+    # A text has no decoder: its states are stored, and no picture is made of them.
+    out = "--absent", "image", "--absent", "vision", "--steps", 1, "--number", 2, "--out", tmp_path / "out"
+    assert call("sample", *of(tmp_path / "u"), *out) == 0
+    assert "text: vectors [2, 77, 5], no images and no words: they are in samples.npz alone" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["samples.npz"]
     start = {"train.start": tmp_path / "u", "train.start_strict": True, "data.dir": cache(tmp_path / "cache", experiment.modalities)}
     assert call("train", *of(tmp_path / "tuned", TRAIN | start)) == 0
     lines = [json.loads(line) for line in (tmp_path / "tuned/metrics.jsonl").read_text().splitlines()]

@@ -137,7 +137,7 @@ class EncodedTexts(Features):
         return lines
 
     def show(self, array) -> Any:
-        """The sentences, where all are known; else as `Features`."""
+        """The sentences, where all are known; else None, as of `Features`."""
         array = np.asarray(array, np.float32)
         known = [self.sentences.get(_digest(each), "") for each in array]
         return known if all(known) else super().show(array)

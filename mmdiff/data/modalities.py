@@ -1,8 +1,8 @@
 """How a person writes a modality on the command line, and how they see it.
 
 A modality's `parse` turns text into examples, `check` refuses what would otherwise go wrong silently (JAX clamps an index that
-is out of range), `show` makes images or words of arrays, and `random` makes examples up, for where only their shape and type
-matter. All four work on a leading axis of n examples.
+is out of range), `show` makes images or words of arrays (None of vectors, which are neither), and `random` makes examples up, for
+where only their shape and type matter. All four work on a leading axis of n examples.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -235,9 +236,9 @@ class Features:
                 "divide each vector by its length.")
         return array.astype(np.float32)
 
-    def show(self, array) -> np.ndarray:
-        """Rows of grey pixels, one a vector, -3..3 becoming 0..255: uint8 [n, count or 1, size, 1]."""
-        return Latents(self.count or 1, self.size, 1).show(np.asarray(array).reshape(-1, self.count or 1, self.size, 1))
+    def show(self, array) -> Any:
+        """None: numbers of a vector are no pixels, and no words."""
+        return None
 
     def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Directions with equal chances: float32 [count, *shape]."""

@@ -384,7 +384,7 @@ def test_states_and_vectors_of_captions(captioned, autoencoder, tmp_path):
     text = experiment.modalities["text"]
     given = text.parse("two dogs")
     np.testing.assert_allclose(given[0], found["text"][1], atol=5e-3)
-    assert text.show(given) == ["two dogs"] and text.show(found["text"]).dtype == np.uint8
+    assert text.show(given) == ["two dogs"] and text.show(found["text"]) is None
     # CDCD's are normalised, of all positions, and padded with 0.
     coco = build("configs/cdcd/coco_text.py", f"text_encoder.path={tiny_encoders.clip_text(tmp_path / 'b32', 512)[0]}")
     states = coco.modalities["text"].parse("two dogs")
