@@ -219,9 +219,9 @@ def write_tar(path, content, mode="w"):
     return path
 
 
-def emoji(path):
-    """The tar file of these emoji."""
-    pairs = emoji_pairs()
+def emoji(path, thing="flag"):
+    """The tar file of these emoji, or of those of another thing."""
+    pairs = [(key, image, said | {"name": said["name"].replace("flag", thing)}) for key, image, said in emoji_pairs()]
     return write_tar(path, {name: each for key, image, said in pairs for name, each in (
         (f"{key}.png", image), (f"{key}.json", json.dumps(said).encode()))})
 

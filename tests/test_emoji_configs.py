@@ -1,5 +1,6 @@
 """The config of emoji by the command line, in small: made-up pictures, trained, measured while it trains and after it, sampled."""
 
+import functools
 import json
 
 import jax
@@ -8,9 +9,11 @@ import pytest
 
 from mmdiff import config as configs
 from mmdiff.__main__ import main
+from mmdiff.data import CacheWriter
 from mmdiff.data.sources import RandomSource
 from mmdiff.errors import UserError
-from mmdiff.projects.emoji.emoji import emoji_tokenizer
+from mmdiff.nets.tokenizers import VQAutoencoder
+from mmdiff.projects.emoji.emoji import SPLITS, emoji_source, emoji_tokenizer
 from tests.small_sets import emoji
 
 NAME = "configs/joint/emoji_tokens.py"
@@ -64,6 +67,25 @@ def test_the_tokenizer_and_the_model_of_its_tokens_have_one_grid_and_codebook(fi
     _, module = configs.load("configs/cdcd/emoji_text.py")
     net = experiment.cache.net
     assert (net.grid, net.codes) == (module.GRID, module.CODES) and net.shape == experiment.shape["image"] == (32, 32, 3)
+
+
+def test_tokens_of_other_pictures_or_of_another_tokenizer_are_refused_before_training(file, tmp_path):
+    def experiment(tokens, of=file, codes=512):
+        """Of a cache of these pictures, whose tokenizer is untrained."""
+        pictures = functools.partial(emoji_source, file=str(of))
+        net = VQAutoencoder(32, 32, 3, codes=codes, code_size=2, halvings=2, features=8, multipliers=(1, 1))
+        params = net.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+        CacheWriter(net, {split: functools.partial(pictures, split) for split in SPLITS}).write(tokens, params, {"step": 0})
+        return configs.build(*configs.load("configs/cdcd/emoji_text.py", [("data.dir", str(file)), ("data.tokens", str(tokens))]))
+
+    own = experiment(tmp_path / "own")
+    assert len(own.train_data()) == len(emoji_source("train", str(file)))
+    with pytest.raises(UserError, match="8 x 8 tokens of 8 codes, but the config needs 8 x 8 of 512: choose the cache of another"):
+        experiment(tmp_path / "small", codes=8).train_data()
+    other = emoji(tmp_path / "other.tar", "sign")
+    for split in ("train", "validation"):
+        with pytest.raises(UserError, match="the tokens are of other pictures than those in .*emoji64.tar: write their cache again"):
+            getattr(experiment(tmp_path / "others", other), f"{split}_data")()
 
 
 @pytest.mark.slow

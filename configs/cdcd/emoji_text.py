@@ -25,10 +25,10 @@ from ml_collections import ConfigDict
 from mmdiff import Experiment, contrastive, losses, nets, sampling, schedules, times, training_config
 from mmdiff.data import Texts, TokenImages, network_fingerprint
 from mmdiff.data.sources import digest
-from mmdiff.data.token_cache import decoder, token_source
+from mmdiff.data.token_cache import decoder
 from mmdiff.processes import Given, Joint, MaskReplace
 from mmdiff.projects.emoji.captioned_emoji import CaptionedEmoji
-from mmdiff.projects.emoji.emoji import emoji_tokenizer
+from mmdiff.projects.emoji.emoji import emoji_tokenizer, emoji_tokens
 from mmdiff.training import optim
 
 GRID, CODES = (8, 8), 512  # of configs/cdcd/emoji_tokenizer.py
@@ -58,15 +58,15 @@ def build(config):
     process = Joint(tokens=tokens, text=Given(null=tokenizer.padding))
     encoder = nets.TextEncoder(tokenizer.size, tokenizer.length, scan=False, **config.text)
     net = nets.TokenTransformer(classes=CODES, grid=GRID, context=("text",), encoder=encoder, **nets.options(config.model))
+    modalities = {"tokens": TokenImages(*GRID, CODES, decode=decoder(data.tokens)), "text": Texts(tokenizer)}
     return Experiment(
-        process=process, net=net,
-        modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(data.tokens)), "text": Texts(tokenizer)},
+        process=process, net=net, modalities=modalities,
         loss=losses.diffusion(
             process, net.apply, times.conditional("text", dropout=config.text_dropout, tokens=times.importance(chain.steps, "vlb")),
             contrastive.cdcd(
                 tokens, chain.steps, of="tokens", given="text", inter_negatives=contrastive.inter(config.loss.count, by="text"),
                 form=contrastive.form(config.form, config.temperature), **config.loss)),
-        optimizer=optim.muon(config.train), data=partial(token_source, data.tokens),
+        optimizer=optim.muon(config.train), data=partial(emoji_tokens, folder=data.tokens, file=data.dir, modalities=modalities),
         sampler={"transforms": [sampling.only("tokens", sampling.top_p(config.sample.top_p))]},
         frozen_deps={
             "tokenizer": partial(network_fingerprint, data.tokens),

@@ -56,16 +56,16 @@ def build(config):
     encoder = nets.TextEncoder(tokenizer.size, tokenizer.length, scan=False, **config.text)
     net = nets.TokenTransformer(classes=CODES, grid=GRID, context=("text",), encoder=encoder, **nets.options(config.model))
     negatives = contrastive.inter(config.loss.count, by="text")
+    modalities = {"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(tokenizer)}
     return Experiment(
-        process=process, net=net,
-        modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(config.data.dir)), "text": Texts(tokenizer)},
+        process=process, net=net, modalities=modalities,
         loss=losses.diffusion(
             process, net.apply, times.conditional("text", dropout=config.text_dropout, tokens=times.importance(steps, "vlb")),
             contrastive.cdcd(
                 tokens, steps, of="tokens", given="text", inter_negatives=negatives, form=contrastive.form(config.form, config.temperature),
                 **config.loss)),
         optimizer=optim.adamw(config.train, optim.all_but("/encoder/") if config.text.freeze else None),
-        data=lambda split: token_source(config.data.dir, split),
+        data=lambda split: token_source(config.data.dir, split, modalities),
         sampler={"transforms": [sampling.only("tokens", sampling.top_p(config.sample.top_p))]},
         frozen_deps={"tokenizer": lambda: network_fingerprint(config.data.dir)},
         evaluators=(CaptionedScenes(batch=config.eval.batch),))

@@ -53,14 +53,14 @@ def build(config):
     tokens = MaskReplace(CODES, schedules.vqd_released(chain.steps), chain.evidence)
     process = Joint(tokens=tokens, label=Given(null=classes))
     net = nets.TokenTransformer(classes=CODES, grid=GRID, labels=classes + 1, **nets.options(config.model))
+    modalities = {"tokens": TokenImages(*GRID, CODES, decode=decoder(data.tokens)), "label": Labels(classes, synonyms=NAMES)}
     return Experiment(
-        process=process, net=net,
-        modalities={"tokens": TokenImages(*GRID, CODES, decode=decoder(data.tokens)), "label": Labels(classes, synonyms=NAMES)},
+        process=process, net=net, modalities=modalities,
         loss=losses.diffusion(
             process, net.apply, times.conditional("label", dropout=config.label_dropout, tokens=times.importance(chain.steps, "vlb")),
             contrastive.cdcd(
                 tokens, chain.steps, of="tokens", given="label", form=contrastive.form(config.form, config.temperature), **config.loss)),
-        optimizer=optim.muon(config.train), data=partial(token_source, data.tokens),
+        optimizer=optim.muon(config.train), data=partial(token_source, data.tokens, modalities=modalities),
         sampler={"transforms": [sampling.only("tokens", sampling.top_p(config.sample.top_p))]},
         frozen_deps={"tokenizer": partial(network_fingerprint, data.tokens)},
         **fashion_metrics.evaluators_of(data.dir, config.eval, target="tokens"))

@@ -33,13 +33,20 @@ NO_FOLDER = (
 )
 
 
-def token_source(folder: str | os.PathLike, split: str) -> ArraySource:
+def token_source(folder: str | os.PathLike, split: str, modalities: Mapping[str, Any] | None = None) -> ArraySource:
     """A `Source` of one split, read by memory map: tokens int32 [n, L] and the other arrays of the images' source.
 
+    Args:
+      folder: of the cache.
+      split: of it.
+      modalities: what the config expects, of which the tokens are checked; by default any.
+
     Raises:
-      UserError: no such cache or split, or files that are missing or cut short.
+      UserError: no such cache or split, files that are missing or cut short, or tokens of another name, grid or codebook.
     """
     meta, folder = read_meta(folder), files.target(folder)
+    if modalities is not None:
+        _check_tokens(folder, meta, modalities)
     if split not in meta["splits"]:
         older = split == "validation"  # the test data, which took its place, is what is reported: no choice may see it
         way = "write a new one elsewhere, or train without evaluations, --config.train.eval_every=0" if older else "choose one of these"
@@ -103,18 +110,7 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
         raise UserError(NO_FOLDER)
     if is_encoded(data.dir):
         return LatentSource(data.dir, split, modalities)
-    source, meta = token_source(data.dir, split), read_meta(data.dir)
-    name = meta.get("tokens", "tokens")
-    if name not in modalities:
-        raise UserError(f"the token cache {data.dir} holds {name}, but the config needs {', '.join(modalities)}.")
-    tokens = modalities[name]
-    grid = [tokens.height, tokens.width] if isinstance(tokens, TokenImages) else list(tokens.shape)
-    if [*meta["grid"], meta["codes"]] != [*grid, tokens.states]:
-        found, needed = (" x ".join(map(str, sides)) for sides in (meta["grid"], grid))
-        raise UserError(
-            f"the token cache {data.dir} has {found} tokens of {meta['codes']} codes, but the config needs "
-            f"{needed} of {tokens.states}: choose the cache of another tokenizer."
-        )
+    source = token_source(data.dir, split, modalities)
     missing = [name for name in modalities if name not in source.arrays]
     if missing:
         raise UserError(f"the token cache {data.dir} has no {missing[0]}: it holds {', '.join(source.arrays)}.")
@@ -127,6 +123,19 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
             modalities[name].check(source.arrays[name])  # labels: small enough to be read whole
     source = ArraySource({name: source.arrays[name] for name in modalities})
     return Captioned(source) if "text" in modalities and source.arrays["text"].ndim == 3 else source
+
+
+def _check_tokens(folder: str | os.PathLike, meta: Mapping[str, Any], modalities: Mapping[str, Any]) -> None:
+    name = meta.get("tokens", "tokens")
+    if name not in modalities:
+        raise UserError(f"the token cache {folder} holds {name}, but the config needs {', '.join(modalities)}.")
+    tokens = modalities[name]
+    grid = [tokens.height, tokens.width] if isinstance(tokens, TokenImages) else list(tokens.shape)
+    if [*meta["grid"], meta["codes"]] != [*grid, tokens.states]:
+        found, needed = (" x ".join(map(str, sides)) for sides in (meta["grid"], grid))
+        raise UserError(
+            f"the token cache {folder} has {found} tokens of {meta['codes']} codes, but the config needs "
+            f"{needed} of {tokens.states}: choose the cache of another tokenizer.")
 
 
 def open_tokenizer(data: Any, length: int) -> Tokenizer:

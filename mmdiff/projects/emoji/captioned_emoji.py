@@ -13,12 +13,11 @@ import numpy as np
 from mmdiff.data import media
 from mmdiff.data.network_cache import map_batched
 from mmdiff.data.stored_images import values
-from mmdiff.errors import UserError
 from mmdiff.evals import plots
 from mmdiff.evals.accuracy import accuracy
 from mmdiff.evals.evaluator import Clock, EvalResult, Figure, finite, sample_batched
 from mmdiff.evals.retrieval import mean_per_class
-from mmdiff.projects.emoji.emoji import CATEGORIES, Emoji, emoji_source, evenly
+from mmdiff.projects.emoji.emoji import CATEGORIES, Emoji, check_tokens, emoji_source, evenly
 from mmdiff.projects.emoji.emoji_classifiers import independent_classifiers
 
 SHOWN = 40
@@ -104,10 +103,8 @@ class CaptionedEmoji:
         """What the tokens of the pictures that have these captions decode to. UserError for tokens of other pictures."""
         found = []
         for asked, data in zip(self.asked(experiment.split), (experiment.test_data(), experiment.train_data())):
-            own = data.take(asked.rows) if len(data) == len(asked.source) else {"text": ()}
-            if not np.array_equal(own["text"], asked.text):
-                raise UserError(f"the tokens are of other pictures than those in {self.file}: write their cache again (mmdiff cache).")
-            found.append(experiment.modalities[self.target].show(own[self.target]))
+            check_tokens(data, asked.source, self.file)
+            found.append(experiment.modalities[self.target].show(data.take(asked.rows)[self.target]))
         return found
 
     def measure(self, experiment, sampled: Sequence[np.ndarray], clock: Clock) -> EvalResult:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import pathlib
 import posixpath
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,9 @@ import numpy as np
 from mmdiff import files
 from mmdiff.data import bpe, media
 from mmdiff.data.image_folders import split_rows
+from mmdiff.data.sources import Source
 from mmdiff.data.stored_images import ByteImages, square
+from mmdiff.data.token_cache import token_source
 from mmdiff.errors import UserError
 from mmdiff.files import FileError
 
@@ -70,6 +73,20 @@ def emoji_source(split: str, file: str) -> Emoji:
     if split not in SPLITS:
         raise UserError(f"the emoji have no split {split!r}: choose one of {', '.join(SPLITS)}.")
     return _sources(_path(file))[split]
+
+
+def emoji_tokens(split: str, folder: str | os.PathLike, file: str, modalities: Mapping[str, Any]) -> Source:
+    """The tokens and captions of a cache of these pictures, as `token_source`. UserError, too, for a cache of other pictures."""
+    found = token_source(folder, split, modalities)
+    check_tokens(found, emoji_source(split, file), file)
+    return found
+
+
+def check_tokens(tokens: Source, pictures: Source, file: str) -> None:
+    """Raises UserError unless tokens are of these pictures: as many, with the same captions in the ids of the same tokenizer."""
+    rows = np.arange(len(pictures))
+    if len(tokens) != len(pictures) or not np.array_equal(tokens.take(rows)["text"], pictures.take(rows)["text"]):
+        raise UserError(f"the tokens are of other pictures than those in {file}: write their cache again (mmdiff cache).")
 
 
 def emoji_tokenizer(file: str) -> bpe.Tokenizer:
