@@ -126,6 +126,7 @@ def _own_params(abstract: Any, weights: Mapping[str, Any], name: str) -> Any:
     if wrong:
         listed = ", ".join(f"{key} ({there.get(key, 'absent')} there, {here.get(key, 'absent')} here)" for key in wrong[:5])
         raise UserError(f"{name} holds another network than the config builds: {listed}{f' and {len(wrong) - 5} more' * (len(wrong) > 5)}.")
+    state_dicts.check_floats({key: weights[key] for key in here}, name)
     found = {}
     for path, leaf in leaves.items():
         tensor = weights["/".join(path)].astype(leaf.dtype)

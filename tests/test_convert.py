@@ -240,6 +240,7 @@ def test_of_two_conversions_at_once_one_makes_the_run(tmp_path, capsys, monkeypa
     (["--from", "it.safetensors", "--as", "dit", "--config.model.time_offset=0"], "with time_offset=-1.0 (here 0.0)"),
     (["--from", "folder", "--as", "dit"], "folder has num_layers 28 in its config.json, and the network of the config 1"),
     (["--from", "vae", "--as", "dit"], "vae is of AutoencoderKL by its config.json, not DiT (Peebles & Xie 2023)"),
+    (["--from", "int.safetensors", "--as", "dit"], "int.safetensors has numbers that are no floats, as weights are: final_layer.adaLN_mod"),
     (["--from", "nan.safetensors", "--as", "dit"], "has values that are not finite, of final_layer.adaLN_modulation.1.bias"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence_and_leaves_nothing(args, words, tmp_path, capsys, monkeypatch):
@@ -249,7 +250,8 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(args, words, tmp_path, cap
     write_weights("folder", arrays, {"num_layers": 28})
     write_weights("vae", arrays, {"_class_name": "AutoencoderKL", "in_channels": 3})
     write_weights("nan.safetensors", arrays | {"final_layer.adaLN_modulation.1.bias": np.full(64, np.nan, np.float32)})
+    write_weights("int.safetensors", arrays | {"final_layer.adaLN_modulation.1.bias": np.zeros(64, np.int32)})
     assert call("convert", *of("run"), *args) == 2
     error = capsys.readouterr().err.strip()
     assert words in error and "\n" not in error
-    assert {path.name for path in tmp_path.iterdir()} == {"it.safetensors", "nan.safetensors", "folder", "vae"}
+    assert {path.name for path in tmp_path.iterdir()} == {"it.safetensors", "int.safetensors", "nan.safetensors", "folder", "vae"}

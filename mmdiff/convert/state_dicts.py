@@ -21,7 +21,7 @@ from typing import Any
 import flax
 import numpy as np
 
-from mmdiff.convert.tensors import Tensor, stack
+from mmdiff.convert.tensors import Tensor, is_float, stack
 from mmdiff.errors import UserError
 
 KERNELS = {2: (1, 0), 3: (2, 1, 0), 4: (3, 2, 0, 1)}  # linen -> PyTorch
@@ -68,7 +68,7 @@ def load_params(
       place: (path, tensor of the leaf's shape and type, abstract leaf) -> the array; by default NumPy values.
 
     Raises:
-      UserError: missing or unexpected keys, other shapes: the first five and a count; a number that is not finite.
+      UserError: missing or unexpected keys, other shapes: the first five and a count; numbers that are no floats, or not finite.
     """
     weights = {key: tensor for key, tensor in weights.items() if not key.endswith(tuple(ignore))}
     shapes = expected(abstract)
@@ -81,6 +81,7 @@ def load_params(
     wrong = [f"{key} {list(weights[key].shape)} for {list(shape)}" for key, shape in shapes.items() if weights[key].shape != shape]
     if wrong:
         raise UserError(f"{name} has other shapes than the network: {_some(wrong)}.")
+    check_floats({key: weights[key] for key in shapes}, name)
     place = place or (lambda path, tensor, leaf: tensor.read())
     placed = {}
     for path, leaf in flax.traverse_util.flatten_dict(abstract).items():
@@ -92,6 +93,13 @@ def load_params(
         except ValueError as error:  # what a layout has turned or regrouped has other axes in the file
             raise UserError(f"{name} has other axes than such weights, of {key_of(path)}: it is damaged, or of another network.") from error
     return flax.traverse_util.unflatten_dict(placed)
+
+
+def check_floats(weights: Mapping[str, Tensor], name: str) -> None:
+    """Raises UserError for weights that are integers (of a quantised file: their scales are elsewhere), booleans or complex numbers."""
+    wrong = [f"{key} ({tensor.dtype})" for key, tensor in weights.items() if not is_float(tensor.dtype)]
+    if wrong:
+        raise UserError(f"{name} has numbers that are no floats, as weights are: {_some(wrong)}. Get them in float32, not quantised.")
 
 
 def finite(tensor: Tensor, otherwise: str) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.files import FileError, failed
@@ -104,17 +105,31 @@ class Tensor:
         return self.map(lambda array: array.reshape(shape), shape)
 
 
+def is_float(dtype: Any) -> bool:
+    """Whether numbers of this type are floats, of those that NumPy lacks, too."""
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def widest(tensors: Sequence[Tensor]) -> np.dtype:
+    """The type that holds the numbers of all: the widest, float32 for bfloat16 with float16; one that is no float stays to be seen."""
+    types = list(dict.fromkeys(tensor.dtype for tensor in tensors))
+    if others := [dtype for dtype in types if not is_float(dtype)]:
+        return others[0]
+    wide = [dtype for dtype in types if dtype.itemsize == max(each.itemsize for each in types)]
+    return wide[0] if len(wide) == 1 else np.dtype(np.float32)
+
+
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape and type along a new first axis."""
-    first = tensors[0]
+    """Tensors of one shape along a new first axis, in the `widest` of their types."""
+    first, dtype = tensors[0], widest(tensors)
 
     def read(index):
-        found = np.empty([of.stop - of.start for of in index], first.dtype)
+        found = np.empty([of.stop - of.start for of in index], dtype)
         for row, tensor in enumerate(tensors[index[0]]):
             found[row] = tensor.read_part(index[1:])
         return found
 
-    return Tensor((len(tensors), *first.shape), first.dtype, read)
+    return Tensor((len(tensors), *first.shape), dtype, read)
 
 
 def stored(path: Any, file: BinaryIO, start: int, dtype: np.dtype, shape: Sequence[int]) -> Tensor:

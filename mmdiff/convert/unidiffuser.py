@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mmdiff.convert.layouts import Layout, each, joined, regrouped, renamed
-from mmdiff.convert.tensors import Tensor
+from mmdiff.convert.tensors import Tensor, widest
 from mmdiff.errors import UserError
 
 BLOCK = {
@@ -63,6 +63,8 @@ def read(weights: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
         if kind is not None:
             _check_positions("pos_embed_token", kind, net)
         extra = 0 if kind is None else 1
+
+        positions = positions.astype(widest([positions, *([] if kind is None else [kind])]))
 
         def rows(array):
             parts = array[0, :TIMES], *(() if kind is None else (kind.read()[0],)), array[0, TIMES:]

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from mmdiff import files
+from mmdiff.convert.state_dicts import check_floats
 from mmdiff.convert.weight_files import open_weights
 from mmdiff.data.spreading import Spread
 from mmdiff.data.stored_images import decode
@@ -186,6 +187,7 @@ class TextStates(NamedEncoder):
             raise UserError(
                 f"{self._reduce} has no layer encode_prefix for states of {width} numbers: name UniDiffuser's text decoder by "
                 f"--config.{self.key}.reduce.")
+        check_floats({name: found[name] for name in names}, self._reduce)
         weight, bias = (found[name].read().astype(np.float32) for name in names)
         return weight.T, bias
 

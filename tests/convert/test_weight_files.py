@@ -184,3 +184,16 @@ def test_parts_of_stored_tensors_are_those_of_the_array(tmp_path, monkeypatch):
         np.testing.assert_array_equal(tensor.transpose(2, 0, 1).read(index), array.transpose(2, 0, 1)[index])
         np.testing.assert_array_equal(tensor.part(1, 4, 1).astype(np.float16).read(index), array[:, 1:4].astype(np.float16)[index])
         np.testing.assert_array_equal(stack([tensor, tensor.map(np.negative)]).read(index), np.stack([array, -array])[index])
+
+
+@pytest.mark.parametrize("types, wanted", [
+    (("float16", "float32"), "float32"), (("float64", "bfloat16"), "float64"), (("bfloat16", "float16"), "float32"),
+    (("bfloat16",) * 2, "bfloat16"), (("float8_e5m2", "float16"), "float16"), (("float32", "int8"), "int8")])  # fmt: skip
+def test_parts_of_different_types_are_joined_in_the_widest(types, wanted):
+    """A part that is no float makes the whole none, which is refused where it is used."""
+    values = np.array([1 / 3, 2.0])
+    parts = [Tensor.of(values.astype(jnp.dtype(dtype))) for dtype in types]
+    found = stack(parts)
+    assert found.dtype == wanted and found.read().dtype == wanted
+    for row, part in zip(found.read(), parts):
+        np.testing.assert_array_equal(row, part.read().astype(jnp.dtype(wanted)))

@@ -106,6 +106,10 @@ def without(part):
     return lambda: {key: array for key, array in weights().items() if part not in key}
 
 
+def cast(key, dtype):
+    return lambda: weights() | {key: weights()[key].astype(dtype)}
+
+
 @pytest.mark.parametrize("arrays, fields, words", [
     (without("mid_block.ff.net.2.bias"), {}, "uvit.pth lacks mid_block.mlp.fc2.bias"),
     (without("mid_block.attn1.to_k"), {}, "uvit.pth lacks mid_block.attn.qkv.weight"),
@@ -116,6 +120,9 @@ def without(part):
     (weights, {"vision": nets.Vectors(9)}, r"has other shapes than the network: clip_img_embed.weight \[32, 6\] for \[32, 9\]"),
     (lambda: weights() | {"data_type_pos_embed_token": np.zeros((1, 2, 32), np.float32)}, {}, r"pos_embed_token \[1, 2, 32\] is not"),
     (lambda: weights() | {"text_out.bias": np.full(5, np.nan, np.float32)}, {}, "has values that are not finite, of text_out.bias"),
+    (cast("text_out.bias", bool), {}, r"uvit.pth has numbers that are no floats, as weights are: text_out.bias \(bool\). Get them"),
+    (cast("transformer.transformer_mid_block.attn1.to_k.weight", np.int8), {}, r"no floats, .*: mid_block.attn.qkv.weight \(int8\)"),
+    (cast("data_type_pos_embed_token", np.int64), {}, r"no floats, .*: pos_embed.weight \(int64\)"),
 ])  # fmt: skip
 def test_other_weights_are_refused_in_one_sentence(arrays, fields, words):
     with pytest.raises(UserError, match=words) as raised:
