@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff import files
+from mmdiff import console, files
 
+LONG = 100_000  # characters, of which learning takes so long that it is said
 SPECIAL = ("<padding>", "<start>", "<end>")  # the first of a vocabulary that is trained here; a text that is all padding is absent
 
 
@@ -103,6 +104,8 @@ def train(texts: Iterable[str], length: int, size: int = 512) -> Tokenizer:
     texts = list(texts)
     if not texts or length < 3 or size < 259:
         raise ValueError(f"a tokenizer needs texts, length >= 3 and size >= 259, got {len(texts)} texts, {length} and {size}.")
+    if (characters := sum(map(len, texts))) > LONG:
+        console.say(f"mmdiff: learning the tokenizer of {len(texts):,} texts ({characters:,} characters)")
     rules = Rules(models.BPE())
     steps = [normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     rules.normalizer = normalizers.Sequence(steps)

@@ -77,8 +77,10 @@ def test_unseen_words_are_named():
     assert TOKENIZER.unseen("a purple seven on a  blue background, tip,top") == ["purple", "tip", "top"]
 
 
-def test_the_same_captions_give_the_same_tokenizer_everywhere():
-    assert bpe.train(CAPTIONS[::-1], length=16) == TOKENIZER
+def test_the_same_captions_give_the_same_tokenizer_everywhere(capsys):
+    assert bpe.train(CAPTIONS[::-1], length=16) == TOKENIZER and not capsys.readouterr().err
+    bpe.train(["one text"] * 20_000, length=16)
+    assert capsys.readouterr().err == "mmdiff: learning the tokenizer of 20,000 texts (160,000 characters)\n"
     code = "import json, sys; from mmdiff.data import bpe; print(bpe.train(json.loads(sys.argv[1]), 16).rules)"
     done = subprocess.run([sys.executable, "-c", code, json.dumps(CAPTIONS)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == TOKENIZER.rules

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mmdiff import files
+from mmdiff import console, files
 from mmdiff.data import bpe
 from mmdiff.data.sources import ArraySource
 from mmdiff.errors import UserError
@@ -94,6 +94,7 @@ def _path(folder: str) -> pathlib.Path:
 @functools.lru_cache(maxsize=2)
 def _paragraphs(root: pathlib.Path) -> dict[str, list[str]]:
     """Every paragraph once, in the order of the files, in the first split that has it."""
+    console.say(f"mmdiff: reading the documentation strings of the Python modules in {root}")
     found = {split: {} for split in SPLITS}
     seen = set()
     for path in sorted(root.rglob("*.py")):
