@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmdiff.__main__ import main
+from mmdiff.data import Features, Labels
 from mmdiff.errors import UserError
 from mmdiff.runs import IN_USE, open_run
 from mmdiff.training.run_metadata import FOLDERS
@@ -43,6 +44,16 @@ def test_it_samples_as_the_command(run, workdir, tmp_path):
         assert set(written) == set(samples)
         for name, array in samples.items():
             np.testing.assert_array_equal(array, written[name])
+
+
+def test_what_is_neither_image_nor_words_is_stored_and_said(run, workdir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Labels, "show", Features(1).show)
+    asked = ["--absent", "image", "--number", "2", "--out", str(tmp_path / "out")]
+    assert main(["sample", "--config", TINY, "--workdir", str(workdir), *asked]) == 0
+    assert "label: vectors [2], no images and no words: they are in samples.npz alone" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["samples.npz"]
+    both = run.write({"image": np.zeros((2, 8, 8, 1), np.float32), "label": np.zeros((2, 3), np.float32)}, tmp_path)
+    assert [path.name for path in both] == ["samples.npz", "samples.png"]
 
 
 def test_arrays_can_be_given_one_for_each_sample_or_one_for_all(run):

@@ -62,15 +62,13 @@ def read(weights: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
         kind = found.pop("pos_embed_token", None) if net.data_types else None
         if kind is not None:
             _check_positions("pos_embed_token", kind, net)
-        extra = 0 if kind is None else 1
-
-        positions = positions.astype(widest([positions, *([] if kind is None else [kind])]))
+        tables = [positions] if kind is None else [positions, kind]
+        positions, *kinds = (table.astype(widest(tables)) for table in tables)
 
         def rows(array):
-            parts = array[0, :TIMES], *(() if kind is None else (kind.read()[0],)), array[0, TIMES:]
-            return np.concatenate(parts)
+            return np.concatenate([array[0, :TIMES], *(of.read()[0] for of in kinds), array[0, TIMES:]])
 
-        found["pos_embed.weight"] = positions.map(rows, (positions.shape[1] + extra, positions.shape[2]))
+        found["pos_embed.weight"] = positions.map(rows, (positions.shape[1] + len(kinds), positions.shape[2]))
 
     def patches(kernel):
         return kernel if kernel.ndim != 4 else kernel.transpose(0, 2, 3, 1).reshape(kernel.shape[0], math.prod(kernel.shape[1:]))

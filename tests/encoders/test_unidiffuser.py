@@ -102,6 +102,15 @@ def test_the_first_version_has_no_kinds_of_data():
         loaded(net_of(), first)
 
 
+@pytest.mark.parametrize("types", [("bfloat16", "float8_e4m3fn"), ("float16", "bfloat16"), ("float16", "float32")])
+def test_positions_and_the_kind_s_may_have_different_types(types):
+    keys = ("pos_embed", "data_type_pos_embed_token")
+    mixed = {next(own for own in weights() if own.endswith(key)): jnp.dtype(dtype) for key, dtype in zip(keys, types)}
+    mixed = {key: weights()[key].astype(dtype) for key, dtype in mixed.items()}
+    exact = {key: array.astype(np.float32) for key, array in mixed.items()}
+    jax.tree.map(np.testing.assert_array_equal, loaded(net_of(), weights() | mixed), loaded(net_of(), weights() | exact))
+
+
 def without(part):
     return lambda: {key: array for key, array in weights().items() if part not in key}
 
