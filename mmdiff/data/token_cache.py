@@ -39,10 +39,10 @@ def token_source(folder: str | os.PathLike, split: str, modalities: Mapping[str,
     Args:
       folder: of the cache.
       split: of it.
-      modalities: what the config expects, of which the tokens are checked; by default any.
+      modalities: what the config expects, all of which must be there, the tokens of its grid and codebook; by default any.
 
     Raises:
-      UserError: no such cache or split, files that are missing or cut short, or tokens of another name, grid or codebook.
+      UserError: no such cache or split, files that are missing or cut short, tokens of another name, grid or codebook, no such modality.
     """
     meta, folder = read_meta(folder), files.target(folder)
     if modalities is not None:
@@ -60,6 +60,8 @@ def token_source(folder: str | os.PathLike, split: str, modalities: Mapping[str,
             raise UserError(f"{path} is missing or cut short (it {error.reason}): copy it again, or write the tokens again.") from error
         if [found[name].dtype.name, list(found[name].shape)] != [dtype, shape]:
             raise UserError(f"{path} is not the {dtype} {shape} that was written: copy it again, or write the tokens again.")
+    if missing := [name for name in modalities or () if name not in found]:
+        raise UserError(f"the token cache {folder} has no {missing[0]}: it holds {', '.join(found)}.")
     return ArraySource(found)
 
 
@@ -100,7 +102,7 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
         an example is an image with one of them (see `Captioned`).
 
     Raises:
-      UserError: another source, no folder, what `token_source` refuses, or a cache of another grid, codebook or without a modality.
+      UserError: another source, no folder, what `token_source` refuses, captions as ids for a published text encoder, labels out of range.
     """
     if data.source == "random":
         return made_up(modalities, split)
@@ -111,9 +113,6 @@ def open_tokens(data: Any, split: str, modalities: Mapping[str, Any]) -> Source:
     if is_encoded(data.dir):
         return LatentSource(data.dir, split, modalities)
     source = token_source(data.dir, split, modalities)
-    missing = [name for name in modalities if name not in source.arrays]
-    if missing:
-        raise UserError(f"the token cache {data.dir} has no {missing[0]}: it holds {', '.join(source.arrays)}.")
     if "text" in modalities and not isinstance(modalities["text"], DiscreteModality):
         raise UserError(
             f"the token cache {data.dir} has captions as ids, but the config needs what a published encoder makes of them: set "

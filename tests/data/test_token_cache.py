@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmdiff.data import drafts, network_cache
+from mmdiff.data import Labels, TokenImages, drafts, network_cache
 from mmdiff.data.network_cache import CacheWriter
 from mmdiff.data.sources import ArraySource, load_all
 from mmdiff.data.token_cache import decoder, read_meta, token_source
@@ -115,6 +115,8 @@ def test_some_splits(tmp_path, params):
     assert "has no split 'train', only test" in refusal(token_source, tmp_path / "cache", "train")
     assert "has no split 'validation', only test: write a new one elsewhere, or train without evaluations" in refusal(
         token_source, tmp_path / "cache", "validation")  # one that is older than the split
+    expected = {"tokens": TokenImages(*NET.grid, NET.codes), "caption": Labels(5)}
+    assert "cache has no caption: it holds text, label, tokens." in refusal(token_source, tmp_path / "cache", "test", expected)
     assert "written without the split 'train'" in refusal(RECIPE.write, tmp_path / "cache", params, MADE_BY)
     assert "choose among train, test" in refusal(RECIPE.write, tmp_path / "new", params, MADE_BY, ["val"])
     assert not (tmp_path / "new").exists()
