@@ -80,8 +80,8 @@ def test_tokens_of_other_pictures_or_of_another_tokenizer_are_refused_before_tra
 
     own = experiment(tmp_path / "own")
     assert len(own.train_data()) == len(emoji_source("train", str(file)))
-    with pytest.raises(UserError, match="8 x 8 tokens of 8 codes, but the config needs 8 x 8 of 512: choose the cache of another"):
-        experiment(tmp_path / "small", codes=8).train_data()
+    with pytest.raises(UserError, match="8 x 8 tokens of 1024 codes, but the config needs 8 x 8 of 512 at most: choose the cache"):
+        experiment(tmp_path / "large", codes=1024).train_data()
     other = emoji(tmp_path / "other.tar", "sign")
     for split in ("train", "validation"):
         with pytest.raises(UserError, match="the tokens are of other pictures than those in .*emoji64.tar: write their cache again"):

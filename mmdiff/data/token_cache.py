@@ -39,10 +39,10 @@ def token_source(folder: str | os.PathLike, split: str, modalities: Mapping[str,
     Args:
       folder: of the cache.
       split: of it.
-      modalities: what the config expects, all of which must be there, the tokens of its grid and codebook; by default any.
+      modalities: what the config expects, all of which must be there, the tokens of its grid and of no more codes; by default any.
 
     Raises:
-      UserError: no such cache or split, files that are missing or cut short, tokens of another name, grid or codebook, no such modality.
+      UserError: no such cache or split, files that are missing or cut short, tokens of another name or grid, more codes, no such modality.
     """
     meta, folder = read_meta(folder), files.target(folder)
     if modalities is not None:
@@ -130,11 +130,11 @@ def _check_tokens(folder: str | os.PathLike, meta: Mapping[str, Any], modalities
         raise UserError(f"the token cache {folder} holds {name}, but the config needs {', '.join(modalities)}.")
     tokens = modalities[name]
     grid = [tokens.height, tokens.width] if isinstance(tokens, TokenImages) else list(tokens.shape)
-    if [*meta["grid"], meta["codes"]] != [*grid, tokens.states]:
+    if meta["grid"] != grid or meta["codes"] > tokens.states:  # of a smaller codebook the network has classes that never occur
         found, needed = (" x ".join(map(str, sides)) for sides in (meta["grid"], grid))
         raise UserError(
             f"the token cache {folder} has {found} tokens of {meta['codes']} codes, but the config needs "
-            f"{needed} of {tokens.states}: choose the cache of another tokenizer.")
+            f"{needed} of {tokens.states} at most: choose the cache of another tokenizer.")
 
 
 def open_tokenizer(data: Any, length: int) -> Tokenizer:
