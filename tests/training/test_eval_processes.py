@@ -110,7 +110,7 @@ def test_two_processes_measure_files_of_samples_as_one_does(server, tmp_path, st
     if stored:
         with np.load(alone) as alone, np.load(together) as together:
             for name in ("mu", "sigma"):
-                np.testing.assert_allclose(together[name], alone[name], rtol=1e-9, atol=1e-12)
+                np.testing.assert_allclose(together[name], alone[name], rtol=1e-6, atol=1e-7)  # features are float32, and batches differ
         return
     alone, together = json.loads(alone.read_text()), json.loads(together.read_text())
     assert together["convention"]["samples"] == 21 and {"PSNR", "SSIM", "DINOv2-precision"} < together["metrics"].keys()
