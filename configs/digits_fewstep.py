@@ -31,7 +31,7 @@ from mmdiff.training import optim
 def get_config():
     return ConfigDict({
         "seed": 0,
-        "model": {"width": 96, "depth": 4, "heads": 4, "patch": 2, "time_scale": 6.0, "rope": False},
+        "model": {"width": 96, "depth": 4, "heads": 4, "patch": 2, "time_scale": 6.0, "rope": True},
         "times": {"joint": 0.38, "image_given_label": 0.25, "label_given_image": 0.09, "label_given_noisy": 0.2, "image_alone": 0.08},
         # The share of examples that train the velocity itself; the power of the adaptive weight (0: none); the guidance that is trained in.
         "span": {"equal": 0.5, "power": 0.0, "guidance": 1.0},

@@ -7,7 +7,7 @@
 
     settings  1,200 steps of configs/digits_fewstep.py with an adaptive weight of power 0.5, and the same with one value changed: the power,
               the share of examples with s = t, the guidance that is trained in; on validation data
-    trained   the config as it is, and with one value changed: rotary positions, twice the steps, guidance; seed 0, on validation data
+    trained   the config as it is, without rotary positions, and for twice the steps; seed 0, on validation data
     whole     the config as it is: on validation and, as `_test`, on test data
 
 Both measure the agreement and the Fréchet ratio of joint samples, as the config's `eval` does but of two sets of samples (`whole`: four),
@@ -41,12 +41,7 @@ SETTINGS = {
     "guidance 1.15": {**ADAPTIVE, "span.guidance": "1.15"},
     "guidance 1.5": {**ADAPTIVE, "span.guidance": "1.5"},
 }
-TRAINED = {
-    "the config": {},
-    "rope": {"model.rope": "true"},
-    "6,400 steps": {"train.steps": "6400"},
-    "guidance 1.15": {"span.guidance": "1.15"},
-}
+TRAINED = {"the config": {}, "no rotary positions": {"model.rope": "false"}, "6,400 steps": {"train.steps": "6400"}}
 
 
 def settings():

@@ -25,7 +25,7 @@ VALUES: dict[tuple[str, str], dict[str, str]] = {
     ("tasks", "query.gamma"): {"draw": "generate", "name": "align"}, ("task", "kappa"): {"draw": "generate", "name": "classify"}}
 ADDED: dict[str, Any] = {
     "model.time_offset": 0.0, "model.freq_shift": 0.0, "model.mlp_norm_eps": 1e-6, "model.image": 32, "model.mlp_ratio": 2.0,
-    "model.conv": True, "text.published": False, "noise": "scaled_linear", "sample.heun": True}
+    "model.conv": True, "text.published": False, "model.rope": False, "noise": "scaled_linear", "sample.heun": True}
 METRICS: dict[str, str] = {
     "cosine_read": "cosine_predicted", "error_read": "error_predicted", "error_read_mean": "error_predicted_mean",
     "error_read_linear": "error_predicted_linear", "miou_read": "miou_predicted",

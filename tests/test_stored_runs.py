@@ -58,7 +58,7 @@ def runs(*default, without=()):
     return [pytest.param(name, marks=() if name in default else pytest.mark.slow) for name in RUNS if name not in without]
 
 
-@pytest.mark.parametrize("name", runs("scenes_tokenizer"))
+@pytest.mark.parametrize("name", runs("scenes_text", "scenes_tokenizer"))
 def test_training_continues(opened, tmp_path, name):
     run = opened(name)
     flags = [f"--config.{value}" for value in [*TRAIN, *RUNS[name][1], "train.steps=6"]]
