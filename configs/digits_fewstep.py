@@ -9,11 +9,11 @@ Joint samples draw the label first, in one call, then the image in those that re
 `--config.sample.heun=true --steps 25` samples the same weights along the velocities, by Heun's method, and `eval` compares both.
 
 Measured (three seeds, mean ± standard error, 500 test digits, EMA weights; four sets of samples of each): joint samples in 2 calls have an
-agreement of 0.959 ± 0.003 and a Fréchet ratio of 2.02 ± 0.05, in 4 calls 0.955 ± 0.002 and 1.64 ± 0.05, by 25 Heun steps
-(49 calls) 0.925 ± 0.005 and 1.48 ± 0.06: 1.37 ± 0.03 and 1.11 ± 0.03 times the latter's ratio, where 1.3 and 1.1
-were aimed at. In one call for both the agreement is 0.161 ± 0.010; label accuracy 0.981 ± 0.002. What was compared:
-configs/README.md. Cost: 0.78M parameters, 5/3 of the network passes of digits_joint for as many steps; 7 minutes on two CPU cores beside
-other work.
+agreement of 0.954 ± 0.001 and a Fréchet ratio of 2.01 ± 0.06, in 4 calls 0.951 ± 0.003 and 1.65 ± 0.06, by 25 Heun steps
+(49 calls) 0.919 ± 0.006 and 1.54 ± 0.07: 1.31 ± 0.02 and 1.08 ± 0.01 times the latter's ratio, where 1.3 and 1.1
+were aimed at. In one call for both the agreement is 0.173 ± 0.010; label accuracy 0.985 ± 0.003. What was compared:
+configs/README.md. Cost: 0.78M parameters, 5/3 of the network passes of digits_joint for as many steps; 12 to 14 minutes of one CPU core.
+Runs of before, without rotary positions (`--config.model.rope=false`), sample as they did.
 """
 
 from ml_collections import ConfigDict

@@ -5,14 +5,14 @@
     python launch/fewstep_experiments.py --out runs/fewstep_experiments --parts whole     # to report
     python launch/fewstep_experiments.py --out runs/fewstep_experiments --table           # the tables of what is done so far
 
-    settings  1,200 steps of configs/digits_fewstep.py with an adaptive weight of power 0.5, and the same with one value changed: the power,
-              the share of examples with s = t, the guidance that is trained in; on validation data
+    settings  1,200 steps of configs/digits_fewstep.py without rotary positions, with an adaptive weight of power 0.5, and the same with one
+              value changed: the power, the share of examples with s = t, the guidance that is trained in; on validation data
     trained   the config as it is, without rotary positions, and for twice the steps; seed 0, on validation data
     whole     the config as it is: on validation and, as `_test`, on test data
 
-Both measure the agreement and the Fréchet ratio of joint samples, as the config's `eval` does but of two sets of samples (`whole`: four),
+All measure the agreement and the Fréchet ratio of joint samples, as the config's `eval` does but of two sets of samples (`whole`: four),
 the ratios of two and four calls over that of 25 Heun steps of the same weights (`over_heun`), and the label accuracy. A training of
-`settings` takes 4 minutes of one core, of `trained` 10 to 20, of `whole` 10. The results are in configs/README.md.
+`settings` takes 4 minutes of one core, of `trained` 12 to 35, of `whole` 12. The results are in configs/README.md.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from mmdiff.evals.joint_calls import JointCalls
 from mmdiff.projects.digits import digit_pairs
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs/digits_fewstep.py"
-SHORT = {"train.steps": "1200"}
+SHORT = {"train.steps": "1200", "model.rope": "false"}
 ADAPTIVE = {"span.power": "0.5", "image_weight": "0.5"}
 MOST = 4  # sets of samples of one training, each as many as there are training images
 SETTINGS = {
