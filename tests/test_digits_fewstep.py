@@ -47,8 +47,8 @@ def experiments(loaded_launch):
 def test_the_experiments_name_values_that_exist(experiments):
     every = list(experiments.settings())
     assert len({(part, name) for part, name, *_ in every}) == len(every)  # a finished run is known by its name
-    found = [configs.load(CONFIG, list(overrides.items()))[0].to_json() for *_, overrides in every]
-    assert len(set(found)) == len(found) and found[-1] == configs.load(CONFIG)[0].to_json()  # `whole` is the config
+    found = [(part, configs.load(CONFIG, list(overrides.items()))[0].to_json()) for part, *_, overrides in every]
+    assert len(set(found)) == len(found) and found[-1] == ("whole", configs.load(CONFIG)[0].to_json())
 
 
 @pytest.mark.slow
